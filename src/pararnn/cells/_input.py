@@ -1,0 +1,53 @@
+"""What the ready-made cells share: the input projection in heads, and its initialisation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def check_sizes(input_size: int, hidden_size: int, num_heads: int) -> None:
+    """Raise ValueError unless both sizes are positive multiples of the number of heads."""
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if size < 1 or num_heads < 1 or size % num_heads:
+            raise ValueError(
+                f"{name} {size} cannot be split into {num_heads} heads; choose num_heads >= 1 "
+                f"that divides input_size {input_size} and hidden_size {hidden_size}."
+            )
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Apply one block of `weight` per head and gate.
+
+    Args:
+        x: Inputs, shape (N, input_size).
+        weight: Shape (gates, heads, hidden_size / heads, input_size / heads).
+        bias: Shape (gates, hidden_size), or None.
+
+    Returns:
+        One tensor (N, hidden_size) per gate; with one head, slices of a single GEMM output.
+    """
+    gates, heads, head_size, head_inputs = weight.shape
+    if heads == 1:
+        flat_bias = None if bias is None else bias.flatten()
+        out = F.linear(x, weight.reshape(gates * head_size, head_inputs), flat_bias)
+        return out.unflatten(-1, (gates, head_size)).unbind(-2)
+    x_heads = x.unflatten(-1, (heads, head_inputs))
+    out = torch.einsum("nhi,ghoi->gnho", x_heads, weight).flatten(-2)
+    if bias is not None:
+        out = out + bias.unsqueeze(1)
+    return out.unbind(0)
+
+
+def init_projection_(weight: Tensor, bias: Tensor | None) -> None:
+    """Kaiming uniform for every head's block, zero bias (Danieli et al. 2025, C.1)."""
+    bound = math.sqrt(6.0 / weight.shape[-1])
+    nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+def init_diagonal_(weight: Tensor) -> None:
+    """Xavier Gaussian: the entries of a square matrix of which this is the diagonal."""
+    nn.init.normal_(weight, std=1.0 / math.sqrt(weight.shape[-1]))

@@ -1,0 +1,252 @@
+"""Capture: one step of a cell as a graph of aten operations that holds for any number of rows."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pararnn.tracing.names import name_nodes
+from pararnn.tracing.recorder import TraceError, aten, record, show_place
+
+# Two numbers of rows: an integer that differs between their graphs is linear in the number of rows.
+ROWS = (3, 5)
+
+
+@dataclass
+class Capture:
+    """One step of a cell, written down.
+
+    Attributes:
+        graph: Placeholders are the tensors of the cell (parameters, buffers, tensor attributes),
+            then `x`, then the components of the state; the output is the tuple of new components.
+            Every node carries `shape` and `dtype` (with `ROWS[0]` rows), `by_rows` (its first
+            axis has one entry per row) and `place`, the user's line.
+        attributes: Qualified names of the cell's tensors, in the order of their placeholders.
+        constants: Tensors from elsewhere (closures, globals), by placeholder name.
+        num_components: Tensors in the state.
+        is_tuple: Whether the cell takes and returns a tuple.
+        hidden_size: Channels of each component.
+        dtype: The type the cell was traced in.
+        subject: What messages call the cell.
+    """
+
+    graph: fx.Graph
+    attributes: list[str]
+    constants: dict[str, Tensor]
+    num_components: int
+    is_tuple: bool
+    hidden_size: int
+    dtype: torch.dtype
+    subject: str
+
+
+def cell_tensors(cell: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and plain tensor attributes of a cell, by qualified name."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in cell.named_modules():
+        stores = (module._parameters, module._buffers, vars(module))
+        for name, value in (item for store in stores for item in list(store.items())):
+            if isinstance(value, Tensor) and id(value) not in seen:
+                seen.add(id(value))
+                found[f"{prefix}.{name}" if prefix else name] = value
+    return found
+
+
+def resolve(cell: nn.Module, name: str) -> Tensor:
+    """The tensor with a qualified name, as it is now."""
+    prefix, _, attribute = name.rpartition(".")
+    return getattr(cell.get_submodule(prefix), attribute)
+
+
+def fingerprint(cell: nn.Module) -> tuple[object, ...]:
+    """Everything a graph of the cell depends on besides x: compare to know when to trace again."""
+    tensors = tuple((n, tuple(t.shape), t.dtype) for n, t in cell_tensors(cell).items())
+    scalars = tuple(
+        (prefix, name, value)
+        for prefix, module in cell.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+    )
+    return tensors, scalars
+
+
+def capture(
+    cell: nn.Module,
+    features: Sequence[int],
+    hidden_size: int,
+    num_components: int,
+    is_tuple: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Capture:
+    """Write down one step of `cell`.
+
+    Args:
+        cell: Module with `forward(x, state) -> state`.
+        features: Shape of one input, usually (input_size,).
+        hidden_size: Channels of each component.
+        num_components: Tensors in the state.
+        is_tuple: Give the cell its state as a tuple.
+        dtype: Type of x and the state.
+        device: Where the cell is.
+
+    Raises:
+        TraceError: The cell does something that has no parallel form; the message names the line.
+    """
+    subject = type(cell).__name__
+    tensors = cell_tensors(cell)
+    runs = []
+    for rows in ROWS:
+        inputs = {f"attribute_{i}": tensor for i, tensor in enumerate(tensors.values())}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": True}
+        inputs["x"] = torch.rand(rows, *features, **options)
+        for i in range(num_components):
+            inputs[f"state_{i}"] = torch.rand(rows, hidden_size, **options)
+        runs.append(_run(cell, tensors, inputs, num_components, is_tuple, rows, hidden_size))
+    (graph, constants), (other, _) = runs
+    graph = _merge(graph, other, subject)
+    _mark_rows(graph, other)
+    attributes = list(tensors)
+    name_nodes(
+        graph, _forward_function(cell), {f"attribute_{i}": n for i, n in enumerate(attributes)}
+    )
+    return Capture(
+        graph,
+        attributes,
+        {f"constant_{i}": t for i, t in enumerate(constants)},
+        num_components,
+        is_tuple,
+        hidden_size,
+        dtype,
+        subject,
+    )
+
+
+def _forward_function(cell: nn.Module) -> Any:
+    return inspect.unwrap(type(cell).forward)
+
+
+def _run(
+    cell: nn.Module,
+    tensors: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    num_components: int,
+    is_tuple: bool,
+    rows: int,
+    hidden_size: int,
+) -> tuple[fx.Graph, list[Tensor]]:
+    subject = type(cell).__name__
+
+    def step(*flat: Tensor) -> tuple[Tensor, ...]:
+        own, x, state = flat[: len(tensors)], flat[len(tensors)], flat[len(tensors) + 1 :]
+        swapped = {n: t for n, t in zip(tensors, own, strict=True) if t is not tensors[n]}
+        new = torch.func.functional_call(cell, swapped, (x, state if is_tuple else state[0]))
+        return _checked(new, subject, num_components, is_tuple, (rows, hidden_size))
+
+    device = inputs["x"].device
+    focus = getattr(_forward_function(cell), "__code__", None)
+    with (
+        torch.enable_grad(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+    ):
+        return record(step, inputs, subject, focus)
+
+
+def _checked(
+    new: Any, subject: str, num_components: int, is_tuple: bool, shape: tuple[int, int]
+) -> tuple[Tensor, ...]:
+    components = tuple(new) if isinstance(new, (tuple, list)) else (new,)
+    if is_tuple != isinstance(new, (tuple, list)) or len(components) != num_components:
+        given = f"a tuple of {num_components} tensors" if is_tuple else "one tensor"
+        seen = f"a {type(new).__name__} of {len(components)}" if is_tuple else type(new).__name__
+        raise TraceError(
+            f"{subject}.forward(x, state) was given {given} as state but returned {seen}; it must "
+            "return the new state in the same form."
+        )
+    for i, component in enumerate(components):
+        if not isinstance(component, Tensor) or tuple(component.shape) != shape:
+            seen = tuple(component.shape) if isinstance(component, Tensor) else component
+            raise TraceError(
+                f"{subject}.forward(x, state) returned component {i} of shape {seen} for a state "
+                f"of shape {shape}; every component must keep the shape (N, hidden_size)."
+            )
+        if not component.is_floating_point():
+            raise TraceError(
+                f"{subject}.forward(x, state) returned component {i} of type {component.dtype}; "
+                "the state must be floating point."
+            )
+    return components
+
+
+def _merge(graph: fx.Graph, other: fx.Graph, subject: str) -> fx.Graph:
+    """Make the integers that depend on the number of rows follow the size of x."""
+    nodes, others = list(graph.nodes), list(other.nodes)
+    targets = [(n.op, str(n.target)) for n in nodes], [(n.op, str(n.target)) for n in others]
+    if targets[0] != targets[1]:
+        raise TraceError(
+            f"{subject} runs other operations for {ROWS[1]} rows than for {ROWS[0]}; its "
+            "operations must not depend on the batch size."
+        )
+    x = next(n for n in nodes if n.target == "x")
+    counts: dict[tuple[int, int], fx.Node] = {}
+
+    def unify(a: Any, b: Any, place: tuple[str, int] | None) -> Any:
+        if isinstance(a, (tuple, list)):
+            return type(a)(unify(i, j, place) for i, j in zip(a, b, strict=True))
+        if isinstance(a, slice):
+            parts = zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True)
+            return slice(*(unify(i, j, place) for i, j in parts))
+        if isinstance(a, fx.Node) or a == b or (a != a and b != b):
+            return a
+        if type(a) is int and (b - a) % (ROWS[1] - ROWS[0]) == 0:
+            slope = (b - a) // (ROWS[1] - ROWS[0])
+            return _rows_node(graph, x, slope, a - slope * ROWS[0], counts)
+        raise TraceError(
+            f"{subject} uses a number that depends on the batch size at {show_place(place)} "
+            f"({a} for {ROWS[0]} rows, {b} for {ROWS[1]}); rows must not influence each other."
+        )
+
+    for node, twin in zip(nodes, others, strict=True):
+        if node.op == "call_function":
+            place = node.meta.get("place")
+            node.args = unify(node.args, twin.args, place)
+            node.kwargs = {k: unify(v, twin.kwargs[k], place) for k, v in node.kwargs.items()}
+    return graph
+
+
+def _rows_node(
+    graph: fx.Graph,
+    x: fx.Node,
+    slope: int,
+    offset: int,
+    known: dict[tuple[int, int], fx.Node],
+) -> fx.Node:
+    if (slope, offset) not in known:
+        with graph.inserting_after(x):
+            node = graph.call_function(aten.sym_size.int, (x, 0))
+        for function, value in ((operator.mul, slope), (operator.add, offset)):
+            if value != (1 if function is operator.mul else 0):
+                with graph.inserting_after(node):
+                    node = graph.call_function(function, (node, value))
+        known[slope, offset] = node
+        while node is not x:
+            node.meta.update(shape=(), dtype=torch.int64, place=None, is_count=True)
+            node = node.args[0]  # type: ignore[assignment]
+    return known[slope, offset]
+
+
+def _mark_rows(graph: fx.Graph, other: fx.Graph) -> None:
+    shapes = [n.meta.get("shape", ()) for n in other.nodes]
+    originals = [n for n in graph.nodes if not n.meta.get("is_count")]
+    for node, shape in zip(originals, shapes, strict=True):
+        mine = node.meta.get("shape", ())
+        node.meta["by_rows"] = bool(mine) and mine[0] == ROWS[0] and shape[0] == ROWS[1]
+        node.meta["row_axes"] = sum(a != b for a, b in zip(mine, shape, strict=False))

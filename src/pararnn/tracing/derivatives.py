@@ -1,0 +1,191 @@
+"""Derivatives of a step, by recording PyTorch's own autograd on it.
+
+There is no second set of derivative rules: the step is run on example scalars with autograd, the
+recorder writes down what autograd does, and the recording is read back as expressions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from pararnn.tracing.expressions import (
+    LEAVES,
+    Expression,
+    Operand,
+    leaf,
+    serialize,
+    topological,
+)
+from pararnn.tracing.operations import creation_value, express
+from pararnn.tracing.recorder import aten, record
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """One channel of an elementwise recurrence: all that a solver or a backend has to know.
+
+    Attributes:
+        step: New components as expressions of leaves `state`, `drive` and `coefficient`.
+        num_drives: How many drives the step may refer to.
+        num_coefficients: Likewise for coefficients.
+        names: Names for readable sources; they change nothing.
+    """
+
+    step: tuple[Operand, ...]
+    num_drives: int
+    num_coefficients: int
+    names: dict[Expression, str]
+
+    @property
+    def num_components(self) -> int:
+        """Tensors in the state."""
+        return len(self.step)
+
+    @cached_property
+    def key(self) -> str:
+        """Equal keys, equal functions."""
+        sizes = f"{self.num_components} {self.num_drives} {self.num_coefficients}"
+        return f"{sizes}\n{serialize(self.step)}"
+
+    @cached_property
+    def jacobian(self) -> tuple[tuple[Operand, ...], ...]:
+        """`jacobian[i][j]`: derivative of new component i in old component j."""
+        return self._derivatives[0]
+
+    @cached_property
+    def vjp(self) -> tuple[Operand, ...]:
+        """Gradients in states, drives and coefficients, given leaves `adjoint`."""
+        return self._derivatives[1]
+
+    @cached_property
+    def _derivatives(self) -> tuple[tuple[tuple[Operand, ...], ...], tuple[Operand, ...]]:
+        return _derive(self)
+
+
+def _derive(
+    recurrence: Recurrence,
+) -> tuple[tuple[tuple[Operand, ...], ...], tuple[Operand, ...]]:
+    components = recurrence.num_components
+    counts = {
+        "state": components,
+        "drive": recurrence.num_drives,
+        "coefficient": recurrence.num_coefficients,
+        "adjoint": components,
+    }
+    leaves = [leaf(kind, i) for kind in LEAVES for i in range(counts[kind])]
+    function = torch_function(recurrence.step, leaves)
+    inputs = {
+        f"{kind}_{i}": torch.full((1,), 0.5, dtype=torch.float64, requires_grad=kind != "adjoint")
+        for kind in LEAVES
+        for i in range(counts[kind])
+    }
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        primals, adjoints = values[:-components], values[-components:]
+        outputs = [o if o.requires_grad else o + primals[0] * 0 for o in function(*values)]
+        rows = [_gradients(o, primals[:components]) for o in outputs]
+        total = sum(o * a for o, a in zip(outputs, adjoints, strict=True))
+        return (*(g for row in rows for g in row), *_gradients(total, primals))
+
+    graph, constants = record(run, inputs, "the derivative")
+    operands = _read(graph, dict(zip(inputs, leaves, strict=True)), constants)
+    rows = [operands[i * components : (i + 1) * components] for i in range(components)]
+    return tuple(map(tuple, rows)), tuple(operands[components * components :])
+
+
+def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(output, inputs, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
+
+
+def _read(
+    graph: fx.Graph, leaves: dict[str, Expression], constants: list[Tensor]
+) -> list[Operand]:
+    values: dict[fx.Node, Any] = {}
+    pick = lambda a: values[a] if isinstance(a, fx.Node) else a  # noqa: E731
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = leaves[node.target]
+        elif node.op == "get_attr":
+            constant = constants[int(node.target.split("_")[1])]
+            values[node] = constant.flatten()[0].item()
+        elif node.op == "output":
+            return [values[n] for n in node.args[0]]
+        elif not hasattr(node.target, "_schema"):
+            values[node] = values[node.args[0]][node.args[1]]
+        elif (fill := creation_value(node.target, node.args)) is not None:
+            values[node] = fill
+        elif node.target in (aten.expand.default, aten.detach.default):
+            values[node] = values[node.args[0]]
+        else:
+            args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
+            values[node] = express(node.target, args, kwargs, torch.float64)
+    raise AssertionError("graph without output")
+
+
+_TORCH: dict[str, Callable[..., Any]] = {
+    "to_float": lambda x: x.to(torch.get_default_dtype()) if x.dtype is torch.bool else x,
+    "to_float32": lambda x: x.to(torch.float32).to(x.dtype),
+    "to_float16": lambda x: x.to(torch.float16).to(x.dtype),
+    "to_bfloat16": lambda x: x.to(torch.bfloat16).to(x.dtype),
+    "gelu": lambda x: torch.nn.functional.gelu(x),
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu_backward": lambda g, x: aten.gelu_backward(g, x),
+    "gelu_tanh_backward": lambda g, x: aten.gelu_backward(g, x, approximate="tanh"),
+    "log_sigmoid": lambda x: torch.nn.functional.logsigmoid(x),
+    "log_sigmoid_backward": lambda g, x: aten.log_sigmoid_backward(g, x, x.new_empty(0)),
+    "clamp": lambda x, low, high: aten.clamp(x, low, high),
+    "detach": torch.Tensor.detach,
+}
+
+
+def torch_callable(op: str) -> Callable[..., Any]:
+    """What evaluates an operation of the expressions on tensors."""
+    return _TORCH.get(op) or getattr(torch, op, None) or getattr(aten, op)
+
+
+def torch_source(roots: Sequence[Operand], inputs: Sequence[Expression], name: str) -> str:
+    """Print expressions as a Python function of their leaves."""
+    variables = {node: f"{node.op}_{node.args[0]}" for node in inputs}
+    lines = [f"def {name}({', '.join(variables.values())}):"]
+    show = lambda o: variables[o] if isinstance(o, Expression) else _constant(o)  # noqa: E731
+    for node in topological(roots):
+        if node.op not in LEAVES:
+            variables[node] = f"v{len(variables)}"
+            arguments = ", ".join(map(show, node.args))
+            lines.append(f"    {variables[node]} = {node.op}({arguments})")
+    results = (show(r) if isinstance(r, Expression) else f"fill({show(r)})" for r in roots)
+    lines.append(f"    return ({', '.join(results)},)")
+    return "\n".join(lines) + "\n"
+
+
+def _constant(value: Operand) -> str:
+    if isinstance(value, float) and value in (float("inf"), float("-inf")) or value != value:
+        return f"float('{value}')"
+    return repr(value)
+
+
+def torch_function(
+    roots: Sequence[Operand], inputs: Sequence[Expression]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Compile expressions into a function of tensors, one per leaf in `inputs`, in that order."""
+    source = torch_source(roots, inputs, "evaluate")
+    order = topological(roots)
+    scope: dict[str, Any] = {n.op: torch_callable(n.op) for n in order if n.op not in LEAVES}
+    scope["fill"] = lambda value: torch.full((), float(value))
+    exec(compile(source, "<pararnn expressions>", "exec"), scope)  # noqa: S102
+    evaluate = scope["evaluate"]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        results = evaluate(*values)
+        like = values[0]
+        return tuple(r.to(like.dtype).expand_as(like) if r.shape != like.shape else r for r in results)
+
+    return function

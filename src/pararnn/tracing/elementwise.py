@@ -1,0 +1,275 @@
+"""Proves that the channels of a recurrent part do not mix, by reading its operations.
+
+Every value is followed as a list of slots: a tensor (N, ...) of k * hidden_size entries per row is k
+slots, each one expression per channel. Operations that only move entries (views, cat, chunk) are run
+on a tensor of addresses, so that one rule covers them all; pointwise operations combine slots of the
+same channel. Anything else is the reason why the recurrent part is not elementwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pararnn.tracing.capture import ROWS
+from pararnn.tracing.expressions import Expression, Operand, leaf, make
+from pararnn.tracing.operations import (
+    UnknownOperation,
+    creation_value,
+    express,
+    is_pointwise,
+    operation_name,
+)
+from pararnn.tracing.partition import Partition
+from pararnn.tracing.recorder import aten, show_place
+
+_MOVES = frozenset(
+    "view _unsafe_view reshape unsqueeze squeeze expand permute transpose t select slice split "
+    "split_with_sizes chunk unbind cat stack flip roll repeat index_select slice_scatter "
+    "select_scatter narrow unflatten flatten movedim swapaxes".split()
+)
+
+
+class NotElementwise(Exception):
+    """The channels mix, or cannot be shown not to; the message says where."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A drive or coefficient: one slot of a value that the input part computes.
+
+    Attributes:
+        edge: The value.
+        shape: What it is broadcast to, without the rows.
+        slot: Which run of hidden_size entries is meant.
+        hidden_size: Channels.
+        by_rows: One row per sample (a drive), or none (a coefficient).
+    """
+
+    edge: fx.Node
+    shape: tuple[int, ...]
+    slot: int
+    hidden_size: int
+    by_rows: bool
+
+    def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
+        """Add what turns the edge into a tensor (rows, hidden_size) or (hidden_size,)."""
+        lead = [rows] if self.by_rows else []
+        if not self.edge.meta["dtype"].is_floating_point:
+            value = graph.call_function(torch.Tensor.float, (value,))
+        own = tuple(self.edge.meta["shape"])
+        if not self.by_rows and len(own) > len(self.shape):
+            value = graph.call_function(aten.reshape.default, (value, list(own[1:])))
+            own = own[1:]
+        target = (*own[:1], *self.shape) if self.by_rows else self.shape
+        if own != target:
+            value = graph.call_function(aten.expand.default, (value, [*lead, *self.shape]))
+        if self.shape != (self.hidden_size,):
+            slots = math.prod(self.shape) // self.hidden_size
+            blocks = [*lead, slots, self.hidden_size]
+            value = graph.call_function(aten.reshape.default, (value, blocks))
+            value = graph.call_function(aten.select.int, (value, len(lead), self.slot))
+        return value
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """What one channel computes.
+
+    Attributes:
+        step: New components, over leaves `state`, `drive` and `coefficient`.
+        drives: Where drive i comes from.
+        coefficients: Where coefficient i comes from.
+        names: Names of the user's source for expressions.
+    """
+
+    step: tuple[Operand, ...]
+    drives: tuple[Leaf, ...]
+    coefficients: tuple[Leaf, ...]
+    names: dict[Expression, str]
+
+
+@dataclass
+class _Value:
+    shape: tuple[int, ...]  # without the rows
+    slots: list[Operand]
+
+
+def elementwise(parts: Partition) -> Elementwise:
+    """Express the recurrent part channel by channel.
+
+    Raises:
+        NotElementwise: With the operation and line that mixes channels.
+    """
+    return _Reader(parts).read()
+
+
+class _Reader:
+    def __init__(self, parts: Partition) -> None:
+        self.parts = parts
+        self.hidden_size = parts.capture.hidden_size
+        self.leaves: dict[tuple[bool, Leaf], int] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.names: dict[Expression, str] = {}
+
+    def read(self) -> Elementwise:
+        for i, node in enumerate(self.parts.states):
+            self.values[node] = _Value((self.hidden_size,), [leaf("state", i)])
+        for node in self.parts.recurrent:
+            try:
+                self.values[node] = self.evaluate(node)
+            except (NotElementwise, UnknownOperation) as error:
+                name = operation_name(node.target) if hasattr(node.target, "_schema") else "this"
+                place = show_place(node.meta.get("place"))
+                raise NotElementwise(f"{name} at {place}: {error}") from None
+            self.note_name(node)
+        results = [self.broadcast(n, (self.hidden_size,)) for n in self.parts.results]
+        step = tuple(slots[0] for slots in results)
+        ordered = [[lf for (by_rows, lf) in self.leaves if by_rows is kind] for kind in (True, False)]
+        for kind, leaves in (("drive", ordered[0]), ("coefficient", ordered[1])):
+            for i, lf in enumerate(leaves):
+                self.names[leaf(kind, i)] = _edge_name(lf)
+        return Elementwise(step, tuple(ordered[0]), tuple(ordered[1]), self.names)
+
+    def note_name(self, node: fx.Node) -> None:
+        value, name = self.values[node], node.meta.get("name")
+        if name and isinstance(value, _Value) and len(value.slots) == 1:
+            (slot,) = value.slots
+            if isinstance(slot, Expression) and slot.op != "state":
+                self.names.setdefault(slot, name)
+
+    def evaluate(self, node: fx.Node) -> Any:
+        func = node.target
+        if not hasattr(func, "_schema"):  # operator.getitem
+            return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        fill = creation_value(func, node.args)
+        shape = tuple(node.meta["shape"][1:]) if "shape" in node.meta else ()
+        if fill is not None:
+            self.require_rows(node)
+            return _Value(shape, [fill] * self.count(shape))
+        if operation_name(func) in _MOVES:
+            return self.move(node)
+        if not is_pointwise(func):
+            raise NotElementwise("it is not an operation on each element by itself")
+        if operation_name(func) == "log_sigmoid_forward":
+            shape = tuple(node.args[0].meta["shape"][1:])  # type: ignore[union-attr]
+        else:
+            self.require_rows(node)
+        return self.pointwise(node, shape)
+
+    def require_rows(self, node: fx.Node) -> None:
+        if not node.meta["by_rows"] or node.meta["row_axes"] != 1:
+            raise NotElementwise("the result does not keep one row per sample")
+
+    def count(self, shape: tuple[int, ...]) -> int:
+        slots, rest = divmod(math.prod(shape), self.hidden_size)
+        if rest:
+            raise NotElementwise(f"shape (N, {shape}) is not made of whole components")
+        return slots
+
+    def pointwise(self, node: fx.Node, shape: tuple[int, ...]) -> Any:
+        count = self.count(shape)
+        tensors = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
+        slots = {a: self.broadcast(a, shape) for a in tensors}
+        results = []
+        for j in range(count):
+            pick = lambda a, j=j: slots[a][j] if isinstance(a, fx.Node) else a  # noqa: E731
+            args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
+            results.append(express(node.target, args, kwargs, self.parts.capture.dtype))
+        if results and isinstance(results[0], tuple):
+            return [_Value(shape, [r[i] for r in results]) for i in range(len(results[0]))]
+        return _Value(shape, results)
+
+    def broadcast(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
+        """The slots of a value after broadcasting it to (N, *shape)."""
+        if node not in self.values:
+            return self.edge_slots(node, shape)
+        value = self.values[node]
+        if len(value.shape) != len(shape):
+            raise NotElementwise("rows and channels are broadcast against each other")
+        if value.shape == shape:
+            return value.slots
+        addresses = self.addresses([value])[0].expand(ROWS[0], *shape)
+        return self.decode(addresses, value.slots).slots
+
+    def edge_slots(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
+        by_rows, own = node.meta["by_rows"], node.meta["shape"]
+        if by_rows and len(own) != len(shape) + 1:
+            raise NotElementwise("rows and channels are broadcast against each other")
+        if not by_rows and len(own) == len(shape) + 1 and own[0] != 1:
+            raise NotElementwise("a value without rows is used as if it had them")
+        leaves = [Leaf(node, shape, j, self.hidden_size, by_rows) for j in range(self.count(shape))]
+        return [self.leaf(lf) for lf in leaves]
+
+    def leaf(self, lf: Leaf) -> Operand:
+        same_kind = sum(1 for by_rows, _ in self.leaves if by_rows is lf.by_rows)
+        index = self.leaves.setdefault((lf.by_rows, lf), same_kind)
+        made = leaf("drive" if lf.by_rows else "coefficient", index)
+        return make("ne", made, 0.0) if lf.edge.meta["dtype"] is torch.bool else made
+
+    def addresses(self, values: list[_Value]) -> list[Tensor]:
+        """Number all entries of some values: row, then slot, then channel."""
+        total = sum(len(v.slots) for v in values) * self.hidden_size
+        offsets = torch.arange(ROWS[0]).unsqueeze(1) * total
+        tensors, start = [], 0
+        for value in values:
+            entries = len(value.slots) * self.hidden_size
+            numbers = offsets + torch.arange(start, start + entries)
+            tensors.append(numbers.view(ROWS[0], *value.shape))
+            start += entries
+        return tensors
+
+    def decode(self, addresses: Tensor, slots: list[Operand]) -> _Value:
+        """Read moved addresses back as slots; each must be a whole component in its order."""
+        shape, total = tuple(addresses.shape[1:]), len(slots) * self.hidden_size
+        self.count(shape)
+        if addresses.shape[0] != ROWS[0]:
+            raise NotElementwise("the result does not keep one row per sample")
+        flat = addresses.reshape(ROWS[0], -1)
+        if not torch.equal(flat - flat[:1], (torch.arange(ROWS[0]) * total)[:, None].expand_as(flat)):
+            raise NotElementwise("rows are mixed")
+        blocks = flat[0].view(-1, self.hidden_size)
+        if not torch.equal(blocks % self.hidden_size, torch.arange(self.hidden_size).expand_as(blocks)):
+            raise NotElementwise("channels are mixed")
+        return _Value(shape, [slots[int(b[0]) // self.hidden_size] for b in blocks])
+
+    def move(self, node: fx.Node) -> Any:
+        tensors = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
+        counts = [a for a in tensors if a.meta.get("is_count")]
+        operands = [a for a in dict.fromkeys(tensors) if a not in counts]
+        values = [self.as_value(a) for a in operands]
+        slots = [s for v in values for s in v.slots]
+        numbers = dict(zip(operands, self.addresses(values), strict=True))
+        replace = lambda a: (  # noqa: E731
+            a if not isinstance(a, fx.Node) else numbers[a] if a in numbers else _row_count(a)
+        )
+        args, kwargs = tree_map(replace, tuple(node.args)), tree_map(replace, dict(node.kwargs))
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(result, (tuple, list)):
+            return [self.decode(r, slots) for r in result]
+        return self.decode(result, slots)
+
+    def as_value(self, node: fx.Node) -> _Value:
+        if node in self.values:
+            return self.values[node]
+        if not node.meta["by_rows"]:
+            raise NotElementwise("a value without rows is moved among values with rows")
+        shape = tuple(node.meta["shape"][1:])
+        return _Value(shape, self.edge_slots(node, shape))
+
+
+def _row_count(node: fx.Node) -> int:
+    if node.target is aten.sym_size.int:
+        return ROWS[0]
+    return node.target(_row_count(node.args[0]), node.args[1])  # type: ignore
+
+
+def _edge_name(lf: Leaf) -> str:
+    name = lf.edge.meta.get("name") or ("x" if lf.edge.target == "x" else lf.edge.name)
+    single = math.prod(lf.shape) == lf.hidden_size
+    return name if single else f"{name}_{lf.slot}"

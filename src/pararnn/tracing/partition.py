@@ -1,0 +1,164 @@
+"""Partition: which operations of a cell depend on its state, and what crosses into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pararnn.tracing.capture import Capture, resolve
+from pararnn.tracing.recorder import TraceError, aten, show_place
+
+
+@dataclass
+class Partition:
+    """A captured step, split.
+
+    Attributes:
+        capture: The whole graph.
+        states: Placeholders of the state's components.
+        recurrent: Operations that depend on the state, in order.
+        edges: Values that the recurrent operations (or the result) take from the input part.
+        results: The new components, nodes of either part.
+    """
+
+    capture: Capture
+    states: list[fx.Node]
+    recurrent: list[fx.Node]
+    edges: list[fx.Node]
+    results: list[fx.Node]
+
+
+def partition(capture: Capture) -> Partition:
+    """Split a captured step into what can run for all times at once and what cannot.
+
+    Raises:
+        TraceError: A random operation in the recurrent part, or rows that influence each other.
+    """
+    graph = capture.graph
+    _drop_unused(graph)
+    states = [n for n in graph.nodes if n.op == "placeholder" and n.target.startswith("state_")]
+    reached = set(states)
+    from_x = {n for n in graph.nodes if n.op == "placeholder" and n.target == "x"}
+    recurrent: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and not node.meta.get("is_count"):
+            if reached & set(node.all_input_nodes):
+                reached.add(node)
+                recurrent.append(node)
+            if from_x & set(node.all_input_nodes):
+                from_x.add(node)
+    (results,) = next(n for n in graph.nodes if n.op == "output").args
+    taken = [a for n in recurrent for a in n.all_input_nodes] + list(results)
+    edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
+    for node in recurrent:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise TraceError(
+                f"{capture.subject} uses the random operation {node.target} on its state at "
+                f"{show_place(node.meta.get('place'))}; draw it in the input part (from x alone) "
+                "or outside the cell."
+            )
+    for node in edges:
+        by_rows = node.meta["by_rows"]
+        if (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows):
+            raise TraceError(
+                f"{capture.subject} mixes the rows of x at {show_place(node.meta.get('place'))} "
+                f"(a value of shape {node.meta['shape']} without one row per sample); every row "
+                "must be computed on its own."
+            )
+    return Partition(capture, states, recurrent, edges, list(results))
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("call_function", "get_attr"):
+            graph.erase_node(node)
+
+
+class InputPart(nn.Module):
+    """The operations of a cell that do not depend on its state, for any number of rows at once.
+
+    Called with the cell itself (to read its tensors as they are now) and x of shape
+    (rows, *features); returns one tensor per requested output.
+    """
+
+    def __init__(
+        self, names: list[str], constants: list[Tensor], graph: fx.Graph, source: str
+    ) -> None:
+        super().__init__()
+        self.names = names
+        self.constants = constants
+        self.module = fx.GraphModule(nn.Module(), graph)
+        self.source = source
+
+    def forward(self, cell: nn.Module, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.module(*(resolve(cell, n) for n in self.names), *self.constants, x)
+
+
+def copy_graph(
+    parts: Partition, nodes: Iterable[fx.Node], inputs: dict[fx.Node, str], rows_of: fx.Node
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Copy `nodes` into a graph of their own.
+
+    Args:
+        parts: Where the nodes are from.
+        nodes: Operations to copy, in order.
+        inputs: Values to become placeholders, with their names.
+        rows_of: The input whose first size is the number of rows.
+
+    Returns:
+        The graph, still without an output, and where each old node went.
+    """
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {n: graph.placeholder(name) for n, name in inputs.items()}
+    x = next(n for n in parts.capture.graph.nodes if n.target == "x")
+
+    def lookup(node: fx.Node) -> fx.Node:
+        if node not in new:
+            if node is x:
+                return new[rows_of]
+            assert node.meta.get("is_count"), f"{node} is not available here"
+            new[node] = graph.node_copy(node, lookup)
+        return new[node]
+
+    for node in nodes:
+        if node not in new:
+            new[node] = graph.node_copy(node, lookup)
+    return graph, new
+
+
+def input_part(parts: Partition, outputs: list[Any]) -> InputPart:
+    """Build the input part that returns `outputs`.
+
+    Args:
+        parts: A partitioned cell.
+        outputs: Functions `(graph, new_node, rows) -> node`, one per result, that add what is
+            still to be done to an edge (see `elementwise.Leaf`).
+    """
+    capture = parts.capture
+    wanted = {o.edge for o in outputs}
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    placeholders = [n for n in capture.graph.nodes if n.op in ("placeholder", "get_attr")]
+    x = next(n for n in placeholders if n.target == "x")
+    own = [n for n in placeholders if n in needed and n.op == "placeholder" and n is not x]
+    constants = [n for n in placeholders if n in needed and n.op == "get_attr"]
+    index = {f"attribute_{i}": name for i, name in enumerate(capture.attributes)}
+    inputs = {n: index[n.target].replace(".", "_") for n in own}
+    inputs |= {n: str(n.target) for n in constants} | {x: "x"}
+    body = [n for n in capture.graph.nodes if n in needed and n.op == "call_function"]
+    graph, new = copy_graph(parts, body, inputs, x)
+    rows = graph.call_function(aten.sym_size.int, (new[x], 0))
+    graph.output(tuple(o.emit(graph, new[o.edge], rows) for o in outputs))
+    if not rows.users:
+        graph.erase_node(rows)
+    values = [capture.constants[str(n.target)] for n in constants]
+    return InputPart([index[n.target] for n in own], values, graph, str(graph.python_code("self").src))

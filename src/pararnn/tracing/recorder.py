@@ -1,0 +1,214 @@
+"""Records the aten operations of a function, each with the line of the user's code it came from."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+_LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+class TraceError(ValueError):
+    """The cell does something that cannot be evaluated in parallel; says what, where, and a way out."""
+
+
+class NeedsFunctionalization(Exception):
+    """A write is seen through another view; record again through `torch.func.functionalize`."""
+
+
+class Recorder(TorchDispatchMode):
+    """Executes operations as they come and writes them down as an `fx.Graph`.
+
+    Args:
+        inputs: The tensors to become placeholders, by name.
+        subject: What the error messages call the function.
+        focus: Code whose line each node notes in `meta["line"]`, also when a callee made it.
+    """
+
+    def __init__(
+        self, inputs: Mapping[str, Tensor], subject: str, focus: CodeType | None = None
+    ) -> None:
+        super().__init__()
+        self.focus = focus
+        self.graph = fx.Graph()
+        self.subject = subject
+        self.constants: list[Tensor] = []
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []
+        self._outdated: set[int] = set()
+        self._inputs = {_storage(tensor): name for name, tensor in inputs.items()}
+        for name, tensor in inputs.items():
+            self._bind(tensor, self.graph.placeholder(name))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise PyTorch imports its compiler, 2 s, to keep it away from this mode
+
+    def __enter__(self) -> Recorder:
+        self._grad = torch.is_grad_enabled()
+        return super().__enter__()
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that made `tensor`; a tensor from outside becomes a constant."""
+        if id(tensor) in self._outdated:
+            raise NeedsFunctionalization
+        if id(tensor) not in self._nodes:
+            node = self.graph.create_node("get_attr", f"constant_{len(self.constants)}")
+            self.constants.append(tensor)
+            self._bind(tensor, node)
+        return self._nodes[id(tensor)]
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def __torch_dispatch__(  # noqa: D102
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        place, line = _find_frames(self.focus)
+        self._refuse(func, place)
+        pure = self._without_write(func, args, place) if func._schema.is_mutable else func
+        to_node = lambda a: self.node_of(a) if isinstance(a, Tensor) else a  # noqa: E731
+        node = self.graph.call_function(pure, tree_map(to_node, args), tree_map(to_node, kwargs))
+        result = func(*args, **kwargs)
+        origin = {"place": place, "line": line}
+        node.meta.update(origin)
+        if isinstance(result, (tuple, list)):
+            for i, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    part = self.graph.call_function(operator.getitem, (node, i))
+                    part.meta.update(origin)
+                    self._bind(item, part)
+        elif isinstance(result, Tensor):
+            if self._grad and not torch.is_grad_enabled() and result.is_floating_point():
+                self._bind(result, node)
+                node = self.graph.call_function(aten.detach.default, (node,))
+                node.meta.update(origin)
+            self._bind(result, node)
+        return result
+
+    def _without_write(self, func: Any, args: Any, place: tuple[str, int] | None) -> Any:
+        """The operation that computes what `func` writes; views of the old value are outdated."""
+        packet, overload = str(func).removeprefix("aten.").split(".")
+        pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+        if pure is None or not packet.endswith("_"):
+            raise NeedsFunctionalization
+        written = args[0]
+        if _storage(written) in self._inputs:
+            raise TraceError(
+                f"{self.subject} writes into {self._inputs[_storage(written)]!r} in place at "
+                f"{show_place(place)}; compute a new tensor instead (all times are evaluated at "
+                "once, so there is no order for such writes)."
+            )
+        others = (t for t in self._alive if t is not written and _overlap(t, written))
+        self._outdated.update(map(id, others))
+        return pure
+
+    def _refuse(self, func: Any, place: tuple[str, int] | None) -> None:
+        if func in (aten._local_scalar_dense.default, aten.is_nonzero.default):
+            raise TraceError(
+                f"{self.subject} reads the value of a tensor at {show_place(place)} (an `if`, "
+                "`while`, `.item()` or `float()` on it), so its operations depend on the data; "
+                "use torch.where for a choice by element."
+            )
+        if self._grad and not torch.is_grad_enabled() and _inside_autograd_function():
+            raise TraceError(
+                f"{self.subject} calls a torch.autograd.Function at {show_place(place)}; its "
+                "backward cannot be seen by tracing. Write it with ordinary operations and "
+                ".detach()."
+            )
+
+
+def _find_frames(focus: CodeType | None) -> tuple[tuple[str, int] | None, int]:
+    """The innermost line outside PyTorch and this package, and the line inside `focus` (or 0)."""
+    place, line = None, 0
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if place is None and not filename.startswith((*_LIBRARY, "<")):
+            place = filename, frame.f_lineno
+        if frame.f_code is focus:
+            line = frame.f_lineno
+            break
+        frame = frame.f_back
+    return place, line
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share an element."""
+    if _storage(a) != _storage(b):
+        return False
+    size = max(t.untyped_storage().nbytes() // t.element_size() for t in (a, b))
+    marks = torch.zeros(size, dtype=torch.bool)
+    marks.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(marks.as_strided(b.shape, b.stride(), b.storage_offset()).any())
+
+
+def _inside_autograd_function() -> bool:
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("torch/autograd/function.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def show_place(place: tuple[str, int] | None) -> str:
+    """A file and line as an error message shows them."""
+    return "an unknown line" if place is None else f"{place[0]}:{place[1]}"
+
+
+def record(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Mapping[str, Tensor],
+    subject: str,
+    focus: CodeType | None = None,
+) -> tuple[fx.Graph, list[Tensor]]:
+    """Run `function(*inputs)` and write down its operations.
+
+    Functions that write into tensors are recorded in their functional form.
+
+    Returns:
+        The graph, whose output is the tuple of results, and the constants it refers to as
+        `constant_0`, `constant_1` and so on.
+    """
+    try:
+        return _run(function, inputs, Recorder(inputs, subject, focus))
+    except NeedsFunctionalization:
+        copies = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+    try:
+        return _run(torch.func.functionalize(function), copies, Recorder(copies, subject, focus))
+    except NeedsFunctionalization:
+        raise TraceError(
+            f"{subject} writes into a tensor in a way that cannot be followed; use operations "
+            "that return a new tensor."
+        ) from None
+
+
+def _run(
+    function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, Tensor], recorder: Recorder
+) -> tuple[fx.Graph, list[Tensor]]:
+    with recorder:
+        results = function(*inputs.values())
+    recorder.graph.output(tuple(recorder.node_of(r) for r in results))
+    return recorder.graph, recorder.constants

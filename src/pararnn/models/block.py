@@ -1,0 +1,102 @@
+"""The language-model block (Danieli et al. 2025, Figure 9).
+
+u, gate = W_in norm(x)
+y       = RNN(silu(conv(u)))
+x       = scale * x + W_out norm(y * silu(gate))
+x       = x + W_down (silu(g) * v),  g, v = W_up norm(x)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pararnn.layers.rnn import RNN
+from pararnn.models.boundaries import Boundaries
+from pararnn.models.cache import LayerState, State, map_state
+from pararnn.models.cells import CELLS
+from pararnn.models.configuration import ParaRNNConfig
+from pararnn.models.convolution import CausalConvolution
+
+
+class GatedRMSNorm(nn.RMSNorm):
+    """RMSNorm of `y * silu(gate)`."""
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override] # takes the gate
+        """Norm of the gated y; both (..., inner_size)."""
+        return super().forward(y * F.silu(gate))
+
+
+class ParaRNNMixer(nn.Module):
+    """Mixes over time: two branches, convolution, recurrence, gated norm."""
+
+    def __init__(self, config: ParaRNNConfig) -> None:
+        super().__init__()
+        size = config.inner_size
+        self.in_proj = nn.Linear(config.hidden_size, 2 * size, bias=False)
+        self.conv = CausalConvolution(size, config.conv_kernel)
+        cell = CELLS[config.cell](size, size, num_heads=config.num_heads, **config.cell_options)
+        self.rnn = RNN(cell, backend=config.backend)
+        self.norm = GatedRMSNorm(size, eps=config.rms_norm_eps)
+        self.out_proj = nn.Linear(size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, boundaries: Boundaries | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
+        """Mix x, shape (batch, time, hidden_size); returns the result and the state after it."""
+        u, gate = self.in_proj(x).chunk(2, dim=-1)
+        if boundaries is not None and boundaries.real is not None:
+            u = u * boundaries.real
+        u, window = self.conv(u, None if state is None else state.window, boundaries)
+        y, recurrent = self._recur(
+            F.silu(u), None if state is None else state.recurrent, boundaries
+        )
+        return self.out_proj(self.norm(y, gate)), LayerState(window, recurrent)
+
+    def _recur(
+        self, u: Tensor, state: State | None, boundaries: Boundaries | None
+    ) -> tuple[Tensor, State]:
+        """Run the recurrence; after a boundary it starts anew, before one it goes on from state."""
+        if boundaries is None:
+            return self.rnn(u, state)
+        y, last = self.rnn(u, None, boundaries.resets)
+        if state is None:
+            return y, last
+        y_carried, last_carried = self.rnn(u, state)
+        carried = (boundaries.document == 0).unsqueeze(-1)
+        last = map_state(lambda a, b: torch.where(carried[:, -1], a, b), last_carried, last)
+        return torch.where(carried, y_carried, y), last
+
+
+class SwiGLU(nn.Module):
+    """`W_down (silu(g) * v)` with `g, v = W_up x`."""
+
+    def __init__(self, config: ParaRNNConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform x, shape (..., hidden_size)."""
+        g, v = self.up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(g) * v)
+
+
+class ParaRNNBlock(GradientCheckpointingLayer):
+    """Mixer and MLP, each behind a norm and with a residual; the mixer's has a learnable scale."""
+
+    def __init__(self, config: ParaRNNConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = ParaRNNMixer(config)
+        self.residual_scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x: Tensor, boundaries: Boundaries | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
+        """Transform x, shape (batch, time, hidden_size); returns it and the state after it."""
+        mixed, state = self.mixer(self.mixer_norm(x), boundaries, state)
+        x = self.residual_scale * x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state

@@ -1,0 +1,26 @@
+"""The one table from a configuration's cell name to the cell it builds."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from pararnn.cells import ParaGRUCell, ParaLSTMCell
+
+CellFactory = Callable[..., nn.Module]
+
+CELLS: dict[str, CellFactory] = {"paragru": ParaGRUCell, "paralstm": ParaLSTMCell}
+
+
+def register_cell(name: str, factory: CellFactory) -> None:
+    """Make a cell available to `ParaRNNConfig(cell=name)`.
+
+    Args:
+        name: Not yet taken by another factory.
+        factory: Called as `factory(input_size, hidden_size, num_heads=..., **cell_options)`;
+            returns a cell as `pararnn.RNN` takes it.
+
+    Raises:
+        ValueError: The name belongs to another factory.
+    """
+    if CELLS.setdefault(name, factory) is not factory:
+        raise ValueError(f"cell name {name!r} is taken by {CELLS[name]!r}; choose another name.")

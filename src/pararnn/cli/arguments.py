@@ -1,0 +1,29 @@
+"""Command lines parsed into dataclasses."""
+
+import sys
+from typing import TypeVar
+
+import tyro
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(
+    kind: type[Arguments], name: str, arguments: list[str], default: Arguments | None = None
+) -> Arguments:
+    """Parse the arguments of a command.
+
+    A misspelt flag is answered with the nearest right one, a value that a configuration refuses
+    with its reason; both end the process with status 2.
+    """
+    try:
+        return tyro.cli(
+            kind,
+            prog=f"pararnn {name}",
+            args=arguments,
+            default=tyro.MISSING_NONPROP if default is None else default,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ValueError as error:
+        print(f"pararnn {name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,51 @@
+"""`pararnn generate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pararnn.cli.arguments import parse
+from pararnn.training import RunError, RunFolder, load_trained
+from pararnn.training.language_model import choose_device, generate_text
+
+
+@dataclass(kw_only=True)
+class GenerateArguments:
+    """Continue a text with the model of a run."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder that `pararnn train` wrote."""
+    prompt: str = ""
+    """Beginning of the text."""
+    num_bytes: int = 300
+    """Most bytes to add; the model may end the text before."""
+    temperature: float = 0.8
+    """Of the sampling; 0 takes the most probable byte."""
+    seed: int = 0
+    """Of the sampling."""
+    device: str = "auto"
+    """A torch device; auto for CUDA when there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        if self.num_bytes < 1:
+            raise ValueError(f"num-bytes is {self.num_bytes}; it must be >= 1.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be >= 0.")
+
+
+def run(arguments: list[str]) -> int:
+    """Print the prompt and its continuation."""
+    parsed = parse(GenerateArguments, "generate", arguments)
+    if "\0" in parsed.prompt:
+        raise RunError("the prompt holds a zero byte; a text has none.")
+    model = load_trained(RunFolder.open(parsed.run), choose_device(parsed.device))
+    text = generate_text(
+        model,
+        parsed.prompt,
+        num_bytes=parsed.num_bytes,
+        temperature=parsed.temperature,
+        seed=parsed.seed,
+    )
+    print(text)
+    return 0

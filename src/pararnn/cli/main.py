@@ -1,0 +1,84 @@
+"""Finds the command, and turns the errors that a user can put right into one message."""
+
+import difflib
+import importlib
+import sys
+
+from pararnn._version import __version__
+
+COMMANDS = {
+    "train": ("pararnn.cli.train", "Train a byte-level language model."),
+    "generate": ("pararnn.cli.generate", "Continue a text with a trained model."),
+    "eval": ("pararnn.cli.evaluate", "Measure a trained model in bits per byte."),
+}
+EXTRA = frozenset(
+    {"numpy", "transformers", "torchdata", "tyro", "tensorboard", "safetensors", "tqdm"}
+)
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program's name; None for those of the process.
+
+    Returns:
+        Exit status: 0, 1 for a run that failed, 2 for wrong arguments, 128 and the signal's number
+        for a run that a signal stopped.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"pararnn {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        return _fail(f"there is no command {name!r}; perhaps you meant {nearest!r}.", MISUSED)
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    try:
+        command = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        return _fail(
+            f"{name} needs the package {package}, which is not installed; install the extra: "
+            'pip install "pararnn[train]"',
+            FAILED,
+        )
+    from pararnn.training.errors import RunError
+
+    try:
+        return command.run(arguments)
+    except RunError as error:
+        return _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", INTERRUPTED)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"pararnn: {message}", file=sys.stderr)
+    return status
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: pararnn COMMAND [OPTIONS]",
+            "",
+            "Nonlinear RNNs trained in parallel over the sequence.",
+            "",
+            *commands,
+            "",
+            "pararnn COMMAND --help lists the options; pararnn --version prints the version.",
+        ]
+    )

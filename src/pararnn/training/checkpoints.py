@@ -1,0 +1,197 @@
+"""Checkpoints that are either whole or absent, and known to be unharmed when read.
+
+    checkpoints/step-00000100/
+        model.safetensors, config.json, ...   as `from_pretrained` reads them
+        training_state.pt                     optimiser, data position, random state
+        manifest.json                         format, step, run, SHA-256 of every file
+
+A checkpoint is written into a hidden folder, flushed to the disk and then renamed.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pararnn.training.errors import RunError
+from pararnn.training.files import digest, sync_file, sync_folder, write_atomically
+
+FORMAT = "pararnn-checkpoint-1"
+MANIFEST = "manifest.json"
+STATE = "training_state.pt"
+
+
+class CheckpointError(RunError):
+    """A checkpoint that cannot be written or must not be read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder and the optimiser steps it was taken after."""
+
+    path: Path
+    step: int
+
+    def load_state(self) -> dict[str, Any]:
+        """What `save_checkpoint` was given beside the model, on the CPU."""
+        return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+
+
+def save_checkpoint(
+    folder: Path, step: int, run: str, model: PreTrainedModel, state: dict[str, Any]
+) -> Checkpoint:
+    """Write a checkpoint; on failure nothing of it is left and older ones are untouched.
+
+    Args:
+        folder: The run's `checkpoints`.
+        step: Optimiser steps done.
+        run: Identity of the run, stored and compared when reading.
+        model: Saved as `save_pretrained` does.
+        state: Tensors and plain values.
+
+    Raises:
+        CheckpointError: The disk is full or not writable.
+    """
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".saving-{target.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary, step, run, model, state)
+        _discard(target)
+        temporary.replace(target)
+        sync_folder(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = [path.name for path in _list(folder)]
+        raise CheckpointError(
+            f"cannot save a checkpoint at step {step}: {_first_line(error)}. Make room in {folder} "
+            f"or make it writable. {f'Last good checkpoint: {kept[-1]}.' if kept else ''}".strip()
+        ) from error
+    return Checkpoint(target, step)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the last checkpoints."""
+    for path in _list(folder)[:-keep]:
+        _discard(path)
+
+
+def verify(path: Path, run: str | None = None) -> Checkpoint:
+    """Read the manifest and compare every file with it.
+
+    Args:
+        path: Folder of one checkpoint.
+        run: Identity that it must have; None for any.
+
+    Raises:
+        CheckpointError: Not one of ours, of another run, incomplete or damaged.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files, step, owner = manifest["files"], int(manifest["step"]), manifest["run"]
+        ours = manifest["format"] == FORMAT
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} has no {MANIFEST}: not a ParaRNN checkpoint") from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path.name}/{MANIFEST} is damaged") from error
+    if not ours:
+        raise CheckpointError(f"{path.name} has format {manifest['format']!r}, not {FORMAT!r}")
+    if run is not None and owner != run:
+        raise CheckpointError(f"{path.name} belongs to a run with other settings or other data")
+    for name, expected in files.items():
+        try:
+            found = digest(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path.name}/{name} is missing or unreadable") from error
+        if found != expected:
+            raise CheckpointError(f"{path.name}/{name} is damaged (its checksum differs)")
+    return Checkpoint(path, step)
+
+
+def newest_checkpoint(
+    folder: Path, run: str | None = None
+) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The last good checkpoint, and what is wrong with those after it.
+
+    Raises:
+        CheckpointError: There are checkpoints, but none is good.
+    """
+    problems: list[CheckpointError] = []
+    for path in reversed(_list(folder)):
+        try:
+            return verify(path, run), problems
+        except CheckpointError as error:
+            problems.append(error)
+    if problems:
+        reasons = "; ".join(str(problem) for problem in problems)
+        raise CheckpointError(
+            f"no usable checkpoint in {folder}: {reasons}. Restore one from a copy, or train anew "
+            "with another --out."
+        )
+    return None, []
+
+
+def set_aside(folder: Path, after: Checkpoint) -> None:
+    """Rename the checkpoints later than the one in use, so that they are never counted as good."""
+    for path in _list(folder):
+        if path.name > after.path.name:
+            aside = path.with_name(f"unusable-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own progress bars off the screen."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _write(
+    folder: Path, step: int, run: str, model: PreTrainedModel, state: dict[str, Any]
+) -> None:
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    torch.save(state, folder / STATE)
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        sync_file(path)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "run": run,
+        "files": {path.name: digest(path) for path in paths},
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def _list(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; it vanishes at once, so none is ever found half deleted."""
+    if path.exists():
+        hidden = path.with_name(f".deleting-{path.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.replace(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

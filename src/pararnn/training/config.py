@@ -1,0 +1,229 @@
+"""Settings of a training run: nested dataclasses, checked when made, stored as `config.json`."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pararnn.models import CELLS
+from pararnn.training.errors import RunError
+
+DEFAULT_STEPS = 600
+
+
+@dataclass(kw_only=True)
+class ArchitectureConfig:
+    """Shape of the language model."""
+
+    width: int = 192
+    """Channels of the residual stream and of the recurrence."""
+    num_layers: int = 3
+    """Blocks, each a recurrent mixer and an MLP."""
+    num_heads: int = 4
+    """Blocks of the cell's input projection; must divide the width."""
+    conv_kernel: int = 4
+    """Steps that the causal convolution sees."""
+    initializer_std: float = 0.02
+    """Standard deviation of linear and embedding weights at the start."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "num_heads", "conv_kernel"):
+            _require(getattr(self, name) >= 1, f"architecture.{name}", getattr(self, name), ">= 1")
+        divides = self.width % self.num_heads == 0
+        _require(divides, "architecture.num_heads", self.num_heads, f"a divisor of {self.width}")
+        positive = self.initializer_std > 0
+        _require(positive, "architecture.initializer_std", self.initializer_std, "> 0")
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """How text becomes batches."""
+
+    sequence_length: int = 256
+    """Bytes per sequence."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    held_out: float = 0.05
+    """Share of the files kept for validation; of the bytes, when there is one file only."""
+    validation_bytes: int = 262_144
+    """Held-out bytes to evaluate at the end of training, spread evenly; 0 for all of them."""
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length >= 1, "text.sequence_length", self.sequence_length, ">= 1")
+        _require(self.batch_size >= 1, "text.batch_size", self.batch_size, ">= 1")
+        _require(0 < self.held_out < 1, "text.held_out", self.held_out, "between 0 and 1")
+        _require(self.validation_bytes >= 0, "text.validation_bytes", self.validation_bytes, ">= 0")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and what surrounds its step."""
+
+    learning_rate: float = 3e-3
+    """Peak of the schedule."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradient, per step."""
+    beta2: float = 0.95
+    """Decay of the mean of its square, per step."""
+    weight_decay: float = 0.1
+    """Times the learning rate, per step; matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 for no limit."""
+    accumulate: int = 1
+    """Forward passes per optimiser step."""
+    z_loss_weight: float = 1e-4
+    """Weight of the mean squared log-partition in the loss."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; parameters stay float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "max_grad_norm", "z_loss_weight"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), ">= 0")
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            _require(0 <= beta < 1, f"optimizer.{name}", beta, "from 0 to below 1")
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "> 0")
+        _require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, ">= 1")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine to zero. Its length does not follow a later `--steps`."""
+
+    length: int | None = None
+    """Optimiser steps until the learning rate is zero; None for the larger of 600 and the steps
+    that the run is started with."""
+    warmup: float = 0.1
+    """Share of the length that the learning rate rises."""
+
+    def __post_init__(self) -> None:
+        _require(self.length is None or self.length >= 1, "schedule.length", self.length, ">= 1")
+        _require(0 <= self.warmup < 1, "schedule.warmup", self.warmup, "from 0 to below 1")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Train a byte-level language model."""
+
+    data: Path | None = None
+    """Text file or folder of text files; None for the source of Python's standard library."""
+    model: str = "paragru"
+    """Cell of the recurrence: paragru or paralstm."""
+    out: Path | None = None
+    """Run folder; None for the next free runs/MODEL-NUMBER."""
+    steps: int = DEFAULT_STEPS
+    """Optimiser steps to reach."""
+    checkpoint_every: int = 100
+    """Optimiser steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Last checkpoints to keep."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+    device: str = "auto"
+    """A torch device; auto for CUDA when there is one, else the CPU."""
+    backend: str = "auto"
+    """Kernels of the recurrence, as in `pararnn.RNN`."""
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps", self.steps, ">= 1")
+        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
+        _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
+        _require(self.seed >= 0, "seed", self.seed, ">= 0")
+        if self.model not in CELLS:
+            nearest = difflib.get_close_matches(self.model, CELLS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"model is {self.model!r}; perhaps you meant {nearest!r}. There are: "
+                f"{', '.join(CELLS)}."
+            )
+
+
+MAY_CHANGE = ("out", "steps", "checkpoint_every", "keep_checkpoints", "device", "backend")
+"""Fields that a resumed run may set anew; all others decide the loss curve."""
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Replace the values that depend on others or on the place; idempotent."""
+    length = config.schedule.length or max(DEFAULT_STEPS, config.steps)
+    return dataclasses.replace(
+        config,
+        data=None if config.data is None else config.data.expanduser().resolve(),
+        schedule=dataclasses.replace(config.schedule, length=length),
+    )
+
+
+def check_resumable(stored: TrainConfig, wanted: TrainConfig) -> None:
+    """Raise RunError when a resumed run asks for settings that would change its loss curve."""
+    before, after = to_dict(stored), to_dict(resolve(wanted))
+    changed = [
+        f"{name} from {old} to {new}"
+        for name, old, new in _leaf_changes(before, after)
+        if name not in MAY_CHANGE
+    ]
+    if changed:
+        raise RunError(
+            f"a resumed run keeps its settings, but this would change {', '.join(changed)}. Leave "
+            "these flags out, or start a new run with another --out."
+        )
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The part of a configuration that decides the loss curve."""
+    return {
+        name: value for name, value in to_dict(config).items() if name not in (*MAY_CHANGE, "data")
+    }
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values."""
+    values = dataclasses.asdict(config)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: A field is missing, unknown or holds something else than it should.
+    """
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, dict) or set(values) != set(hints):
+        raise ValueError(f"the fields of {kind.__name__} are not {', '.join(hints)}")
+    return kind(**{name: _restore(hints[name], name, value) for name, value in values.items()})
+
+
+def _restore(hint: Any, name: str, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value)
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        valid = value in options
+    else:
+        allowed = options if isinstance(hint, types.UnionType) else (hint,)
+        if value is not None and Path in allowed:
+            return Path(value)
+        valid = type(value) in allowed or (float in allowed and type(value) is int)
+    if not valid:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _leaf_changes(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if not isinstance(before, dict):
+        return [] if before == after else [(prefix, before, after)]
+    return [
+        change
+        for key in before
+        for change in _leaf_changes(before[key], after[key], f"{prefix}.{key}" if prefix else key)
+    ]
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {wanted}.")

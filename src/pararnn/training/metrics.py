@@ -1,0 +1,64 @@
+"""Measurements of a run: a line of JSON per step, and a plot of them."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pararnn.training.files import write_atomically
+
+
+class MetricsFile:
+    """Appends one JSON object per step.
+
+    Args:
+        path: The file.
+        last_step: Steps that the run goes on from; lines after it are removed, as is a line that
+            a crash cut short.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+        write_atomically(path, b"".join(_line(record) for record in kept))
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; it survives the end of the process at once."""
+        self._file.write(_line(record))
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a file; none when it does not exist."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def plot_loss(metrics: Path, target: Path) -> bool:
+    """Draw bits per byte over steps; False when matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["step"] for r in records], [r["bits_per_byte"] for r in records], linewidth=1)
+    axes.set(xlabel="step", ylabel="bits per byte", title="Training loss")
+    axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=120)
+    return True
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"

@@ -1,32 +1,351 @@
-"""TEMPORARY: sequential stand-in with the public interface; the real layer replaces it."""
+"""`RNN`: any cell over a whole sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from pararnn.layers.evaluate import BackendChoice, Evaluation, choose_backend
+from pararnn.solvers.settings import Newton, SolveReport
+from pararnn.tracing.capture import cell_subject, cell_tensors, fingerprint, resolve
+from pararnn.tracing.recorder import TraceError
+from pararnn.tracing.structure import Traced, trace
+
+State = Tensor | tuple[Tensor, ...]
+_MOST_COMPONENTS = 8
+
 
 class RNN(nn.Module):
-    def __init__(self, cell, *, hidden_size=None, num_components=None, batch_first=True, solver=None, backend="auto"):
+    """Evaluates a cell over a sequence, for all times at once, with the sequential result.
+
+    Args:
+        cell: Module with `forward(x, state) -> state`, as `nn.GRUCell`: `x` (N, *features), state a
+            tensor (N, hidden_size) or a tuple of them, the output first.
+        hidden_size: Channels of each component; `cell.hidden_size` when None.
+        num_components: Tensors in the state; `cell.num_components` when None, and without that
+            found by trying.
+        batch_first: x is (batch, time, *features), else (time, batch, *features).
+        solver: How to solve; `Newton()` when None.
+        backend: "torch", "c", or "auto" to choose; a backend that is named runs or raises.
+
+    Raises:
+        TypeError: `cell` is not a module, or sizes are not to be found.
+        TraceError: The cell does something that cannot be evaluated for all times.
+
+    Source: Danieli et al. 2025, arXiv 2510.21450.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        *,
+        hidden_size: int | None = None,
+        num_components: int | None = None,
+        batch_first: bool = True,
+        solver: Newton | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
-        self.cell, self.batch_first, self.backend = cell, batch_first, backend
-        self.hidden_size = hidden_size or cell.hidden_size
-        self.num_components = num_components or getattr(cell, "num_components", 1)
+        if not isinstance(cell, nn.Module):
+            raise TypeError(
+                f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for "
+                "a plain function use pararnn.scan."
+            )
+        if solver is not None and not isinstance(solver, Newton):
+            raise TypeError(f"solver must be pararnn.Newton(...) or None, got {solver!r}.")
+        self.cell = cell
+        self.batch_first = batch_first
+        self.solver = solver or Newton()
+        self.backend = backend
+        self._hidden_size = hidden_size
+        self._num_components = num_components
+        choose_backend(backend)
+        self._evaluation: Evaluation | None = None
+        self._signature: tuple[object, ...] | None = None
+        self._report: Tensor | None = None
+        input_size = getattr(cell, "input_size", None)
+        if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
+            self._prepare((input_size,), self._parameter_dtype(), self._device())
 
-    def forward(self, x, state=None, resets=None):
-        if not self.batch_first: x = x.transpose(0, 1)
-        if state is None:
-            zeros = x.new_zeros(x.shape[0], self.hidden_size)
-            state = zeros if self.num_components == 1 else (zeros,) * self.num_components
-        first, ys = state, []
-        for t in range(x.shape[1]):
-            if resets is not None:
-                r = resets[:, t, None]
-                state = torch.where(r, first, state) if self.num_components == 1 else tuple(torch.where(r, a, b) for a, b in zip(first, state))
-            state = self.cell(x[:, t], state)
-            ys.append(state if self.num_components == 1 else state[0])
-        y = torch.stack(ys, 1)
-        return (y if self.batch_first else y.transpose(0, 1)), state
+    @property
+    def hidden_size(self) -> int:
+        """Channels of each component of the state."""
+        size = self._hidden_size or getattr(self.cell, "hidden_size", None)
+        if not isinstance(size, int) or size < 1:
+            name = type(self.cell).__name__
+            raise TypeError(
+                f"{name} does not say how large its state is; set self.hidden_size = ... in "
+                f"{name}.__init__, or pass RNN(cell, hidden_size=...), or give a state at the "
+                "first call."
+            )
+        return size
 
-    def step(self, x_t, state=None):
+    @property
+    def num_components(self) -> int:
+        """Tensors in the state."""
+        if self._num_components is None:
+            own = getattr(self.cell, "num_components", None)
+            self._num_components = own if isinstance(own, int) else self._find_components()
+        return self._num_components
+
+    @property
+    def report(self) -> SolveReport | None:
+        """How the last forward pass went; None before one, for dense cells, or when compiled."""
+        return None if self._report is None else SolveReport(self._report)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Evaluate the cell at all times.
+
+        Args:
+            x: Inputs, (batch, time, *features), or (time, batch, *features) without `batch_first`,
+                or (time, *features) for a single sequence.
+            state: State before the first step: (batch, hidden_size), or a tuple of them; without
+                batch axis for a single sequence; zeros when None.
+            resets: Boolean, (batch, time) laid out like x: where true, the state before this step
+                is the initial state.
+            cu_seqlens: Boundaries (0, ..., time) of sequences packed one after another into x of
+                batch 1; `state` then has one row per sequence, and so has the returned state.
+
+        Returns:
+            The outputs (the state's first component) at all times, laid out like x, and the state
+            after the last step, like `state`. Both have the type of x.
+
+        Gradients: exact at the solution; they reach x, `state` and the cell's parameters.
+        """
+        evaluation = self._evaluation_for(x, state)
+        single = x.dim() == evaluation.feature_axes + 1
+        if single:
+            x = x.unsqueeze(0)
+            state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
+            resets = None if resets is None else resets.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+            resets = None if resets is None else resets.transpose(0, 1)
+        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        first = self._initial(state, sequences, x)
+        starts, last = _starts(x, resets, cu_seqlens)
+        states, report = evaluation.run(self._tensors(evaluation), x, first, starts)
+        if not torch.compiler.is_compiling():
+            self._report = report
+        dtype = x.dtype if x.is_floating_point() else states[0].dtype
+        y = states[0].to(dtype)
+        final = tuple((s[:, -1] if last is None else s[0, last]).to(dtype) for s in states)
+        if single:
+            y = y.squeeze(0)
+            final = final if cu_seqlens is not None else tuple(f.squeeze(0) for f in final)
+        elif not self.batch_first:
+            y = y.transpose(0, 1)
+        return y, final if evaluation.traced.capture.is_tuple else final[0]
+
+    def step(self, x_t: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Evaluate one step, as `forward` does on a sequence of length 1.
+
+        Args:
+            x_t: Inputs, (batch, *features), or (*features) for a single sequence.
+            state: State before the step; zeros when None.
+
+        Returns:
+            The output, and the state after the step.
+        """
+        evaluation = self._evaluation_for(x_t.unsqueeze(0), state)
+        if x_t.dim() == evaluation.feature_axes:
+            y, new = self.forward(x_t.unsqueeze(0), state)
+            return y.squeeze(0), new
+        y, new = self.forward(x_t.unsqueeze(1 if self.batch_first else 0), state)
+        return y.squeeze(1 if self.batch_first else 0), new
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"batch_first={self.batch_first}, backend={self.backend!r}"
+
+    def evaluation(self) -> Evaluation:
+        """The traced cell and the backend chosen for it.
+
+        Raises:
+            TypeError: Sizes are known only after a first call.
+        """
+        if self._evaluation is None:
+            raise TypeError(
+                f"{type(self.cell).__name__} does not say the size of its input; call the layer "
+                "once, or set self.input_size = ... in the cell."
+            )
+        return self._evaluation
+
+    def _evaluation_for(self, x: Tensor, state: State | None) -> Evaluation:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}.")
+        if torch.compiler.is_compiling() and self._evaluation is not None:
+            return self._evaluation
+        if self._hidden_size is None and not _has_size(self.cell) and state is not None:
+            self._hidden_size = (state[0] if isinstance(state, tuple) else state).shape[-1]
+        if self._num_components is None and isinstance(state, tuple):
+            self._num_components = len(state)
+        return self._prepare(self._features(x), x.dtype, x.device)
+
+    def _features(self, x: Tensor) -> tuple[int, ...]:
+        input_size = getattr(self.cell, "input_size", None)
+        known = (input_size,) if isinstance(input_size, int) else None
+        if known is None and self._evaluation is not None:
+            known = self._evaluation.features
+        if known is None:
+            known = tuple(x.shape[2:])
+        expected = ", ".join(map(str, known))
+        if x.dim() not in (len(known) + 1, len(known) + 2) or (
+            known and tuple(x.shape[-len(known) :]) != known
+        ):
+            layout = "(batch, time" if self.batch_first else "(time, batch"
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; pass {layout}, {expected}), or (time, {expected}) "
+                "for a single sequence."
+            )
+        if 0 in x.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}; batch and time must be at least 1.")
+        return known
+
+    def _prepare(
+        self, features: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Evaluation:
+        kind = self._parameter_dtype() if dtype.is_floating_point else dtype
+        signature = (features, kind, device, fingerprint(self.cell), self.backend, self.solver)
+        if self._evaluation is None or signature != self._signature:
+            state_dtype = self._parameter_dtype()
+            components = self.num_components
+            traced = self._trace(features, kind, state_dtype, components, device)
+            choice: BackendChoice = choose_backend(self.backend, traced, device)
+            self._evaluation = Evaluation(traced, choice, self.solver, features)
+            self._signature = signature
+        return self._evaluation
+
+    def _trace(
+        self,
+        features: tuple[int, ...],
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        components: int,
+        device: torch.device,
+        is_tuple: bool | None = None,
+    ) -> Traced:
+        subject = cell_subject(self.cell)
+        as_tuple = components > 1 if is_tuple is None else is_tuple
+        inputs = [(features, dtype)]
+        return trace(subject, inputs, self.hidden_size, components, as_tuple, state_dtype, device)
+
+    def _find_components(self) -> int:
+        """Try the cell on states of 1, 2, ... components; the right one comes back as it went in."""
+        size, dtype, device = self.hidden_size, self._parameter_dtype(), self._device()
+        features = getattr(self.cell, "input_size", None)
+        shape = (2, features) if isinstance(features, int) else None
+        failures = []
+        for count in range(1, _MOST_COMPONENTS + 1):
+            zeros = tuple(torch.zeros(2, size, dtype=dtype, device=device) for _ in range(count))
+            state = zeros if count > 1 else zeros[0]
+            if shape is None:
+                break
+            try:
+                with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    new = self.cell(torch.zeros(shape, dtype=dtype, device=device), state)
+            except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+                failures.append(f"{count}: {error}")
+                continue
+            parts = new if isinstance(new, tuple) else (new,)
+            whole = isinstance(new, tuple) == (count > 1) and len(parts) == count
+            if whole and all(p.shape == (2, size) for p in parts):
+                return count
+            failures.append(f"{count}: returned {len(parts)}")
+        if shape is None:
+            return 1
+        name = type(self.cell).__name__
+        raise TypeError(
+            f"{name}.forward(x, state) works with no state of 1 to {_MOST_COMPONENTS} tensors of "
+            f"shape (N, {size}) ({'; '.join(failures[:3])}). Set self.num_components = ... in "
+            f"{name}.__init__, or pass RNN(cell, num_components=...)."
+        )
+
+    def _initial(self, state: State | None, rows: int, x: Tensor) -> Tensor:
+        size, count = self.hidden_size, self.num_components
+        dtype = x.dtype if x.is_floating_point() else self._parameter_dtype()
         if state is None:
-            zeros = x_t.new_zeros(x_t.shape[0], self.hidden_size)
-            state = zeros if self.num_components == 1 else (zeros,) * self.num_components
-        state = self.cell(x_t, state)
-        return (state if self.num_components == 1 else state[0]), state
+            return torch.zeros(rows, count, size, dtype=dtype, device=x.device)
+        parts = state if isinstance(state, tuple) else (state,)
+        if len(parts) != count or isinstance(state, tuple) != (count > 1):
+            wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
+            seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
+            raise ValueError(f"state must be {wanted}, got {seen}.")
+        for part in parts:
+            if tuple(part.shape) != (rows, size):
+                raise ValueError(
+                    f"state has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
+                    "(rows, hidden_size), or None for zeros."
+                )
+            if part.device != x.device:
+                raise ValueError(f"state is on {part.device} but x is on {x.device}; move one.")
+        return torch.stack(parts, 1)
+
+    def _tensors(self, evaluation: Evaluation) -> list[Tensor]:
+        return [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
+
+    def _parameter_dtype(self) -> torch.dtype:
+        kinds = (t.dtype for t in cell_tensors(self.cell).values() if t.is_floating_point())
+        return next(kinds, torch.get_default_dtype())
+
+    def _device(self) -> torch.device:
+        return next((t.device for t in cell_tensors(self.cell).values()), torch.device("cpu"))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RNN:
+        """Trace again at once after `.to(...)`, so that a compiled call finds everything ready."""
+        super()._apply(fn, recurse)
+        if self._evaluation is not None:
+            kind = self._parameter_dtype()
+            self._prepare(self._evaluation.features, kind, self._device())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is traced belongs to this process; a copy traces again."""
+        return {**self.__dict__, "_evaluation": None, "_signature": None, "_report": None}
+
+
+def _has_size(cell: nn.Module) -> bool:
+    return isinstance(getattr(cell, "hidden_size", None), int)
+
+
+def _map(state: State | None, function: Any) -> State | None:
+    if state is None:
+        return None
+    return tuple(function(s) for s in state) if isinstance(state, tuple) else function(state)
+
+
+def _starts(
+    x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which initial state begins where (see `Problem.starts`), and the last step of each sequence."""
+    batch, time = x.shape[:2]
+    if resets is not None and cu_seqlens is not None:
+        raise ValueError("pass resets or cu_seqlens, not both.")
+    if resets is not None:
+        if resets.dtype is not torch.bool or tuple(resets.shape) != (batch, time):
+            raise ValueError(
+                f"resets has shape {tuple(resets.shape)} and type {resets.dtype}; pass booleans of "
+                f"shape ({batch}, {time}), laid out like x."
+            )
+        rows = torch.arange(batch, dtype=torch.int32, device=x.device).unsqueeze(1)
+        begin = torch.arange(time, device=x.device) == 0
+        return torch.where(resets.to(x.device) | begin, rows, -1).contiguous(), None
+    if cu_seqlens is None:
+        return None, None
+    ends = cu_seqlens.to(x.device).long()
+    lengths = ends[1:] - ends[:-1]
+    if batch != 1 or ends[0] != 0 or ends[-1] != time or (lengths < 1).any():
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of steps {time} of an x of batch 1 (here "
+            f"{batch}), got {cu_seqlens.tolist()}."
+        )
+    starts = torch.full((1, time), -1, dtype=torch.int32, device=x.device)
+    starts[0, ends[:-1]] = torch.arange(len(lengths), dtype=torch.int32, device=x.device)
+    return starts, ends[1:] - 1

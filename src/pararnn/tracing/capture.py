@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class Capture:
 
     Attributes:
         graph: Placeholders are the tensors of the cell (parameters, buffers, tensor attributes),
-            then `x`, then the components of the state; the output is the tuple of new components.
+            then the inputs `x_0`, ..., then the components of the state; the output is the tuple of new components.
             Every node carries `shape` and `dtype` (with `ROWS[0]` rows), `by_rows` (its first
             axis has one entry per row) and `place`, the user's line.
         attributes: Qualified names of the cell's tensors, in the order of their placeholders.
@@ -77,87 +77,128 @@ def fingerprint(cell: nn.Module) -> tuple[object, ...]:
     return tensors, scalars
 
 
+StepFunction = Callable[[dict[str, Tensor], tuple[Tensor, ...], Any], Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is captured.
+
+    Attributes:
+        step: `step(tensors, inputs, state) -> state`.
+        source: The user's function, whose lines and variable names are shown.
+        tensors: What the step reads besides inputs and state, by name.
+        name: What messages call it.
+    """
+
+    step: StepFunction
+    source: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    name: str
+
+
+def cell_subject(cell: nn.Module) -> Subject:
+    """A cell as something to capture."""
+    tensors = cell_tensors(cell)
+
+    def step(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
+        swapped = {name: t for name, t in own.items() if t is not tensors[name]}
+        return torch.func.functional_call(cell, swapped, (*inputs, state))
+
+    return Subject(step, inspect.unwrap(type(cell).forward), tensors, type(cell).__name__)
+
+
 def capture(
-    cell: nn.Module,
-    features: Sequence[int],
+    subject: Subject,
+    inputs: Sequence[tuple[Sequence[int], torch.dtype]],
     hidden_size: int,
     num_components: int,
     is_tuple: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Capture:
-    """Write down one step of `cell`.
+    """Write down one step.
 
     Args:
-        cell: Module with `forward(x, state) -> state`.
-        features: Shape of one input, usually (input_size,).
+        subject: The step.
+        inputs: Shape (without the rows) and type of every input.
         hidden_size: Channels of each component.
         num_components: Tensors in the state.
-        is_tuple: Give the cell its state as a tuple.
-        dtype: Type of x and the state.
-        device: Where the cell is.
+        is_tuple: Give the step its state as a tuple.
+        dtype: Type of the state.
+        device: Where to run.
 
     Raises:
-        TraceError: The cell does something that has no parallel form; the message names the line.
+        TraceError: The step does something that has no parallel form; the message names the line.
     """
-    subject = type(cell).__name__
-    tensors = cell_tensors(cell)
+    with torch.inference_mode(False):
+        return _capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
+
+
+def _capture(
+    subject: Subject,
+    inputs: Sequence[tuple[Sequence[int], torch.dtype]],
+    hidden_size: int,
+    num_components: int,
+    is_tuple: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Capture:
     runs = []
     for rows in ROWS:
-        inputs = {f"attribute_{i}": tensor for i, tensor in enumerate(tensors.values())}
-        options: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": True}
-        inputs["x"] = torch.rand(rows, *features, **options)
+        examples = {f"attribute_{i}": tensor for i, tensor in enumerate(subject.tensors.values())}
+        for i, (features, kind) in enumerate(inputs):
+            examples[f"x_{i}"] = _example((rows, *features), kind, device)
         for i in range(num_components):
-            inputs[f"state_{i}"] = torch.rand(rows, hidden_size, **options)
-        runs.append(_run(cell, tensors, inputs, num_components, is_tuple, rows, hidden_size))
+            examples[f"state_{i}"] = _example((rows, hidden_size), dtype, device)
+        runs.append(_run(subject, examples, len(inputs), is_tuple, (rows, hidden_size)))
     (graph, constants), (other, _) = runs
-    graph = _merge(graph, other, subject)
+    graph = _merge(graph, other, subject.name)
     _mark_rows(graph, other)
-    attributes = list(tensors)
-    name_nodes(
-        graph, _forward_function(cell), {f"attribute_{i}": n for i, n in enumerate(attributes)}
-    )
+    names = {f"attribute_{i}": name for i, name in enumerate(subject.tensors)}
+    name_nodes(graph, subject.source, names)
     return Capture(
         graph,
-        attributes,
+        list(subject.tensors),
         {f"constant_{i}": t for i, t in enumerate(constants)},
         num_components,
         is_tuple,
         hidden_size,
         dtype,
-        subject,
+        subject.name,
     )
 
 
-def _forward_function(cell: nn.Module) -> Any:
-    return inspect.unwrap(type(cell).forward)
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.rand(shape, dtype=dtype, device=device).requires_grad_()
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _run(
-    cell: nn.Module,
-    tensors: dict[str, Tensor],
-    inputs: dict[str, Tensor],
-    num_components: int,
+    subject: Subject,
+    examples: dict[str, Tensor],
+    num_inputs: int,
     is_tuple: bool,
-    rows: int,
-    hidden_size: int,
+    shape: tuple[int, int],
 ) -> tuple[fx.Graph, list[Tensor]]:
-    subject = type(cell).__name__
+    own = len(subject.tensors)
+    num_components = len(examples) - own - num_inputs
 
     def step(*flat: Tensor) -> tuple[Tensor, ...]:
-        own, x, state = flat[: len(tensors)], flat[len(tensors)], flat[len(tensors) + 1 :]
-        swapped = {n: t for n, t in zip(tensors, own, strict=True) if t is not tensors[n]}
-        new = torch.func.functional_call(cell, swapped, (x, state if is_tuple else state[0]))
-        return _checked(new, subject, num_components, is_tuple, (rows, hidden_size))
+        tensors = dict(zip(subject.tensors, flat[:own], strict=True))
+        inputs, state = flat[own : own + num_inputs], flat[own + num_inputs :]
+        new = subject.step(tensors, inputs, state if is_tuple else state[0])
+        return _checked(new, subject.name, num_components, is_tuple, shape)
 
-    device = inputs["x"].device
-    focus = getattr(_forward_function(cell), "__code__", None)
+    device = examples["state_0"].device
     with (
         torch.enable_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
     ):
-        return record(step, inputs, subject, focus)
+        focus = getattr(subject.source, "__code__", None)
+        return record(step, examples, subject.name, focus)
 
 
 def _checked(
@@ -168,19 +209,19 @@ def _checked(
         given = f"a tuple of {num_components} tensors" if is_tuple else "one tensor"
         seen = f"a {type(new).__name__} of {len(components)}" if is_tuple else type(new).__name__
         raise TraceError(
-            f"{subject}.forward(x, state) was given {given} as state but returned {seen}; it must "
+            f"{subject} was given {given} as state but returned {seen}; it must "
             "return the new state in the same form."
         )
     for i, component in enumerate(components):
         if not isinstance(component, Tensor) or tuple(component.shape) != shape:
             seen = tuple(component.shape) if isinstance(component, Tensor) else component
             raise TraceError(
-                f"{subject}.forward(x, state) returned component {i} of shape {seen} for a state "
+                f"{subject} returned component {i} of shape {seen} for a state "
                 f"of shape {shape}; every component must keep the shape (N, hidden_size)."
             )
         if not component.is_floating_point():
             raise TraceError(
-                f"{subject}.forward(x, state) returned component {i} of type {component.dtype}; "
+                f"{subject} returned component {i} of type {component.dtype}; "
                 "the state must be floating point."
             )
     return components
@@ -195,7 +236,7 @@ def _merge(graph: fx.Graph, other: fx.Graph, subject: str) -> fx.Graph:
             f"{subject} runs other operations for {ROWS[1]} rows than for {ROWS[0]}; its "
             "operations must not depend on the batch size."
         )
-    x = next(n for n in nodes if n.target == "x")
+    x = next(n for n in nodes if n.target == "x_0")
     counts: dict[tuple[int, int], fx.Node] = {}
 
     def unify(a: Any, b: Any, place: tuple[str, int] | None) -> Any:

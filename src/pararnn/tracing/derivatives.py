@@ -94,7 +94,8 @@ def _derive(
         total = sum(o * a for o, a in zip(outputs, adjoints, strict=True))
         return (*(g for row in rows for g in row), *_gradients(total, primals))
 
-    graph, constants = record(run, inputs, "the derivative")
+    with torch.inference_mode(False), torch.enable_grad():
+        graph, constants = record(run, inputs, "the derivative")
     operands = _read(graph, dict(zip(inputs, leaves, strict=True)), constants)
     rows = [operands[i * components : (i + 1) * components] for i in range(components)]
     return tuple(map(tuple, rows)), tuple(operands[components * components :])

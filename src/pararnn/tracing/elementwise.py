@@ -270,6 +270,6 @@ def _row_count(node: fx.Node) -> int:
 
 
 def _edge_name(lf: Leaf) -> str:
-    name = lf.edge.meta.get("name") or ("x" if lf.edge.target == "x" else lf.edge.name)
+    name = lf.edge.meta.get("name") or lf.edge.name
     single = math.prod(lf.shape) == lf.hidden_size
     return name if single else f"{name}_{lf.slot}"

@@ -198,4 +198,7 @@ _RULES: dict[str, Callable[..., Operand]] = {
     "fill": lambda self, value: value,
     "copy": lambda self, src, non_blocking=False: src,
     "_to_copy": lambda self: self,
+    "_prelu_kernel": lambda self, weight: _where(
+        make("gt", self, 0.0), self, apply("mul", weight, self)
+    ),
 }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from pararnn.tracing.capture import Capture, resolve
+from pararnn.tracing.capture import Capture
 from pararnn.tracing.recorder import TraceError, aten, show_place
 
 
@@ -42,7 +42,7 @@ def partition(capture: Capture) -> Partition:
     _drop_unused(graph)
     states = [n for n in graph.nodes if n.op == "placeholder" and n.target.startswith("state_")]
     reached = set(states)
-    from_x = {n for n in graph.nodes if n.op == "placeholder" and n.target == "x"}
+    from_x = {n for n in graph.nodes if _is_input(n)}
     recurrent: list[fx.Node] = []
     for node in graph.nodes:
         if node.op == "call_function" and not node.meta.get("is_count"):
@@ -72,6 +72,10 @@ def partition(capture: Capture) -> Partition:
     return Partition(capture, states, recurrent, edges, list(results))
 
 
+def _is_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.target.startswith("x_")
+
+
 def _drop_unused(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in ("call_function", "get_attr"):
@@ -81,21 +85,18 @@ def _drop_unused(graph: fx.Graph) -> None:
 class InputPart(nn.Module):
     """The operations of a cell that do not depend on its state, for any number of rows at once.
 
-    Called with the cell itself (to read its tensors as they are now) and x of shape
-    (rows, *features); returns one tensor per requested output.
+    Called with the tensors of `names` as they are now, and the inputs of shape (rows, *features);
+    returns one tensor per requested output.
     """
 
-    def __init__(
-        self, names: list[str], constants: list[Tensor], graph: fx.Graph, source: str
-    ) -> None:
+    def __init__(self, names: list[str], constants: list[Tensor], graph: fx.Graph) -> None:
         super().__init__()
         self.names = names
         self.constants = constants
         self.module = fx.GraphModule(nn.Module(), graph)
-        self.source = source
 
-    def forward(self, cell: nn.Module, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        return self.module(*(resolve(cell, n) for n in self.names), *self.constants, x)
+    def forward(self, tensors: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.module(*tensors, *self.constants, *inputs)
 
 
 def copy_graph(
@@ -114,11 +115,11 @@ def copy_graph(
     """
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {n: graph.placeholder(name) for n, name in inputs.items()}
-    x = next(n for n in parts.capture.graph.nodes if n.target == "x")
+    first_input = next(n for n in parts.capture.graph.nodes if _is_input(n))
 
     def lookup(node: fx.Node) -> fx.Node:
         if node not in new:
-            if node is x:
+            if node is first_input:
                 return new[rows_of]
             assert node.meta.get("is_count"), f"{node} is not available here"
             new[node] = graph.node_copy(node, lookup)
@@ -130,35 +131,38 @@ def copy_graph(
     return graph, new
 
 
-def input_part(parts: Partition, outputs: list[Any]) -> InputPart:
-    """Build the input part that returns `outputs`.
+class Output(Protocol):
+    """A result of the input part: an edge and what is still to be done to it."""
 
-    Args:
-        parts: A partitioned cell.
-        outputs: Functions `(graph, new_node, rows) -> node`, one per result, that add what is
-            still to be done to an edge (see `elementwise.Leaf`).
-    """
+    edge: fx.Node
+
+    def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
+        """Add operations to a graph that holds the edge's value; return the result."""
+        ...
+
+
+def input_part(parts: Partition, outputs: Sequence[Output]) -> InputPart:
+    """Build the input part that returns `outputs`."""
     capture = parts.capture
-    wanted = {o.edge for o in outputs}
     needed: set[fx.Node] = set()
-    stack = list(wanted)
+    stack = [o.edge for o in outputs]
     while stack:
         node = stack.pop()
         if node not in needed:
             needed.add(node)
             stack.extend(node.all_input_nodes)
-    placeholders = [n for n in capture.graph.nodes if n.op in ("placeholder", "get_attr")]
-    x = next(n for n in placeholders if n.target == "x")
-    own = [n for n in placeholders if n in needed and n.op == "placeholder" and n is not x]
-    constants = [n for n in placeholders if n in needed and n.op == "get_attr"]
+    sources = [n for n in capture.graph.nodes if n.op in ("placeholder", "get_attr")]
+    given = [n for n in sources if _is_input(n)]
+    own = [n for n in sources if n in needed and n.op == "placeholder" and n not in given]
+    constants = [n for n in sources if n in needed and n.op == "get_attr"]
     index = {f"attribute_{i}": name for i, name in enumerate(capture.attributes)}
     inputs = {n: index[n.target].replace(".", "_") for n in own}
-    inputs |= {n: str(n.target) for n in constants} | {x: "x"}
+    inputs |= {n: str(n.target) for n in constants} | {n: str(n.target) for n in given}
     body = [n for n in capture.graph.nodes if n in needed and n.op == "call_function"]
-    graph, new = copy_graph(parts, body, inputs, x)
-    rows = graph.call_function(aten.sym_size.int, (new[x], 0))
+    graph, new = copy_graph(parts, body, inputs, given[0])
+    rows = graph.call_function(aten.sym_size.int, (new[given[0]], 0))
     graph.output(tuple(o.emit(graph, new[o.edge], rows) for o in outputs))
     if not rows.users:
         graph.erase_node(rows)
     values = [capture.constants[str(n.target)] for n in constants]
-    return InputPart([index[n.target] for n in own], values, graph, str(graph.python_code("self").src))
+    return InputPart([index[n.target] for n in own], values, graph)

@@ -1,0 +1,120 @@
+"""Evaluates chunks with C generated from the recurrence and compiled by the system's compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pararnn.kernels.c_build import load
+from pararnn.kernels.c_source import MAX_BLOCK, SIZES, c_source
+from pararnn.solvers.problem import Gradients, Problem
+from pararnn.tracing.derivatives import Recurrence
+
+_VECTOR = 16  # channels of the narrowest block worth a thread of its own
+_SMALL = 16384  # elements under which starting threads costs more than they save
+_SHORTEST_CHUNK = 256
+
+
+class CBackend:
+    """One instance per recurrence; the libraries for float32 and float64 are made when needed."""
+
+    name = "c"
+
+    def __init__(self, recurrence: Recurrence) -> None:
+        self.recurrence = recurrence
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def library(self, double: bool) -> ctypes.CDLL:
+        """The compiled functions for one type."""
+        return load(self.source(double))
+
+    def source(self, double: bool = False) -> str:
+        """The generated C."""
+        return c_source(self.recurrence, double)
+
+    def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
+        """One chunk, unless rows and channels are too few to give every thread its own."""
+        lanes = batch * -(-hidden // _VECTOR)
+        wanted = -(-torch.get_num_threads() // lanes)
+        return -(-time // max(1, min(wanted, time // _SHORTEST_CHUNK)))
+
+    def forward(
+        self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int
+    ) -> Tensor:
+        """See `Backend.forward`."""
+        ends = torch.empty_like(boundary)
+        outputs = [None] * self.recurrence.num_components if states is None else states
+        self._call("forward", problem, limit, [problem.initial, boundary, ends, *outputs])
+        return ends
+
+    def tangent(self, problem: Problem, boundary: Tensor) -> Tensor:
+        """See `Backend.tangent`."""
+        batch, chunks, components, hidden = boundary.shape
+        tangents = boundary.new_empty((batch, chunks, components, components, hidden))
+        pointers = [problem.initial, boundary, tangents]
+        self._call("tangent", problem, problem.chunk, pointers)
+        return tangents
+
+    def backward(
+        self,
+        problem: Problem,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+        incoming: Tensor,
+        gradients: Gradients | None,
+        limit: int,
+    ) -> Tensor:
+        """See `Backend.backward`."""
+        outgoing = torch.empty_like(incoming)
+        pointers = [problem.initial, incoming, outgoing]
+        if gradients is None:
+            pointers += [None, None, *states, *grad_states, *[None] * len(problem.drives)]
+        else:
+            pointers += [gradients.initial, gradients.coefficients, *states, *grad_states]
+            pointers += gradients.drives
+        self._call("backward", problem, limit, pointers)
+        return outgoing
+
+    def _call(
+        self, name: str, problem: Problem, limit: int, pointers: Iterable[Tensor | None]
+    ) -> None:
+        threads = torch.get_num_threads()
+        elements = problem.batch * problem.time * problem.hidden
+        if elements < _SMALL:
+            threads = 1
+        sizes = {
+            "batch": problem.batch,
+            "time": problem.time,
+            "hidden": problem.hidden,
+            "chunks": problem.chunks,
+            "chunk": problem.chunk,
+            "block": _block(problem, threads),
+            "threads": threads,
+            "rows": problem.initial.shape[0],
+            "limit": limit,
+        }
+        arguments = [sizes[s] for s in SIZES] + [_address(problem.starts)]
+        for drive in problem.drives:
+            arguments += [drive.data_ptr(), drive.stride(0), drive.stride(1)]
+        arguments += [c.data_ptr() for c in problem.coefficients]
+        arguments += [_address(p) for p in pointers]
+        array = (ctypes.c_int64 * len(arguments))(*arguments)
+        library = self.library(problem.drives[0].dtype is torch.float64)
+        getattr(library, name)(array)
+
+
+def _block(problem: Problem, threads: int) -> int:
+    """Channels per lane: as many as fit, but enough lanes for all threads."""
+    lanes = problem.batch * problem.chunks
+    per_row = -(-threads // lanes)
+    block = -(-problem.hidden // per_row)
+    block = -(-block // _VECTOR) * _VECTOR
+    return min(MAX_BLOCK, block)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,234 @@
+"""Lowers aten operations to the few primitives that every printer knows.
+
+`PRIMITIVES` is the contract with the printers (C, Triton): a printer has one line per primitive.
+Everything else is a rule below; formulas follow the definitions in PyTorch's documentation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pararnn.tracing.expressions import Expression, Operand, make, rewrite
+
+ARITHMETIC = frozenset("add sub mul div neg abs".split())
+COMPARISONS = frozenset("lt le gt ge eq ne".split())
+LOGIC = frozenset("logical_and logical_or logical_xor logical_not where to_float".split())
+FUNCTIONS = frozenset(
+    "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan atan2 sinh cosh tanh "
+    "asinh acosh atanh sigmoid erf erfc pow floor ceil trunc round fmod hypot copysign "
+    "maximum minimum fmax fmin to_float32 to_float16 to_bfloat16 largest".split()
+)
+PRIMITIVES = ARITHMETIC | COMPARISONS | LOGIC | FUNCTIONS
+
+
+class NotLowered(ValueError):
+    """No rule for an operation; the message names it."""
+
+
+def lower(roots: Iterable[Operand]) -> list[Operand]:
+    """Rewrite expressions into primitives.
+
+    Raises:
+        NotLowered: An operation has no rule; kernels cannot be generated for it.
+    """
+
+    def rule(op: str, args: tuple[Operand, ...]) -> Operand:
+        if op == "pow":
+            return _pow(*args)
+        if op in PRIMITIVES:
+            return make(op, *args)
+        if op not in _RULES:
+            raise NotLowered(f"aten.{op} has no rule in pararnn.kernels.lowering")
+        return _RULES[op](*args)
+
+    return rewrite(roots, rule)
+
+
+def where(condition: Operand, yes: Operand, no: Operand) -> Operand:
+    """`yes` where the condition holds, else `no`."""
+    return make("where", condition, yes, no)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    return lambda *args: make(name, *args)
+
+
+exp, expm1, log, log1p, sqrt = map(_function, ("exp", "expm1", "log", "log1p", "sqrt"))
+sigmoid, tanh, erf, sin, absolute = map(_function, ("sigmoid", "tanh", "erf", "sin", "abs"))
+lt, le, gt, ge, eq, ne = map(_function, ("lt", "le", "gt", "ge", "eq", "ne"))
+
+
+def _pow(base: Operand, exponent: Operand) -> Operand:
+    special: dict[float, Callable[[Any], Operand]] = {
+        0.5: sqrt,
+        1.0: lambda x: x,
+        2.0: lambda x: x * x,
+        3.0: lambda x: x * x * x,
+        -0.5: lambda x: 1.0 / sqrt(x),
+        -1.0: lambda x: 1.0 / x,
+        -2.0: lambda x: 1.0 / (x * x),
+    }
+    if isinstance(exponent, (int, float)) and isinstance(base, Expression) and exponent in special:
+        return special[exponent](base)
+    return make("pow", base, exponent)
+
+
+def _clamp(x: Any, low: Any, high: Any) -> Operand:
+    if low is not None:
+        x = where(lt(x, low), low, x)
+    return x if high is None else where(gt(x, high), high, x)
+
+
+def _softplus(x: Any, beta: Any = 1, threshold: Any = 20) -> Operand:
+    return where(gt(x * beta, threshold), x, log1p(exp(x * beta)) / beta)
+
+
+def _elu(x: Any, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Operand:
+    return where(le(x, 0.0), expm1(x * input_scale) * (alpha * scale), x * scale)
+
+
+def _elu_backward(g: Any, alpha: Any, scale: Any, input_scale: Any, is_result: Any, x: Any) -> Any:
+    slope = x + alpha * scale if is_result else exp(x * input_scale) * (alpha * scale)
+    return where(le(x, 0.0), g * input_scale * slope, g * scale)
+
+
+def _silu_backward(g: Any, x: Any) -> Operand:
+    s: Any = sigmoid(x)
+    return g * (s * (1.0 + x * (1.0 - s)))
+
+
+def _mish_backward(g: Any, x: Any) -> Operand:
+    t: Any = tanh(_softplus(x))
+    return g * (t + x * sigmoid(x) * (1.0 - t * t))
+
+
+def _gelu_backward(g: Any, x: Any) -> Operand:
+    density = exp(x * x * -0.5) * (1.0 / math.sqrt(2.0 * math.pi))
+    return g * (0.5 * (1.0 + erf(x * math.sqrt(0.5))) + x * density)
+
+
+_GELU_SCALE, _GELU_CUBIC = math.sqrt(2.0 / math.pi), 0.044715
+
+
+def _gelu_tanh_part(x: Any) -> Any:
+    return tanh(_GELU_SCALE * (x + _GELU_CUBIC * (x * x * x)))
+
+
+def _gelu_tanh_backward(g: Any, x: Any) -> Operand:
+    t = _gelu_tanh_part(x)
+    slope = _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBIC * (x * x))
+    return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope)
+
+
+def _logit(x: Any, eps: float | None) -> Operand:
+    x = x if eps is None else _clamp(x, eps, 1.0 - eps)
+    return log(x / (1.0 - x))
+
+
+def _logit_backward(g: Any, x: Any, eps: float | None) -> Operand:
+    low = 0.0 if eps is None else eps
+    inside = make("logical_and", ge(x, low), le(x, 1.0 - low))
+    return where(inside, g / (x * (1.0 - x)), math.nan if eps is None else 0.0)
+
+
+def _between(x: Any, bound: Any) -> Operand:
+    return make("logical_and", ge(x, -bound), le(x, bound))
+
+
+def _lerp(start: Any, end: Any, weight: Any) -> Operand:
+    span = end - start
+    near, far = start + weight * span, end - span * (1.0 - weight)
+    if isinstance(weight, (int, float)):
+        return near if abs(weight) < 0.5 else far
+    return where(lt(absolute(weight), 0.5), near, far)
+
+
+def _logaddexp(a: Any, b: Any) -> Operand:
+    larger = make("maximum", a, b)
+    equal_infinities = make("logical_and", eq(a, b), eq(absolute(a), math.inf))
+    return where(equal_infinities, a, larger + log1p(exp(-absolute(a - b))))
+
+
+def _xlogy(a: Any, b: Any) -> Operand:
+    return where(make("logical_and", eq(a, 0.0), eq(b, b)), 0.0, a * log(b))
+
+
+def _nan_to_num(x: Any, nan: Any, posinf: Any, neginf: Any) -> Operand:
+    largest: Any = make("largest")
+    x = where(ne(x, x), nan, x)
+    x = where(eq(x, math.inf), largest if posinf is None else posinf, x)
+    return where(eq(x, -math.inf), -largest if neginf is None else neginf, x)
+
+
+def _sign(x: Any) -> Operand:
+    return make("to_float", gt(x, 0.0)) - make("to_float", lt(x, 0.0))
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    "detach": lambda x: x,
+    "clamp": _clamp,
+    "hardtanh": _clamp,
+    "hardtanh_backward": lambda g, x, low, high: where(
+        make("logical_or", le(x, low), ge(x, high)), 0.0, g
+    ),
+    "relu": lambda x: where(le(x, 0.0), 0.0, x),
+    "threshold": lambda x, threshold, value: where(le(x, threshold), value, x),
+    "threshold_backward": lambda g, x, threshold: where(le(x, threshold), 0.0, g),
+    "leaky_relu": lambda x, slope=0.01: where(gt(x, 0.0), x, x * slope),
+    "leaky_relu_backward": lambda g, x, slope, is_result: where(gt(x, 0.0), g, g * slope),
+    "elu": _elu,
+    "celu": lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1.0 / alpha),
+    "selu": lambda x: _elu(x, 1.6732632423543772, 1.0507009873554805),
+    "elu_backward": _elu_backward,
+    "hardsigmoid": lambda x: _clamp(x + 3.0, 0.0, 6.0) / 6.0,  # type: ignore[operator]
+    "hardsigmoid_backward": lambda g, x: where(
+        make("logical_and", gt(x, -3.0), lt(x, 3.0)), g / 6.0, 0.0
+    ),
+    "hardswish": lambda x: x * _clamp(x + 3.0, 0.0, 6.0) / 6.0,
+    "hardswish_backward": lambda g, x: where(
+        lt(x, -3.0), 0.0, where(le(x, 3.0), g * (x / 3.0 + 0.5), g)
+    ),
+    "silu": lambda x: x * sigmoid(x),
+    "silu_backward": _silu_backward,
+    "mish": lambda x: x * tanh(_softplus(x)),
+    "mish_backward": _mish_backward,
+    "gelu": lambda x: 0.5 * x * (1.0 + erf(x * math.sqrt(0.5))),
+    "gelu_backward": _gelu_backward,
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + _gelu_tanh_part(x)),
+    "gelu_tanh_backward": _gelu_tanh_backward,
+    "softplus": _softplus,
+    "softplus_backward": lambda g, x, beta, threshold: where(
+        gt(x * beta, threshold), g, g * sigmoid(x * beta)
+    ),
+    "log_sigmoid": lambda x: make("minimum", x, 0.0) - log1p(exp(-absolute(x))),
+    "log_sigmoid_backward": lambda g, x: g * sigmoid(-x),
+    "sigmoid_backward": lambda g, y: g * ((1.0 - y) * y),
+    "tanh_backward": lambda g, y: g * (1.0 - y * y),
+    "logit": _logit,
+    "logit_backward": _logit_backward,
+    "softshrink": lambda x, bound: where(
+        gt(x, bound), x - bound, where(lt(x, -bound), x + bound, x * 0.0)
+    ),
+    "softshrink_backward": lambda g, x, bound: where(_between(x, bound), 0.0, g),
+    "hardshrink": lambda x, bound: where(_between(x, bound), 0.0, x),
+    "hardshrink_backward": lambda g, x, bound: where(_between(x, bound), 0.0, g),
+    "lerp": _lerp,
+    "reciprocal": lambda x: 1.0 / x,
+    "rsqrt": lambda x: 1.0 / sqrt(x),
+    "sign": _sign,
+    "sgn": _sign,
+    "remainder": lambda a, b: a - b * make("floor", a / b),
+    "frac": lambda x: x - make("trunc", x),
+    "isnan": lambda x: ne(x, x),
+    "isinf": lambda x: eq(absolute(x), math.inf),
+    "isfinite": lambda x: lt(absolute(x), math.inf),
+    "nan_to_num": _nan_to_num,
+    "sinc": lambda x: where(eq(x, 0.0), 1.0, sin(math.pi * x) / (math.pi * x)),
+    "logaddexp": _logaddexp,
+    "xlogy": _xlogy,
+    "heaviside": lambda x, value: where(eq(x, 0.0), value, make("to_float", gt(x, 0.0))),
+    "deg2rad": lambda x: x * (math.pi / 180.0),
+    "rad2deg": lambda x: x * (180.0 / math.pi),
+}

@@ -1,0 +1,184 @@
+"""The recurrence as `torch.library` operators, so that autograd and torch.compile see one call."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pararnn.kernels.c_backend import CBackend
+from pararnn.kernels.torch_backend import TorchBackend
+from pararnn.solvers.problem import Backend, Problem
+from pararnn.solvers.settings import Newton
+from pararnn.solvers.shooting import solve, solve_adjoint
+from pararnn.tracing.derivatives import Recurrence
+
+BACKENDS: dict[str, Callable[[Recurrence], Backend]] = {"torch": TorchBackend, "c": CBackend}
+_plans: dict[str, tuple[Backend, Newton]] = {}
+_backends: dict[tuple[str, str], Backend] = {}
+_lock = threading.Lock()
+
+
+def plan(recurrence: Recurrence, backend: str, settings: Newton) -> str:
+    """Register how to evaluate a recurrence; equal requests give the same name."""
+    key = hashlib.sha256(recurrence.key.encode()).hexdigest()[:16]
+    _ = recurrence.vjp  # derived here: inside an operator autograd is out of reach
+    with _lock:
+        if (key, backend) not in _backends:
+            _backends[key, backend] = BACKENDS[backend](recurrence)
+        made = _backends[key, backend]
+        name = f"{key}-{backend}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+        _plans[name] = (made, settings)
+    return name
+
+
+def backend_of(name: str) -> Backend:
+    """The backend of a registered plan."""
+    return _plans[name][0]
+
+
+_library = torch.library.Library("pararnn", "DEF")
+_library.define(
+    "recurrence(Tensor[] drives, Tensor[] coefficients, Tensor initial, Tensor? starts, str plan)"
+    " -> Tensor[]"
+)
+_library.define(
+    "recurrence_backward(Tensor[] drives, Tensor[] coefficients, Tensor initial, Tensor? starts, "
+    "Tensor[] states, Tensor?[] grad_states, str plan) -> Tensor[]"
+)
+
+
+def _problem(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    name: str,
+) -> Problem:
+    """The tensors in the type and layout that backends take."""
+    backend, settings = _plans[name]
+    double = any(d.dtype is torch.float64 for d in (*drives, *coefficients, initial))
+    dtype = torch.float64 if double else torch.float32
+    ready = [d.to(dtype) for d in drives]
+    ready = [d if d.stride(-1) == 1 or d.shape[-1] == 1 else d.contiguous() for d in ready]
+    batch, time, hidden = drives[0].shape
+    chunk = settings.chunk
+    if chunk == "auto":
+        chunk = backend.auto_chunk(batch, time, hidden)
+    return Problem(
+        backend.recurrence,  # type: ignore[attr-defined]
+        ready,
+        [c.to(dtype).contiguous() for c in coefficients],
+        initial.to(dtype).contiguous(),
+        starts,
+        min(int(chunk), time),
+    )
+
+
+def _recurrence(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    name: str,
+) -> list[Tensor]:
+    backend, settings = _plans[name]
+    with torch.autocast(initial.device.type, enabled=False):
+        problem = _problem(drives, coefficients, initial, starts, name)
+        states, report = solve(backend, problem, settings)
+    return [*(s.to(drives[0].dtype) for s in states), report]
+
+
+def _recurrence_backward(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    states: Sequence[Tensor],
+    grad_states: Sequence[Tensor | None],
+    name: str,
+) -> list[Tensor]:
+    backend, settings = _plans[name]
+    with torch.autocast(initial.device.type, enabled=False):
+        problem = _problem(drives, coefficients, initial, starts, name)
+        dtype = problem.initial.dtype
+        found = solve_adjoint(
+            backend,
+            problem,
+            settings,
+            [s.to(dtype).contiguous() for s in states],
+            [None if g is None else g.to(dtype).contiguous() for g in grad_states],
+        )
+        sums = found.coefficients.sum((0, 1))
+        total = found.initial.sum(0)
+    return [
+        *(g.to(d.dtype) for g, d in zip(found.drives, drives, strict=True)),
+        *(s.to(c.dtype) for s, c in zip(sums, coefficients, strict=True)),
+        total.to(initial.dtype),
+    ]
+
+
+def _fake_recurrence(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    plan: str,
+) -> list[Tensor]:
+    components = initial.shape[1]
+    states = [drives[0].new_empty(drives[0].shape) for _ in range(components)]
+    return [*states, initial.new_empty((4,), dtype=torch.float64)]
+
+
+def _fake_backward(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    states: Sequence[Tensor],
+    grad_states: Sequence[Tensor | None],
+    plan: str,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (*drives, *coefficients, initial)]
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    drives, coefficients, initial, starts, name = inputs
+    ctx.counts = (len(drives), len(coefficients))
+    ctx.plan = name
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*drives, *coefficients, initial, starts, *output[:-1])
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
+    num_drives, num_coefficients = ctx.counts
+    saved = list(ctx.saved_tensors)
+    drives, saved = saved[:num_drives], saved[num_drives:]
+    coefficients, saved = saved[:num_coefficients], saved[num_coefficients:]
+    initial, starts, *states = saved
+    found = torch.ops.pararnn.recurrence_backward(
+        drives, coefficients, initial, starts, states, list(grads[:-1]), ctx.plan
+    )
+    split = num_drives + num_coefficients
+    return found[:num_drives], found[num_drives:split], found[split], None, None
+
+
+def _twice(ctx: Any, grads: Any) -> Any:
+    raise RuntimeError(
+        "pararnn: the gradient of a gradient through a parallel recurrence is not available; "
+        "use RNN(..., backend='loop') for the layers that need it."
+    )
+
+
+_library.impl("recurrence", _recurrence, "CompositeExplicitAutograd")
+_library.impl("recurrence_backward", _recurrence_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("pararnn::recurrence", _fake_recurrence, lib=_library)
+torch.library.register_fake("pararnn::recurrence_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "pararnn::recurrence", _backward, setup_context=_setup, lib=_library
+)
+torch.library.register_autograd("pararnn::recurrence_backward", _twice, lib=_library)

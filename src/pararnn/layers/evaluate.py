@@ -1,0 +1,160 @@
+"""Runs a traced step over a sequence: input part for all times, then the recurrence."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pararnn.kernels import operators
+from pararnn.kernels.c_build import find_compiler
+from pararnn.kernels.lowering import NotLowered, lower
+from pararnn.solvers.settings import Newton
+from pararnn.tracing.structure import Traced
+
+NAMES = ("auto", *operators.BACKENDS)
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """A backend and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def choose_backend(
+    name: str, traced: Traced | None = None, device: torch.device | None = None
+) -> BackendChoice:
+    """Decide who evaluates a traced step; without one, only check the name.
+
+    Raises:
+        ValueError: An unknown name, or a named backend that cannot do it; the message says why.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend={name!r} is not known; choose one of {', '.join(NAMES)}.")
+    if traced is None or device is None:
+        return BackendChoice(name, "")
+    if traced.recurrence is None:
+        if name == "c":
+            raise ValueError(
+                f"backend='c' evaluates elementwise cells and {traced.subject.name} is not one "
+                f"({traced.reason}). Use backend='torch', or backend='auto' to choose."
+            )
+        return BackendChoice("torch", f"step by step, since channels mix ({traced.reason})")
+    if name == "torch":
+        return BackendChoice("torch", "asked for")
+    obstacle = _c_obstacle(traced, device)
+    if obstacle is None:
+        reason = "asked for" if name == "c" else "generated C is the fastest on a CPU"
+        return BackendChoice("c", reason)
+    if name == "c":
+        raise ValueError(
+            f"backend='c' cannot run {traced.subject.name} here: {obstacle}. Use backend='torch', "
+            "or backend='auto' to choose."
+        )
+    if "compiler" in obstacle:
+        _warn_no_compiler()
+    return BackendChoice("torch", f"C is not possible: {obstacle}")
+
+
+def _c_obstacle(traced: Traced, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device}"
+    assert traced.recurrence is not None
+    try:
+        lower([*traced.recurrence.step, *traced.recurrence.vjp])
+    except NotLowered as error:
+        return str(error)
+    if find_compiler() is None:
+        return "no C compiler was found (looked for $CC, cc, gcc, clang)"
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_no_compiler() -> None:
+    warnings.warn(
+        "pararnn found no C compiler ($CC, cc, gcc, clang) and evaluates with PyTorch, which is "
+        "several times slower on a CPU; install a compiler, or pass backend='torch' to agree.",
+        stacklevel=2,
+    )
+
+
+class Evaluation:
+    """A traced step with the backend that evaluates it."""
+
+    def __init__(
+        self, traced: Traced, choice: BackendChoice, solver: Newton, features: tuple[int, ...]
+    ) -> None:
+        self.traced = traced
+        self.choice = choice
+        self.features = features
+        self.feature_axes = len(features)
+        self.plan = ""
+        if traced.recurrence is not None:
+            self.plan = operators.plan(traced.recurrence, choice.name, solver)
+
+    def run(
+        self, tensors: list[Tensor], x: Tensor, initial: Tensor, starts: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Evaluate at all times.
+
+        Args:
+            tensors: What the input part reads, in its order.
+            x: (batch, time, *features).
+            initial: (rows, components, hidden).
+            starts: See `Problem.starts`.
+
+        Returns:
+            One (batch, time, hidden) per component, and the values of the report.
+        """
+        edges = self._edges(tensors, [x])
+        if self.traced.recurrence is None:
+            return self._step_by_step(edges, x.shape[1], initial, starts), None
+        count = self.traced.recurrence.num_drives
+        drives, coefficients = edges[:count], edges[count:]
+        *states, report = torch.ops.pararnn.recurrence(
+            drives, coefficients, initial, starts, self.plan
+        )
+        return states, report
+
+    def _edges(self, tensors: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        batch, time = inputs[0].shape[:2]
+        time_first = inputs[0].stride(0) < inputs[0].stride(1)
+        sizes = (time, batch) if time_first else (batch, time)
+        ordered = [i.transpose(0, 1) if time_first else i for i in inputs]
+        flat = [i.reshape(batch * time, *i.shape[2:]) for i in ordered]
+        edges = []
+        for value, by_rows in zip(
+            self.traced.input_part(tensors, *flat), self.traced.by_rows, strict=True
+        ):
+            if by_rows:
+                value = value.unflatten(0, sizes)
+                value = value.transpose(0, 1) if time_first else value
+            edges.append(value)
+        return edges
+
+    def _step_by_step(
+        self, edges: list[Tensor], time: int, initial: Tensor, starts: Tensor | None
+    ) -> list[Tensor]:
+        module = self.traced.module
+        assert module is not None
+        state = list((initial if starts is None else initial[starts[:, 0].long()]).unbind(1))
+        history: list[list[Tensor]] = [[] for _ in state]
+        for t in range(time):
+            if starts is not None and t > 0:
+                rows = starts[:, t].long()
+                fresh = initial[rows.clamp_min(0)].unbind(1)
+                begins = (rows >= 0).unsqueeze(1)
+                state = [torch.where(begins, f, s) for f, s in zip(fresh, state, strict=True)]
+            now = [
+                e[:, t] if by_rows else e
+                for e, by_rows in zip(edges, self.traced.by_rows, strict=True)
+            ]
+            state = list(module(*state, *now))
+            for past, component in zip(history, state, strict=True):
+                past.append(component)
+        return [torch.stack(past, 1) for past in history]

@@ -1,0 +1,92 @@
+"""What a user can set about a solve, and what a solve reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Multiple-shooting Newton over chunks of time.
+
+    Time is cut into chunks that are stepped through at once; the states between chunks are the
+    unknowns of Newton's method. `chunk=1` is the method of Danieli et al. 2025 (arXiv 2510.21450),
+    one chunk is the sequential loop. Whatever the settings, the result is the sequential one: the
+    first k chunks are exact after k iterations, and what has not converged after `max_iterations`
+    is evaluated step by step.
+
+    Args:
+        tolerance: Converged when the states at the chunk ends agree with the guesses they were
+            computed from to this, relative to max(1, largest state). None: 1e-6 in float32 and
+            below, 1e-13 in float64.
+        max_iterations: Iterations before the rest is evaluated step by step; None for as many as
+            there are chunks, after which nothing is left.
+        chunk: Steps per chunk, or "auto" to choose from shape, device and backend.
+        damping: In [0, 1): the tangents are multiplied by 1 - damping, which leaves the solution
+            alone and calms an iteration that overshoots.
+    """
+
+    tolerance: float | None = None
+    max_iterations: int | None = None
+    chunk: int | Literal["auto"] = "auto"
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"tolerance must be positive, got {self.tolerance}.")
+        if self.max_iterations is not None and self.max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
+        if self.chunk != "auto" and (not isinstance(self.chunk, int) or self.chunk < 1):
+            raise ValueError(f"chunk must be 'auto' or at least 1 step, got {self.chunk!r}.")
+        if not 0 <= self.damping < 1:
+            raise ValueError(f"damping must be in [0, 1), got {self.damping}.")
+
+    def tolerance_for(self, dtype: torch.dtype) -> float:
+        """The tolerance in force for states of a type."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return 1e-13 if dtype is torch.float64 else 1e-6
+
+
+STATUS = ("sequential", "converged", "completed step by step")
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """How the last forward pass of a layer went; reading a value waits for the device.
+
+    Attributes:
+        values: Float64 tensor (iterations, residual, status, chunks) on the device of the solve.
+    """
+
+    values: Tensor
+
+    @property
+    def iterations(self) -> int:
+        """Passes over all chunks."""
+        return int(self.values[0])
+
+    @property
+    def residual(self) -> float:
+        """Largest disagreement at a chunk end, relative to max(1, largest state)."""
+        return float(self.values[1])
+
+    @property
+    def status(self) -> str:
+        """One of `STATUS`."""
+        return STATUS[int(self.values[2])]
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of time evaluated at once."""
+        return int(self.values[3])
+
+    def __str__(self) -> str:
+        return (
+            f"{self.status}: {self.chunks} chunks, {self.iterations} iterations, "
+            f"residual {self.residual:.1e}"
+        )

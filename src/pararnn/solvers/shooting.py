@@ -1,0 +1,180 @@
+r"""Multiple-shooting Newton for a recurrence and for its adjoint.
+
+A chunk maps the state before it to the state after it, $s_{k+1} = \Phi_k(s_k)$. From guesses
+$s$, one iteration runs all chunks at once and corrects every guess through the chunks' tangents
+$D_k = \Phi_k'(s_k)$:
+
+$$\delta_{k+1} = \Phi_k(s_k) - s_{k+1} + D_k \delta_k, \qquad s_{k+1} \gets \Phi_k(s_k) + D_k \delta_k.$$
+
+The adjoint is the same problem with time reversed and linear chunks, so one loop serves both. The
+first guess comes from a warm-up: the last steps of the chunk before, run from the initial state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pararnn.solvers.problem import Backend, Gradients, Problem
+from pararnn.solvers.settings import Newton
+
+WARM_UP = 64  # steps that the first guess looks back; gates that forget more slowly need Newton
+SEQUENTIAL, CONVERGED, COMPLETED = range(3)
+
+
+def solve(
+    backend: Backend, problem: Problem, settings: Newton
+) -> tuple[list[Tensor], Tensor]:
+    """Evaluate a recurrence.
+
+    Returns:
+        The states, one (batch, time, hidden) per component, and the report's values
+        (iterations, residual, status, chunks).
+    """
+    drive = problem.drives[0]
+    shape = (problem.batch, problem.time, problem.hidden)
+    states = [drive.new_empty(shape) for _ in range(problem.recurrence.num_components)]
+    first = problem.first_states().unsqueeze(1)
+    if problem.chunks == 1:
+        backend.forward(problem, first.contiguous(), states, problem.time)
+        return states, _report(drive, 1, 0.0, SEQUENTIAL, 1)
+    everywhere = first.expand(-1, problem.chunks, -1, -1).contiguous()
+    ends = backend.forward(problem, everywhere, None, min(WARM_UP, problem.chunk))
+    guess = torch.cat([first, ends[:, :-1]], 1)
+    iterations, residual, converged = shoot(
+        lambda s: backend.forward(problem, s, states, problem.chunk),
+        lambda s: backend.tangent(problem, s),
+        guess,
+        settings,
+    )
+    status = CONVERGED if converged else COMPLETED
+    if not converged:
+        whole = problem.in_one_chunk()
+        backend.forward(whole, first.contiguous(), states, whole.time)
+    return states, _report(drive, iterations, residual, status, problem.chunks)
+
+
+def solve_adjoint(
+    backend: Backend,
+    problem: Problem,
+    settings: Newton,
+    states: Sequence[Tensor],
+    grad_states: Sequence[Tensor | None],
+) -> Gradients:
+    """Gradients of everything that went into a recurrence, from those of its states."""
+    drive, recurrence = problem.drives[0], problem.recurrence
+    shape = (problem.batch, problem.time, problem.hidden)
+    components, chunks = recurrence.num_components, problem.chunks
+    sums = (problem.batch, chunks, recurrence.num_coefficients, problem.hidden)
+    gradients = Gradients(
+        [drive.new_empty(shape) for _ in problem.drives],
+        drive.new_empty(sums, dtype=torch.float64),
+        drive.new_zeros((chunks, *problem.initial.shape)),
+    )
+    zeros = drive.new_zeros((problem.batch, chunks, components, problem.hidden))
+    if chunks == 1:
+        backend.backward(problem, states, grad_states, zeros, gradients, problem.time)
+        return gradients
+
+    def sweep(incoming: Tensor) -> Tensor:
+        gradients.initial.zero_()
+        flipped = incoming.flip(1).contiguous()
+        out = backend.backward(problem, states, grad_states, flipped, gradients, problem.chunk)
+        return out.flip(1)
+
+    def tangents(_: Tensor) -> Tensor:
+        ends = torch.stack([s[:, problem.chunk - 1 :: problem.chunk] for s in states], 2)
+        first = problem.first_states().unsqueeze(1)
+        boundary = torch.cat([first, ends[:, : chunks - 1]], 1).contiguous()
+        return backend.tangent(problem, boundary).transpose(2, 3).flip(1)
+
+    limit = min(WARM_UP, problem.chunk)
+    out = backend.backward(problem, states, grad_states, zeros, None, limit).flip(1)
+    guess = torch.cat([zeros[:, :1], out[:, :-1]], 1)
+    _, _, converged = shoot(sweep, tangents, guess, settings, relative=True)
+    if not converged:
+        return solve_adjoint(backend, problem.in_one_chunk(), settings, states, grad_states)
+    return gradients
+
+
+def shoot(
+    sweep: Callable[[Tensor], Tensor],
+    tangents: Callable[[Tensor], Tensor],
+    guess: Tensor,
+    settings: Newton,
+    relative: bool = False,
+) -> tuple[int, float, bool]:
+    """Iterate until every chunk ends where the next one starts.
+
+    Args:
+        sweep: Runs all chunks from given first states, (batch, chunks, components, hidden), and
+            returns the last ones.
+        tangents: Their derivatives.
+        guess: First states; those of the first chunk are exact.
+        settings: Tolerance, damping, iterations.
+        relative: Measure the residual against the largest end even where that is under 1.
+
+    Returns:
+        Iterations, residual, and whether it is within the tolerance. The last sweep was from
+        first states that are this far from consistent.
+    """
+    tolerance = settings.tolerance_for(guess.dtype)
+    chunks = guess.shape[1]
+    most = min(settings.max_iterations or chunks, chunks)
+    for iteration in range(1, most + 1):
+        ends = sweep(guess)
+        scale = ends.abs().amax()
+        mismatch = (ends[:, :-1] - guess[:, 1:]).abs().amax()
+        residual = float(mismatch / (scale if relative else scale.clamp_min(1.0)))
+        if residual <= tolerance or mismatch == 0:
+            return iteration, residual, True
+        if iteration == chunks:
+            return iteration, residual, True  # every chunk has started from its exact state
+        if iteration < most:
+            guess = newton_update(ends, guess, tangents(guess), settings.damping)
+    return most, residual, False
+
+
+def newton_update(ends: Tensor, guess: Tensor, tangents: Tensor, damping: float) -> Tensor:
+    """The next first states of all chunks; a chunk whose predecessor did not move gets its end.
+
+    Where a tangent is so large that it overflows, the chunk is not coupled to the one before
+    (Jacobi); that keeps the guarantee that every iteration makes one more chunk exact.
+    """
+    coupling = tangents[:, :-1] * (1.0 - damping) if damping else tangents[:, :-1]
+    mismatch = torch.where(ends == guess.roll(-1, 1), 0.0, ends - guess.roll(-1, 1))[:, :-1]
+    delta = _scan(coupling, _finite(mismatch))
+    before = torch.cat([torch.zeros_like(delta[:, :1]), delta[:, :-1]], 1)
+    return torch.cat([guess[:, :1], ends[:, :-1] + _finite(_apply(coupling, before))], 1)
+
+
+def _scan(matrices: Tensor, offsets: Tensor) -> Tensor:
+    """All `x_k = matrices_k x_{k-1} + offsets_k` from x_{-1} = 0, in log2(chunks) rounds."""
+    shift = 1
+    while shift < offsets.shape[1]:
+        offsets = torch.cat(
+            [
+                offsets[:, :shift],
+                offsets[:, shift:] + _finite(_apply(matrices[:, shift:], offsets[:, :-shift])),
+            ],
+            1,
+        )
+        product = torch.einsum("bkijh,bkjmh->bkimh", matrices[:, shift:], matrices[:, :-shift])
+        matrices = torch.cat([matrices[:, :shift], _finite(product)], 1)
+        shift *= 2
+    return offsets
+
+
+def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
+    return torch.einsum("bkijh,bkjh->bkih", matrices, vectors)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
+
+
+def _report(like: Tensor, iterations: int, residual: float, status: int, chunks: int) -> Tensor:
+    values = [iterations, residual, status, chunks]
+    return torch.tensor(values, dtype=torch.float64, device=like.device)

@@ -1,0 +1,206 @@
+"""From a cell to what can be evaluated: its input part, its recurrent part, and their structure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pararnn.tracing.capture import ROWS, Capture, Subject, capture
+from pararnn.tracing.derivatives import Recurrence
+from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
+from pararnn.tracing.partition import InputPart, Partition, copy_graph, input_part, partition
+from pararnn.tracing.recorder import TraceError
+
+_LARGEST_PROBE = 1024  # hidden sizes up to here are searched for heads
+
+
+@dataclass
+class Traced:
+    """A step, traced.
+
+    Attributes:
+        subject: What was traced.
+        parts: The split graph.
+        input_part: Computes drives, then coefficients (elementwise), or the edges (otherwise).
+        by_rows: Which results of the input part have one row per sample.
+        recurrence: The recurrent part of an elementwise step, else None.
+        module: The recurrent part of any other step, `(*state, *edges) -> state`, else None.
+        reason: Why the structure is what it is.
+    """
+
+    subject: Subject
+    parts: Partition
+    input_part: InputPart
+    by_rows: list[bool]
+    recurrence: Recurrence | None
+    module: fx.GraphModule | None
+    reason: str
+
+    @property
+    def capture(self) -> Capture:
+        """The whole graph."""
+        return self.parts.capture
+
+    @functools.cached_property
+    def structure(self) -> str:
+        """Elementwise, heads (with their size) or dense."""
+        if self.recurrence is not None:
+            return "elementwise"
+        size = head_size(self)
+        return f"heads (size {size})" if size else "dense"
+
+
+@dataclass(frozen=True)
+class _Edge:
+    edge: fx.Node
+
+    def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
+        return value
+
+
+def trace(
+    subject: Subject,
+    inputs: Sequence[tuple[Sequence[int], torch.dtype]],
+    hidden_size: int,
+    num_components: int,
+    is_tuple: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Traced:
+    """Capture a step, split it and find its structure; the arguments are those of `capture`.
+
+    Raises:
+        TraceError: The step cannot be evaluated for all times; the message names the line.
+    """
+    parts = partition(capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device))
+    traced = _elementwise_or_not(subject, parts)
+    _check_rows(traced, inputs, dtype, device)
+    return traced
+
+
+def _elementwise_or_not(subject: Subject, parts: Partition) -> Traced:
+    try:
+        found = elementwise(parts)
+    except NotElementwise as error:
+        return _dense(subject, parts, str(error))
+    if not found.drives:
+        raise TraceError(
+            f"{parts.capture.subject} does not use x in its new state; there is nothing to "
+            "evaluate over time."
+        )
+    return _elementwise(subject, parts, found)
+
+
+def _elementwise(subject: Subject, parts: Partition, found: Elementwise) -> Traced:
+    leaves = [*found.drives, *found.coefficients]
+    step = Recurrence(found.step, len(found.drives), len(found.coefficients), found.names)
+    reason = "every operation on the state works on each channel by itself"
+    by_rows = [lf.by_rows for lf in leaves]
+    return Traced(subject, parts, input_part(parts, leaves), by_rows, step, None, reason)
+
+
+def _dense(subject: Subject, parts: Partition, reason: str) -> Traced:
+    edges = [_Edge(e) for e in parts.edges]
+    inputs = {n: f"state_{i}" for i, n in enumerate(parts.states)}
+    inputs |= {e: f"edge_{i}" for i, e in enumerate(parts.edges)}
+    graph, new = copy_graph(parts, parts.recurrent, inputs, parts.states[0])
+    graph.output(tuple(new[r] for r in parts.results))
+    module = fx.GraphModule(nn.Module(), graph)
+    by_rows = [bool(e.meta["by_rows"]) for e in parts.edges]
+    return Traced(subject, parts, input_part(parts, edges), by_rows, None, module, reason)
+
+
+def _check_rows(
+    traced: Traced,
+    inputs: Sequence[tuple[Sequence[int], torch.dtype]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Change one row of x and the state: no other row of any result may follow."""
+    subject, name = traced.subject, traced.subject.name
+    examples = [_random((ROWS[0], *features), kind, device) for features, kind in inputs]
+    changed = [torch.cat([e[:-1], e[-1:] * 2 + 1 if e.is_floating_point() else e[-1:]]) for e in examples]
+    tensors = [subject.tensors[n] for n in traced.input_part.names]
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad():
+        results = []
+        for x in (examples, changed):
+            with torch.random.fork_rng(devices):
+                results.append(traced.input_part(tensors, *x))
+        for one, other, by_rows in zip(*results, traced.by_rows, strict=True):
+            if by_rows and not _equal(one[:-1], other[:-1]):
+                raise TraceError(
+                    f"{name} mixes the rows of x (batch normalisation or a statistic over the "
+                    "batch?); every row must be computed on its own."
+                )
+        if traced.module is None:
+            return
+        size = (ROWS[0], traced.capture.hidden_size)
+        state = [_random(size, dtype, device) for _ in range(traced.capture.num_components)]
+        moved = [torch.cat([s[:-1], s[-1:] * 2 + 1]) for s in state]
+        one = traced.module(*state, *results[0])
+        other = traced.module(*moved, *results[0])
+    if any(not _equal(a[:-1], b[:-1]) for a, b in zip(one, other, strict=True)):
+        raise TraceError(
+            f"{name} mixes the rows of its state; every row must be computed on its own."
+        )
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.rand(shape, device=device).to(dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.device.type == "meta" or not a.is_floating_point():
+        return a.device.type == "meta" or torch.equal(a, b)
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def head_size(traced: Traced) -> int:
+    """The size of the groups of channels that do not mix with each other; 0 when all mix.
+
+    Found on Jacobians at random states, inputs and parameters, so that weights that happen to be
+    zero hide nothing.
+    """
+    hidden = traced.capture.hidden_size
+    if hidden > _LARGEST_PROBE or traced.module is None:
+        return 0
+    mixes = torch.eye(hidden, dtype=torch.bool)
+    for _ in range(2):
+        for block in _random_jacobian(traced):
+            mixes |= (block != 0).cpu()
+    mixes |= mixes.T.clone()
+    for size in range(1, hidden // 2 + 1):
+        if hidden % size == 0:
+            group = torch.arange(hidden) // size
+            if not mixes[group[:, None] != group[None, :]].any():
+                return size
+    return 0
+
+
+def _random_jacobian(traced: Traced) -> list[Tensor]:
+    """Blocks d(new component) / d(old component), each (hidden, hidden), for one random row."""
+    graph = traced.capture.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    device = next(iter(traced.subject.tensors.values()), torch.empty(0)).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        tensors = [traced.subject.tensors[n] for n in traced.input_part.names]
+        tensors = [torch.randn_like(t) if isinstance(t, nn.Parameter) else t for t in tensors]
+        given = [n for n in placeholders if n.target.startswith("x_")]
+        kinds = [((1, *n.meta["shape"][1:]), n.meta["dtype"]) for n in given]
+        edges = traced.input_part(tensors, *(_random(s, k, device) for s, k in kinds))
+        dtype, shape = traced.capture.dtype, (1, traced.capture.hidden_size)
+        state = tuple(_random(shape, dtype, device) for _ in traced.parts.states)
+    module = traced.module
+    assert module is not None
+    step = lambda *flat: tuple(o[0] for o in module(*flat, *edges))  # noqa: E731
+    rows = torch.autograd.functional.jacobian(step, state)
+    return [block.squeeze(1) for row in rows for block in row]

@@ -1,7 +1,15 @@
 """Nonlinear RNNs evaluated and trained in parallel over the sequence."""
 
 from pararnn import cells as cells
+from pararnn import testing as testing
 from pararnn._version import __version__ as __version__
+from pararnn.explain import Explanation as Explanation
+from pararnn.explain import explain as explain
 from pararnn.layers.constraints import project_parameters as project_parameters
 from pararnn.layers.rnn import RNN as RNN
+from pararnn.layers.scan import scan as scan
+from pararnn.layers.stacked import ParaGRU as ParaGRU
+from pararnn.layers.stacked import ParaLSTM as ParaLSTM
 from pararnn.solvers.settings import Newton as Newton
+from pararnn.solvers.settings import SolveReport as SolveReport
+from pararnn.tracing.recorder import TraceError as TraceError

@@ -70,7 +70,7 @@ def _problem(
     if chunk == "auto":
         chunk = backend.auto_chunk(batch, time, hidden)
     return Problem(
-        backend.recurrence,  # type: ignore[attr-defined]
+        backend.recurrence,
         ready,
         [c.to(dtype).contiguous() for c in coefficients],
         initial.to(dtype).contiguous(),
@@ -170,7 +170,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
 def _twice(ctx: Any, grads: Any) -> Any:
     raise RuntimeError(
         "pararnn: the gradient of a gradient through a parallel recurrence is not available; "
-        "use RNN(..., backend='loop') for the layers that need it."
+        "step through the cell in a loop of your own where you need it."
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pararnn.solvers.problem import Gradients, Problem
-from pararnn.tracing.derivatives import Recurrence, torch_function
+from pararnn.tracing.derivatives import Recurrence, torch_function, torch_source
 from pararnn.tracing.expressions import Expression, leaf
 
 # Below about this many elements per operation its launch costs more than its arithmetic.
@@ -38,6 +38,13 @@ class TorchBackend:
         """Gradients of states, drives and coefficients."""
         adjoints = [leaf("adjoint", i) for i in range(self.recurrence.num_components)]
         return torch_function(self.recurrence.vjp, [*_leaves(self.recurrence), *adjoints])
+
+    def source(self) -> str:
+        """The generated Python."""
+        adjoints = [leaf("adjoint", i) for i in range(self.recurrence.num_components)]
+        inputs = _leaves(self.recurrence)
+        step = torch_source(self.recurrence.step, inputs, "step")
+        return f"{step}\n{torch_source(self.recurrence.vjp, [*inputs, *adjoints], 'vjp')}"
 
     def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
         """As many chunks as keep every operation near the size at which its launch pays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,22 +99,26 @@ class Evaluation:
             self.plan = operators.plan(traced.recurrence, choice.name, solver)
 
     def run(
-        self, tensors: list[Tensor], x: Tensor, initial: Tensor, starts: Tensor | None
+        self,
+        tensors: list[Tensor],
+        inputs: Sequence[Tensor],
+        initial: Tensor,
+        starts: Tensor | None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Evaluate at all times.
 
         Args:
             tensors: What the input part reads, in its order.
-            x: (batch, time, *features).
+            inputs: Each (batch, time, ...).
             initial: (rows, components, hidden).
             starts: See `Problem.starts`.
 
         Returns:
             One (batch, time, hidden) per component, and the values of the report.
         """
-        edges = self._edges(tensors, [x])
+        edges = self._edges(tensors, inputs)
         if self.traced.recurrence is None:
-            return self._step_by_step(edges, x.shape[1], initial, starts), None
+            return self._step_by_step(edges, inputs[0].shape[1], initial, starts), None
         count = self.traced.recurrence.num_drives
         drives, coefficients = edges[:count], edges[count:]
         *states, report = torch.ops.pararnn.recurrence(
@@ -121,7 +126,7 @@ class Evaluation:
         )
         return states, report
 
-    def _edges(self, tensors: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    def _edges(self, tensors: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         batch, time = inputs[0].shape[:2]
         time_first = inputs[0].stride(0) < inputs[0].stride(1)
         sizes = (time, batch) if time_first else (batch, time)

@@ -132,7 +132,7 @@ class RNN(nn.Module):
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         first = self._initial(state, sequences, x)
         starts, last = _starts(x, resets, cu_seqlens)
-        states, report = evaluation.run(self._tensors(evaluation), x, first, starts)
+        states, report = evaluation.run(self._tensors(evaluation), [x], first, starts)
         if not torch.compiler.is_compiling():
             self._report = report
         dtype = x.dtype if x.is_floating_point() else states[0].dtype

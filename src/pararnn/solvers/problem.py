@@ -65,6 +65,11 @@ class Backend(Protocol):
     """Evaluates chunks. `boundary`, `ends`, `incoming`, `outgoing`: (batch, chunks, components, hidden)."""
 
     name: str
+    recurrence: Recurrence
+
+    def source(self) -> str:
+        """The generated source."""
+        ...
 
     def forward(
         self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int

@@ -1,0 +1,114 @@
+"""`explain`: what a layer found in its cell and how it evaluates it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from pararnn.kernels import operators
+from pararnn.kernels.c_source import equations
+from pararnn.layers.rnn import RNN
+from pararnn.tracing.expressions import leaf
+from pararnn.tracing.recorder import show_place
+from pararnn.tracing.structure import Traced
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `str()` of it is the report.
+
+    Attributes:
+        cell: Name of the cell's class.
+        equations: The step as found, one line per value; empty for cells that are not elementwise.
+        structure: "elementwise", "heads (size n)" or "dense".
+        structure_reason: Why.
+        input_part: Operations that run once for all times.
+        recurrent_part: Operations that depend on the state.
+        drives: Names of what the input part hands over for every time.
+        coefficients: Names of what it hands over once.
+        backend: Who evaluates.
+        backend_reason: Why.
+        source: The generated source of that backend.
+    """
+
+    cell: str
+    equations: list[str]
+    structure: str
+    structure_reason: str
+    input_part: list[str]
+    recurrent_part: list[str]
+    drives: list[str]
+    coefficients: list[str]
+    backend: str
+    backend_reason: str
+    source: str = field(repr=False)
+
+    def __str__(self) -> str:
+        indented = lambda lines: "\n".join(f"    {line}" for line in lines) or "    (none)"  # noqa: E731
+        return (
+            f"{self.cell}: {self.structure}, because {self.structure_reason}\n"
+            f"  equations\n{indented(self.equations)}\n"
+            f"  input part, once for all times\n{indented(self.input_part)}\n"
+            f"  recurrent part\n{indented(self.recurrent_part)}\n"
+            f"  drives        {', '.join(self.drives) or '(none)'}\n"
+            f"  coefficients  {', '.join(self.coefficients) or '(none)'}\n"
+            f"  backend       {self.backend}: {self.backend_reason}\n"
+            f"  source        {len(self.source.splitlines())} lines, in .source"
+        )
+
+
+def explain(rnn: RNN) -> Explanation:
+    """Print what a layer found in its cell, and return it.
+
+    Args:
+        rnn: A layer whose cell says its input size, or that was called once.
+
+    Raises:
+        TypeError: Not an `RNN`, or one whose sizes are not known yet.
+    """
+    if not isinstance(rnn, RNN):
+        raise TypeError(
+            f"explain takes a pararnn.RNN, got {type(rnn).__name__}; a stacked layer has them in "
+            ".layers."
+        )
+    evaluation = rnn.evaluation()
+    traced = evaluation.traced
+    recurrence = traced.recurrence
+    if recurrence is None:
+        drives = [_name(e) for e in traced.parts.edges if e.meta["by_rows"]]
+        coefficients = [_name(e) for e in traced.parts.edges if not e.meta["by_rows"]]
+        lines, source = [], str(traced.module.code) if traced.module is not None else ""
+    else:
+        names = recurrence.names
+        drives = [names[leaf("drive", i)] for i in range(recurrence.num_drives)]
+        coefficients = [names[leaf("coefficient", i)] for i in range(recurrence.num_coefficients)]
+        lines = equations(recurrence)
+        backend = operators.backend_of(evaluation.plan)
+        source = backend.source()
+    explanation = Explanation(
+        traced.subject.name,
+        lines,
+        traced.structure,
+        traced.reason,
+        _operations(traced, recurrent=False),
+        _operations(traced, recurrent=True),
+        drives,
+        coefficients,
+        evaluation.choice.name,
+        evaluation.choice.reason,
+        source,
+    )
+    print(explanation)
+    return explanation
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.meta.get("name") or node.name)
+
+
+def _operations(traced: Traced, recurrent: bool) -> list[str]:
+    inside = set(traced.parts.recurrent)
+    nodes = [n for n in traced.capture.graph.nodes if hasattr(n.target, "_schema")]
+    chosen = [n for n in nodes if (n in inside) is recurrent and not n.meta.get("is_count")]
+    return [f"{str(n.target).removeprefix('aten.'):24s} {show_place(n.meta.get('place'))}" for n in chosen]

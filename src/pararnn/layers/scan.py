@@ -1,0 +1,110 @@
+"""`scan`: the functional form of a recurrence."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pararnn.layers.evaluate import Evaluation, choose_backend
+from pararnn.layers.rnn import State
+from pararnn.solvers.settings import Newton
+from pararnn.tracing.capture import Subject
+from pararnn.tracing.structure import trace
+
+_traced: weakref.WeakKeyDictionary[Any, dict[Any, Evaluation]] = weakref.WeakKeyDictionary()
+
+
+def scan(
+    step: Callable[..., State],
+    state: State,
+    drives: Tensor | Sequence[Tensor],
+    coefficients: Tensor | Sequence[Tensor] = (),
+    *,
+    solver: Newton | None = None,
+    backend: str = "auto",
+) -> tuple[State, State]:
+    """Evaluate `state = step(state, *drives_t, *coefficients)` over time.
+
+    The step is traced at its first call with each set of shapes, so define it once, outside the
+    loop that calls `scan`; numbers that it reads from outside are those of that call.
+
+    Args:
+        step: Function of tensors with rows first: the state (N, hidden) or a tuple of them, one
+            tensor (N, ...) per drive, and the coefficients as they are. Returns the new state.
+        state: State before the first step, (batch, hidden), or a tuple of them.
+        drives: What changes over time, each (batch, time, ...).
+        coefficients: What does not.
+        solver: How to solve; `Newton()` when None.
+        backend: "torch", "c", or "auto" to choose.
+
+    Returns:
+        The states at all times, (batch, time, hidden) or a tuple of them, and the last state.
+
+    Gradients: exact at the solution; they reach the state, the drives and the coefficients.
+
+    Raises:
+        TraceError: The step cannot be evaluated for all times.
+        ValueError: Shapes do not fit.
+    """
+    drives = (drives,) if isinstance(drives, Tensor) else tuple(drives)
+    coefficients = (coefficients,) if isinstance(coefficients, Tensor) else tuple(coefficients)
+    parts = state if isinstance(state, tuple) else (state,)
+    _check(parts, drives)
+    solver = solver or Newton()
+    key = (
+        tuple((d.shape[2:], d.dtype) for d in drives),
+        tuple((c.shape, c.dtype) for c in coefficients),
+        (len(parts), isinstance(state, tuple), parts[0].shape[1], parts[0].dtype, parts[0].device),
+        (solver, backend),
+    )
+    known = _traced.setdefault(step, {})
+    if key not in known:
+        known[key] = _evaluation(step, parts, isinstance(state, tuple), drives, coefficients, solver, backend)
+    evaluation = known[key]
+    names = [int(n.removeprefix("coefficient_")) for n in evaluation.traced.input_part.names]
+    used = [coefficients[i] for i in names]
+    states, _ = evaluation.run(used, drives, torch.stack(parts, 1), None)
+    last = tuple(s[:, -1] for s in states)
+    return (tuple(states), last) if isinstance(state, tuple) else (states[0], last[0])
+
+
+def _evaluation(
+    step: Callable[..., State],
+    parts: tuple[Tensor, ...],
+    is_tuple: bool,
+    drives: tuple[Tensor, ...],
+    coefficients: tuple[Tensor, ...],
+    solver: Newton,
+    backend: str,
+) -> Evaluation:
+    call = lambda own, inputs, state: step(state, *inputs, *own.values())  # noqa: E731
+    own = {f"coefficient_{i}": c for i, c in enumerate(coefficients)}
+    subject = Subject(call, step, own, getattr(step, "__name__", "step"))
+    first = parts[0]
+    inputs = [(tuple(d.shape[2:]), d.dtype) for d in drives]
+    traced = trace(
+        subject, inputs, first.shape[1], len(parts), is_tuple, first.dtype, first.device
+    )
+    return Evaluation(traced, choose_backend(backend, traced, first.device), solver, ())
+
+
+def _check(parts: tuple[Tensor, ...], drives: tuple[Tensor, ...]) -> None:
+    if not drives:
+        raise ValueError("drives is empty; pass at least one tensor (batch, time, ...).")
+    batch, time = drives[0].shape[:2] if drives[0].dim() >= 2 else (0, 0)
+    for i, drive in enumerate(drives):
+        if drive.dim() < 2 or drive.shape[:2] != (batch, time) or 0 in drive.shape:
+            raise ValueError(
+                f"drive {i} has shape {tuple(drive.shape)}; all drives must be (batch, time, ...) "
+                "with the same batch and time, both at least 1."
+            )
+    for i, part in enumerate(parts):
+        if part.dim() != 2 or part.shape[0] != batch or part.shape != parts[0].shape:
+            raise ValueError(
+                f"state component {i} has shape {tuple(part.shape)} but the drives have batch "
+                f"{batch}; pass ({batch}, hidden_size), the same for all components."
+            )

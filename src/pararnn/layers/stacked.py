@@ -1,0 +1,214 @@
+"""`ParaGRU` and `ParaLSTM`: the paper's cells behind the signatures of `nn.GRU` and `nn.LSTM`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from pararnn.cells import ParaGRUCell, ParaLSTMCell
+from pararnn.layers.rnn import RNN, State
+from pararnn.solvers.settings import Newton
+
+
+class StackedRNN(nn.Module):
+    """Layers of one kind of cell, in one or both directions; see `ParaGRU`."""
+
+    make_cell: ClassVar[Callable[..., nn.Module]]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        num_heads: int = 1,
+        *,
+        max_recurrent_weight: float | None = 0.5,
+        solver: Newton | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
+        self.bidirectional, self.num_heads = bidirectional, num_heads
+        directions = 2 if bidirectional else 1
+        self.layers = nn.ModuleList()
+        for i in range(num_layers * directions):
+            size = input_size if i < directions else hidden_size * directions
+            cell = type(self).make_cell(
+                size, hidden_size, bias, num_heads, max_recurrent_weight, device, dtype
+            )
+            self.layers.append(RNN(cell, solver=solver, backend=backend))
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        state: State | None = None,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Any, State]:
+        """Evaluate all layers at all times.
+
+        Args:
+            x: (time, batch, input_size), (batch, time, input_size) with `batch_first`,
+                (time, input_size) for a single sequence, or a `PackedSequence`.
+            state: (num_layers * directions, batch, hidden_size), a pair of them for an LSTM;
+                without batch axis for a single sequence; zeros when None.
+            resets: Boolean, laid out like x: where true, the state before this step is the
+                initial state.
+            cu_seqlens: Boundaries of sequences packed into an x of batch 1; see `RNN.forward`.
+
+        Returns:
+            The last layer's outputs (both directions side by side), laid out like x, and the last
+            states, like `state`.
+        """
+        if isinstance(x, PackedSequence):
+            return self._packed(x, state)
+        single = x.dim() == 2
+        if single:
+            x = x.unsqueeze(0)
+            state = _each(state, lambda s: s.unsqueeze(1) if cu_seqlens is None else s)
+            resets = None if resets is None else resets.unsqueeze(0)
+        elif x.dim() != 3 or x.shape[-1] != self.input_size:
+            layout = "(batch, time" if self.batch_first else "(time, batch"
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; pass {layout}, {self.input_size}), or "
+                f"(time, {self.input_size}) for a single sequence."
+            )
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+            resets = None if resets is None else resets.transpose(0, 1)
+        y, last = self._run(x, state, resets, cu_seqlens)
+        if single:
+            y = y.squeeze(0)
+            last = _each(last, lambda s: s.squeeze(1) if cu_seqlens is None else s)
+        elif not self.batch_first:
+            y = y.transpose(0, 1)
+        return y, last
+
+    def step(self, x_t: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Evaluate one step: x_t (batch, input_size), state and results as in `forward`.
+
+        Raises:
+            ValueError: The layer is bidirectional, so that a step depends on the future.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer cannot go step by step; it needs the future.")
+        y, last = self._run(x_t.unsqueeze(1), state, None, None)
+        return y.squeeze(1), last
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return (
+            f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
+            f"batch_first={self.batch_first}, bidirectional={self.bidirectional}"
+        )
+
+    def _run(
+        self, x: Tensor, state: State | None, resets: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, State]:
+        directions = 2 if self.bidirectional else 1
+        firsts = self._split(state, x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        lasts: list[State] = []
+        for i in range(0, len(self.layers), directions):
+            y, last = self.layers[i](x, firsts[i], resets, cu_seqlens)
+            lasts.append(last)
+            if self.bidirectional:
+                flipped = None if resets is None else resets.roll(-1, 1).flip(1)
+                ends = None if cu_seqlens is None else cu_seqlens[-1] - cu_seqlens.flip(0)
+                first = firsts[i + 1] if ends is None else _each(firsts[i + 1], lambda s: s.flip(0))
+                z, last = self.layers[i + 1](x.flip(1), first, flipped, ends)
+                lasts.append(last if ends is None else _each(last, lambda s: s.flip(0)))
+                y = torch.cat([y, z.flip(1)], -1)
+            last_layer = i + directions == len(self.layers)
+            x = y if last_layer or not self.dropout else F.dropout(y, self.dropout, self.training)
+        if isinstance(lasts[0], tuple):
+            return x, tuple(torch.stack(s) for s in zip(*lasts, strict=True))
+        return x, torch.stack([s for s in lasts if isinstance(s, Tensor)])
+
+    def _split(self, state: State | None, rows: int) -> list[State | None]:
+        """One state per layer and direction."""
+        if state is None:
+            return [None] * len(self.layers)
+        parts = state if isinstance(state, tuple) else (state,)
+        shape = (len(self.layers), rows, self.hidden_size)
+        for part in parts:
+            if tuple(part.shape) != shape:
+                raise ValueError(
+                    f"state has shape {tuple(part.shape)}; pass {shape}: (layers x directions, "
+                    "batch, hidden_size), or None for zeros."
+                )
+        if isinstance(state, tuple):
+            return list(zip(*(p.unbind(0) for p in parts), strict=True))
+        return list(state.unbind(0))
+
+    def _packed(self, packed: PackedSequence, state: State | None) -> tuple[PackedSequence, State]:
+        padded, lengths = pad_packed_sequence(packed, batch_first=True)
+        used = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
+        used = used.to(padded.device)
+        ends = F.pad(lengths.cumsum(0), (1, 0)).to(padded.device)
+        y, last = self._run(padded[used].unsqueeze(0), state, None, ends)
+        out = y.new_zeros(*padded.shape[:2], y.shape[-1])
+        out[used] = y[0]
+        result = pack_padded_sequence(out, lengths, batch_first=True, enforce_sorted=False)
+        return PackedSequence(
+            result.data, result.batch_sizes, result.sorted_indices, result.unsorted_indices
+        ), last
+
+
+class ParaGRU(StackedRNN):
+    """The paper's GRU with the signature of `nn.GRU`, evaluated for all times at once.
+
+    Args:
+        input_size: Size of the inputs.
+        hidden_size: Size of the state.
+        num_layers: Layers, each on the outputs of the one before.
+        bias: Learn biases.
+        batch_first: Inputs and outputs are (batch, time, size) instead of (time, batch, size).
+        dropout: Probability of zeroing an output between layers, in training.
+        bidirectional: Add layers that run backwards in time.
+        num_heads: Blocks of every input projection; must divide all sizes.
+        max_recurrent_weight: Bound on the diagonal weights, kept by `project_parameters`.
+        solver: See `RNN`.
+        backend: See `RNN`.
+        device: Where to make the parameters.
+        dtype: Their type.
+
+    Unlike `nn.GRU`, the recurrent weights are diagonal: every channel sees its own past, channels
+    mix in the input projection. Weights of an `nn.GRU` do not fit in.
+
+    Source: Danieli et al. 2025, arXiv 2510.21450, eq. 3.1a.
+    """
+
+    make_cell = ParaGRUCell
+
+
+class ParaLSTM(StackedRNN):
+    """The paper's LSTM with the signature of `nn.LSTM`; the state is the pair `(h, c)`.
+
+    Arguments as for `ParaGRU`.
+
+    Source: Danieli et al. 2025, arXiv 2510.21450, eq. 3.1b (coupled input and forget gate,
+    peepholes).
+    """
+
+    make_cell = ParaLSTMCell
+
+
+def _each(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if state is None:
+        return None
+    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)

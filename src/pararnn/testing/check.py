@@ -1,0 +1,129 @@
+"""`check_cell`: does a cell evaluate in parallel to what the loop gives, in value and gradient?"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pararnn.layers.evaluate import choose_backend
+from pararnn.layers.rnn import RNN
+from pararnn.solvers.settings import Newton
+from pararnn.testing.close import assert_close
+from pararnn.testing.loop import loop
+
+
+@dataclass(frozen=True)
+class CellCheck:
+    """What `check_cell` found.
+
+    Attributes:
+        structure: Of the recurrent part.
+        errors: Largest relative error by "backend, chunk" over values and all gradients.
+    """
+
+    structure: str
+    errors: dict[str, float]
+
+
+def check_cell(
+    cell: nn.Module,
+    *,
+    features: int | tuple[int, ...] | None = None,
+    hidden_size: int | None = None,
+    num_components: int | None = None,
+    batch: int = 3,
+    time: int = 37,
+    rtol: float = 1e-12,
+    seed: int = 0,
+) -> CellCheck:
+    """Compare a cell on every backend with the step-by-step loop, in float64.
+
+    Outputs, the final state and the gradients of x, the initial state and every parameter are
+    compared, for random inputs, states, resets and cotangents. The cell itself is left alone.
+
+    Args:
+        cell: The cell.
+        features: Shape of one input; `cell.input_size` when None.
+        hidden_size: As for `RNN`.
+        num_components: As for `RNN`.
+        batch: Rows.
+        time: Steps.
+        rtol: Allowed error relative to the largest entry of each tensor.
+        seed: Of the random numbers.
+
+    Raises:
+        AssertionError: Something differs; the message says what and by how much.
+        TraceError: The cell cannot be evaluated for all times.
+    """
+    cell = copy.deepcopy(cell).double()
+    shape = features if features is not None else getattr(cell, "input_size", None)
+    if shape is None:
+        name = type(cell).__name__
+        raise TypeError(f"{name} does not say the size of its input; pass check_cell(features=...).")
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    options: dict[str, Any] = {"hidden_size": hidden_size, "num_components": num_components}
+    probe = RNN(cell, backend="torch", **options)
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *s: torch.randn(s, generator=generator, dtype=torch.float64)  # noqa: E731
+    x = draw(batch, time, *shape)
+    probe(x)
+    traced = probe.evaluation().traced
+    first = [draw(batch, probe.hidden_size) for _ in range(probe.num_components)]
+    resets = torch.rand(batch, time, generator=generator) < 0.1
+    cotangents = [draw(batch, time, probe.hidden_size), *(draw(*f.shape) for f in first)]
+    as_tuple = traced.capture.is_tuple
+    expected = _everything(cell, lambda *a: loop(cell, *a), x, first, resets, cotangents, as_tuple)
+    errors: dict[str, float] = {}
+    for backend in _possible(probe):
+        for chunk in (1, 7, time) if traced.recurrence is not None else (time,):
+            rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk), **options)
+            actual = _everything(cell, rnn, x, first, resets, cotangents, as_tuple)
+            label = f"{backend}, chunk={chunk}"
+            errors[label] = max(
+                _compare(f"{name} ({label})", actual[name], expected[name], rtol)
+                for name in expected
+            )
+    return CellCheck(traced.structure, errors)
+
+
+def _possible(probe: RNN) -> list[str]:
+    traced, device = probe.evaluation().traced, torch.device("cpu")
+    best = choose_backend("auto", traced, device).name
+    return list(dict.fromkeys(["torch", best]))
+
+
+def _everything(
+    cell: nn.Module,
+    run: Any,
+    x: Tensor,
+    first: list[Tensor],
+    resets: Tensor,
+    cotangents: list[Tensor],
+    as_tuple: bool,
+) -> dict[str, Tensor]:
+    """Values and gradients by name."""
+    x = x.clone().requires_grad_()
+    first = [f.clone().requires_grad_() for f in first]
+    y, last = run(x, tuple(first) if as_tuple else first[0], resets)
+    lasts = last if as_tuple else (last,)
+    total = sum((v * c).sum() for v, c in zip((y, *lasts), cotangents, strict=True))
+    parameters = {n: p for n, p in cell.named_parameters() if p.requires_grad}
+    inputs = {"x": x} | {f"state[{i}]": f for i, f in enumerate(first)} | parameters
+    found = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
+    values = {"output": y} | {f"last state[{i}]": v for i, v in enumerate(lasts)}
+    gradients = {
+        f"gradient of {name}": torch.zeros_like(t) if g is None else g
+        for (name, t), g in zip(inputs.items(), found, strict=True)
+    }
+    return {name: v.detach() for name, v in (values | gradients).items()}
+
+
+def _compare(name: str, actual: Tensor, expected: Tensor, rtol: float) -> float:
+    if not expected.any():
+        assert not actual.any(), f"{name}: should be exactly zero"
+        return 0.0
+    return assert_close(name, actual, expected, rtol=rtol)

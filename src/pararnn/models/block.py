@@ -27,6 +27,23 @@ class GatedRMSNorm(nn.RMSNorm):
         return super().forward(y * F.silu(gate))
 
 
+class ResidualProjection(nn.Linear):
+    """Projects back to the residual stream; initialised smaller the more of them add up."""
+
+
+def initialises_itself(module: nn.Module) -> bool:
+    """Whether a module is part of a cell: those keep the weights that they were made with."""
+    return getattr(module, "_part_of_cell", False)
+
+
+def _keep_own_initialisation(cell: nn.Module) -> None:
+    """Keep transformers from initialising a cell, unless it was made without values."""
+    for module in cell.modules():
+        module._part_of_cell = True  # type: ignore[assignment] # a mark
+        if all(not parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module._is_hf_initialized = True  # type: ignore[assignment] # transformers' mark
+
+
 class ParaRNNMixer(nn.Module):
     """Mixes over time: two branches, convolution, recurrence, gated norm."""
 
@@ -36,9 +53,10 @@ class ParaRNNMixer(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 2 * size, bias=False)
         self.conv = CausalConvolution(size, config.conv_kernel)
         cell = CELLS[config.cell](size, size, num_heads=config.num_heads, **config.cell_options)
+        _keep_own_initialisation(cell)
         self.rnn = RNN(cell, backend=config.backend)
         self.norm = GatedRMSNorm(size, eps=config.rms_norm_eps)
-        self.out_proj = nn.Linear(size, config.hidden_size, bias=False)
+        self.out_proj = ResidualProjection(size, config.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, boundaries: Boundaries | None, state: LayerState | None
@@ -74,7 +92,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ParaRNNConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = ResidualProjection(
+            config.intermediate_size, config.hidden_size, bias=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x, shape (..., hidden_size)."""

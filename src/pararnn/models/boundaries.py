@@ -21,6 +21,17 @@ class Boundaries:
     document: Tensor
     real: Tensor | None
 
+    def check_can_continue(self) -> None:
+        """Raise ValueError when a sequence ends in padding, so that nothing can follow it."""
+        if self.real is None:
+            return
+        real = self.real.squeeze(-1)
+        if (real.any(1) & ~real[:, -1]).any():
+            raise ValueError(
+                "attention_mask is 0 at the end of some sequence, so the cache would hold padding; "
+                "pad on the left, or pass use_cache=False."
+            )
+
 
 def find_boundaries(
     attention_mask: Tensor | None, resets: Tensor | None, time: int, num_past: int
@@ -58,6 +69,11 @@ def find_boundaries(
         before = torch.cat([first, real[:, -time:-1]], dim=1)
     real = real[:, -time:]
     first_real = real & ~before
+    if (first_real.sum(1) + (before[:, 0] & (num_past > 0)) > 1).any():
+        raise ValueError(
+            "attention_mask has padding between two tokens of a sequence; padding goes before or "
+            "after all of them."
+        )
     return _boundaries(first_real if resets is None else first_real | resets.bool(), real)
 
 

@@ -10,7 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from pararnn.models.block import ParaRNNBlock, ParaRNNMixer, SwiGLU
+from pararnn.models.block import ParaRNNBlock, ResidualProjection, initialises_itself
 from pararnn.models.boundaries import find_boundaries
 from pararnn.models.cache import ParaRNNCache
 from pararnn.models.configuration import ParaRNNConfig
@@ -67,35 +67,30 @@ class ParaRNNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module that has parameters of its own."""
+        if initialises_itself(module):
+            _reset(module)
+            return
         super()._init_weights(module)
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, ParaRNNMixer):
-            init.normal_(module.out_proj.weight, std=residual_std)
-            _init_cell(module.rnn)
-        elif isinstance(module, SwiGLU):
-            init.normal_(module.down_proj.weight, std=residual_std)
+        if isinstance(module, ResidualProjection):
+            branches = 2 * self.config.num_hidden_layers
+            std = self.config.initializer_range / math.sqrt(branches)
+            init.normal_(module.weight, std=std)
         elif isinstance(module, CausalConvolution):
             module.reset_parameters()
         elif isinstance(module, ParaRNNBlock):
             init.ones_(module.residual_scale)
 
 
-def _keep_own_initialisation(module: nn.Module) -> None:
-    """Tell transformers that a cell built on a real device needs no initialisation."""
-    if all(not parameter.is_meta for parameter in module.parameters()):
-        for submodule in module.modules():
-            submodule._is_hf_initialized = True  # type: ignore[assignment] # a mark
-
-
-def _init_cell(rnn: nn.Module) -> None:
-    """Let a cell that a checkpoint did not hold initialise itself."""
-    loaded = all(getattr(p, "_is_hf_initialized", False) for p in rnn.parameters())
-    if loaded or getattr(rnn, "_is_hf_initialized", False):
-        return
-    for submodule in rnn.modules():
-        reset = getattr(submodule, "reset_parameters", None)
-        if callable(reset):
-            reset()
+def _reset(module: nn.Module) -> None:
+    """Initialise a part of a cell whose weights a checkpoint lacks."""
+    reset = getattr(module, "reset_parameters", None)
+    if not callable(reset):
+        raise ValueError(
+            f"the checkpoint lacks weights of {type(module).__name__}, which has no "
+            "reset_parameters() to make new ones; add it, or load a complete checkpoint."
+        )
+    reset()
 
 
 class ParaRNNModel(ParaRNNPreTrainedModel):
@@ -108,12 +103,10 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
     def __init__(self, config: ParaRNNConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [ParaRNNBlock(config) for _ in range(config.num_hidden_layers)]
+        blocks = (ParaRNNBlock(config) for _ in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        for block in blocks:
-            _keep_own_initialisation(block.mixer.rnn)
         self.post_init()
 
     def forward(
@@ -156,11 +149,8 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             cache_params = ParaRNNCache()
         num_past = 0 if cache_params is None else cache_params.num_tokens
         boundaries = find_boundaries(attention_mask, resets, x.shape[1], num_past)
-        if use_cache and attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError(
-                "attention_mask is 0 at the last token of some sequence, so the cache would hold "
-                "padding; pad on the left, or pass use_cache=False."
-            )
+        if use_cache and boundaries is not None:
+            boundaries.check_can_continue()
         past = cache_params.layers if cache_params is not None else []
         states: list = list(past) or [None] * len(self.layers)
         inputs = []

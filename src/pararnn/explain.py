@@ -111,4 +111,7 @@ def _operations(traced: Traced, recurrent: bool) -> list[str]:
     inside = set(traced.parts.recurrent)
     nodes = [n for n in traced.capture.graph.nodes if hasattr(n.target, "_schema")]
     chosen = [n for n in nodes if (n in inside) is recurrent and not n.meta.get("is_count")]
-    return [f"{str(n.target).removeprefix('aten.'):24s} {show_place(n.meta.get('place'))}" for n in chosen]
+    return [
+        f"{str(n.target).removeprefix('aten.'):24s} {show_place(n.meta.get('place'))}"
+        for n in chosen
+    ]

@@ -8,6 +8,8 @@ r"""ParaGRU (Danieli et al. 2025, arXiv 2510.21450, eq. 3.1a with 3.3).
 Every `a` is a vector (a diagonal matrix), every `B` is full or has one block per head.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ class ParaGRUCell(nn.Module):
         check_sizes(input_size, hidden_size, num_heads)
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         self.max_recurrent_weight = max_recurrent_weight
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         blocks = (3, num_heads, hidden_size // num_heads, input_size // num_heads)
         self.weight = nn.Parameter(torch.empty(blocks, **options))
         self.bias = nn.Parameter(torch.empty(3, hidden_size, **options)) if bias else None

@@ -10,6 +10,8 @@ Input and forget gate are coupled, `p` are the peepholes, every `a` and `p` is a
 matrix), every `B` is full or has one block per head.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ class ParaLSTMCell(nn.Module):
         check_sizes(input_size, hidden_size, num_heads)
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         self.max_recurrent_weight = max_recurrent_weight
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         blocks = (3, num_heads, hidden_size // num_heads, input_size // num_heads)
         self.weight = nn.Parameter(torch.empty(blocks, **options))
         self.bias = nn.Parameter(torch.empty(3, hidden_size, **options)) if bias else None

@@ -70,7 +70,7 @@ class CBackend:
     ) -> Tensor:
         """See `Backend.backward`."""
         outgoing = torch.empty_like(incoming)
-        pointers = [problem.initial, incoming, outgoing]
+        pointers: list[Tensor | None] = [problem.initial, incoming, outgoing]
         if gradients is None:
             pointers += [None, None, *states, *grad_states, *[None] * len(problem.drives)]
         else:

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fopenmp-simd")
+_FLAGS: tuple[str, ...] = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fopenmp-simd")
 # Neither changes a result: errno and floating-point traps are not looked at.
 _FLAGS += ("-fno-math-errno", "-fno-trapping-math")
 
@@ -24,7 +24,7 @@ class CompilerError(RuntimeError):
 
 @functools.lru_cache(maxsize=1)
 def find_compiler() -> str | None:
-    """The C compiler to use: $CC, else the first of cc, gcc, clang on the path; None without one."""
+    """The C compiler: $CC, else the first of cc, gcc, clang on the path; None without one."""
     candidates = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
     for candidate in candidates:
         command = shlex.split(candidate)
@@ -85,7 +85,15 @@ def _compile(compiler: str, source: str, library: Path) -> None:
         file, output = Path(folder, "kernel.c"), Path(folder, "kernel.so")
         file.write_text(source)
         for tuning in (["-march=native"], ["-mcpu=native"], []):
-            command = [*shlex.split(compiler), *_FLAGS, *tuning, str(file), "-o", str(output), "-lm"]
+            command = [
+                *shlex.split(compiler),
+                *_FLAGS,
+                *tuning,
+                str(file),
+                "-o",
+                str(output),
+                "-lm",
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 break

@@ -1,7 +1,7 @@
 """Prints a recurrence as C: sweep, tangents and adjoint of one chunk of channels and time.
 
-All functions take one array of 64-bit integers (sizes, strides, addresses; see `ARGUMENTS`), so that
-they are called through ctypes with nothing to declare.
+All functions take one array of 64-bit integers (`SIZES`, then addresses and strides), so that they
+are called through ctypes with nothing to declare.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ class _Writer:
         count = len(self.components)
         for i in self.components:
             self.add(f"real s{i}[{MAX_BLOCK}], unused_{i}[{MAX_BLOCK}];", 1)
-            self.add(f"memcpy(s{i}, boundary + ((b * chunks + k) * {count} + {i}) * hidden + d0,", 1)
+            self.add(
+                f"memcpy(s{i}, boundary + ((b * chunks + k) * {count} + {i}) * hidden + d0,", 1
+            )
             self.add("       n * sizeof(real));", 1)
         self.add("for (int64_t t = t0 > t1 - limit ? t0 : t1 - limit; t < t1; t++) {", 1)
         self.restart("s{i}", "")
@@ -196,7 +198,9 @@ class _Writer:
         self.begin("tangent", ["const real *initial", "const real *boundary", "real *tangents"])
         for i in self.components:
             self.add(f"real s{i}[{MAX_BLOCK}];", 1)
-            self.add(f"memcpy(s{i}, boundary + ((b * chunks + k) * {count} + {i}) * hidden + d0,", 1)
+            self.add(
+                f"memcpy(s{i}, boundary + ((b * chunks + k) * {count} + {i}) * hidden + d0,", 1
+            )
             self.add("       n * sizeof(real));", 1)
         for i, j in pairs:
             self.add(f"real g{i}{j}[{MAX_BLOCK}];", 1)
@@ -238,7 +242,9 @@ class _Writer:
         self.add("memset(zeros, 0, sizeof zeros);", 1)
         for i in self.components:
             self.add(f"real adj{i}[{MAX_BLOCK}];", 1)
-            self.add(f"memcpy(adj{i}, incoming + ((b * chunks + k) * {count} + {i}) * hidden + d0,", 1)
+            self.add(
+                f"memcpy(adj{i}, incoming + ((b * chunks + k) * {count} + {i}) * hidden + d0,", 1
+            )
             self.add("       n * sizeof(real));", 1)
         for c in self.coefficients:
             self.add(f"double sum{c}[{MAX_BLOCK}];", 1)
@@ -246,10 +252,14 @@ class _Writer:
         self.add("t1 = t1 - t0 < limit ? t1 : t0 + limit;", 1)
         self.add("for (int64_t t = t1 - 1; t >= t0; t--) {", 1)
         self.add("const int64_t at = (b * time + t) * hidden + d0;", 2)
-        self.add("const int32_t start = starts ? starts[b * time + t] : t == 0 ? (int32_t)b : -1;", 2)
+        self.add(
+            "const int32_t start = starts ? starts[b * time + t] : t == 0 ? (int32_t)b : -1;", 2
+        )
         for i in self.components:
             before = f"initial + (start * {count} + {i}) * hidden + d0"
-            self.add(f"const real *restrict h{i} = start >= 0 ? {before} : states_{i} + at - hidden;", 2)
+            self.add(
+                f"const real *restrict h{i} = start >= 0 ? {before} : states_{i} + at - hidden;", 2
+            )
             gradient = f"grad_states_{i} ? grad_states_{i} + at : zeros"
             self.add(f"const real *restrict gy{i} = {gradient};", 2)
         self.load_drives()
@@ -276,7 +286,9 @@ class _Writer:
         self.add("}", 2)
         self.add("}", 1)
         for i in self.components:
-            self.add(f"memcpy(outgoing + ((b * chunks + k) * {count} + {i}) * hidden + d0, adj{i},", 1)
+            self.add(
+                f"memcpy(outgoing + ((b * chunks + k) * {count} + {i}) * hidden + d0, adj{i},", 1
+            )
             self.add("       n * sizeof(real));", 1)
         total = len(self.coefficients)
         for c in self.coefficients:
@@ -287,7 +299,11 @@ class _Writer:
 
 
 _THREADS = """\
-typedef struct { void (*lane)(const int64_t *, int64_t); const int64_t *a; int64_t first, last; } job;
+typedef struct {
+  void (*lane)(const int64_t *, int64_t);
+  const int64_t *a;
+  int64_t first, last;
+} job;
 
 static void *work(void *argument) {
   const job *j = argument;
@@ -324,8 +340,9 @@ def equations(recurrence: Recurrence) -> list[str]:
         if e in names and e.op not in LEAVES
     ]
     for i, root in enumerate(recurrence.step):
-        state = names.get(leaf("state", i), f"state{i}")
-        lines.append(f"{state}' = {names.get(root) or formula(root, names)}")  # type: ignore[arg-type]
+        new = f"{names.get(leaf('state', i), f'state{i}')}'"
+        if not isinstance(root, Expression) or names.get(root) != new:
+            lines.append(f"{new} = {formula(root, names)}")
     return lines
 
 

@@ -16,8 +16,8 @@ ARITHMETIC = frozenset("add sub mul div neg abs".split())
 COMPARISONS = frozenset("lt le gt ge eq ne".split())
 LOGIC = frozenset("logical_and logical_or logical_xor logical_not where to_float".split())
 FUNCTIONS = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan atan2 sinh cosh tanh "
-    "asinh acosh atanh sigmoid erf erfc pow floor ceil trunc round fmod hypot copysign "
+    "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan atan2 sinh cosh "
+    "tanh asinh acosh atanh sigmoid erf erfc pow floor ceil trunc round fmod hypot copysign "
     "maximum minimum fmax fmin to_float32 to_float16 to_bfloat16 largest".split()
 )
 PRIMITIVES = ARITHMETIC | COMPARISONS | LOGIC | FUNCTIONS
@@ -46,7 +46,7 @@ def lower(roots: Iterable[Operand]) -> list[Operand]:
     return rewrite(roots, rule)
 
 
-def where(condition: Operand, yes: Operand, no: Operand) -> Operand:
+def where(condition: Operand, yes: Operand, no: Operand) -> Any:
     """`yes` where the condition holds, else `no`."""
     return make("where", condition, yes, no)
 
@@ -57,6 +57,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 exp, expm1, log, log1p, sqrt = map(_function, ("exp", "expm1", "log", "log1p", "sqrt"))
 sigmoid, tanh, erf, sin, absolute = map(_function, ("sigmoid", "tanh", "erf", "sin", "abs"))
+minimum = _function("minimum")
 lt, le, gt, ge, eq, ne = map(_function, ("lt", "le", "gt", "ge", "eq", "ne"))
 
 
@@ -75,17 +76,17 @@ def _pow(base: Operand, exponent: Operand) -> Operand:
     return make("pow", base, exponent)
 
 
-def _clamp(x: Any, low: Any, high: Any) -> Operand:
+def _clamp(x: Any, low: Any, high: Any) -> Any:
     if low is not None:
         x = where(lt(x, low), low, x)
     return x if high is None else where(gt(x, high), high, x)
 
 
-def _softplus(x: Any, beta: Any = 1, threshold: Any = 20) -> Operand:
+def _softplus(x: Any, beta: Any = 1, threshold: Any = 20) -> Any:
     return where(gt(x * beta, threshold), x, log1p(exp(x * beta)) / beta)
 
 
-def _elu(x: Any, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Operand:
+def _elu(x: Any, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Any:
     return where(le(x, 0.0), expm1(x * input_scale) * (alpha * scale), x * scale)
 
 
@@ -151,6 +152,33 @@ def _logaddexp(a: Any, b: Any) -> Operand:
     return where(equal_infinities, a, larger + log1p(exp(-absolute(a - b))))
 
 
+def _logaddexp2(a: Any, b: Any) -> Operand:
+    larger = make("maximum", a, b)
+    equal_infinities = make("logical_and", eq(a, b), eq(absolute(a), math.inf))
+    tail = log1p(make("exp2", -absolute(a - b))) * (1.0 / math.log(2.0))
+    return where(equal_infinities, a, larger + tail)
+
+
+def _rest(a: Any, b: Any) -> tuple[Any, Operand]:
+    """`fmod(a, b)`, and whether its sign is not the one of b, as the floored quotient wants."""
+    rest = make("fmod", a, b)
+    differ = make("logical_xor", lt(rest, 0.0), lt(b, 0.0))
+    return rest, make("logical_and", ne(rest, 0.0), differ)
+
+
+def _remainder(a: Any, b: Any) -> Operand:
+    rest, differ = _rest(a, b)
+    return where(differ, rest + b, rest)
+
+
+def _div_floor(a: Any, b: Any) -> Operand:
+    """The floor of the exact quotient, not of the rounded one: 1 // 0.1 is 9."""
+    rest, differ = _rest(a, b)
+    quotient = make("round", (a - rest) / b - make("to_float", differ))
+    signed = where(eq(quotient, 0.0), make("copysign", 0.0, a / b), quotient)
+    return where(eq(b, 0.0), a / b, signed)
+
+
 def _xlogy(a: Any, b: Any) -> Operand:
     return where(make("logical_and", eq(a, 0.0), eq(b, b)), 0.0, a * log(b))
 
@@ -182,7 +210,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "celu": lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1.0 / alpha),
     "selu": lambda x: _elu(x, 1.6732632423543772, 1.0507009873554805),
     "elu_backward": _elu_backward,
-    "hardsigmoid": lambda x: _clamp(x + 3.0, 0.0, 6.0) / 6.0,  # type: ignore[operator]
+    "hardsigmoid": lambda x: _clamp(x + 3.0, 0.0, 6.0) / 6.0,
     "hardsigmoid_backward": lambda g, x: where(
         make("logical_and", gt(x, -3.0), lt(x, 3.0)), g / 6.0, 0.0
     ),
@@ -202,7 +230,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "softplus_backward": lambda g, x, beta, threshold: where(
         gt(x * beta, threshold), g, g * sigmoid(x * beta)
     ),
-    "log_sigmoid": lambda x: make("minimum", x, 0.0) - log1p(exp(-absolute(x))),
+    "log_sigmoid": lambda x: minimum(x, 0.0) - log1p(exp(-absolute(x))),
     "log_sigmoid_backward": lambda g, x: g * sigmoid(-x),
     "sigmoid_backward": lambda g, y: g * ((1.0 - y) * y),
     "tanh_backward": lambda g, y: g * (1.0 - y * y),
@@ -219,7 +247,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "rsqrt": lambda x: 1.0 / sqrt(x),
     "sign": _sign,
     "sgn": _sign,
-    "remainder": lambda a, b: a - b * make("floor", a / b),
+    "remainder": _remainder,
+    "div_floor": _div_floor,
     "frac": lambda x: x - make("trunc", x),
     "isnan": lambda x: ne(x, x),
     "isinf": lambda x: eq(absolute(x), math.inf),
@@ -227,6 +256,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "nan_to_num": _nan_to_num,
     "sinc": lambda x: where(eq(x, 0.0), 1.0, sin(math.pi * x) / (math.pi * x)),
     "logaddexp": _logaddexp,
+    "logaddexp2": _logaddexp2,
     "xlogy": _xlogy,
     "heaviside": lambda x, value: where(eq(x, 0.0), value, make("to_float", gt(x, 0.0))),
     "deg2rad": lambda x: x * (math.pi / 180.0),

@@ -132,8 +132,8 @@ class TorchBackend:
                 out = [torch.where(start, 0.0, o) for o in out]
             adjoint = [torch.cat([o, a[:, active:]], 1) for o, a in zip(out, adjoint, strict=True)]
         if gradients is not None:
-            for c, value in enumerate(sums):
-                gradients.coefficients[:, :, c] = value
+            for c, total_sum in enumerate(sums):
+                gradients.coefficients[:, :, c] = total_sum
             if problem.starts is None:
                 gradients.initial[0] += torch.stack([a[:, 0] for a in adjoint], 1)
         return torch.stack(adjoint, 2)
@@ -156,9 +156,7 @@ def _leaves(recurrence: Recurrence) -> list[Expression]:
     return [leaf(kind, i) for kind, count in zip(kinds, counts, strict=True) for i in range(count)]
 
 
-def _restart(
-    problem: Problem, j: int, before: list[Tensor]
-) -> tuple[list[Tensor], Tensor | None]:
+def _restart(problem: Problem, j: int, before: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
     """Replace states by initial ones where a sequence starts at step j of a chunk."""
     if problem.starts is None:
         return before, None

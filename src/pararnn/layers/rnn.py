@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pararnn.layers.evaluate import BackendChoice, Evaluation, choose_backend
 from pararnn.solvers.settings import Newton, SolveReport
 from pararnn.tracing.capture import cell_subject, cell_tensors, fingerprint, resolve
-from pararnn.tracing.recorder import TraceError
 from pararnn.tracing.structure import Traced, trace
 
 State = Tensor | tuple[Tensor, ...]
@@ -191,11 +190,11 @@ class RNN(nn.Module):
 
     def _features(self, x: Tensor) -> tuple[int, ...]:
         input_size = getattr(self.cell, "input_size", None)
-        known = (input_size,) if isinstance(input_size, int) else None
-        if known is None and self._evaluation is not None:
+        known: tuple[int, ...] = tuple(x.shape[2:])
+        if isinstance(input_size, int):
+            known = (input_size,)
+        elif self._evaluation is not None:
             known = self._evaluation.features
-        if known is None:
-            known = tuple(x.shape[2:])
         expected = ", ".join(map(str, known))
         if x.dim() not in (len(known) + 1, len(known) + 2) or (
             known and tuple(x.shape[-len(known) :]) != known
@@ -238,7 +237,7 @@ class RNN(nn.Module):
         return trace(subject, inputs, self.hidden_size, components, as_tuple, state_dtype, device)
 
     def _find_components(self) -> int:
-        """Try the cell on states of 1, 2, ... components; the right one comes back as it went in."""
+        """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""
         size, dtype, device = self.hidden_size, self._parameter_dtype(), self._device()
         features = getattr(self.cell, "input_size", None)
         shape = (2, features) if isinstance(features, int) else None
@@ -249,7 +248,10 @@ class RNN(nn.Module):
             if shape is None:
                 break
             try:
-                with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                with (
+                    torch.no_grad(),
+                    torch.random.fork_rng([device] if device.type == "cuda" else []),
+                ):
                     new = self.cell(torch.zeros(shape, dtype=dtype, device=device), state)
             except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
                 failures.append(f"{count}: {error}")
@@ -324,7 +326,7 @@ def _map(state: State | None, function: Any) -> State | None:
 def _starts(
     x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which initial state begins where (see `Problem.starts`), and the last step of each sequence."""
+    """Which initial state begins where (see `Problem.starts`), and each sequence's last step."""
     batch, time = x.shape[:2]
     if resets is not None and cu_seqlens is not None:
         raise ValueError("pass resets or cu_seqlens, not both.")

@@ -63,7 +63,9 @@ def scan(
     )
     known = _traced.setdefault(step, {})
     if key not in known:
-        known[key] = _evaluation(step, parts, isinstance(state, tuple), drives, coefficients, solver, backend)
+        known[key] = _evaluation(
+            step, parts, isinstance(state, tuple), drives, coefficients, solver, backend
+        )
     evaluation = known[key]
     names = [int(n.removeprefix("coefficient_")) for n in evaluation.traced.input_part.names]
     used = [coefficients[i] for i in names]
@@ -83,12 +85,10 @@ def _evaluation(
 ) -> Evaluation:
     call = lambda own, inputs, state: step(state, *inputs, *own.values())  # noqa: E731
     own = {f"coefficient_{i}": c for i, c in enumerate(coefficients)}
-    subject = Subject(call, step, own, getattr(step, "__name__", "step"))
+    subject = Subject(call, step, own, getattr(step, "__name__", "step"), 0)
     first = parts[0]
     inputs = [(tuple(d.shape[2:]), d.dtype) for d in drives]
-    traced = trace(
-        subject, inputs, first.shape[1], len(parts), is_tuple, first.dtype, first.device
-    )
+    traced = trace(subject, inputs, first.shape[1], len(parts), is_tuple, first.dtype, first.device)
     return Evaluation(traced, choose_backend(backend, traced, first.device), solver, ())
 
 

@@ -62,7 +62,10 @@ class Problem:
 
 
 class Backend(Protocol):
-    """Evaluates chunks. `boundary`, `ends`, `incoming`, `outgoing`: (batch, chunks, components, hidden)."""
+    """Evaluates chunks.
+
+    `boundary`, `ends`, `incoming` and `outgoing` are (batch, chunks, components, hidden).
+    """
 
     name: str
     recurrence: Recurrence
@@ -110,7 +113,8 @@ class Gradients:
 
     Attributes:
         drives: One (batch, time, hidden) per drive.
-        coefficients: Float64 (batch, chunks, coefficients, hidden), to be summed over the first two.
+        coefficients: Float64 (batch, chunks, coefficients, hidden), to be summed over the first
+            two.
         initial: (chunks, rows, components, hidden), zeros, to be summed over the first.
     """
 

@@ -4,7 +4,8 @@ A chunk maps the state before it to the state after it, $s_{k+1} = \Phi_k(s_k)$.
 $s$, one iteration runs all chunks at once and corrects every guess through the chunks' tangents
 $D_k = \Phi_k'(s_k)$:
 
-$$\delta_{k+1} = \Phi_k(s_k) - s_{k+1} + D_k \delta_k, \qquad s_{k+1} \gets \Phi_k(s_k) + D_k \delta_k.$$
+$$\delta_{k+1} = \Phi_k(s_k) - s_{k+1} + D_k \delta_k, \qquad
+s_{k+1} \gets \Phi_k(s_k) + D_k \delta_k.$$
 
 The adjoint is the same problem with time reversed and linear chunks, so one loop serves both. The
 first guess comes from a warm-up: the last steps of the chunk before, run from the initial state.
@@ -24,9 +25,7 @@ WARM_UP = 64  # steps that the first guess looks back; gates that forget more sl
 SEQUENTIAL, CONVERGED, COMPLETED = range(3)
 
 
-def solve(
-    backend: Backend, problem: Problem, settings: Newton
-) -> tuple[list[Tensor], Tensor]:
+def solve(backend: Backend, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
     """Evaluate a recurrence.
 
     Returns:

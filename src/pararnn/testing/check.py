@@ -63,7 +63,9 @@ def check_cell(
     shape = features if features is not None else getattr(cell, "input_size", None)
     if shape is None:
         name = type(cell).__name__
-        raise TypeError(f"{name} does not say the size of its input; pass check_cell(features=...).")
+        raise TypeError(
+            f"{name} does not say the size of its input; pass check_cell(features=...)."
+        )
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     options: dict[str, Any] = {"hidden_size": hidden_size, "num_components": num_components}
     probe = RNN(cell, backend="torch", **options)

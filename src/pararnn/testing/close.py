@@ -21,6 +21,7 @@ def assert_close(
     Raises:
         AssertionError: They differ in shape, type or value, or the reference proves nothing.
     """
+    actual, expected = actual.detach(), expected.detach()
     same = actual.shape == expected.shape and actual.dtype == expected.dtype
     assert same, f"{name}: {actual.shape} {actual.dtype} vs {expected.shape} {expected.dtype}"
     assert expected.isfinite().all(), f"{name}: the reference is not finite"

@@ -24,9 +24,9 @@ class Capture:
 
     Attributes:
         graph: Placeholders are the tensors of the cell (parameters, buffers, tensor attributes),
-            then the inputs `x_0`, ..., then the components of the state; the output is the tuple of new components.
-            Every node carries `shape` and `dtype` (with `ROWS[0]` rows), `by_rows` (its first
-            axis has one entry per row) and `place`, the user's line.
+            then the inputs `x_0`, ..., then the components of the state; the output is the tuple of
+            new components. Every node carries `shape` and `dtype` (with `ROWS[0]` rows),
+            `by_rows` (its first axis has one entry per row) and `place`, the user's line.
         attributes: Qualified names of the cell's tensors, in the order of their placeholders.
         constants: Tensors from elsewhere (closures, globals), by placeholder name.
         num_components: Tensors in the state.
@@ -89,12 +89,14 @@ class Subject:
         source: The user's function, whose lines and variable names are shown.
         tensors: What the step reads besides inputs and state, by name.
         name: What messages call it.
+        state_position: Which parameter of `source` is the state.
     """
 
     step: StepFunction
     source: Callable[..., Any]
     tensors: dict[str, Tensor]
     name: str
+    state_position: int
 
 
 def cell_subject(cell: nn.Module) -> Subject:
@@ -105,7 +107,7 @@ def cell_subject(cell: nn.Module) -> Subject:
         swapped = {name: t for name, t in own.items() if t is not tensors[name]}
         return torch.func.functional_call(cell, swapped, (*inputs, state))
 
-    return Subject(step, inspect.unwrap(type(cell).forward), tensors, type(cell).__name__)
+    return Subject(step, inspect.unwrap(type(cell).forward), tensors, type(cell).__name__, 2)
 
 
 def capture(
@@ -156,7 +158,7 @@ def _capture(
     graph = _merge(graph, other, subject.name)
     _mark_rows(graph, other)
     names = {f"attribute_{i}": name for i, name in enumerate(subject.tensors)}
-    name_nodes(graph, subject.source, names)
+    name_nodes(graph, subject.source, names, subject.state_position)
     return Capture(
         graph,
         list(subject.tensors),
@@ -214,9 +216,9 @@ def _checked(
         )
     for i, component in enumerate(components):
         if not isinstance(component, Tensor) or tuple(component.shape) != shape:
-            seen = tuple(component.shape) if isinstance(component, Tensor) else component
+            shown = tuple(component.shape) if isinstance(component, Tensor) else component
             raise TraceError(
-                f"{subject} returned component {i} of shape {seen} for a state "
+                f"{subject} returned component {i} of shape {shown} for a state "
                 f"of shape {shape}; every component must keep the shape (N, hidden_size)."
             )
         if not component.is_floating_point():

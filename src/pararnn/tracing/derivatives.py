@@ -6,9 +6,9 @@ recorder writes down what autograd does, and the recording is read back as expre
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,23 +48,23 @@ class Recurrence:
         """Tensors in the state."""
         return len(self.step)
 
-    @cached_property
+    @functools.cached_property
     def key(self) -> str:
         """Equal keys, equal functions."""
         sizes = f"{self.num_components} {self.num_drives} {self.num_coefficients}"
         return f"{sizes}\n{serialize(self.step)}"
 
-    @cached_property
+    @functools.cached_property
     def jacobian(self) -> tuple[tuple[Operand, ...], ...]:
         """`jacobian[i][j]`: derivative of new component i in old component j."""
         return self._derivatives[0]
 
-    @cached_property
+    @functools.cached_property
     def vjp(self) -> tuple[Operand, ...]:
         """Gradients in states, drives and coefficients, given leaves `adjoint`."""
         return self._derivatives[1]
 
-    @cached_property
+    @functools.cached_property
     def _derivatives(self) -> tuple[tuple[tuple[Operand, ...], ...], tuple[Operand, ...]]:
         return _derive(self)
 
@@ -91,7 +91,8 @@ def _derive(
         primals, adjoints = values[:-components], values[-components:]
         outputs = [o if o.requires_grad else o + primals[0] * 0 for o in function(*values)]
         rows = [_gradients(o, primals[:components]) for o in outputs]
-        total = sum(o * a for o, a in zip(outputs, adjoints, strict=True))
+        products = [o * a for o, a in zip(outputs, adjoints, strict=True)]
+        total = functools.reduce(torch.add, products)
         return (*(g for row in rows for g in row), *_gradients(total, primals))
 
     with torch.inference_mode(False), torch.enable_grad():
@@ -106,9 +107,7 @@ def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
 
 
-def _read(
-    graph: fx.Graph, leaves: dict[str, Expression], constants: list[Tensor]
-) -> list[Operand]:
+def _read(graph: fx.Graph, leaves: dict[str, Expression], constants: list[Tensor]) -> list[Operand]:
     values: dict[fx.Node, Any] = {}
     pick = lambda a: values[a] if isinstance(a, fx.Node) else a  # noqa: E731
     for node in graph.nodes:
@@ -141,9 +140,10 @@ _TORCH: dict[str, Callable[..., Any]] = {
     "gelu_backward": lambda g, x: aten.gelu_backward(g, x),
     "gelu_tanh_backward": lambda g, x: aten.gelu_backward(g, x, approximate="tanh"),
     "log_sigmoid": lambda x: torch.nn.functional.logsigmoid(x),
-    "log_sigmoid_backward": lambda g, x: aten.log_sigmoid_backward(g, x, x.new_empty(0)),
+    "log_sigmoid_backward": lambda g, x: g * torch.sigmoid(-x),
     "clamp": lambda x, low, high: aten.clamp(x, low, high),
     "detach": torch.Tensor.detach,
+    "div_floor": functools.partial(torch.div, rounding_mode="floor"),
 }
 
 
@@ -152,23 +152,43 @@ def torch_callable(op: str) -> Callable[..., Any]:
     return _TORCH.get(op) or getattr(torch, op, None) or getattr(aten, op)
 
 
+@functools.cache
+def _takes_tensor(op: str, position: int) -> bool:
+    """Whether an operand must be a tensor where a number would do for the expressions."""
+    if op in _TORCH or op in ("add", "sub", "mul", "div"):
+        return False
+    packet = getattr(aten, op)
+    schemas = [getattr(packet, o)._schema.arguments for o in packet.overloads()]
+    kinds = [str(s[position].type) for s in schemas if position < len(s) and not s[-1].is_out]
+    return all(k == "Tensor" for k in kinds)
+
+
 def torch_source(roots: Sequence[Operand], inputs: Sequence[Expression], name: str) -> str:
     """Print expressions as a Python function of their leaves."""
     variables = {node: f"{node.op}_{node.args[0]}" for node in inputs}
     lines = [f"def {name}({', '.join(variables.values())}):"]
     show = lambda o: variables[o] if isinstance(o, Expression) else _constant(o)  # noqa: E731
+
+    def argument(op: str, position: int, operand: Operand) -> str:
+        number = isinstance(operand, (int, float)) and _takes_tensor(op, position)
+        return f"fill({show(operand)})" if number else show(operand)
+
     for node in topological(roots):
         if node.op not in LEAVES:
             variables[node] = f"v{len(variables)}"
-            arguments = ", ".join(map(show, node.args))
+            arguments = ", ".join(argument(node.op, i, a) for i, a in enumerate(node.args))
             lines.append(f"    {variables[node]} = {node.op}({arguments})")
     results = (show(r) if isinstance(r, Expression) else f"fill({show(r)})" for r in roots)
     lines.append(f"    return ({', '.join(results)},)")
     return "\n".join(lines) + "\n"
 
 
+def _kind(value: float) -> torch.dtype:
+    return torch.bool if isinstance(value, bool) else torch.float64
+
+
 def _constant(value: Operand) -> str:
-    if isinstance(value, float) and value in (float("inf"), float("-inf")) or value != value:
+    if (isinstance(value, float) and value in (float("inf"), float("-inf"))) or value != value:
         return f"float('{value}')"
     return repr(value)
 
@@ -180,13 +200,15 @@ def torch_function(
     source = torch_source(roots, inputs, "evaluate")
     order = topological(roots)
     scope: dict[str, Any] = {n.op: torch_callable(n.op) for n in order if n.op not in LEAVES}
-    scope["fill"] = lambda value: torch.full((), float(value))
-    exec(compile(source, "<pararnn expressions>", "exec"), scope)  # noqa: S102
+    scope["fill"] = lambda value: torch.full((), value, dtype=_kind(value))
+    exec(compile(source, "<pararnn expressions>", "exec"), scope)
     evaluate = scope["evaluate"]
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         results = evaluate(*values)
         like = values[0]
-        return tuple(r.to(like.dtype).expand_as(like) if r.shape != like.shape else r for r in results)
+        return tuple(
+            r.to(like.dtype).expand_as(like) if r.shape != like.shape else r for r in results
+        )
 
     return function

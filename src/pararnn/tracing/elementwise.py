@@ -1,9 +1,9 @@
 """Proves that the channels of a recurrent part do not mix, by reading its operations.
 
-Every value is followed as a list of slots: a tensor (N, ...) of k * hidden_size entries per row is k
-slots, each one expression per channel. Operations that only move entries (views, cat, chunk) are run
-on a tensor of addresses, so that one rule covers them all; pointwise operations combine slots of the
-same channel. Anything else is the reason why the recurrent part is not elementwise.
+Every value is followed as a list of slots: a tensor (N, ...) of k * hidden_size entries per row is
+k slots, each one expression per channel. Operations that only move entries (views, cat, chunk) are
+run on a tensor of addresses, so that one rule covers them all; pointwise operations combine slots
+of the same channel. Anything else is the reason why the recurrent part is not elementwise.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pararnn.tracing.partition import Partition
 from pararnn.tracing.recorder import aten, show_place
 
 _MOVES = frozenset(
-    "view _unsafe_view reshape unsqueeze squeeze expand permute transpose t select slice split "
-    "split_with_sizes chunk unbind cat stack flip roll repeat index_select slice_scatter "
-    "select_scatter narrow unflatten flatten movedim swapaxes".split()
+    "view _unsafe_view reshape unsqueeze squeeze expand permute transpose t select slice "
+    "split split_with_sizes chunk unbind cat stack flip roll repeat index_select "
+    "slice_scatter select_scatter narrow unflatten flatten movedim swapaxes".split()
 )
 
 
@@ -59,7 +59,7 @@ class Leaf:
 
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
         """Add what turns the edge into a tensor (rows, hidden_size) or (hidden_size,)."""
-        lead = [rows] if self.by_rows else []
+        lead: list[Any] = [rows] if self.by_rows else []
         if not self.edge.meta["dtype"].is_floating_point:
             value = graph.call_function(torch.Tensor.float, (value,))
         own = tuple(self.edge.meta["shape"])
@@ -120,6 +120,8 @@ class _Reader:
     def read(self) -> Elementwise:
         for i, node in enumerate(self.parts.states):
             self.values[node] = _Value((self.hidden_size,), [leaf("state", i)])
+            if "name" in node.meta:
+                self.names[leaf("state", i)] = node.meta["name"]
         for node in self.parts.recurrent:
             try:
                 self.values[node] = self.evaluate(node)
@@ -130,7 +132,9 @@ class _Reader:
             self.note_name(node)
         results = [self.broadcast(n, (self.hidden_size,)) for n in self.parts.results]
         step = tuple(slots[0] for slots in results)
-        ordered = [[lf for (by_rows, lf) in self.leaves if by_rows is kind] for kind in (True, False)]
+        ordered = [
+            [lf for (by_rows, lf) in self.leaves if by_rows is kind] for kind in (True, False)
+        ]
         for kind, leaves in (("drive", ordered[0]), ("coefficient", ordered[1])):
             for i, lf in enumerate(leaves):
                 self.names[leaf(kind, i)] = _edge_name(lf)
@@ -141,7 +145,10 @@ class _Reader:
         if name and isinstance(value, _Value) and len(value.slots) == 1:
             (slot,) = value.slots
             if isinstance(slot, Expression) and slot.op != "state":
-                self.names.setdefault(slot, name)
+                taken = name in (
+                    self.names.get(leaf("state", i)) for i in range(len(self.parts.states))
+                )
+                self.names.setdefault(slot, f"{name}'" if taken else name)
 
     def evaluate(self, node: fx.Node) -> Any:
         func = node.target
@@ -231,10 +238,14 @@ class _Reader:
         if addresses.shape[0] != ROWS[0]:
             raise NotElementwise("the result does not keep one row per sample")
         flat = addresses.reshape(ROWS[0], -1)
-        if not torch.equal(flat - flat[:1], (torch.arange(ROWS[0]) * total)[:, None].expand_as(flat)):
+        if not torch.equal(
+            flat - flat[:1], (torch.arange(ROWS[0]) * total)[:, None].expand_as(flat)
+        ):
             raise NotElementwise("rows are mixed")
         blocks = flat[0].view(-1, self.hidden_size)
-        if not torch.equal(blocks % self.hidden_size, torch.arange(self.hidden_size).expand_as(blocks)):
+        if not torch.equal(
+            blocks % self.hidden_size, torch.arange(self.hidden_size).expand_as(blocks)
+        ):
             raise NotElementwise("channels are mixed")
         return _Value(shape, [slots[int(b[0]) // self.hidden_size] for b in blocks])
 

@@ -95,6 +95,7 @@ def _identity_key(arg: Operand) -> object:
 
 def make(op: str, *args: Operand) -> Operand:
     """Return the one expression `op(*args)`, simplified where no NaN or infinity could tell."""
+    args = tuple(float(a) if type(a) is int else a for a in args)
     if op in _FOLD and all(isinstance(a, (int, float)) for a in args):
         return _FOLD[op](*args)
     if op == "mul":

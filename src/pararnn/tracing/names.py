@@ -11,14 +11,20 @@ from typing import Any
 from torch import fx
 
 
-def name_nodes(graph: fx.Graph, function: Callable[..., Any], attributes: Mapping[str, str]) -> None:
+def name_nodes(
+    graph: fx.Graph, function: Callable[..., Any], attributes: Mapping[str, str], state: int
+) -> None:
     """Set `meta["name"]` where the function assigns a node's value to a variable.
 
     Args:
         graph: Nodes carry `meta["line"]`, their line in `function`.
-        function: The cell's `forward`; when its source is not to be had, nothing is named.
+        function: The user's step; when its source is not to be had, nothing is named.
         attributes: Names for placeholders.
+        state: Position of the state among the function's parameters.
     """
+    states = [n for n in graph.nodes if n.op == "placeholder" and n.target.startswith("state_")]
+    for node, name in zip(states, _state_names(function, state, len(states)), strict=False):
+        node.meta["name"] = name
     for node in graph.nodes:
         if node.op == "placeholder" and node.target in attributes:
             node.meta["name"] = attributes[node.target].replace(".", "_")
@@ -34,11 +40,10 @@ def name_nodes(graph: fx.Graph, function: Callable[..., Any], attributes: Mappin
 
 
 def _assignments(function: Callable[..., Any]) -> list[tuple[tuple[int, int], list[str]]]:
-    try:
-        lines, start = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
+    parsed = _parse(function)
+    if parsed is None:
         return []
+    tree, start = parsed
     found = []
     for statement in ast.walk(tree):
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
@@ -48,3 +53,32 @@ def _assignments(function: Callable[..., Any]) -> list[tuple[tuple[int, int], li
                 span = (statement.lineno + start - 1, (statement.end_lineno or 0) + start - 1)
                 found.append((span, [p.id for p in parts if isinstance(p, ast.Name)]))
     return found
+
+
+def _state_names(function: Callable[..., Any], position: int, count: int) -> list[str]:
+    """What the function calls its state: the parameter, or what that is assigned to."""
+    parsed = _parse(function)
+    code = getattr(function, "__code__", None)
+    if parsed is None or code is None or position >= code.co_argcount:
+        return []
+    parameter = code.co_varnames[position]
+    for statement in ast.walk(parsed[0]):
+        if (
+            isinstance(statement, ast.Assign)
+            and isinstance(statement.value, ast.Name)
+            and statement.value.id == parameter
+        ):
+            target = statement.targets[0]
+            parts = target.elts if isinstance(target, ast.Tuple) else [target]
+            names = [p.id for p in parts if isinstance(p, ast.Name)]
+            if len(names) == count:
+                return names
+    return [parameter] if count == 1 else [f"{parameter}[{i}]" for i in range(count)]
+
+
+def _parse(function: Callable[..., Any]) -> tuple[ast.AST, int] | None:
+    try:
+        lines, start = inspect.getsourcelines(function)
+        return ast.parse(textwrap.dedent("".join(lines))), start
+    except (OSError, TypeError, SyntaxError):
+        return None

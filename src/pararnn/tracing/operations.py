@@ -13,6 +13,7 @@ IDENTITIES = frozenset("clone alias contiguous lift_fresh lift_fresh_copy view_a
 _CREATION = {"zeros": 0.0, "ones": 1.0, "empty": 0.0, "zeros_like": 0.0, "ones_like": 1.0}
 _CREATION |= {"new_zeros": 0.0, "zero": 0.0, "new_ones": 1.0, "empty_like": 0.0, "new_empty": 0.0}
 _KEEP_BOOL = frozenset("where logical_and logical_or logical_xor logical_not to_float".split())
+_UNTAGGED = frozenset("hardswish hardswish_backward floor_divide".split())
 _LOGICAL = {"bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_xor": "logical_xor"}
 _WIDTH = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
@@ -29,7 +30,8 @@ def operation_name(func: Any) -> str:
 def is_pointwise(func: Any) -> bool:
     """Whether PyTorch or this module knows the operation as working on each element by itself."""
     name = operation_name(func)
-    return torch.Tag.pointwise in func.tags or name in _RULES or name in IDENTITIES
+    known = name in _RULES or name in IDENTITIES or name in _UNTAGGED
+    return known or torch.Tag.pointwise in func.tags
 
 
 def creation_value(func: Any, args: tuple[Any, ...]) -> float | None:
@@ -43,7 +45,9 @@ def creation_value(func: Any, args: tuple[Any, ...]) -> float | None:
     return _CREATION.get(name)
 
 
-def express(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Operand:
+def express(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> Operand:
     """Express one call.
 
     Args:
@@ -56,12 +60,27 @@ def express(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: tor
     if name in IDENTITIES:
         return args[0]
     values = _arguments(func, args, kwargs)
+    if not any(isinstance(v, Expression) for v in values.values()):
+        return _evaluate(func, values)
     if name in ("_to_copy", "to", "prims_convert_element_type"):
         return _cast(values["self"], kwargs.get("dtype"), dtype)
     if name in _RULES:
         return _RULES[name](**values)
     plain = [v for k, v in values.items() if k not in ("dtype", "layout", "device", "pin_memory")]
     return apply(name, *plain)
+
+
+def _evaluate(func: Any, values: dict[str, Any]) -> Any:
+    """The result of a call on numbers alone."""
+    given = {a.name: values[a.name] for a in func._schema.arguments}
+    for argument in func._schema.arguments:
+        if argument.type.isSubtypeOf(torch.TensorType.get()):
+            number = given[argument.name]
+            kind = torch.bool if isinstance(number, bool) else torch.float64
+            given[argument.name] = torch.tensor(number, dtype=kind)
+    options = {a.name: given.pop(a.name) for a in func._schema.arguments if a.kwarg_only}
+    result = func(*given.values(), **options)
+    return tuple(r.item() for r in result) if isinstance(result, tuple) else result.item()
 
 
 def apply(name: str, *args: Operand) -> Operand:
@@ -106,8 +125,10 @@ def _scaled(operand: Operand, alpha: Operand) -> Operand:
 
 
 def _div(self: Operand, other: Operand, rounding_mode: str | None = None) -> Operand:
+    if rounding_mode == "floor":
+        return apply("div_floor", self, other)
     quotient = apply("div", self, other)
-    return make(rounding_mode, quotient) if rounding_mode else quotient
+    return make("trunc", quotient) if rounding_mode == "trunc" else quotient
 
 
 def _clamp(self: Operand, min: Operand = None, max: Operand = None) -> Operand:
@@ -162,7 +183,7 @@ def _nan_to_num(
     return make("nan_to_num", self, 0.0 if nan is None else nan, posinf, neginf)
 
 
-_RULES: dict[str, Callable[..., Operand]] = {
+_RULES: dict[str, Callable[..., Any]] = {
     "add": lambda self, other, alpha=1: apply("add", self, _scaled(other, alpha)),
     "sub": lambda self, other, alpha=1: apply("sub", self, _scaled(other, alpha)),
     "rsub": lambda self, other, alpha=1: apply("sub", other, _scaled(self, alpha)),

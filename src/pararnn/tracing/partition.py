@@ -40,7 +40,9 @@ def partition(capture: Capture) -> Partition:
     """
     graph = capture.graph
     _drop_unused(graph)
-    states = [n for n in graph.nodes if n.op == "placeholder" and n.target.startswith("state_")]
+    states = [
+        n for n in graph.nodes if n.op == "placeholder" and str(n.target).startswith("state_")
+    ]
     reached = set(states)
     from_x = {n for n in graph.nodes if _is_input(n)}
     recurrent: list[fx.Node] = []
@@ -73,7 +75,7 @@ def partition(capture: Capture) -> Partition:
 
 
 def _is_input(node: fx.Node) -> bool:
-    return node.op == "placeholder" and node.target.startswith("x_")
+    return node.op == "placeholder" and str(node.target).startswith("x_")
 
 
 def _drop_unused(graph: fx.Graph) -> None:
@@ -134,7 +136,10 @@ def copy_graph(
 class Output(Protocol):
     """A result of the input part: an edge and what is still to be done to it."""
 
-    edge: fx.Node
+    @property
+    def edge(self) -> fx.Node:
+        """The value in the captured graph."""
+        ...
 
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
         """Add operations to a graph that holds the edge's value; return the result."""

@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 _LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_MODULES = str(Path(torch.nn.__file__).parent)
 
 
 class TraceError(ValueError):
-    """The cell does something that cannot be evaluated in parallel; says what, where, and a way out."""
+    """The cell does something that has no parallel form; says what, where, and a way out."""
 
 
 class NeedsFunctionalization(Exception):
@@ -73,7 +74,7 @@ class Recorder(TorchDispatchMode):
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
 
-    def __torch_dispatch__(  # noqa: D102
+    def __torch_dispatch__(
         self,
         func: Any,
         types: Sequence[type],
@@ -137,17 +138,19 @@ class Recorder(TorchDispatchMode):
 
 def _find_frames(focus: CodeType | None) -> tuple[tuple[str, int] | None, int]:
     """The innermost line outside PyTorch and this package, and the line inside `focus` (or 0)."""
-    place, line = None, 0
+    place, inside, line = None, None, 0
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if place is None and not filename.startswith((*_LIBRARY, "<")):
+        if place is None and not filename.startswith((*_LIBRARY, "<frozen")):
             place = filename, frame.f_lineno
+        if inside is None and filename.startswith(_MODULES):
+            inside = filename, frame.f_lineno
         if frame.f_code is focus:
             line = frame.f_lineno
             break
         frame = frame.f_back
-    return place, line
+    return (inside if line and inside and not place else place), line
 
 
 def _storage(tensor: Tensor) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,7 +76,9 @@ def trace(
     Raises:
         TraceError: The step cannot be evaluated for all times; the message names the line.
     """
-    parts = partition(capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device))
+    parts = partition(
+        capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
+    )
     traced = _elementwise_or_not(subject, parts)
     _check_rows(traced, inputs, dtype, device)
     return traced
@@ -124,7 +125,9 @@ def _check_rows(
     """Change one row of x and the state: no other row of any result may follow."""
     subject, name = traced.subject, traced.subject.name
     examples = [_random((ROWS[0], *features), kind, device) for features, kind in inputs]
-    changed = [torch.cat([e[:-1], e[-1:] * 2 + 1 if e.is_floating_point() else e[-1:]]) for e in examples]
+    changed = [
+        torch.cat([e[:-1], e[-1:] * 2 + 1 if e.is_floating_point() else e[-1:]]) for e in examples
+    ]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad():

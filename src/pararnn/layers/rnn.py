@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pararnn.layers.evaluate import BackendChoice, Evaluation, choose_backend
+from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.solvers.settings import Newton, SolveReport
-from pararnn.tracing.capture import cell_subject, cell_tensors, fingerprint, resolve
-from pararnn.tracing.structure import Traced, trace
+from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
+from pararnn.tracing.structure import trace
 
 State = Tensor | tuple[Tensor, ...]
 _MOST_COMPONENTS = 8
@@ -66,7 +66,8 @@ class RNN(nn.Module):
         self._report: Tensor | None = None
         input_size = getattr(cell, "input_size", None)
         if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
-            self._prepare((input_size,), self._parameter_dtype(), self._device())
+            now = snapshot(cell)
+            self._prepare((input_size,), now.dtype, now.device, now)
 
     @property
     def hidden_size(self) -> int:
@@ -129,14 +130,8 @@ class RNN(nn.Module):
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        first = self._initial(state, sequences, x)
         starts, last = _starts(x, resets, cu_seqlens)
-        states, report = evaluation.run(self._tensors(evaluation), [x], first, starts)
-        if not torch.compiler.is_compiling():
-            self._report = report
-        dtype = x.dtype if x.is_floating_point() else states[0].dtype
-        y = states[0].to(dtype)
-        final = tuple((s[:, -1] if last is None else s[0, last]).to(dtype) for s in states)
+        y, final = self._evaluate(evaluation, x, state, sequences, starts, last)
         if single:
             y = y.squeeze(0)
             final = final if cu_seqlens is not None else tuple(f.squeeze(0) for f in final)
@@ -155,11 +150,35 @@ class RNN(nn.Module):
             The output, and the state after the step.
         """
         evaluation = self._evaluation_for(x_t.unsqueeze(0), state)
-        if x_t.dim() == evaluation.feature_axes:
-            y, new = self.forward(x_t.unsqueeze(0), state)
-            return y.squeeze(0), new
-        y, new = self.forward(x_t.unsqueeze(1 if self.batch_first else 0), state)
-        return y.squeeze(1 if self.batch_first else 0), new
+        single = x_t.dim() == evaluation.feature_axes
+        if single:
+            x_t = x_t.unsqueeze(0)
+            state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
+        x = x_t.unsqueeze(1)
+        y, final = self._evaluate(evaluation, x, state, x.shape[0], None, None)
+        y = y.squeeze(1)
+        if single:
+            y, final = y.squeeze(0), tuple(f.squeeze(0) for f in final)
+        return y, final if evaluation.traced.capture.is_tuple else final[0]
+
+    def _evaluate(
+        self,
+        evaluation: Evaluation,
+        x: Tensor,
+        state: State | None,
+        sequences: int,
+        starts: Tensor | None,
+        last: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Outputs for x (batch, time, *features), and the components after the last steps."""
+        first = self._initial(state, sequences, x)
+        tensors = [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
+        states, report = evaluation.run(tensors, [x], first, starts)
+        if not torch.compiler.is_compiling():
+            self._report = None if report is None else report.detach()
+        dtype = x.dtype if x.is_floating_point() else states[0].dtype
+        final = ((s[:, -1] if last is None else s[0, last]).to(dtype) for s in states)
+        return states[0].to(dtype), tuple(final)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"batch_first={self.batch_first}, backend={self.backend!r}"
@@ -186,7 +205,7 @@ class RNN(nn.Module):
             self._hidden_size = (state[0] if isinstance(state, tuple) else state).shape[-1]
         if self._num_components is None and isinstance(state, tuple):
             self._num_components = len(state)
-        return self._prepare(self._features(x), x.dtype, x.device)
+        return self._prepare(self._features(x), x.dtype, x.device, snapshot(self.cell))
 
     def _features(self, x: Tensor) -> tuple[int, ...]:
         input_size = getattr(self.cell, "input_size", None)
@@ -209,36 +228,31 @@ class RNN(nn.Module):
         return known
 
     def _prepare(
-        self, features: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self, features: tuple[int, ...], dtype: torch.dtype, device: torch.device, now: Snapshot
     ) -> Evaluation:
-        kind = self._parameter_dtype() if dtype.is_floating_point else dtype
-        signature = (features, kind, device, fingerprint(self.cell), self.backend, self.solver)
+        """The evaluation for such inputs; the cell is traced again when anything has changed."""
+        kind = now.dtype if dtype.is_floating_point else dtype
+        signature = (features, kind, device, now.fingerprint, self.backend, self.solver)
         if self._evaluation is None or signature != self._signature:
-            state_dtype = self._parameter_dtype()
             components = self.num_components
-            traced = self._trace(features, kind, state_dtype, components, device)
-            choice: BackendChoice = choose_backend(self.backend, traced, device)
+            traced = trace(
+                cell_subject(self.cell),
+                [(features, kind)],
+                self.hidden_size,
+                components,
+                components > 1,
+                now.dtype,
+                device,
+            )
+            choice = choose_backend(self.backend, traced, device)
             self._evaluation = Evaluation(traced, choice, self.solver, features)
             self._signature = signature
         return self._evaluation
 
-    def _trace(
-        self,
-        features: tuple[int, ...],
-        dtype: torch.dtype,
-        state_dtype: torch.dtype,
-        components: int,
-        device: torch.device,
-        is_tuple: bool | None = None,
-    ) -> Traced:
-        subject = cell_subject(self.cell)
-        as_tuple = components > 1 if is_tuple is None else is_tuple
-        inputs = [(features, dtype)]
-        return trace(subject, inputs, self.hidden_size, components, as_tuple, state_dtype, device)
-
     def _find_components(self) -> int:
         """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""
-        size, dtype, device = self.hidden_size, self._parameter_dtype(), self._device()
+        size, now = self.hidden_size, snapshot(self.cell)
+        dtype, device = now.dtype, now.device
         features = getattr(self.cell, "input_size", None)
         shape = (2, features) if isinstance(features, int) else None
         failures = []
@@ -272,7 +286,7 @@ class RNN(nn.Module):
 
     def _initial(self, state: State | None, rows: int, x: Tensor) -> Tensor:
         size, count = self.hidden_size, self.num_components
-        dtype = x.dtype if x.is_floating_point() else self._parameter_dtype()
+        dtype = x.dtype if x.is_floating_point() else snapshot(self.cell).dtype
         if state is None:
             return torch.zeros(rows, count, size, dtype=dtype, device=x.device)
         parts = state if isinstance(state, tuple) else (state,)
@@ -290,22 +304,12 @@ class RNN(nn.Module):
                 raise ValueError(f"state is on {part.device} but x is on {x.device}; move one.")
         return torch.stack(parts, 1)
 
-    def _tensors(self, evaluation: Evaluation) -> list[Tensor]:
-        return [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
-
-    def _parameter_dtype(self) -> torch.dtype:
-        kinds = (t.dtype for t in cell_tensors(self.cell).values() if t.is_floating_point())
-        return next(kinds, torch.get_default_dtype())
-
-    def _device(self) -> torch.device:
-        return next((t.device for t in cell_tensors(self.cell).values()), torch.device("cpu"))
-
     def _apply(self, fn: Any, recurse: bool = True) -> RNN:
         """Trace again at once after `.to(...)`, so that a compiled call finds everything ready."""
         super()._apply(fn, recurse)
         if self._evaluation is not None:
-            kind = self._parameter_dtype()
-            self._prepare(self._evaluation.features, kind, self._device())
+            now = snapshot(self.cell)
+            self._prepare(self._evaluation.features, now.dtype, now.device, now)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -46,35 +46,57 @@ class Capture:
     subject: str
 
 
-def cell_tensors(cell: nn.Module) -> dict[str, Tensor]:
-    """Parameters, buffers and plain tensor attributes of a cell, by qualified name."""
-    found: dict[str, Tensor] = {}
+_MODULE_OWN = frozenset(vars(nn.Module())) - {"training"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a cell holds now.
+
+    Attributes:
+        tensors: Parameters, buffers and plain tensor attributes, by qualified name.
+        fingerprint: Everything that a graph of the cell depends on besides x: names, shapes and
+            types of the tensors, and the numbers and texts among the attributes.
+    """
+
+    tensors: dict[str, Tensor]
+    fingerprint: tuple[object, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first floating-point tensor."""
+        kinds = (t.dtype for t in self.tensors.values() if t.is_floating_point())
+        return next(kinds, torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first tensor is."""
+        return next((t.device for t in self.tensors.values()), torch.device("cpu"))
+
+
+def snapshot(cell: nn.Module) -> Snapshot:
+    """Look at a cell's tensors and settings as they are now."""
+    tensors: dict[str, Tensor] = {}
+    settings: list[object] = []
     seen: set[int] = set()
     for prefix, module in cell.named_modules():
-        stores = (module._parameters, module._buffers, vars(module))
-        for name, value in (item for store in stores for item in list(store.items())):
-            if isinstance(value, Tensor) and id(value) not in seen:
-                seen.add(id(value))
-                found[f"{prefix}.{name}" if prefix else name] = value
-    return found
+        for store in (module._parameters, module._buffers, vars(module)):
+            for name, value in store.items():
+                if isinstance(value, Tensor):
+                    if id(value) not in seen:
+                        seen.add(id(value))
+                        full = f"{prefix}.{name}" if prefix else name
+                        tensors[full] = value
+                        settings.append((full, value.shape, value.dtype))
+                elif isinstance(value, (bool, int, float, str)) and name not in _MODULE_OWN:
+                    settings.append((prefix, name, value))
+    return Snapshot(tensors, tuple(settings))
 
 
 def resolve(cell: nn.Module, name: str) -> Tensor:
     """The tensor with a qualified name, as it is now."""
     prefix, _, attribute = name.rpartition(".")
-    return getattr(cell.get_submodule(prefix), attribute)
-
-
-def fingerprint(cell: nn.Module) -> tuple[object, ...]:
-    """Everything a graph of the cell depends on besides x: compare to know when to trace again."""
-    tensors = tuple((n, tuple(t.shape), t.dtype) for n, t in cell_tensors(cell).items())
-    scalars = tuple(
-        (prefix, name, value)
-        for prefix, module in cell.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
-    )
-    return tensors, scalars
+    return getattr(cell.get_submodule(prefix) if prefix else cell, attribute)
 
 
 StepFunction = Callable[[dict[str, Tensor], tuple[Tensor, ...], Any], Any]
@@ -101,7 +123,7 @@ class Subject:
 
 def cell_subject(cell: nn.Module) -> Subject:
     """A cell as something to capture."""
-    tensors = cell_tensors(cell)
+    tensors = snapshot(cell).tensors
 
     def step(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
         swapped = {name: t for name, t in own.items() if t is not tensors[name]}

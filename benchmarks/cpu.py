@@ -131,7 +131,7 @@ def start_up() -> dict[str, float]:
 
 
 _MEMORY = """
-import resource, torch, pararnn
+import pathlib, torch, pararnn
 B, T, D = 8, 2048, 512
 rnn = pararnn.RNN(pararnn.cells.{cell}(D, D), backend="c")
 count = rnn.evaluation().traced.recurrence
@@ -142,14 +142,16 @@ cotangent = torch.randn(B, T, D)
 run = lambda u, g: torch.autograd.grad(
     torch.ops.pararnn.recurrence(u, weights, first, None, rnn.evaluation().plan)[0], u, g)
 run([torch.randn(B, 64, D, requires_grad=True) for _ in drives], cotangent[:, :64].clone())
-used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = used()
+status = pathlib.Path("/proc/self/status")
+used = lambda key: int(status.read_text().split(key)[1].split()[0]) * 1024
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+before = used("VmRSS:")
 run(drives, cotangent)
 one = B * T * D * 4
 outputs = count.num_components * one
 gradients = count.num_drives * one
 inputs = (count.num_drives + 1) * one
-print((used() - before - outputs - gradients) / (inputs + outputs + gradients))
+print((used("VmHWM:") - before - outputs - gradients) / (inputs + outputs + gradients))
 """
 
 

@@ -1,0 +1,82 @@
+"""`explain` and `check_cell` say what is there."""
+
+import pytest
+import torch
+from torch import nn
+
+import pararnn
+
+
+class Leaky(nn.Module):
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.project = nn.Linear(input_size, 2 * hidden_size)
+        self.decay = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x, state):
+        h = state
+        gate_x, value = self.project(x).chunk(2, -1)
+        gate = torch.sigmoid(gate_x + self.decay * h)
+        return gate * h + (1 - gate) * torch.tanh(value)
+
+
+def test_explanation_of_an_elementwise_cell(capsys):
+    explanation = pararnn.explain(pararnn.RNN(Leaky(4, 6), backend="c"))
+    printed = capsys.readouterr().out
+    assert explanation.structure == "elementwise"
+    assert explanation.equations[0] == "gate = sigmoid(gate_x + decay * h)"
+    assert explanation.equations[-1].startswith("h' = gate * h + (1 - gate) *")
+    assert explanation.drives[0] == "gate_x"
+    assert explanation.coefficients == ["decay"]
+    assert explanation.backend == "c"
+    assert explanation.backend_reason == "asked for"
+    assert any("addmm" in line for line in explanation.input_part)
+    assert any(
+        "sigmoid" in line and "test_explain.py" in line for line in explanation.recurrent_part
+    )
+    assert "void forward(" in explanation.source
+    assert "gate = sigmoid(gate_x + decay * h)" in printed
+
+
+def test_explanation_of_a_dense_cell_names_the_operation(capsys):
+    explanation = pararnn.explain(pararnn.RNN(nn.GRUCell(4, 6)))
+    capsys.readouterr()
+    assert explanation.structure == "dense"
+    assert "addmm" in explanation.structure_reason
+    assert explanation.backend == "torch"
+    assert "step by step" in explanation.backend_reason
+
+
+def test_generated_source_is_deterministic():
+    sources = [pararnn.RNN(Leaky(4, 6), backend="c").evaluation() for _ in range(2)]
+    assert sources[0].plan == sources[1].plan
+
+
+def test_explain_wants_a_layer():
+    with pytest.raises(TypeError, match=r"explain takes a pararnn.RNN, got Linear"):
+        pararnn.explain(nn.Linear(2, 2))
+    cell = Leaky(4, 6)
+    del cell.input_size
+    with pytest.raises(TypeError, match="call the layer once"):
+        pararnn.explain(pararnn.RNN(cell))
+
+
+def test_check_cell_passes_and_reports():
+    check = pararnn.testing.check_cell(Leaky(4, 6))
+    assert check.structure == "elementwise"
+    assert set(check.errors) == {f"{b}, chunk={c}" for b in ("torch", "c") for c in (1, 7, 37)}
+    assert max(check.errors.values()) < 1e-12
+
+
+def test_check_cell_sees_a_wrong_result(monkeypatch):
+    from pararnn.kernels.torch_backend import TorchBackend
+
+    right = TorchBackend.backward
+
+    def wrong(self, *arguments):
+        return right(self, *arguments) * 1.001
+
+    monkeypatch.setattr(TorchBackend, "backward", wrong)
+    with pytest.raises(AssertionError, match="gradient of"):
+        pararnn.testing.check_cell(Leaky(4, 6))

@@ -1,0 +1,69 @@
+"""The functional form."""
+
+import pytest
+import torch
+
+import pararnn
+from pararnn.testing import assert_close
+
+
+def gated(h, z, c, a):
+    gate = torch.sigmoid(z + a * h)
+    return gate * h + (1 - gate) * torch.tanh(c)
+
+
+def oscillator(state, force, stiffness):
+    position, velocity = state
+    velocity = 0.9 * velocity + 0.1 * (force - torch.sin(stiffness * position))
+    return position + 0.1 * velocity, velocity
+
+
+@pytest.mark.parametrize("backend", ["torch", "c"])
+def test_one_component_equals_the_loop(backend):
+    z, c = torch.randn(2, 3, 50, 7, dtype=torch.float64).requires_grad_().unbind(0)
+    a = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    first = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    states, last = pararnn.scan(gated, first, (z, c), (a,), backend=backend)
+    h, expected = first, []
+    for t in range(50):
+        h = gated(h, z[:, t], c[:, t], a)
+        expected.append(h)
+    expected = torch.stack(expected, 1)
+    assert_close("states", states, expected, rtol=1e-12)
+    assert torch.equal(last, states[:, -1])
+    cotangent = torch.randn_like(states)
+    inputs = {"z": z, "c": c, "a": a, "first": first}
+    ours = torch.autograd.grad((states * cotangent).sum(), inputs.values(), retain_graph=True)
+    theirs = torch.autograd.grad((expected * cotangent).sum(), inputs.values())
+    for name, actual, reference in zip(inputs, ours, theirs, strict=True):
+        assert_close(name, actual, reference, rtol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, "auto"])
+def test_tuple_of_components_one_drive_and_scalar_coefficient(chunk):
+    force = torch.randn(2, 40, 5, dtype=torch.float64)
+    stiffness = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    first = (torch.zeros(2, 5, dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64))
+    solver = pararnn.Newton(chunk=chunk)
+    states, last = pararnn.scan(oscillator, first, force, stiffness, solver=solver)
+    state = first
+    for t in range(40):
+        state = oscillator(state, force[:, t], stiffness)
+    for name, actual, reference in zip("xv", last, state, strict=True):
+        assert_close(name, actual, reference, rtol=1e-12)
+    assert states[0].shape == (2, 40, 5)
+    (ours,) = torch.autograd.grad(last[0].sum(), stiffness)
+    (theirs,) = torch.autograd.grad(state[0].sum(), stiffness)
+    assert_close("stiffness", ours, theirs, rtol=1e-12)
+
+
+def test_messages():
+    h, z = torch.zeros(3, 7), torch.randn(3, 5, 7)
+    with pytest.raises(ValueError, match="drives is empty"):
+        pararnn.scan(gated, h, ())
+    with pytest.raises(ValueError, match=r"drive 1 has shape \(3, 4, 7\)"):
+        pararnn.scan(gated, h, (z, z[:, :4]))
+    with pytest.raises(ValueError, match=r"state component 0 has shape \(2, 7\).*batch 3"):
+        pararnn.scan(gated, h[:2], (z, z))
+    with pytest.raises(pararnn.TraceError, match="given one tensor as state but returned tuple"):
+        pararnn.scan(lambda h, z: (h + z,), h, z)

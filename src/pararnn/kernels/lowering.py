@@ -57,7 +57,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 exp, expm1, log, log1p, sqrt = map(_function, ("exp", "expm1", "log", "log1p", "sqrt"))
 sigmoid, tanh, erf, sin, absolute = map(_function, ("sigmoid", "tanh", "erf", "sin", "abs"))
-minimum = _function("minimum")
+minimum, to_float = _function("minimum"), _function("to_float")
 lt, le, gt, ge, eq, ne = map(_function, ("lt", "le", "gt", "ge", "eq", "ne"))
 
 
@@ -78,8 +78,14 @@ def _pow(base: Operand, exponent: Operand) -> Operand:
 
 def _clamp(x: Any, low: Any, high: Any) -> Any:
     if low is not None:
-        x = where(lt(x, low), low, x)
-    return x if high is None else where(gt(x, high), high, x)
+        x = _bounded("maximum", lt, x, low)
+    return x if high is None else _bounded("minimum", gt, x, high)
+
+
+def _bounded(name: str, beyond: Callable[..., Any], x: Any, bound: Any) -> Any:
+    if isinstance(bound, Expression):
+        return make(name, x, bound)  # it may be NaN, which a comparison would lose
+    return where(beyond(x, bound), bound, x)
 
 
 def _softplus(x: Any, beta: Any = 1, threshold: Any = 20) -> Any:
@@ -138,6 +144,10 @@ def _between(x: Any, bound: Any) -> Operand:
     return make("logical_and", ge(x, -bound), le(x, bound))
 
 
+def _outside(x: Any, bound: Any) -> Operand:
+    return make("logical_or", lt(x, -bound), gt(x, bound))
+
+
 def _lerp(start: Any, end: Any, weight: Any) -> Operand:
     span = end - start
     near, far = start + weight * span, end - span * (1.0 - weight)
@@ -190,8 +200,11 @@ def _nan_to_num(x: Any, nan: Any, posinf: Any, neginf: Any) -> Operand:
     return where(eq(x, -math.inf), -largest if neginf is None else neginf, x)
 
 
-def _sign(x: Any) -> Operand:
-    return make("to_float", gt(x, 0.0)) - make("to_float", lt(x, 0.0))
+_SIXTH = 0.1666666716337204  # what PyTorch multiplies with, also in float64
+
+
+def _sign(x: Any) -> Any:
+    return to_float(gt(x, 0.0)) - to_float(lt(x, 0.0))
 
 
 _RULES: dict[str, Callable[..., Any]] = {
@@ -199,7 +212,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "clamp": _clamp,
     "hardtanh": _clamp,
     "hardtanh_backward": lambda g, x, low, high: where(
-        make("logical_or", le(x, low), ge(x, high)), 0.0, g
+        make("logical_and", gt(x, low), lt(x, high)), g, 0.0
     ),
     "relu": lambda x: where(le(x, 0.0), 0.0, x),
     "threshold": lambda x, threshold, value: where(le(x, threshold), value, x),
@@ -212,11 +225,11 @@ _RULES: dict[str, Callable[..., Any]] = {
     "elu_backward": _elu_backward,
     "hardsigmoid": lambda x: _clamp(x + 3.0, 0.0, 6.0) / 6.0,
     "hardsigmoid_backward": lambda g, x: where(
-        make("logical_and", gt(x, -3.0), lt(x, 3.0)), g / 6.0, 0.0
+        make("logical_and", gt(x, -3.0), lt(x, 3.0)), g * _SIXTH, 0.0
     ),
     "hardswish": lambda x: x * _clamp(x + 3.0, 0.0, 6.0) / 6.0,
     "hardswish_backward": lambda g, x: where(
-        lt(x, -3.0), 0.0, where(le(x, 3.0), g * (x / 3.0 + 0.5), g)
+        le(x, -3.0), 0.0, where(lt(x, 3.0), g * (x / 3.0 + 0.5), g)
     ),
     "silu": lambda x: x * sigmoid(x),
     "silu_backward": _silu_backward,
@@ -239,9 +252,9 @@ _RULES: dict[str, Callable[..., Any]] = {
     "softshrink": lambda x, bound: where(
         gt(x, bound), x - bound, where(lt(x, -bound), x + bound, x * 0.0)
     ),
-    "softshrink_backward": lambda g, x, bound: where(_between(x, bound), 0.0, g),
+    "softshrink_backward": lambda g, x, bound: where(_outside(x, bound), g, 0.0),
     "hardshrink": lambda x, bound: where(_between(x, bound), 0.0, x),
-    "hardshrink_backward": lambda g, x, bound: where(_between(x, bound), 0.0, g),
+    "hardshrink_backward": lambda g, x, bound: where(_outside(x, bound), g, 0.0),
     "lerp": _lerp,
     "reciprocal": lambda x: 1.0 / x,
     "rsqrt": lambda x: 1.0 / sqrt(x),
@@ -252,6 +265,9 @@ _RULES: dict[str, Callable[..., Any]] = {
     "frac": lambda x: x - make("trunc", x),
     "isnan": lambda x: ne(x, x),
     "isinf": lambda x: eq(absolute(x), math.inf),
+    "isposinf": lambda x: eq(x, math.inf),
+    "isneginf": lambda x: eq(x, -math.inf),
+    "signbit": lambda x: lt(make("copysign", 1.0, x), 0.0),
     "isfinite": lambda x: lt(absolute(x), math.inf),
     "nan_to_num": _nan_to_num,
     "sinc": lambda x: where(eq(x, 0.0), 1.0, sin(math.pi * x) / (math.pi * x)),

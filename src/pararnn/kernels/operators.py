@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
@@ -52,6 +53,19 @@ _library.define(
 )
 
 
+def _any_double(drives: Sequence[Tensor], coefficients: Sequence[Tensor], initial: Tensor) -> bool:
+    return any(t.dtype is torch.float64 for t in (*drives, *coefficients, initial))
+
+
+def _state_dtype(
+    drives: Sequence[Tensor], coefficients: Sequence[Tensor], initial: Tensor
+) -> torch.dtype:
+    """The type in which states are kept: that of the drives, which are as large."""
+    if _any_double(drives, coefficients, initial):
+        return torch.float64
+    return functools.reduce(torch.promote_types, (d.dtype for d in drives))
+
+
 def _problem(
     drives: Sequence[Tensor],
     coefficients: Sequence[Tensor],
@@ -61,7 +75,7 @@ def _problem(
 ) -> Problem:
     """The tensors in the type and layout that backends take."""
     backend, settings = _plans[name]
-    double = any(d.dtype is torch.float64 for d in (*drives, *coefficients, initial))
+    double = _any_double(drives, coefficients, initial)
     dtype = torch.float64 if double else torch.float32
     ready = [d.to(dtype) for d in drives]
     ready = [d if d.stride(-1) == 1 or d.shape[-1] == 1 else d.contiguous() for d in ready]
@@ -90,7 +104,8 @@ def _recurrence(
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
         states, report = solve(backend, problem, settings)
-    return [*(s.to(drives[0].dtype) for s in states), report]
+    dtype = _state_dtype(drives, coefficients, initial)
+    return [*(s.to(dtype) for s in states), report]
 
 
 def _recurrence_backward(
@@ -130,7 +145,8 @@ def _fake_recurrence(
     plan: str,
 ) -> list[Tensor]:
     components = initial.shape[1]
-    states = [drives[0].new_empty(drives[0].shape) for _ in range(components)]
+    dtype = _state_dtype(drives, coefficients, initial)
+    states = [drives[0].new_empty(drives[0].shape, dtype=dtype) for _ in range(components)]
     return [*states, initial.new_empty((4,), dtype=torch.float64)]
 
 

@@ -108,6 +108,7 @@ def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _read(graph: fx.Graph, leaves: dict[str, Expression], constants: list[Tensor]) -> list[Operand]:
+    graph.eliminate_dead_code()
     values: dict[fx.Node, Any] = {}
     pick = lambda a: values[a] if isinstance(a, fx.Node) else a  # noqa: E731
     for node in graph.nodes:

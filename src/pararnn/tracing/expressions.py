@@ -76,7 +76,7 @@ Operand = Expression | float | int | bool | str | None
 
 BOOLEAN = frozenset(
     "lt le gt ge eq ne logical_and logical_or logical_xor logical_not isnan isinf isfinite "
-    "to_bool".split()
+    "isposinf isneginf signbit to_bool".split()
 )
 _FOLD: dict[str, Callable[..., float]] = {
     "add": operator.add,

@@ -11,10 +11,18 @@ from pararnn.tracing.expressions import Expression, Operand, is_boolean, make
 
 IDENTITIES = frozenset("clone alias contiguous lift_fresh lift_fresh_copy view_as conj".split())
 _CREATION = {"zeros": 0.0, "ones": 1.0, "empty": 0.0, "zeros_like": 0.0, "ones_like": 1.0}
-_CREATION |= {"new_zeros": 0.0, "zero": 0.0, "new_ones": 1.0, "empty_like": 0.0, "new_empty": 0.0}
+_CREATION |= {
+    "_efficientzerotensor": 0.0,
+    "new_zeros": 0.0,
+    "zero": 0.0,
+    "new_ones": 1.0,
+    "empty_like": 0.0,
+    "new_empty": 0.0,
+}
 _KEEP_BOOL = frozenset("where logical_and logical_or logical_xor logical_not to_float".split())
 _UNTAGGED = frozenset("hardswish hardswish_backward floor_divide".split())
 _LOGICAL = {"bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_xor": "logical_xor"}
+_PLACEMENT = frozenset("layout device pin_memory memory_format non_blocking".split())
 _WIDTH = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
@@ -66,7 +74,7 @@ def express(
         return _cast(values["self"], kwargs.get("dtype"), dtype)
     if name in _RULES:
         return _RULES[name](**values)
-    plain = [v for k, v in values.items() if k not in ("dtype", "layout", "device", "pin_memory")]
+    plain = [v for k, v in values.items() if k != "dtype" and k not in _PLACEMENT]
     return apply(name, *plain)
 
 
@@ -78,7 +86,10 @@ def _evaluate(func: Any, values: dict[str, Any]) -> Any:
             number = given[argument.name]
             kind = torch.bool if isinstance(number, bool) else torch.float64
             given[argument.name] = torch.tensor(number, dtype=kind)
-    options = {a.name: given.pop(a.name) for a in func._schema.arguments if a.kwarg_only}
+    for option in _PLACEMENT & given.keys():
+        del given[option]
+    names = [a.name for a in func._schema.arguments if a.kwarg_only]
+    options = {name: given.pop(name) for name in names if name in given}
     result = func(*given.values(), **options)
     return tuple(r.item() for r in result) if isinstance(result, tuple) else result.item()
 
@@ -122,6 +133,18 @@ def _cast(operand: Operand, target: torch.dtype | None, dtype: torch.dtype) -> O
 
 def _scaled(operand: Operand, alpha: Operand) -> Operand:
     return apply("mul", operand, alpha)
+
+
+def _add(self: Operand, other: Operand, alpha: Operand = 1) -> Operand:
+    if is_boolean(self) and is_boolean(other):
+        return make("logical_or", self, other)
+    return apply("add", self, _scaled(other, alpha))
+
+
+def _mul(self: Operand, other: Operand) -> Operand:
+    if is_boolean(self) and is_boolean(other):
+        return make("logical_and", self, other)
+    return apply("mul", self, other)
 
 
 def _div(self: Operand, other: Operand, rounding_mode: str | None = None) -> Operand:
@@ -184,7 +207,8 @@ def _nan_to_num(
 
 
 _RULES: dict[str, Callable[..., Any]] = {
-    "add": lambda self, other, alpha=1: apply("add", self, _scaled(other, alpha)),
+    "add": _add,
+    "mul": _mul,
     "sub": lambda self, other, alpha=1: apply("sub", self, _scaled(other, alpha)),
     "rsub": lambda self, other, alpha=1: apply("sub", other, _scaled(self, alpha)),
     "div": _div,
@@ -213,7 +237,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "round": _round,
     "nan_to_num": _nan_to_num,
     "square": lambda self: make("mul", self, self),
-    "addcmul": lambda self, tensor1, tensor2, value=1: self + _scaled(tensor1 * tensor2, value),
+    "addcmul": lambda self, tensor1, tensor2, value=1: self + _scaled(tensor1, value) * tensor2,
     "addcdiv": lambda self, tensor1, tensor2, value=1: self + _scaled(tensor1, value) / tensor2,
     "detach": lambda self: make("detach", self),
     "fill": lambda self, value: value,

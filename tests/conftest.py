@@ -1,0 +1,23 @@
+"""Fixtures of every test: fixed seeds, and fresh memory filled with NaN."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    """An empty folder for compiled kernels, for this test alone."""
+    monkeypatch.setenv("PARARNN_CACHE", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"

@@ -1,0 +1,50 @@
+"""Values and gradients of a layer and of the loop, by name, and how close they must be."""
+
+import torch
+
+from pararnn.testing import assert_close
+
+RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def as_tuple(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def random_state(num_components, *shape, dtype=torch.float64):
+    """A state as cells take it: a tensor for one component, else a tuple."""
+    parts = tuple(torch.randn(*shape, dtype=dtype) for _ in range(num_components))
+    return parts if num_components > 1 else parts[0]
+
+
+def outcome(run, module, x, state, seed=1):
+    """Run `run(x, state) -> (y, state)` and its backward with random cotangents.
+
+    Returns:
+        Values and the gradients of x, the state and every parameter, by name; a parameter that
+        got no gradient counts as one that got zeros.
+    """
+    x = x.detach().clone().requires_grad_()
+    first = tuple(s.detach().clone().requires_grad_() for s in as_tuple(state))
+    y, last = run(x, first if isinstance(state, tuple) else first[0])
+    values = {"y": y} | {f"last[{i}]": s for i, s in enumerate(as_tuple(last))}
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in values.values()]
+    total = sum((v * c).sum() for v, c in zip(values.values(), cotangents, strict=True))
+    inputs = {"x": x} | {f"first[{i}]": s for i, s in enumerate(first)}
+    inputs |= {n: p for n, p in module.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
+    for (name, tensor), gradient in zip(inputs.items(), found, strict=True):
+        values[f"gradient of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return {name: v.detach() for name, v in values.items()}
+
+
+def assert_same(actual, expected, rtol, zero=(), label=""):
+    """Compare two outcomes; the gradients named in `zero` must be exactly that in both."""
+    assert actual.keys() == expected.keys()
+    for name, reference in expected.items():
+        if name in zero:
+            assert not reference.any(), f"{label}{name}: the reference is not zero"
+            assert not actual[name].any(), f"{label}{name}: not exactly zero"
+        else:
+            assert_close(label + name, actual[name], reference, rtol=rtol)

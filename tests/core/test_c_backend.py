@@ -1,0 +1,83 @@
+"""The generated C: accuracy, special values, building, threads."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from torch import nn
+
+from pararnn import RNN
+
+
+class OfState(nn.Module):
+    """A function of the old value where x > 0: one step evaluates it in C."""
+
+    input_size, num_components = 1, 1
+
+    def __init__(self, function, hidden_size):
+        super().__init__()
+        self.function, self.hidden_size = function, hidden_size
+
+    def forward(self, x, state):
+        return torch.where(x.expand(-1, self.hidden_size) > 0, self.function(state), state)
+
+
+def through_c(function, values):
+    """The function of `values` (1-d), computed by generated C."""
+    rnn = RNN(OfState(function, len(values)), backend="c")
+    return rnn(values.new_ones(1, 1, 1), values[None])[1][0]
+
+
+ACCURATE = {  # name: largest error in units in the last place
+    "exp": (mpmath.exp, 2),
+    "log": (mpmath.log, 2),
+    "log1p": (mpmath.log1p, 3),
+    "expm1": (mpmath.expm1, 3),
+    "tanh": (mpmath.tanh, 3),
+    "sigmoid": (lambda x: 1 / (1 + mpmath.exp(-x)), 3),
+}
+
+
+def wide_values(dtype):
+    """Both signs, every magnitude, and the neighbourhoods where formulas change."""
+    top = 700 if dtype is torch.float64 else 85
+    low = -300 if dtype is torch.float64 else -36
+    generator = torch.Generator().manual_seed(0)
+    uniform = (torch.rand(300, generator=generator, dtype=torch.float64) * 2 - 1) * top
+    small = 10.0 ** torch.linspace(low, 2, 200, dtype=torch.float64)
+    near = torch.linspace(-3, 3, 300, dtype=torch.float64)
+    return torch.cat([uniform, small, -small, near]).to(dtype)
+
+
+def ulps(actual, exact, dtype):
+    """Errors in units in the last place of the exact value."""
+    info = torch.finfo(dtype)
+    errors = []
+    for a, e in zip(actual.double().tolist(), exact, strict=True):
+        if abs(e) > info.max:
+            errors.append(mpmath.mpf(0) if a == float("inf") else mpmath.inf)
+            continue
+        scale = max(abs(e), mpmath.mpf(info.tiny))
+        unit = mpmath.mpf(2) ** (mpmath.floor(mpmath.log(scale, 2))) * info.eps
+        errors.append(abs(mpmath.mpf(a) - e) / unit)
+    return errors
+
+
+@pytest.mark.parametrize("name", ACCURATE)
+def test_elementary_function_is_accurate(name, dtype):
+    reference, allowed = ACCURATE[name]
+    values = wide_values(dtype)
+    if name == "log":
+        values = values.abs().clamp_min(torch.finfo(dtype).tiny)
+    if name == "log1p":
+        values = values[values > -1]
+    if name == "sigmoid":  # below, 1 / (1 + exp(-x)) is 0 where the exact value is denormal
+        values = values[values > math.log(torch.finfo(dtype).tiny)]
+    with mpmath.workdps(400):
+        exact = [reference(mpmath.mpf(v)) for v in values.double().tolist()]
+        actual = through_c(getattr(torch, name), values)
+        errors = ulps(actual, exact, dtype)
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    message = f"{float(errors[worst]):.2f} ulps at {values[worst].item()!r}"
+    assert errors[worst] <= allowed, message

@@ -1,0 +1,136 @@
+"""Every operation of the table, inside a recurrence: value and all gradients equal the loop's."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from pararnn import RNN
+from pararnn.testing import loop
+
+from .compare import RTOL, assert_same, outcome, random_state
+from .operations import DOMAINS, OPERATIONS
+
+GROUP = 3  # operations in one cell: compiling takes longer than running
+GROUPS = [OPERATIONS[i : i + GROUP] for i in range(0, len(OPERATIONS), GROUP)]
+WHERE = {o.name: (g, i) for g, group in enumerate(GROUPS) for i, o in enumerate(group)}
+UNDEFINED = {  # where PyTorch's own result is no reference: (u, w) -> mask
+    "fmod fmod_number remainder remainder_negative": lambda u, w: u.abs() > 1e6,  # NaN for some
+    "gelu": lambda u, w: u.abs() > 1e30,  # overflows before halving
+    "sinc": lambda u, w: (u.abs() < 0.1) & (u != 0),  # the gradient is cancellation
+    "cast_long cast_int": lambda u, w: ~(u.abs() < 1e6),
+    "unflatten": lambda u, w: u.isnan(),  # 0 * NaN from an entry that is not selected
+    "relu6 hardtanh softshrink hardshrink": lambda u, w: u.isnan(),  # by position
+}
+UNDEFINED = {name: mask for names, mask in UNDEFINED.items() for name in names.split()}
+BATCH, TIME, HIDDEN = 3, 6, 5
+
+
+class Operations(nn.Module):
+    """Component i uses operation i on its own state and its own two parts of x.
+
+    Where the last feature of x is positive, the operation gets its state and second part of x as
+    they are, and nothing is done to its result.
+    """
+
+    def __init__(self, operations, hidden_size=HIDDEN):
+        super().__init__()
+        self.operations = operations
+        self.num_components, self.hidden_size = len(operations), hidden_size
+        self.input_size = 2 * hidden_size * len(operations) + 1
+        self.weights = nn.ParameterList(torch.rand(hidden_size) for _ in operations)
+
+    def forward(self, x, state):
+        parts = x[:, :-1].chunk(2 * len(self.operations), 1)
+        raw = x[:, -1:].expand(-1, self.hidden_size) > 0
+        new = []
+        for i, (operation, a, h) in enumerate(
+            zip(self.operations, self.weights, state, strict=True)
+        ):
+            u, w = a * h + parts[2 * i], parts[2 * i + 1]
+            r = operation.function(
+                torch.where(raw, h, DOMAINS[operation.domain](u)), torch.where(raw, w, w - 0.3 * h)
+            )
+            new.append(torch.where(raw, r, r / (1 + r * r) + 0.2 * u + 0.1 * w))
+        return tuple(new)
+
+
+@functools.cache
+def outcomes(group, dtype, backend):
+    """What the layer and the loop give for a group."""
+    torch.manual_seed(group)
+    cell = Operations(GROUPS[group]).to(dtype)
+    x = 3 * torch.rand(BATCH, TIME, cell.input_size, dtype=dtype) - 1.5
+    x[..., -1] = -1
+    state = random_state(cell.num_components, BATCH, HIDDEN, dtype=dtype)
+    rnn = RNN(cell, backend=backend)
+    assert rnn.evaluation().traced.structure == "elementwise", rnn.evaluation().traced.reason
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    return outcome(rnn, cell, x, state), expected
+
+
+def own_part(values, i, count):
+    """The entries of an outcome that belong to component i."""
+    x = values["gradient of x"][..., :-1].unflatten(-1, (count, 2, HIDDEN))[:, :, i]
+    names = (f"last[{i}]", f"gradient of first[{i}]", f"gradient of weights.{i}")
+    return {"gradient of u": x[:, :, 0], "gradient of w": x[:, :, 1]} | {
+        n: values[n] for n in names
+    }
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_operation_equals_loop(name, dtype, backend):
+    group, i = WHERE[name]
+    actual, expected = (own_part(v, i, len(GROUPS[group])) for v in outcomes(group, dtype, backend))
+    assert_same(actual, expected, RTOL[dtype], label=f"{name}: ")
+
+
+def special_values(dtype):
+    info = torch.finfo(dtype)
+    positive = [0.0, info.tiny / 8, info.tiny, 1e-3, 0.5, 1.0, 1.5, 2.5, 3.0, 20.5, 90.0, 800.0]
+    positive += [info.max / 4, info.max, torch.inf]
+    return torch.tensor([*positive, *(-v for v in positive), torch.nan], dtype=dtype)
+
+
+@functools.cache
+def special_outcomes(group, dtype):
+    """New states and gradients at all pairs of special values, through C and by the cell itself."""
+    special = special_values(dtype)
+    u, w = (v.flatten() for v in torch.meshgrid(special, special, indexing="ij"))
+    cell = Operations(GROUPS[group], len(u)).to(dtype)
+    count = cell.num_components
+    x = torch.cat([w.repeat(2 * count), w.new_ones(1)])[None, None]
+    rnn = RNN(cell, backend="c")
+    results = []
+    for run in (lambda s: rnn(x, s)[1], lambda s: cell(x[:, 0], s)):
+        state = tuple(u[None].clone().requires_grad_() for _ in range(count))
+        new = run(state)
+        gradients = torch.autograd.grad(sum(n.sum() for n in new), state)
+        results.append([(n.detach()[0], g[0]) for n, g in zip(new, gradients, strict=True)])
+    return u, w, *results
+
+
+def first_difference(u, w, actual, expected, rtol):
+    same = torch.isclose(actual, expected, rtol=rtol, atol=rtol, equal_nan=True)
+    where = (~same).nonzero().flatten()
+    if len(where):
+        i = where[0]
+        return (
+            f"{len(where)} differ, first at ({u[i]}, {w[i]}): {actual[i]} instead of {expected[i]}"
+        )
+    return None
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_special_values_through_c(name, dtype):
+    group, i = WHERE[name]
+    u, w, actual, expected = special_outcomes(group, dtype)
+    keep = ~UNDEFINED[name](u, w) if name in UNDEFINED else torch.ones_like(u, dtype=torch.bool)
+    for what, a, e in zip(("value", "gradient"), actual[i], expected[i], strict=True):
+        difference = first_difference(u[keep], w[keep], a[keep], e[keep], RTOL[dtype])
+        assert difference is None, f"{what} of {name}: {difference}"
+
+
+def test_table_covers_enough():
+    assert len(OPERATIONS) >= 60

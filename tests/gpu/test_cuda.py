@@ -1,0 +1,68 @@
+"""What runs on a CUDA device today: every cell through PyTorch operations, same results."""
+
+import pytest
+import torch
+from torch import nn
+
+import pararnn
+from pararnn.testing import assert_close, loop
+
+pytestmark = pytest.mark.gpu
+
+CELLS = {
+    "ParaGRU": lambda: pararnn.cells.ParaGRUCell(12, 20),
+    "ParaLSTM": lambda: pararnn.cells.ParaLSTMCell(12, 20, num_heads=2),
+    "nn.GRUCell": lambda: nn.GRUCell(12, 20),
+    "nn.LSTMCell": lambda: nn.LSTMCell(12, 20),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("chunk", [1, 7, "auto"])
+def test_equals_the_loop(name, chunk):
+    cell = CELLS[name]().double().cuda()
+    rnn = pararnn.RNN(cell, solver=pararnn.Newton(chunk=chunk))
+    x = torch.randn(3, 50, 12, dtype=torch.float64, device="cuda", requires_grad=True)
+    resets = torch.rand(3, 50, device="cuda") < 0.1
+    zeros = torch.zeros(3, 20, dtype=torch.float64, device="cuda")
+    state = zeros if rnn.num_components == 1 else (zeros, zeros)
+    y, _ = rnn(x, state, resets)
+    expected, _ = loop(cell, x, state, resets)
+    assert rnn.evaluation().choice.name == "torch"
+    assert_close("y", y, expected, rtol=1e-12)
+    cotangent = torch.randn_like(y)
+    inputs = [x, *cell.parameters()]
+    ours = torch.autograd.grad((y * cotangent).sum(), inputs)
+    theirs = torch.autograd.grad((expected * cotangent).sum(), inputs)
+    for i, (actual, reference) in enumerate(zip(ours, theirs, strict=True)):
+        assert_close(f"gradient {i}", actual, reference, rtol=1e-11)
+
+
+def test_moving_a_layer_keeps_its_results():
+    rnn = pararnn.RNN(pararnn.cells.ParaGRUCell(12, 20))
+    x = torch.randn(2, 30, 12)
+    on_cpu, _ = rnn(x)
+    on_gpu, _ = rnn.cuda()(x.cuda())
+    assert_close("y", on_gpu.cpu(), on_cpu, rtol=1e-5)
+    again, _ = rnn.cpu()(x)
+    assert torch.equal(again, on_cpu)
+
+
+def test_autocast_and_compile():
+    rnn = pararnn.RNN(pararnn.cells.ParaLSTMCell(12, 20)).cuda()
+    x = torch.randn(2, 30, 12, device="cuda", requires_grad=True)
+    y, _ = rnn(x)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        half, _ = rnn(x)
+    assert half.dtype is torch.float32
+    assert_close("autocast", half, y, rtol=3e-2)
+    compiled, _ = torch.compile(rnn, fullgraph=True)(x)
+    assert_close("compiled", compiled, y, rtol=1e-5)
+    compiled.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_c_backend_refuses_the_device():
+    rnn = pararnn.RNN(pararnn.cells.ParaGRUCell(12, 20), backend="c")
+    with pytest.raises(ValueError, match=r"backend='c' cannot run .* the tensors are on cuda"):
+        rnn.cuda()

@@ -4,11 +4,6 @@ import torch
 from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=["paragru", "paralstm"])
 def cell(request):
     return request.param

@@ -24,7 +24,9 @@ class GatedRMSNorm(nn.RMSNorm):
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override] # takes the gate
         """Norm of the gated y; both (..., inner_size)."""
-        return super().forward(y * F.silu(gate))
+        gated = y * F.silu(gate)
+        weight = self.weight.to(gated.dtype)
+        return F.rms_norm(gated, self.normalized_shape, weight, self.eps)
 
 
 class ResidualProjection(nn.Linear):

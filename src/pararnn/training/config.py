@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pararnn.models import CELLS
 from pararnn.training.errors import RunError
 
-DEFAULT_STEPS = 600
+DEFAULT_STEPS = 500
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class ArchitectureConfig:
     """Blocks of the cell's input projection; must divide the width."""
     conv_kernel: int = 4
     """Steps that the causal convolution sees."""
-    initializer_std: float = 0.02
+    initializer_std: float = 0.07
     """Standard deviation of linear and embedding weights at the start."""
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class ScheduleConfig:
     """Linear warm-up, then a cosine to zero. Its length does not follow a later `--steps`."""
 
     length: int | None = None
-    """Optimiser steps until the learning rate is zero; None for the larger of 600 and the steps
+    """Optimiser steps until the learning rate is zero; None for the larger of 500 and the steps
     that the run is started with."""
     warmup: float = 0.1
     """Share of the length that the learning rate rises."""

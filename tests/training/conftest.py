@@ -1,0 +1,50 @@
+import random
+
+import pytest
+
+from pararnn.training.config import (
+    ArchitectureConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TextConfig,
+    TrainConfig,
+)
+
+WORDS = "the state before this step is the initial one and nothing else follows from it".split()
+
+
+def sentences(seed, num_words=400):
+    """Text that a small model learns something about in a few steps."""
+    choose = random.Random(seed)
+    words = (choose.choice(WORDS) for _ in range(num_words))
+    return "".join(word + choose.choice(" \n") for word in words)
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(sentences(number))
+    return folder
+
+
+@pytest.fixture
+def make_config(tmp_path, text_folder):
+    """Settings of a run that takes milliseconds per step."""
+
+    def make(name="run", *, optimizer=None, **changes):
+        settings = {
+            "data": text_folder,
+            "out": tmp_path / name,
+            "steps": 8,
+            "checkpoint_every": 3,
+            "device": "cpu",
+            "architecture": ArchitectureConfig(width=16, num_layers=1, num_heads=2),
+            "text": TextConfig(sequence_length=24, batch_size=3, validation_bytes=500),
+            "optimizer": OptimizerConfig(learning_rate=1e-2, **(optimizer or {})),
+            "schedule": ScheduleConfig(length=40),
+        }
+        return TrainConfig(**{**settings, **changes})
+
+    return make

@@ -1,0 +1,156 @@
+"""Metrics, evaluation, comparison with the step-by-step model, signals, environment."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.training.comparison import compare_train_steps, step_by_step
+from pararnn.training.environment import describe_environment
+from pararnn.training.evaluation import evaluate
+from pararnn.training.language_model import decode, encode, generate_text
+from pararnn.training.metrics import MetricsFile, plot_loss, read_metrics
+from pararnn.training.signals import StopSignals
+
+
+@pytest.fixture
+def model():
+    shape = ParaRNNConfig(vocab_size=256, hidden_size=8, num_hidden_layers=2, num_heads=2)
+    return ParaRNNForCausalLM(shape)
+
+
+def test_metrics_go_on_after_the_last_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0)
+    for step in range(1, 6):
+        metrics.write({"step": step, "loss": 1 / step})
+    metrics.close()
+    with path.open("ab") as file:
+        file.write(b'{"step": 6, "lo')
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5]
+    metrics = MetricsFile(path, 3)
+    metrics.write({"step": 4, "loss": 0.25})
+    metrics.sync()
+    metrics.close()
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert json.loads(lines[2])["loss"] == 1 / 3
+
+
+def test_plot(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "bits_per_byte": 8.0}\n{"step": 2, "bits_per_byte": 7.5}\n')
+    assert plot_loss(path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not plot_loss(path, tmp_path / "other.png")
+
+
+def flat_text(num_bytes):
+    flat = torch.randint(1, 256, (num_bytes,)).to(torch.uint8).numpy()
+    flat[::700] = 0
+    return flat
+
+
+@pytest.mark.parametrize("chunk", [64, 512])
+def test_evaluation_of_one_stream_is_the_mean_loss(model, chunk):
+    flat = flat_text(1500)
+    tokens = torch.from_numpy(flat.astype(np.int64)).unsqueeze(0)
+    model.eval()
+    with torch.no_grad():
+        output = model(tokens[:, :-1], shift_labels=tokens[:, 1:], resets=tokens[:, :-1] == 0)
+    result = evaluate(model.train(), flat, chunk=chunk)
+    assert result.num_bytes == 1499
+    assert result.loss == pytest.approx(output.cross_entropy.item(), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2))
+    assert model.training
+
+
+@pytest.mark.parametrize("num_bytes", [2, 3, 2049, 4097, 10_001])
+def test_every_byte_is_predicted_once(model, num_bytes):
+    assert evaluate(model, flat_text(num_bytes)).num_bytes == num_bytes - 1
+
+
+def test_evaluation_of_a_part(model):
+    flat = flat_text(10_000)
+    assert evaluate(model, flat, limit=1000).num_bytes == 1000
+    assert evaluate(model, flat, limit=10**6).num_bytes == 9999
+
+
+@pytest.mark.parametrize("cell", ["paragru", "paralstm"])
+def test_step_by_step_model_is_the_same_model(cell):
+    shape = ParaRNNConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_heads=2, cell=cell)
+    model = ParaRNNForCausalLM(shape).double()
+    loop = step_by_step(model)
+    tokens = torch.randint(1, 9, (2, 13))
+    resets = torch.rand(2, 13) < 0.2
+    losses = [m(tokens, labels=tokens, resets=resets).loss for m in (model, loop)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=0.0)
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(model.named_parameters(), loop.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_comparison_leaves_the_model_alone(model):
+    before = [p.clone() for p in model.parameters()]
+
+    def prepare(copied):
+        assert all(p is not q for p, q in zip(copied.parameters(), model.parameters(), strict=True))
+        tokens = torch.randint(1, 256, (2, 9))
+
+        def step():
+            copied(tokens, labels=tokens).loss.backward()
+            with torch.no_grad():
+                for parameter in copied.parameters():
+                    parameter.zero_()
+
+        return step
+
+    times = compare_train_steps(model, prepare)
+    assert times.parallel_s > 0
+    assert times.ratio == pytest.approx(times.sequential_s / times.parallel_s)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_text_and_tokens():
+    assert encode("hé").tolist() == [[0, 104, 195, 169]]
+    assert decode(torch.tensor([0, 104, 195, 169, 0])) == "hé"
+    assert decode(torch.tensor([0, 195, 104])) == "\ufffdh"
+
+
+def test_generated_text_depends_on_the_seed_alone(model):
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+    state = torch.get_rng_state()
+    texts = [generate_text(model, "ab", num_bytes=30, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("ab") for text in texts)
+    assert torch.equal(torch.get_rng_state(), state)
+    greedy = {generate_text(model, "", num_bytes=9, temperature=0, seed=s) for s in (1, 2)}
+    assert len(greedy) == 1
+
+
+def test_first_signal_is_noted_and_the_second_raises():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_environment_names_versions():
+    lines = describe_environment(torch.device("cpu")).splitlines()
+    facts = dict(line.split(": ", 1) for line in lines)
+    assert facts["torch"] == torch.__version__
+    assert facts["python"] == sys.version.split()[0]
+    assert facts["device"] == "cpu"

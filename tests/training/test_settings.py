@@ -1,0 +1,115 @@
+"""Configurations: checks, storage, what a resumed run may change; the optimiser they describe."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.training import RunError
+from pararnn.training.config import (
+    DEFAULT_STEPS,
+    ArchitectureConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TextConfig,
+    TrainConfig,
+    check_resumable,
+    from_dict,
+    identity,
+    resolve,
+    to_dict,
+)
+from pararnn.training.optimizer import build_optimizer, is_matrix, learning_rate
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(steps=0), "steps is 0; it must be >= 1"),
+        (lambda: TrainConfig(model="paragri"), "perhaps you meant 'paragru'"),
+        (lambda: ArchitectureConfig(width=10), "architecture.num_heads is 4; .* a divisor of 10"),
+        (lambda: TextConfig(held_out=1.0), "text.held_out is 1.0; it must be between 0 and 1"),
+        (lambda: OptimizerConfig(beta2=1.0), "optimizer.beta2 is 1.0; .* from 0 to below 1"),
+        (lambda: OptimizerConfig(accumulate=0), "optimizer.accumulate is 0; it must be >= 1"),
+        (lambda: ScheduleConfig(length=0), "schedule.length is 0; it must be >= 1"),
+    ],
+)
+def test_wrong_values_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(data=Path("a"), out=Path("b"), text=TextConfig(held_out=0.5), model="paralstm"),
+    ],
+)
+def test_settings_survive_json(config):
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": "many"}, {"text": {}}, {"surplus": 1}, {"steps": -1}, {"optimizer": None}],
+)
+def test_damaged_settings_are_refused(change):
+    with pytest.raises(ValueError):  # noqa: PT011 # each has its own message
+        from_dict(TrainConfig, {**to_dict(TrainConfig()), **change})
+
+
+def test_schedule_does_not_follow_the_steps():
+    assert resolve(TrainConfig(steps=20)).schedule.length == DEFAULT_STEPS
+    assert resolve(TrainConfig(steps=5000)).schedule.length == 5000
+    config = resolve(TrainConfig(steps=20, schedule=ScheduleConfig(length=7)))
+    assert config.schedule.length == 7
+    assert resolve(config) == config
+
+
+def test_resuming_may_change_steps_but_not_the_curve():
+    stored = resolve(TrainConfig(steps=20))
+    check_resumable(stored, dataclasses.replace(stored, steps=40, checkpoint_every=7, device="cpu"))
+    other = dataclasses.replace(stored, optimizer=OptimizerConfig(learning_rate=1.0), seed=3)
+    with pytest.raises(RunError, match=r"seed from 0 to 3, optimizer.learning_rate from .* to 1.0"):
+        check_resumable(stored, other)
+    assert identity(stored) == identity(dataclasses.replace(stored, steps=99, out=Path("x")))
+    assert identity(stored) != identity(other)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    schedule = ScheduleConfig(length=100, warmup=0.1)
+    rates = [learning_rate(step, 2.0, schedule) for step in range(120)]
+    assert rates[0] == 0.2
+    assert rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(1 - math.cos(math.pi / 90), rel=1e-6)
+    assert rates[100:] == [0.0] * 20
+    assert all(b < a for a, b in itertools.pairwise(rates[10:100]))
+    with pytest.raises(ValueError, match="pass a configuration through resolve"):
+        learning_rate(0, 1.0, ScheduleConfig())
+
+
+def test_only_matrices_decay():
+    model = ParaRNNForCausalLM(
+        ParaRNNConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_heads=2)
+    )
+    decayed = {name for name, p in model.named_parameters() if is_matrix(name, p)}
+    assert {name.removesuffix(".weight").rpartition(".")[2] for name in decayed} == {
+        *("in_proj", "out_proj", "up_proj", "down_proj"),
+        *("cell", "conv", "embed_tokens", "lm_head"),
+    }
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.5))
+    with torch.no_grad():
+        before = {name: p.clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        shrunk = parameter.abs().sum() < before[name].abs().sum()
+        assert bool(shrunk) == (name in decayed), name

@@ -1,0 +1,298 @@
+"""Whole runs in this process: they learn, stop, resume to the bit, and survive trouble."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from pararnn.models import ParaRNNForCausalLM
+from pararnn.training import RunError, RunFolder, train, trainer
+from pararnn.training.checkpoints import CheckpointError
+from pararnn.training.config import OptimizerConfig, ScheduleConfig
+from pararnn.training.language_model import build_model
+from pararnn.training.optimizer import build_optimizer
+from pararnn.training.trainer import train_step
+
+MEASURED = ("step", "loss", "z_loss", "bits_per_byte", "grad_norm", "learning_rate")
+
+
+def curve(folder):
+    """Everything in metrics.jsonl but the speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: json.loads(line)[name] for name in MEASURED} for line in lines]
+
+
+def weights(folder):
+    newest = max((folder / "checkpoints").glob("step-*"))
+    return ParaRNNForCausalLM.from_pretrained(newest).state_dict()
+
+
+def test_thirty_steps_lower_the_loss(make_config, capsys):
+    config = make_config(steps=30)
+    result = train(config)
+    losses = [record["loss"] for record in curve(config.out)]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
+    assert result.step == 30
+    assert result.validation.loss < 0.8 * losses[0]
+    printed = capsys.readouterr().out
+    for part in (
+        "Text: ",
+        "Model: paragru, ",
+        "held out",
+        "bits per byte",
+        "run step by step: ",
+        "times as long",
+        "Plot: ",
+        "Sample:\ndef ",
+    ):
+        assert part in printed
+    names = {path.name for path in config.out.iterdir()}
+    assert names == {
+        "checkpoints",
+        "config.json",
+        "data",
+        "env.txt",
+        "loss.png",
+        "metrics.jsonl",
+        "sample.txt",
+        "tensorboard",
+        "validation.jsonl",
+    }
+    stored = json.loads((config.out / "config.json").read_text())
+    assert stored["steps"] == 30
+    assert stored["schedule"]["length"] == 40
+    validation = json.loads((config.out / "validation.jsonl").read_text())
+    assert validation["loss"] == result.validation.loss
+
+
+@pytest.mark.parametrize("model", ["paragru", "paralstm"])
+def test_resumed_run_equals_an_uninterrupted_one(make_config, model):
+    whole = make_config("whole", steps=9, model=model)
+    train(whole)
+    pieces = make_config("pieces", steps=4, model=model)
+    for steps in (4, 7, 9):
+        train(dataclasses.replace(pieces, steps=steps), resume=steps > 4)
+    assert curve(pieces.out) == curve(whole.out)
+    expected = weights(whole.out)
+    for name, value in weights(pieces.out).items():
+        assert torch.equal(value, expected[name]), name
+    lines = (pieces.out / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 7, 9]
+
+
+def test_damaged_checkpoint_is_passed_over_and_the_curve_is_the_same(make_config, capsys):
+    whole = make_config("whole")
+    train(whole)
+    broken = make_config("broken", steps=6)
+    train(broken)
+    (broken.out / "checkpoints/step-00000006/model.safetensors").write_bytes(b"rubbish")
+    train(dataclasses.replace(broken, steps=8), resume=True)
+    printed = capsys.readouterr().out
+    assert "Set aside: step-00000006/model.safetensors is damaged" in printed
+    assert "Resumed at step 3" in printed
+    assert curve(broken.out) == curve(whole.out)
+
+
+class _Interrupt:
+    """Raises a signal in the middle of the given step."""
+
+    def __init__(self, monkeypatch, step, number):
+        self.calls, self.step, self.number = 0, step, number
+        monkeypatch.setattr(trainer, "train_step", self)
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == self.step:
+            os.kill(os.getpid(), self.number)
+        return train_step(*args)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(make_config, monkeypatch, capsys, number):
+    whole = make_config("whole")
+    train(whole)
+    config = make_config()
+    with monkeypatch.context() as patch:
+        _Interrupt(patch, 5, number)
+        result = train(config)
+    assert (result.stopped_by, result.step, result.validation) == (number, 5, None)
+    message = f"{number.name} at step 5: checkpoint saved. Continue with: pararnn train --resume"
+    assert f"{message} --out {config.out}" in capsys.readouterr().out
+    train(config, resume=True)
+    assert curve(config.out) == curve(whole.out)
+
+
+def test_not_finite_loss_stops_before_the_weights_change(make_config, monkeypatch):
+    def spoil(model, optimizer, batches, config):
+        if optimizer.state:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = float("nan")
+        return train_step(model, optimizer, batches, config)
+
+    monkeypatch.setattr(trainer, "train_step", spoil)
+    config = make_config()
+    with pytest.raises(RunError, match=r"step 2 gave loss nan .*lower --optimizer.learning-rate"):
+        train(config)
+    assert [record["step"] for record in curve(config.out)] == [1]
+    assert [p.name for p in (config.out / "checkpoints").iterdir()] == ["step-00000000"]
+
+
+def test_train_step_skips_an_update_that_is_not_finite(make_config):
+    config = make_config()
+    model = build_model(config, torch.device("cpu"))
+    optimizer = build_optimizer(model, config.optimizer)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("inf")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train_step(model, optimizer, [torch.randint(1, 256, (2, 9))], config.optimizer)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(make_config, monkeypatch, capsys):
+    whole = make_config("whole")
+    train(whole)
+    config = make_config()
+    save, calls = torch.save, []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError) as caught:
+            train(config)
+    message = str(caught.value)
+    assert "cannot save a checkpoint at step 6: [Errno 28] No space left on device" in message
+    assert "Last good checkpoint: step-00000003. Continue with: pararnn train --resume" in message
+    train(config, resume=True)
+    assert curve(config.out) == curve(whole.out)
+
+
+def test_full_disk_while_measuring(make_config, monkeypatch):
+    def full(self, record):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer.MetricsFile, "write", full)
+    with pytest.raises(RunError, match=r"cannot write to .*: No space left on device. Make room"):
+        train(make_config())
+
+
+def test_killed_before_the_first_checkpoint(make_config, monkeypatch, capsys):
+    config = make_config()
+
+    def die(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(config, resume=True)
+    assert "No checkpoint was saved yet; starting from step 0" in capsys.readouterr().out
+    assert len(curve(config.out)) == 8
+
+
+def test_accumulated_batches_are_one_large_batch(make_config):
+    config = make_config(optimizer={"max_grad_norm": 0.0})
+    batch = torch.randint(1, 256, (4, 9))
+    norms, updated = [], []
+    for batches in ([batch], list(batch.split(1))):
+        model = build_model(config, torch.device("cpu"))
+        optimizer = build_optimizer(model, config.optimizer)
+        norms.append(train_step(model, optimizer, batches, config.optimizer))
+        updated.append(model.lm_head.weight.detach().clone())
+    assert norms[0].loss == pytest.approx(norms[1].loss, rel=1e-5)
+    assert norms[0].grad_norm == pytest.approx(norms[1].grad_norm, rel=1e-4)
+    train(make_config("accumulated", steps=2, optimizer={"accumulate": 3}))
+
+
+def test_gradients_are_clipped_and_weights_projected(make_config):
+    config = make_config(optimizer={"max_grad_norm": 1e-3})
+    model = build_model(config, torch.device("cpu"))
+    optimizer = build_optimizer(model, config.optimizer)
+    seen = []
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append(sum(p.grad.square().sum() for p in model.parameters()).sqrt())
+    )
+    cell = model.model.layers[0].mixer.rnn.cell
+    with torch.no_grad():
+        cell.diagonal.fill_(0.7)
+    result = train_step(model, optimizer, [torch.randint(1, 256, (2, 9))], config.optimizer)
+    assert result.grad_norm > 1e-3
+    assert seen[0].item() == pytest.approx(1e-3, rel=1e-3)
+    assert cell.diagonal.abs().max() <= 0.5
+
+
+def test_bfloat16_learns(make_config):
+    config = make_config(steps=12, optimizer={"precision": "bfloat16"})
+    train(config)
+    losses = [record["loss"] for record in curve(config.out)]
+    assert losses[-1] < losses[0]
+    assert weights(config.out)["lm_head.weight"].dtype == torch.float32
+
+
+def test_documents_do_not_mix(make_config):
+    """The loss of two documents in a row is the mean of their losses."""
+    config = make_config()
+    model = build_model(config, torch.device("cpu"))
+    first, second = torch.randint(1, 256, (2, 8))
+    zero = torch.zeros(1, dtype=torch.int64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def loss(*parts):
+        batch = torch.cat(parts).unsqueeze(0)
+        return train_step(model, optimizer, [batch], OptimizerConfig()).loss
+
+    together = loss(zero, first, zero, second)
+    apart = (loss(zero, first, zero) * 9 + loss(zero, second) * 8) / 17
+    assert together == pytest.approx(apart, rel=1e-5)
+
+
+def test_run_folder_refuses_what_is_not_its_own(make_config, tmp_path):
+    config = make_config(steps=1)
+    train(config)
+    with pytest.raises(RunError, match=r"already holds a run; continue it with --resume --out"):
+        train(config)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(RunError, match="holds no run"):
+        train(dataclasses.replace(config, out=other), resume=True)
+    (other / "thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match="is not empty and holds no run"):
+        train(dataclasses.replace(config, out=other))
+    with pytest.raises(RunError, match="is a file; name a folder"):
+        train(dataclasses.replace(config, out=other / "thesis.tex"))
+    assert (other / "thesis.tex").read_text() == "mine"
+    changed = dataclasses.replace(config, schedule=ScheduleConfig(length=99))
+    with pytest.raises(RunError, match=r"would change schedule.length from 40 to 99"):
+        train(changed, resume=True)
+    (config.out / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config.json cannot be read .* damaged"):
+        RunFolder.open(config.out).read_config()
+
+
+def test_unusable_data_leaves_no_folder(make_config, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    config = make_config(data=tmp_path / "empty.txt")
+    with pytest.raises(RunError, match="every file is empty"):
+        train(config)
+    assert not config.out.exists()
+
+
+def test_a_run_after_its_schedule_says_so(make_config, capsys):
+    config = make_config(steps=2, schedule=ScheduleConfig(length=1))
+    train(config)
+    assert "the learning rate is zero after step 1" in capsys.readouterr().out
+    assert curve(config.out)[1]["learning_rate"] == 0.0
+    train(config, resume=True)
+    assert "All steps are done; raise --steps" in capsys.readouterr().out
+    assert len(curve(config.out)) == 2

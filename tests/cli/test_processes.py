@@ -104,7 +104,7 @@ def test_a_full_disk_is_a_message(folder):
 BARE = """
 import sys
 import pararnn, pararnn.cli
-heavy = {"transformers", "tyro", "torchdata", "tensorboard", "safetensors", "tqdm", "matplotlib"}
+heavy = {"transformers", "tyro", "torchdata", "tensorboard", "safetensors", "matplotlib"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 """
 

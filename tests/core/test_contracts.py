@@ -1,0 +1,178 @@
+"""The table: every cell, on every backend, keeps every contract."""
+
+import functools
+
+import pytest
+import torch
+
+from pararnn import RNN, Newton
+from pararnn.testing import assert_close, loop
+
+from .cells import CELLS, make_cell
+from .compare import RTOL, as_tuple, assert_same, outcome, random_state
+
+DISCONTINUOUS = {"unusual"}  # rounding an input may change its states by anything
+
+
+@pytest.fixture(params=CELLS)
+def name(request):
+    return request.param
+
+
+def layer(name, backend, dtype=torch.float64, chunk="auto", **options):
+    cell = make_cell(name, dtype)
+    return RNN(cell, backend=backend, solver=Newton(chunk=chunk), **options)
+
+
+def data(rnn, batch=3, time=31, dtype=torch.float64):
+    x = torch.randn(batch, time, rnn.cell.input_size, dtype=dtype)
+    return x, random_state(rnn.num_components, batch, rnn.hidden_size, dtype=dtype)
+
+
+def split(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def joined(parts):
+    return tuple(parts) if len(parts) > 1 else parts[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, "auto"], ids="chunk={}".format)
+def test_equals_loop(name, backend, dtype, chunk):
+    rnn = layer(name, backend, dtype, chunk)
+    x, state = data(rnn, dtype=dtype)
+    assert rnn.evaluation().traced.structure == "elementwise"
+    expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
+    assert_same(outcome(rnn, rnn.cell, x, state), expected, RTOL[dtype])
+
+
+@pytest.mark.parametrize("time", [1, 2, 63, 100])
+def test_equals_loop_at_any_length(name, backend, time):
+    rnn = layer(name, backend, chunk=20)
+    x, state = data(rnn, batch=1, time=time)
+    expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
+    assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["paralstm", "slow_gates"])
+def test_equals_loop_over_1000_steps(name, backend):
+    rnn = layer(name, backend, chunk=125)
+    x, state = data(rnn, batch=2, time=1000)
+    expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
+    assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, "auto"], ids="chunk={}".format)
+def test_resets_equal_loop(name, backend, chunk):
+    rnn = layer(name, backend, chunk=chunk)
+    x, state = data(rnn)
+    resets = torch.rand(x.shape[:2]) < 0.15
+    resets[0, 0] = resets[1, -1] = resets[2, 6:9] = True
+    expected = outcome(lambda x, s: loop(rnn.cell, x, s, resets), rnn.cell, x, state)
+    actual = outcome(lambda x, s: rnn(x, s, resets), rnn.cell, x, state)
+    assert_same(actual, expected, 1e-12)
+
+
+def test_whole_equals_two_parts(name, backend):
+    rnn = layer(name, backend, chunk=7)
+    x, state = data(rnn)
+
+    def parts(x, state):
+        first, state = rnn(x[:, :12], state)
+        second, state = rnn(x[:, 12:], state)
+        return torch.cat([first, second], 1), state
+
+    expected = outcome(rnn, rnn.cell, x, state)
+    assert_same(outcome(parts, rnn.cell, x, state), expected, 1e-12)
+
+
+def test_whole_equals_steps(name, backend):
+    rnn = layer(name, backend, chunk=7)
+    x, state = data(rnn, time=13)
+
+    def steps(x, state):
+        outputs = []
+        for x_t in x.unbind(1):
+            y, state = rnn.step(x_t, state)
+            outputs.append(y)
+        return torch.stack(outputs, 1), state
+
+    expected = outcome(rnn, rnn.cell, x, state)
+    assert_same(outcome(steps, rnn.cell, x, state), expected, 1e-12)
+
+
+@pytest.mark.parametrize("chunk", [4, "auto"], ids="chunk={}".format)
+def test_packed_equals_one_by_one(name, backend, chunk):
+    rnn = layer(name, backend, chunk=chunk)
+    lengths = [1, 9, 2, 14, 5]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    x, _ = data(rnn, batch=1, time=sum(lengths))
+    state = random_state(rnn.num_components, len(lengths), rnn.hidden_size)
+
+    def one_by_one(x, state):
+        outputs, lasts = [], []
+        for i, part in enumerate(x.split(lengths, 1)):
+            y, last = loop(rnn.cell, part, joined([s[i : i + 1] for s in split(state)]))
+            outputs.append(y)
+            lasts.append(as_tuple(last))
+        return torch.cat(outputs, 1), joined([torch.cat(c) for c in zip(*lasts, strict=True)])
+
+    expected = outcome(one_by_one, rnn.cell, x, state)
+    actual = outcome(lambda x, s: rnn(x, s, cu_seqlens=bounds), rnn.cell, x, state)
+    assert_same(actual, expected, 1e-12)
+
+
+def test_layouts(name, backend):
+    """Time first, a single sequence, and tensors that are not contiguous."""
+    rnn = layer(name, backend, chunk=7)
+    x, state = data(rnn, batch=2)
+    expected = outcome(rnn, rnn.cell, x, state)
+    time_first = RNN(rnn.cell, backend=backend, solver=rnn.solver, batch_first=False)
+
+    def transposed(x, state):
+        y, last = time_first(x.transpose(0, 1), state)
+        return y.transpose(0, 1), last
+
+    def contiguous_transposed(x, state):
+        y, last = time_first(x.transpose(0, 1).contiguous(), state)
+        return y.transpose(0, 1), last
+
+    def strided(x, state):
+        wide = torch.stack([x, x + 1], -1)[..., 0].flip(1).flip(1)
+        far = [torch.stack([s, s], -1)[..., 0] for s in split(state)]
+        return rnn(wide, joined(far))
+
+    def singles(x, state):
+        outputs, lasts = zip(
+            *(rnn(x[b], joined([s[b] for s in split(state)])) for b in range(2)), strict=True
+        )
+        components = zip(*map(as_tuple, lasts), strict=True)
+        return torch.stack(outputs), joined([torch.stack(c) for c in components])
+
+    for run in (transposed, contiguous_transposed, strided, singles):
+        label = f"{run.__name__}: "
+        assert_same(outcome(run, rnn.cell, x, state), expected, 1e-12, label=label)
+
+
+def test_no_state_means_zeros(name, backend):
+    rnn = layer(name, backend)
+    x, state = data(rnn)
+    zeros = joined([torch.zeros_like(s) for s in split(state)])
+    for actual, expected in zip(rnn(x), rnn(x, zeros), strict=True):
+        for a, e in zip(as_tuple(actual), as_tuple(expected), strict=True):
+            assert_close("from zeros", a, e, rtol=1e-15)
+
+
+@pytest.mark.parametrize("chunk", [7, "auto"], ids="chunk={}".format)
+@pytest.mark.parametrize("name", sorted(CELLS.keys() - DISCONTINUOUS))
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision(name, backend, kind, chunk):
+    """Inputs and parameters in half precision: the loop in float32 on the same values, rounded."""
+    rnn = layer(name, backend, kind, chunk)
+    x, state = data(rnn, time=20, dtype=kind)
+    actual = outcome(rnn, rnn.cell, x, state)
+    single = make_cell(name, kind).float()
+    state = joined([s.float() for s in split(state)])
+    expected = outcome(functools.partial(loop, single), single, x.float(), state)
+    rtol = 16 * torch.finfo(kind).eps
+    assert_same(actual, {n: v.to(kind) for n, v in expected.items()}, rtol)

@@ -1,0 +1,213 @@
+"""The layer among PyTorch's other machinery: autocast, compile, copies, checkpointing, DDP."""
+
+import copy
+import functools
+import io
+import pickle
+import socket
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pararnn import RNN, Newton
+from pararnn.testing import assert_close, loop
+
+from .cells import make_cell
+from .compare import as_tuple, assert_same, outcome, random_state
+
+
+@pytest.fixture(params=["paralstm", "surroundings"])
+def rnn(request, backend):
+    return RNN(make_cell(request.param), backend=backend, solver=Newton(chunk=5))
+
+
+@pytest.fixture
+def example(rnn):
+    x = torch.randn(3, 12, rnn.cell.input_size, dtype=torch.float64)
+    return x, random_state(rnn.num_components, 3, rnn.hidden_size)
+
+
+def test_autocast_keeps_the_type_of_x(backend):
+    cell = make_cell("paralstm", torch.float32)
+    rnn = RNN(cell, backend=backend)
+    x = torch.randn(3, 12, 5)
+    state = random_state(2, 3, 7, dtype=torch.float32)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+
+    def cast(x, state):
+        with torch.autocast("cpu", torch.bfloat16):
+            return rnn(x, state)
+
+    actual = outcome(cast, cell, x, state)
+    assert_same(actual, expected, 0.03)
+    worst = (actual["y"] - expected["y"]).abs().amax()
+    assert worst > 1e-6, "the projection did not run in bfloat16"
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+def test_copies_compute_the_same(rnn, example, make):
+    rnn(*example)
+    expected = outcome(rnn, rnn.cell, *example)
+    twin = make(rnn)
+    assert_same(outcome(twin, twin.cell, *example), expected, 1e-14)
+
+
+def test_state_dict_round_trip(rnn, example):
+    buffer = io.BytesIO()
+    torch.save(rnn.state_dict(), buffer)
+    buffer.seek(0)
+    other = copy.deepcopy(rnn)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(torch.load(buffer))
+    assert_same(
+        outcome(other, other.cell, *example), outcome(rnn, rnn.cell, *example), 1e-14
+    )
+
+
+def test_functional_call_uses_given_parameters(rnn, example):
+    changed = copy.deepcopy(rnn)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.3)
+    given = dict(changed.named_parameters())
+    expected = outcome(changed, changed, *example)
+    actual = outcome(lambda *a: torch.func.functional_call(rnn, given, a), changed, *example)
+    assert_same(actual, expected, 1e-14)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids="reentrant={}".format)
+def test_activation_checkpointing(rnn, example, reentrant):
+    expected = outcome(rnn, rnn.cell, *example)
+    run = lambda x, s: checkpoint(rnn, x, s, use_reentrant=reentrant)  # noqa: E731
+    if reentrant:
+        x, state = example
+        x = x.clone().requires_grad_()
+        (y, _) = run(x, state)
+        cotangent = torch.randn_like(y)
+        y.backward(cotangent)
+        other = x.detach().clone().requires_grad_()
+        rnn(other, state)[0].backward(cotangent)
+        assert_close("gradient of x", x.grad, other.grad, rtol=1e-14)
+    else:
+        assert_same(outcome(run, rnn.cell, *example), expected, 1e-14)
+
+
+@pytest.mark.parametrize("name", ["paralstm", "weight_norm"])
+def test_compile_fullgraph(name, backend):
+    rnn = RNN(make_cell(name), backend=backend, solver=Newton(chunk=5))
+    x = torch.randn(3, 12, 5, dtype=torch.float64)
+    state = random_state(rnn.num_components, 3, 7)
+    expected = outcome(rnn, rnn.cell, x, state)
+    torch._dynamo.reset()
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    assert_same(outcome(compiled, rnn.cell, x, state), expected, 1e-13)
+
+
+@pytest.fixture
+def process_group():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel(rnn, example):
+    x, state = example
+    y, _ = rnn(x, state)
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+    expected = {n: p.grad.clone() for n, p in rnn.named_parameters()}
+    rnn.zero_grad()
+    parallel = nn.parallel.DistributedDataParallel(rnn)
+    parallel(x, state)[0].backward(cotangent)
+    for name, parameter in rnn.named_parameters():
+        assert_close(name, parameter.grad, expected[name], rtol=1e-14)
+
+
+def test_gradient_of_gradient_is_refused(rnn, example):
+    x, state = example
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(rnn(x, state)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradient of a gradient .* is not available"):
+        gradient.square().sum().backward()
+
+
+def test_gradcheck(rnn, example):
+    x, state = (example[0][:2, :6], tuple(s[:2] for s in as_tuple(example[1])))
+
+    def run(x, *state):
+        y, last = rnn(x, state if len(state) > 1 else state[0])
+        return y, *as_tuple(last)
+
+    if rnn.cell.__class__.__name__ == "Surroundings":
+        pytest.skip("it stops gradients on purpose, which finite differences do not see")
+    inputs = [t.clone().requires_grad_() for t in (x, *state)]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_no_grad_and_inference_mode(rnn, example):
+    expected, _ = rnn(*example)
+    for mode in (torch.no_grad, torch.inference_mode):
+        fresh = copy.deepcopy(rnn)
+        with mode():
+            y, _ = fresh(*example)
+        assert not y.requires_grad
+        assert_close(mode.__name__, y.clone(), expected.detach(), rtol=1e-14)
+        assert fresh(*example)[0].requires_grad, "a later call must have gradients again"
+
+
+def test_partial_gradients(rnn, example):
+    """Only x, only the state, or only parameters want gradients; or only the last state gives one."""
+    x, state = example
+    full = outcome(lambda *a: (rnn(*a)[0] * 0 + 1, rnn(*a)[1]), rnn.cell, x, state)
+    first = tuple(s.clone().requires_grad_() for s in as_tuple(state))
+    _, last = rnn(x, first if len(first) > 1 else first[0])
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda v: torch.randn(v.shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    cotangents = [draw(v).bfloat16().double() for v in (x.new_empty(3, 12, rnn.hidden_size), *as_tuple(last))]
+    total = sum((v * c).sum() for v, c in zip(as_tuple(last), cotangents[1:], strict=True))
+    for i, gradient in enumerate(torch.autograd.grad(total, first)):
+        assert_close(f"first[{i}]", gradient, full[f"gradient of first[{i}]"], rtol=1e-13)
+
+
+def test_parameters_change_between_calls(rnn, example):
+    rnn(*example)
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.mul_(0.7)
+    expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, *example)
+    assert_same(outcome(rnn, rnn.cell, *example), expected, 1e-12)
+
+
+def test_same_twice(rnn, example):
+    one, two = (outcome(rnn, rnn.cell, *example) for _ in range(2))
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_to_another_type(rnn):
+    rnn.float()
+    x = torch.randn(2, 9, rnn.cell.input_size)
+    state = random_state(rnn.num_components, 2, rnn.hidden_size, dtype=torch.float32)
+    expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
+    assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-5)
+
+
+def test_vmap_free_batches_do_not_mix(rnn, example):
+    x, state = example
+    y, _ = rnn(x, state)
+    x = x.clone()
+    x[1] += 1
+    changed, _ = rnn(x, state)
+    assert torch.equal(y[0], changed[0])
+    assert torch.equal(y[2], changed[2])
+    assert not torch.equal(y[1], changed[1])

@@ -15,7 +15,7 @@ from pararnn.solvers.problem import Gradients, Problem
 from pararnn.tracing.derivatives import Recurrence
 
 _VECTOR = 16  # channels of the narrowest block worth a thread of its own
-_SMALL = 16384  # elements under which starting threads costs more than they save
+_SMALL = 4096  # elements under which sharing among threads costs more than it saves
 _SHORTEST_CHUNK = 256
 
 
@@ -72,15 +72,20 @@ class CBackend:
         outgoing = torch.empty_like(incoming)
         pointers: list[Tensor | None] = [problem.initial, incoming, outgoing]
         if gradients is None:
-            pointers += [None, None, *states, *grad_states, *[None] * len(problem.drives)]
+            pointers += [None, None, *states, *grad_states]
+            self._call("backward", problem, limit, pointers, [0] * 3 * len(problem.drives))
         else:
             pointers += [gradients.initial, gradients.coefficients, *states, *grad_states]
-            pointers += gradients.drives
-        self._call("backward", problem, limit, pointers)
+            self._call("backward", problem, limit, pointers, _strided(gradients.drives))
         return outgoing
 
     def _call(
-        self, name: str, problem: Problem, limit: int, pointers: Iterable[Tensor | None]
+        self,
+        name: str,
+        problem: Problem,
+        limit: int,
+        pointers: Iterable[Tensor | None],
+        more: Iterable[int] = (),
     ) -> None:
         threads = torch.get_num_threads()
         elements = problem.batch * problem.time * problem.hidden
@@ -98,10 +103,9 @@ class CBackend:
             "limit": limit,
         }
         arguments = [sizes[s] for s in SIZES] + [_address(problem.starts)]
-        for drive in problem.drives:
-            arguments += [drive.data_ptr(), drive.stride(0), drive.stride(1)]
+        arguments += _strided(problem.drives)
         arguments += [c.data_ptr() for c in problem.coefficients]
-        arguments += [_address(p) for p in pointers]
+        arguments += [*map(_address, pointers), *more]
         array = (ctypes.c_int64 * len(arguments))(*arguments)
         library = self.library(problem.drives[0].dtype is torch.float64)
         getattr(library, name)(array)
@@ -114,6 +118,11 @@ def _block(problem: Problem, threads: int) -> int:
     block = -(-problem.hidden // per_row)
     block = -(-block // _VECTOR) * _VECTOR
     return min(MAX_BLOCK, block)
+
+
+def _strided(tensors: Iterable[Tensor]) -> list[int]:
+    """Address, batch stride and time stride of each."""
+    return [n for t in tensors for n in (t.data_ptr(), t.stride(0), t.stride(1))]
 
 
 def _address(tensor: Tensor | None) -> int:

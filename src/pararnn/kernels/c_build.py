@@ -13,9 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_FLAGS: tuple[str, ...] = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fopenmp-simd")
-# Neither changes a result: errno and floating-point traps are not looked at.
-_FLAGS += ("-fno-math-errno", "-fno-trapping-math")
+# The last two change no result: errno and floating-point traps are not looked at.
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
 
 
 class CompilerError(RuntimeError):
@@ -54,6 +53,10 @@ def _processor() -> str:
 def load(source: str) -> ctypes.CDLL:
     """Compile C source unless an equal one was compiled before on such a machine, and load it.
 
+    The kernels run on PyTorch's OpenMP threads where the compiler's OpenMP finds its functions in
+    this process; a second pool of threads would compete with those, which spin between operations.
+    Elsewhere they start POSIX threads of their own.
+
     Raises:
         CompilerError: No compiler, or it failed.
     """
@@ -63,41 +66,49 @@ def load(source: str) -> ctypes.CDLL:
             "backend='c' needs a C compiler and none was found (looked for $CC, cc, gcc, clang). "
             "Install one, or use backend='torch', or backend='auto' to choose."
         )
+    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        try:
+            return ctypes.CDLL(str(_built(compiler, source, "-fopenmp")))
+        except (CompilerError, OSError):
+            pass  # another compiler's OpenMP, whose functions are not in this process
+    return ctypes.CDLL(str(_built(compiler, source, "-fopenmp-simd")))
+
+
+def _built(compiler: str, source: str, openmp: str) -> Path:
+    """The library made from the source, from the cache or new."""
     binary = shutil.which(shlex.split(compiler)[0]) or compiler
     stamp = Path(binary).resolve().stat().st_mtime_ns
-    identity = (source, compiler, binary, str(stamp), _processor(), *_FLAGS)
+    identity = (source, compiler, binary, str(stamp), _processor(), *_FLAGS, openmp)
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
     for folder in (cache_folder(), Path(tempfile.gettempdir()) / f"pararnn-{os.getuid()}"):
         library = folder / f"{digest}.so"
         if library.exists():
-            return ctypes.CDLL(str(library))
+            return library
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _compile(compiler, source, library)
+            _compile(compiler, source, openmp, library)
         except OSError:
             continue
-        return ctypes.CDLL(str(library))
+        return library
     raise CompilerError(f"cannot write compiled kernels to {cache_folder()}; set PARARNN_CACHE.")
 
 
-def _compile(compiler: str, source: str, library: Path) -> None:
+def _compile(compiler: str, source: str, openmp: str, library: Path) -> None:
+    command = shlex.split(compiler)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        file, output = Path(folder, "kernel.c"), Path(folder, "kernel.so")
-        file.write_text(source)
+        file, compiled, linked = (str(Path(folder, f"kernel.{end}")) for end in ("c", "o", "so"))
+        Path(file).write_text(source)
         for tuning in (["-march=native"], ["-mcpu=native"], []):
-            command = [
-                *shlex.split(compiler),
-                *_FLAGS,
-                *tuning,
-                str(file),
-                "-o",
-                str(output),
-                "-lm",
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            build = [*command, *_FLAGS, openmp, *tuning, "-c", file, "-o", compiled]
+            done = subprocess.run(build, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 break
         else:
-            raise CompilerError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
+            raise CompilerError(f"{shlex.join(build)} failed:\n{done.stderr[-4000:]}")
+        # Not linked with an OpenMP library: its functions are PyTorch's.
+        link = [*command, "-shared", "-pthread", compiled, "-o", linked, "-lm"]
+        done = subprocess.run(link, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CompilerError(f"{shlex.join(link)} failed:\n{done.stderr[-4000:]}")
         os.replace(file, library.with_suffix(".c"))
-        os.replace(output, library)
+        os.replace(linked, library)

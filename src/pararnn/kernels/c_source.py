@@ -236,8 +236,10 @@ class _Writer:
         pointers += ["real *grad_initial", "double *grad_coefficients"]
         pointers += [f"const real *states_{i}" for i in self.components]
         pointers += [f"const real *grad_states_{i}" for i in self.components]
-        pointers += [f"real *grad_drive_{m}" for m in self.drives]
         self.begin("backward", pointers)
+        for m in self.drives:
+            self.add(f"real *grad_drive_{m} = (void *)*p++;", 1)
+            self.add(f"const int64_t grad_batch_{m} = *p++, grad_time_{m} = *p++;", 1)
         self.add(f"real unused[{MAX_BLOCK}], zeros[{MAX_BLOCK}];", 1)
         self.add("memset(zeros, 0, sizeof zeros);", 1)
         for i in self.components:
@@ -264,7 +266,8 @@ class _Writer:
             self.add(f"const real *restrict gy{i} = {gradient};", 2)
         self.load_drives()
         for m in self.drives:
-            self.add(f"real *restrict gu{m} = grad_drive_{m} ? grad_drive_{m} + at : unused;", 2)
+            at = f"grad_drive_{m} + b * grad_batch_{m} + t * grad_time_{m} + d0"
+            self.add(f"real *restrict gu{m} = grad_drive_{m} ? {at} : unused;", 2)
         self.loop()
         for i in self.components:
             self.add(f"const real state{i} = h{i}[d], adjoint{i} = adj{i}[d] + gy{i}[d];", 3)
@@ -311,22 +314,28 @@ static void *work(void *argument) {
   return 0;
 }
 
-/* Shares the lanes (rows x chunks x blocks of channels) among threads, always in the same way. */
+/* Shares the lanes (rows x chunks x blocks of channels) among threads, always in the same way.
+   With OpenMP these are PyTorch's own threads, awake from the operation before. */
 static void run(void (*lane)(const int64_t *, int64_t), const int64_t *a) {
   const int64_t lanes = a[0] * a[3] * ((a[2] + a[5] - 1) / a[5]);
   int64_t threads = a[6] < lanes ? a[6] : lanes;
   threads = threads > 256 ? 256 : threads;
-  pthread_t ids[256];
   job jobs[256];
-  int started[256];
-  for (int64_t i = 0; i < threads; i++) {
+  for (int64_t i = 0; i < threads; i++)
     jobs[i] = (job){lane, a, lanes * i / threads, lanes * (i + 1) / threads};
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < threads; i++) work(&jobs[i]);
+#else
+  pthread_t ids[256];
+  int started[256];
+  for (int64_t i = 0; i < threads; i++)
     started[i] = i > 0 && pthread_create(&ids[i], 0, work, &jobs[i]) == 0;
-  }
   for (int64_t i = 0; i < threads; i++) {
     if (started[i]) pthread_join(ids[i], 0);
     else work(&jobs[i]);
   }
+#endif
 }
 """
 

@@ -17,14 +17,15 @@ from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.settings import Newton
 from pararnn.solvers.shooting import solve, solve_adjoint
 from pararnn.tracing.derivatives import Recurrence
+from pararnn.tracing.structure import Layout
 
 BACKENDS: dict[str, Callable[[Recurrence], Backend]] = {"torch": TorchBackend, "c": CBackend}
-_plans: dict[str, tuple[Backend, Newton]] = {}
+_plans: dict[str, tuple[Backend, Layout, Newton]] = {}
 _backends: dict[tuple[str, str], Backend] = {}
 _lock = threading.Lock()
 
 
-def plan(recurrence: Recurrence, backend: str, settings: Newton) -> str:
+def plan(recurrence: Recurrence, layout: Layout, backend: str, settings: Newton) -> str:
     """Register how to evaluate a recurrence; equal requests give the same name."""
     key = hashlib.sha256(recurrence.key.encode()).hexdigest()[:16]
     _ = recurrence.vjp  # derived here: inside an operator autograd is out of reach
@@ -32,8 +33,9 @@ def plan(recurrence: Recurrence, backend: str, settings: Newton) -> str:
         if (key, backend) not in _backends:
             _backends[key, backend] = BACKENDS[backend](recurrence)
         made = _backends[key, backend]
-        name = f"{key}-{backend}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
-        _plans[name] = (made, settings)
+        rest = hashlib.sha256(repr((layout, settings)).encode()).hexdigest()[:8]
+        name = f"{key}-{backend}-{rest}"
+        _plans[name] = (made, layout, settings)
     return name
 
 
@@ -51,17 +53,24 @@ _library.define(
     "recurrence_backward(Tensor[] drives, Tensor[] coefficients, Tensor initial, Tensor? starts, "
     "Tensor[] states, Tensor?[] grad_states, str plan) -> Tensor[]"
 )
+# In both, `drives` are the sources (batch, time, slots, hidden) and `coefficients` the sources
+# (slots, hidden) that the plan's layout refers to; results are the states and the report, and the
+# gradients of the sources and of `initial`.
 
 
-def _any_double(drives: Sequence[Tensor], coefficients: Sequence[Tensor], initial: Tensor) -> bool:
-    return any(t.dtype is torch.float64 for t in (*drives, *coefficients, initial))
+def _compute_dtype(
+    drives: Sequence[Tensor], coefficients: Sequence[Tensor], initial: Tensor
+) -> torch.dtype:
+    """The type of the arithmetic: float64 as soon as anything is, else float32."""
+    tensors = (*drives, *coefficients, initial)
+    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
 
 
 def _state_dtype(
     drives: Sequence[Tensor], coefficients: Sequence[Tensor], initial: Tensor
 ) -> torch.dtype:
     """The type in which states are kept: that of the drives, which are as large."""
-    if _any_double(drives, coefficients, initial):
+    if _compute_dtype(drives, coefficients, initial) is torch.float64:
         return torch.float64
     return functools.reduce(torch.promote_types, (d.dtype for d in drives))
 
@@ -74,19 +83,19 @@ def _problem(
     name: str,
 ) -> Problem:
     """The tensors in the type and layout that backends take."""
-    backend, settings = _plans[name]
-    double = _any_double(drives, coefficients, initial)
-    dtype = torch.float64 if double else torch.float32
+    backend, layout, settings = _plans[name]
+    dtype = _compute_dtype(drives, coefficients, initial)
     ready = [d.to(dtype) for d in drives]
     ready = [d if d.stride(-1) == 1 or d.shape[-1] == 1 else d.contiguous() for d in ready]
-    batch, time, hidden = drives[0].shape
+    weights = [c.to(dtype).contiguous() for c in coefficients]
+    batch, time, _, hidden = drives[0].shape
     chunk = settings.chunk
     if chunk == "auto":
         chunk = backend.auto_chunk(batch, time, hidden)
     return Problem(
         backend.recurrence,
-        ready,
-        [c.to(dtype).contiguous() for c in coefficients],
+        [ready[source][:, :, slot] for source, slot in layout.drives],
+        [weights[source][slot] for source, slot in layout.coefficients],
         initial.to(dtype).contiguous(),
         starts,
         min(int(chunk), time),
@@ -100,7 +109,7 @@ def _recurrence(
     starts: Tensor | None,
     name: str,
 ) -> list[Tensor]:
-    backend, settings = _plans[name]
+    backend, _, settings = _plans[name]
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
         states, report = solve(backend, problem, settings)
@@ -117,24 +126,39 @@ def _recurrence_backward(
     grad_states: Sequence[Tensor | None],
     name: str,
 ) -> list[Tensor]:
-    backend, settings = _plans[name]
+    backend, layout, settings = _plans[name]
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
         dtype = problem.initial.dtype
+        grad_drives = [_for_slots(d, i, 2, layout.drives, dtype) for i, d in enumerate(drives)]
         found = solve_adjoint(
             backend,
             problem,
             settings,
             [s.to(dtype).contiguous() for s in states],
             [None if g is None else g.to(dtype).contiguous() for g in grad_states],
+            [grad_drives[source][:, :, slot] for source, slot in layout.drives],
         )
         sums = found.coefficients.sum((0, 1))
+        grad_weights = [
+            _for_slots(c, i, 0, layout.coefficients, dtype) for i, c in enumerate(coefficients)
+        ]
+        for (source, slot), value in zip(layout.coefficients, sums, strict=True):
+            grad_weights[source][slot] = value
         total = found.initial.sum(0)
+    inputs = (*drives, *coefficients, initial)
     return [
-        *(g.to(d.dtype) for g, d in zip(found.drives, drives, strict=True)),
-        *(s.to(c.dtype) for s, c in zip(sums, coefficients, strict=True)),
-        total.to(initial.dtype),
+        g.to(i.dtype) for g, i in zip((*grad_drives, *grad_weights, total), inputs, strict=True)
     ]
+
+
+def _for_slots(
+    source: Tensor, index: int, axis: int, places: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> Tensor:
+    """Memory for the gradient of a source: zeros where the recurrence does not use all of it."""
+    used = {slot for i, slot in places if i == index}
+    make = source.new_empty if len(used) == source.shape[axis] else source.new_zeros
+    return make(source.shape, dtype=dtype)
 
 
 def _fake_recurrence(
@@ -144,9 +168,10 @@ def _fake_recurrence(
     starts: Tensor | None,
     plan: str,
 ) -> list[Tensor]:
-    components = initial.shape[1]
+    batch, time, _, hidden = drives[0].shape
     dtype = _state_dtype(drives, coefficients, initial)
-    states = [drives[0].new_empty(drives[0].shape, dtype=dtype) for _ in range(components)]
+    shape = (batch, time, hidden)
+    states = [drives[0].new_empty(shape, dtype=dtype) for _ in range(initial.shape[1])]
     return [*states, initial.new_empty((4,), dtype=torch.float64)]
 
 

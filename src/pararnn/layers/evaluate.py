@@ -95,8 +95,8 @@ class Evaluation:
         self.features = features
         self.feature_axes = len(features)
         self.plan = ""
-        if traced.recurrence is not None:
-            self.plan = operators.plan(traced.recurrence, choice.name, solver)
+        if traced.recurrence is not None and traced.layout is not None:
+            self.plan = operators.plan(traced.recurrence, traced.layout, choice.name, solver)
 
     def run(
         self,
@@ -119,10 +119,10 @@ class Evaluation:
         edges = self._edges(tensors, inputs)
         if self.traced.recurrence is None:
             return self._step_by_step(edges, inputs[0].shape[1], initial, starts), None
-        count = self.traced.recurrence.num_drives
-        drives, coefficients = edges[:count], edges[count:]
+        assert self.traced.layout is not None
+        count = self.traced.layout.num_drive_sources
         *states, report = torch.ops.pararnn.recurrence(
-            drives, coefficients, initial, starts, self.plan
+            edges[:count], edges[count:], initial, starts, self.plan
         )
         return states, report
 

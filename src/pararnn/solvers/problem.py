@@ -112,7 +112,7 @@ class Gradients:
     """Where a backward pass writes.
 
     Attributes:
-        drives: One (batch, time, hidden) per drive.
+        drives: One (batch, time, hidden) per drive, last stride 1.
         coefficients: Float64 (batch, chunks, coefficients, hidden), to be summed over the first
             two.
         initial: (chunks, rows, components, hidden), zeros, to be summed over the first.

@@ -61,14 +61,17 @@ def solve_adjoint(
     settings: Newton,
     states: Sequence[Tensor],
     grad_states: Sequence[Tensor | None],
+    grad_drives: Sequence[Tensor],
 ) -> Gradients:
-    """Gradients of everything that went into a recurrence, from those of its states."""
+    """Gradients of everything that went into a recurrence, from those of its states.
+
+    Those of the drives are written into `grad_drives`, laid out like the drives.
+    """
     drive, recurrence = problem.drives[0], problem.recurrence
-    shape = (problem.batch, problem.time, problem.hidden)
     components, chunks = recurrence.num_components, problem.chunks
     sums = (problem.batch, chunks, recurrence.num_coefficients, problem.hidden)
     gradients = Gradients(
-        [drive.new_empty(shape) for _ in problem.drives],
+        grad_drives,
         drive.new_empty(sums, dtype=torch.float64),
         drive.new_zeros((chunks, *problem.initial.shape)),
     )
@@ -94,7 +97,8 @@ def solve_adjoint(
     guess = torch.cat([zeros[:, :1], out[:, :-1]], 1)
     _, _, converged = shoot(sweep, tangents, guess, settings, relative=True)
     if not converged:
-        return solve_adjoint(backend, problem.in_one_chunk(), settings, states, grad_states)
+        whole = problem.in_one_chunk()
+        return solve_adjoint(backend, whole, settings, states, grad_states, grad_drives)
     return gradients
 
 

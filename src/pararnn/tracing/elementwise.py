@@ -9,6 +9,7 @@ of the same channel. Anything else is the reason why the recurrent part is not e
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,25 +41,26 @@ class NotElementwise(Exception):
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """A drive or coefficient: one slot of a value that the input part computes.
+class Source:
+    """A value of the input part whose entries are whole components: drives or coefficients.
+
+    Slices of one value (of a projection that is cut into gates) share a source, so that nothing is
+    copied between the projection and the recurrence, forward or backward.
 
     Attributes:
         edge: The value.
         shape: What it is broadcast to, without the rows.
-        slot: Which run of hidden_size entries is meant.
         hidden_size: Channels.
-        by_rows: One row per sample (a drive), or none (a coefficient).
+        by_rows: One row per sample (drives), or none (coefficients).
     """
 
     edge: fx.Node
     shape: tuple[int, ...]
-    slot: int
     hidden_size: int
     by_rows: bool
 
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
-        """Add what turns the edge into a tensor (rows, hidden_size) or (hidden_size,)."""
+        """Add what turns the edge into (rows, slots, hidden_size) or (slots, hidden_size)."""
         lead: list[Any] = [rows] if self.by_rows else []
         if not self.edge.meta["dtype"].is_floating_point:
             value = graph.call_function(torch.Tensor.float, (value,))
@@ -69,12 +71,12 @@ class Leaf:
         target = (*own[:1], *self.shape) if self.by_rows else self.shape
         if own != target:
             value = graph.call_function(aten.expand.default, (value, [*lead, *self.shape]))
-        if self.shape != (self.hidden_size,):
-            slots = math.prod(self.shape) // self.hidden_size
-            blocks = [*lead, slots, self.hidden_size]
-            value = graph.call_function(aten.reshape.default, (value, blocks))
-            value = graph.call_function(aten.select.int, (value, len(lead), self.slot))
-        return value
+        slots = math.prod(self.shape) // self.hidden_size
+        blocks = [*lead, slots, self.hidden_size]
+        return graph.call_function(aten.reshape.default, (value, blocks))
+
+
+Slot = tuple[Source, int]
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class Elementwise:
     """
 
     step: tuple[Operand, ...]
-    drives: tuple[Leaf, ...]
-    coefficients: tuple[Leaf, ...]
+    drives: tuple[Slot, ...]
+    coefficients: tuple[Slot, ...]
     names: dict[Expression, str]
 
 
@@ -113,7 +115,8 @@ class _Reader:
     def __init__(self, parts: Partition) -> None:
         self.parts = parts
         self.hidden_size = parts.capture.hidden_size
-        self.leaves: dict[tuple[bool, Leaf], int] = {}
+        self.drives: dict[Slot, int] = {}
+        self.coefficients: dict[Slot, int] = {}
         self.values: dict[fx.Node, Any] = {}
         self.names: dict[Expression, str] = {}
 
@@ -132,13 +135,7 @@ class _Reader:
             self.note_name(node)
         results = [self.broadcast(n, (self.hidden_size,)) for n in self.parts.results]
         step = tuple(slots[0] for slots in results)
-        ordered = [
-            [lf for (by_rows, lf) in self.leaves if by_rows is kind] for kind in (True, False)
-        ]
-        for kind, leaves in (("drive", ordered[0]), ("coefficient", ordered[1])):
-            for i, lf in enumerate(leaves):
-                self.names[leaf(kind, i)] = _edge_name(lf)
-        return Elementwise(step, tuple(ordered[0]), tuple(ordered[1]), self.names)
+        return Elementwise(step, tuple(self.drives), tuple(self.coefficients), self.names)
 
     def note_name(self, node: fx.Node) -> None:
         value, name = self.values[node], node.meta.get("name")
@@ -210,14 +207,49 @@ class _Reader:
             raise NotElementwise("rows and channels are broadcast against each other")
         if not by_rows and len(own) == len(shape) + 1 and own[0] != 1:
             raise NotElementwise("a value without rows is used as if it had them")
-        leaves = [Leaf(node, shape, j, self.hidden_size, by_rows) for j in range(self.count(shape))]
-        return [self.leaf(lf) for lf in leaves]
+        return [self.leaf(node, shape, j) for j in range(self.count(shape))]
 
-    def leaf(self, lf: Leaf) -> Operand:
-        same_kind = sum(1 for by_rows, _ in self.leaves if by_rows is lf.by_rows)
-        index = self.leaves.setdefault((lf.by_rows, lf), same_kind)
-        made = leaf("drive" if lf.by_rows else "coefficient", index)
-        return make("ne", made, 0.0) if lf.edge.meta["dtype"] is torch.bool else made
+    def leaf(self, node: fx.Node, shape: tuple[int, ...], slot: int) -> Operand:
+        """The drive or coefficient that is one slot of an edge broadcast to a shape."""
+        by_rows = node.meta["by_rows"]
+        known = self.drives if by_rows else self.coefficients
+        source = Source(node, shape, self.hidden_size, by_rows)
+        place = self.origin(node, shape, slot) if by_rows else None
+        index = known.setdefault(place or (source, slot), len(known))
+        made = leaf("drive" if by_rows else "coefficient", index)
+        name = str(node.meta.get("name") or node.name)
+        single = math.prod(shape) == self.hidden_size
+        self.names.setdefault(made, name if single else f"{name}_{slot}")
+        return make("ne", made, 0.0) if node.meta["dtype"] is torch.bool else made
+
+    def origin(self, node: fx.Node, shape: tuple[int, ...], slot: int) -> Slot | None:
+        """The slot of the largest value that this slot of an edge is only a view of."""
+        base, addresses = self.trail(node)
+        entries = math.prod(base.meta["shape"][1:])
+        if base is node or entries % self.hidden_size:
+            return None
+        blocks = addresses.expand(ROWS[0], *shape).reshape(ROWS[0], -1, self.hidden_size)[:, slot]
+        first = int(blocks[0, 0])
+        rows = torch.arange(ROWS[0]).unsqueeze(1) * entries
+        if first % self.hidden_size or not torch.equal(
+            blocks, first + rows + torch.arange(self.hidden_size)
+        ):
+            return None
+        own = tuple(base.meta["shape"][1:])
+        return Source(base, own, self.hidden_size, True), first // self.hidden_size
+
+    def trail(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
+        """Follow operations that only move entries back to where they start; number the entries."""
+        is_part = node.target is operator.getitem
+        made_by: Any = node.args[0] if is_part else node
+        if hasattr(made_by.target, "_schema") and operation_name(made_by.target) in _MOVES:
+            tensors = [a for a in tree_leaves((made_by.args, made_by.kwargs)) if _is_value(a)]
+            if len(tensors) == 1 and tensors[0].meta["by_rows"]:
+                base, numbers = self.trail(tensors[0])
+                moved = _run_on(made_by, {tensors[0]: numbers})
+                return base, moved[node.args[1]] if is_part else moved
+        shape = tuple(node.meta["shape"])
+        return node, torch.arange(math.prod(shape)).view(shape)
 
     def addresses(self, values: list[_Value]) -> list[Tensor]:
         """Number all entries of some values: row, then slot, then channel."""
@@ -250,17 +282,11 @@ class _Reader:
         return _Value(shape, [slots[int(b[0]) // self.hidden_size] for b in blocks])
 
     def move(self, node: fx.Node) -> Any:
-        tensors = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
-        counts = [a for a in tensors if a.meta.get("is_count")]
-        operands = [a for a in dict.fromkeys(tensors) if a not in counts]
+        tensors = [a for a in tree_leaves((node.args, node.kwargs)) if _is_value(a)]
+        operands = list(dict.fromkeys(tensors))
         values = [self.as_value(a) for a in operands]
         slots = [s for v in values for s in v.slots]
-        numbers = dict(zip(operands, self.addresses(values), strict=True))
-        replace = lambda a: (  # noqa: E731
-            a if not isinstance(a, fx.Node) else numbers[a] if a in numbers else _row_count(a)
-        )
-        args, kwargs = tree_map(replace, tuple(node.args)), tree_map(replace, dict(node.kwargs))
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = _run_on(node, dict(zip(operands, self.addresses(values), strict=True)))
         if isinstance(result, (tuple, list)):
             return [self.decode(r, slots) for r in result]
         return self.decode(result, slots)
@@ -274,13 +300,23 @@ class _Reader:
         return _Value(shape, self.edge_slots(node, shape))
 
 
+def _is_value(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and not argument.meta.get("is_count")
+
+
+def _run_on(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> Any:
+    """Run a moving operation on tensors of entry numbers in place of its operands."""
+
+    def replace(argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        return numbers[argument] if argument in numbers else _row_count(argument)
+
+    args, kwargs = tree_map(replace, tuple(node.args)), tree_map(replace, dict(node.kwargs))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def _row_count(node: fx.Node) -> int:
     if node.target is aten.sym_size.int:
         return ROWS[0]
     return node.target(_row_count(node.args[0]), node.args[1])  # type: ignore
-
-
-def _edge_name(lf: Leaf) -> str:
-    name = lf.edge.meta.get("name") or lf.edge.name
-    single = math.prod(lf.shape) == lf.hidden_size
-    return name if single else f"{name}_{lf.slot}"

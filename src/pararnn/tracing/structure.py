@@ -18,6 +18,19 @@ from pararnn.tracing.recorder import TraceError
 _LARGEST_PROBE = 1024  # hidden sizes up to here are searched for heads
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where drives and coefficients are: (index of the source, slot in it) of each."""
+
+    drives: tuple[tuple[int, int], ...]
+    coefficients: tuple[tuple[int, int], ...]
+
+    @property
+    def num_drive_sources(self) -> int:
+        """Tensors that the drives are slices of."""
+        return 1 + max(source for source, _ in self.drives)
+
+
 @dataclass
 class Traced:
     """A step, traced.
@@ -25,9 +38,11 @@ class Traced:
     Attributes:
         subject: What was traced.
         parts: The split graph.
-        input_part: Computes drives, then coefficients (elementwise), or the edges (otherwise).
+        input_part: Computes the sources of the drives, (rows, slots, hidden_size), then those of
+            the coefficients, (slots, hidden_size), if elementwise; otherwise the edges as they are.
         by_rows: Which results of the input part have one row per sample.
         recurrence: The recurrent part of an elementwise step, else None.
+        layout: Where its drives and coefficients are in their sources, else None.
         module: The recurrent part of any other step, `(*state, *edges) -> state`, else None.
         reason: Why the structure is what it is.
     """
@@ -37,6 +52,7 @@ class Traced:
     input_part: InputPart
     by_rows: list[bool]
     recurrence: Recurrence | None
+    layout: Layout | None
     module: fx.GraphModule | None
     reason: str
 
@@ -98,11 +114,18 @@ def _elementwise_or_not(subject: Subject, parts: Partition) -> Traced:
 
 
 def _elementwise(subject: Subject, parts: Partition, found: Elementwise) -> Traced:
-    leaves = [*found.drives, *found.coefficients]
+    drives = list(dict.fromkeys(source for source, _ in found.drives))
+    coefficients = list(dict.fromkeys(source for source, _ in found.coefficients))
     step = Recurrence(found.step, len(found.drives), len(found.coefficients), found.names)
+    layout = Layout(
+        tuple((drives.index(source), slot) for source, slot in found.drives),
+        tuple((coefficients.index(source), slot) for source, slot in found.coefficients),
+    )
+    sources = [*drives, *coefficients]
     reason = "every operation on the state works on each channel by itself"
-    by_rows = [lf.by_rows for lf in leaves]
-    return Traced(subject, parts, input_part(parts, leaves), by_rows, step, None, reason)
+    by_rows = [source.by_rows for source in sources]
+    part = input_part(parts, sources)
+    return Traced(subject, parts, part, by_rows, step, layout, None, reason)
 
 
 def _dense(subject: Subject, parts: Partition, reason: str) -> Traced:
@@ -113,7 +136,7 @@ def _dense(subject: Subject, parts: Partition, reason: str) -> Traced:
     graph.output(tuple(new[r] for r in parts.results))
     module = fx.GraphModule(nn.Module(), graph)
     by_rows = [bool(e.meta["by_rows"]) for e in parts.edges]
-    return Traced(subject, parts, input_part(parts, edges), by_rows, None, module, reason)
+    return Traced(subject, parts, input_part(parts, edges), by_rows, None, None, module, reason)
 
 
 def _check_rows(

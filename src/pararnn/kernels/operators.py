@@ -94,8 +94,8 @@ def _problem(
         chunk = backend.auto_chunk(batch, time, hidden)
     return Problem(
         backend.recurrence,
-        [ready[source][:, :, slot] for source, slot in layout.drives],
-        [weights[source][slot] for source, slot in layout.coefficients],
+        layout.drives_of(ready),
+        layout.coefficients_of(weights),
         initial.to(dtype).contiguous(),
         starts,
         min(int(chunk), time),
@@ -137,14 +137,14 @@ def _recurrence_backward(
             settings,
             [s.to(dtype).contiguous() for s in states],
             [None if g is None else g.to(dtype).contiguous() for g in grad_states],
-            [grad_drives[source][:, :, slot] for source, slot in layout.drives],
+            layout.drives_of(grad_drives),
         )
         sums = found.coefficients.sum((0, 1))
         grad_weights = [
             _for_slots(c, i, 0, layout.coefficients, dtype) for i, c in enumerate(coefficients)
         ]
-        for (source, slot), value in zip(layout.coefficients, sums, strict=True):
-            grad_weights[source][slot] = value
+        for target, value in zip(layout.coefficients_of(grad_weights), sums, strict=True):
+            target.copy_(value)
         total = found.initial.sum(0)
     inputs = (*drives, *coefficients, initial)
     return [

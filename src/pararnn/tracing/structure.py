@@ -30,6 +30,14 @@ class Layout:
         """Tensors that the drives are slices of."""
         return 1 + max(source for source, _ in self.drives)
 
+    def drives_of(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        """The drives (batch, time, hidden), views of sources (batch, time, slots, hidden)."""
+        return [sources[source][:, :, slot] for source, slot in self.drives]
+
+    def coefficients_of(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        """The coefficients (hidden,), views of sources (slots, hidden)."""
+        return [sources[source][slot] for source, slot in self.coefficients]
+
 
 @dataclass
 class Traced:

@@ -1,0 +1,1 @@
+"""Modules: a cell over a sequence."""

@@ -1,0 +1,1 @@
+"""Backends: evaluate a recurrence, chunk by chunk."""

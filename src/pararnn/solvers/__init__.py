@@ -1,0 +1,1 @@
+"""Multiple-shooting Newton; knows no backend and no cell."""

@@ -1,0 +1,78 @@
+"""README and docs tell the truth: their code runs, their links lead somewhere, versions agree."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import pararnn
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
+
+
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page):
+    return BLOCK.findall(page.read_text())
+
+
+def needs_a_run(block):
+    return "runs/" in block
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=page_id)
+def test_code_runs(page, capsys):
+    scope = {"__name__": "page"}
+    for block in blocks(page):
+        if not needs_a_run(block):
+            exec(compile(block, str(page), "exec"), scope)
+
+
+def test_readme_has_code():
+    assert len(blocks(ROOT / "README.md")) >= 4
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=page_id)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page_id(page)} links to {target}"
+
+
+def test_versions_agree():
+    project = (ROOT / "pyproject.toml").read_text()
+    readme = (ROOT / "README.md").read_text()
+    python = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
+    torch = re.search(r'"torch>=([\d.]+)"', project)[1]
+    assert f"Python {python} or newer" in readme
+    assert f"torch {torch} or newer" in readme
+    assert "torch==" in (ROOT / "constraints.txt").read_text()
+
+
+def test_ci_runs_the_readmes_test_line():
+    line = 'pip install -c constraints.txt -e ".[test]" && pytest'
+    assert line in (ROOT / "README.md").read_text()
+    assert line in (ROOT / ".ci/run").read_text()
+
+
+def test_readme_shows_what_explain_prints(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    script = tmp_path / "leaky.py"
+    script.write_text(blocks(ROOT / "README.md")[0])
+    rnn = runpy.run_path(str(script))["rnn"]
+    printed = str(pararnn.explain(rnn)).splitlines()
+    assert "\n".join(printed[:4]) in readme
+
+
+def test_docstring_examples():
+    for info in pkgutil.walk_packages(pararnn.__path__, "pararnn."):
+        if "__main__" not in info.name:
+            assert doctest.testmod(importlib.import_module(info.name)).failed == 0

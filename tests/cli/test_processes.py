@@ -28,16 +28,30 @@ def folder(tmp_path):
     return tmp_path
 
 
-def start(folder, *arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "pararnn.cli", "train", *arguments],
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+@pytest.fixture
+def start(folder):
+    """Starts `pararnn train` in the folder; what still runs at the end of the test is killed."""
+    processes = []
+
+    def run(*arguments, **options):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pararnn.cli", "train", *arguments],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        with process:
+            pass
 
 
 def records(folder, name):
@@ -60,9 +74,9 @@ def curve(folder, name):
 
 
 @pytest.mark.timeout(280)
-def test_killed_stopped_and_resumed_runs_have_the_same_curve(folder):
-    whole = start(folder, *SETTINGS, "--steps", str(STEPS), "--out", "whole")
-    killed = start(folder, *SETTINGS, "--steps", str(STEPS), "--out", "killed")
+def test_killed_stopped_and_resumed_runs_have_the_same_curve(folder, start):
+    whole = start(*SETTINGS, "--steps", str(STEPS), "--out", "whole")
+    killed = start(*SETTINGS, "--steps", str(STEPS), "--out", "killed")
     wait_for_step(killed, folder, "killed", random.randrange(1, STEPS - 20))
     killed.kill()
     killed.communicate()
@@ -72,7 +86,7 @@ def test_killed_stopped_and_resumed_runs_have_the_same_curve(folder):
     assert whole.returncode == 0, error
     assert "bits per byte" in out
 
-    stopped = start(folder, "--resume", "--out", "killed")
+    stopped = start("--resume", "--out", "killed")
     wait_for_step(stopped, folder, "killed", min(lost + 6, STEPS - 8))
     stopped.send_signal(signal.SIGTERM)
     out, error = stopped.communicate()
@@ -80,7 +94,7 @@ def test_killed_stopped_and_resumed_runs_have_the_same_curve(folder):
     assert "checkpoint saved. Continue with: pararnn train --resume --out killed" in out
     assert "Traceback" not in error
 
-    resumed = start(folder, "--resume", "--out", "killed")
+    resumed = start("--resume", "--out", "killed")
     out, error = resumed.communicate()
     assert resumed.returncode == 0, error
     assert "Resumed at step" in out
@@ -88,12 +102,12 @@ def test_killed_stopped_and_resumed_runs_have_the_same_curve(folder):
     assert curve(folder, "killed") == curve(folder, "whole")
 
 
-def test_a_full_disk_is_a_message(folder):
+def test_a_full_disk_is_a_message(start):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    process = start(folder, *SETTINGS, "--steps", "3", "--out", "run", preexec_fn=limit)
+    process = start(*SETTINGS, "--steps", "3", "--out", "run", preexec_fn=limit)
     _, error = process.communicate()
     assert process.returncode == 1
     assert "cannot save a checkpoint at step 0" in error

@@ -42,7 +42,9 @@ class Exponential(Cell):
 
     def forward(self, x, state):
         h, c, n, m = state
-        i, f, z, o = (self.input(x).unflatten(-1, (4, HIDDEN)) + self.diagonal * h[:, None]).unbind(1)
+        i, f, z, o = (self.input(x).unflatten(-1, (4, HIDDEN)) + self.diagonal * h[:, None]).unbind(
+            1
+        )
         log_forget = F.logsigmoid(f)
         new_m = torch.maximum(log_forget + m, i)
         forget, add = torch.exp(log_forget + m - new_m), torch.exp(i - new_m)
@@ -151,11 +153,11 @@ class Masked(Cell):
         u, v = self.input(x).chunk(2, -1)
         update = x[:, :1] > -0.7
         new = torch.clamp(F.silu(u) * h * self.diagonal[0] + F.gelu(v), -1.5, 1.5)
-        return torch.where(update, new, h) * torch.exp(-self.diagonal[1] ** 2)
+        return torch.where(update, new, h) * torch.exp(-(self.diagonal[1] ** 2))
 
 
 class Chaotic(Cell):
-    """Large weights: neighbouring states part quickly, and Newton far from the solution overshoots."""
+    """Large weights: neighbouring states part quickly, and Newton from afar overshoots."""
 
     def __init__(self):
         super().__init__(2)

@@ -24,10 +24,16 @@ class Operation:
     name: str
     function: Callable
     domain: str = "real"
+    rtol: float = 0.0  # when the operation is not exact in the type of its operands
 
 
 def _table(domain, **functions):
     return [Operation(n, f, domain) for n, f in functions.items()]
+
+
+def _narrow(dtype, **functions):
+    eps = torch.finfo(dtype).eps
+    return [Operation(n, f, rtol=8 * eps)  # a few roundings for n, f in functions.items()]
 
 
 def _in_place(u, w):
@@ -121,6 +127,8 @@ OPERATIONS = [
         mask_product=lambda u, w: (u > 0) * w,
         mask_sum=lambda u, w: ((u > 0).int() + (w > 0).to(torch.int64)) * w,
         mask_float=lambda u, w: (u > w).float() * w,
+        mask_number=lambda u, w: (u > w) * 0.3 * w,
+        mask_numbers=lambda u, w: torch.where(u > w, 0.3, 0.7) * w,
         mask_type_as=lambda u, w: (u > w).type_as(u) * w,
         logical_and=lambda u, w: torch.where(torch.logical_and(u > 0, w > 0), u, w),
         logical_or=lambda u, w: torch.where(torch.logical_or(u > 0, w > 0), u, w),
@@ -157,6 +165,7 @@ OPERATIONS = [
         isfinite=lambda u, w: torch.where(torch.isfinite(u), u, w),
         isposinf=lambda u, w: torch.where(torch.isposinf(u), w, u),
         cast_double=lambda u, w: torch.tanh(u.double()).type_as(u),
+        full_float=lambda u, w: torch.full(u.shape, 0.7) * u,
         cast_bool=lambda u, w: u.bool() * w,
         cast_long=lambda u, w: (3 * u).long() * w,
         cast_int=lambda u, w: (3 * u).int().to(u.dtype) * w,
@@ -228,5 +237,9 @@ OPERATIONS = [
         stack_middle=lambda u, w: torch.sub(*torch.stack([u, w], 1).sigmoid().unbind(1)),
         expand=lambda u, w: (u.unsqueeze(1).expand(-1, 2, -1) * w.unsqueeze(1))[:, 0],
     ),
+    # The loop itself rounds every step of these and of their gradients to the narrow type.
+    *_narrow(torch.float32, cast_float=lambda u, w: torch.tanh(u.float() * 0.7).type_as(u) * w),
+    *_narrow(torch.float16, cast_half=lambda u, w: (u.half() * 0.7 + 0.1).type_as(u) * w),
+    *_narrow(torch.bfloat16, cast_bfloat16=lambda u, w: (u.bfloat16() * 0.7 + 0.1).type_as(u) * w),
 ]
 assert len({o.name for o in OPERATIONS}) == len(OPERATIONS)

@@ -1,15 +1,16 @@
 """Multiple shooting: iterates, guarantee, damping, reports."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pararnn import RNN, Newton
-from pararnn.kernels.operators import backend_of
-from pararnn.solvers.problem import Problem
+from pararnn.kernels.operators import _problem, backend_of
 from pararnn.solvers.shooting import newton_update, solve
 from pararnn.testing import assert_close, loop
+from pararnn.tracing.capture import resolve
 
 from .cells import CELLS, Cell, Chaotic, make_cell
 from .compare import as_tuple, assert_same, outcome, random_state
@@ -18,13 +19,15 @@ from .compare import as_tuple, assert_same, outcome, random_state
 def problem_of(rnn, x, state, chunk):
     """What the solver is given for a layer."""
     evaluation = rnn.evaluation()
-    recurrence = evaluation.traced.recurrence
     with torch.no_grad():
-        edges = evaluation._edges(rnn._tensors(evaluation), [x])
-    drives = [e.contiguous() for e in edges[: recurrence.num_drives]]
-    coefficients = [e.contiguous() for e in edges[recurrence.num_drives :]]
+        part = evaluation.traced.input_part
+        edges = part([resolve(rnn.cell, n) for n in part.names], x.flatten(0, 1))
+    count = evaluation.traced.layout.num_drive_sources
+    drives = [e.unflatten(0, x.shape[:2]) for e in edges[:count]]
     initial = torch.stack(as_tuple(state), 1)
-    return Problem(recurrence, drives, coefficients, initial, None, chunk)
+    with torch.no_grad():
+        whole = _problem(drives, edges[count:], initial, None, evaluation.plan)
+    return replace(whole, chunk=chunk)
 
 
 def dense_newton(cell, x, first, guess):
@@ -251,5 +254,6 @@ def test_solve_writes_every_state(backend):
     assert torch.empty(3).isnan().all(), "fresh memory is not filled with NaN"
     for chunk in (1, 5, 23):
         problem = problem_of(rnn, x, random_state(2, 2, 7), chunk)
-        states, _ = solve(backend_of(rnn.evaluation().plan), problem, Newton())
+        with torch.no_grad():
+            states, _ = solve(backend_of(rnn.evaluation().plan), problem, Newton())
         assert all(s.isfinite().all() for s in states)

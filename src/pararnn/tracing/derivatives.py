@@ -81,11 +81,6 @@ def _derive(
     }
     leaves = [leaf(kind, i) for kind in LEAVES for i in range(counts[kind])]
     function = torch_function(recurrence.step, leaves)
-    inputs = {
-        f"{kind}_{i}": torch.full((1,), 0.5, dtype=torch.float64, requires_grad=kind != "adjoint")
-        for kind in LEAVES
-        for i in range(counts[kind])
-    }
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
         primals, adjoints = values[:-components], values[-components:]
@@ -96,6 +91,13 @@ def _derive(
         return (*(g for row in rows for g in row), *_gradients(total, primals))
 
     with torch.inference_mode(False), torch.enable_grad():
+        inputs = {
+            f"{kind}_{i}": torch.full(
+                (1,), 0.5, dtype=torch.float64, requires_grad=kind != "adjoint"
+            )
+            for kind in LEAVES
+            for i in range(counts[kind])
+        }
         graph, constants = record(run, inputs, "the derivative")
     operands = _read(graph, dict(zip(inputs, leaves, strict=True)), constants)
     rows = [operands[i * components : (i + 1) * components] for i in range(components)]
@@ -132,7 +134,7 @@ def _read(graph: fx.Graph, leaves: dict[str, Expression], constants: list[Tensor
 
 
 _TORCH: dict[str, Callable[..., Any]] = {
-    "to_float": lambda x: x.to(torch.get_default_dtype()) if x.dtype is torch.bool else x,
+    "to_float": lambda x, like: x.to(like.dtype) if x.dtype is torch.bool else x,
     "to_float32": lambda x: x.to(torch.float32).to(x.dtype),
     "to_float16": lambda x: x.to(torch.float16).to(x.dtype),
     "to_bfloat16": lambda x: x.to(torch.bfloat16).to(x.dtype),
@@ -153,11 +155,17 @@ def torch_callable(op: str) -> Callable[..., Any]:
     return _TORCH.get(op) or getattr(torch, op, None) or getattr(aten, op)
 
 
-@functools.cache
-def _takes_tensor(op: str, position: int) -> bool:
-    """Whether an operand must be a tensor where a number would do for the expressions."""
-    if op in _TORCH or op in ("add", "sub", "mul", "div"):
+def _takes_tensor(node: Expression, position: int) -> bool:
+    """Whether PyTorch wants a tensor where a number would do for the expressions."""
+    if node.op == "where":  # of two numbers it would be of the default type
+        return not any(isinstance(a, Expression) for a in node.args[1:])
+    if node.op in _TORCH or node.op in ("add", "sub", "mul", "div"):
         return False
+    return _is_always_tensor(node.op, position)
+
+
+@functools.cache
+def _is_always_tensor(op: str, position: int) -> bool:
     packet = getattr(aten, op)
     schemas = [getattr(packet, o)._schema.arguments for o in packet.overloads()]
     kinds = [str(s[position].type) for s in schemas if position < len(s) and not s[-1].is_out]
@@ -170,22 +178,29 @@ def torch_source(roots: Sequence[Operand], inputs: Sequence[Expression], name: s
     lines = [f"def {name}({', '.join(variables.values())}):"]
     show = lambda o: variables[o] if isinstance(o, Expression) else _constant(o)  # noqa: E731
 
-    def argument(op: str, position: int, operand: Operand) -> str:
-        number = isinstance(operand, (int, float)) and _takes_tensor(op, position)
-        return f"fill({show(operand)})" if number else show(operand)
+    like = next(iter(variables.values()))
+
+    def fill(operand: Operand) -> str:
+        return (
+            show(operand) if isinstance(operand, Expression) else f"fill({show(operand)}, {like})"
+        )
 
     for node in topological(roots):
         if node.op not in LEAVES:
+            arguments = [
+                fill(a) if _takes_tensor(node, i) else show(a) for i, a in enumerate(node.args)
+            ]
+            if node.op == "to_float":
+                arguments.append(like)
             variables[node] = f"v{len(variables)}"
-            arguments = ", ".join(argument(node.op, i, a) for i, a in enumerate(node.args))
-            lines.append(f"    {variables[node]} = {node.op}({arguments})")
-    results = (show(r) if isinstance(r, Expression) else f"fill({show(r)})" for r in roots)
+            lines.append(f"    {variables[node]} = {node.op}({', '.join(arguments)})")
+    results = map(fill, roots)
     lines.append(f"    return ({', '.join(results)},)")
     return "\n".join(lines) + "\n"
 
 
-def _kind(value: float) -> torch.dtype:
-    return torch.bool if isinstance(value, bool) else torch.float64
+def _fill(value: float, like: Tensor) -> Tensor:
+    return like.new_full((), value, dtype=torch.bool if isinstance(value, bool) else like.dtype)
 
 
 def _constant(value: Operand) -> str:
@@ -201,7 +216,7 @@ def torch_function(
     source = torch_source(roots, inputs, "evaluate")
     order = topological(roots)
     scope: dict[str, Any] = {n.op: torch_callable(n.op) for n in order if n.op not in LEAVES}
-    scope["fill"] = lambda value: torch.full((), value, dtype=_kind(value))
+    scope["fill"] = _fill
     exec(compile(source, "<pararnn expressions>", "exec"), scope)
     evaluate = scope["evaluate"]
 

@@ -25,6 +25,7 @@ from pararnn.tracing.operations import (
     express,
     is_pointwise,
     operation_name,
+    round_to,
 )
 from pararnn.tracing.partition import Partition
 from pararnn.tracing.recorder import aten, show_place
@@ -155,6 +156,7 @@ class _Reader:
         shape = tuple(node.meta["shape"][1:]) if "shape" in node.meta else ()
         if fill is not None:
             self.require_rows(node)
+            fill = fill if isinstance(fill, bool) else self.rounded(fill, node.meta.get("dtype"))
             return _Value(shape, [fill] * self.count(shape))
         if operation_name(func) in _MOVES:
             return self.move(node)
@@ -184,10 +186,17 @@ class _Reader:
         for j in range(count):
             pick = lambda a, j=j: slots[a][j] if isinstance(a, fx.Node) else a  # noqa: E731
             args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
-            results.append(express(node.target, args, kwargs, self.parts.capture.dtype))
+            result = express(node.target, args, kwargs, self.parts.capture.dtype)
+            results.append(self.rounded(result, node.meta.get("dtype")))
         if results and isinstance(results[0], tuple):
             return [_Value(shape, [r[i] for r in results]) for i in range(len(results[0]))]
         return _Value(shape, results)
+
+    def rounded(self, result: Any, dtype: torch.dtype | None) -> Any:
+        """A result of a type narrower than the state's, rounded as the cell rounds it."""
+        if isinstance(result, tuple) or dtype is None or not dtype.is_floating_point:
+            return result
+        return round_to(result, dtype, self.parts.capture.dtype)
 
     def broadcast(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
         """The slots of a value after broadcasting it to (N, *shape)."""

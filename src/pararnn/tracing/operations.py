@@ -126,9 +126,17 @@ def _cast(operand: Operand, target: torch.dtype | None, dtype: torch.dtype) -> O
         return make("to_float", operand)
     if not target.is_floating_point:
         return make("trunc", operand)
-    if _WIDTH[target] < _WIDTH[dtype]:
-        return make(f"to_{str(target).split('.')[1]}", operand)
-    return operand
+    return round_to(operand, target, dtype)
+
+
+def round_to(operand: Operand, target: torch.dtype, dtype: torch.dtype) -> Operand:
+    """Round to a type if it is narrower than the one that the graph works in."""
+    if _WIDTH[target] >= _WIDTH[dtype]:
+        return operand
+    if not isinstance(operand, Expression):
+        return torch.tensor(operand, dtype=target).item()
+    name = f"to_{str(target).split('.')[1]}"
+    return operand if operand.op in (name, "to_float") else make(name, operand)
 
 
 def _scaled(operand: Operand, alpha: Operand) -> Operand:

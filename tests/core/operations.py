@@ -33,7 +33,7 @@ def _table(domain, **functions):
 
 def _narrow(dtype, **functions):
     eps = torch.finfo(dtype).eps
-    return [Operation(n, f, rtol=8 * eps)  # a few roundings for n, f in functions.items()]
+    return [Operation(n, f, rtol=8 * eps) for n, f in functions.items()]
 
 
 def _in_place(u, w):

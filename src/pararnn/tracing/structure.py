@@ -100,11 +100,12 @@ def trace(
     Raises:
         TraceError: The step cannot be evaluated for all times; the message names the line.
     """
-    parts = partition(
-        capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
-    )
-    traced = _elementwise_or_not(subject, parts)
-    _check_rows(traced, inputs, dtype, device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        parts = partition(
+            capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
+        )
+        traced = _elementwise_or_not(subject, parts)
+        _check_rows(traced, inputs, dtype, device)
     return traced
 
 

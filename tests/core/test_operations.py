@@ -19,6 +19,7 @@ UNDEFINED = {  # where PyTorch's own result is no reference: (u, w) -> mask
     "fmod fmod_number remainder remainder_negative": lambda u, w: u.abs() > 1e6,  # NaN for some
     "gelu": lambda u, w: u.abs() > 1e30,  # overflows before halving
     "sinc": lambda u, w: (u.abs() < 0.1) & (u != 0),  # the gradient is cancellation
+    "cast_float": lambda u, w: w.abs() > 1e30,  # its gradient overflows in float32
     "cast_long cast_int": lambda u, w: ~(u.abs() < 1e6),
     "unflatten": lambda u, w: u.isnan(),  # 0 * NaN from an entry that is not selected
     "relu6 hardtanh softshrink hardshrink": lambda u, w: u.isnan(),  # by position

@@ -1,0 +1,189 @@
+"""What a user gets to read: each message says what was wrong, what was seen, what to do."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from pararnn import RNN, Newton
+from pararnn.kernels import c_build
+from pararnn.layers import evaluate
+
+from .cells import Cell, SlowGates, paralstm
+
+
+def layer(**options):
+    return RNN(paralstm(), **options)
+
+
+def zeros(*shape, **options):
+    return torch.zeros(*shape, **options)
+
+
+CALLS = {
+    "x is no tensor": (lambda: layer()([[1.0]]), TypeError, "x must be a tensor, got"),
+    "x too flat": (
+        lambda: layer()(zeros(5)),
+        ValueError,
+        "x has shape (5,); pass (batch, time, 5), or (time, 5) for a single sequence.",
+    ),
+    "x too deep": (
+        lambda: layer()(zeros(1, 2, 3, 5)),
+        ValueError,
+        "has shape (1, 2, 3, 5); pass",
+    ),
+    "x of another size": (
+        lambda: layer(batch_first=False)(zeros(3, 2, 4)),
+        ValueError,
+        "x has shape (3, 2, 4); pass (time, batch, 5)",
+    ),
+    "no time": (lambda: layer()(zeros(2, 0, 5)), ValueError, "batch and time must be at least 1"),
+    "state is one tensor": (
+        lambda: layer()(zeros(2, 3, 5), zeros(2, 7)),
+        ValueError,
+        "state must be a tuple of 2 tensors",
+    ),
+    "state of another batch": (
+        lambda: layer()(zeros(2, 3, 5), (zeros(4, 7), zeros(4, 7))),
+        ValueError,
+        "state has shape (4, 7) but x needs (2, 7); pass (rows, hidden_size), or None for zeros.",
+    ),
+    "resets of numbers": (
+        lambda: layer()(zeros(2, 3, 5), resets=zeros(2, 3)),
+        ValueError,
+        "type torch.float32; pass booleans of shape (2, 3)",
+    ),
+    "resets of another shape": (
+        lambda: layer()(zeros(2, 3, 5), resets=zeros(3, 2, dtype=torch.bool)),
+        ValueError,
+        "resets has shape (3, 2)",
+    ),
+    "resets and cu_seqlens": (
+        lambda: layer()(
+            zeros(1, 3, 5), resets=zeros(1, 3, dtype=torch.bool), cu_seqlens=torch.tensor([0, 3])
+        ),
+        ValueError,
+        "pass resets or cu_seqlens, not both",
+    ),
+    "cu_seqlens too short": (
+        lambda: layer()(zeros(1, 3, 5), cu_seqlens=torch.tensor([0, 2])),
+        ValueError,
+        "cu_seqlens must rise from 0 to the number of steps 3",
+    ),
+    "cu_seqlens with an empty sequence": (
+        lambda: layer()(zeros(1, 3, 5), cu_seqlens=torch.tensor([0, 2, 2, 3])),
+        ValueError,
+        "cu_seqlens must rise",
+    ),
+    "unknown backend": (lambda: layer(backend="cuda"), ValueError, "backend='cuda' is not known"),
+    "cell is no module": (lambda: RNN(lambda x, h: h), TypeError, "use pararnn.scan"),
+    "solver is no Newton": (lambda: layer(solver=3), TypeError, "solver must be pararnn.Newton"),
+    "c for a dense cell": (
+        lambda: RNN(nn.GRUCell(3, 4), backend="c"),
+        ValueError,
+        "backend='c' evaluates elementwise cells and GRUCell is not one",
+    ),
+    "tolerance": (lambda: Newton(tolerance=0.0), ValueError, "must be positive, got 0.0"),
+    "max_iterations": (lambda: Newton(max_iterations=0), ValueError, "must be at least 1, got 0"),
+    "chunk": (
+        lambda: Newton(chunk=0),
+        ValueError,
+        "chunk must be 'auto' or at least 1 step, got 0",
+    ),
+    "damping": (lambda: Newton(damping=1.0), ValueError, "damping must be in [0, 1), got 1.0"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_message(case):
+    call, kind, message = CALLS[case]
+    with pytest.raises(kind, match=re.escape(message)):
+        call()
+
+
+class Nameless(nn.Module):
+    """Hides its sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(7))
+
+    def forward(self, x, h):
+        return torch.tanh(x + self.a * h)
+
+
+def test_cell_without_size_says_what_to_add():
+    with pytest.raises(TypeError, match=r"set self\.hidden_size = .*RNN\(cell, hidden_size="):
+        RNN(Nameless())(torch.zeros(2, 3, 7))
+
+
+def test_cell_without_size_takes_it_from_the_state():
+    cell = Nameless()
+    y, _ = RNN(cell)(torch.ones(2, 3, 7), torch.zeros(2, 7))
+    assert torch.isfinite(y).all()
+    assert y.any()
+
+
+def test_explaining_before_sizes_are_known():
+    with pytest.raises(TypeError, match="call the layer once"):
+        RNN(Nameless(), hidden_size=7).evaluation()
+
+
+class NeverReturnsItsState(Cell):
+    num_components = None
+
+    def __init__(self):
+        super().__init__(1)
+
+    def forward(self, x, state):
+        return torch.zeros(3, 3)
+
+
+def test_components_that_cannot_be_found():
+    with pytest.raises(TypeError, match="num_components"):
+        RNN(NeverReturnsItsState())
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(c_build, "find_compiler", lambda: None)
+    monkeypatch.setattr(evaluate, "find_compiler", lambda: None)
+    evaluate._warn_no_compiler.cache_clear()
+    yield
+    evaluate._warn_no_compiler.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_auto_without_a_compiler_says_so_once():
+    with pytest.warns(UserWarning, match="found no C compiler"):
+        rnn = RNN(SlowGates())
+    choice = rnn.evaluation().choice
+    assert choice.name == "torch"
+    assert "compiler" in choice.reason
+    RNN(SlowGates())  # a second warning would be an error
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_c_without_a_compiler_raises():
+    with pytest.raises(ValueError, match="no C compiler was found"):
+        RNN(SlowGates(), backend="c")
+
+
+def test_compiler_that_fails(fresh_cache, monkeypatch, tmp_path):
+    script = tmp_path / "broken-cc"
+    script.write_text("#!/bin/sh\necho 'the disk is on fire' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(c_build, "find_compiler", lambda: str(script))
+    with pytest.raises(c_build.CompilerError, match="the disk is on fire"):
+        c_build.load("int main(void) { return 0; }")
+
+
+def test_compiled_once_and_kept(fresh_cache):
+    source = "int answer(void) { return 42; }"
+    assert c_build.load(source).answer() == 42
+    (library,) = fresh_cache.glob("*.so")
+    stamp = library.stat().st_mtime_ns
+    assert c_build.load(source).answer() == 42
+    assert library.stat().st_mtime_ns == stamp
+    assert next(fresh_cache.glob("*.c")).read_text() == source

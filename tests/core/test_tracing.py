@@ -58,6 +58,18 @@ class StackedGates(Cell):
         return (1 - z) * h + z * c
 
 
+class Shifted(Cell):
+    """Writes into part of a temporary, across channels."""
+
+    def __init__(self):
+        super().__init__(1)
+
+    def forward(self, x, h):
+        new = torch.tanh(self.input(x) + self.diagonal[0] * h) * 1.0
+        new[:, 1:] = new[:, :-1].float().double() * 0.5
+        return new
+
+
 def structure(cell, **options):
     return RNN(cell, backend="torch", **options).evaluation().traced.structure
 
@@ -88,7 +100,7 @@ def test_block_diagonal_cell_has_heads(size):
     assert structure(cell) == f"heads (size {size})", "zeros in a weight prove nothing"
 
 
-@pytest.mark.parametrize("make", [lambda: BlockDiagonal(3), Normed, StackedGates])
+@pytest.mark.parametrize("make", [lambda: BlockDiagonal(3), Normed, StackedGates, Shifted])
 def test_not_elementwise_equals_loop(make):
     cell = make().double()
     rnn = RNN(cell, solver=Newton(chunk=3))

@@ -86,9 +86,12 @@ class Recorder(TorchDispatchMode):
         self._refuse(func, place)
         pure = self._without_write(func, args, place) if func._schema.is_mutable else func
         to_node = lambda a: self.node_of(a) if isinstance(a, Tensor) else a  # noqa: E731
-        node = self.graph.call_function(pure, tree_map(to_node, args), tree_map(to_node, kwargs))
         result = func(*args, **kwargs)
         origin = {"place": place, "line": line}
+        if pure is aten.copy.default:  # it has no derivative in this form
+            source = self._cast(args[1], result.dtype, origin)
+            pure, args, kwargs = aten.expand.default, (source, list(result.shape)), {}
+        node = self.graph.call_function(pure, tree_map(to_node, args), tree_map(to_node, kwargs))
         node.meta.update(origin)
         if isinstance(result, (tuple, list)):
             for i, item in enumerate(result):
@@ -103,6 +106,14 @@ class Recorder(TorchDispatchMode):
                 node.meta.update(origin)
             self._bind(result, node)
         return result
+
+    def _cast(self, tensor: Tensor, dtype: torch.dtype, origin: dict[str, Any]) -> fx.Node:
+        node = self.node_of(tensor)
+        if tensor.dtype is dtype:
+            return node
+        cast = self.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+        cast.meta.update(origin, shape=tuple(tensor.shape), dtype=dtype)
+        return cast
 
     def _without_write(self, func: Any, args: Any, place: tuple[str, int] | None) -> Any:
         """The operation that computes what `func` writes; views of the old value are outdated."""

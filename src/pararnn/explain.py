@@ -69,8 +69,8 @@ def explain(rnn: RNN) -> Explanation:
     """
     if not isinstance(rnn, RNN):
         raise TypeError(
-            f"explain takes a pararnn.RNN, got {type(rnn).__name__}; a stacked layer has them in "
-            ".layers."
+            f"explain takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), and "
+            "take one of .layers of a ParaGRU or ParaLSTM."
         )
     evaluation = rnn.evaluation()
     traced = evaluation.traced

@@ -14,6 +14,7 @@ from pararnn.tracing.structure import trace
 
 State = Tensor | tuple[Tensor, ...]
 _MOST_COMPONENTS = 8
+_TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pass for a tuple
 
 
 class RNN(nn.Module):
@@ -67,7 +68,8 @@ class RNN(nn.Module):
         input_size = getattr(cell, "input_size", None)
         if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
             now = snapshot(cell)
-            self._prepare((input_size,), now.dtype, now.device, now)
+            if now.device.type != "meta":  # without values; traced when they are there
+                self._prepare((input_size,), now.dtype, now.device, now)
 
     @property
     def hidden_size(self) -> int:
@@ -149,7 +151,7 @@ class RNN(nn.Module):
         Returns:
             The output, and the state after the step.
         """
-        evaluation = self._evaluation_for(x_t.unsqueeze(0), state)
+        evaluation = self._evaluation_for(x_t, state, step=True)
         single = x_t.dim() == evaluation.feature_axes
         if single:
             x_t = x_t.unsqueeze(0)
@@ -196,28 +198,41 @@ class RNN(nn.Module):
             )
         return self._evaluation
 
-    def _evaluation_for(self, x: Tensor, state: State | None) -> Evaluation:
+    def _evaluation_for(self, x: Tensor, state: State | None, step: bool = False) -> Evaluation:
         if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}.")
+            raise TypeError(f"x must be a tensor, got {_describe(x)}; use torch.as_tensor(x).")
+        for part in state if isinstance(state, tuple) else () if state is None else (state,):
+            if not isinstance(part, Tensor):
+                raise TypeError(
+                    f"state must be a tensor or a tuple of tensors, got {_describe(state)}"
+                    f"{'' if part is state else f' with {_describe(part)} in it'}."
+                )
         if torch.compiler.is_compiling() and self._evaluation is not None:
             return self._evaluation
         if self._hidden_size is None and not _has_size(self.cell) and state is not None:
             self._hidden_size = (state[0] if isinstance(state, tuple) else state).shape[-1]
         if self._num_components is None and isinstance(state, tuple):
             self._num_components = len(state)
-        return self._prepare(self._features(x), x.dtype, x.device, snapshot(self.cell))
+        return self._prepare(self._features(x, step), x.dtype, x.device, snapshot(self.cell))
 
-    def _features(self, x: Tensor) -> tuple[int, ...]:
+    def _features(self, x: Tensor, step: bool) -> tuple[int, ...]:
+        """The shape of one input, after a check of x: a sequence, or with `step` one time."""
         input_size = getattr(self.cell, "input_size", None)
-        known: tuple[int, ...] = tuple(x.shape[2:])
+        lead = 1 if step else 2
+        known: tuple[int, ...] = tuple(x.shape[lead:])
         if isinstance(input_size, int):
             known = (input_size,)
         elif self._evaluation is not None:
             known = self._evaluation.features
         expected = ", ".join(map(str, known))
-        if x.dim() not in (len(known) + 1, len(known) + 2) or (
+        if x.dim() not in (len(known) + lead - 1, len(known) + lead) or (
             known and tuple(x.shape[-len(known) :]) != known
         ):
+            if step:
+                raise ValueError(
+                    f"x_t has shape {tuple(x.shape)}; pass one time: (batch, {expected}), or "
+                    f"({expected}) without a batch."
+                )
             layout = "(batch, time" if self.batch_first else "(time, batch"
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; pass {layout}, {expected}), or (time, {expected}) "
@@ -252,36 +267,36 @@ class RNN(nn.Module):
     def _find_components(self) -> int:
         """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""
         size, now = self.hidden_size, snapshot(self.cell)
-        dtype, device = now.dtype, now.device
+        device = now.device
         features = getattr(self.cell, "input_size", None)
-        shape = (2, features) if isinstance(features, int) else None
-        failures = []
+        if not isinstance(features, int):
+            return 1
+        x = torch.zeros(_TRIAL_ROWS, features, dtype=now.dtype, device=device)
+        failures: list[str] = []
         for count in range(1, _MOST_COMPONENTS + 1):
-            zeros = tuple(torch.zeros(2, size, dtype=dtype, device=device) for _ in range(count))
-            state = zeros if count > 1 else zeros[0]
-            if shape is None:
-                break
+            zeros = tuple(x.new_zeros(_TRIAL_ROWS, size) for _ in range(count))
             try:
                 with (
                     torch.no_grad(),
                     torch.random.fork_rng([device] if device.type == "cuda" else []),
                 ):
-                    new = self.cell(torch.zeros(shape, dtype=dtype, device=device), state)
+                    new = self.cell(x, zeros if count > 1 else zeros[0])
             except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
-                failures.append(f"{count}: {error}")
+                failures.append(f"raised {type(error).__name__}: {error}")
                 continue
             parts = new if isinstance(new, tuple) else (new,)
             whole = isinstance(new, tuple) == (count > 1) and len(parts) == count
-            if whole and all(p.shape == (2, size) for p in parts):
+            if whole and all(isinstance(p, Tensor) and p.shape == zeros[0].shape for p in parts):
                 return count
-            failures.append(f"{count}: returned {len(parts)}")
-        if shape is None:
-            return 1
+            failures.append(f"returned {_describe(new)}")
         name = type(self.cell).__name__
+        seen = [f"with {n} it {f}" for n, f in enumerate(failures, 1)]
+        shown = f"it {failures[0]}" if len(set(failures)) == 1 else "; ".join(seen[:3])
         raise TypeError(
-            f"{name}.forward(x, state) works with no state of 1 to {_MOST_COMPONENTS} tensors of "
-            f"shape (N, {size}) ({'; '.join(failures[:3])}). Set self.num_components = ... in "
-            f"{name}.__init__, or pass RNN(cell, num_components=...)."
+            f"{name}.forward(x, state) was tried on x of shape (N, {features}) and 1 to "
+            f"{_MOST_COMPONENTS} state tensors of shape (N, {size}) with N = {_TRIAL_ROWS}, and "
+            f"never returned the new state in the same form: {shown}. If the cell is right, set "
+            f"self.num_components = ... in {name}.__init__, or pass RNN(cell, num_components=...)."
         )
 
     def _initial(self, state: State | None, rows: int, x: Tensor) -> Tensor:
@@ -293,7 +308,7 @@ class RNN(nn.Module):
         if len(parts) != count or isinstance(state, tuple) != (count > 1):
             wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
             seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
-            raise ValueError(f"state must be {wanted}, got {seen}.")
+            raise ValueError(f"state must be {wanted} of shape ({rows}, {size}), got {seen}.")
         for part in parts:
             if tuple(part.shape) != (rows, size):
                 raise ValueError(
@@ -315,6 +330,14 @@ class RNN(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is traced belongs to this process; a copy traces again."""
         return {**self.__dict__, "_evaluation": None, "_signature": None, "_report": None}
+
+
+def _describe(state: Any) -> str:
+    if isinstance(state, Tensor):
+        return f"a tensor of shape {tuple(state.shape)}"
+    if isinstance(state, (tuple, list)):
+        return f"a {type(state).__name__} of {len(state)}"
+    return f"a {type(state).__name__}"
 
 
 def _has_size(cell: nn.Module) -> bool:
@@ -345,6 +368,8 @@ def _starts(
         return torch.where(resets.to(x.device) | begin, rows, -1).contiguous(), None
     if cu_seqlens is None:
         return None, None
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {_describe(cu_seqlens)}.")
     ends = cu_seqlens.to(x.device).long()
     lengths = ends[1:] - ends[:-1]
     if batch != 1 or ends[0] != 0 or ends[-1] != time or (lengths < 1).any():

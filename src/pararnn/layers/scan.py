@@ -93,6 +93,12 @@ def _evaluation(
 
 
 def _check(parts: tuple[Tensor, ...], drives: tuple[Tensor, ...]) -> None:
+    for name, values in (("state", parts), ("drives", drives)):
+        for value in values:
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} must be a tensor or a tuple of tensors, got a {type(value).__name__}."
+                )
     if not drives:
         raise ValueError("drives is empty; pass at least one tensor (batch, time, ...).")
     batch, time = drives[0].shape[:2] if drives[0].dim() >= 2 else (0, 0)

@@ -78,6 +78,11 @@ class StackedRNN(nn.Module):
         """
         if isinstance(x, PackedSequence):
             return self._packed(x, state)
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x must be a tensor or a PackedSequence, got a {type(x).__name__}; use "
+                "torch.as_tensor(x)."
+            )
         single = x.dim() == 2
         if single:
             x = x.unsqueeze(0)
@@ -144,6 +149,11 @@ class StackedRNN(nn.Module):
         if state is None:
             return [None] * len(self.layers)
         parts = state if isinstance(state, tuple) else (state,)
+        if not all(isinstance(p, Tensor) for p in parts):
+            raise TypeError(
+                "state must be a tensor (ParaGRU) or a tuple of two (ParaLSTM), got a "
+                f"{type(state).__name__} of {', '.join(type(p).__name__ for p in parts)}."
+            )
         shape = (len(self.layers), rows, self.hidden_size)
         for part in parts:
             if tuple(part.shape) != shape:

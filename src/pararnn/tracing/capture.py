@@ -176,8 +176,9 @@ def _capture(
         for i in range(num_components):
             examples[f"state_{i}"] = _example((rows, hidden_size), dtype, device)
         runs.append(_run(subject, examples, len(inputs), is_tuple, (rows, hidden_size)))
-    (graph, constants), (other, _) = runs
+    (graph, constants), (other, others) = runs
     graph = _merge(graph, other, subject.name)
+    _check_constants(graph, constants, others, subject.name)
     _mark_rows(graph, other)
     names = {f"attribute_{i}": name for i, name in enumerate(subject.tensors)}
     name_nodes(graph, subject.source, names, subject.state_position)
@@ -195,7 +196,8 @@ def _capture(
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if dtype.is_floating_point:
-        return torch.rand(shape, dtype=dtype, device=device).requires_grad_()
+        # Not a leaf: autograd itself would refuse a write into one, without naming the line.
+        return torch.rand(shape, dtype=dtype, device=device).requires_grad_().clone()
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
@@ -222,7 +224,11 @@ def _run(
         torch.autocast(device.type, enabled=False),
     ):
         focus = getattr(subject.source, "__code__", None)
-        return record(step, examples, subject.name, focus)
+        labels = {f"attribute_{i}": f"self.{name}" for i, name in enumerate(subject.tensors)}
+        labels |= {f"x_{i}": "x" if num_inputs == 1 else f"drive {i}" for i in range(num_inputs)}
+        for i in range(num_components):
+            labels[f"state_{i}"] = f"component {i} of its state" if is_tuple else "its state"
+        return record(step, examples, subject.name, focus, labels)
 
 
 def _checked(
@@ -275,8 +281,9 @@ def _merge(graph: fx.Graph, other: fx.Graph, subject: str) -> fx.Graph:
             slope = (b - a) // (ROWS[1] - ROWS[0])
             return _rows_node(graph, x, slope, a - slope * ROWS[0], counts)
         raise TraceError(
-            f"{subject} uses a number that depends on the batch size at {show_place(place)} "
-            f"({a} for {ROWS[0]} rows, {b} for {ROWS[1]}); rows must not influence each other."
+            f"{subject} uses a number at {show_place(place)} that depends on the batch size "
+            f"({a} for {ROWS[0]} rows, {b} for {ROWS[1]}), or that changes from call to call; the "
+            "step must be the same for any batch and at every time."
         )
 
     for node, twin in zip(nodes, others, strict=True):
@@ -285,6 +292,26 @@ def _merge(graph: fx.Graph, other: fx.Graph, subject: str) -> fx.Graph:
             node.args = unify(node.args, twin.args, place)
             node.kwargs = {k: unify(v, twin.kwargs[k], place) for k, v in node.kwargs.items()}
     return graph
+
+
+def _check_constants(
+    graph: fx.Graph, constants: list[Tensor], others: list[Tensor], subject: str
+) -> None:
+    """A tensor from outside that changes with the example is none: it left PyTorch's sight."""
+    nodes = [n for n in graph.nodes if n.op == "get_attr"]
+    for node, one, other in zip(nodes, constants, others, strict=True):
+        if one is other:
+            continue
+        same = one.shape == other.shape and one.dtype == other.dtype
+        if same and one.device.type != "meta":
+            same = torch.equal(one.nan_to_num(), other.nan_to_num())
+        if not same:
+            place = show_place(next(iter(node.users)).meta.get("place")) if node.users else "?"
+            raise TraceError(
+                f"{subject} uses a tensor at {place} that PyTorch did not compute from x and the "
+                "state and that changes from call to call (made with .numpy(), a list, or random "
+                "numbers from elsewhere?); stay with PyTorch operations."
+            )
 
 
 def _rows_node(

@@ -34,13 +34,19 @@ class Recorder(TorchDispatchMode):
         inputs: The tensors to become placeholders, by name.
         subject: What the error messages call the function.
         focus: Code whose line each node notes in `meta["line"]`, also when a callee made it.
+        labels: What messages call the inputs; their names when None.
     """
 
     def __init__(
-        self, inputs: Mapping[str, Tensor], subject: str, focus: CodeType | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        subject: str,
+        focus: CodeType | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.focus = focus
+        self.labels = labels or {}
         self.graph = fx.Graph()
         self.subject = subject
         self.constants: list[Tensor] = []
@@ -124,13 +130,17 @@ class Recorder(TorchDispatchMode):
         written = args[0]
         if _storage(written) in self._inputs:
             raise TraceError(
-                f"{self.subject} writes into {self._inputs[_storage(written)]!r} in place at "
+                f"{self.subject} writes into {self._called(written)} in place at "
                 f"{show_place(place)}; compute a new tensor instead (all times are evaluated at "
                 "once, so there is no order for such writes)."
             )
         others = (t for t in self._alive if t is not written and _overlap(t, written))
         self._outdated.update(map(id, others))
         return pure
+
+    def _called(self, tensor: Tensor) -> str:
+        name = self._inputs[_storage(tensor)]
+        return self.labels.get(name, repr(name))
 
     def _refuse(self, func: Any, place: tuple[str, int] | None) -> None:
         if func in (aten._local_scalar_dense.default, aten.is_nonzero.default):
@@ -197,6 +207,7 @@ def record(
     inputs: Mapping[str, Tensor],
     subject: str,
     focus: CodeType | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
     """Run `function(*inputs)` and write down its operations.
 
@@ -207,11 +218,12 @@ def record(
         `constant_0`, `constant_1` and so on.
     """
     try:
-        return _run(function, inputs, Recorder(inputs, subject, focus))
+        return _run(function, inputs, Recorder(inputs, subject, focus, labels))
     except NeedsFunctionalization:
         copies = {name: tensor.detach().clone() for name, tensor in inputs.items()}
     try:
-        return _run(torch.func.functionalize(function), copies, Recorder(copies, subject, focus))
+        recorder = Recorder(copies, subject, focus, labels)
+        return _run(torch.func.functionalize(function), copies, recorder)
     except NeedsFunctionalization:
         raise TraceError(
             f"{subject} writes into a tensor in a way that cannot be followed; use operations "

@@ -157,33 +157,49 @@ def _check_rows(
     """Change one row of x and the state: no other row of any result may follow."""
     subject, name = traced.subject, traced.subject.name
     examples = [_random((ROWS[0], *features), kind, device) for features, kind in inputs]
-    changed = [
-        torch.cat([e[:-1], e[-1:] * 2 + 1 if e.is_floating_point() else e[-1:]]) for e in examples
-    ]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
     devices = [device] if device.type == "cuda" else []
+
+    def edges(x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with torch.random.fork_rng(devices):
+            return traced.input_part(tensors, *x)
+
     with torch.no_grad():
-        results = []
-        for x in (examples, changed):
-            with torch.random.fork_rng(devices):
-                results.append(traced.input_part(tensors, *x))
-        for one, other, by_rows in zip(*results, traced.by_rows, strict=True):
-            if by_rows and not _equal(one[:-1], other[:-1]):
-                raise TraceError(
-                    f"{name} mixes the rows of x (batch normalisation or a statistic over the "
-                    "batch?); every row must be computed on its own."
-                )
+        given = edges(examples)
+        for row in range(ROWS[0]):
+            results = zip(given, edges([_with_other(x, row) for x in examples]), strict=True)
+            for (one, other), by_rows in zip(results, traced.by_rows, strict=True):
+                if by_rows and not _equal_beside(one, other, row):
+                    raise TraceError(
+                        f"{name} mixes the rows of x (batch normalisation or a statistic over the "
+                        "batch?); every row must be computed on its own."
+                    )
         if traced.module is None:
             return
         size = (ROWS[0], traced.capture.hidden_size)
         state = [_random(size, dtype, device) for _ in range(traced.capture.num_components)]
-        moved = [torch.cat([s[:-1], s[-1:] * 2 + 1]) for s in state]
-        one = traced.module(*state, *results[0])
-        other = traced.module(*moved, *results[0])
-    if any(not _equal(a[:-1], b[:-1]) for a, b in zip(one, other, strict=True)):
-        raise TraceError(
-            f"{name} mixes the rows of its state; every row must be computed on its own."
-        )
+        new = traced.module(*state, *given)
+        for row in range(ROWS[0]):
+            others = traced.module(*(_with_other(s, row) for s in state), *given)
+            if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
+                raise TraceError(
+                    f"{name} mixes the rows of its state; every row must be computed on its own."
+                )
+
+
+def _with_other(x: Tensor, row: int) -> Tensor:
+    """A copy in which one row is another."""
+    if not x.is_floating_point():
+        return x
+    changed = x.clone()
+    changed[row] = changed[row] * 2 + 1
+    return changed
+
+
+def _equal_beside(a: Tensor, b: Tensor, row: int) -> bool:
+    """Whether all rows but one are equal."""
+    rest = [i for i in range(a.shape[0]) if i != row]
+    return _equal(a[rest], b[rest])
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,168 @@
+"""Mistakes of a first user, and the words that must help: what was wrong, what to do."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pararnn
+from pararnn import RNN, TraceError
+
+
+class Cell(nn.Module):
+    """Right; the mistakes below change its `forward`."""
+
+    def __init__(self, input_size=4, hidden_size=3):
+        super().__init__()
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.project = nn.Linear(input_size, hidden_size)
+        self.decay = nn.Parameter(torch.rand(hidden_size))
+        self.norm = nn.BatchNorm1d(hidden_size)
+        self.register_buffer("count", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x, h):
+        return torch.tanh(self.decay * h + self.project(x))
+
+
+class Pair(Cell):
+    num_components = 2
+
+    def forward(self, x, state):
+        h, m = state
+        return torch.tanh(self.decay * h + self.project(x)) + m, 0.5 * m
+
+
+def with_forward(forward, base=Cell):
+    return type("Mistaken", (base,), {"forward": forward})()
+
+
+def adds_in_place(self, x, h):
+    h += self.project(x)
+    return h
+
+
+def writes_entry(self, x, h):
+    h[:, 0] = 0
+    return torch.tanh(h + self.project(x))
+
+
+def normalises_state(self, x, h):
+    return self.norm(h) + self.project(x)
+
+
+def counts_in_buffer(self, x, h):
+    self.count += 1
+    return h + self.project(x)
+
+
+def counts_in_python(self, x, h):
+    self.calls += 1
+    return self.decay * h * self.calls + self.project(x)
+
+
+def leaves_pytorch(self, x, h):
+    return torch.from_numpy(np.tanh(h.detach().numpy())) * self.decay + self.project(x)
+
+
+def leaves_pytorch_by_list(self, x, h):
+    return torch.tensor(h.detach().tolist()) * self.decay + self.project(x)
+
+
+def misspells(self, x, h):
+    return self.projekt(x)
+
+
+def returns_nothing(self, x, h):
+    self.project(x)
+
+
+def returns_list(self, x, h):
+    return [h + self.project(x)]
+
+
+def returns_output_and_state(self, x, h):
+    h = torch.tanh(self.decay * h + self.project(x))
+    return h, h
+
+
+def returns_part(self, x, h):
+    return (h + self.project(x))[:, :2]
+
+
+def takes_a_pair_returns_one(self, x, state):
+    h, _ = state
+    return torch.tanh(h + self.project(x))
+
+
+def sums_over_rows(self, x, h):
+    return self.decay * h + self.project(x).cumsum(0)
+
+
+def sums_over_rows_from_the_end(self, x, h):
+    return self.decay * h + self.project(x).flip(0).cumsum(0).flip(0)
+
+
+def sums_state_over_rows(self, x, h):
+    return self.decay * h.cumsum(0) + self.project(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "error", "words"),
+    [
+        (sums_over_rows, TraceError, "mixes the rows of x"),
+        (sums_over_rows_from_the_end, TraceError, "mixes the rows of x"),
+        (sums_state_over_rows, TraceError, "mixes the rows of its state"),
+        (adds_in_place, TraceError, "writes into its state in place at .*test_mistakes.py:"),
+        (writes_entry, TraceError, "writes into its state in place at .*test_mistakes.py:"),
+        (normalises_state, TraceError, r"writes into self\.norm\.num_batches_tracked in place"),
+        (counts_in_buffer, TraceError, r"writes into self\.count in place"),
+        (counts_in_python, TraceError, "or that changes from call to call"),
+        (leaves_pytorch, TraceError, "test_mistakes.py:.* PyTorch did not compute"),
+        (leaves_pytorch_by_list, TraceError, "test_mistakes.py:.* PyTorch did not compute"),
+        (misspells, TypeError, "it raised AttributeError: .*projekt"),
+        (returns_nothing, TypeError, "with 1 it returned a NoneType|it returned a NoneType"),
+        (returns_list, TypeError, "it returned a list of 1"),
+        (returns_output_and_state, TypeError, "with 1 it returned a tuple of 2"),
+        (returns_part, TypeError, r"returned a tensor of shape \(11, 2\)"),
+        (takes_a_pair_returns_one, TypeError, r"with 2 it returned a tensor of shape \(11, 3\)"),
+    ],
+)
+def test_cell(forward, error, words):
+    with pytest.raises(error, match=words):
+        RNN(with_forward(forward))
+
+
+X = torch.zeros(2, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: RNN(Cell())(X.numpy()), TypeError, r"got a ndarray; use torch\.as_tensor"),
+        (lambda: RNN(Cell()).step(X[:, 0].numpy()), TypeError, "got a ndarray"),
+        (lambda: RNN(Cell())(X, np.zeros((2, 3))), TypeError, "state must be .*got a ndarray"),
+        (lambda: RNN(Pair())(X, [torch.zeros(2, 3)] * 2), TypeError, "got a list of 2"),
+        (lambda: RNN(Pair())(X, (torch.zeros(2, 3), None)), TypeError, "with a NoneType in it"),
+        (lambda: RNN(Pair())(X, torch.zeros(2, 3)), ValueError, r"2 tensors of shape \(2, 3\)"),
+        (lambda: RNN(Cell()).step(X), ValueError, r"x_t has shape \(2, 6, 4\); pass one time"),
+        (lambda: RNN(Cell())(X[:1], cu_seqlens=[0, 6]), TypeError, "cu_seqlens must be a tensor"),
+        (lambda: pararnn.ParaGRU(4, 3)(X.numpy()), TypeError, "PackedSequence, got a ndarray"),
+        (lambda: pararnn.ParaLSTM(4, 3)(X, [X, X]), TypeError, "got a list of"),
+        (lambda: pararnn.scan(Cell(), torch.zeros(2, 4), X.numpy()), TypeError, "got a ndarray"),
+        (lambda: pararnn.scan(Cell(), [torch.zeros(2, 4)], X), TypeError, "got a list"),
+        (lambda: pararnn.explain(Cell()), TypeError, r"wrap a cell as RNN\(cell\)"),
+    ],
+)
+def test_call(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_constants_that_stay_are_fine():
+    """A tensor made anew at each call from the same numbers is a constant."""
+
+    def forward(self, x, h):
+        return torch.tanh(self.decay * h * torch.tensor([0.1, 0.2, 0.3]) + self.project(x))
+
+    assert pararnn.testing.check_cell(with_forward(forward)).structure == "elementwise"

@@ -1,5 +1,6 @@
 """The generated C: accuracy, special values, building, threads."""
 
+import functools
 import math
 
 import mpmath
@@ -7,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from pararnn import RNN
+from pararnn import RNN, Newton
+from pararnn.cells import ParaLSTMCell
+from pararnn.kernels.c_backend import CBackend
+from pararnn.testing import loop
+
+from .cells import make_cell
+from .compare import RTOL, assert_same, outcome, random_state
 
 
 class OfState(nn.Module):
@@ -81,3 +88,33 @@ def test_elementary_function_is_accurate(name, dtype):
     worst = max(range(len(errors)), key=errors.__getitem__)
     message = f"{float(errors[worst]):.2f} ulps at {values[worst].item()!r}"
     assert errors[worst] <= allowed, message
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "hidden", "chunk"),
+    [
+        (1, 70, 300, "auto"),
+        (3, 33, 257, 8),
+        (1, 2100, 16, "auto"),
+        (1100, 3, 5, 2),
+        (2, 40, 513, 40),
+    ],
+)
+def test_blocks_threads_and_tails(batch, time, hidden, chunk, dtype):
+    """More channels than a block, more rows than threads, tails of every kind."""
+    cell = ParaLSTMCell(3, hidden).to(dtype)
+    rnn = RNN(cell, backend="c", solver=Newton(chunk=chunk))
+    x = torch.randn(batch, time, 3, dtype=dtype)
+    state = random_state(2, batch, hidden, dtype=dtype)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    actual = outcome(rnn, cell, x, state)
+    assert_same(actual, expected, RTOL[dtype])
+    again = outcome(rnn, cell, x, state)
+    assert all(torch.equal(actual[name], again[name]) for name in actual), "not deterministic"
+
+
+def test_source_is_deterministic_and_shows_the_equations():
+    sources = [CBackend(RNN(make_cell("paragru")).evaluation().traced.recurrence).source()]
+    sources.append(CBackend(RNN(make_cell("paragru")).evaluation().traced.recurrence).source())
+    assert sources[0] == sources[1]
+    assert "z = sigmoid(a_z * h + x_z)" in sources[0].split("*/")[0]

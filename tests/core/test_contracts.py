@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pararnn import RNN, Newton
-from pararnn.testing import assert_close, loop
+from pararnn.testing import assert_close, check_cell, loop
 
 from .cells import CELLS, make_cell
 from .compare import RTOL, as_tuple, assert_same, outcome, random_state
@@ -176,3 +176,11 @@ def test_half_precision(name, backend, kind, chunk):
     expected = outcome(functools.partial(loop, single), single, x.float(), state)
     rtol = 16 * torch.finfo(kind).eps
     assert_same(actual, {n: v.to(kind) for n, v in expected.items()}, rtol)
+
+
+@pytest.mark.parametrize("name", ["paralstm", "unusual", "lora"])
+def test_check_cell_agrees(name):
+    check = check_cell(make_cell(name, torch.float32))
+    assert check.structure == "elementwise"
+    assert len(check.errors) == 6
+    assert max(check.errors.values()) <= 1e-12

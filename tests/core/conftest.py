@@ -10,6 +10,15 @@ def nan_filled():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are tiny here: on a busy machine threads that wait for each other cost far more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["torch", "c"])
 def backend(request):
     return request.param

@@ -102,6 +102,7 @@ def test_elementary_function_is_accurate(name, dtype):
 )
 def test_blocks_threads_and_tails(batch, time, hidden, chunk, dtype):
     """More channels than a block, more rows than threads, tails of every kind."""
+    torch.set_num_threads(3)
     cell = ParaLSTMCell(3, hidden).to(dtype)
     rnn = RNN(cell, backend="c", solver=Newton(chunk=chunk))
     x = torch.randn(batch, time, 3, dtype=dtype)

@@ -137,15 +137,22 @@ def test_generated_text_depends_on_the_seed_alone(model):
     assert len(greedy) == 1
 
 
-def test_first_signal_is_noted_and_the_second_raises():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interrupt_handler():
+    """Python's own handler, also where the tests were started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_first_signal_is_noted_and_the_second_raises(interrupt_handler):
     with StopSignals() as stop:
         assert stop.received is None
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is interrupt_handler
 
 
 def test_environment_names_versions():

@@ -76,3 +76,27 @@ def test_docstring_examples():
     for info in pkgutil.walk_packages(pararnn.__path__, "pararnn."):
         if "__main__" not in info.name:
             assert doctest.testmod(importlib.import_module(info.name)).failed == 0
+
+
+def test_guide_shows_what_explain_prints(tmp_path):
+    guide = (ROOT / "docs/writing-a-cell.md").read_text()
+    script = tmp_path / "oscillator.py"
+    script.write_text(blocks(ROOT / "docs/writing-a-cell.md")[0])
+    cell = runpy.run_path(str(script))["Oscillator"](6, 10)
+    printed = str(pararnn.explain(pararnn.RNN(cell, backend="torch"))).splitlines()
+    for line in printed:
+        if ".py:" not in line and not line.startswith(("  backend", "  source")):
+            assert line in guide
+
+
+def test_messages_in_the_guide_are_those_of_the_code():
+    guide = (ROOT / "docs/writing-a-cell.md").read_text()
+    table = guide[guide.index("| what | message says |") :].split("\n\n")[0]
+    sources = [p.read_text() for p in (ROOT / "src/pararnn/tracing").glob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))
+    code = code.replace("{self._called(written)}", "VALUE")
+    for row in table.splitlines()[2:]:
+        for message in re.findall(r"`([^`]+)`", row.split("|")[2]):
+            if message != "forward":
+                general = re.sub(r"(?<=writes into )(its state|self[.\w]+)", "VALUE", message)
+                assert general in code, message

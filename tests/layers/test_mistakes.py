@@ -136,6 +136,20 @@ def test_cell(forward, error, words):
 X = torch.zeros(2, 6, 4)
 
 
+def test_rows_of_integers_that_mix():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden_size, self.num_components = 3, 1
+            self.embed = nn.Embedding(9, 3)
+
+        def forward(self, x, h):
+            return 0.5 * h + self.embed(x).cumsum(0)
+
+    with pytest.raises(TraceError, match="mixes the rows of x"):
+        RNN(Text())(torch.zeros(2, 6, dtype=torch.long))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

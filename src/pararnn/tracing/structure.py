@@ -189,10 +189,8 @@ def _check_rows(
 
 def _with_other(x: Tensor, row: int) -> Tensor:
     """A copy in which one row is another."""
-    if not x.is_floating_point():
-        return x
     changed = x.clone()
-    changed[row] = changed[row] * 2 + 1
+    changed[row] = changed[row] * 2 + 1  # integers were 0: 1 is an index that most tables have
     return changed
 
 

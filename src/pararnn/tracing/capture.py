@@ -155,19 +155,6 @@ def capture(
     Raises:
         TraceError: The step does something that has no parallel form; the message names the line.
     """
-    with torch.inference_mode(False):
-        return _capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
-
-
-def _capture(
-    subject: Subject,
-    inputs: Sequence[tuple[Sequence[int], torch.dtype]],
-    hidden_size: int,
-    num_components: int,
-    is_tuple: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Capture:
     runs = []
     for rows in ROWS:
         examples = {f"attribute_{i}": tensor for i, tensor in enumerate(subject.tensors.values())}

@@ -100,7 +100,8 @@ def trace(
     Raises:
         TraceError: The step cannot be evaluated for all times; the message names the line.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.inference_mode(False), torch.random.fork_rng(devices):
         parts = partition(
             capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from pararnn.kernels import operators
-from pararnn.kernels.c_source import equations
+from pararnn.kernels.printing import equations
 from pararnn.layers.rnn import RNN
 from pararnn.tracing.expressions import leaf
 from pararnn.tracing.recorder import show_place

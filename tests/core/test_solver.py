@@ -8,7 +8,7 @@ import torch
 
 from pararnn import RNN, Newton
 from pararnn.kernels.operators import _problem, backend_of
-from pararnn.solvers.shooting import newton_update, solve
+from pararnn.solvers.shooting import newton_update
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.capture import resolve
 
@@ -252,8 +252,8 @@ def test_solve_writes_every_state(backend):
     rnn = RNN(make_cell("paralstm"), backend=backend)
     x = torch.randn(2, 23, 5, dtype=torch.float64)
     assert torch.empty(3).isnan().all(), "fresh memory is not filled with NaN"
+    problem = problem_of(rnn, x, random_state(2, 2, 7), chunk=23)
     for chunk in (1, 5, 23):
-        problem = problem_of(rnn, x, random_state(2, 2, 7), chunk)
         with torch.no_grad():
-            states, _ = solve(backend_of(rnn.evaluation().plan), problem, Newton())
+            states, _ = backend_of(rnn.evaluation().plan).solve(problem, Newton(chunk=chunk))
         assert all(s.isfinite().all() for s in states)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pararnn.kernels.c_build import load
 from pararnn.kernels.c_source import MAX_BLOCK, SIZES, c_source
-from pararnn.solvers.problem import Gradients, Problem
+from pararnn.solvers.problem import Problem
+from pararnn.solvers.shooting import Gradients, ShootingBackend
 from pararnn.tracing.derivatives import Recurrence
 
 _VECTOR = 16  # channels of the narrowest block worth a thread of its own
@@ -19,7 +20,7 @@ _SMALL = 4096  # elements under which sharing among threads costs more than it s
 _SHORTEST_CHUNK = 256
 
 
-class CBackend:
+class CBackend(ShootingBackend):
     """One instance per recurrence; the libraries for float32 and float64 are made when needed."""
 
     name = "c"
@@ -45,14 +46,14 @@ class CBackend:
     def forward(
         self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int
     ) -> Tensor:
-        """See `Backend.forward`."""
+        """See `ShootingBackend.forward`."""
         ends = torch.empty_like(boundary)
         outputs = [None] * self.recurrence.num_components if states is None else states
         self._call("forward", problem, limit, [problem.initial, boundary, ends, *outputs])
         return ends
 
     def tangent(self, problem: Problem, boundary: Tensor) -> Tensor:
-        """See `Backend.tangent`."""
+        """See `ShootingBackend.tangent`."""
         batch, chunks, components, hidden = boundary.shape
         tangents = boundary.new_empty((batch, chunks, components, components, hidden))
         pointers = [problem.initial, boundary, tangents]
@@ -68,7 +69,7 @@ class CBackend:
         gradients: Gradients | None,
         limit: int,
     ) -> Tensor:
-        """See `Backend.backward`."""
+        """See `ShootingBackend.backward`."""
         outgoing = torch.empty_like(incoming)
         pointers: list[Tensor | None] = [problem.initial, incoming, outgoing]
         if gradients is None:

@@ -33,11 +33,16 @@ def find_compiler() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $PARARNN_CACHE, else the user's cache folder."""
+    """Where generated kernels are kept: $PARARNN_CACHE, else the user's cache folder."""
     if "PARARNN_CACHE" in os.environ:
         return Path(os.environ["PARARNN_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "pararnn"
+
+
+def cache_folders() -> list[Path]:
+    """Where to try to keep them: the cache folder, then one that can nearly always be written."""
+    return [cache_folder(), Path(tempfile.gettempdir()) / f"pararnn-{os.getuid()}"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,7 +85,7 @@ def _built(compiler: str, source: str, openmp: str) -> Path:
     stamp = Path(binary).resolve().stat().st_mtime_ns
     identity = (source, compiler, binary, str(stamp), _processor(), *_FLAGS, openmp)
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
-    for folder in (cache_folder(), Path(tempfile.gettempdir()) / f"pararnn-{os.getuid()}"):
+    for folder in cache_folders():
         library = folder / f"{digest}.so"
         if library.exists():
             return library

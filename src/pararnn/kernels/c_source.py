@@ -9,25 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pararnn.kernels.lowering import lower
+from pararnn.kernels.printing import BINARY, Language, equations, lowered_names, statements
 from pararnn.tracing.derivatives import Recurrence
-from pararnn.tracing.expressions import (
-    LEAVES,
-    Expression,
-    Operand,
-    formula,
-    is_boolean,
-    leaf,
-    literal,
-    topological,
-)
+from pararnn.tracing.expressions import Expression, Operand, literal
 
 MAX_BLOCK = 256  # channels that one lane carries in its local arrays
 SIZES = ("batch", "time", "hidden", "chunks", "chunk", "block", "threads", "rows", "limit")
 
-_BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
-_BINARY |= {"ge": ">=", "eq": "==", "ne": "!=", "logical_and": "&", "logical_or": "|"}
-_BINARY |= {"logical_xor": "^"}
 _OWN = frozenset(
     "exp expm1 tanh sigmoid log log1p maximum minimum to_float32 to_bfloat16 to_float16".split()
 )
@@ -35,8 +23,8 @@ _LIBM = {"abs": "fabs", "round": "rint"}
 
 
 def _term(op: str, args: Sequence[str]) -> str:
-    if op in _BINARY:
-        return f"{args[0]} {_BINARY[op]} {args[1]}"
+    if op in BINARY:
+        return f"{args[0]} {BINARY[op]} {args[1]}"
     if op == "neg":
         return f"-{args[0]}"
     if op == "where":
@@ -56,37 +44,17 @@ def _body(
     roots: Iterable[Operand], results: Sequence[str], names: dict[Expression, str], indent: str
 ) -> list[str]:
     """Statements that compute `roots` from local variables named after the leaves."""
-    lowered = lower(roots)
-    variables: dict[Expression, str] = {}
-    taken: set[str] = set()
-
-    def show(operand: Operand) -> str:
-        if isinstance(operand, Expression):
-            return variables[operand]
-        return str(int(operand)) if isinstance(operand, bool) else f"C({literal(float(operand))})"  # type: ignore[arg-type]
-
-    lines = []
-    for node in topological(lowered):
-        if node.op in LEAVES:
-            variables[node] = f"{node.op}{node.args[0]}"
-            continue
-        name = f"{names[node]}_" if node in names else f"t{len(variables)}"
-        name = name if name not in taken and name.isidentifier() else f"t{len(variables)}"
-        taken.add(name)
-        kind = "int" if is_boolean(node) else "real"
-        lines.append(f"{indent}const {kind} {name} = {_term(node.op, list(map(show, node.args)))};")
-        variables[node] = name
-    lines += [f"{indent}{r} = {show(root)};" for r, root in zip(results, lowered, strict=True)]
-    return lines
+    lines, values = statements(_C, roots, names)
+    lines += [f"{r} = {v};" for r, v in zip(results, values, strict=True)]
+    return [indent + line for line in lines]
 
 
-def _lowered_names(recurrence: Recurrence) -> dict[Expression, str]:
-    named = [e for e in recurrence.names if e.op not in LEAVES]
-    return {
-        new: recurrence.names[old]
-        for old, new in zip(named, lower(named), strict=True)
-        if isinstance(new, Expression)
-    }
+_C = Language(
+    _term,
+    lambda value: f"C({literal(value)})",
+    lambda value: str(int(value)),
+    lambda name, term, is_bool: f"const {'int' if is_bool else 'real'} {name} = {term};",
+)
 
 
 class _Writer:
@@ -94,7 +62,7 @@ class _Writer:
 
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
-        self.names = _lowered_names(recurrence)
+        self.names = lowered_names(recurrence)
         self.components = range(recurrence.num_components)
         self.drives = range(recurrence.num_drives)
         self.coefficients = range(recurrence.num_coefficients)
@@ -338,21 +306,6 @@ static void run(void (*lane)(const int64_t *, int64_t), const int64_t *a) {
 #endif
 }
 """
-
-
-def equations(recurrence: Recurrence) -> list[str]:
-    """The step as mathematics, one line per named intermediate value and component."""
-    names = dict(recurrence.names)
-    lines = [
-        f"{names[e]} = {formula(e, names)}"
-        for e in topological(recurrence.step)
-        if e in names and e.op not in LEAVES
-    ]
-    for i, root in enumerate(recurrence.step):
-        new = f"{names.get(leaf('state', i), f'state{i}')}'"
-        if not isinstance(root, Expression) or names.get(root) != new:
-            lines.append(f"{new} = {formula(root, names)}")
-    return lines
 
 
 def c_source(recurrence: Recurrence, double: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
@@ -13,13 +12,17 @@ from torch import Tensor
 
 from pararnn.kernels.c_backend import CBackend
 from pararnn.kernels.torch_backend import TorchBackend
+from pararnn.kernels.triton_backend import TritonBackend
 from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.settings import Newton
-from pararnn.solvers.shooting import solve, solve_adjoint
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.structure import Layout
 
-BACKENDS: dict[str, Callable[[Recurrence], Backend]] = {"torch": TorchBackend, "c": CBackend}
+BACKENDS: dict[str, Callable[[Recurrence], Backend]] = {
+    "torch": TorchBackend,
+    "c": CBackend,
+    "triton": TritonBackend,
+}
 _plans: dict[str, tuple[Backend, Layout, Newton]] = {}
 _backends: dict[tuple[str, str], Backend] = {}
 _lock = threading.Lock()
@@ -58,23 +61,6 @@ _library.define(
 # gradients of the sources and of `initial`.
 
 
-def _compute_dtype(
-    drives: Sequence[Tensor], coefficients: Sequence[Tensor], initial: Tensor
-) -> torch.dtype:
-    """The type of the arithmetic: float64 as soon as anything is, else float32."""
-    tensors = (*drives, *coefficients, initial)
-    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
-
-
-def _state_dtype(
-    drives: Sequence[Tensor], coefficients: Sequence[Tensor], initial: Tensor
-) -> torch.dtype:
-    """The type in which states are kept: that of the drives, which are as large."""
-    if _compute_dtype(drives, coefficients, initial) is torch.float64:
-        return torch.float64
-    return functools.reduce(torch.promote_types, (d.dtype for d in drives))
-
-
 def _problem(
     drives: Sequence[Tensor],
     coefficients: Sequence[Tensor],
@@ -82,23 +68,15 @@ def _problem(
     starts: Tensor | None,
     name: str,
 ) -> Problem:
-    """The tensors in the type and layout that backends take."""
-    backend, layout, settings = _plans[name]
-    dtype = _compute_dtype(drives, coefficients, initial)
-    ready = [d.to(dtype) for d in drives]
-    ready = [d if d.stride(-1) == 1 or d.shape[-1] == 1 else d.contiguous() for d in ready]
-    weights = [c.to(dtype).contiguous() for c in coefficients]
-    batch, time, _, hidden = drives[0].shape
-    chunk = settings.chunk
-    if chunk == "auto":
-        chunk = backend.auto_chunk(batch, time, hidden)
+    """The tensors as backends take them."""
+    backend, layout, _ = _plans[name]
     return Problem(
         backend.recurrence,
-        layout.drives_of(ready),
-        layout.coefficients_of(weights),
-        initial.to(dtype).contiguous(),
+        layout.drives_of(drives),
+        layout.coefficients_of(coefficients),
+        initial,
         starts,
-        min(int(chunk), time),
+        drives[0].shape[1],
     )
 
 
@@ -112,9 +90,8 @@ def _recurrence(
     backend, _, settings = _plans[name]
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
-        states, report = solve(backend, problem, settings)
-    dtype = _state_dtype(drives, coefficients, initial)
-    return [*(s.to(dtype) for s in states), report]
+        states, report = backend.solve(problem, settings)
+    return [*states, report]
 
 
 def _recurrence_backward(
@@ -129,36 +106,25 @@ def _recurrence_backward(
     backend, layout, settings = _plans[name]
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
-        dtype = problem.initial.dtype
-        grad_drives = [_for_slots(d, i, 2, layout.drives, dtype) for i, d in enumerate(drives)]
-        found = solve_adjoint(
-            backend,
-            problem,
-            settings,
-            [s.to(dtype).contiguous() for s in states],
-            [None if g is None else g.to(dtype).contiguous() for g in grad_states],
-            layout.drives_of(grad_drives),
+        grad_drives = [_for_slots(d, i, 2, layout.drives) for i, d in enumerate(drives)]
+        sums, grad_initial = backend.solve_adjoint(
+            problem, settings, states, grad_states, layout.drives_of(grad_drives)
         )
-        sums = found.coefficients.sum((0, 1))
         grad_weights = [
-            _for_slots(c, i, 0, layout.coefficients, dtype) for i, c in enumerate(coefficients)
+            _for_slots(c, i, 0, layout.coefficients) for i, c in enumerate(coefficients)
         ]
         for target, value in zip(layout.coefficients_of(grad_weights), sums, strict=True):
             target.copy_(value)
-        total = found.initial.sum(0)
-    inputs = (*drives, *coefficients, initial)
-    return [
-        g.to(i.dtype) for g, i in zip((*grad_drives, *grad_weights, total), inputs, strict=True)
-    ]
+    return [*grad_drives, *grad_weights, grad_initial.to(initial.dtype)]
 
 
 def _for_slots(
-    source: Tensor, index: int, axis: int, places: Sequence[tuple[int, int]], dtype: torch.dtype
+    source: Tensor, index: int, axis: int, places: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Memory for the gradient of a source: zeros where the recurrence does not use all of it."""
     used = {slot for i, slot in places if i == index}
     make = source.new_empty if len(used) == source.shape[axis] else source.new_zeros
-    return make(source.shape, dtype=dtype)
+    return make(source.shape)
 
 
 def _fake_recurrence(
@@ -168,11 +134,13 @@ def _fake_recurrence(
     starts: Tensor | None,
     plan: str,
 ) -> list[Tensor]:
-    batch, time, _, hidden = drives[0].shape
-    dtype = _state_dtype(drives, coefficients, initial)
-    shape = (batch, time, hidden)
-    states = [drives[0].new_empty(shape, dtype=dtype) for _ in range(initial.shape[1])]
-    return [*states, initial.new_empty((4,), dtype=torch.float64)]
+    problem = _problem(drives, coefficients, initial, starts, plan)
+    shape = (problem.batch, problem.time, problem.hidden)
+    states = [
+        drives[0].new_empty(shape, dtype=problem.state_dtype) for _ in range(initial.shape[1])
+    ]
+    parts = _plans[plan][0].parts(problem)
+    return [*states, initial.new_empty((parts, 4), dtype=torch.float64)]
 
 
 def _fake_backward(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pararnn.solvers.problem import Gradients, Problem
+from pararnn.solvers.problem import Problem
+from pararnn.solvers.shooting import Gradients, ShootingBackend
 from pararnn.tracing.derivatives import Recurrence, torch_function, torch_source
 from pararnn.tracing.expressions import Expression, leaf
 
@@ -17,7 +18,7 @@ _ELEMENTS_PER_LAUNCH = 32768
 _SHORTEST_CHUNK = 64
 
 
-class TorchBackend:
+class TorchBackend(ShootingBackend):
     """One instance per recurrence."""
 
     name = "torch"
@@ -54,7 +55,7 @@ class TorchBackend:
     def forward(
         self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int
     ) -> Tensor:
-        """See `Backend.forward`."""
+        """See `ShootingBackend.forward`."""
         now = list(boundary.unbind(2))
         for j in range(max(0, problem.chunk - limit), problem.chunk):
             now, new = self._advance(problem, j, now)
@@ -76,7 +77,7 @@ class TorchBackend:
         return [torch.cat([n, s[:, active:]], 1) for n, s in zip(new, now, strict=True)], new
 
     def tangent(self, problem: Problem, boundary: Tensor) -> Tensor:
-        """See `Backend.tangent`."""
+        """See `ShootingBackend.tangent`."""
         components = problem.recurrence.num_components
         now = boundary
         eye = torch.eye(components, dtype=boundary.dtype, device=boundary.device)
@@ -105,7 +106,7 @@ class TorchBackend:
         gradients: Gradients | None,
         limit: int,
     ) -> Tensor:
-        """See `Backend.backward`."""
+        """See `ShootingBackend.backward`."""
         recurrence, chunk = problem.recurrence, problem.chunk
         components, num_drives = recurrence.num_components, recurrence.num_drives
         adjoint = list(incoming.unbind(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from torch import Tensor
 from pararnn.kernels import operators
 from pararnn.kernels.c_build import find_compiler
 from pararnn.kernels.lowering import NotLowered, lower
+from pararnn.kernels.triton_backend import interpreted
 from pararnn.solvers.settings import Newton
+from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.structure import Traced
 
 NAMES = ("auto", *operators.BACKENDS)
@@ -40,46 +43,66 @@ def choose_backend(
     if traced is None or device is None:
         return BackendChoice(name, "")
     if traced.recurrence is None:
-        if name == "c":
+        if name in _OBSTACLES:
             raise ValueError(
-                f"backend='c' evaluates elementwise cells and {traced.subject.name} is not one "
-                f"({traced.reason}). Use backend='torch', or backend='auto' to choose."
+                f"backend={name!r} evaluates elementwise cells and {traced.subject.name} is not "
+                f"one ({traced.reason}). Use backend='torch', or backend='auto' to choose."
             )
         return BackendChoice("torch", f"step by step, since channels mix ({traced.reason})")
     if name == "torch":
         return BackendChoice("torch", "asked for")
-    obstacle = _c_obstacle(traced, device)
+    chosen = name if name != "auto" else "triton" if device.type == "cuda" else "c"
+    obstacle = _lowering_obstacle(traced.recurrence) or _OBSTACLES[chosen](device)
     if obstacle is None:
-        reason = "asked for" if name == "c" else "generated C is the fastest on a CPU"
-        return BackendChoice("c", reason)
-    if name == "c":
+        return BackendChoice(chosen, "asked for" if name == chosen else _REASONS[chosen])
+    if name == chosen:
         raise ValueError(
-            f"backend='c' cannot run {traced.subject.name} here: {obstacle}. Use backend='torch', "
-            "or backend='auto' to choose."
+            f"backend={name!r} cannot run {traced.subject.name} here: {obstacle}. Use "
+            "backend='torch', or backend='auto' to choose."
         )
-    if "compiler" in obstacle:
-        _warn_no_compiler()
-    return BackendChoice("torch", f"C is not possible: {obstacle}")
+    if "found" in obstacle:
+        _warn_missing(obstacle)
+    return BackendChoice("torch", f"generated kernels are not possible: {obstacle}")
 
 
-def _c_obstacle(traced: Traced, device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the tensors are on {device}"
-    assert traced.recurrence is not None
+def _lowering_obstacle(recurrence: Recurrence) -> str | None:
     try:
-        lower([*traced.recurrence.step, *traced.recurrence.vjp])
+        lower([*recurrence.step, *recurrence.vjp])
     except NotLowered as error:
         return str(error)
+    return None
+
+
+def _c_obstacle(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device}"
     if find_compiler() is None:
         return "no C compiler was found (looked for $CC, cc, gcc, clang)"
     return None
 
 
-@functools.lru_cache(maxsize=1)
-def _warn_no_compiler() -> None:
+def _triton_obstacle(device: torch.device) -> str | None:
+    if device.type == "cpu" and not interpreted():
+        return "the tensors are on the CPU, where Triton runs with TRITON_INTERPRET=1 only"
+    if device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton was not found (it comes with PyTorch for GPUs)"
+    return None
+
+
+_OBSTACLES = {"c": _c_obstacle, "triton": _triton_obstacle}
+_REASONS = {
+    "c": "generated C is the fastest on a CPU",
+    "triton": "generated Triton is the fastest on a GPU",
+}
+
+
+@functools.lru_cache(maxsize=2)
+def _warn_missing(what: str) -> None:
     warnings.warn(
-        "pararnn found no C compiler ($CC, cc, gcc, clang) and evaluates with PyTorch, which is "
-        "several times slower on a CPU; install a compiler, or pass backend='torch' to agree.",
+        f"pararnn evaluates with PyTorch operations, several times slower than generated kernels: "
+        f"{what}. Install it, or pass backend='torch' to agree.",
         stacklevel=2,
     )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from pararnn.solvers.settings import Newton
 from pararnn.tracing.derivatives import Recurrence
 
 
@@ -17,12 +20,14 @@ class Problem:
 
     Attributes:
         recurrence: The step.
-        drives: Each (batch, time, hidden), last stride 1.
-        coefficients: Each (hidden,), contiguous.
-        initial: Initial states, (rows, components, hidden), contiguous.
+        drives: Each (batch, time, hidden).
+        coefficients: Each (hidden,).
+        initial: Initial states, (rows, components, hidden).
         starts: int32 (batch, time): the row of `initial` that replaces the state before a step, or
-            -1; None when row b starts at time 0 from `initial[b]` and nowhere else.
-        chunk: Steps per chunk.
+            -1; None when row b starts at time 0 from `initial[b]` and nowhere else. Time 0 always
+            starts. Either there is a row of `initial` for every row of the batch and row b starts
+            from that alone, or the batch is 1 and every row of `initial` starts once.
+        chunk: Steps per chunk, for solvers that cut time into equal ones.
     """
 
     recurrence: Recurrence
@@ -52,20 +57,44 @@ class Problem:
         """Chunks of time."""
         return -(-self.time // self.chunk)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the arithmetic: float64 as soon as anything is, else float32."""
+        tensors = (*self.drives, *self.coefficients, self.initial)
+        return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The type in which states are kept: that of the drives, which are as large."""
+        if self.dtype is torch.float64:
+            return torch.float64
+        return functools.reduce(torch.promote_types, (d.dtype for d in self.drives))
+
     def first_states(self) -> Tensor:
         """The state before time 0, (batch, components, hidden)."""
         return self.initial if self.starts is None else self.initial[self.starts[:, 0].long()]
+
+    def converted(self) -> Problem:
+        """The same problem with every tensor in the type of the arithmetic, last stride 1."""
+        return replace(
+            self,
+            drives=[with_rows(d.to(self.dtype)) for d in self.drives],
+            coefficients=[c.to(self.dtype).contiguous() for c in self.coefficients],
+            initial=self.initial.to(self.dtype).contiguous(),
+        )
 
     def in_one_chunk(self) -> Problem:
         """The same problem, sequential in time."""
         return replace(self, chunk=self.time)
 
 
-class Backend(Protocol):
-    """Evaluates chunks.
+def with_rows(x: Tensor) -> Tensor:
+    """The tensor, copied if channels do not lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
-    `boundary`, `ends`, `incoming` and `outgoing` are (batch, chunks, components, hidden).
-    """
+
+class Backend(Protocol):
+    """Solves recurrences of one kind."""
 
     name: str
     recurrence: Recurrence
@@ -74,50 +103,33 @@ class Backend(Protocol):
         """The generated source."""
         ...
 
-    def forward(
-        self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int
-    ) -> Tensor:
-        """Step through the last `limit` steps of every chunk from `boundary`; return the ends.
+    def parts(self, problem: Problem) -> int:
+        """Parts of batch and channels that a report has a row for."""
+        ...
 
-        With `states`, one (batch, time, hidden) per component, also write every state there.
+    def solve(self, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
+        """Evaluate a recurrence.
+
+        Returns:
+            The states, one (batch, time, hidden) per component in the problem's `state_dtype`, and
+            the values of the report.
         """
         ...
 
-    def tangent(self, problem: Problem, boundary: Tensor) -> Tensor:
-        """d(end) / d(boundary) of every chunk, (batch, chunks, components, components, hidden)."""
-        ...
-
-    def backward(
+    def solve_adjoint(
         self,
         problem: Problem,
+        settings: Newton,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
-        incoming: Tensor,
-        gradients: Gradients | None,
-        limit: int,
-    ) -> Tensor:
-        """Step back through the first `limit` steps of every chunk; return the adjoint before it.
+        grad_drives: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of everything that went into a recurrence, from those of its states.
 
-        With `gradients`, also write them.
+        Those of the drives are written into `grad_drives`, which are laid out like the drives.
+
+        Returns:
+            The gradients of the coefficients, (coefficients, hidden), and of the initial states,
+            like `problem.initial`, both in a type that loses nothing.
         """
         ...
-
-    def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
-        """The chunk length that `Newton(chunk="auto")` means here."""
-        ...
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Where a backward pass writes.
-
-    Attributes:
-        drives: One (batch, time, hidden) per drive, last stride 1.
-        coefficients: Float64 (batch, chunks, coefficients, hidden), to be summed over the first
-            two.
-        initial: (chunks, rows, components, hidden), zeros, to be summed over the first.
-    """
-
-    drives: Sequence[Tensor]
-    coefficients: Tensor
-    initial: Tensor

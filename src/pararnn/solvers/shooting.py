@@ -13,20 +13,125 @@ first guess comes from a warm-up: the last steps of the chunk before, run from t
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pararnn.solvers.problem import Backend, Gradients, Problem
-from pararnn.solvers.settings import Newton
+from pararnn.solvers.problem import Problem
+from pararnn.solvers.settings import COMPLETED, CONVERGED, SEQUENTIAL, Newton
+from pararnn.tracing.derivatives import Recurrence
 
 WARM_UP = 64  # steps that the first guess looks back; gates that forget more slowly need Newton
-SEQUENTIAL, CONVERGED, COMPLETED = range(3)
 
 
-def solve(backend: Backend, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
-    """Evaluate a recurrence.
+@dataclass(frozen=True)
+class Gradients:
+    """Where a backward pass writes.
+
+    Attributes:
+        drives: One (batch, time, hidden) per drive, last stride 1.
+        coefficients: Float64 (batch, chunks, coefficients, hidden), to be summed over the first
+            two.
+        initial: (chunks, rows, components, hidden), zeros, to be summed over the first.
+    """
+
+    drives: Sequence[Tensor]
+    coefficients: Tensor
+    initial: Tensor
+
+
+class ShootingBackend(abc.ABC):
+    """A `Backend` that evaluates chunks and leaves the iteration to this module.
+
+    All tensors of its problems are in the type of the arithmetic. `boundary`, `ends`, `incoming`
+    and `outgoing` are (batch, chunks, components, hidden).
+    """
+
+    recurrence: Recurrence
+
+    @abc.abstractmethod
+    def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
+        """The chunk length that `Newton(chunk="auto")` means here."""
+
+    @abc.abstractmethod
+    def forward(
+        self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int
+    ) -> Tensor:
+        """Step through the last `limit` steps of every chunk from `boundary`; return the ends.
+
+        With `states`, one (batch, time, hidden) per component, also write every state there.
+        """
+
+    @abc.abstractmethod
+    def tangent(self, problem: Problem, boundary: Tensor) -> Tensor:
+        """d(end) / d(boundary) of every chunk, (batch, chunks, components, components, hidden)."""
+
+    @abc.abstractmethod
+    def backward(
+        self,
+        problem: Problem,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+        incoming: Tensor,
+        gradients: Gradients | None,
+        limit: int,
+    ) -> Tensor:
+        """Step back through the first `limit` steps of every chunk; return the adjoint before it.
+
+        With `gradients`, also write them.
+        """
+
+    def parts(self, problem: Problem) -> int:
+        """See `Backend.parts`."""
+        return 1
+
+    def solve(self, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
+        """See `Backend.solve`."""
+        states, report = solve(self, *self._prepared(problem, settings))
+        return [s.to(problem.state_dtype) for s in states], report
+
+    def solve_adjoint(
+        self,
+        problem: Problem,
+        settings: Newton,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+        grad_drives: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.solve_adjoint`."""
+        dtype = problem.dtype
+        targets = [g if g.dtype is dtype else torch.empty_like(g, dtype=dtype) for g in grad_drives]
+        found = solve_adjoint(
+            self,
+            *self._prepared(problem, settings),
+            [s.to(dtype).contiguous() for s in states],
+            [None if g is None else g.to(dtype).contiguous() for g in grad_states],
+            targets,
+        )
+        for gradient, target in zip(grad_drives, targets, strict=True):
+            if gradient is not target:
+                gradient.copy_(target)
+        return found.coefficients.sum((0, 1)), found.initial.sum(0)
+
+    def _prepared(self, problem: Problem, settings: Newton) -> tuple[Problem, Newton]:
+        """The problem in the type of the arithmetic, with the chunks and tolerance that hold."""
+        chunk = settings.chunk
+        if chunk == "auto":
+            chunk = self.auto_chunk(problem.batch, problem.time, problem.hidden)
+        tolerance = settings.tolerance_for(problem.state_dtype)
+        return (
+            replace(problem.converted(), chunk=min(int(chunk), problem.time)),
+            replace(settings, tolerance=tolerance),
+        )
+
+
+def solve(
+    backend: ShootingBackend, problem: Problem, settings: Newton
+) -> tuple[list[Tensor], Tensor]:
+    """Evaluate a recurrence, cut into `problem.chunk` steps.
 
     Returns:
         The states, one (batch, time, hidden) per component, and the report's values
@@ -56,7 +161,7 @@ def solve(backend: Backend, problem: Problem, settings: Newton) -> tuple[list[Te
 
 
 def solve_adjoint(
-    backend: Backend,
+    backend: ShootingBackend,
     problem: Problem,
     settings: Newton,
     states: Sequence[Tensor],
@@ -179,5 +284,5 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _report(like: Tensor, iterations: int, residual: float, status: int, chunks: int) -> Tensor:
-    values = [iterations, residual, status, chunks]
+    values = [[iterations, residual, status, chunks]]
     return torch.tensor(values, dtype=torch.float64, device=like.device)

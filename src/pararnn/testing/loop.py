@@ -23,7 +23,7 @@ def loop(
         The first components at all times, (batch, time, hidden_size), and the last state.
     """
     first, outputs = state, []
-    for t in range(x.shape[1]):
+    for t, x_t in enumerate(x.unbind(1)):
         if resets is not None:
             now = resets[:, t].unsqueeze(1)
             if isinstance(state, tuple):
@@ -31,6 +31,6 @@ def loop(
                 state = tuple(torch.where(now, f, s) for f, s in pairs)
             else:
                 state = torch.where(now, first, state)
-        state = cell(x[:, t], state)
+        state = cell(x_t, state)
         outputs.append(state[0] if isinstance(state, tuple) else state)
     return torch.stack(outputs, 1), state

@@ -1,0 +1,230 @@
+"""Evaluates recurrences with Triton generated from the cell, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pararnn.kernels.triton_build import load
+from pararnn.kernels.triton_plan import Launch, block_of, plan_launch
+from pararnn.kernels.triton_source import Starts, Variant, adjoint_source, forward_source
+from pararnn.solvers.problem import Problem, with_rows
+from pararnn.solvers.settings import Newton
+from pararnn.tracing.derivatives import Recurrence
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+class TritonBackend:
+    """One instance per recurrence; modules are generated for the variants that are used."""
+
+    name = "triton"
+
+    def __init__(self, recurrence: Recurrence) -> None:
+        self.recurrence = recurrence
+        self._modules: dict[tuple[str, Variant], ModuleType] = {}
+
+    def source(self) -> str:
+        """The generated Triton for results in float32, forward and adjoint."""
+        gradients = (True,) + (False,) * (self.recurrence.num_components - 1)
+        variant = Variant("single", "none", 1, gradients=gradients)
+        both = (forward_source(self.recurrence, variant), adjoint_source(self.recurrence, variant))
+        return "\n\n".join(both)
+
+    def parts(self, problem: Problem) -> int:
+        """See `Backend.parts`."""
+        return problem.batch * -(-problem.hidden // block_of(problem.hidden))
+
+    def solve(self, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
+        """See `Backend.solve`."""
+        tolerance = settings.tolerance_for(problem.state_dtype)
+        launch = _launch(problem, settings, tolerance, adjoint=False)
+        fixed = _batch_first(problem.drives)
+        variant = Variant(_precision(problem), _starts(problem), launch.unroll, fixed)
+        module = self._module("forward", variant)
+        drive, components = problem.drives[0], self.recurrence.num_components
+        shape = (problem.batch, problem.time, problem.hidden)
+        states = [drive.new_empty(shape, dtype=problem.state_dtype) for _ in range(components)]
+        arguments = self._inputs(problem, states) | _boundaries(
+            problem, launch, ("guess", "ends", "tangents")
+        )
+        report = drive.new_empty((self.parts(problem), 4), dtype=torch.float64)
+        arguments |= {"report": report} | _sizes(problem, launch)
+        with _on(drive):
+            _run(module.sweep, problem, launch, arguments, warm=launch.warm, limit=tolerance)
+            if launch.chunks > 1:
+                _run_refine(
+                    module.refine,
+                    problem,
+                    launch,
+                    arguments,
+                    target=torch.empty_like(arguments["guess"]),
+                    tolerance=tolerance,
+                    most=min(settings.max_iterations or launch.chunks, launch.chunks),
+                    damping=settings.damping,
+                )
+        return states, report
+
+    def solve_adjoint(
+        self,
+        problem: Problem,
+        settings: Newton,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+        grad_drives: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.solve_adjoint`."""
+        tolerance = settings.tolerance_for(problem.state_dtype)
+        launch = _launch(problem, settings, tolerance, adjoint=True)
+        given = tuple(g is not None for g in grad_states)
+        starts = _starts(problem)
+        strided = [*problem.drives, *grad_drives, *(g for g in grad_states if g is not None)]
+        fixed = _batch_first(strided)
+        variant = Variant(_precision(problem), starts, launch.unroll, fixed, given)
+        module = self._module("adjoint", variant)
+        drive, components = problem.drives[0], self.recurrence.num_components
+        batch, hidden, chunks = problem.batch, problem.hidden, launch.chunks
+        arguments = self._inputs(problem, [s.contiguous() for s in states])
+        for i, gradient in enumerate(grad_states):
+            if gradient is not None:
+                arguments |= _strided("grad_states", i, with_rows(gradient))
+        for m, gradient in enumerate(grad_drives):
+            arguments |= _strided("grad_drive", m, gradient)
+        make = functools.partial(drive.new_empty, dtype=problem.dtype)
+        rows = (batch, chunks) if starts == "own" else (problem.initial.shape[0],)
+        grad_initial = make((*rows, components, hidden))
+        sums = drive.new_empty(
+            (batch, chunks, self.recurrence.num_coefficients, hidden), dtype=torch.float64
+        )
+        arguments |= {"grad_initial": grad_initial, "sums": sums}
+        arguments |= _boundaries(problem, launch, ("incoming", "outgoing", "products"))
+        arguments |= _sizes(problem, launch)
+        with _on(drive):
+            _run(module.sweep, problem, launch, arguments, warm=launch.warm, limit=tolerance)
+            if chunks > 1:
+                _run_refine(
+                    module.refine,
+                    problem,
+                    launch,
+                    arguments,
+                    target=torch.empty_like(arguments["incoming"]),
+                    tolerance=tolerance,
+                )
+        total = grad_initial.sum(1) if starts == "own" else grad_initial
+        return sums.sum((0, 1)), total
+
+    def _module(self, direction: str, variant: Variant) -> ModuleType:
+        key = (direction, variant)
+        if key not in self._modules:
+            make = forward_source if direction == "forward" else adjoint_source
+            self._modules[key] = load(make(self.recurrence, variant))
+        return self._modules[key]
+
+    def _inputs(self, problem: Problem, states: Sequence[Tensor]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        for m, drive in enumerate(problem.drives):
+            arguments |= _strided("drive", m, with_rows(drive))
+        for c, weight in enumerate(problem.coefficients):
+            arguments[f"coefficient{c}"] = weight.contiguous()
+        arguments["initial"] = problem.initial.contiguous()
+        if problem.starts is not None:
+            arguments["starts"] = problem.starts
+        return arguments | {f"states{i}": s for i, s in enumerate(states)}
+
+
+def _launch(problem: Problem, settings: Newton, tolerance: float, adjoint: bool) -> Launch:
+    device = problem.drives[0].device
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
+    chunk = None if settings.chunk == "auto" else int(settings.chunk)
+    return plan_launch(
+        problem.batch, problem.time, problem.hidden, chunk, tolerance, processors, adjoint
+    )
+
+
+def _precision(problem: Problem) -> Any:
+    if problem.dtype is torch.float64:
+        return "double"
+    return "single" if problem.state_dtype is torch.float32 else "half"
+
+
+def _starts(problem: Problem) -> Starts:
+    if problem.starts is None:
+        return "none"
+    return "own" if problem.initial.shape[0] == problem.batch else "packed"
+
+
+def _batch_first(tensors: Sequence[Tensor]) -> bool:
+    """Whether strides over time do not depend on the size of the batch."""
+    return all(t.stride(1) <= t.stride(0) or t.shape[0] == 1 for t in tensors)
+
+
+def _strided(name: str, index: int, tensor: Tensor) -> dict[str, Any]:
+    """A tensor over time with its strides."""
+    return {
+        f"{name}{index}": tensor,
+        f"{name}_batch{index}": tensor.stride(0),
+        f"{name}_time{index}": tensor.stride(1),
+    }
+
+
+def _boundaries(problem: Problem, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:
+    """What is known of every chunk: its first guess, its end, and what couples them."""
+    drive, components = problem.drives[0], problem.recurrence.num_components
+    chunks = launch.chunks if launch.chunks > 1 else 0
+    make = functools.partial(drive.new_empty, dtype=problem.dtype)
+    shape = (problem.batch, chunks, components, problem.hidden)
+    square = (problem.batch, chunks, components * components, problem.hidden)
+    tiles = -(-problem.hidden // launch.block)
+    stored = drive.new_empty((problem.batch, chunks, tiles), dtype=torch.int32)
+    guess, ends, coupling = names
+    return {guess: make(shape), ends: make(shape), coupling: make(square), "stored": stored}
+
+
+def _sizes(problem: Problem, launch: Launch) -> dict[str, int]:
+    return {
+        "batch": problem.batch,
+        "time": problem.time,
+        "hidden": problem.hidden,
+        "chunks": launch.chunks,
+        "chunk": launch.chunk,
+    }
+
+
+def _run(kernel: Any, problem: Problem, launch: Launch, arguments: Any, **more: Any) -> None:
+    tiles = -(-problem.hidden // launch.block)
+    kernel[(problem.batch * tiles * launch.chunks,)](
+        **arguments,
+        **more,
+        MANY=launch.chunks > 1,
+        BLOCK=launch.block,
+        num_warps=launch.warps,
+    )
+
+
+def _run_refine(kernel: Any, problem: Problem, launch: Launch, arguments: Any, **more: Any) -> None:
+    tiles = -(-problem.hidden // launch.block)
+    kernel[(problem.batch * tiles,)](
+        **arguments,
+        **more,
+        GROUP=launch.group,
+        BLOCK=launch.block,
+        num_warps=launch.group * launch.warps,
+    )
+
+
+def _on(tensor: Tensor) -> Any:
+    """The device of a tensor as the current one; Triton launches there."""
+    return torch.cuda.device_of(tensor)

@@ -1,0 +1,131 @@
+"""Scalar functions that generated Triton calls, on a GPU and in Triton's interpreter.
+
+On a GPU they are libdevice's, which are accurate to a few units in the last place; the interpreter
+has no libdevice and takes NumPy's. The `fast_` ones use the hardware's tanh, with errors of about
+5e-4: for results in half precision.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@triton.jit
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def maximum(a, b):  # type: ignore[no-untyped-def]
+    """The larger; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):  # type: ignore[no-untyped-def]
+    """The smaller; NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def bounded(x):  # type: ignore[no-untyped-def]
+    """The number, or 0 where a product with it might not be finite."""
+    return tl.where(tl.abs(x) < 1e18, x, 0.0)
+
+
+@triton.jit
+def magnitude(x):  # type: ignore[no-untyped-def]
+    """The absolute value, infinite for NaN, so that a maximum sees it."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
+def only(mask, flag):  # type: ignore[no-untyped-def]
+    """The mask where a flag, a scalar or one with fewer axes, holds; nothing where not.
+
+    As numbers, since the interpreter makes other types of scalar truth values in a mask.
+    """
+    return mask & (tl.zeros_like(mask.to(tl.int32)) + tl.cast(flag, tl.int32) > 0)
+
+
+_LIBDEVICE = (
+    "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan atan2 sinh cosh tanh "
+    "asinh acosh atanh erf erfc pow floor ceil trunc fmod hypot copysign"
+).split()
+
+if INTERPRETED:
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    _NUMPY = {
+        "asin": "arcsin",
+        "acos": "arccos",
+        "atan": "arctan",
+        "atan2": "arctan2",
+        "asinh": "arcsinh",
+        "acosh": "arccosh",
+        "atanh": "arctanh",
+        "pow": "power",
+        "round": "rint",
+    }
+
+    def _interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            like = next(a for a in args if isinstance(a, tl.tensor))
+            arrays = [a.handle.data if isinstance(a, tl.tensor) else a for a in args]
+            with np.errstate(all="ignore"):
+                result = np.asarray(function(*arrays)).astype(like.handle.data.dtype)
+            shape = list(result.shape)
+            kind = tl.block_type(like.dtype, shape) if shape else like.dtype
+            return tl.tensor(TensorHandle(result, like.dtype), kind)
+
+        return call
+
+    for _name in [*_LIBDEVICE, "round", "fmax", "fmin"]:
+        _function = getattr(np, _NUMPY.get(_name, _name), None) or np.vectorize(
+            getattr(math, _name), otypes=[float]
+        )
+        globals()[_name] = _interpreted(_function)
+    fast_tanh, fast_sigmoid, fast_exp = globals()["tanh"], sigmoid, globals()["exp"]
+else:
+    from triton.language.extra import libdevice
+
+    for _name in _LIBDEVICE:
+        globals()[_name] = getattr(libdevice, _name)
+    round = libdevice.rint
+
+    @triton.jit
+    def fmax(a, b):  # type: ignore[no-untyped-def]
+        """The larger, or the one that is a number."""
+        return tl.maximum(a, b)
+
+    @triton.jit
+    def fmin(a, b):  # type: ignore[no-untyped-def]
+        """The smaller, or the one that is a number."""
+        return tl.minimum(a, b)
+
+    @triton.jit
+    def fast_tanh(x):  # type: ignore[no-untyped-def]
+        """The hardware's."""
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def fast_sigmoid(x):  # type: ignore[no-untyped-def]
+        """By the hardware's tanh."""
+        return 0.5 * fast_tanh(0.5 * x) + 0.5
+
+    @triton.jit
+    def fast_exp(x):  # type: ignore[no-untyped-def]
+        """By the hardware's power of two."""
+        return tl.exp(x)

@@ -60,18 +60,10 @@ class TritonBackend:
         report = drive.new_empty((self.parts(problem), 4), dtype=torch.float64)
         arguments |= {"report": report} | _sizes(problem, launch)
         with _on(drive):
-            _run(module.sweep, problem, launch, arguments, warm=launch.warm, limit=tolerance)
-            if launch.chunks > 1:
-                _run_refine(
-                    module.refine,
-                    problem,
-                    launch,
-                    arguments,
-                    target=torch.empty_like(arguments["guess"]),
-                    tolerance=tolerance,
-                    most=min(settings.max_iterations or launch.chunks, launch.chunks),
-                    damping=settings.damping,
-                )
+            _sweep(module.sweep, problem, launch, arguments, warm=launch.warm, limit=tolerance)
+            most = min(settings.max_iterations or launch.chunks, launch.chunks)
+            more = {"tolerance": tolerance, "damping": settings.damping}
+            _finish(module, problem, launch, arguments, more, most, refine={"most": most})
         return states, report
 
     def solve_adjoint(
@@ -109,16 +101,8 @@ class TritonBackend:
         arguments |= _boundaries(problem, launch, ("incoming", "outgoing", "products"))
         arguments |= _sizes(problem, launch)
         with _on(drive):
-            _run(module.sweep, problem, launch, arguments, warm=launch.warm, limit=tolerance)
-            if chunks > 1:
-                _run_refine(
-                    module.refine,
-                    problem,
-                    launch,
-                    arguments,
-                    target=torch.empty_like(arguments["incoming"]),
-                    tolerance=tolerance,
-                )
+            _sweep(module.sweep, problem, launch, arguments, warm=launch.warm, limit=tolerance)
+            _finish(module, problem, launch, arguments, {"tolerance": tolerance}, chunks)
         total = grad_initial.sum(1) if starts == "own" else grad_initial
         return sums.sum((0, 1)), total
 
@@ -203,7 +187,8 @@ def _sizes(problem: Problem, launch: Launch) -> dict[str, int]:
     }
 
 
-def _run(kernel: Any, problem: Problem, launch: Launch, arguments: Any, **more: Any) -> None:
+def _sweep(kernel: Any, problem: Problem, launch: Launch, arguments: Any, **more: Any) -> None:
+    """First guesses, and most of the results."""
     tiles = -(-problem.hidden // launch.block)
     kernel[(problem.batch * tiles * launch.chunks,)](
         **arguments,
@@ -214,13 +199,34 @@ def _run(kernel: Any, problem: Problem, launch: Launch, arguments: Any, **more: 
     )
 
 
-def _run_refine(kernel: Any, problem: Problem, launch: Launch, arguments: Any, **more: Any) -> None:
+def _finish(
+    module: ModuleType,
+    problem: Problem,
+    launch: Launch,
+    arguments: dict[str, Any],
+    more: dict[str, Any],
+    most: int,
+    refine: dict[str, Any] | None = None,
+) -> None:
+    """The kernels that return at once where nothing is wrong."""
+    if launch.chunks == 1:
+        return
     tiles = -(-problem.hidden // launch.block)
-    kernel[(problem.batch * tiles,)](
+    corrected = launch.corrected and most > 1
+    report = {"report": arguments.pop("report")} if "report" in arguments else {}
+    guess, ends = (n for n in ("guess", "ends", "incoming", "outgoing") if n in arguments)
+    again = {f"{n}2": torch.empty_like(arguments[n]) for n in (guess, ends)}
+    arguments = arguments | more | again | {"GROUP": launch.group, "BLOCK": launch.block}
+    if corrected:
+        module.correct[(problem.batch * tiles * launch.chunks,)](
+            **arguments, num_warps=launch.warps
+        )
+    module.refine[(problem.batch * tiles,)](
         **arguments,
-        **more,
-        GROUP=launch.group,
-        BLOCK=launch.block,
+        **report,
+        **(refine or {}),
+        target=torch.empty_like(arguments[guess]),
+        CORRECTED=corrected,
         num_warps=launch.group * launch.warps,
     )
 

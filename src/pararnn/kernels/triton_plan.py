@@ -31,6 +31,11 @@ class Launch:
     group: int
     warps: int = 1
 
+    @property
+    def corrected(self) -> bool:
+        """Whether `correct` runs: it reads all boundaries at once, so only for a few chunks."""
+        return 1 < self.chunks <= self.group
+
 
 def block_of(hidden: int) -> int:
     """Channels per program: two for every thread of a warp, fewer where there are not as many."""

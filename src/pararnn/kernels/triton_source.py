@@ -1,13 +1,16 @@
-"""Prints a recurrence as Triton: two kernels for the states, and two for the adjoint.
+"""Prints a recurrence as Triton: three kernels for the states, and three for the adjoint.
 
 `sweep` gives one program a chunk of time and a block of channels. It runs the steps before the chunk
 from the initial state to guess the state that the chunk starts from (the warm-up), with the tangent
 of these steps, which says how much of their start is left. If nothing is, it runs the chunk and
 writes the results; else it runs the chunk with its tangent and leaves the results to `refine`.
 
-`refine` gives one program all chunks of a block of channels. It returns at once where every chunk
-starts where the one before it ends; else it corrects the starts through the tangents and runs the
-chunks again, group after group of them, until that holds.
+`correct` returns at once where every chunk starts where the one before it ends. Else each of its
+programs, which have a chunk each again, computes the right start through the tangents of all chunks
+before, and runs its chunk from there: one iteration of Newton's method. That is nearly always enough.
+
+`refine` gives one program all chunks of a block of channels. It too returns where all is well; else it
+iterates, group after group of chunks, until it is, at the latest when every chunk has become exact.
 
 The adjoint's kernels do the same backwards in time, with a product of transposed Jacobians in the
 place of the tangent. Loops are unrolled and load the inputs of the next steps while they compute.
@@ -58,12 +61,12 @@ class Variant:
 
 
 def forward_source(recurrence: Recurrence, variant: Variant) -> str:
-    """The module with the kernels `sweep` and `refine` that compute states."""
+    """The module with the kernels `sweep`, `correct` and `refine` that compute states."""
     return _Forward(recurrence, variant).source()
 
 
 def adjoint_source(recurrence: Recurrence, variant: Variant) -> str:
-    """The module with the kernels `sweep` and `refine` that compute gradients."""
+    """The module with the kernels `sweep`, `correct` and `refine` that compute gradients."""
     return _Adjoint(recurrence, variant).source()
 
 
@@ -242,11 +245,10 @@ class _Module(abc.ABC):
         if self.starts:
             out("starts_at = starts + b * time + origin")
 
-    def boundary(self, name: str, part: int, shift: int = 0) -> str:
-        """Address of a part of what belongs to chunk k, or one beside it."""
+    def boundary(self, name: str, part: int, k: str = "k", d: str = "d") -> str:
+        """Address of a part of what belongs to a chunk."""
         count = len(self.pairs if name == self.boundaries[2] else self.components)
-        k = f"k + {shift}" if shift > 0 else f"k - {-shift}" if shift else "k"
-        return f"{name} + ((b * chunks + {k}) * {count} + {part}) * hidden + d"
+        return f"{name} + ((b * chunks + {k}) * {count} + {part}) * hidden + {d}"
 
     def exists(self, step: str) -> str:
         """Which entries exist at a step of the chunk."""
@@ -337,18 +339,74 @@ class _Module(abc.ABC):
         self.load("ahead", number, f"_{number}")
         self.one(f"(i + {number})", number, couple, store)
 
-    def check(self, condition: str, beside: int) -> None:
+    beside: str  # the chunk that a chunk starts from
+    has_one: str  # whether there is one
+
+    def gaps(self, k: str, here: str, d: str, more: str, ends: str, guess: str) -> None:
         """Raise `gaps` to how far chunks start from where the chunks beside them end."""
-        guess, ends, _ = self.boundaries
         out = self.out
+        mask = f"{here} & ({self.has_one.format(k=k)}){more}"
         for i in self.components:
-            out(f"e = tl.load({self.boundary(ends, i, beside)}, mask={condition}, other=0.0)")
-            out(f"s = tl.load({self.boundary(guess, i)}, mask={condition}, other=0.0)")
+            end = self.boundary(ends, i, self.beside.format(k=k), d)
+            out(f"e = tl.load({end}, mask={mask}, other=0.0)")
+            out(f"s = tl.load({self.boundary(guess, i, k, d)}, mask={mask}, other=0.0)")
             self.measure()
+
+    def verdict(self, guess: str, ends: str, stored: bool) -> None:
+        """`wrong`: whether anything is, in any chunk of these channels."""
+        out = self.out
+        shape = "[GROUP, BLOCK]"
+        out("rows = tl.arange(0, GROUP)[:, None]")
+        out("across = channels[None, :]")
+        for name in self.measures:
+            out(f"{name} = tl.zeros({shape}, {self.real})")
+        out("lacking = tl.zeros([GROUP, 1], tl.int32)")
+        with out.block("for g in range(0, chunks, GROUP):"):
+            out("every = g + rows")
+            out("there = (every < chunks) & (across < hidden)")
+            self.gaps("every", "there", "across", "", ends, guess)
+            if stored:
+                out("kept_at = stored + (b * chunks + every) * tiles + tile")
+                out("kept = tl.load(kept_at, mask=every < chunks, other=1)")
+                out("lacking = tl.maximum(lacking, 1 - kept)")
+        self.judge()
+        out("wrong = tl.maximum(wrong, tl.max(lacking))")
+
+    measures: tuple[str, ...]  # what `measure` raises
+
+    @abc.abstractmethod
+    def judge(self) -> None:
+        """`wrong`, from what `measure` found."""
 
     @abc.abstractmethod
     def measure(self) -> None:
         """Raise `gaps` by the distance of ends `e` and guesses `s`."""
+
+    def newton(self, chunk: str, coupling: str) -> None:
+        """`from` and `delta`: the corrected start of a chunk, and by how much it is corrected.
+
+        What overflows is left out, so that a start that was right stays as it is.
+        """
+        out, count = self.out, len(self.components)
+        guess, ends, tangents = self.boundaries
+        before = self.beside.format(k=chunk)
+        for i, j in self.pairs:
+            at = self.boundary(tangents, i * count + j, before, "channels")
+            out(f"t{i}{j} = bounded(tl.load({at}, mask=inside) * ({coupling}))")
+        for i in self.components:
+            moved = " + ".join(f"t{i}{j} * delta{j}" for j in self.components)
+            at = self.boundary(guess, i, chunk, "channels")
+            out(f"old{i} = tl.load({at}, mask=inside)")
+            at = self.boundary(ends, i, before, "channels")
+            out(f"from{i} = tl.load({at}, mask=inside) + bounded({moved})")
+        for i in self.components:
+            out(f"delta{i} = tl.where(from{i} == old{i}, 0.0, bounded(from{i} - old{i}))")
+
+    def own_chunk(self) -> None:
+        """The chunk of a program that has one."""
+        self.out("k = tl.program_id(0) // (tiles * batch)")
+        self.out("first = k * chunk")
+        self.out("length = tl.minimum(chunk, time - first)")
 
 
 def _varies(root: Operand) -> bool:
@@ -376,6 +434,8 @@ class _Forward(_Module):
     """States from drives."""
 
     boundaries = ("guess", "ends", "tangents")
+    beside, has_one = "{k} - 1", "{k} > 0"
+    measures = ("gaps",)
 
     def source(self) -> str:
         step = self.recurrence.step
@@ -383,6 +443,7 @@ class _Forward(_Module):
         self.function("step", self.leaves(), step)
         self.function("step_with_jacobian", self.leaves(), [*step, *jacobian])
         self.sweep()
+        self.correct()
         self.refine()
         return self.text()
 
@@ -452,9 +513,7 @@ class _Forward(_Module):
         out, parts = self.out, [*map(str, self.components)]
         arguments = [*self.inputs(), *self.boundaries, "stored", "report", *_SIZES]
         with self.kernel("sweep", [*arguments, "warm", "limit"], ["MANY", "BLOCK"], wide=False):
-            out("k = tl.program_id(0) // (tiles * batch)")
-            out("first = k * chunk")
-            out("length = tl.minimum(chunk, time - first)")
+            self.own_chunk()
             self.pointers()
             self.first_state("s")
             out("lead = tl.minimum(warm, first) if MANY else 0")
@@ -491,26 +550,63 @@ class _Forward(_Module):
         out("apart = magnitude(magnitude(e - s) / tl.maximum(tl.abs(e), 1.0))")
         out("gaps = tl.maximum(gaps, tl.where(e == s, 0.0, apart))")
 
-    def refine(self) -> None:
+    def judge(self) -> None:
+        self.out("residual = tl.max(gaps)")
+        self.out("wrong = tl.where(residual <= tolerance, 0, 1)")
+
+    def correct(self) -> None:
         out, parts = self.out, [*map(str, self.components)]
-        arguments = [*self.inputs(), *self.boundaries, "target", "stored", "report", *_SIZES]
-        arguments += ["tolerance", "most", "damping"]
-        with self.kernel("refine", arguments, ["GROUP", "BLOCK"], wide=True):
-            out("rows = tl.arange(0, GROUP)[:, None]")
-            self.zeros("gaps")
-            out("lacking = tl.zeros([GROUP, 1], tl.int32)")
-            with out.block("for g in range(0, chunks, GROUP):"):
-                out("k = g + rows")
-                out("here = (k < chunks) & inside[None, :]")
-                self.check("here & (k > 0)", -1)
-                out("kept_at = stored + (b * chunks + k) * tiles + tile")
-                out("kept = tl.load(kept_at, mask=k < chunks, other=1)")
-                out("lacking = tl.maximum(lacking, 1 - kept)")
-            out("residual = tl.max(gaps)")
+        arguments = [*self.inputs(), *self.boundaries, "guess2", "ends2", "stored", *_SIZES]
+        arguments += ["tolerance", "damping"]
+        with self.kernel("correct", arguments, ["GROUP", "BLOCK"], wide=False):
+            self.verdict("guess", "ends", stored=True)
+            with out.block("if wrong == 0:"):
+                out("return")
+            self.own_chunk()
+            for i in self.components:
+                out(f"s{i} = tl.load({self.boundary('guess', i)}, mask=inside)")
+                out(f"end{i} = tl.load({self.boundary('ends', i)}, mask=inside)")
+                out(f"from{i} = s{i}")
+                self.zeros(f"delta{i}")
+            with out.block("for n in range(1, k + 1):"):
+                self.newton("n", "1.0 - damping")
+            out("far = tl.zeros([BLOCK], tl.float32)")
+            for i in self.components:
+                out(f"size = tl.maximum(tl.abs(from{i}), 1.0)")
+                out(f"apart = tl.where(delta{i} == 0.0, 0.0, magnitude(delta{i} / size))")
+                out("far = tl.maximum(far, apart.to(tl.float32))")
+            out("kept = tl.load(stored + (b * chunks + k) * tiles + tile)")
+            out("moved = tl.max(tl.where(inside, far, 0.0)) > tolerance")
+            with out.block("if moved | (kept == 0):"):
+                self.pointers()
+                for i in self.components:
+                    out(f"s{i} = from{i}")
+                self.load_ahead(f"tl.minimum(0, length - {self.unroll})")
+                self.loop("0", "length", couple=False, store=True)
+                for i in self.components:
+                    out(f"end{i} = s{i}")
+                    out(f"s{i} = from{i}")
+            self.save("guess2", "s", parts)
+            self.save("ends2", "end", parts)
+
+    def refine(self) -> None:
+        out = self.out
+        parts = [*map(str, self.components)]
+        arguments = [*self.inputs(), *self.boundaries, "guess2", "ends2", "target", "stored"]
+        arguments += ["report", *_SIZES, "tolerance", "most", "damping"]
+        with self.kernel("refine", arguments, ["CORRECTED", "GROUP", "BLOCK"], wide=True):
             out("iterations = tl.full([], 1, tl.int32)")
             out("status = tl.full([], 1, tl.int32)")
-            with out.block("if (tl.max(lacking) > 0) | (residual > tolerance):"):
-                out(f"residual = tl.full([], 0.0, {self.real})")
+            self.verdict("guess", "ends", stored=True)
+            with out.block("if wrong > 0:"):
+                with out.block("if CORRECTED:"):
+                    out("iterations += 1")
+                    self.verdict("guess2", "ends2", stored=False)
+            with out.block("if CORRECTED:"):
+                out("guess = guess2")
+                out("ends = ends2")
+            with out.block("if wrong > 0:"):
+                out("residual = tl.full([], 0.0, " + self.real + ")")
                 with out.block("for g in range(0, chunks, GROUP):"):
                     out("k = g + rows")
                     out("last = tl.minimum(g + GROUP, chunks)")
@@ -518,17 +614,21 @@ class _Forward(_Module):
                     out("first = k * chunk")
                     self.pointers()
                     self.zeros("gaps")
-                    self.check("here & (k > 0)", -1)
+                    self.gaps("k", "here", "d", "", "ends", "guess")
                     out("kept_at = stored + (b * chunks + k) * tiles + tile")
                     out("kept = tl.load(kept_at, mask=k < last, other=1)")
-                    out("unwritten = tl.max(1 - kept)")
+                    out("unwritten = tl.max(1 - kept) * (0 if CORRECTED else 1)")
                     out("now = tl.max(gaps)")
                     out("seen = now")
-                    out("sweeps = tl.full([], 0, tl.int32)")
-                    going = "((now > tolerance) | (unwritten > 0)) & (sweeps < last - g)"
-                    with out.block(f"while {going}:"):
+                    out("sweeps = tl.full([], 1 if CORRECTED else 0, tl.int32)")
+                    out("allowed = sweeps + last - g")
+                    going = "(now > tolerance) | (unwritten > 0)"
+                    with out.block(f"while ({going}) & (sweeps < allowed):"):
                         out("coupling = tl.where(sweeps + 1 < most, 1.0 - damping, 0.0)")
-                        self.fold()
+                        for i in self.components:
+                            out(f"delta{i} = tl.zeros([BLOCK], {self.real})")
+                        with out.block("for n in range(g, last):"):
+                            self.fold()
                         out("tl.debug_barrier()")
                         for i in self.components:
                             at = self.boundary("target", i)
@@ -541,45 +641,36 @@ class _Forward(_Module):
                         self.save("tangents", "g", (f"{i}{j}" for i, j in self.pairs))
                         out("tl.debug_barrier()")
                         self.zeros("gaps")
-                        self.check("here & (k > g)", -1)
+                        self.gaps("k", "here", "d", " & (k > g)", "ends", "guess")
                         out("now = tl.max(gaps)")
                         out("unwritten = unwritten * 0")
                         out("sweeps += 1")
-                        out("seen = tl.where(sweeps < most, now, seen)")
                         out("iterations = tl.maximum(iterations, tl.minimum(sweeps + 1, most))")
                         out("status = tl.where(sweeps < most, status, 2)")
+                        out("seen = tl.where(sweeps < most, now, seen)")
                     out("residual = tl.maximum(residual, seen)")
             self.write_report(("iterations", "residual", "status", "chunks"))
 
     def fold(self) -> None:
-        """Starts of a group, one after another, from the ends and tangents of the chunks before.
-
-        What overflows is left out, so that a start that was right stays as it is.
-        """
-        out, count = self.out, len(self.components)
+        """Into `target`, the starts of a group one after another; its first starts exactly."""
+        out = self.out
+        with out.block("if n == 0:"):
+            for i in self.components:
+                out(f"from{i} = tl.load({self.boundary('guess', i, 'n', 'channels')}, mask=inside)")
+        with out.block("else:"):
+            out("strength = tl.where(n > g, coupling, 0.0)")
+            self.newton("n", "strength")
         for i in self.components:
-            out(f"delta{i} = tl.zeros([BLOCK], {self.real})")
-        with out.block("for n in range(g, last):"):
-            out("chunk_at = b * chunks + n")
-            out(f"at = chunk_at * {count} * hidden + channels")
-            out(f"tangents_at = tangents + (chunk_at - 1) * {count * count} * hidden + channels")
-            for i, j in self.pairs:
-                loaded = f"tl.load(tangents_at + {i * count + j} * hidden, mask=only(inside, n > g), other=0.0)"
-                out(f"t{i}{j} = bounded({loaded} * coupling)")
-            for i in self.components:
-                moved = " + ".join(f"t{i}{j} * delta{j}" for j in self.components)
-                out(f"old{i} = tl.load(guess + at + {i} * hidden, mask=inside, other=0.0)")
-                out(f"end{i} = tl.load(ends + at + ({i} - {count}) * hidden, mask=only(inside, n > 0), other=0.0)")
-                out(f"new{i} = tl.where(n > 0, end{i} + bounded({moved}), old{i})")
-            for i in self.components:
-                out(f"delta{i} = tl.where(new{i} == old{i}, 0.0, bounded(new{i} - old{i}))")
-                out(f"tl.store(target + at + {i} * hidden, new{i}, mask=inside)")
+            at = self.boundary("target", i, "n", "channels")
+            out(f"tl.store({at}, from{i}, mask=inside)")
 
 
 class _Adjoint(_Module):
     """Gradients of everything that went into the states."""
 
     boundaries = ("incoming", "outgoing", "products")
+    beside, has_one = "{k} + 1", "{k} + 1 < chunks"
+    measures = ("gaps", "sizes")
 
     def source(self) -> str:
         recurrence, count = self.recurrence, self.recurrence.num_components
@@ -590,6 +681,7 @@ class _Adjoint(_Module):
             "adjoint_with_jacobian", leaves, [*recurrence.vjp[:count], *jacobian]
         )
         self.sweep()
+        self.correct()
         self.refine()
         return self.text()
 
@@ -751,9 +843,7 @@ class _Adjoint(_Module):
         parts = [*map(str, self.components)]
         arguments = [*self.inputs(), *self.boundaries, "stored", *_SIZES, "warm", "limit"]
         with self.kernel("sweep", arguments, ["MANY", "BLOCK"], wide=False):
-            out("k = tl.program_id(0) // (tiles * batch)")
-            out("first = k * chunk")
-            out("length = tl.minimum(chunk, time - first)")
+            self.own_chunk()
             self.pointers()
             if not self.starts:
                 self.first_state("initial")
@@ -787,24 +877,63 @@ class _Adjoint(_Module):
         self.out("gaps = tl.maximum(gaps, apart)")
         self.out("sizes = tl.maximum(sizes, tl.abs(bounded(e)))")
 
+    def judge(self) -> None:
+        """Adjoints have no natural scale: each channel's is its largest one at any boundary."""
+        self.out("allowed = tolerance * tl.max(sizes, axis=0)[None, :]")
+        self.out("wrong = tl.max(tl.where(gaps <= allowed, 0, 1))")
+
+    def correct(self) -> None:
+        out, parts = self.out, [*map(str, self.components)]
+        arguments = [*self.inputs(), *self.boundaries, "incoming2", "outgoing2", "stored"]
+        with self.kernel(
+            "correct", [*arguments, *_SIZES, "tolerance"], ["GROUP", "BLOCK"], wide=False
+        ):
+            self.verdict("incoming", "outgoing", stored=True)
+            with out.block("if wrong == 0:"):
+                out("return")
+            self.own_chunk()
+            if not self.starts:
+                self.first_state("initial")
+            for i in self.components:
+                out(f"s{i} = tl.load({self.boundary('incoming', i)}, mask=inside)")
+                out(f"end{i} = tl.load({self.boundary('outgoing', i)}, mask=inside)")
+                out(f"from{i} = s{i}")
+                self.zeros(f"delta{i}")
+            with out.block("for m in range(0, chunks - 1 - k):"):
+                out("n = chunks - 2 - m")
+                self.newton("n", "1.0")
+            out("scale = tolerance * tl.max(sizes, axis=0)")
+            out("far = tl.zeros([BLOCK], tl.int32)")
+            for i in self.components:
+                out(f"far = tl.maximum(far, tl.where(tl.abs(delta{i}) <= scale, 0, 1))")
+            out("kept = tl.load(stored + (b * chunks + k) * tiles + tile)")
+            out("moved = tl.max(tl.where(inside, far, 0)) > 0")
+            with out.block("if moved | (kept == 0):"):
+                self.pointers()
+                for i in self.components:
+                    out(f"s{i} = from{i}")
+                self.load_ahead(f"tl.maximum(length // {self.unroll} * {self.unroll} - {self.unroll}, -first)")
+                self.run_chunk("length")
+                for i in self.components:
+                    out(f"end{i} = s{i}")
+                    out(f"s{i} = from{i}")
+            self.save("incoming2", "s", parts)
+            self.save("outgoing2", "end", parts)
+
     def refine(self) -> None:
         out, parts = self.out, [*map(str, self.components)]
-        arguments = [*self.inputs(), *self.boundaries, "target", "stored", *_SIZES, "tolerance"]
-        with self.kernel("refine", arguments, ["GROUP", "BLOCK"], wide=True):
-            out("rows = tl.arange(0, GROUP)[:, None]")
-            self.zeros("gaps")
-            self.zeros("sizes")
-            out("lacking = tl.zeros([GROUP, 1], tl.int32)")
-            with out.block("for g in range(0, chunks, GROUP):"):
-                out("k = g + rows")
-                out("here = (k < chunks) & inside[None, :]")
-                self.check("here & (k + 1 < chunks)", 1)
-                out("kept_at = stored + (b * chunks + k) * tiles + tile")
-                out("kept = tl.load(kept_at, mask=k < chunks, other=1)")
-                out("lacking = tl.maximum(lacking, 1 - kept)")
-            out("allowed = tolerance * tl.max(sizes, axis=0)[None, :]")
-            out("wrong = tl.max(tl.where(gaps > allowed, 1, 0))")
-            with out.block("if (tl.max(lacking) > 0) | (wrong > 0):"):
+        arguments = [*self.inputs(), *self.boundaries, "incoming2", "outgoing2", "target", "stored"]
+        with self.kernel(
+            "refine", [*arguments, *_SIZES, "tolerance"], ["CORRECTED", "GROUP", "BLOCK"], wide=True
+        ):
+            self.verdict("incoming", "outgoing", stored=True)
+            with out.block("if wrong > 0:"):
+                with out.block("if CORRECTED:"):
+                    self.verdict("incoming2", "outgoing2", stored=False)
+            with out.block("if CORRECTED:"):
+                out("incoming = incoming2")
+                out("outgoing = outgoing2")
+            with out.block("if wrong > 0:"):
                 if not self.starts:
                     self.first_state("initial")
                 out("groups = tl.cdiv(chunks, GROUP)")
@@ -816,13 +945,19 @@ class _Adjoint(_Module):
                     out("first = k * chunk")
                     self.pointers()
                     self.zeros("gaps")
-                    self.check("here & (k + 1 < chunks)", 1)
+                    self.zeros("sizes")
+                    self.gaps("k", "here", "d", "", "outgoing", "incoming")
                     out("kept_at = stored + (b * chunks + k) * tiles + tile")
                     out("kept = tl.load(kept_at, mask=k < last, other=1)")
-                    out("wrong = tl.maximum(tl.max(tl.where(gaps > allowed, 1, 0)), tl.max(1 - kept))")
+                    out("unwritten = tl.max(1 - kept) * (0 if CORRECTED else 1)")
+                    out("now = tl.maximum(tl.max(tl.where(gaps <= allowed, 0, 1)), unwritten)")
                     out("sweeps = tl.full([], 0, tl.int32)")
-                    with out.block("while (wrong > 0) & (sweeps < last - g):"):
-                        self.fold()
+                    with out.block("while (now > 0) & (sweeps < last - g):"):
+                        for i in self.components:
+                            out(f"delta{i} = tl.zeros([BLOCK], {self.real})")
+                        with out.block("for m in range(0, last - g):"):
+                            out("n = last - 1 - m")
+                            self.fold()
                         out("tl.debug_barrier()")
                         for i in self.components:
                             at = self.boundary("target", i)
@@ -833,29 +968,20 @@ class _Adjoint(_Module):
                         self.save("outgoing", "s", parts)
                         out("tl.debug_barrier()")
                         self.zeros("gaps")
-                        self.check("here & (k + 1 < last)", 1)
-                        out("wrong = tl.max(tl.where(gaps > allowed, 1, 0))")
+                        self.gaps("k", "here", "d", " & (k + 1 < last)", "outgoing", "incoming")
+                        out("now = tl.max(tl.where(gaps <= allowed, 0, 1))")
                         out("sweeps += 1")
 
     def fold(self) -> None:
-        """Adjoints after each chunk of a group, from the last to the first; see the forward one."""
-        out, count = self.out, len(self.components)
+        """Into `target`, the adjoints after each chunk of a group; the last one's is exact."""
+        out = self.out
+        with out.block("if n + 1 == chunks:"):
+            for i in self.components:
+                at = self.boundary("incoming", i, "n", "channels")
+                out(f"from{i} = tl.load({at}, mask=inside)")
+        with out.block("else:"):
+            out("strength = tl.where(m > 0, 1.0, 0.0)")
+            self.newton("n", "strength")
         for i in self.components:
-            out(f"delta{i} = tl.zeros([BLOCK], {self.real})")
-        with out.block("for m in range(0, last - g):"):
-            out("n = last - 1 - m")
-            out("chunk_at = b * chunks + n")
-            out(f"at = chunk_at * {count} * hidden + channels")
-            out(f"products_at = products + (chunk_at + 1) * {count * count} * hidden + channels")
-            for i, j in self.pairs:
-                loaded = f"tl.load(products_at + {i * count + j} * hidden, mask=only(inside, m > 0), other=0.0)"
-                out(f"t{i}{j} = bounded({loaded})")
-            for i in self.components:
-                moved = " + ".join(f"t{i}{j} * delta{j}" for j in self.components)
-                known = "only(inside, n + 1 < chunks)"
-                out(f"old{i} = tl.load(incoming + at + {i} * hidden, mask=inside, other=0.0)")
-                out(f"end{i} = tl.load(outgoing + at + ({i} + {count}) * hidden, mask={known}, other=0.0)")
-                out(f"new{i} = tl.where(n + 1 < chunks, end{i} + bounded({moved}), old{i})")
-            for i in self.components:
-                out(f"delta{i} = tl.where(new{i} == old{i}, 0.0, bounded(new{i} - old{i}))")
-                out(f"tl.store(target + at + {i} * hidden, new{i}, mask=inside)")
+            at = self.boundary("target", i, "n", "channels")
+            out(f"tl.store({at}, from{i}, mask=inside)")

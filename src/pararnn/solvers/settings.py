@@ -22,7 +22,7 @@ class Newton:
     Args:
         tolerance: Converged when the states at the chunk ends agree with the guesses they were
             computed from to this, relative to max(1, largest state). None: 1e-13 in float64, 1e-6
-            in float32, and a quarter of the spacing at 1 in half precision.
+            in float32, and half the spacing at 1 in half precision.
         max_iterations: Iterations before the rest is evaluated step by step; None for as many as
             there are chunks, after which nothing is left.
         chunk: Steps per chunk, or "auto" to choose from shape, device and backend.
@@ -50,7 +50,7 @@ class Newton:
         if self.tolerance is not None:
             return self.tolerance
         default = {torch.float64: 1e-13, torch.float32: 1e-6}
-        return default.get(dtype) or torch.finfo(dtype).eps / 4
+        return default.get(dtype) or torch.finfo(dtype).eps / 2
 
 
 STATUS = ("sequential", "converged", "completed step by step")

@@ -37,8 +37,10 @@ def milliseconds(run: Callable[[], Any], budget_s: float = 4.0) -> float:
     """Median time of one call after a warm-up, of 3 to 15 calls; 1 of those over 10 s."""
     run()
     times: list[float] = []
-    while not times or (len(times) < 3 and sum(times) < 10) or (
-        len(times) < 15 and sum(times) < budget_s
+    while (
+        not times
+        or (len(times) < 3 and sum(times) < 10)
+        or (len(times) < 15 and sum(times) < budget_s)
     ):
         begin = time.perf_counter()
         run()

@@ -6,6 +6,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton, which then keeps its mode
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")

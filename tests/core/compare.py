@@ -29,7 +29,9 @@ def outcome(run, module, x, state, seed=1):
     y, last = run(x, first if isinstance(state, tuple) else first[0])
     values = {"y": y} | {f"last[{i}]": s for i, s in enumerate(as_tuple(last))}
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda v: torch.randn(v.shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda v: torch.randn(  # noqa: E731
+        v.shape, generator=generator, dtype=torch.float64, device="cpu"
+    ).to(v.device)
     cotangents = [draw(v).to(torch.bfloat16).to(v.dtype) for v in values.values()]
     total = sum((v * c).sum() for v, c in zip(values.values(), cotangents, strict=True))
     inputs = {"x": x} | {f"first[{i}]": s for i, s in enumerate(first)}

@@ -1,5 +1,11 @@
+import importlib.util
+
 import pytest
 import torch
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not to be had on this platform"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +27,12 @@ def one_thread():
 
 @pytest.fixture(params=["torch", "c"])
 def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=["torch", "c", pytest.param("triton", marks=needs_triton)])
+def any_backend(request):
+    """With Triton, which is interpreted here: for tests of few and short sequences."""
     return request.param
 
 

@@ -149,14 +149,14 @@ def test_components_that_cannot_be_found():
 def no_compiler(monkeypatch):
     monkeypatch.setattr(c_build, "find_compiler", lambda: None)
     monkeypatch.setattr(evaluate, "find_compiler", lambda: None)
-    evaluate._warn_no_compiler.cache_clear()
+    evaluate._warn_missing.cache_clear()
     yield
-    evaluate._warn_no_compiler.cache_clear()
+    evaluate._warn_missing.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_auto_without_a_compiler_says_so_once():
-    with pytest.warns(UserWarning, match="found no C compiler"):
+    with pytest.warns(UserWarning, match="no C compiler was found"):
         rnn = RNN(SlowGates())
     choice = rnn.evaluation().choice
     assert choice.name == "torch"

@@ -27,7 +27,7 @@ def problem_of(rnn, x, state, chunk):
     initial = torch.stack(as_tuple(state), 1)
     with torch.no_grad():
         whole = _problem(drives, edges[count:], initial, None, evaluation.plan)
-    return replace(whole, chunk=chunk)
+    return replace(whole.converted(), chunk=chunk)
 
 
 def dense_newton(cell, x, first, guess):
@@ -138,14 +138,14 @@ class Diverging(Cell):
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_exploding_tangents_end_at_the_loop(backend, chunk, damping):
+def test_exploding_tangents_end_at_the_loop(any_backend, chunk, damping):
     torch.manual_seed(0)
     cell = Exploding().double()
-    rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk, damping=damping))
+    rnn = RNN(cell, backend=any_backend, solver=Newton(chunk=chunk, damping=damping))
     x = torch.randn(2, 60, 5, dtype=torch.float64)
     with torch.no_grad():
         y, _ = rnn(x)
-        expected = RNN(cell, backend=backend, solver=Newton(chunk=60))(x)[0]
+        expected = RNN(cell, backend=any_backend, solver=Newton(chunk=60))(x)[0]
         truth = loop(cell, x, torch.zeros(2, 7, dtype=torch.float64))[0]
     assert_close("against one chunk", y, expected, rtol=1e-12)
     assert_close("first steps against the loop", y[:, :2], truth[:, :2], rtol=1e-8)
@@ -153,9 +153,9 @@ def test_exploding_tangents_end_at_the_loop(backend, chunk, damping):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, "auto"])
-def test_infinite_states_equal_the_loop(backend, chunk):
+def test_infinite_states_equal_the_loop(any_backend, chunk):
     torch.manual_seed(0)
-    rnn = RNN(Diverging().double(), backend=backend, solver=Newton(chunk=chunk))
+    rnn = RNN(Diverging().double(), backend=any_backend, solver=Newton(chunk=chunk))
     x = torch.randn(2, 20, 5, dtype=torch.float64)
     y, last = rnn(x)
     expected, expected_last = loop(rnn.cell, x, torch.zeros(2, 7, dtype=torch.float64))
@@ -165,8 +165,8 @@ def test_infinite_states_equal_the_loop(backend, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 8, "auto"])
-def test_nan_input_reaches_what_the_loop_reaches(backend, chunk):
-    rnn = RNN(make_cell("paralstm"), backend=backend, solver=Newton(chunk=chunk))
+def test_nan_input_reaches_what_the_loop_reaches(any_backend, chunk):
+    rnn = RNN(make_cell("paralstm"), backend=any_backend, solver=Newton(chunk=chunk))
     x = torch.randn(2, 30, 5, dtype=torch.float64)
     x[1, 17, 2] = torch.nan
     state = random_state(2, 2, 7)
@@ -177,10 +177,10 @@ def test_nan_input_reaches_what_the_loop_reaches(backend, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 20])
-def test_chaotic_cell_equals_loop(backend, chunk):
+def test_chaotic_cell_equals_loop(any_backend, chunk):
     torch.manual_seed(0)
     cell = Chaotic().double()
-    rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk))
+    rnn = RNN(cell, backend=any_backend, solver=Newton(chunk=chunk))
     x = torch.randn(2, 20, 5, dtype=torch.float64)
     state = random_state(1, 2, 7)
     expected = outcome(functools.partial(loop, cell), cell, x, state)
@@ -188,17 +188,17 @@ def test_chaotic_cell_equals_loop(backend, chunk):
 
 
 @pytest.mark.parametrize("damping", [0.2, 0.9])
-def test_damping_leaves_the_solution(backend, damping):
-    rnn = RNN(make_cell("slow_gates"), backend=backend, solver=Newton(chunk=4, damping=damping))
+def test_damping_leaves_the_solution(any_backend, damping):
+    rnn = RNN(make_cell("slow_gates"), backend=any_backend, solver=Newton(chunk=4, damping=damping))
     x = torch.randn(2, 50, 5, dtype=torch.float64)
     state = random_state(1, 2, 7)
     expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
     assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-12)
 
 
-def test_too_few_iterations_are_completed_step_by_step(backend):
+def test_too_few_iterations_are_completed_step_by_step(any_backend):
     solver = Newton(chunk=4, max_iterations=1)
-    rnn = RNN(make_cell("slow_gates"), backend=backend, solver=solver)
+    rnn = RNN(make_cell("slow_gates"), backend=any_backend, solver=solver)
     x = torch.randn(2, 50, 5, dtype=torch.float64)
     state = random_state(1, 2, 7)
     expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
@@ -208,8 +208,8 @@ def test_too_few_iterations_are_completed_step_by_step(backend):
     assert rnn.report.residual > 1e-13
 
 
-def test_report_of_a_solve(backend):
-    rnn = RNN(make_cell("paragru"), backend=backend, solver=Newton(chunk=8))
+def test_report_of_a_solve(any_backend):
+    rnn = RNN(make_cell("paragru"), backend=any_backend, solver=Newton(chunk=8))
     assert rnn.report is None
     rnn(torch.randn(2, 60, 5, dtype=torch.float64))
     report = rnn.report
@@ -220,36 +220,36 @@ def test_report_of_a_solve(backend):
     assert str(report).startswith("converged: 8 chunks, ")
 
 
-def test_report_of_one_chunk(backend):
-    rnn = RNN(make_cell("paragru"), backend=backend, solver=Newton(chunk=60))
+def test_report_of_one_chunk(any_backend):
+    rnn = RNN(make_cell("paragru"), backend=any_backend, solver=Newton(chunk=60))
     rnn(torch.randn(2, 60, 5, dtype=torch.float64))
     assert rnn.report.status == "sequential"
     assert rnn.report.iterations == rnn.report.chunks == 1
 
 
-def test_forgetful_cell_converges_in_one_sweep(backend):
+def test_forgetful_cell_converges_in_one_sweep(any_backend):
     """A chunk that is longer than the memory starts from the right state at once."""
-    rnn = RNN(make_cell("paragru"), backend=backend, solver=Newton(chunk=100))
+    rnn = RNN(make_cell("paragru"), backend=any_backend, solver=Newton(chunk=100))
     rnn(torch.randn(2, 400, 5, dtype=torch.float64))
     assert rnn.report.iterations == 1
     assert rnn.report.chunks == 4
 
 
-def test_loose_tolerance_stops_earlier(backend):
+def test_loose_tolerance_stops_earlier(any_backend):
     x = torch.randn(2, 200, 5, dtype=torch.float64)
     cell = make_cell("slow_gates")
     iterations = []
     for tolerance in (None, 1e-2):
-        rnn = RNN(cell, backend=backend, solver=Newton(chunk=5, tolerance=tolerance))
+        rnn = RNN(cell, backend=any_backend, solver=Newton(chunk=5, tolerance=tolerance))
         y, _ = rnn(x)
         iterations.append(rnn.report.iterations)
     assert iterations[1] < iterations[0]
     assert_close("y", y, loop(cell, x, torch.zeros(2, 7, dtype=torch.float64))[0], rtol=0.1)
 
 
-def test_solve_writes_every_state(backend):
+def test_solve_writes_every_state(any_backend):
     """The NaN that fresh memory is filled with must be gone everywhere."""
-    rnn = RNN(make_cell("paralstm"), backend=backend)
+    rnn = RNN(make_cell("paralstm"), backend=any_backend)
     x = torch.randn(2, 23, 5, dtype=torch.float64)
     assert torch.empty(3).isnan().all(), "fresh memory is not filled with NaN"
     problem = problem_of(rnn, x, random_state(2, 2, 7), chunk=23)

@@ -106,25 +106,35 @@ def _recurrence_backward(
     backend, layout, settings = _plans[name]
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
-        grad_drives = [_for_slots(d, i, 2, layout.drives) for i, d in enumerate(drives)]
+        grad_drives = [_for_slots(d, i, layout.drives) for i, d in enumerate(drives)]
         sums, grad_initial = backend.solve_adjoint(
             problem, settings, states, grad_states, layout.drives_of(grad_drives)
         )
         grad_weights = [
-            _for_slots(c, i, 0, layout.coefficients) for i, c in enumerate(coefficients)
+            _to_slots(sums, c, i, layout.coefficients) for i, c in enumerate(coefficients)
         ]
-        for target, value in zip(layout.coefficients_of(grad_weights), sums, strict=True):
-            target.copy_(value)
     return [*grad_drives, *grad_weights, grad_initial.to(initial.dtype)]
 
 
-def _for_slots(
-    source: Tensor, index: int, axis: int, places: Sequence[tuple[int, int]]
-) -> Tensor:
-    """Memory for the gradient of a source: zeros where the recurrence does not use all of it."""
+def _for_slots(source: Tensor, index: int, places: Sequence[tuple[int, int]]) -> Tensor:
+    """Memory for the gradient of a drives' source: zeros if the recurrence does not use it all."""
     used = {slot for i, slot in places if i == index}
-    make = source.new_empty if len(used) == source.shape[axis] else source.new_zeros
+    make = source.new_empty if len(used) == source.shape[2] else source.new_zeros
     return make(source.shape)
+
+
+def _to_slots(
+    sums: Tensor, source: Tensor, index: int, places: Sequence[tuple[int, int]]
+) -> Tensor:
+    """The gradient of a source of coefficients, from those of the coefficients."""
+    of = {slot: n for n, (i, slot) in enumerate(places) if i == index}
+    first, slots = next(iter(of.values())), source.shape[0]
+    if of == {slot: first + slot for slot in range(slots)}:
+        return sums[first : first + slots].to(source.dtype)
+    gradient = source.new_zeros(source.shape)
+    for slot, n in of.items():
+        gradient[slot] = sums[n]
+    return gradient
 
 
 def _fake_recurrence(

@@ -1,22 +1,26 @@
-"""Evaluates recurrences with Triton generated from the cell, on a GPU or in Triton's interpreter."""
+"""Evaluates recurrences with generated Triton, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pararnn.kernels.lowering import lower
 from pararnn.kernels.triton_build import load
-from pararnn.kernels.triton_plan import Launch, block_of, plan_launch
-from pararnn.kernels.triton_source import Starts, Variant, adjoint_source, forward_source
+from pararnn.kernels.triton_module import Precision, Starts, Variant
+from pararnn.kernels.triton_plan import Launch, Work, block_of, plan_launch
+from pararnn.kernels.triton_source import adjoint_source, forward_source
 from pararnn.solvers.problem import Problem, with_rows
 from pararnn.solvers.settings import Newton
 from pararnn.tracing.derivatives import Recurrence
+from pararnn.tracing.expressions import topological
 
 
 def interpreted() -> bool:
@@ -33,6 +37,15 @@ class TritonBackend:
         self.recurrence = recurrence
         self._modules: dict[tuple[str, Variant], ModuleType] = {}
 
+    @functools.cached_property
+    def _operations(self) -> tuple[int, int]:
+        """Arithmetic operations of a step with its Jacobian, forward and adjoint."""
+        recurrence = self.recurrence
+        jacobian = [entry for row in recurrence.jacobian for entry in row]
+        adjoint = [*recurrence.vjp[: recurrence.num_components], *jacobian]
+        forward = len(topological(lower([*recurrence.step, *jacobian])))
+        return forward, max(len(topological(lower(v))) for v in (adjoint, recurrence.vjp))
+
     def source(self) -> str:
         """The generated Triton for results in float32, forward and adjoint."""
         gradients = (True,) + (False,) * (self.recurrence.num_components - 1)
@@ -47,9 +60,11 @@ class TritonBackend:
     def solve(self, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
         """See `Backend.solve`."""
         tolerance = settings.tolerance_for(problem.state_dtype)
-        launch = _launch(problem, settings, tolerance, adjoint=False)
+        work = Work(len(problem.drives), problem.drives[0].itemsize, self._operations[0])
+        launch = _launch(problem, settings, work, adjoint=False)
         fixed = _batch_first(problem.drives)
-        variant = Variant(_precision(problem), _starts(problem), launch.unroll, fixed)
+        unroll = (launch.unroll, launch.wide_unroll)
+        variant = Variant(_precision(problem), _starts(problem), *unroll, fixed)
         module = self._module("forward", variant)
         drive, components = problem.drives[0], self.recurrence.num_components
         shape = (problem.batch, problem.time, problem.hidden)
@@ -76,12 +91,15 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.solve_adjoint`."""
         tolerance = settings.tolerance_for(problem.state_dtype)
-        launch = _launch(problem, settings, tolerance, adjoint=True)
         given = tuple(g is not None for g in grad_states)
+        loads = len(problem.drives) + len(states) + sum(given)
+        work = Work(loads, problem.drives[0].itemsize, self._operations[1])
+        launch = _launch(problem, settings, work, adjoint=True)
         starts = _starts(problem)
         strided = [*problem.drives, *grad_drives, *(g for g in grad_states if g is not None)]
         fixed = _batch_first(strided)
-        variant = Variant(_precision(problem), starts, launch.unroll, fixed, given)
+        unroll = (launch.unroll, launch.wide_unroll)
+        variant = Variant(_precision(problem), starts, *unroll, fixed, given)
         module = self._module("adjoint", variant)
         drive, components = problem.drives[0], self.recurrence.num_components
         batch, hidden, chunks = problem.batch, problem.hidden, launch.chunks
@@ -125,20 +143,26 @@ class TritonBackend:
         return arguments | {f"states{i}": s for i, s in enumerate(states)}
 
 
-def _launch(problem: Problem, settings: Newton, tolerance: float, adjoint: bool) -> Launch:
+def _launch(problem: Problem, settings: Newton, work: Work, adjoint: bool) -> Launch:
     device = problem.drives[0].device
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
         else 1
     )
-    chunk = None if settings.chunk == "auto" else int(settings.chunk)
     return plan_launch(
-        problem.batch, problem.time, problem.hidden, chunk, tolerance, processors, adjoint
+        problem.batch,
+        problem.time,
+        problem.hidden,
+        None if settings.chunk == "auto" else int(settings.chunk),
+        work,
+        settings.tolerance_for(problem.state_dtype),
+        processors,
+        adjoint,
     )
 
 
-def _precision(problem: Problem) -> Any:
+def _precision(problem: Problem) -> Precision:
     if problem.dtype is torch.float64:
         return "double"
     return "single" if problem.state_dtype is torch.float32 else "half"
@@ -227,10 +251,15 @@ def _finish(
         **(refine or {}),
         target=torch.empty_like(arguments[guess]),
         CORRECTED=corrected,
+        ROWS=launch.rows,
         num_warps=launch.group * launch.warps,
     )
 
 
-def _on(tensor: Tensor) -> Any:
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     """The device of a tensor as the current one; Triton launches there."""
-    return torch.cuda.device_of(tensor)
+    if tensor.is_cuda:
+        return torch.cuda.device_of(tensor)
+    import numpy as np  # the interpreter's: floating point is to behave as on a GPU
+
+    return np.errstate(all="ignore")

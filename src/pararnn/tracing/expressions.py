@@ -83,6 +83,13 @@ _FOLD: dict[str, Callable[..., float]] = {
     "sub": operator.sub,
     "mul": operator.mul,
     "neg": operator.neg,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "to_float": float,
 }
 _interned: dict[tuple[object, ...], Expression] = {}
 
@@ -96,6 +103,8 @@ def _identity_key(arg: Operand) -> object:
 def make(op: str, *args: Operand) -> Operand:
     """Return the one expression `op(*args)`, simplified where no NaN or infinity could tell."""
     args = tuple(float(a) if type(a) is int else a for a in args)
+    if op == "logical_not" and isinstance(args[0], bool):
+        return not args[0]
     if op in _FOLD and all(isinstance(a, (int, float)) for a in args):
         return _FOLD[op](*args)
     if op == "mul":
@@ -111,7 +120,20 @@ def make(op: str, *args: Operand) -> Operand:
         return _as_float(args[0])
     if op == "neg" and isinstance(args[0], Expression) and args[0].op == "neg":
         return args[0].args[0]
+    if op == "where" and isinstance(args[0], bool):
+        return args[1] if args[0] else args[2]
+    if op in _LOGIC and any(isinstance(a, bool) for a in args):
+        a, known = args if isinstance(args[1], bool) else args[::-1]
+        assert isinstance(known, bool)
+        return _LOGIC[op](a, known)
     return intern(op, args)
+
+
+_LOGIC: dict[str, Callable[[Operand, bool], Operand]] = {
+    "logical_and": lambda a, known: a if known else False,
+    "logical_or": lambda a, known: True if known else a,
+    "logical_xor": lambda a, known: make("logical_not", a) if known else a,
+}
 
 
 def intern(op: str, args: tuple[Operand, ...]) -> Expression:

@@ -1,0 +1,135 @@
+"""The generated Triton in Triton's interpreter, on short sequences: the table on a GPU is longer.
+
+`tests/gpu` runs the whole table of `test_contracts` with compiled kernels.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from pararnn import RNN, Newton
+from pararnn.kernels.triton_backend import TritonBackend
+from pararnn.testing import assert_close, loop
+
+from .cells import CELLS, make_cell
+from .compare import RTOL, as_tuple, assert_same, outcome, random_state
+from .conftest import needs_triton
+
+pytestmark = needs_triton
+
+
+def layer(name, dtype=torch.float64, chunk=4):
+    return RNN(make_cell(name, dtype), backend="triton", solver=Newton(chunk=chunk))
+
+
+def data(rnn, batch=2, time=14, dtype=torch.float64):
+    x = torch.randn(batch, time, rnn.cell.input_size, dtype=dtype)
+    return x, random_state(rnn.num_components, batch, rnn.hidden_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_equals_loop(name, dtype):
+    """Four chunks, the last of two steps."""
+    rnn = layer(name, dtype)
+    x, state = data(rnn, dtype=dtype)
+    expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
+    assert_same(outcome(rnn, rnn.cell, x, state), expected, RTOL[dtype])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_resets_equal_loop(name):
+    rnn = layer(name)
+    x, state = data(rnn)
+    resets = torch.rand(x.shape[:2]) < 0.15
+    resets[0, 0] = resets[1, -1] = resets[1, 6:9] = True
+    expected = outcome(lambda x, s: loop(rnn.cell, x, s, resets), rnn.cell, x, state)
+    assert_same(outcome(lambda x, s: rnn(x, s, resets), rnn.cell, x, state), expected, 1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 40], ids="chunk={}".format)
+@pytest.mark.parametrize("time", [1, 2, 13])
+def test_lengths_and_chunks(time, chunk):
+    """More chunks than a group, one step, one chunk."""
+    rnn = layer("paralstm", chunk=chunk)
+    x, state = data(rnn, batch=1, time=2 * time if chunk == 1 else time)
+    expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
+    assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-12)
+
+
+@pytest.mark.parametrize("chunk", [4, 40], ids="chunk={}".format)
+def test_packed_equals_one_by_one(chunk):
+    rnn = layer("heads", chunk=chunk)
+    lengths = [1, 6, 2, 5]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    x, _ = data(rnn, batch=1, time=sum(lengths))
+    state = random_state(2, len(lengths), rnn.hidden_size)
+
+    def one_by_one(x, state):
+        parts = []
+        for i, part in enumerate(x.split(lengths, 1)):
+            parts.append(loop(rnn.cell, part, tuple(s[i : i + 1] for s in state)))
+        outputs, lasts = zip(*parts, strict=True)
+        return torch.cat(outputs, 1), tuple(torch.cat(c) for c in zip(*lasts, strict=True))
+
+    expected = outcome(one_by_one, rnn.cell, x, state)
+    actual = outcome(lambda x, s: rnn(x, s, cu_seqlens=bounds), rnn.cell, x, state)
+    assert_same(actual, expected, 1e-12)
+
+
+def test_several_blocks_of_channels_and_layouts():
+    """Channels beyond one block, time first, and a gradient that is a broadcast scalar."""
+    torch.manual_seed(0)
+    from pararnn.cells import ParaGRUCell
+
+    cell = ParaGRUCell(3, 70).double()
+    rnn = RNN(cell, backend="triton", solver=Newton(chunk=4), batch_first=False)
+    x = torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True)
+    y, _ = rnn(x)
+    expected, _ = loop(cell, x.transpose(0, 1), x.new_zeros(2, 70))
+    assert_close("y", y.transpose(0, 1), expected, rtol=1e-12)
+    ours = torch.autograd.grad(y.sum(), [x, *cell.parameters()])
+    theirs = torch.autograd.grad(expected.sum(), [x, *cell.parameters()])
+    for i, (a, e) in enumerate(zip(ours, theirs, strict=True)):
+        assert_close(f"gradient {i}", a, e, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["paragru", "paralstm", "slow_gates", "exponential"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision(name, kind):
+    rnn = layer(name, kind)
+    x, state = data(rnn, dtype=kind)
+    actual = outcome(rnn, rnn.cell, x, state)
+    single = make_cell(name, kind).float()
+    state = tuple(s.float() for s in as_tuple(state))
+    state = state if len(state) > 1 else state[0]
+    expected = outcome(functools.partial(loop, single), single, x.float(), state)
+    rtol = 16 * torch.finfo(kind).eps
+    assert_same(actual, {n: v.to(kind) for n, v in expected.items()}, rtol)
+
+
+def test_steps_equal_the_whole():
+    rnn = layer("paralstm")
+    x, state = data(rnn, time=5)
+    y, last = rnn(x, state)
+    for t, x_t in enumerate(x.unbind(1)):
+        y_t, state = rnn.step(x_t, state)
+        assert_close(f"step {t}", y_t, y[:, t], rtol=1e-12)
+    for a, e in zip(state, last, strict=True):
+        assert_close("last", a, e, rtol=1e-12)
+
+
+def test_source_is_deterministic_and_shows_the_equations():
+    first, second = (
+        TritonBackend(RNN(make_cell("paragru")).evaluation().traced.recurrence).source()
+        for _ in range(2)
+    )
+    assert first == second
+    assert "z = sigmoid(a_z * h + x_z)" in first.split('"""')[1]
+    assert all(f"def {kernel}(" in first for kernel in ("sweep", "correct", "refine"))
+
+
+def test_triton_without_a_gpu_says_how(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"on the CPU, where Triton runs with TRITON_INTERPRET=1"):
+        layer("paragru")

@@ -90,7 +90,8 @@ def _derive(
         total = functools.reduce(torch.add, products)
         return (*(g for row in rows for g in row), *_gradients(total, primals))
 
-    with torch.inference_mode(False), torch.enable_grad():
+    # On the CPU, where autograd runs in this thread and the recorder sees who calls it.
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         inputs = {
             f"{kind}_{i}": torch.full(
                 (1,), 0.5, dtype=torch.float64, requires_grad=kind != "adjoint"

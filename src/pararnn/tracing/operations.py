@@ -20,7 +20,9 @@ _CREATION |= {
     "new_empty": 0.0,
 }
 _KEEP_BOOL = frozenset("where logical_and logical_or logical_xor logical_not to_float".split())
-_UNTAGGED = frozenset("hardswish hardswish_backward floor_divide".split())
+_UNTAGGED = frozenset(
+    "hardswish hardswish_backward floor_divide leaky_relu leaky_relu_backward".split()
+)
 _LOGICAL = {"bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_xor": "logical_xor"}
 _PLACEMENT = frozenset("layout device pin_memory memory_format non_blocking".split())
 _WIDTH = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}

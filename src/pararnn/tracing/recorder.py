@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
 def _find_frames(focus: CodeType | None) -> tuple[tuple[str, int] | None, int]:
     """The innermost line outside PyTorch and this package, and the line inside `focus` (or 0)."""
     place, inside, line = None, None, 0
-    frame: FrameType | None = sys._getframe(2)
+    frame = sys._getframe(1).f_back  # none above where autograd calls from a thread of its own
     while frame is not None:
         filename = frame.f_code.co_filename
         if place is None and not filename.startswith((*_LIBRARY, "<frozen")):

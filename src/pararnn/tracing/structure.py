@@ -222,14 +222,14 @@ def head_size(traced: Traced) -> int:
     hidden = traced.capture.hidden_size
     if hidden > _LARGEST_PROBE or traced.module is None:
         return 0
-    mixes = torch.eye(hidden, dtype=torch.bool)
+    mixes = torch.eye(hidden, dtype=torch.bool, device="cpu")
     for _ in range(2):
         for block in _random_jacobian(traced):
             mixes |= (block != 0).cpu()
     mixes |= mixes.T.clone()
     for size in range(1, hidden // 2 + 1):
         if hidden % size == 0:
-            group = torch.arange(hidden) // size
+            group = torch.arange(hidden, device="cpu") // size
             if not mixes[group[:, None] != group[None, :]].any():
                 return size
     return 0

@@ -1,11 +1,12 @@
-"""Everything on the GPU: its tensors by default, kernels compiled, fresh memory filled with NaN."""
+"""Kernels compiled for the GPU, fresh memory filled with NaN."""
 
 import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def on_the_gpu():
+    """New tensors are on the GPU unless they say where."""
     torch.set_default_device("cuda")
     yield
     torch.set_default_device(None)

@@ -27,4 +27,8 @@ from core.test_solver import (  # noqa: F401
     test_too_few_iterations_are_completed_step_by_step,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*determinis")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("on_the_gpu"),
+    pytest.mark.filterwarnings("ignore:.*determinis"),
+]

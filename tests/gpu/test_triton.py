@@ -12,11 +12,19 @@ import pararnn
 from pararnn import RNN, Newton
 from pararnn.testing import assert_close, loop
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*determinis")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("on_the_gpu"),
+    pytest.mark.filterwarnings("ignore:.*determinis"),
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events"),
+]
 
 
-def gates(h, z, r, c, a, b, e):
+def gates(h, drives, weights):
     """ParaGRU's recurrent part."""
+    z, r, c = drives.unbind(1)
+    a, b, e = weights
     z = torch.sigmoid(z + a * h)
     r = torch.sigmoid(r + b * h)
     return (1 - z) * h + z * torch.tanh(c + e * (h * r))
@@ -30,16 +38,14 @@ def problem(batch, time, hidden, dtype, slow=0):
 
 
 def run(drives, weights, initial, backend="auto", solver=None):
-    return pararnn.scan(
-        gates, initial, drives.unbind(2), weights.unbind(0), backend=backend, solver=solver
-    )
+    return pararnn.scan(gates, initial, drives, weights, backend=backend, solver=solver)
 
 
 def reference(drives, weights, initial):
     """Step by step in float64."""
     state, states = initial.double(), []
     for t in range(drives.shape[1]):
-        state = gates(state, *drives[:, t].double().unbind(1), *weights.double().unbind(0))
+        state = gates(state, drives[:, t].double(), weights.double())
         states.append(state)
     return torch.stack(states, 1)
 
@@ -52,7 +58,9 @@ def reference(drives, weights, initial):
 def test_accuracy(batch, time, hidden, dtype, slow):
     """States and gradients within 1e-2 in half precision, 1e-5 in float32, 1e-11 in float64."""
     drives, weights = problem(batch, time, hidden, dtype, slow)
+    weights = weights.double() if dtype is torch.float64 else weights
     initial = torch.randn(batch, hidden) * 0.5
+    initial = initial.to(weights.dtype)
     cotangent = torch.randn(batch, time, hidden)
     inputs = [t.requires_grad_() for t in (drives, weights, initial)]
     y = run(*inputs)[0]
@@ -153,23 +161,6 @@ def test_memory_beyond_inputs_outputs_and_gradients():
     one = cotangent.nbytes
     extra = torch.cuda.max_memory_allocated() - before - one - drives.nbytes
     assert extra <= 0.05 * (drives.nbytes * 2 + 2 * one)
-
-
-def test_autocast_and_compile():
-    cell = pararnn.cells.ParaLSTMCell(64, 96)
-    rnn = RNN(cell, backend="triton")
-    x = torch.randn(2, 300, 64, requires_grad=True)
-    y, _ = rnn(x)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        half, _ = rnn(x)
-    assert half.dtype is torch.float32
-    assert_close("autocast", half, y, rtol=3e-2)
-    compiled, _ = torch.compile(rnn, fullgraph=True)(x)
-    assert_close("compiled", compiled, y, rtol=1e-5)
-    ours = torch.autograd.grad(compiled.square().sum(), [x, *cell.parameters()])
-    theirs = torch.autograd.grad(y.square().sum(), [x, *cell.parameters()])
-    for i, (a, e) in enumerate(zip(ours, theirs, strict=True)):
-        assert_close(f"gradient {i}", a, e, rtol=1e-4)
 
 
 def random_tree(draw, leaves, depth):

@@ -191,18 +191,18 @@ class Adjoint(Module):
             begin = f"length // {unroll} * {unroll} + lead // {unroll} * {unroll} - {unroll}"
             self.load_ahead(f"tl.maximum({begin}, -first)")
             with out.block("if MANY:"):
-                out("low = length")
-                out("high = length + lead")
+                out("again = 0 * lead")
                 self.fill("g", identity=True)
                 with out.block("for phase in range(0, 2):  # the warm-up; then perhaps the chunk"):
                     self.fill("g", identity=True)
+                    out("low = tl.where(phase == 0, length, length - again)")
+                    out("high = tl.where(phase == 0, length + lead, length)")
                     self.loop("low", "high", couple=True, store=False)
                     with out.block("if phase == 0:"):
                         self.save("incoming", "s", parts)
                         self.forgotten("first + length + lead == time")
-                        out("low = tl.where(forgotten, length, 0)")
-                        out("high = length")
-                with out.block("if low > 0:"):
+                        out("again = tl.where(forgotten, 0, length)")
+                with out.block("if again == 0:"):
                     self.run_chunk("length")
                     self.fill("g", identity=False)
                 self.save("outgoing", "s", parts)

@@ -96,18 +96,18 @@ class Forward(Module):
             out("lead = tl.minimum(warm, first) if MANY else 0")
             self.load_ahead(f"tl.minimum(-lead, length - {self.unroll})")
             with out.block("if MANY:"):
-                out("low = -lead")
-                out("high = 0 * lead")
+                out("again = 0 * lead")
                 self.fill("g", identity=True)
                 with out.block("for phase in range(0, 2):  # the warm-up; then perhaps the chunk"):
                     self.fill("g", identity=True)
+                    out("low = tl.where(phase == 0, -lead, 0)")
+                    out("high = tl.where(phase == 0, 0, again)")
                     self.loop("low", "high", couple=True, store=False)
                     with out.block("if phase == 0:"):
                         self.save("guess", "s", parts)
                         self.forgotten("lead == first")
-                        out("low = 0 * lead")
-                        out("high = tl.where(forgotten, 0, length)")
-                with out.block("if high == 0:"):
+                        out("again = tl.where(forgotten, 0, length)")
+                with out.block("if again == 0:"):
                     self.loop("0", "length", couple=False, store=True)
                     self.fill("g", identity=False)
                 self.save("ends", "s", parts)

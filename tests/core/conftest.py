@@ -39,3 +39,12 @@ def any_backend(request):
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def dtype(request):
     return request.param
+
+
+_PAIRS = [(b, t) for b in ("torch", "c") for t in (torch.float64, torch.float32)]
+_PAIRS.append(pytest.param(("triton", torch.float32), marks=needs_triton))  # both on a GPU
+
+
+@pytest.fixture(params=_PAIRS, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
+def backend_and_type(request):
+    return request.param

@@ -82,7 +82,8 @@ def own_part(values, i, count):
 
 
 @pytest.mark.parametrize("name", WHERE)
-def test_operation_equals_loop(name, dtype, any_backend):
+def test_operation_equals_loop(name, backend_and_type):
+    any_backend, dtype = backend_and_type
     group, i = WHERE[name]
     actual, expected = (
         own_part(v, i, len(GROUPS[group])) for v in outcomes(group, dtype, any_backend)

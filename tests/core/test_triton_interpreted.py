@@ -28,7 +28,11 @@ def data(rnn, batch=2, time=14, dtype=torch.float64):
     return x, random_state(rnn.num_components, batch, rnn.hidden_size, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float64) for name in CELLS), ("paralstm", torch.float32)],
+    ids=str,
+)
 def test_equals_loop(name, dtype):
     """Four chunks, the last of two steps."""
     rnn = layer(name, dtype)
@@ -94,8 +98,11 @@ def test_several_blocks_of_channels_and_layouts():
         assert_close(f"gradient {i}", a, e, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["paragru", "paralstm", "slow_gates", "exponential"])
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("slow_gates", torch.bfloat16), ("exponential", torch.bfloat16), ("paralstm", torch.float16)],
+    ids=str,
+)
 def test_half_precision(name, kind):
     rnn = layer(name, kind)
     x, state = data(rnn, dtype=kind)

@@ -33,3 +33,8 @@ def any_backend():
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def backend_and_type(dtype):
+    return "triton", dtype

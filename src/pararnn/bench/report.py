@@ -30,6 +30,8 @@ def markdown(rows: Rows, facts: dict[str, str]) -> str:
     """The tables."""
     device = rows["device"][0]
     lines = [
+        "# GPU benchmark",
+        "",
         f"`{facts['command']}` on one {device['name']}, which copies "
         f"{device['copy_gigabytes_per_second']:,.0f} GB/s; torch {facts['torch']}. bfloat16, "
         "medians in milliseconds from cold caches; x is the time relative to the limit, in which "
@@ -66,6 +68,8 @@ def markdown(rows: Rows, facts: dict[str, str]) -> str:
             for r in rows["length"]
         ]
     lines += [f"\nSkipped: {r['what']}." for r in rows.get("skipped", [])]
+    if rows.get("length"):
+        lines += ["", "![Time against length; speed-up over the loop](gpu.png)"]
     return "\n".join(lines) + "\n"
 
 

@@ -30,6 +30,7 @@ class Explanation:
         backend: Who evaluates.
         backend_reason: Why.
         source: The generated source of that backend.
+        compile_s: Seconds that compiling and loading its kernels took in this process so far.
     """
 
     cell: str
@@ -43,6 +44,7 @@ class Explanation:
     backend: str
     backend_reason: str
     source: str = field(repr=False)
+    compile_s: float
 
     def __str__(self) -> str:
         indented = lambda lines: "\n".join(f"    {line}" for line in lines) or "    (none)"  # noqa: E731
@@ -54,7 +56,8 @@ class Explanation:
             f"  drives        {', '.join(self.drives) or '(none)'}\n"
             f"  coefficients  {', '.join(self.coefficients) or '(none)'}\n"
             f"  backend       {self.backend}: {self.backend_reason}\n"
-            f"  source        {len(self.source.splitlines())} lines, in .source"
+            f"  source        {len(self.source.splitlines())} lines, in .source; kernels took "
+            f"{self.compile_s:.2f} s to compile and load so far"
         )
 
 
@@ -79,13 +82,14 @@ def explain(rnn: RNN) -> Explanation:
         drives = [_name(e) for e in traced.parts.edges if e.meta["by_rows"]]
         coefficients = [_name(e) for e in traced.parts.edges if not e.meta["by_rows"]]
         lines, source = [], str(traced.module.code) if traced.module is not None else ""
+        compile_s = 0.0
     else:
         names = recurrence.names
         drives = [names[leaf("drive", i)] for i in range(recurrence.num_drives)]
         coefficients = [names[leaf("coefficient", i)] for i in range(recurrence.num_coefficients)]
         lines = equations(recurrence)
         backend = operators.backend_of(evaluation.plan)
-        source = backend.source()
+        source, compile_s = backend.source(), backend.compile_s
     explanation = Explanation(
         traced.subject.name,
         lines,
@@ -98,6 +102,7 @@ def explain(rnn: RNN) -> Explanation:
         evaluation.choice.name,
         evaluation.choice.reason,
         source,
+        compile_s,
     )
     print(explanation)
     return explanation

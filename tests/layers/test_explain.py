@@ -39,6 +39,15 @@ def test_explanation_of_an_elementwise_cell(capsys):
     assert "gate = sigmoid(gate_x + decay * h)" in printed
 
 
+def test_explanation_says_what_compiling_took(fresh_cache, capsys):
+    rnn = pararnn.RNN(Leaky(4, 6), backend="c")
+    rnn(torch.randn(2, 3, 4))
+    explanation = pararnn.explain(rnn)
+    assert 0 < explanation.compile_s < 60
+    took = f"kernels took {explanation.compile_s:.2f} s to compile and load"
+    assert took in capsys.readouterr().out
+
+
 def test_explanation_of_a_dense_cell_names_the_operation(capsys):
     explanation = pararnn.explain(pararnn.RNN(nn.GRUCell(4, 6)))
     capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -31,7 +32,10 @@ class CBackend(ShootingBackend):
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def library(self, double: bool) -> ctypes.CDLL:
         """The compiled functions for one type."""
-        return load(self.source(double))
+        begin = time.perf_counter()
+        loaded = load(self.source(double))
+        self.compile_s += time.perf_counter() - begin
+        return loaded
 
     def source(self, double: bool = False) -> str:
         """The generated C."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -23,11 +23,6 @@ from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import topological
 
 
-def interpreted() -> bool:
-    """Whether Triton runs in its interpreter, on tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
 class TritonBackend:
     """One instance per recurrence; modules are generated for the variants that are used."""
 
@@ -36,6 +31,8 @@ class TritonBackend:
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
         self._modules: dict[tuple[str, Variant], ModuleType] = {}
+        self._compiled: set[tuple[object, ...]] = set()
+        self.compile_s = 0.0
 
     @functools.cached_property
     def _operations(self) -> tuple[int, int]:
@@ -75,10 +72,10 @@ class TritonBackend:
         report = drive.new_empty((self.parts(problem), 4), dtype=torch.float64)
         arguments |= {"report": report} | _sizes(problem, launch)
         with _on(drive):
-            _sweep(module.sweep, problem, launch, arguments, warm=launch.warm, limit=tolerance)
+            self._sweep(module, problem, launch, arguments, {"limit": tolerance})
             most = min(settings.max_iterations or launch.chunks, launch.chunks)
             more = {"tolerance": tolerance, "damping": settings.damping}
-            _finish(module, problem, launch, arguments, more, most, refine={"most": most})
+            self._finish(module, problem, launch, arguments, more, most, refine={"most": most})
         return states, report
 
     def solve_adjoint(
@@ -119,10 +116,66 @@ class TritonBackend:
         arguments |= _boundaries(problem, launch, ("incoming", "outgoing", "products"))
         arguments |= _sizes(problem, launch)
         with _on(drive):
-            _sweep(module.sweep, problem, launch, arguments, warm=launch.warm, limit=tolerance)
-            _finish(module, problem, launch, arguments, {"tolerance": tolerance}, chunks)
+            self._sweep(module, problem, launch, arguments, {"limit": tolerance})
+            self._finish(module, problem, launch, arguments, {"tolerance": tolerance}, chunks)
         total = grad_initial.sum(1) if starts == "own" else grad_initial
         return sums.sum((0, 1)), total
+
+    def _sweep(
+        self,
+        module: ModuleType,
+        problem: Problem,
+        launch: Launch,
+        arguments: dict[str, Any],
+        more: dict[str, Any],
+    ) -> None:
+        """First guesses, and most of the results."""
+        constants = {"MANY": launch.chunks > 1, "BLOCK": launch.block}
+        given = arguments | more | {"warm": launch.warm}
+        programs = self.parts(problem) * launch.chunks
+        self._run(module.sweep, programs, launch.warps, given, constants)
+
+    def _finish(
+        self,
+        module: ModuleType,
+        problem: Problem,
+        launch: Launch,
+        arguments: dict[str, Any],
+        more: dict[str, Any],
+        most: int,
+        refine: dict[str, Any] | None = None,
+    ) -> None:
+        """The kernels that return at once where nothing is wrong."""
+        if launch.chunks == 1:
+            return
+        parts = self.parts(problem)
+        corrected = launch.corrected and most > 1
+        report = {"report": arguments.pop("report")} if "report" in arguments else {}
+        guess, ends = (n for n in ("guess", "ends", "incoming", "outgoing") if n in arguments)
+        given = arguments | more
+        given |= {f"{n}2": torch.empty_like(arguments[n]) for n in (guess, ends)}
+        constants = {"GROUP": launch.group, "BLOCK": launch.block}
+        if corrected:
+            self._run(module.correct, parts * launch.chunks, launch.warps, given, constants)
+        given |= report | (refine or {}) | {"target": torch.empty_like(arguments[guess])}
+        constants |= {"CORRECTED": corrected, "ROWS": launch.rows}
+        self._run(module.refine, parts, launch.group * launch.warps, given, constants)
+
+    def _run(
+        self,
+        kernel: Any,
+        programs: int,
+        warps: int,
+        arguments: dict[str, Any],
+        constants: dict[str, Any],
+    ) -> None:
+        """Launch a kernel; the first launch of its kind compiles it."""
+        kind = (kernel, arguments["hidden"], *constants.values())
+        begin = time.perf_counter() if kind not in self._compiled else None
+        kernel[(programs,)](**arguments, **constants, num_warps=warps)
+        if begin is not None:
+            self._compiled.add(kind)
+            self.compile_s += time.perf_counter() - begin
 
     def _module(self, direction: str, variant: Variant) -> ModuleType:
         key = (direction, variant)
@@ -209,51 +262,6 @@ def _sizes(problem: Problem, launch: Launch) -> dict[str, int]:
         "chunks": launch.chunks,
         "chunk": launch.chunk,
     }
-
-
-def _sweep(kernel: Any, problem: Problem, launch: Launch, arguments: Any, **more: Any) -> None:
-    """First guesses, and most of the results."""
-    tiles = -(-problem.hidden // launch.block)
-    kernel[(problem.batch * tiles * launch.chunks,)](
-        **arguments,
-        **more,
-        MANY=launch.chunks > 1,
-        BLOCK=launch.block,
-        num_warps=launch.warps,
-    )
-
-
-def _finish(
-    module: ModuleType,
-    problem: Problem,
-    launch: Launch,
-    arguments: dict[str, Any],
-    more: dict[str, Any],
-    most: int,
-    refine: dict[str, Any] | None = None,
-) -> None:
-    """The kernels that return at once where nothing is wrong."""
-    if launch.chunks == 1:
-        return
-    tiles = -(-problem.hidden // launch.block)
-    corrected = launch.corrected and most > 1
-    report = {"report": arguments.pop("report")} if "report" in arguments else {}
-    guess, ends = (n for n in ("guess", "ends", "incoming", "outgoing") if n in arguments)
-    again = {f"{n}2": torch.empty_like(arguments[n]) for n in (guess, ends)}
-    arguments = arguments | more | again | {"GROUP": launch.group, "BLOCK": launch.block}
-    if corrected:
-        module.correct[(problem.batch * tiles * launch.chunks,)](
-            **arguments, num_warps=launch.warps
-        )
-    module.refine[(problem.batch * tiles,)](
-        **arguments,
-        **report,
-        **(refine or {}),
-        target=torch.empty_like(arguments[guess]),
-        CORRECTED=corrected,
-        ROWS=launch.rows,
-        num_warps=launch.group * launch.warps,
-    )
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:

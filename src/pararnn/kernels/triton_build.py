@@ -13,6 +13,11 @@ from types import ModuleType
 from pararnn.kernels.c_build import cache_folders
 
 
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def load(source: str) -> ModuleType:
     """Import generated source; Triton reads the text of its functions from the file.
 

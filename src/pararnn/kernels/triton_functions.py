@@ -8,14 +8,13 @@ has no libdevice and takes NumPy's. The `fast_` ones use the hardware's tanh, wi
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+from pararnn.kernels.triton_build import interpreted
 
 
 @triton.jit
@@ -62,7 +61,7 @@ _LIBDEVICE = (
     "asinh acosh atanh erf erfc pow floor ceil trunc fmod hypot copysign"
 ).split()
 
-if INTERPRETED:
+if interpreted():
     import numpy as np
     from triton.runtime.interpreter import TensorHandle
 

@@ -113,7 +113,9 @@ class Module(abc.ABC):
     """
 
     boundaries: tuple[str, str, str]  # first guesses, ends, and what couples them
-    extra: tuple[str, ...]  # further values that are loaded with a step
+    beside: str  # the chunk that a chunk starts from
+    has_one: str  # whether there is one
+    measures: tuple[str, ...]  # what `measure` raises
 
     def __init__(self, recurrence: Recurrence, variant: Variant) -> None:
         self.recurrence, self.variant = recurrence, variant
@@ -272,7 +274,7 @@ class Module(abc.ABC):
         self.out(f"{', '.join(names)} = {', '.join(sums)}")
 
     def forgotten(self, exact: str) -> None:
-        """Whether nothing is left of where the warm-up started; noted for `refine`."""
+        """Whether nothing is left of where the warm-up started; noted for the other kernels."""
         sizes = " + ".join(f"magnitude(g{i}{j})" for i, j in self.pairs)
         self.out(f"left = tl.max(tl.where(inside, {sizes}, 0.0))")
         self.out(f"forgotten = ({exact}) | (left <= limit)")
@@ -285,7 +287,7 @@ class Module(abc.ABC):
             mask = "here" if self.wide else "inside"
             self.out(f"tl.store({self.boundary(name, n)}, {value}{part}, mask={mask})")
 
-    # The two kernels
+    # Steps
 
     @abc.abstractmethod
     def addresses(self, step: str) -> None:
@@ -317,8 +319,7 @@ class Module(abc.ABC):
         self.load("ahead", number, f"_{number}")
         self.one(f"(i + {number})", number, couple, store)
 
-    beside: str  # the chunk that a chunk starts from
-    has_one: str  # whether there is one
+    # How far chunks are from fitting together, and what corrects them
 
     def gaps(
         self, k: str, here: str, d: str, more: str, ends: str, guess: str, suffix: str = ""
@@ -350,15 +351,13 @@ class Module(abc.ABC):
         self.judge()
         out("wrong = tl.maximum(wrong, tl.max(lacking))")
 
-    def unsettled(self, tangents_from: str) -> None:
-        """`wrong`: whether this chunk's start is, or a chunk is lacking that it depends on."""
+    def unsettled(self, depends_on: str) -> None:
+        """`wrong`: whether a chunk is lacking that this one depends on, or this one itself."""
         out = self.out
         out("every = tl.arange(0, GROUP)")
         out("kept_at = stored + (b * chunks + every) * tiles + tile")
-        out(f"kept = tl.load(kept_at, mask=(every < chunks) & ({tangents_from}), other=1)")
+        out(f"kept = tl.load(kept_at, mask=(every < chunks) & ({depends_on}), other=1)")
         out("wrong = tl.max(1 - kept)")
-
-    measures: tuple[str, ...]  # what `measure` raises
 
     @abc.abstractmethod
     def judge(self) -> None:

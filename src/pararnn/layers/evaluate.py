@@ -14,7 +14,7 @@ from torch import Tensor
 from pararnn.kernels import operators
 from pararnn.kernels.c_build import find_compiler
 from pararnn.kernels.lowering import NotLowered, lower
-from pararnn.kernels.triton_backend import interpreted
+from pararnn.kernels.triton_build import interpreted
 from pararnn.solvers.settings import Newton
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.structure import Traced

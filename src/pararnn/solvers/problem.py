@@ -98,6 +98,7 @@ class Backend(Protocol):
 
     name: str
     recurrence: Recurrence
+    compile_s: float  # seconds spent in this process on compiling and loading kernels
 
     def source(self) -> str:
         """The generated source."""

@@ -51,6 +51,7 @@ class ShootingBackend(abc.ABC):
     """
 
     recurrence: Recurrence
+    compile_s = 0.0
 
     @abc.abstractmethod
     def auto_chunk(self, batch: int, time: int, hidden: int) -> int:

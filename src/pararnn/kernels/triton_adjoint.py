@@ -178,7 +178,6 @@ class Adjoint(Module):
 
     def sweep(self) -> None:
         out, unroll = self.out, self.unroll
-        parts = [*map(str, self.components)]
         arguments = [*self.inputs(), *self.boundaries, "stored", *SIZES, "warm", "limit"]
         with self.kernel("sweep", arguments, ["MANY", "BLOCK"], wide=False):
             self.own_chunk()
@@ -191,22 +190,12 @@ class Adjoint(Module):
             begin = f"length // {unroll} * {unroll} + lead // {unroll} * {unroll} - {unroll}"
             self.load_ahead(f"tl.maximum({begin}, -first)")
             with out.block("if MANY:"):
-                out("again = 0 * lead")
-                self.fill("g", identity=True)
-                with out.block("for phase in range(0, 2):  # the warm-up; then perhaps the chunk"):
-                    self.fill("g", identity=True)
-                    out("low = tl.where(phase == 0, length, length - again)")
-                    out("high = tl.where(phase == 0, length + lead, length)")
-                    self.loop("low", "high", couple=True, store=False)
-                    with out.block("if phase == 0:"):
-                        self.save("incoming", "s", parts)
-                        self.forgotten("first + length + lead == time")
-                        out("again = tl.where(forgotten, 0, length)")
-                with out.block("if again == 0:"):
-                    self.run_chunk("length")
-                    self.fill("g", identity=False)
-                self.save("outgoing", "s", parts)
-                self.save("products", "g", (f"{i}{j}" for i, j in self.pairs))
+                self.warm_up_and_chunk(
+                    low="tl.where(phase == 0, length, length - again)",
+                    high="tl.where(phase == 0, length + lead, length)",
+                    exact="first + length + lead == time",
+                    run=lambda: self.run_chunk("length"),
+                )
             with out.block("else:"):
                 self.run_chunk("length")
 

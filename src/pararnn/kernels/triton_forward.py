@@ -87,7 +87,7 @@ class Forward(Module):
                 self.one("i", 0, couple, store)
 
     def sweep(self) -> None:
-        out, parts = self.out, [*map(str, self.components)]
+        out = self.out
         arguments = [*self.inputs(), *self.boundaries, "stored", "report", *SIZES]
         with self.kernel("sweep", [*arguments, "warm", "limit"], ["MANY", "BLOCK"], wide=False):
             self.own_chunk()
@@ -96,22 +96,12 @@ class Forward(Module):
             out("lead = tl.minimum(warm, first) if MANY else 0")
             self.load_ahead(f"tl.minimum(-lead, length - {self.unroll})")
             with out.block("if MANY:"):
-                out("again = 0 * lead")
-                self.fill("g", identity=True)
-                with out.block("for phase in range(0, 2):  # the warm-up; then perhaps the chunk"):
-                    self.fill("g", identity=True)
-                    out("low = tl.where(phase == 0, -lead, 0)")
-                    out("high = tl.where(phase == 0, 0, again)")
-                    self.loop("low", "high", couple=True, store=False)
-                    with out.block("if phase == 0:"):
-                        self.save("guess", "s", parts)
-                        self.forgotten("lead == first")
-                        out("again = tl.where(forgotten, 0, length)")
-                with out.block("if again == 0:"):
-                    self.loop("0", "length", couple=False, store=True)
-                    self.fill("g", identity=False)
-                self.save("ends", "s", parts)
-                self.save("tangents", "g", (f"{i}{j}" for i, j in self.pairs))
+                self.warm_up_and_chunk(
+                    low="tl.where(phase == 0, -lead, 0)",
+                    high="tl.where(phase == 0, 0, again)",
+                    exact="lead == first",
+                    run=lambda: self.loop("0", "length", couple=False, store=True),
+                )
             with out.block("else:"):
                 self.loop("0", "length", couple=False, store=True)
                 self.write_report(("1", "0.0", "0", "1"))

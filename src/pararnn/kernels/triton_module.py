@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -318,6 +318,42 @@ class Module(abc.ABC):
         self.out(f"{', '.join(names)} = {', '.join(f'{n}_{number}' for n in names)}")
         self.load("ahead", number, f"_{number}")
         self.one(f"(i + {number})", number, couple, store)
+
+    @abc.abstractmethod
+    def loop(self, low: str, high: str, couple: bool, store: bool) -> None:
+        """The steps of the chunk from `low` to `high`, in the direction of the module."""
+
+    def warm_up_and_chunk(self, low: str, high: str, exact: str, run: Callable[[], None]) -> None:
+        """The body of `sweep` for one of many chunks.
+
+        Two passes of one loop: the warm-up, and, if it did not forget its start, the chunk without
+        results. Their bounds are computed from the pass: Triton 3.6 loses the update of a bound
+        that is assigned in a branch inside of the loop.
+
+        Args:
+            low: First step of a pass.
+            high: The step after its last.
+            exact: Whether the warm-up started from the right state.
+            run: Prints the chunk with its results.
+        """
+        out, parts = self.out, [*map(str, self.components)]
+        guess, ends, tangents = self.boundaries
+        out("again = 0 * lead")
+        self.fill("g", identity=True)
+        with out.block("for phase in range(0, 2):  # the warm-up; then perhaps the chunk"):
+            self.fill("g", identity=True)
+            out(f"low = {low}")
+            out(f"high = {high}")
+            self.loop("low", "high", couple=True, store=False)
+            with out.block("if phase == 0:"):
+                self.save(guess, "s", parts)
+                self.forgotten(exact)
+                out("again = tl.where(forgotten, 0, length)")
+        with out.block("if again == 0:"):
+            run()
+            self.fill("g", identity=False)
+        self.save(ends, "s", parts)
+        self.save(tangents, "g", (f"{i}{j}" for i, j in self.pairs))
 
     # How far chunks are from fitting together, and what corrects them
 

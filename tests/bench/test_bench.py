@@ -9,8 +9,8 @@ from pararnn.bench import measure, save
 from pararnn.cli.main import main
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
-def test_without_a_gpu_it_says_so(tmp_path, capsys):
+def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "--out", str(tmp_path / "out")]) == 1
     assert "measures on a CUDA device, and there is none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not to be had on this platform"
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: it exists for Linux only",
 )
 
 

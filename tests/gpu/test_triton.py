@@ -127,6 +127,13 @@ def test_step_is_one_kernel_and_fits_a_graph():
     sweeps = [e for e in found.events() if e.name == "sweep"]
     assert len(sweeps) == 1
     assert not any(e.name in ("correct", "refine") for e in found.events())
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y, _ = rnn.step(x, state)
+    x.copy_(torch.randn(3, 5))
+    graph.replay()
+    with torch.no_grad():
+        assert_close("replayed step", y, rnn.step(x, state)[0], rtol=1e-6)
 
 
 def test_other_stream_and_determinism():

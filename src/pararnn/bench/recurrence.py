@@ -1,4 +1,7 @@
-"""Times of the recurrence and of whole layers, each result compared with float64 before it counts.
+"""Times of the recurrence and of whole layers on a GPU.
+
+Recurrences are compared with float64 before they are timed; layers, the loop and other
+implementations, which are here to be compared in time, are not.
 
 The limit of a size is the time in which the device copies as much as the recurrence must read and
 write: every drive and state once forward; drives, states, their gradients backward.

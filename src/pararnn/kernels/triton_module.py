@@ -28,7 +28,7 @@ class Variant:
             state; or sequences packed into one row, each from its own.
         unroll: Steps whose inputs are loaded ahead.
         wide_unroll: The same in `refine`, whose programs have many warps.
-        fixed: Whether strides over time are compiled in: with them, addresses take half the
+        fixed: Whether strides over time are compiled in: with them, addresses take far fewer
             registers. Only where they do not depend on the batch, which may vary.
         gradients: For the adjoint: which components have a gradient from outside.
     """

@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 
-from pararnn.bench import measure, save
+from pararnn import RNN
+from pararnn.bench import Size, measure, save
+from pararnn.bench.others import pararnn_torch_rows
+from pararnn.bench.problem import CELLS
 from pararnn.cli.main import main
+from pararnn.kernels.lowering import lower
+from pararnn.tracing.expressions import topological
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
@@ -18,9 +23,27 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
         next(measure())
 
 
+def test_pararnn_torch_runs_in_a_process_of_its_own(tmp_path):
+    """A package of that name that is not it: the message of that process is passed on."""
+    (tmp_path / "pararnn.py").write_text("")
+    with pytest.raises(RuntimeError, match=r"pararnn\.py is not pararnn-torch"):
+        pararnn_torch_rows(tmp_path, [Size(1, 8, 4)])
+
+
+def test_invented_cell_is_no_smaller_than_paragru():
+    """Of the same size, so that their times may be compared."""
+    counts = []
+    for name in ("ParaGRU", "invented"):
+        recurrence = RNN(CELLS[name](8)).evaluation().traced.recurrence
+        nodes = topological(lower([*recurrence.step, *recurrence.jacobian[0]]))
+        counts.append((recurrence.num_drives, recurrence.num_coefficients, len(nodes)))
+    assert counts[0][:2] == counts[1][:2]
+    assert counts[1][2] >= counts[0][2]
+
+
 def row(**more):
     times = {"limit_forward_ms": 0.1, "limit_backward_ms": 0.2}
-    times |= {"forward_ms": 0.11, "backward_ms": 0.25}
+    times |= {"forward_ms": 0.11, "backward_ms": 0.25, "extra_memory": 0.0123}
     return {"cell": "ParaGRU", "size": "B1 T512 D64", "slow": True, "error": 2e-3} | times | more
 
 
@@ -32,16 +55,19 @@ def test_report(tmp_path):
         ],
         "loop": [{"size": "B1 T512 D64", "time": 512, "ours_ms": 0.05, "loop_ms": 300.0}],
         "layer": [{"size": "B1 T512 D64", "paragru_forward_ms": 0.4, "paragru_both_ms": 1.5}],
+        "pararnn_torch": [{"size": "B1 T512 D64", "paragru_forward_ms": 2, "paragru_both_ms": 5}],
         "skipped": [{"what": "something: not installed"}],
+        "wrong": [{"what": "ParaGRU B1: error 5e-1"}],
         "length": [row(iterations=1, chunks=1)],
     }
     save(rows, tmp_path, "pararnn bench")
     text = (tmp_path / "gpu.md").read_text()
-    line = "| ParaGRU | B1 T512 D64 | slow | 0.1100 | 1.10 | 0.2500 | 1.25 | 0.500 / 0.750 | 2 |"
-    assert line in text
+    line = "| ParaGRU | B1 T512 D64 | slow | 0.1100 | 1.10 | 0.2500 | 1.25 | 0.500 / 0.750 | "
+    assert line + "4 | 2 | 1.2% | 2e-03 |" in text
     assert "| B1 T512 D64 | 0.050 | 300 | 6,000 |" in text
-    assert "| B1 T512 D64 | 0.400 / 1.500 |  |  |" in text
+    assert "| B1 T512 D64 | 0.400 / 1.500 |  | 2.000 / 5.000 |  |" in text
     assert "Skipped: something: not installed." in text
+    assert "Wrong: ParaGRU B1: error 5e-1." in text
     assert "`pararnn bench` on one A GPU, which copies 3,000 GB/s" in text
     stored = json.loads((tmp_path / "gpu.json").read_text())
     assert stored["recurrence"] == rows["recurrence"]

@@ -153,7 +153,7 @@ OPERATIONS = [
         fix=lambda u, w: torch.fix(3 * u) * w,
         round=lambda u, w: torch.round(3 * u) * w,
         round_decimals=lambda u, w: torch.round(u, decimals=1) * w,
-        frac=lambda u, w: torch.frac(3 * u) * w,
+        frac=lambda u, w: torch.frac(2 * u) * w,
         logaddexp=lambda u, w: torch.logaddexp(u, w),
         logaddexp2=lambda u, w: torch.logaddexp2(u, w),
         hypot=lambda u, w: torch.hypot(u, w),

@@ -40,16 +40,18 @@ def test_every_plan_can_run(
     for power in (launch.block, launch.group, launch.rows, launch.unroll):
         assert power & (power - 1) == 0
     assert launch.group * launch.warps <= 32
+    assert launch.distance == 0 or launch.distance + launch.unroll <= launch.chunk
     assert launch.corrected == (1 < launch.chunks <= launch.group)
 
 
 @pytest.mark.parametrize(
     ("size", "forward", "backward"),
     [
-        ((32, 2048, 2048), 2, 1),
-        ((32, 2048, 1024), 4, 2),
-        ((8, 2048, 2048), 8, 4),
-        ((8, 2048, 1024), 16, 8),
+        ((32, 2048, 2048), 1, 1),
+        ((32, 2048, 1024), 1, 1),
+        ((8, 2048, 2048), 4, 2),
+        ((8, 2048, 1024), 8, 4),
+        ((1, 2048, 1024), 32, 32),
         ((64, 2048, 4096), 1, 1),
         ((1, 1, 8), 1, 1),
     ],
@@ -57,6 +59,12 @@ def test_every_plan_can_run(
 def test_time_is_cut_only_as_far_as_programs_are_few(size, forward, backward):
     assert plan(*size).chunks == forward
     assert plan(*size, adjoint=True).chunks == backward
+
+
+def test_few_programs_look_further_ahead():
+    distances = [plan(b, 2048, 1024, chunk=2048).distance for b in (8, 32, 64, 128)]
+    assert distances == [32, 16, 8, 0]
+    assert plan(8, 1, 1024).distance == plan(8, 8, 1024).distance == 0
 
 
 def test_large_steps_are_unrolled_less():

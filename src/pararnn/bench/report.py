@@ -13,6 +13,15 @@ import torch
 import pararnn
 
 Rows = dict[str, list[dict[str, Any]]]
+_LAYERS = {
+    "paragru": "ParaGRU",
+    "cudnn_gru": "cuDNN `nn.GRU`",
+    "pararnn_torch_paragru": "pararnn-torch's ParaGRU",
+    "paralstm": "ParaLSTM",
+    "cudnn_lstm": "cuDNN `nn.LSTM`",
+    "pararnn_torch_paralstm": "pararnn-torch's ParaLSTM",
+    "hgrn": "`chunk_hgrn`, a linear recurrence alone",
+}
 
 
 def save(rows: Rows, folder: Path, command: str) -> None:
@@ -38,8 +47,8 @@ def markdown(rows: Rows, facts: dict[str, str]) -> str:
         "the device copies what must be read and written.",
         "",
         "| cell | size | gates | forward | x | backward | x | one chunk, forward / backward | "
-        "iterations | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "chunks | iterations | extra memory | error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_recurrence_line(r) for r in rows.get("recurrence", [])]
     if rows.get("loop"):
@@ -52,12 +61,15 @@ def markdown(rows: Rows, facts: dict[str, str]) -> str:
         ]
     if rows.get("layer"):
         lines += ["", "Whole layers with their projection, forward / forward and backward:", ""]
-        lines += ["| size | ParaGRU | cuDNN `nn.GRU` | `chunk_hgrn`, both |", "|---|---|---|---|"]
-        hgrn = {r["size"]: r["hgrn_both_ms"] for r in rows.get("hgrn", [])}
+        lines += [f"| size | {' | '.join(_LAYERS.values())} |", "|---" * (len(_LAYERS) + 1) + "|"]
+        by_size = {r["size"]: dict(r) for r in rows["layer"]}
+        for r in rows.get("pararnn_torch", []):
+            by_size[r["size"]] |= {f"pararnn_torch_{k}": v for k, v in r.items()}
+        for r in rows.get("hgrn", []):
+            by_size[r["size"]] |= r
         lines += [
-            f"| {r['size']} | {_pair(r, 'paragru')} | {_pair(r, 'cudnn_gru')} | "
-            f"{_number(hgrn.get(r['size']))} |"
-            for r in rows["layer"]
+            f"| {size} | {' | '.join(_pair(r, name) for name in _LAYERS)} |"
+            for size, r in by_size.items()
         ]
     if rows.get("length"):
         lines += ["", "One row of the batch, by length:", ""]
@@ -67,7 +79,8 @@ def markdown(rows: Rows, facts: dict[str, str]) -> str:
             f"{r['backward_ms']:.4f} | {_ratio(r, 'backward')} |"
             for r in rows["length"]
         ]
-    lines += [f"\nSkipped: {r['what']}." for r in rows.get("skipped", [])]
+    for kind in ("wrong", "skipped"):
+        lines += [f"\n{kind.capitalize()}: {r['what']}." for r in rows.get(kind, [])]
     if rows.get("length"):
         lines += ["", "![Time against length; speed-up over the loop](gpu.png)"]
     return "\n".join(lines) + "\n"
@@ -82,7 +95,8 @@ def _recurrence_line(r: dict[str, Any]) -> str:
     return (
         f"| {r['cell']} | {r['size']} | {'slow' if r['slow'] else ''} | {r['forward_ms']:.4f} | "
         f"{_ratio(r, 'forward')} | {r['backward_ms']:.4f} | {_ratio(r, 'backward')} | "
-        f"{sequential} | {r['iterations']} | {r['error']:.0e} |"
+        f"{sequential} | {r['chunks']} | {r['iterations']} | {r['extra_memory']:.1%} | "
+        f"{r['error']:.0e} |"
     )
 
 
@@ -91,13 +105,9 @@ def _ratio(r: dict[str, Any], way: str) -> str:
 
 
 def _pair(r: dict[str, Any], name: str) -> str:
-    if f"{name}_forward_ms" not in r:
+    if f"{name}_both_ms" not in r:
         return ""
     return f"{r[f'{name}_forward_ms']:.3f} / {r[f'{name}_both_ms']:.3f}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def plot(rows: Rows, file: Path) -> None:

@@ -17,6 +17,8 @@ class BenchArguments:
     """Folder for gpu.json, gpu.md and gpu.png."""
     quick: bool = False
     """Only the recurrence at the sizes of the table."""
+    pararnn_torch: Path | None = None
+    """Folder that the package pararnn-torch is installed in, to time it too."""
 
 
 def run(arguments: list[str]) -> int:
@@ -24,17 +26,17 @@ def run(arguments: list[str]) -> int:
     parsed = parse(BenchArguments, "bench", arguments)
     rows: Rows = {}
     try:
-        for kind, row in measure(parsed.quick):
+        for kind, row in measure(parsed.quick, parsed.pararnn_torch):
             rows.setdefault(kind, []).append(row)
             print(kind, *(f"{k}={_short(v)}" for k, v in row.items()), flush=True)
-            if kind == "device":
+            if "recurrence" not in rows:
                 continue
             save(rows, parsed.out, " ".join(["pararnn bench", *arguments]))
     except RuntimeError as error:
         print(f"pararnn: {error}", file=sys.stderr)
         return 1
     print(f"Written to {parsed.out / 'gpu.md'}")
-    return 0
+    return 1 if rows.get("wrong") else 0
 
 
 def _short(value: object) -> str:

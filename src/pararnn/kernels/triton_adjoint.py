@@ -49,6 +49,17 @@ class Adjoint(Module):
         names = [f"u{m}" for m in self.drives] + [f"h{i}" for i in self.components]
         return names + [f"q{i}" for i in self.gradients]
 
+    def streams(self) -> list[tuple[str, str]]:
+        found = []
+        for name, count in (("drive", self.drives), ("grad_states", self.gradients)):
+            at = f"{name}{{0}} + b * {name}_batch{{0}} + origin * {name}_time{{0}}"
+            found += [(at.format(m), f"{name}_time{m}") for m in count]
+        states = "states{0} + (b * time + origin - 1) * hidden"
+        return found + [(states.format(i), "hidden") for i in self.components]
+
+    def beyond(self, step: str) -> str:
+        return f"{step} - DISTANCE"
+
     def addresses(self, step: str) -> None:
         out = self.out
         out(f"offset = tl.cast({step}, tl.int64)")
@@ -136,6 +147,7 @@ class Adjoint(Module):
         with out.block("for n in range(0, blocks):"):
             out(f"i = {low} + (blocks - 1 - n) * {unroll}")
             out(f"ahead = tl.maximum(i - {unroll}, 0)")
+            self.prefetch("ahead - DISTANCE", str(unroll))
             self.begin(store)
             self.addresses("ahead")
             for number in reversed(range(unroll)):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pararnn.kernels.lowering import lower
 from pararnn.kernels.triton_build import load
+from pararnn.kernels.triton_functions import total
 from pararnn.kernels.triton_module import Precision, Starts, Variant
 from pararnn.kernels.triton_plan import Launch, Work, block_of, plan_launch
 from pararnn.kernels.triton_source import adjoint_source, forward_source
@@ -118,8 +119,8 @@ class TritonBackend:
         with _on(drive):
             self._sweep(module, problem, launch, arguments, {"limit": tolerance})
             self._finish(module, problem, launch, arguments, {"tolerance": tolerance}, chunks)
-        total = grad_initial.sum(1) if starts == "own" else grad_initial
-        return sums.sum((0, 1)), total
+            grad_coefficients = self._total(problem, sums)
+        return grad_coefficients, grad_initial.sum(1) if starts == "own" else grad_initial
 
     def _sweep(
         self,
@@ -130,10 +131,10 @@ class TritonBackend:
         more: dict[str, Any],
     ) -> None:
         """First guesses, and most of the results."""
-        constants = {"MANY": launch.chunks > 1, "BLOCK": launch.block}
+        constants = {"MANY": launch.chunks > 1, "BLOCK": launch.block, "DISTANCE": launch.distance}
         given = arguments | more | {"warm": launch.warm}
         programs = self.parts(problem) * launch.chunks
-        self._run(module.sweep, programs, launch.warps, given, constants)
+        self._run(problem, module.sweep, programs, launch.warps, given, constants)
 
     def _finish(
         self,
@@ -148,7 +149,7 @@ class TritonBackend:
         """The kernels that return at once where nothing is wrong."""
         if launch.chunks == 1:
             return
-        parts = self.parts(problem)
+        parts, run = self.parts(problem), functools.partial(self._run, problem, follows=True)
         corrected = launch.corrected and most > 1
         report = {"report": arguments.pop("report")} if "report" in arguments else {}
         guess, ends = (n for n in ("guess", "ends", "incoming", "outgoing") if n in arguments)
@@ -156,23 +157,51 @@ class TritonBackend:
         given |= {f"{n}2": torch.empty_like(arguments[n]) for n in (guess, ends)}
         constants = {"GROUP": launch.group, "BLOCK": launch.block}
         if corrected:
-            self._run(module.correct, parts * launch.chunks, launch.warps, given, constants)
+            distance = {"DISTANCE": launch.distance}
+            programs = parts * launch.chunks
+            run(module.correct, programs, launch.warps, given, constants | distance)
         given |= report | (refine or {}) | {"target": torch.empty_like(arguments[guess])}
         constants |= {"CORRECTED": corrected, "ROWS": launch.rows}
-        self._run(module.refine, parts, launch.group * launch.warps, given, constants)
+        run(module.refine, parts, launch.group * launch.warps, given, constants)
+
+    def _total(self, problem: Problem, sums: Tensor) -> Tensor:
+        """Gradients of coefficients, summed over rows and chunks."""
+        result = sums.new_empty(sums.shape[2:], dtype=problem.dtype)
+        rows, width = sums.shape[0] * sums.shape[1], result.numel()
+        if width:
+            given = {"sums": sums, "result": result, "rows": rows, "width": width}
+            constants = {"ROWS": 32, "BLOCK": 32}
+            programs = -(-width // 32)
+            self._run(problem, total, programs, 4, given, constants, follows=True)
+        return result
 
     def _run(
         self,
+        problem: Problem,
         kernel: Any,
         programs: int,
         warps: int,
         arguments: dict[str, Any],
         constants: dict[str, Any],
+        follows: bool = False,
     ) -> None:
-        """Launch a kernel; the first launch of its kind compiles it."""
-        kind = (kernel, arguments["hidden"], *constants.values())
+        """Launch a kernel; the first launch of its kind compiles it.
+
+        Args:
+            problem: What is solved.
+            kernel: Which one.
+            programs: Their number.
+            warps: Of each.
+            arguments: By name.
+            constants: Those that are compiled in.
+            follows: Whether it waits by itself for the kernel launched before.
+        """
+        kind = (kernel, problem.hidden, *constants.values())
         begin = time.perf_counter() if kind not in self._compiled else None
-        kernel[(programs,)](**arguments, **constants, num_warps=warps)
+        overlap = _overlaps(problem.initial.device)
+        constants = constants | {"PDL": overlap}
+        more = {"launch_pdl": True} if overlap and follows else {}
+        kernel[(programs,)](**arguments, **constants, num_warps=warps, **more)
         if begin is not None:
             self._compiled.add(kind)
             self.compile_s += time.perf_counter() - begin
@@ -213,6 +242,12 @@ def _launch(problem: Problem, settings: Newton, work: Work, adjoint: bool) -> La
         processors,
         adjoint,
     )
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one that it depends on has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _precision(problem: Problem) -> Precision:

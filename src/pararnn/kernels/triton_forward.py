@@ -27,6 +27,13 @@ class Forward(Module):
     def loaded(self) -> list[str]:
         return [f"u{m}" for m in self.drives]
 
+    def streams(self) -> list[tuple[str, str]]:
+        at = "drive{0} + b * drive_batch{0} + origin * drive_time{0}"
+        return [(at.format(m), f"drive_time{m}") for m in self.drives]
+
+    def beyond(self, step: str) -> str:
+        return f"{step} + {self.unroll}"
+
     def addresses(self, step: str) -> None:
         self.out(f"offset = tl.cast({step}, tl.int64)")
         for m in self.drives:
@@ -75,6 +82,7 @@ class Forward(Module):
         whole = high if self.wide else f"{high} - ({high} - {low}) % {unroll}"
         with out.block(f"for i in range({low}, {whole}, {unroll}):"):
             out(f"ahead = tl.minimum(i + {unroll}, {length} - {unroll})")
+            self.prefetch("ahead + DISTANCE", str(unroll))
             self.addresses("ahead")
             self.results("i", store)
             for number in range(unroll):

@@ -56,6 +56,29 @@ def only(mask, flag):  # type: ignore[no-untyped-def]
     return mask & (tl.zeros_like(mask.to(tl.int32)) + tl.cast(flag, tl.int32) > 0)
 
 
+@triton.jit
+def total(  # type: ignore[no-untyped-def]
+    sums,
+    result,
+    rows,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The sum over the rows of a matrix, in order: a kernel, one program for some columns."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    found = tl.zeros([ROWS, BLOCK], tl.float64)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        at = sums + tl.cast(row, tl.int64) * width + columns
+        found += tl.load(at, mask=(row < rows) & (columns < width), other=0.0)
+    inside = columns < width
+    tl.store(result + columns, tl.sum(found, 0)[None, :].to(result.dtype.element_ty), mask=inside)
+
+
 _LIBDEVICE = (
     "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan atan2 sinh cosh tanh "
     "asinh acosh atanh erf erfc pow floor ceil trunc fmod hypot copysign"
@@ -95,6 +118,10 @@ if interpreted():
         )
         globals()[_name] = _interpreted(_function)
     fast_tanh, fast_sigmoid, fast_exp = globals()["tanh"], sigmoid, globals()["exp"]
+
+    @triton.jit
+    def prefetch(base, stride, step, low, high, channels, STEPS, BLOCK):  # type: ignore[no-untyped-def]
+        """Nothing: there is no cache."""
 else:
     from triton.language.extra import libdevice
 
@@ -128,3 +155,28 @@ else:
     def fast_exp(x):  # type: ignore[no-untyped-def]
         """By the hardware's power of two."""
         return tl.exp(x)
+
+    @triton.jit
+    def prefetch(  # type: ignore[no-untyped-def]
+        base,
+        stride,
+        step,
+        low,
+        high,
+        channels,
+        STEPS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """Bring some steps of a block of channels into the L2 cache, lines of 128 bytes."""
+        line: tl.constexpr = min(BLOCK, 1024 // base.dtype.element_ty.primitive_bitwidth)
+        rows = step + tl.arange(0, STEPS)
+        rows = tl.cast(tl.minimum(tl.maximum(rows, low), high), tl.int64)
+        columns = tl.minimum(tl.arange(0, BLOCK // line) * line, channels - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(base + rows[:, None] * stride + columns[None, :]).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

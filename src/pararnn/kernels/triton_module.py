@@ -181,6 +181,7 @@ class Module(abc.ABC):
         out()
         out(f"@triton.jit(do_not_specialize=[{varying}])")
         out(f"def {name}(")
+        constants = [*constants, *([] if wide else ["DISTANCE"]), "PDL"]
         constant = {*constants, *fixed}
         names = [f"{a}: tl.constexpr" if a in constant else a for a in [*arguments, *constants]]
         for line in _wrapped(names):
@@ -196,6 +197,11 @@ class Module(abc.ABC):
                 loaded = f"tl.load(coefficient{c} + channels, mask=inside)"
                 out(f"c{c} = {loaded}.to({self.real}){shape}")
             out("d = channels[None, :]" if wide else "d = channels")
+            with out.block("if PDL:  # the kernels overlap until one needs what another wrote"):
+                if name != "sweep":
+                    out("tl.extra.cuda.gdc_wait()")
+                if name != "refine":
+                    out("tl.extra.cuda.gdc_launch_dependents()")
             yield
         out()
 
@@ -305,9 +311,24 @@ class Module(abc.ABC):
     def loaded(self) -> list[str]:
         """Names of the values that a step loads."""
 
+    @abc.abstractmethod
+    def streams(self) -> list[tuple[str, str]]:
+        """Every tensor over time that a step reads, at the first step of the chunk; its stride."""
+
+    def prefetch(self, step: str, steps: str) -> None:
+        """Bring the inputs of the steps from `step` on into the L2 cache, where they exist."""
+        if self.wide:
+            return
+        self.used.add("prefetch")
+        with self.out.block("if DISTANCE > 0:"):
+            for base, stride in self.streams():
+                given = f"{step}, -origin, time - 1 - origin, hidden - tile * BLOCK, {steps}, BLOCK"
+                self.out(f"prefetch({base} + tile * BLOCK, {stride}, {given})")
+
     def load_ahead(self, step: str) -> None:
         """Load what the first steps of a loop need."""
         self.out(f"ahead = {step}")
+        self.prefetch(self.beyond("ahead"), "DISTANCE")
         self.addresses("ahead")
         for number in range(self.unroll):
             self.load("ahead", number, f"_{number}")
@@ -318,6 +339,10 @@ class Module(abc.ABC):
         self.out(f"{', '.join(names)} = {', '.join(f'{n}_{number}' for n in names)}")
         self.load("ahead", number, f"_{number}")
         self.one(f"(i + {number})", number, couple, store)
+
+    @abc.abstractmethod
+    def beyond(self, step: str) -> str:
+        """The first of DISTANCE steps whose turn comes after the block at `step`."""
 
     @abc.abstractmethod
     def loop(self, low: str, high: str, couple: bool, store: bool) -> None:

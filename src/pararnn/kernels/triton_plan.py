@@ -8,8 +8,11 @@ _WARP = 32
 _MOST_UNROLL = 8
 _MOST_AHEAD = 48  # 32-bit registers of a thread for inputs that are loaded ahead
 _MOST_OPERATIONS = 512  # in an unrolled loop: Triton's compile time grows faster than their number
-_FORWARD_PROGRAMS = 16  # per multiprocessor: enough loads in flight to keep its memory busy
-_ADJOINT_PROGRAMS = 8  # which load, and store, more each
+_FORWARD_PROGRAMS = 8  # per multiprocessor, where time is cut
+_ADJOINT_PROGRAMS = 4  # which load, and store, more each
+_ENOUGH_PROGRAMS = 3.5  # per multiprocessor, for time not to be cut
+_IN_FLIGHT = 48 * 2**10  # bytes per multiprocessor, so that its memory is busy
+_DISTANCES = (32, 16, 8, 4)
 _GROUP = 16
 _ROWS = 256
 
@@ -25,6 +28,7 @@ class Launch:
         unroll: Steps whose inputs are loaded ahead.
         warm: Steps before a chunk that its first guess looks back.
         group: Chunks that one program of `refine` runs side by side.
+        distance: Steps beyond those that are brought into the L2 cache.
         warps: Warps of a program of `sweep`; `refine` has as many for every chunk of its group.
     """
 
@@ -34,6 +38,7 @@ class Launch:
     unroll: int
     warm: int
     group: int
+    distance: int
     warps: int = 1
 
     @property
@@ -90,7 +95,8 @@ def plan_launch(
     """Cut a problem.
 
     Time is cut only as far as the programs are too few for the device: every chunk costs its
-    warm-up. The constants were measured (docs/benchmarks/gpu.md).
+    warm-up, and that chunks fit together has to be found out. The fewer programs, the further they
+    look ahead. The constants were measured (docs/gpu.md).
 
     Args:
         batch: Rows.
@@ -104,10 +110,10 @@ def plan_launch(
     """
     block = block_of(hidden)
     warm = 32 if tolerance > 1e-4 else 64 if tolerance > 1e-8 else 128
+    busy = batch * -(-hidden // block) / processors
     if chunk is None:
-        programs = batch * -(-hidden // block)
-        wanted = processors * (_ADJOINT_PROGRAMS if adjoint else _FORWARD_PROGRAMS) / programs
-        chunks = max(1, min(round(wanted), time // (2 * warm)))
+        wanted = (_ADJOINT_PROGRAMS if adjoint else _FORWARD_PROGRAMS) / busy
+        chunks = 1 if busy >= _ENOUGH_PROGRAMS else max(1, min(round(wanted), time // (2 * warm)))
         chunk = -(-time // chunks)
         if chunks > 1:
             chunk = -(-chunk // _MOST_UNROLL) * _MOST_UNROLL
@@ -123,4 +129,7 @@ def plan_launch(
     ):
         unroll //= 2
     warm = -(-min(warm, chunk) // unroll) * unroll
-    return Launch(chunk, chunks, block, unroll, warm, _power_of_two(min(chunks, _GROUP)))
+    ahead = _IN_FLIGHT / (max(busy * chunks, 1) * work.loads * work.itemsize * block) - unroll
+    distance = next((d for d in _DISTANCES if d <= min(ahead, chunk - unroll)), 0)
+    group = _power_of_two(min(chunks, _GROUP))
+    return Launch(chunk, chunks, block, unroll, warm, group, distance)

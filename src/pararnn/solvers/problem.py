@@ -57,13 +57,13 @@ class Problem:
         """Chunks of time."""
         return -(-self.time // self.chunk)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """The type of the arithmetic: float64 as soon as anything is, else float32."""
         tensors = (*self.drives, *self.coefficients, self.initial)
         return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
 
-    @property
+    @functools.cached_property
     def state_dtype(self) -> torch.dtype:
         """The type in which states are kept: that of the drives, which are as large."""
         if self.dtype is torch.float64:

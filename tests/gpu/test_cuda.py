@@ -49,7 +49,7 @@ def test_moving_a_layer_keeps_its_results():
     assert torch.equal(again, on_cpu)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
 def test_autocast_and_compile():
     rnn = pararnn.RNN(pararnn.cells.ParaLSTMCell(12, 20)).cuda()
     x = torch.randn(2, 30, 12, device="cuda", requires_grad=True)

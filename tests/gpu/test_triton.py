@@ -213,8 +213,8 @@ def test_random_cells_sizes_and_scales(seed):
 @pytest.mark.parametrize("name", ["paragru", "slow_gates", "exponential"])
 def test_sanitized_subset(name):
     """Small enough for compute-sanitizer: `compute-sanitizer pytest -m gpu -k sanitized`."""
-    rnn = RNN(CELLS[name]().double(), backend="triton", solver=Newton(chunk=4))
-    x = torch.randn(2, 11, rnn.cell.input_size, dtype=torch.float64)
+    rnn = RNN(CELLS[name]().double(), backend="triton", solver=Newton(chunk=16))
+    x = torch.randn(2, 40, rnn.cell.input_size, dtype=torch.float64)
     state = random_state(rnn.num_components, 2, rnn.hidden_size)
     expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
     assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-11)

@@ -54,7 +54,7 @@ class Adjoint(Module):
         for name, count in (("drive", self.drives), ("grad_states", self.gradients)):
             at = f"{name}{{0}} + b * {name}_batch{{0}} + origin * {name}_time{{0}}"
             found += [(at.format(m), f"{name}_time{m}") for m in count]
-        states = "states{0} + (b * time + origin - 1) * hidden"
+        states = "states{0} + (b * time + origin) * hidden"
         return found + [(states.format(i), "hidden") for i in self.components]
 
     def beyond(self, step: str) -> str:

@@ -1,0 +1,57 @@
+"""Presets have the parameter counts and settings of the paper's Table 3."""
+
+import pytest
+import torch
+
+from pararnn.models import presets
+from pararnn.models.architectures import Shape, make_config
+
+MILLIONS = {  # Mamba2's are those of transformers' model of that shape
+    "paragru": (406, 1415, 2902, 6757),
+    "paralstm": (406, 1415, 2902, 6757),
+    "transformer": (412, 1440, 2796, 6889),
+    "mamba2": (420, 1447, 2832, 6960),
+}
+
+
+@pytest.mark.parametrize("architecture", presets.ARCHITECTURES)
+@pytest.mark.parametrize("size", presets.SIZES)
+def test_parameter_counts(architecture, size):
+    model = presets.build(architecture, size, device="meta")
+    count = sum(p.numel() for p in model.parameters())
+    assert round(count / 1e6) == MILLIONS[architecture][presets.SIZES.index(size)]
+    assert model.device.type == "meta"
+
+
+def test_settings_of_the_paper():
+    chosen = presets.preset("paragru", "400m")
+    assert (chosen.learning_rate, chosen.weight_decay, chosen.z_loss_weight) == (5e-3, 1e-3, 1e-4)
+    largest = presets.preset("paralstm", "7b")
+    assert (largest.learning_rate, largest.weight_decay, largest.z_loss_weight) == (
+        3e-3,
+        1e-4,
+        5e-6,
+    )
+    assert presets.preset("transformer", "1b").learning_rate == 2e-3
+    tokens = largest.steps * largest.global_batch_size * presets.SEQUENCE_LENGTH
+    assert round(tokens / 1e9, 1) == 138.4
+
+
+def test_type_and_options():
+    small = {"num_hidden_layers": 1, "vocab_size": 64}
+    with pytest.raises(TypeError, match="multiple values"):
+        presets.build("paragru", "400m", **small)
+    model = presets.build("paragru", "400m", device="meta", dtype=torch.bfloat16, conv_kernel=2)
+    assert model.dtype is torch.bfloat16
+    assert model.config.conv_kernel == 2
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"architecture 'paragur' .* perhaps you meant 'paragru'"):
+        presets.build("paragur", "400m")
+    with pytest.raises(ValueError, match=r"size '3b' .* 400m, 1b, 2.9b, 7b"):
+        presets.build("paragru", "3b")
+    shape = Shape(vocab_size=8, width=10, num_layers=1, num_heads=3)
+    with pytest.raises(ValueError, match="width 10 cannot be split into 3 heads"):
+        make_config("paragru", shape)

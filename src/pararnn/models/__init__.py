@@ -2,8 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from pararnn.models import presets as presets
 from pararnn.models.cache import LayerState as LayerState
 from pararnn.models.cache import ParaRNNCache as ParaRNNCache
+from pararnn.models.causal_loss import CausalLoss as CausalLoss
 from pararnn.models.cells import CELLS as CELLS
 from pararnn.models.cells import register_cell as register_cell
 from pararnn.models.configuration import ParaRNNConfig as ParaRNNConfig

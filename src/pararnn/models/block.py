@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pararnn.layers.rnn import RNN
+from pararnn.models.attention import AttentionMixer, AttentionState
 from pararnn.models.boundaries import Boundaries
 from pararnn.models.cache import LayerState, State, map_state
 from pararnn.models.cells import CELLS
-from pararnn.models.configuration import ParaRNNConfig
+from pararnn.models.configuration import ATTENTION, ParaRNNConfig
 from pararnn.models.convolution import CausalConvolution
+from pararnn.models.projection import ResidualProjection
 
 
 class GatedRMSNorm(nn.RMSNorm):
@@ -27,10 +29,6 @@ class GatedRMSNorm(nn.RMSNorm):
         gated = y * F.silu(gate)
         weight = self.weight.to(gated.dtype)
         return F.rms_norm(gated, self.normalized_shape, weight, self.eps)
-
-
-class ResidualProjection(nn.Linear):
-    """Projects back to the residual stream; initialised smaller the more of them add up."""
 
 
 def initialises_itself(module: nn.Module) -> bool:
@@ -47,16 +45,21 @@ def _keep_own_initialisation(cell: nn.Module) -> None:
 
 
 class ParaRNNMixer(nn.Module):
-    """Mixes over time: two branches, convolution, recurrence, gated norm."""
+    """Mixes over time: two branches, convolution, recurrence, gated norm.
 
-    def __init__(self, config: ParaRNNConfig) -> None:
+    Args:
+        config: Shape of the model.
+        cell: Name in `CELLS` of its recurrence.
+    """
+
+    def __init__(self, config: ParaRNNConfig, cell: str) -> None:
         super().__init__()
         size = config.inner_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * size, bias=False)
         self.conv = CausalConvolution(size, config.conv_kernel)
-        cell = CELLS[config.cell](size, size, num_heads=config.num_heads, **config.cell_options)
-        _keep_own_initialisation(cell)
-        self.rnn = RNN(cell, backend=config.backend)
+        recurrence = CELLS[cell](size, size, num_heads=config.num_heads, **config.cell_options)
+        _keep_own_initialisation(recurrence)
+        self.rnn = RNN(recurrence, backend=config.backend)
         self.norm = GatedRMSNorm(size, eps=config.rms_norm_eps)
         self.out_proj = ResidualProjection(size, config.hidden_size, bias=False)
 
@@ -104,20 +107,30 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(g) * v)
 
 
-class ParaRNNBlock(GradientCheckpointingLayer):
-    """Mixer and MLP, each behind a norm and with a residual; the mixer's has a learnable scale."""
+def make_mixer(config: ParaRNNConfig, name: str) -> nn.Module:
+    """The mixer of one block: attention, or the recurrence of a cell."""
+    return AttentionMixer(config) if name == ATTENTION else ParaRNNMixer(config, name)
 
-    def __init__(self, config: ParaRNNConfig) -> None:
+
+class ParaRNNBlock(GradientCheckpointingLayer):
+    """Mixer and MLP, each behind a norm and with a residual; the mixer's has a learnable scale.
+
+    Args:
+        config: Shape of the model.
+        mixer: A name as in `ParaRNNConfig.mixers`.
+    """
+
+    def __init__(self, config: ParaRNNConfig, mixer: str) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = ParaRNNMixer(config)
+        self.mixer = make_mixer(config, mixer)
         self.residual_scale = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Tensor, boundaries: Boundaries | None, state: LayerState | None
-    ) -> tuple[Tensor, LayerState]:
+        self, x: Tensor, boundaries: Boundaries | None, state: LayerState | AttentionState | None
+    ) -> tuple[Tensor, LayerState | AttentionState]:
         """Transform x, shape (batch, time, hidden_size); returns it and the state after it."""
         mixed, state = self.mixer(self.mixer_norm(x), boundaries, state)
         x = self.residual_scale * x + mixed

@@ -36,13 +36,15 @@ class LayerState:
 
 @dataclass
 class ParaRNNCache:
-    """States of all blocks after the tokens seen so far; its size does not grow with them.
+    """States of all blocks after the tokens seen so far.
+
+    Its size does not grow with the tokens, but for blocks of attention.
 
     The tensors are replaced, never written to, so gradients flow through a cache, and a
     `copy.copy` of it is a snapshot.
 
     Attributes:
-        layers: One `LayerState` per block; empty before the first token.
+        layers: One `LayerState` or `AttentionState` per block; empty before the first token.
         num_tokens: Tokens seen per sequence, padding included.
     """
 

@@ -7,6 +7,8 @@ from transformers import PreTrainedConfig
 from pararnn.models.cells import CELLS
 
 MLP_MULTIPLE = 256
+ATTENTION = "attention"
+ATTENTION_HEAD = 128
 
 
 def default_mlp_size(hidden_size: int) -> int:
@@ -27,6 +29,9 @@ class ParaRNNConfig(PreTrainedConfig):
             multiple of 256.
         conv_kernel: Width of the causal depthwise convolution, in time steps.
         cell: Name in `pararnn.models.CELLS`.
+        mixers: What mixes over time in each block, for hybrid stacks: names of cells, and
+            "attention"; None for the cell in all.
+        attention_heads: Heads of attention; None for one per 128 channels.
         cell_options: Further keyword arguments of the cell.
         backend: Which kernels evaluate the recurrence, as in `pararnn.RNN`.
         rms_norm_eps: Added to the mean square in every norm.
@@ -52,6 +57,8 @@ class ParaRNNConfig(PreTrainedConfig):
         intermediate_size: int | None = None,
         conv_kernel: int = 4,
         cell: str = "paragru",
+        mixers: list[str] | None = None,
+        attention_heads: int | None = None,
         cell_options: dict[str, Any] | None = None,
         backend: str = "auto",
         rms_norm_eps: float = 1e-5,
@@ -74,6 +81,8 @@ class ParaRNNConfig(PreTrainedConfig):
         )
         self.conv_kernel = conv_kernel
         self.cell = cell
+        self.mixers = [cell] * num_hidden_layers if mixers is None else list(mixers)
+        self.attention_heads = attention_heads or max(1, hidden_size // ATTENTION_HEAD)
         self.cell_options = dict(cell_options or {})
         self.backend = backend
         self.rms_norm_eps = rms_norm_eps
@@ -104,8 +113,19 @@ class ParaRNNConfig(PreTrainedConfig):
                 f"inner_size {self.inner_size} cannot be split into {self.num_heads} heads; "
                 "choose num_heads that divides it."
             )
-        if self.cell not in CELLS:
+        for cell in {self.cell, *self.mixers} - {ATTENTION}:
+            if cell not in CELLS:
+                raise ValueError(
+                    f"cell {cell!r} is unknown; choose one of {', '.join(sorted(CELLS))}, or add "
+                    "yours with pararnn.models.register_cell."
+                )
+        if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
-                f"cell {self.cell!r} is unknown; choose one of {', '.join(sorted(CELLS))}, or add "
-                "yours with pararnn.models.register_cell."
+                f"mixers names {len(self.mixers)} blocks but num_hidden_layers is "
+                f"{self.num_hidden_layers}; name one for each."
+            )
+        if self.hidden_size % self.attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} cannot be split into {self.attention_heads} "
+                "attention heads; choose attention_heads that divides it."
             )

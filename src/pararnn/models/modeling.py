@@ -10,12 +10,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from pararnn.models.block import ParaRNNBlock, ResidualProjection, initialises_itself
+from pararnn.models.block import ParaRNNBlock, initialises_itself
 from pararnn.models.boundaries import find_boundaries
 from pararnn.models.cache import ParaRNNCache
 from pararnn.models.configuration import ParaRNNConfig
 from pararnn.models.convolution import CausalConvolution
 from pararnn.models.loss import IGNORED, language_model_loss
+from pararnn.models.projection import ResidualProjection
 
 
 @dataclass
@@ -103,7 +104,7 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
     def __init__(self, config: ParaRNNConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = (ParaRNNBlock(config) for _ in range(config.num_hidden_layers))
+        blocks = (ParaRNNBlock(config, mixer) for mixer in config.mixers)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False

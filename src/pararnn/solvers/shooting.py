@@ -223,7 +223,8 @@ def shoot(
         tangents: Their derivatives.
         guess: First states; those of the first chunk are exact.
         settings: Tolerance, damping, iterations.
-        relative: Measure the residual against the largest end even where that is under 1.
+        relative: Adjoints: measure the residual of a channel against its largest end, for they have
+            no natural scale; else every entry against its own size, or 1 if that is larger.
 
     Returns:
         Iterations, residual, and whether it is within the tolerance. The last sweep was from
@@ -234,16 +235,24 @@ def shoot(
     most = min(settings.max_iterations or chunks, chunks)
     for iteration in range(1, most + 1):
         ends = sweep(guess)
-        scale = ends.abs().amax()
-        mismatch = (ends[:, :-1] - guess[:, 1:]).abs().amax()
-        residual = float(mismatch / (scale if relative else scale.clamp_min(1.0)))
-        if residual <= tolerance or mismatch == 0:
+        residual = _residual(ends[:, :-1], guess[:, 1:], relative)
+        if residual <= tolerance:
             return iteration, residual, True
         if iteration == chunks:
             return iteration, residual, True  # every chunk has started from its exact state
         if iteration < most:
             guess = newton_update(ends, guess, tangents(guess), settings.damping)
     return most, residual, False
+
+
+def _residual(ends: Tensor, starts: Tensor, relative: bool) -> float:
+    """How far chunks end from where the next ones start; NaN where one of the two is.
+
+    Never against the largest of all: an entry that overshoots would hide what is wrong elsewhere.
+    """
+    scale = ends.abs().amax((1, 2), keepdim=True) if relative else ends.abs().clamp_min(1.0)
+    apart = (ends - starts).abs() / scale
+    return float(torch.where(ends == starts, 0.0, apart).amax())
 
 
 def newton_update(ends: Tensor, guess: Tensor, tangents: Tensor, damping: float) -> Tensor:

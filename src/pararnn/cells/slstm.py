@@ -1,0 +1,41 @@
+r"""sLSTM of xLSTM (Beck et al. 2024, arXiv 2405.04517, eq. 8 to 17), diagonal.
+
+    i~, f~, z~, o~ = a * h + B x + b        for each gate
+    m' = max(log sigmoid(f~) + m, i~)       the stabiliser: c and n are kept divided by exp(m)
+    i  = exp(i~ - m'),  f = exp(log sigmoid(f~) + m - m')
+    c' = f * c + i * tanh(z~)
+    n' = f * n + i
+    h' = sigmoid(o~) * c' / n'
+
+Every `a` is a vector, every `B` a matrix.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pararnn.cells.diagonal import DiagonalCell
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+_SMALLEST = 1e-30  # of the normaliser, which is 0 before the first step
+
+
+class SLSTMCell(DiagonalCell):
+    """One step of an sLSTM; the state is `(h, c, n, m)`, the output first.
+
+    Arguments and shapes are those of `DiagonalCell`.
+    """
+
+    num_components = 4
+    num_gates = num_diagonals = 4
+
+    def forward(self, x: Tensor, state: State) -> State:  # noqa: D102
+        h, c, n, m = state
+        pairs = zip(self.diagonal, self.inputs(x), strict=True)
+        i, f, z, o = (a * h + from_x for a, from_x in pairs)
+        forget = F.logsigmoid(f) + m
+        m = torch.maximum(forget, i)
+        i, f = torch.exp(i - m), torch.exp(forget - m)
+        c = f * c + i * torch.tanh(z)
+        n = f * n + i
+        return torch.sigmoid(o) * c / n.clamp_min(_SMALLEST), c, n, m

@@ -4,11 +4,20 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pararnn.cells import ParaGRUCell, ParaLSTMCell
+from pararnn import cells
 
 CellFactory = Callable[..., nn.Module]
 
-CELLS: dict[str, CellFactory] = {"paragru": ParaGRUCell, "paralstm": ParaLSTMCell}
+CELLS: dict[str, CellFactory] = {
+    "paragru": cells.ParaGRUCell,
+    "paralstm": cells.ParaLSTMCell,
+    "elman": cells.DiagonalElmanCell,
+    "mgu": cells.MinimalGatedCell,
+    "janet": cells.ForgetGateCell,
+    "lstm": cells.DiagonalLSTMCell,
+    "slstm": cells.SLSTMCell,
+    "mingru": cells.MinGRUCell,
+}
 
 
 def register_cell(name: str, factory: CellFactory) -> None:

@@ -3,6 +3,8 @@
 from pararnn import cells as cells
 from pararnn import testing as testing
 from pararnn._version import __version__ as __version__
+from pararnn.diagnose import Diagnosis as Diagnosis
+from pararnn.diagnose import diagnose as diagnose
 from pararnn.explain import Explanation as Explanation
 from pararnn.explain import explain as explain
 from pararnn.layers.constraints import project_parameters as project_parameters

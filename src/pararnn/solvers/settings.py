@@ -20,9 +20,9 @@ class Newton:
     is evaluated step by step.
 
     Args:
-        tolerance: Converged when the states at the chunk ends agree with the guesses they were
-            computed from to this, relative to max(1, largest state). None: 1e-13 in float64, 1e-6
-            in float32, and half the spacing at 1 in half precision.
+        tolerance: Converged when every state at a chunk end agrees with the guess that the next
+            chunk was computed from to this, relative to its size where that is above 1. None: 1e-13
+            in float64, 1e-6 in float32, and half the spacing at 1 in half precision.
         max_iterations: Iterations before the rest is evaluated step by step; None for as many as
             there are chunks, after which nothing is left.
         chunk: Steps per chunk, or "auto" to choose from shape, device and backend.
@@ -75,7 +75,7 @@ class SolveReport:
 
     @property
     def residual(self) -> float:
-        """Largest disagreement at a chunk end, relative to max(1, largest state)."""
+        """Largest disagreement at a chunk end, relative to the state's size where above 1."""
         return float(self.values[:, 1].amax())
 
     @property

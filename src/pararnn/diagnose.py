@@ -1,0 +1,246 @@
+"""`diagnose`: whether parallel evaluation pays for a cell, and what its iterations do."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pararnn.layers.evaluate import BackendChoice, Evaluation
+from pararnn.layers.rnn import RNN
+from pararnn.solvers.settings import Newton, SolveReport
+from pararnn.testing.loop import loop
+from pararnn.tracing.capture import resolve, snapshot
+
+_MOST_ITERATIONS = 10
+_CHUNKS = (1, 8, 64)
+_FEW = 5  # iterations
+_SMALLEST = 1e-300
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found; `str()` of it is the report.
+
+    Attributes:
+        cell: Name of the cell's class.
+        structure: "elementwise", "heads (size n)" or "dense".
+        steps: Length of the sequence that it was tried on.
+        lyapunov_exponent: Mean growth of a small difference of states, in nats per step, of the
+            fastest-growing sequence. Below 0 the cell forgets, and iterations converge in a number
+            that hardly depends on the length; above 0 it is chaotic, and they do not.
+        residuals: For every number of steps per chunk, the residual after 1, 2, ... iterations
+            (`SolveReport.residual`); empty for cells that are evaluated step by step.
+        iterations: For every number of steps per chunk, iterations to the tolerance of the layer.
+        value_error: Largest difference of the layer's outputs from the loop's, relative to the
+            largest output.
+        gradient_error: The same of the gradients of x and the parameters, with random cotangents.
+        recommendation: What follows from it.
+    """
+
+    cell: str
+    structure: str
+    steps: int
+    lyapunov_exponent: float
+    residuals: dict[int, list[float]]
+    iterations: dict[int, int]
+    value_error: float
+    gradient_error: float
+    recommendation: str = field(default="")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.cell}: {self.structure}, {self.steps} steps",
+            f"  Lyapunov exponent  {self.lyapunov_exponent:+.3f} nats per step",
+        ]
+        for chunk, residuals in self.residuals.items():
+            shown = ", ".join(f"{r:.0e}" for r in residuals)
+            needed = f"{self.iterations[chunk]} iterations; residuals {shown}"
+            lines.append(f"  chunks of {chunk:<4d}     {needed}")
+        lines += [
+            f"  against the loop   values {self.value_error:.0e}, gradients "
+            f"{self.gradient_error:.0e}",
+            f"  {self.recommendation}",
+        ]
+        return "\n".join(lines)
+
+    def plot(self, file: Path | str) -> None:
+        """Draw residual against iteration, one line per chunk length; needs matplotlib.
+
+        Args:
+            file: Where to, its ending says the format.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for chunk, residuals in self.residuals.items():
+            shown = [max(r, 1e-17) for r in residuals]
+            axes.semilogy(range(1, len(shown) + 1), shown, marker="o", label=f"chunks of {chunk}")
+        axes.set(xlabel="iteration", ylabel="residual", title=f"{self.cell}, {self.steps} steps")
+        axes.legend()
+        figure.savefig(file, dpi=120)
+
+
+def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
+    """Try a layer on an input in float64, print what was found, and return it.
+
+    The layer itself is left as it is.
+
+    Args:
+        rnn: The layer.
+        x: (batch, time, *features) as the layer takes it with `batch_first`; some hundred steps of
+            real data say more than random ones.
+        state: State before the first step; zeros when None.
+
+    Raises:
+        TypeError: Not an `RNN`.
+        ValueError: Shapes that the layer refuses.
+    """
+    if not isinstance(rnn, RNN):
+        raise TypeError(
+            f"diagnose takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), "
+            "and take one of .layers of a ParaGRU or ParaLSTM."
+        )
+    rnn(x, state)  # refuses what is wrong, and learns sizes that the cell does not say
+    cell = copy.deepcopy(rnn.cell).double()
+    count = rnn.num_components
+    tried = RNN(cell, hidden_size=rnn.hidden_size, num_components=count, solver=rnn.solver)
+    x, first = _batched(rnn, x, state)
+    exponent = lyapunov_exponent(cell, x, first)
+    errors = _errors(tried, x, first)
+    evaluation = tried.evaluation()
+    found = Diagnosis(
+        evaluation.traced.subject.name,
+        evaluation.traced.structure,
+        x.shape[1],
+        exponent,
+        *_iterations(tried, evaluation, x, first, snapshot(rnn.cell).dtype),
+        *errors,
+    )
+    found = replace(found, recommendation=_recommendation(found))
+    print(found)
+    return found
+
+
+def lyapunov_exponent(cell: nn.Module, x: Tensor, state: Any) -> float:
+    """Mean growth of a small difference of states, in nats per step, in the fastest sequence.
+
+    A tangent is carried along the trajectory by the exact Jacobian and kept at length 1; the first
+    tenth of the steps does not count (Benettin et al. 1980).
+
+    Args:
+        cell: `forward(x, state) -> state`.
+        x: (batch, time, *features).
+        state: (batch, hidden_size), or a tuple of them.
+    """
+    parts = state if isinstance(state, tuple) else (state,)
+    generator = torch.Generator(x.device).manual_seed(0)
+    tangents = tuple(
+        torch.randn(p.shape, generator=generator, device=x.device).to(p) for p in parts
+    )
+    growth = []
+    for x_t in x.unbind(1):
+
+        def step(*now: Tensor, x_t: Tensor = x_t) -> Any:
+            return cell(x_t, now if isinstance(state, tuple) else now[0])
+
+        new, moved = torch.autograd.functional.jvp(step, parts, tangents)
+        parts, moved = (v if isinstance(v, tuple) else (v,) for v in (new, moved))
+        length = torch.cat(moved, -1).norm(dim=-1, keepdim=True).clamp_min(_SMALLEST)
+        growth.append(length.log())
+        tangents = tuple(m / length for m in moved)
+    counted = torch.stack(growth[len(growth) // 10 :])
+    return float(counted.mean(0).max())
+
+
+def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Input and first state in float64, (batch, time, ...)."""
+    single = x.dim() == rnn.evaluation().feature_axes + 1
+    x = x.detach().unsqueeze(0) if single else x.detach()
+    x = x if single or rnn.batch_first else x.transpose(0, 1)
+    x = x.double() if x.is_floating_point() else x
+    count = rnn.num_components
+    if state is None:
+        zeros = torch.zeros(len(x), rnn.hidden_size, dtype=torch.float64, device=x.device)
+        return x, (zeros,) * count if count > 1 else zeros
+    parts = [p.detach().double() for p in (state if count > 1 else (state,))]
+    parts = [p.unsqueeze(0) if p.dim() == 1 else p for p in parts]
+    return x, tuple(parts) if count > 1 else parts[0]
+
+
+def _iterations(
+    rnn: RNN, evaluation: Evaluation, x: Tensor, state: Any, dtype: torch.dtype
+) -> tuple[dict[int, list[float]], dict[int, int]]:
+    """Residuals after every iteration, and iterations to the layer's tolerance, by chunk."""
+    if evaluation.traced.recurrence is None:
+        return {}, {}
+    first = torch.stack(state if isinstance(state, tuple) else [state], 1)
+    tensors = [resolve(rnn.cell, name) for name in evaluation.traced.input_part.names]
+    choice = BackendChoice("torch", "")
+
+    def solve(solver: Newton) -> SolveReport:
+        tried = Evaluation(evaluation.traced, choice, solver, evaluation.features)
+        with torch.no_grad():
+            _, values = tried.run(tensors, [x], first, None)
+        assert values is not None
+        return SolveReport(values)
+
+    residuals, needed = {}, {}
+    for chunk in (c for c in _CHUNKS if c < x.shape[1]):
+        found: list[float] = []
+        for most in range(1, _MOST_ITERATIONS + 1):
+            report = solve(Newton(tolerance=_SMALLEST, max_iterations=most, chunk=chunk))
+            if report.iterations < most:
+                break
+            found.append(report.residual)
+        residuals[chunk] = found
+        tolerance = rnn.solver.tolerance_for(dtype)
+        needed[chunk] = solve(Newton(tolerance=tolerance, chunk=chunk)).iterations
+    return residuals, needed
+
+
+def _errors(rnn: RNN, x: Tensor, state: Any) -> tuple[float, float]:
+    """Largest relative differences from the loop, of outputs and of gradients."""
+    x = x.requires_grad_(x.is_floating_point())
+    wanted = [t for t in (x, *rnn.cell.parameters()) if t.requires_grad]
+    ours, theirs = rnn(x, state)[0], loop(rnn.cell, x, state)[0]
+    generator = torch.Generator(x.device).manual_seed(0)
+    cotangent = torch.randn(ours.shape, generator=generator, device=x.device).to(ours)
+    gradients = [
+        torch.autograd.grad(y, wanted, cotangent, allow_unused=True) for y in (ours, theirs)
+    ]
+    pairs = [(a, e) for a, e in zip(*gradients, strict=True) if a is not None and e is not None]
+    return _apart(ours, theirs), max((_apart(a, e) for a, e in pairs), default=0.0)
+
+
+def _apart(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(_SMALLEST))
+
+
+def _recommendation(found: Diagnosis) -> str:
+    """In words, what a user should do."""
+    chaotic = found.lyapunov_exponent > 0
+    if not found.residuals:
+        return (
+            "Its channels mix, or the sequence is one step: it is evaluated step by step. "
+            + ("" if chaotic else "It forgets, so a parallel evaluation could converge.")
+        ).strip()
+    if chaotic:
+        return (
+            "Small differences grow, so iterations grow with the length. The result is the "
+            "sequential one all the same; Newton(chunk=...) with the whole length does no more "
+            "than the loop. Smaller recurrent weights would make it forget."
+        )
+    most, best = (f(found.iterations, key=found.iterations.__getitem__) for f in (max, min))
+    if found.iterations[most] <= _FEW:
+        return "It forgets and converges in a few iterations: leave chunk='auto'."
+    return (
+        f"It forgets, but chunks of {most} take {found.iterations[most]} iterations, and chunks of "
+        f"{best} take {found.iterations[best]}: leave chunk='auto', which takes long ones."
+    )

@@ -1,0 +1,99 @@
+"""`diagnose`: exponents that are known, iterations, agreement, words, plot, mistakes."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pararnn
+from pararnn import RNN, Newton, cells, diagnose
+
+
+class Map(nn.Module):
+    """h' = f(h) + 0 x, one channel after another."""
+
+    input_size, hidden_size, num_components = 1, 3, 1
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, h):
+        return self.function(h) + self.weight * x
+
+
+def test_exponent_of_a_linear_cell_is_the_logarithm_of_its_factor():
+    found = diagnose(RNN(Map(lambda h: 0.5 * h)), torch.randn(2, 40, 1))
+    assert found.lyapunov_exponent == pytest.approx(math.log(0.5), rel=1e-12)
+    assert set(found.iterations.values()) <= {1, 2}
+    assert found.value_error < 1e-12
+    assert "leave chunk='auto'" in found.recommendation
+
+
+def test_exponent_of_the_logistic_map_is_the_logarithm_of_two():
+    found = diagnose(
+        RNN(Map(lambda h: 4 * h * (1 - h))),
+        torch.zeros(1, 1500, 1),
+        torch.tensor([[0.3, 0.4, 0.7]]),
+    )
+    assert found.lyapunov_exponent == pytest.approx(math.log(2), rel=0.1)
+    assert "iterations grow with the length" in found.recommendation
+
+
+def test_report_of_a_layer(tmp_path, capsys):
+    rnn = RNN(cells.ParaLSTMCell(4, 6))
+    before = {n: p.clone() for n, p in rnn.named_parameters()}
+    found = diagnose(rnn, torch.randn(2, 70, 4))
+    assert found.structure == "elementwise"
+    assert found.steps == 70
+    assert list(found.residuals) == [1, 8, 64]
+    assert found.lyapunov_exponent < 0
+    assert max(found.value_error, found.gradient_error) < 1e-12
+    paper = found.residuals[1]
+    assert paper[0] > 1e-3 > paper[4]
+    assert paper[-1] < 1e-14
+    assert found.iterations[8] <= found.iterations[1]
+    printed = capsys.readouterr().out
+    assert printed == f"{found}\n"
+    assert "ParaLSTMCell: elementwise, 70 steps" in printed
+    assert all(torch.equal(before[n], p) for n, p in rnn.named_parameters())
+    found.plot(tmp_path / "residuals.png")
+    assert (tmp_path / "residuals.png").stat().st_size > 1000
+
+
+def test_layouts_and_states_are_those_of_the_layer():
+    cell, x = cells.ParaLSTMCell(4, 6), torch.randn(2, 20, 4)
+    state = (torch.randn(2, 6), torch.randn(2, 6))
+    one = diagnose(RNN(cell, solver=Newton(tolerance=1e-3)), x, state)
+    other = diagnose(
+        RNN(cell, batch_first=False, solver=Newton(tolerance=1e-3)), x.transpose(0, 1), state
+    )
+    assert one == other
+    single = diagnose(RNN(cell), x[0], tuple(s[0] for s in state))
+    assert single.steps == 20
+
+
+def test_mixing_cells_are_diagnosed_too():
+    found = diagnose(RNN(nn.GRUCell(4, 6)), torch.randn(2, 30, 4))
+    assert found.structure == "dense"
+    assert found.lyapunov_exponent < 0
+    assert found.residuals == {}
+    assert found.value_error < 1e-14
+    assert "step by step" in found.recommendation
+
+
+def test_newton_that_overshoots_is_seen():
+    found = diagnose(RNN(cells.SLSTMCell(4, 6)), torch.randn(1, 100, 4))
+    assert found.iterations[1] > 10 > found.iterations[64]
+    assert found.value_error < 1e-12
+    assert "chunks of 1 take" in found.recommendation
+
+
+def test_mistakes():
+    with pytest.raises(TypeError, match=r"takes a pararnn.RNN, got ParaGRUCell; wrap"):
+        diagnose(cells.ParaGRUCell(4, 6), torch.randn(2, 5, 4))
+    with pytest.raises(ValueError, match="x has shape"):
+        diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(2, 5, 3))
+    assert pararnn.Diagnosis.__doc__

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,7 @@ def start(tmp_path, texts, lines):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         processes.append(process)
         return process
@@ -174,8 +176,14 @@ def wait_for_units(process, folder, number):
         time.sleep(0.001)
 
 
+def test_a_folder_made_anew_has_its_own_tokenizer(texts, make):
+    folder = make(texts, tokenizer="train:300").folder
+    shutil.rmtree(folder)
+    assert make(texts, tokenizer="train:290").vocab_size == 290
+
+
 @pytest.mark.timeout(280)
-def test_killed_and_stopped_runs_give_equal_bytes(tmp_path, start):
+def test_killed_run_goes_on_to_equal_bytes(tmp_path, start):
     whole = start("whole", 1)
     killed = start("killed", 2)
     folder = tmp_path / "killed"
@@ -184,17 +192,22 @@ def test_killed_and_stopped_runs_give_equal_bytes(tmp_path, start):
     finish(killed, -signal.SIGKILL)
     assert not (folder / "index.json").exists()
     finish(whole)
-
-    stopped = start("killed", 2)
-    done = max([int(p.stem) for p in folder.glob("parts/*.npz")], default=0)
-    wait_for_units(stopped, folder, min(done + 6, 45))
-    stopped.send_signal(signal.SIGINT)
-    assert "Stopped by SIGINT" in finish(stopped, signal.SIGINT)
-    assert not (folder / "index.json").exists()
-
     finish(start("killed", 2))
     assert contents(folder) == contents(tmp_path / "whole")
     assert len(open_tokens(folder).train.shards) > 10
+
+
+@pytest.mark.timeout(280)
+def test_interrupt_from_the_keyboard_stops_it_in_order(tmp_path, start):
+    """It reaches all processes, here while the workers are starting."""
+    stopped = start("tokens", 2)
+    while not (tmp_path / "tokens/parts").exists():
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(stopped.pid, signal.SIGINT)
+    assert "Stopped by SIGINT" in finish(stopped, signal.SIGINT)
+    assert not (tmp_path / "tokens/index.json").exists()
 
 
 def test_bad_line_of_a_worker_is_named(lines, make):

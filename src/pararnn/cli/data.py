@@ -77,10 +77,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _describe(data: TokenDataset) -> str:
-    lines = [f"{data.folder}: {data.vocab_size:,} tokens in the vocabulary, all checksums right"]
+    lines = [f"{data.folder}: vocabulary of {data.vocab_size:,} tokens; all checksums are right"]
     for name, split in (("train", data.train), ("validation", data.validation)):
         lines.append(
-            f"  {name:10}  {split.num_tokens:,} tokens of {split.num_documents:,} documents, "
-            f"{split.num_bytes:,} bytes of text, in {len(split.shards):,} shards"
+            f"  {name}: {split.num_tokens:,} tokens; documents: {split.num_documents:,}; bytes of "
+            f"text: {split.num_bytes:,}; shards: {len(split.shards):,}"
         )
     return "\n".join(lines)

@@ -95,7 +95,7 @@ class Merger:
             if num_here + sum(s.num_documents for s in shards[name]) == 0:
                 raise RunError(
                     f"with --held-out {self.config.held_out} no document is left for {name}; "
-                    "choose another share, and a new folder with --out."
+                    "choose another share, and another folder with --out."
                 )
 
     def _too_few(self, num_documents: int) -> RunError:
@@ -103,7 +103,7 @@ class Merger:
         return RunError(
             f"there is {found} in {', '.join(self.config.sources)}; at least two documents are "
             "needed, one of them held out. Files that are not UTF-8, hidden files and empty "
-            "documents do not count. Name more sources, and a new folder with --out."
+            "documents do not count. Name more sources, and another folder with --out."
         )
 
 

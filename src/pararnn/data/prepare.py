@@ -71,6 +71,7 @@ def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
         return None
     progress = start_or_continue(folder, settings, source_sha256)
     tokenizer = _tokenizer_folder(config, folder, readers)
+    load_tokenizer.cache_clear()  # of an earlier call with the same folder
     units = Units(config, folder, readers, progress, tokenizer)
     stopped_by = units.tokenize(workers)
     if stopped_by is not None:

@@ -96,6 +96,6 @@ def _compare(
         )
     if old_source != new_source:
         raise RunError(
-            f"the source files were changed since {folder} was begun; name another folder with "
-            "--out to prepare them anew."
+            f"the source files were changed since {folder} was begun; to prepare them anew, delete "
+            "it, or name another folder with --out."
         )

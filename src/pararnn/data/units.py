@@ -3,8 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from pararnn.data.parts import read_part, write_part
 from pararnn.data.progress import Progress
 from pararnn.data.sources import Reader
 from pararnn.data.tokenization import load_tokenizer
-from pararnn.data.workers import Inline, start_worker
+from pararnn.data.workers import Inline, Processes
 from pararnn.training.signals import StopSignals
 
 PARTS = "parts"
@@ -153,6 +152,4 @@ def _bar(total: int | None, done: int) -> tqdm:
 
 
 def _executor(workers: int) -> Executor:
-    if workers <= 1:
-        return Inline()
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+    return Processes(workers) if workers > 1 else Inline()

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any
 
 from pararnn.training.signals import SIGNALS
@@ -21,9 +21,30 @@ class Inline(Executor):
         return future
 
 
-def start_worker() -> None:
-    """Leave stop signals to the parent, and end when it does, even when it is killed."""
-    for number in SIGNALS:
+class Processes(ProcessPoolExecutor):
+    """Processes that leave stop signals to this one, and end when it does, even by a kill.
+
+    Args:
+        workers: How many.
+    """
+
+    def __init__(self, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        super().__init__(workers, context, initializer=_start_worker)
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        """As in the base class; a process that is started here inherits the blocked signals."""
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().submit(fn, *args, **kwargs)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker() -> None:
+    for number in SIGNALS:  # where they cannot be blocked
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -68,6 +68,25 @@ def test_result_within_the_source_is_refused(texts, make):
     assert not (texts / "tokens").exists()
 
 
+def test_settings_may_change_before_anything_is_made(lines, make, tmp_path, monkeypatch):
+    content = lines.read_text()
+    lines.write_text("not JSON")
+    with pytest.raises(RunError, match=r"rows.jsonl line 1 is not JSON"):
+        make(lines, tokenizer="bytes")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="cannot load the tokenizer"):
+        make(lines, tokenizer=str(tmp_path / "empty"))
+    lines.write_text(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(units, "write_part", None)
+        with pytest.raises(TypeError):
+            make(lines, tokenizer="train:300")
+    assert (tmp_path / "tokens/tokenizer").exists()
+    data = make(lines, tokenizer="train:290")
+    assert data.vocab_size == 290
+    assert data.train.num_documents + data.validation.num_documents == 30
+
+
 def test_damaged_progress(texts, make, tmp_path):
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens/progress.json").write_text("{")

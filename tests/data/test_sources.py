@@ -62,7 +62,7 @@ def test_json_lines_plain_and_compressed(lines, make):
     with gzip.open(compressed, "wb") as file:
         file.write(lines.read_bytes())
     lines.unlink()
-    assert all_texts(make(compressed.parent, name="gz")) == sorted(SENTENCES)
+    assert make(compressed.parent, name="gz").sha256 == data.sha256
 
 
 def test_other_text_field(tmp_path, make):

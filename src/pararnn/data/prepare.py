@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -18,11 +17,11 @@ from pathlib import Path
 
 from pararnn.data.config import PrepareConfig, settings_of
 from pararnn.data.parts import smallest_dtype
-from pararnn.data.progress import PROGRESS, Progress, is_finished, start_or_continue
+from pararnn.data.progress import Progress, is_finished, remove_work, start_or_continue
 from pararnn.data.shards import FORMAT, INDEX, TOKENIZER, VERSION
 from pararnn.data.sources import Reader, find_readers, is_dataset
 from pararnn.data.tokenization import BYTES, load_tokenizer, save_tokenizer
-from pararnn.data.units import PARTS, Units
+from pararnn.data.units import Units
 from pararnn.training.errors import RunError
 from pararnn.training.files import write_atomically
 
@@ -67,7 +66,7 @@ def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
     settings = settings_of(config)
     if is_finished(folder, settings, source_sha256):
         print(f"{folder} is finished already; nothing to do.")
-        _remove_work(folder)
+        remove_work(folder)
         return None
     progress = start_or_continue(folder, settings, source_sha256)
     tokenizer = _tokenizer_folder(config, folder, readers)
@@ -80,7 +79,7 @@ def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
         return stopped_by
     units.finish()
     _write_index(folder, config, progress, tokenizer)
-    _remove_work(folder)
+    remove_work(folder)
     return None
 
 
@@ -148,8 +147,3 @@ def _write_index(
         "source_sha256": progress.source_sha256,
     }
     write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
-
-
-def _remove_work(folder: Path) -> None:
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-    (folder / PROGRESS).unlink(missing_ok=True)

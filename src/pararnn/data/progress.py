@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pararnn.data.config import changes
-from pararnn.data.shards import INDEX, SPLITS, Shard, read_index
+from pararnn.data.shards import INDEX, SPLITS, TOKENIZER, Shard, read_index
 from pararnn.training.errors import RunError
 from pararnn.training.files import write_atomically
 
-PROGRESS = "progress.json"
+PROGRESS, PARTS = "progress.json", "parts"
 
 
 @dataclass
@@ -51,29 +52,41 @@ def is_finished(folder: Path, settings: dict[str, Any], source_sha256: str) -> b
     if not (folder / INDEX).exists():
         return False
     index = read_index(folder)
-    _compare(folder, index.get("settings", {}), index.get("source_sha256"), settings, source_sha256)
+    stored = Progress(index.get("settings", {}), index.get("source_sha256", ""))
+    if difference := _difference(folder, stored, Progress(settings, source_sha256)):
+        raise RunError(difference)
     return True
 
 
 def start_or_continue(folder: Path, settings: dict[str, Any], source_sha256: str) -> Progress:
-    """The progress in a folder, or its beginning in a new one.
+    """The progress in a folder, or its beginning in a new one or one where nothing is made yet.
 
     Raises:
         RunError: The folder holds something else, or progress with other settings or sources.
     """
     path = folder / PROGRESS
+    wanted = Progress(settings, source_sha256)
     if path.exists():
         progress = _read(path)
-        _compare(folder, progress.settings, progress.source_sha256, settings, source_sha256)
-        return progress
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        difference = _difference(folder, progress, wanted)
+        if not difference:
+            return progress
+        if progress.num_units or any(folder.glob(f"{PARTS}/*.npz")):
+            raise RunError(difference)
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(
             f"{folder} is a file or a folder with other content; name a new folder with --out."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress(settings, source_sha256)
-    progress.save(folder)
-    return progress
+    wanted.save(folder)
+    return wanted
+
+
+def remove_work(folder: Path) -> None:
+    """Delete what a finished folder does not need."""
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    (folder / PROGRESS).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Progress:
@@ -85,17 +98,16 @@ def _read(path: Path) -> Progress:
         raise RunError(f"{path} is damaged; delete {path.parent} and start anew.") from error
 
 
-def _compare(
-    folder: Path, old: dict[str, Any], old_source: Any, new: dict[str, Any], new_source: str
-) -> None:
-    changed = changes(old, new)
-    if changed:
-        raise RunError(
+def _difference(folder: Path, stored: Progress, wanted: Progress) -> str | None:
+    """Why a run may not go on in a folder."""
+    if changed := changes(stored.settings, wanted.settings):
+        return (
             f"{folder} was begun with other settings; this would change {', '.join(changed)}. "
             "Leave them as they were, or name another folder with --out."
         )
-    if old_source != new_source:
-        raise RunError(
+    if stored.source_sha256 != wanted.source_sha256:
+        return (
             f"the source files were changed since {folder} was begun; to prepare them anew, delete "
             "it, or name another folder with --out."
         )
+    return None

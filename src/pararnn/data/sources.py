@@ -57,8 +57,9 @@ def _files(path: Path) -> Iterator[TextFile]:
             f"there is no file or folder {path}. A dataset is written datasets:{path}; the recipes "
             f"are {', '.join(RECIPES)}."
         )
+    named = path.is_file()
     for source in find_sources(path):
-        yield TextFile(source.path, source.name, source.path.stat().st_size, path.is_file())
+        yield TextFile(source.path, source.name, source.path.stat().st_size, named)
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,13 @@ class LineReader:
 
     def blocks(self, start: list[int] | None, unit_bytes: int) -> Iterator[Block]:
         """From a byte and the number of the line there."""
+        name = self.name.removesuffix(".gz")
         offset, line = start or (0, 1)
         try:
             with self._open() as file:
                 file.seek(offset)
                 while lines := file.readlines(unit_bytes):
-                    content = Lines(self.path, self.name, line, b"".join(lines), self.text_field)
+                    content = Lines(self.path, name, line, b"".join(lines), self.text_field)
                     offset, line = offset + len(content.content), line + len(lines)
                     yield Block(content, len(content.content), [offset, line])
         except (OSError, EOFError, zlib.error) as error:

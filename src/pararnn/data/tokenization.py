@@ -10,6 +10,7 @@ import numpy as np
 
 from pararnn.training.corpus import DOCUMENT
 from pararnn.training.errors import RunError
+from pararnn.training.files import sync_file, sync_folder
 
 BYTES, TRAIN = "bytes", "train:"
 SEPARATOR = "<|endoftext|>"
@@ -97,7 +98,11 @@ def save_tokenizer(tokenizer: str, sample: Iterator[str], folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     made.save_pretrained(temporary)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            sync_file(path)
     temporary.replace(folder)
+    sync_folder(folder.parent)
 
 
 @functools.lru_cache(maxsize=1)

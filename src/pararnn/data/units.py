@@ -13,13 +13,11 @@ from pararnn.data.config import PrepareConfig
 from pararnn.data.documents import Block
 from pararnn.data.merging import Merger
 from pararnn.data.parts import read_part, write_part
-from pararnn.data.progress import Progress
+from pararnn.data.progress import PARTS, Progress
 from pararnn.data.sources import Reader
 from pararnn.data.tokenization import load_tokenizer
 from pararnn.data.workers import Inline, Processes
 from pararnn.training.signals import StopSignals
-
-PARTS = "parts"
 
 
 class Units:

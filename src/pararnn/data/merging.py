@@ -57,7 +57,7 @@ class Merger:
         for split, side in zip(SPLITS, (False, True), strict=True):
             self._write_shard(split, paths, parts, [mask == side for mask in masks], last)
         self.progress.num_units += len(parts)
-        self.progress.next = parts[-1].next if parts else self.progress.next
+        self.progress.next = parts[-1].next
         self.progress.source_bytes += sum(part.source_bytes for part in parts)
         self.progress.num_skipped += sum(part.num_skipped for part in parts)
 
@@ -67,7 +67,7 @@ class Merger:
         """A shard of the documents of a split; none when there are none, but always a last one."""
         num_documents = int(sum(np.sum(mask) for mask in masks))
         if num_documents or last:
-            num_bytes = sum(part.num_bytes[m].sum() for part, m in zip(parts, masks, strict=False))
+            num_bytes = sum(part.num_bytes[m].sum() for part, m in zip(parts, masks, strict=True))
             shards = self.progress.shards[split]
             path = self.folder / f"{split}-{len(shards):05d}.bin"
             pieces = self._pieces(paths, parts, masks, last)
@@ -76,7 +76,7 @@ class Merger:
     def _pieces(
         self, paths: list[Path], parts: list[Part], masks: list[np.ndarray], last: bool
     ) -> Iterator[np.ndarray]:
-        for path, part, mask in zip(paths, parts, masks, strict=False):
+        for path, part, mask in zip(paths, parts, masks, strict=True):
             yield read_tokens(path)[np.repeat(mask, part.num_tokens)]
         if last:
             yield np.array([self.tokenization.separator], smallest_dtype(self.tokenization))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from pararnn.data.documents import Block, CutText, Lines, Rows, TextFile, Texts, text_of
 from pararnn.data.recipes import RECIPES
+from pararnn.data.tokenization import first_line
 from pararnn.training.corpus import find_sources
 from pararnn.training.errors import RunError
 
@@ -208,7 +209,7 @@ def _load(name: str) -> Any:
     try:
         return datasets.load_dataset(path, configuration or None, split="train", streaming=True)
     except (OSError, ValueError) as error:
-        raise RunError(f"cannot load the dataset {name}: {error}.") from error
+        raise RunError(f"cannot load the dataset {name}: {first_line(error)}") from error
 
 
 def _stream(rows: Any, name: str) -> Iterator[dict[str, Any]]:
@@ -216,8 +217,8 @@ def _stream(rows: Any, name: str) -> Iterator[dict[str, Any]]:
         yield from rows
     except (OSError, ValueError) as error:
         raise RunError(
-            f"reading the dataset {name} failed: {error}. What is prepared so far is kept; "
-            "continue with the same command."
+            f"reading the dataset {name} failed: {first_line(error)} What is prepared so far is "
+            "kept; continue with the same command."
         ) from error
 
 

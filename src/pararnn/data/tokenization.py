@@ -111,6 +111,11 @@ def load_tokenizer(folder: Path | None) -> Tokenization:
     return Bytes() if folder is None else Transformers(_from_transformers(str(folder)))
 
 
+def first_line(error: Exception) -> str:
+    """The beginning of a message that may be long."""
+    return str(error).partition("\n")[0]
+
+
 def _from_transformers(name: str) -> Any:
     from transformers import AutoTokenizer
 
@@ -118,7 +123,7 @@ def _from_transformers(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise RunError(
-            f"cannot load the tokenizer {name}: {str(error).splitlines()[0]} Give {BYTES}, "
+            f"cannot load the tokenizer {name}: {first_line(error)} Give {BYTES}, "
             f"{TRAIN}VOCAB_SIZE, or a folder or name that AutoTokenizer.from_pretrained takes."
         ) from error
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("pararnn.cli.train", "Train a byte-level language model."),
     "generate": ("pararnn.cli.generate", "Continue a text with a trained model."),
     "eval": ("pararnn.cli.evaluate", "Measure a trained model in bits per byte."),
+    "data": ("pararnn.cli.data", "Prepare token data for training."),
     "bench": ("pararnn.cli.bench", "Time the kernels on this GPU."),
 }
 EXTRA = frozenset(

@@ -1,0 +1,86 @@
+"""`pararnn data prepare` and `pararnn data check`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pararnn.cli.arguments import parse
+from pararnn.data import PrepareConfig, TokenDataset, open_tokens, prepare
+
+
+@dataclass(kw_only=True)
+class PrepareArguments:
+    """Write the tokens of texts as checksummed shards. A stopped run goes on when called again."""
+
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE...")]
+    """Text files, folders of them, .jsonl or .jsonl.gz files, datasets:NAME[:CONFIG], or the
+    recipe slimpajama-no-books."""
+    out: Path
+    """Folder to write: new, or one of an earlier call with the same settings."""
+    tokenizer: str = PrepareConfig.tokenizer
+    """bytes, train:VOCAB_SIZE to train a byte-level BPE on the sources, or a folder or name that
+    AutoTokenizer.from_pretrained takes."""
+    held_out: float = PrepareConfig.held_out
+    """Share of the documents kept for validation; of the lines, when there is one text only."""
+    text_field: str = PrepareConfig.text_field
+    """Field of JSON lines and datasets that holds the text."""
+    workers: int | None = None
+    """Processes; None for one per core."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; it must be >= 1.")
+        self.config()
+
+    def config(self) -> PrepareConfig:
+        """The settings that decide the result."""
+        return PrepareConfig(
+            sources=self.sources,
+            tokenizer=self.tokenizer,
+            held_out=self.held_out,
+            text_field=self.text_field,
+        )
+
+
+@dataclass(kw_only=True)
+class CheckArguments:
+    """Compare prepared data with its checksums and print what it holds."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder that `pararnn data prepare` wrote."""
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Prepare token data for training, or check it."""
+
+    command: Annotated[
+        Annotated[PrepareArguments, tyro.conf.subcommand("prepare")]
+        | Annotated[CheckArguments, tyro.conf.subcommand("check")],
+        tyro.conf.arg(name=""),
+    ]
+
+
+def run(arguments: list[str]) -> int:
+    """Prepare or check; returns 0, or 128 and the number of the signal that stopped it."""
+    command = parse(DataArguments, "data", arguments).command
+    if isinstance(command, CheckArguments):
+        print(_describe(open_tokens(command.folder)))
+        return 0
+    stopped_by = prepare(command.config(), command.out, command.workers)
+    if stopped_by is not None:
+        return 128 + stopped_by
+    print(_describe(open_tokens(command.out)))
+    return 0
+
+
+def _describe(data: TokenDataset) -> str:
+    lines = [f"{data.folder}: vocabulary of {data.vocab_size:,} tokens; all checksums are right"]
+    for name, split in (("train", data.train), ("validation", data.validation)):
+        lines.append(
+            f"  {name}: {split.num_tokens:,} tokens; documents: {split.num_documents:,}; bytes of "
+            f"text: {split.num_bytes:,}; shards: {len(split.shards):,}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""From sources to shards, in parallel and restartable.
+
+The sources are cut into units at places that depend on nothing but the settings. Processes write
+the tokens of a unit each as a part; every so many units, their parts become a shard of each split
+and are deleted. So the result is the same for any number of processes and however often the work
+was stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from pararnn.data.config import PrepareConfig, settings_of
+from pararnn.data.parts import smallest_dtype
+from pararnn.data.progress import Progress, is_finished, remove_work, start_or_continue
+from pararnn.data.shards import FORMAT, INDEX, TOKENIZER, VERSION
+from pararnn.data.sources import Reader, find_readers, is_dataset
+from pararnn.data.tokenization import BYTES, load_tokenizer, save_tokenizer
+from pararnn.data.units import Units
+from pararnn.training.errors import RunError
+from pararnn.training.files import write_atomically
+
+SAMPLE_BYTES = 64 << 20
+"""Text that a tokenizer is trained on, in equal shares of the files of lines and datasets."""
+
+
+def prepare(config: PrepareConfig, folder: Path, workers: int | None = None) -> int | None:
+    """Write token data that `open_tokens` reads, or go on where an earlier call stopped.
+
+    Args:
+        config: What to prepare.
+        folder: Where; new, empty, or with an unfinished or finished run of the same settings.
+        workers: Processes; None for one per core. They import the main module, so a script that
+            calls this needs `if __name__ == "__main__":`.
+
+    Returns:
+        None, or the number of the signal that stopped the work.
+
+    Raises:
+        RunError: A source cannot be read, the folder cannot be written or holds something else.
+    """
+    _check_apart(config, folder)
+    try:
+        return _prepare(config, folder, workers or _num_cores())
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a worker process was killed, perhaps for want of memory; continue with the same "
+            "command and fewer --workers."
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"cannot prepare {folder}: {error}. What is prepared so far is kept; when the cause is "
+            "removed, continue with the same command."
+        ) from error
+
+
+def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
+    readers = find_readers(config.sources, config.text_field, config.held_out)
+    fingerprint = json.dumps([reader.fingerprint() for reader in readers])
+    source_sha256 = hashlib.sha256(fingerprint.encode()).hexdigest()
+    settings = settings_of(config)
+    if is_finished(folder, settings, source_sha256):
+        print(f"{folder} is finished already; nothing to do.")
+        remove_work(folder)
+        return None
+    progress = start_or_continue(folder, settings, source_sha256)
+    tokenizer = _tokenizer_folder(config, folder, readers)
+    load_tokenizer.cache_clear()  # of an earlier call with the same folder
+    units = Units(config, folder, readers, progress, tokenizer)
+    stopped_by = units.tokenize(workers)
+    if stopped_by is not None:
+        name = signal.Signals(stopped_by).name
+        print(f"Stopped by {name}; what is prepared is kept. Continue with the same command.")
+        return stopped_by
+    units.finish()
+    _write_index(folder, config, progress, tokenizer)
+    remove_work(folder)
+    return None
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_apart(config: PrepareConfig, folder: Path) -> None:
+    for source in config.sources:
+        if not is_dataset(source) and folder.resolve().is_relative_to(Path(source).resolve()):
+            raise RunError(
+                f"--out {folder} lies within the source {source}, which would then read its own "
+                "result; name a folder elsewhere."
+            )
+
+
+def _tokenizer_folder(config: PrepareConfig, folder: Path, readers: list[Reader]) -> Path | None:
+    if config.tokenizer == BYTES:
+        return None
+    path = folder / TOKENIZER
+    if not path.exists():
+        print(f"Tokenizer: {config.tokenizer}, saved as {path}", flush=True)
+        save_tokenizer(config.tokenizer, _sample(config, readers), path)
+    return path
+
+
+def _sample(config: PrepareConfig, readers: list[Reader]) -> Iterator[str]:
+    """Text of documents that are not held out."""
+    share = max(SAMPLE_BYTES // len(readers), 1)
+    for reader in readers:
+        left = share
+        for text in _texts(reader, config.held_out, min(share, config.unit_bytes)):
+            yield text.decode()
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def _texts(reader: Reader, held_out: float, unit_bytes: int) -> Iterator[bytes]:
+    for block in reader.blocks(None, unit_bytes):
+        for document in block.content.documents():
+            if document.text and document.position >= held_out:
+                yield document.text
+
+
+def _write_index(
+    folder: Path, config: PrepareConfig, progress: Progress, tokenizer: Path | None
+) -> None:
+    tokenization = load_tokenizer(tokenizer)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tokenizer": config.tokenizer,
+        "vocab_size": tokenization.vocab_size,
+        "separator": tokenization.separator,
+        "dtype": smallest_dtype(tokenization).name,
+        "splits": {
+            name: [dataclasses.asdict(shard) for shard in shards]
+            for name, shards in progress.shards.items()
+        },
+        "num_skipped": progress.num_skipped,
+        "settings": progress.settings,
+        "source_sha256": progress.source_sha256,
+    }
+    write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())

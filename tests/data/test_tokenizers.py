@@ -1,0 +1,120 @@
+"""The three kinds of tokenizer, and what of them is stored."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pararnn.data import PrepareConfig
+from pararnn.training import RunError
+
+from .conftest import contents, documents, sentence
+
+SENTENCES = [sentence(n) for n in range(30)]
+
+
+def decoded(data):
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    return sorted(
+        tokenizer.decode(document)
+        for s in (data.train, data.validation)
+        for document in documents(data, s)
+    )
+
+
+def word_tokenizer(folder, **special):
+    words = {"<unk>": 0, "</s>": 1, "gate": 2, "step": 3, "far": 70_000}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", **special
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_bytes(texts, make):
+    data = make(texts)
+    assert (data.vocab_size, data.separator, data.tokenizer) == (256, 0, None)
+    assert data.train.dtype == np.uint8
+    assert data.train.num_bytes + data.train.num_documents + 1 == data.train.num_tokens
+
+
+def test_trained(texts, make):
+    data = make(texts, tokenizer="train:300")
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    assert (data.vocab_size, data.separator) == (300, tokenizer.eos_token_id)
+    assert (len(tokenizer), tokenizer.eos_token) == (300, "<|endoftext|>")
+    assert data.train.dtype == np.uint16
+    assert decoded(data) == sorted(SENTENCES)
+    num_bytes = sum(len(text.encode()) for text in SENTENCES)
+    assert data.train.num_bytes + data.validation.num_bytes == num_bytes
+    assert data.train.num_tokens < data.train.num_bytes * 0.9
+
+
+def test_trained_anew_it_is_the_same(texts, make):
+    first, second = (make(texts, name=name, tokenizer="train:400") for name in "ab")
+    assert contents(first.folder) == contents(second.folder)
+
+
+def test_trained_on_little_text_it_is_smaller(texts, make):
+    data = make(texts, tokenizer="train:50000")
+    assert data.vocab_size == len(AutoTokenizer.from_pretrained(data.tokenizer)) < 1000
+
+
+def test_from_a_folder(texts, make, tmp_path):
+    data = make(texts, tokenizer=word_tokenizer(tmp_path / "words", eos_token="</s>"))
+    assert (data.vocab_size, data.separator) == (70_001, 1)
+    assert data.train.dtype == np.uint32
+    expected = sorted([{"gate": 2, "step": 3}.get(w, 0) for w in t.split()] for t in SENTENCES)
+    stored = [d.tolist() for s in (data.train, data.validation) for d in documents(data, s)]
+    assert sorted(stored) == expected
+    assert AutoTokenizer.from_pretrained(data.tokenizer).eos_token_id == 1
+
+
+def test_from_another_prepared_folder(texts, make):
+    first = make(texts, tokenizer="train:300")
+    second = make(texts, name="again", tokenizer=str(first.tokenizer))
+    assert first.sha256 == second.sha256
+
+
+def test_names_of_special_tokens_are_text(lines, make):
+    text = "before <|endoftext|> after"
+    with lines.open("a") as file:
+        file.write(json.dumps({"text": text}) + "\n")
+    data = make(lines, tokenizer="train:300")
+    assert decoded(data) == sorted([*SENTENCES, text])
+
+
+def test_document_that_holds_the_separator_is_skipped(texts, make, tmp_path):
+    (texts / "a.txt").write_text("gate </s> step")
+    data = make(texts, tokenizer=word_tokenizer(tmp_path / "words", eos_token="</s>"))
+    assert data.train.num_documents + data.validation.num_documents == 30
+    assert json.loads((data.folder / "index.json").read_text())["num_skipped"] == 1
+
+
+def test_long_documents_are_whole(tmp_path, make, recwarn):
+    folder = word_tokenizer(tmp_path / "words", eos_token="</s>", model_max_length=8)
+    for name in "ab":
+        (tmp_path / name).write_text("gate " * 5000)
+    data = make(tmp_path / "a", tmp_path / "b", tokenizer=folder)
+    assert data.train.num_tokens == data.validation.num_tokens == 5002
+    assert not recwarn.list
+
+
+def test_no_separator_is_refused(texts, make, tmp_path):
+    with pytest.raises(RunError, match=r"has no eos token.*set its eos_token, save it with save_p"):
+        make(texts, tokenizer=word_tokenizer(tmp_path / "words"))
+
+
+def test_not_a_tokenizer(texts, make, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"cannot load the tokenizer .*empty.* Give bytes, train:"):
+        make(texts, tokenizer=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("tokenizer", ["train:", "train:many", "train:256", "train:-300"])
+def test_wrong_vocabulary(tokenizer):
+    with pytest.raises(ValueError, match="write train:VOCAB_SIZE with at least 257"):
+        PrepareConfig(sources=("a",), tokenizer=tokenizer)

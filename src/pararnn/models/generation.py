@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pararnn.models.cache import LayerState, ParaRNNCache, map_state
+from pararnn.models.cache import LayerState, ParaRNNCache, State, map_state
 from pararnn.models.modeling import ParaRNNForCausalLM
 
 _STEPS_BETWEEN_CHECKS = 32  # whether all have ended: only then does the host wait for the device
@@ -82,6 +82,12 @@ class Decoder:
         self._generator: torch.Generator | None = None
         self._layers: list[LayerState] = []
         self._run: Callable[[], None] = self._advance
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the states of all blocks and texts; 0 before the first call."""
+        parts = [(layer.window, *_components(layer.recurrent)) for layer in self._layers]
+        return sum(tensor.nbytes for part in parts for tensor in part)
 
     def generate(
         self,
@@ -193,6 +199,10 @@ class Decoder:
         chosen = scores.argmax(dim=-1, keepdim=True)
         self.tokens.copy_(torch.where(self._ended, self.tokens, chosen))
         self._ended.logical_or_(self.tokens == self._end)
+
+
+def _components(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
 
 
 def _copy(targets: list[LayerState], sources: list[LayerState]) -> None:

@@ -1,0 +1,117 @@
+"""One token after another: the speed of generation against that of reading the weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+from pararnn.bench.flops import multiplied_parameters
+from pararnn.bench.models import ModelSize, note_of, release
+from pararnn.bench.problem import Row
+from pararnn.bench.timing import captured, steps_milliseconds
+from pararnn.models import ParaRNNForCausalLM
+from pararnn.models.generation import Decoder
+
+_STEPS = 16  # timed together
+
+
+def decode_rows(
+    size: ModelSize,
+    architectures: Sequence[str],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    device: torch.device,
+    rate: float,
+) -> Iterator[Row]:
+    """Time single steps of generation in bfloat16, greedily.
+
+    Where the state does not grow with the text there is one row for all contexts. The text itself
+    is not read first: attention works through a cache of that length whatever it holds.
+
+    Args:
+        size: Of the models.
+        architectures: Names of presets.
+        batches: Texts side by side.
+        contexts: Tokens before the one that is generated.
+        device: Where to run; a step is a CUDA graph when it is a GPU.
+        rate: What the device copies, in GB/s.
+    """
+    for architecture in architectures:
+        release()
+        model = size.build(architecture, device, torch.bfloat16, max(contexts) + _STEPS).eval()
+        grows = hasattr(model.config, "num_key_value_heads")
+        for batch in batches:
+            for context in contexts if grows else [None]:
+                row: Row = {"architecture": architecture, "batch": batch, "context": context}
+                row["note"] = note_of(architecture)
+                yield row | _measure(model, batch, context, rate)
+        del model
+
+
+def _measure(model: PreTrainedModel, batch: int, context: int | None, rate: float) -> Row:
+    try:
+        run, state_bytes = _steps(model, batch, context)
+        milliseconds = steps_milliseconds(run, model.device) / _STEPS
+    except torch.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+    weight_bytes = multiplied_parameters(model) * model.dtype.itemsize
+    limit = (weight_bytes + state_bytes) / rate / 1e6
+    return {
+        "weight_bytes": weight_bytes,
+        "state_bytes": state_bytes,
+        "token_ms": milliseconds,
+        "tokens_per_second": batch / milliseconds * 1e3,
+        "limit_ms": limit,
+        "share_of_limit": limit / milliseconds,
+    }
+
+
+def _steps(
+    model: PreTrainedModel, batch: int, context: int | None
+) -> tuple[Callable[[], None], int]:
+    """A function that runs `_STEPS` steps, and the bytes of state that one reads and writes."""
+    if isinstance(model, ParaRNNForCausalLM):
+        decoder = Decoder(model, batch)
+        decoder.start([[1]] * batch)
+        return _repeated(decoder.step), 2 * decoder.state_bytes
+    cache = StaticCache(config=model.config, max_cache_len=(context or 0) + _STEPS)
+    step = _cached_step(model, batch, cache)
+    if model.device.type == "cuda":
+        step = captured(step)
+    if context is None:
+        kinds = [k for layer in cache.layers for k in (layer.conv_states, layer.recurrent_states)]
+        return _repeated(step), 2 * sum(state.nbytes for kind in kinds for state in kind.values())
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    def from_context() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(context)
+        _repeated(step)()
+
+    return from_context, held * context // (context + _STEPS)
+
+
+def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Callable[[], None]:
+    """One greedy step of a model of transformers, run once so that the cache has its tensors."""
+    accepted = inspect.signature(model.forward).parameters
+    name = "cache_params" if "cache_params" in accepted else "past_key_values"
+    tokens = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
+
+    @torch.no_grad()
+    def step() -> None:
+        output = model(input_ids=tokens, use_cache=True, **{name: cache})
+        tokens.copy_(output.logits[:, -1:].argmax(-1))
+
+    step()
+    return step
+
+
+def _repeated(step: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(_STEPS):
+            step()
+
+    return run

@@ -1,7 +1,10 @@
 """Generation from static tensors: equal to transformers', ragged equal to one by one, sampling."""
 
+import functools
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from pararnn.models import generation
@@ -62,11 +65,41 @@ def test_steps_run_one_token_on_the_same_tensors(make_model, monkeypatch):
     assert len({pointer for _, pointer in seen[1:]}) == 1
 
 
+def test_the_step_can_be_compiled_and_captured(make_model, cell, monkeypatch):
+    """As one graph, and without an operation for which the host waits for the device."""
+    compile_step = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(generation.torch, "compile", compile_step)
+    model = make_model(cell=cell)
+    expected = generate(model, PROMPTS, max_new_tokens=8)
+    decoder = Decoder(model, 3, compiled=True)
+    assert decoder.generate(PROMPTS, max_new_tokens=8) == expected
+    plain = Decoder(model, 3)
+    plain.start(PROMPTS, temperature=1.0)
+    with Operations() as seen:
+        plain.step()
+    assert "pararnn.recurrence.default" in seen.names
+    waits = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.lift_fresh.default"}
+    assert not seen.names & waits
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_captured_step_equals_transformers(make_model, tokens, cell):
-    model = make_model(cell=cell).to("cuda")
-    decoder = Decoder(model, 3)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_captured_step_equals_transformers(make_model, tokens, cell, compiled):
+    model = make_model(cell=cell).float().to("cuda")
+    decoder = Decoder(model, 3, compiled=compiled)
     settings = GenerationConfig(max_new_tokens=40, do_sample=False)
     for given in (tokens, tokens.flip(1)):
         expected = model.generate(given.to("cuda"), generation_config=settings)

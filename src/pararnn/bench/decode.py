@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, StaticCache
@@ -36,18 +38,18 @@ def decode_rows(
         architectures: Names of presets.
         batches: Texts side by side.
         contexts: Tokens before the one that is generated.
-        device: Where to run; a step is a CUDA graph when it is a GPU.
+        device: Where to run; on a GPU a step is compiled and captured in a CUDA graph.
         rate: What the device copies, in GB/s.
     """
     for architecture in architectures:
         release()
         model = size.build(architecture, device, torch.bfloat16, max(contexts) + _STEPS).eval()
         grows = hasattr(model.config, "num_key_value_heads")
-        for batch in batches:
-            for context in contexts if grows else [None]:
-                row: Row = {"architecture": architecture, "batch": batch, "context": context}
-                row["note"] = note_of(architecture)
-                yield row | _measure(model, batch, context, rate)
+        for batch, context in itertools.product(batches, contexts if grows else [None]):
+            row: Row = {"architecture": architecture, "batch": batch, "context": context}
+            row["note"] = note_of(architecture)
+            release()
+            yield row | _measure(model, batch, context, rate)
         del model
 
 
@@ -74,28 +76,27 @@ def _steps(
 ) -> tuple[Callable[[], None], int]:
     """A function that runs `_STEPS` steps, and the bytes of state that one reads and writes."""
     if isinstance(model, ParaRNNForCausalLM):
-        decoder = Decoder(model, batch)
+        decoder = Decoder(model, batch, compiled=model.device.type == "cuda")
         decoder.start([[1]] * batch)
         return _repeated(decoder.step), 2 * decoder.state_bytes
     cache = StaticCache(config=model.config, max_cache_len=(context or 0) + _STEPS)
-    step = _cached_step(model, batch, cache)
-    if model.device.type == "cuda":
-        step = captured(step)
+    layers: list[Any] = cache.layers
+    repeated = _repeated(_cached_step(model, batch, cache))
     if context is None:
-        kinds = [k for layer in cache.layers for k in (layer.conv_states, layer.recurrent_states)]
-        return _repeated(step), 2 * sum(state.nbytes for kind in kinds for state in kind.values())
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        kinds = [kind for layer in layers for kind in (layer.conv_states, layer.recurrent_states)]
+        return repeated, 2 * sum(state.nbytes for kind in kinds for state in kind.values())
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     def from_context() -> None:
-        for layer in cache.layers:
+        for layer in layers:
             layer.cumulative_length.fill_(context)
-        _repeated(step)()
+        repeated()
 
     return from_context, held * context // (context + _STEPS)
 
 
 def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Callable[[], None]:
-    """One greedy step of a model of transformers, run once so that the cache has its tensors."""
+    """One greedy step of a model of transformers, as `Decoder` has it for ours."""
     accepted = inspect.signature(model.forward).parameters
     name = "cache_params" if "cache_params" in accepted else "past_key_values"
     tokens = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
@@ -105,8 +106,8 @@ def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Call
         output = model(input_ids=tokens, use_cache=True, **{name: cache})
         tokens.copy_(output.logits[:, -1:].argmax(-1))
 
-    step()
-    return step
+    step()  # the cache makes its tensors
+    return captured(torch.compile(step, dynamic=False)) if model.device.type == "cuda" else step
 
 
 def _repeated(step: Callable[[], None]) -> Callable[[], None]:

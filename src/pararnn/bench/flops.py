@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -27,9 +29,10 @@ def train_flops_per_token(model: PreTrainedModel, time: int) -> float:
 
 def multiplied_parameters(model: PreTrainedModel) -> int:
     """Parameters that every token is multiplied with."""
-    embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is embedding
-    return sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.numel())
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    tied = output is not None and output.weight is embedding.weight
+    return total if tied else total - sum(parameter.numel() for parameter in embedding.parameters())
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -42,10 +45,10 @@ def peak_flops(device_name: str) -> float | None:
     return found[0] if found else None
 
 
-def _attention_channels(config: object) -> int:
+def _attention_channels(config: Any) -> int:
     """Channels of all heads of all attention layers together; 0 for models without attention."""
     heads = getattr(config, "num_attention_heads", 0)
     if not heads:
         return 0
-    per_head = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined] # a configuration
-    return config.num_hidden_layers * heads * per_head  # type: ignore[attr-defined] # the same
+    per_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers * heads * per_head

@@ -67,8 +67,8 @@ def note_of(architecture: str) -> str:
 
 def release() -> None:
     """Give back what the last model used, so that the next starts from an empty device."""
-    gc.collect()
     torch.compiler.reset()
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

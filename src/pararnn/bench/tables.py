@@ -34,7 +34,8 @@ class Table:
 DECODE = Table(
     "decode",
     "Generation benchmark",
-    "One greedy step of generation per token, bfloat16. The limit is the time in which the device "
+    "One greedy step of generation per token, bfloat16, on a GPU compiled and captured in a CUDA "
+    "graph. The limit is the time in which the device "
     "copies as many bytes as a step must read and write: all weights but the embedding, the "
     "recurrent state, or the key-value cache of the context.",
     (

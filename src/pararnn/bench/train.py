@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pararnn.bench.flops import peak_flops, train_flops_per_token
 from pararnn.bench.models import ModelSize, note_of, release
@@ -32,11 +35,11 @@ def train_rows(
     Args:
         size: Of the models.
         architectures: Names of presets.
-        batch: Sequences; None for the largest number that all presets have.
+        batch: Sequences; None for as many as the paper has per GPU at this size.
         time: Tokens per sequence.
         device: Where to run.
     """
-    batch = batch or min(preset(name, size.name).batch_size for name in architectures)
+    batch = batch or preset(architectures[0], size.name).batch_size
     for architecture in architectures:
         yield _row(size, architecture, batch, time, device)
 
@@ -68,11 +71,14 @@ def measure(
         torch.OutOfMemoryError: It does not fit.
     """
     model = size.build(architecture, device, torch.float32, time)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    step = _train_step(
-        CausalLoss(model, preset(architecture, size.name).z_loss_weight), batch, time
-    )
+    blocks: Any = model.base_model.layers
+    for block in blocks:
+        if checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if device.type == "cuda":
+            block.compile()
+    z_loss_weight = preset(architecture, size.name).z_loss_weight
+    step = _train_step(CausalLoss(model, z_loss_weight), batch, time)
     milliseconds = steps_milliseconds(step, device)
     flops = train_flops_per_token(model, time) * batch * time
     on_gpu = device.type == "cuda"
@@ -92,9 +98,6 @@ def _train_step(loss: CausalLoss, batch: int, time: int) -> Callable[[], None]:
     loss.train()
     model = loss.model
     device = model.device
-    if device.type == "cuda":
-        for block in model.base_model.layers:
-            block.compile()
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(model.config.vocab_size, (batch, time + 1), device=device)
 

@@ -83,7 +83,7 @@ class DecodeArguments(_ModelArguments):
 
     batch_sizes: tuple[int, ...] = (1, 16)
     """Texts side by side."""
-    contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     """Tokens before the generated one, where that matters: in the Transformer's cache."""
     table: ClassVar[Table] = DECODE
 
@@ -145,7 +145,7 @@ def _kernels(arguments: list[str]) -> int:
 
 
 def _models(name: str, arguments: list[str]) -> int:
-    parsed = parse(MODELS[name], f"bench {name}", arguments)
+    parsed: DecodeArguments | TrainArguments = parse(MODELS[name], f"bench {name}", arguments)
     device = choose_device(parsed.device)
     facts = facts_of(device, parsed.size, " ".join(["pararnn bench", name, *arguments]))
     rate = copy_gigabytes_per_second(device)

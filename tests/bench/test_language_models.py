@@ -135,6 +135,18 @@ def test_train_steps_learn_with_and_without_checkpointing(architecture, monkeypa
     assert with_it == pytest.approx(without, rel=1e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu():
+    """Compiled, captured and profiled."""
+    gpu = torch.device("cuda")
+    for row in decode.decode_rows(SIZE, ARCHITECTURES, [2], [64], gpu, rate=1000.0):
+        assert 0 < row["share_of_limit"] < 1
+    for row in train.train_rows(SIZE, ARCHITECTURES, 2, 64, gpu):
+        assert row["peak_memory_gib"] > 0
+        assert (row["recurrence_share"] > 0) == row["architecture"].startswith("para")
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_out_of_memory_is_tried_with_checkpointing(monkeypatch, fits):
     def measure(size, architecture, batch, time, device, checkpointing):

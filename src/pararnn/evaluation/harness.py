@@ -69,9 +69,11 @@ class HarnessModel(HFLM):
 def _model_folder(path: Path) -> Path:
     """The folder to load a model from."""
     if (path / "checkpoints").is_dir():
-        checkpoint, _ = newest_checkpoint(RunFolder.open(path).checkpoints)
+        checkpoint, problems = newest_checkpoint(RunFolder.open(path).checkpoints)
         if checkpoint is None:
             raise RunError(f"{path} holds no checkpoint yet; train the run further.")
+        for problem in problems:
+            print(f"Skipped: {problem}. Using {checkpoint.path.name}.")
         return checkpoint.path
     if not (path / "config.json").is_file():
         raise RunError(

@@ -59,6 +59,7 @@ def test_flops_of_attention_and_of_tied_embeddings():
 
 def test_peaks():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L4") is None
 
@@ -67,7 +68,9 @@ def test_size():
     assert str(ModelSize()) == "preset 1b"
     assert str(SIZE) == "preset 1b, width 64, layers 2, vocabulary 256"
     for name in ARCHITECTURES:
-        config = SIZE.build(name, CPU, torch.bfloat16, 8).config
+        model = SIZE.build(name, CPU, torch.bfloat16, 8)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        config = model.config
         assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (64, 2, 256)
 
 

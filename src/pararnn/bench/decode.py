@@ -42,23 +42,29 @@ def decode_rows(
         rate: What the device copies, in GB/s.
     """
     for architecture in architectures:
-        release()
-        model = size.build(architecture, device, torch.bfloat16, max(contexts) + _STEPS).eval()
-        grows = hasattr(model.config, "num_key_value_heads")
+        grows = hasattr(size.config(architecture, max(contexts)), "num_key_value_heads")
         for batch, context in itertools.product(batches, contexts if grows else [None]):
             row: Row = {"architecture": architecture, "batch": batch, "context": context}
             row["note"] = note_of(architecture)
             release()
-            yield row | _measure(model, batch, context, rate)
-        del model
+            try:
+                row |= _measure(size, architecture, batch, context, device, rate)
+            except torch.OutOfMemoryError:
+                row["skipped"] = "out of memory"
+            yield row
 
 
-def _measure(model: PreTrainedModel, batch: int, context: int | None, rate: float) -> Row:
-    try:
-        run, state_bytes = _steps(model, batch, context)
-        milliseconds = steps_milliseconds(run, model.device) / _STEPS
-    except torch.OutOfMemoryError:
-        return {"skipped": "out of memory"}
+def _measure(
+    size: ModelSize,
+    architecture: str,
+    batch: int,
+    context: int | None,
+    device: torch.device,
+    rate: float,
+) -> Row:
+    model = size.build(architecture, device, torch.bfloat16, (context or 0) + _STEPS).eval()
+    run, state_bytes = _steps(model, batch, context)
+    milliseconds = steps_milliseconds(run, device) / _STEPS
     weight_bytes = multiplied_parameters(model) * model.dtype.itemsize
     limit = (weight_bytes + state_bytes) / rate / 1e6
     return {

@@ -6,7 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+_PEAK_FLOPS = {  # the first name that fits counts
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 
 
 def train_flops_per_token(model: PreTrainedModel, time: int) -> float:

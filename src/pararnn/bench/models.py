@@ -8,9 +8,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pararnn.models.architectures import Shape, make_config, make_model
+from pararnn.models.architectures import Shape, make_config
 from pararnn.models.presets import VOCAB_SIZE, preset
 
 
@@ -30,10 +30,8 @@ class ModelSize:
     num_layers: int | None = None
     vocab_size: int = VOCAB_SIZE
 
-    def build(
-        self, architecture: str, device: torch.device, dtype: torch.dtype, max_length: int
-    ) -> PreTrainedModel:
-        """A new model that attention may run up to `max_length` steps.
+    def config(self, architecture: str, max_length: int) -> PreTrainedConfig:
+        """The configuration of a model whose attention reaches `max_length` steps.
 
         Raises:
             ValueError: There is no such architecture or preset.
@@ -47,9 +45,15 @@ class ModelSize:
             num_heads=math.gcd(chosen.num_heads, width),
             max_length=max_length,
         )
+        return make_config(architecture, shape)
+
+    def build(
+        self, architecture: str, device: torch.device, dtype: torch.dtype, max_length: int
+    ) -> PreTrainedModel:
+        """A new model, made on the device and of the type that it keeps."""
         with torch.device(device):
-            model = make_model(make_config(architecture, shape))
-        return model.to(dtype)  # type: ignore[arg-type] # transformers hides the types of `to`
+            config = self.config(architecture, max_length)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
     def __str__(self) -> str:
         changes = {"width": self.width, "layers": self.num_layers}

@@ -35,9 +35,9 @@ DECODE = Table(
     "decode",
     "Generation benchmark",
     "One greedy step of generation per token, bfloat16, on a GPU compiled and captured in a CUDA "
-    "graph. The limit is the time in which the device "
-    "copies as many bytes as a step must read and write: all weights but the embedding, the "
-    "recurrent state, or the key-value cache of the context.",
+    "graph. The limit is the time in which the device copies as many bytes as a step must read and "
+    "write: all weights but the embedding, and the recurrent state or the key-value cache of the "
+    "context.",
     (
         ("architecture", "model", ""),
         ("batch", "texts", ""),
@@ -51,9 +51,9 @@ DECODE = Table(
 TRAIN = Table(
     "train",
     "Training benchmark",
-    "One train step: forward and backward in bfloat16 autocast, fused AdamW. MFU counts 6 "
-    "operations per parameter outside the embedding and token, and attention; recurrence is the "
-    "share of its kernels in the time of all kernels.",
+    "One train step: forward and backward in bfloat16 autocast, fused AdamW; on a GPU every block "
+    "is compiled. MFU counts 6 operations per token for every parameter outside the embedding, and "
+    "attention; recurrence is the share of its kernels in the time of all kernels.",
     (
         ("architecture", "model", ""),
         ("parameters", "parameters", ","),

@@ -8,6 +8,7 @@ import torch
 
 from pararnn.cli.main import main
 from pararnn.evaluation import ByteTokenizer, HarnessModel, run_tasks
+from pararnn.models.architectures import Shape, make_config, make_model
 from pararnn.training.checkpoints import quiet_transformers
 from pararnn.training.errors import RunError
 
@@ -41,6 +42,15 @@ def test_log_likelihoods_are_those_of_the_model(model, task_folder):
         correct.append(expected.index(max(expected)) == document["answer"])
     accuracy = results["results"]["tiny_choice"]["acc,none"]
     assert accuracy == pytest.approx(sum(correct) / len(correct))
+
+
+def test_a_baseline(task_folder):
+    config = make_config("transformer", Shape(vocab_size=256, width=16, num_layers=1, num_heads=2))
+    model = make_model(config).eval()
+    results = run_tasks(HarnessModel(model), ["tiny_choice"], task_folder=task_folder, limit=1)
+    (sample,) = results["samples"]["tiny_choice"]
+    expected = log_likelihood(model, "What is round?\nAnswer:", " a ball")
+    assert sample["filtered_resps"][0][0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_fewshot_and_limit(model, task_folder):
@@ -101,7 +111,7 @@ def test_command_on_a_folder(model_folder, task_folder, capsys):
 
 def test_harness_command(model_folder, task_folder):
     """`lm_eval` itself, in a process of its own."""
-    command = f"""run --model pararnn --model_args pretrained={model_folder} --device cpu
+    command = f"""--model pararnn --model_args pretrained={model_folder} --device cpu
         --tasks tiny_choice --include_path {task_folder}"""
     done = subprocess.run(
         [sys.executable, "-m", "pararnn.evaluation", *command.split()],

@@ -111,8 +111,8 @@ def _train_step(loss: CausalLoss, batch: int, time: int) -> Callable[[], None]:
     return step
 
 
-def _recurrence_share(step: Callable[[], None]) -> float:
-    """Share of our kernels in the time that all kernels of one step take."""
+def _recurrence_share(step: Callable[[], None]) -> float | None:
+    """Share of our kernels in the time that all kernels of one step take; None if none is seen."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -120,5 +120,6 @@ def _recurrence_share(step: Callable[[], None]) -> float:
         step()
         torch.cuda.synchronize()
     events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
+    total = sum(e.self_device_time_total for e in events)
     ours = sum(e.self_device_time_total for e in events if e.key in KERNELS)
-    return ours / sum(e.self_device_time_total for e in events)
+    return ours / total if total else None

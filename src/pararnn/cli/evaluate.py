@@ -76,6 +76,8 @@ def _run_tasks(parsed: EvalArguments) -> int:
     try:
         from pararnn.evaluation import HarnessModel, run_tasks
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pararnn"):
+            raise
         raise RunError(str(error)) from error
     from lm_eval.utils import make_table
 

@@ -1,4 +1,4 @@
-"""The command of lm-eval with `--model pararnn`: `python -m pararnn.evaluation run ...`."""
+"""The command of lm-eval with `--model pararnn`: `python -m pararnn.evaluation ...`."""
 
 from lm_eval.__main__ import cli_evaluate
 

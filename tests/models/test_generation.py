@@ -82,6 +82,23 @@ def test_the_step_can_be_compiled_and_captured(make_model, cell, monkeypatch):
     assert not seen.names & waits
 
 
+def test_runs_before_the_capture_leave_no_trace(make_model, cell, monkeypatch):
+    """As on a GPU, where a step is run to compile it and to allocate."""
+    model = make_model(cell=cell)
+    expected = generate(model, PROMPTS, max_new_tokens=12, end_of_text=3)
+
+    def captured(run, device):
+        run()
+        run()
+        return run
+
+    monkeypatch.setattr(generation, "_captured", captured)
+    assert generate(model, PROMPTS, max_new_tokens=12, end_of_text=3) == expected
+    ended = Decoder(model, 3)
+    ended.start(PROMPTS, end_of_text=expected[0][0])
+    assert ended._ended.flatten().tolist() == [row[0] == expected[0][0] for row in expected]
+
+
 class Operations(TorchDispatchMode):
     """Collects the names of all operations."""
 

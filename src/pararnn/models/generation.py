@@ -177,12 +177,10 @@ class Decoder:
         return tokens.to(device), None if mask.all() else mask.to(device)
 
     def _prepare(self, layers: list[LayerState]) -> None:
-        """Make the states' tensors and, on a GPU, the graph; states and tokens are overwritten."""
+        """Make the states' tensors and the graph; what its first runs leave is overwritten."""
         self._layers = [layer.map(torch.zeros_like) for layer in layers]
-        if self.model.device.type == "cuda":
-            with torch.cuda.device(self.model.device):
-                self._run = _captured(self._run)
-            self._ended.zero_()
+        self._run = _captured(self._run, self.model.device)
+        self._ended.zero_()
 
     def _advance(self) -> None:
         cache = ParaRNNCache(list(self._layers), 1)
@@ -217,17 +215,20 @@ def _copy(targets: list[LayerState], sources: list[LayerState]) -> None:
         map_state(lambda t, s: t.copy_(s), target.recurrent, source.recurrent)
 
 
-def _captured(run: Callable[[], None]) -> Callable[[], None]:
-    """The work of `run` as a CUDA graph; it is run twice before, to compile and to allocate."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """On a GPU the work of `run` as a CUDA graph, after two runs to compile and to allocate."""
+    if device.type != "cuda":
+        return run
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
     return graph.replay
 
 

@@ -62,8 +62,8 @@ class Decoder:
         model: On the device to generate on; put into evaluation mode. Its weights may change in
             place between calls.
         batch_size: Texts side by side.
-        compiled: Fuse the operations of a step with `torch.compile`. On a GPU a step is many small
-            kernels without it; the first call takes a minute longer with it.
+        compiled: Fuse the operations of a step with `torch.compile`, which is done in the first
+            call. Without it a step is many small kernels.
 
     Raises:
         ValueError: batch_size is less than 1.

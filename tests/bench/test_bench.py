@@ -16,8 +16,9 @@ from pararnn.tracing.expressions import topological
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--out", str(tmp_path / "out")]) == 1
-    assert "measures on a CUDA device, and there is none" in capsys.readouterr().err
+    for arguments in (["bench"], ["bench", "kernels"]):
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+        assert "measures on a CUDA device, and there is none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(RuntimeError, match="CUDA device"):
         next(measure())

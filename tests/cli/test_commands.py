@@ -72,6 +72,11 @@ def test_misspelt_flag_is_answered_with_the_nearest(arguments, nearest, capsys):
         (["train", "--steps", "0"], "steps is 0; it must be >= 1"),
         (["generate", "run", "--temperature", "-1"], "temperature is -1.0; it must be >= 0"),
         (["generate", "run", "--num-bytes", "0"], "num-bytes is 0; it must be >= 1"),
+        (["eval", "run", "--task-folder", "tasks"], "--task-folder goes with --tasks"),
+        (["eval", "run", "--limit", "3"], "--limit goes with --tasks"),
+        (["eval", "run", "--tasks", "piqa", "--data", "a"], "--data goes without --tasks"),
+        (["eval", "run", "--tasks", "piqa,"], "a name is empty in --tasks 'piqa,'"),
+        (["eval", "run", "--tasks", "piqa", "--limit", "0"], "limit is 0; it must be >= 1"),
     ],
 )
 def test_refused_value(arguments, message, capsys):
@@ -150,7 +155,9 @@ def test_train_then_generate_and_evaluate(capsys):
     assert main(["eval", "runs/paragru-1", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert re.fullmatch(
-        r"\d\.\d{4} bits per byte \(\d\.\d{4} nats\) on \d+ held-out bytes\n", printed
+        r"\d\.\d{4} bits per byte \(\d\.\d{4} nats, perplexity \d+\.\d{4} per byte\) "
+        r"on \d+ held-out bytes\n",
+        printed,
     )
     assert main(["eval", "runs/paragru-1", "--data", "text.txt"]) == 0
     assert "on 1,641 bytes of text.txt" in capsys.readouterr().out

@@ -1,8 +1,11 @@
-"""Times on a GPU, with events, from a cold cache."""
+"""Times: of kernels on a GPU, with events, from a cold cache; of whole steps on any device."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -53,8 +56,37 @@ def milliseconds(run: Callable[[], Any], repeats: int = 20, budget_ms: float = 3
     return statistics.median(times)
 
 
-def copy_gigabytes_per_second() -> float:
+def steps_milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
+    """Median time from one call to the next, one right after the other, on any device.
+
+    Args:
+        run: Enqueues work on the current stream.
+        device: Where it runs.
+        repeats: Calls that are timed, after two that are not.
+    """
+    for _ in range(2):
+        run()
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for _ in range(repeats):
+            run()
+            marks.append(time.perf_counter())
+        return statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(marks))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def copy_gigabytes_per_second(device: torch.device | str = "cuda") -> float:
     """Measured rate of a large copy on the device, bytes read and written."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    source = torch.empty(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
+    copy = functools.partial(target.copy_, source)
+    time_ms = milliseconds(copy) if on_gpu else steps_milliseconds(copy, device)
+    return 2 * source.numel() / time_ms / 1e6

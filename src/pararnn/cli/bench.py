@@ -1,17 +1,35 @@
-"""`pararnn bench`."""
+"""`pararnn bench kernels`, `decode` and `train`."""
 
+import difflib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+import torch
 
 from pararnn.bench import measure, save
+from pararnn.bench.decode import decode_rows
+from pararnn.bench.models import ModelSize
+from pararnn.bench.problem import Row
 from pararnn.bench.report import Rows
+from pararnn.bench.tables import DECODE, TRAIN, Table, facts_of, save_table
+from pararnn.bench.timing import copy_gigabytes_per_second
+from pararnn.bench.train import train_rows
 from pararnn.cli.arguments import parse
+from pararnn.models.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
+from pararnn.training.errors import RunError
+from pararnn.training.language_model import choose_device
 
 
 @dataclass(kw_only=True)
 class BenchArguments:
-    """Time the kernels on this GPU, against the copy limit and other implementations."""
+    """Time the kernels on this GPU, against the copy limit and other implementations.
+
+    bench decode times generation, bench train whole train steps of language models; each has a
+    --help of its own.
+    """
 
     out: Path = Path("benchmarks-gpu")
     """Folder for gpu.json, gpu.md and gpu.png."""
@@ -21,22 +39,130 @@ class BenchArguments:
     """Folder that the package pararnn-torch is installed in, to time it too."""
 
 
+@dataclass(kw_only=True)
+class _ModelArguments:
+    preset: str = "1b"
+    """Size of the paper: 400m, 1b, 2.9b or 7b."""
+    architectures: tuple[str, ...] = ARCHITECTURES
+    """Which models, one after the other."""
+    width: int | None = None
+    """Channels instead of the preset's."""
+    layers: int | None = None
+    """Blocks instead of the preset's."""
+    vocab_size: int = VOCAB_SIZE
+    """Number of tokens in the vocabulary."""
+    device: str = "auto"
+    """A torch device; auto for CUDA when there is one, else the CPU."""
+    out: Path = Path("benchmarks-lm")
+    """Folder for the table, as JSON and as Markdown."""
+
+    def __post_init__(self) -> None:
+        for architecture in self.architectures:
+            preset(architecture, self.preset)
+        for name, value in vars(self).items():
+            values = value if isinstance(value, tuple) else (value,)
+            if not values:
+                raise ValueError(f"{name} is empty; name at least one.")
+            if any(isinstance(v, int) and v < 1 for v in values):
+                raise ValueError(f"{name.replace('_', '-')} is {value}; it must be >= 1.")
+
+    @property
+    def size(self) -> ModelSize:
+        """The size of the models."""
+        return ModelSize(
+            name=self.preset,
+            width=self.width,
+            num_layers=self.layers,
+            vocab_size=self.vocab_size,
+        )
+
+
+@dataclass(kw_only=True)
+class DecodeArguments(_ModelArguments):
+    """Time single steps of generation against the limit of reading the weights once per token."""
+
+    batch_sizes: tuple[int, ...] = (1, 16)
+    """Texts side by side."""
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
+    """Tokens before the generated one, where that matters: in the Transformer's cache."""
+    table: ClassVar[Table] = DECODE
+
+    def rows(self, device: torch.device, rate: float) -> Iterator[Row]:
+        """Measure."""
+        return decode_rows(
+            self.size, self.architectures, self.batch_sizes, self.contexts, device, rate
+        )
+
+
+@dataclass(kw_only=True)
+class TrainArguments(_ModelArguments):
+    """Time train steps of language models, with the same batch for all."""
+
+    batch_size: int | None = None
+    """Sequences; by default as many as the paper has per GPU."""
+    sequence_length: int = SEQUENCE_LENGTH
+    """Tokens per sequence."""
+    table: ClassVar[Table] = TRAIN
+
+    def rows(self, device: torch.device, rate: float) -> Iterator[Row]:
+        """Measure."""
+        return train_rows(
+            self.size, self.architectures, self.batch_size, self.sequence_length, device
+        )
+
+
+MODELS = {"decode": DecodeArguments, "train": TrainArguments}
+
+
 def run(arguments: list[str]) -> int:
     """Measure, print every row as it comes, and store them."""
-    parsed = parse(BenchArguments, "bench", arguments)
+    name, *rest = arguments or ["kernels"]
+    if name.startswith("-"):
+        name, rest = "kernels", arguments
+    if name == "kernels":
+        return _kernels(rest)
+    if name not in MODELS:
+        nearest = difflib.get_close_matches(name, ["kernels", *MODELS], n=1, cutoff=0.0)[0]
+        raise RunError(f"there is no benchmark {name!r}; perhaps you meant {nearest!r}.")
+    return _models(name, rest)
+
+
+def _kernels(arguments: list[str]) -> int:
+    parsed = parse(BenchArguments, "bench kernels", arguments)
     rows: Rows = {}
     try:
         for kind, row in measure(parsed.quick, parsed.pararnn_torch):
             rows.setdefault(kind, []).append(row)
-            print(kind, *(f"{k}={_short(v)}" for k, v in row.items()), flush=True)
+            _print(kind, row)
             if "recurrence" not in rows:
                 continue
-            save(rows, parsed.out, " ".join(["pararnn bench", *arguments]))
+            save(rows, parsed.out, " ".join(["pararnn bench kernels", *arguments]))
     except RuntimeError as error:
         print(f"pararnn: {error}", file=sys.stderr)
         return 1
     print(f"Written to {parsed.out / 'gpu.md'}")
     return 1 if rows.get("wrong") else 0
+
+
+def _models(name: str, arguments: list[str]) -> int:
+    parsed: DecodeArguments | TrainArguments = parse(MODELS[name], f"bench {name}", arguments)
+    device = choose_device(parsed.device)
+    facts = facts_of(device, parsed.size, " ".join(["pararnn bench", name, *arguments]))
+    rate = copy_gigabytes_per_second(device)
+    rows: list[Row] = []
+    path = None
+    for row in parsed.rows(device, rate):
+        rows.append(row)
+        _print(name, row)
+        path = save_table(
+            parsed.table, rows, facts | {"copy_gigabytes_per_second": rate}, parsed.out
+        )
+    print(f"Written to {path}")
+    return 0
+
+
+def _print(kind: str, row: Row) -> None:
+    print(kind, *(f"{k}={_short(v)}" for k, v in row.items()), flush=True)
 
 
 def _short(value: object) -> str:

@@ -7,36 +7,92 @@ import numpy as np
 import tyro
 
 from pararnn.cli.arguments import parse
-from pararnn.training import RunFolder, evaluate, load_trained
+from pararnn.training import RunError, RunFolder, evaluate, load_trained
 from pararnn.training.corpus import prepare_corpus, read_documents
 from pararnn.training.data import map_bytes
 from pararnn.training.language_model import choose_device
 
+_TASK_BATCH = 8  # requests side by side; their logits are kept whole
+
 
 @dataclass(kw_only=True)
 class EvalArguments:
-    """Measure the model of a run in bits per byte."""
+    """Measure a model in bits per byte, or by tasks of the lm-eval harness."""
 
     run: tyro.conf.Positional[Path]
-    """Folder that `pararnn train` wrote."""
+    """Folder that `pararnn train` wrote; with --tasks also one that `save_pretrained` wrote."""
     data: Path | None = None
     """Text file or folder; None for all held-out bytes of the run."""
+    tasks: str | None = None
+    """Names of tasks of the harness, separated by commas, instead of a text."""
+    task_folder: Path | None = None
+    """Folder of further tasks, YAML files as the harness defines them."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; None for the task's own number."""
+    limit: int | None = None
+    """Questions per task; None for all."""
     device: str = "auto"
     """A torch device; auto for CUDA when there is one, else the CPU."""
 
+    def __post_init__(self) -> None:
+        if self.tasks is None:
+            for name in ("task_folder", "num_fewshot", "limit"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name.replace('_', '-')} goes with --tasks.")
+            return
+        if self.data is not None:
+            raise ValueError("--data goes without --tasks; a task has its own data.")
+        if not all(self.task_names):
+            raise ValueError(f"a name is empty in --tasks {self.tasks!r}.")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"num-fewshot is {self.num_fewshot}; it must be >= 0.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be >= 1.")
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names in `tasks`."""
+        return [name.strip() for name in (self.tasks or "").split(",")]
+
 
 def run(arguments: list[str]) -> int:
-    """Print bits per byte."""
+    """Print bits per byte, or the harness's table."""
     parsed = parse(EvalArguments, "eval", arguments)
+    if parsed.tasks is not None:
+        return _run_tasks(parsed)
     folder = RunFolder.open(parsed.run)
     flat = _held_out(folder) if parsed.data is None else _text(parsed.data)
     model = load_trained(folder, choose_device(parsed.device))
     result = evaluate(model, flat)
     source = "held-out bytes" if parsed.data is None else f"bytes of {parsed.data}"
     print(
-        f"{result.bits_per_byte:.4f} bits per byte ({result.loss:.4f} nats) on "
-        f"{result.num_bytes:,} {source}"
+        f"{result.bits_per_byte:.4f} bits per byte ({result.loss:.4f} nats, perplexity "
+        f"{result.perplexity:.4f} per byte) on {result.num_bytes:,} {source}"
     )
+    return 0
+
+
+def _run_tasks(parsed: EvalArguments) -> int:
+    try:
+        from pararnn.evaluation import HarnessModel, run_tasks
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pararnn"):
+            raise
+        raise RunError(str(error)) from error
+    from lm_eval.utils import make_table
+
+    device = str(choose_device(parsed.device))
+    model = HarnessModel(parsed.run, device=device, batch_size=_TASK_BATCH)
+    results = run_tasks(
+        model,
+        parsed.task_names,
+        task_folder=parsed.task_folder,
+        num_fewshot=parsed.num_fewshot,
+        limit=parsed.limit,
+    )
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
     return 0
 
 

@@ -9,9 +9,9 @@ from pararnn._version import __version__
 COMMANDS = {
     "train": ("pararnn.cli.train", "Train a byte-level language model."),
     "generate": ("pararnn.cli.generate", "Continue a text with a trained model."),
-    "eval": ("pararnn.cli.evaluate", "Measure a trained model in bits per byte."),
+    "eval": ("pararnn.cli.evaluate", "Measure a trained model in bits per byte, or by tasks."),
     "data": ("pararnn.cli.data", "Prepare token data for training."),
-    "bench": ("pararnn.cli.bench", "Time the kernels on this GPU."),
+    "bench": ("pararnn.cli.bench", "Time the kernels, generation and train steps."),
 }
 EXTRA = frozenset(
     {"numpy", "transformers", "torchdata", "tyro", "tensorboard", "safetensors", "tqdm"}

@@ -32,6 +32,11 @@ class Evaluation:
         """The loss in bits."""
         return self.loss / math.log(2)
 
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss, per byte."""
+        return math.exp(self.loss)
+
 
 @torch.no_grad()
 def evaluate(

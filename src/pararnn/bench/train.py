@@ -1,0 +1,125 @@
+"""Whole train steps of language models: ours and the baselines, one after the other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pararnn.bench.flops import peak_flops, train_flops_per_token
+from pararnn.bench.models import ModelSize, note_of, release
+from pararnn.bench.problem import Row
+from pararnn.bench.timing import steps_milliseconds
+from pararnn.models.causal_loss import CausalLoss
+from pararnn.models.presets import preset
+
+KERNELS = frozenset({"sweep", "correct", "refine", "total"})  # as the generated Triton has them
+
+
+def train_rows(
+    size: ModelSize,
+    architectures: Sequence[str],
+    batch: int | None,
+    time: int,
+    device: torch.device,
+) -> Iterator[Row]:
+    """Time train steps on random tokens; one row for each architecture.
+
+    A step is forward and backward in bfloat16 autocast with float32 weights, and fused AdamW; on a
+    GPU every block is compiled. An architecture that does not fit the memory is tried again with
+    activation checkpointing, and otherwise its row says why it was skipped.
+
+    Args:
+        size: Of the models.
+        architectures: Names of presets.
+        batch: Sequences; None for as many as the paper has per GPU at this size.
+        time: Tokens per sequence.
+        device: Where to run.
+    """
+    batch = batch or preset(architectures[0], size.name).batch_size
+    for architecture in architectures:
+        yield _row(size, architecture, batch, time, device)
+
+
+def _row(size: ModelSize, architecture: str, batch: int, time: int, device: torch.device) -> Row:
+    row: Row = {"architecture": architecture, "batch": batch, "time": time}
+    row["note"] = note_of(architecture)
+    for checkpointing in (False, True):
+        release()
+        try:
+            measured = measure(size, architecture, batch, time, device, checkpointing)
+        except torch.OutOfMemoryError:
+            continue
+        return row | {"checkpointing": checkpointing} | measured
+    return row | {"skipped": "out of memory, with activation checkpointing too"}
+
+
+def measure(
+    size: ModelSize,
+    architecture: str,
+    batch: int,
+    time: int,
+    device: torch.device,
+    checkpointing: bool,
+) -> Row:
+    """The figures of one architecture.
+
+    Raises:
+        torch.OutOfMemoryError: It does not fit.
+    """
+    model = size.build(architecture, device, torch.float32, time)
+    blocks: Any = model.base_model.layers
+    for block in blocks:
+        if checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if device.type == "cuda":
+            block.compile()
+    z_loss_weight = preset(architecture, size.name).z_loss_weight
+    step = _train_step(CausalLoss(model, z_loss_weight), batch, time)
+    milliseconds = steps_milliseconds(step, device)
+    flops = train_flops_per_token(model, time) * batch * time
+    on_gpu = device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "step_ms": milliseconds,
+        "tokens_per_second": batch * time / milliseconds * 1e3,
+        "mfu": None if peak is None else flops / (milliseconds / 1e3) / peak,
+        "peak_memory_gib": memory,
+        "recurrence_share": _recurrence_share(step) if on_gpu else None,
+    }
+
+
+def _train_step(loss: CausalLoss, batch: int, time: int) -> Callable[[], None]:
+    loss.train()
+    model = loss.model
+    device = model.device
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(model.config.vocab_size, (batch, time + 1), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss(tokens[:, :-1], tokens[:, 1:])[0]
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _recurrence_share(step: Callable[[], None]) -> float | None:
+    """Share of our kernels in the time that all kernels of one step take; None if none is seen."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
+    total = sum(e.self_device_time_total for e in events)
+    ours = sum(e.self_device_time_total for e in events if e.key in KERNELS)
+    return ours / total if total else None

@@ -1,0 +1,230 @@
+"""`pararnn bench decode` and `train` at toy size on the CPU, and what they compute from it."""
+
+import json
+
+import pytest
+import torch
+
+from pararnn.bench import decode, train
+from pararnn.bench.flops import multiplied_parameters, peak_flops, train_flops_per_token
+from pararnn.bench.models import ModelSize
+from pararnn.cli.main import main
+from pararnn.models.presets import ARCHITECTURES
+
+CPU = torch.device("cpu")
+SIZE = ModelSize(width=64, num_layers=2, vocab_size=256)
+TINY = "--width 64 --layers 2 --vocab-size 256 --device cpu".split()
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """Steps are run once and said to take 2 milliseconds."""
+
+    def steps_milliseconds(run, device):
+        run()
+        return 2.0
+
+    for module in (decode, train):
+        monkeypatch.setattr(module, "steps_milliseconds", steps_milliseconds)
+
+
+@pytest.mark.parametrize("architecture", ["paragru", "paralstm", "transformer"])
+def test_flops_count_the_matrix_products(architecture):
+    """Against PyTorch's own counter; Mamba2's slow path writes its scan as products as well."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    time = 32
+    model = SIZE.build(architecture, CPU, torch.float32, time)
+    if architecture == "transformer":
+        model.set_attn_implementation("eager")
+    tokens = torch.randint(256, (2, time))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, use_cache=False).logits.sum().backward()
+    counted = train_flops_per_token(model, time) * tokens.numel()
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_flops_of_attention_and_of_tied_embeddings():
+    model = SIZE.build("transformer", CPU, torch.float32, 32)
+    attention = train_flops_per_token(model, 200) - train_flops_per_token(model, 100)
+    assert attention == 12 * 2 * 64 * 100
+    for name in ("paragru", "paralstm", "mamba2"):
+        other = SIZE.build(name, CPU, torch.float32, 32)
+        assert train_flops_per_token(other, 200) == train_flops_per_token(other, 100)
+    free = multiplied_parameters(model)
+    assert free == sum(p.numel() for p in model.parameters()) - 256 * 64
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert multiplied_parameters(model) == free
+
+
+def test_peaks():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA L4") is None
+
+
+def test_size():
+    assert str(ModelSize()) == "preset 1b"
+    assert str(SIZE) == "preset 1b, width 64, layers 2, vocabulary 256"
+    for name in ARCHITECTURES:
+        model = SIZE.build(name, CPU, torch.bfloat16, 8)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        config = model.config
+        assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (64, 2, 256)
+
+
+def test_decode_rows(once):
+    rows = list(decode.decode_rows(SIZE, ARCHITECTURES, [1, 2], [32, 64], CPU, rate=10.0))
+    transformer = [row for row in rows if row["architecture"] == "transformer"]
+    assert [(row["batch"], row["context"]) for row in transformer] == [
+        (1, 32),
+        (1, 64),
+        (2, 32),
+        (2, 64),
+    ]
+    assert len(rows) == 4 + 3 * 2
+    for row in transformer:  # keys and values of 2 layers of 64 channels, two bytes each
+        assert row["state_bytes"] == 2 * 2 * 64 * 2 * row["batch"] * row["context"]
+    for row in rows:
+        assert row["token_ms"] == 2.0 / 16
+        assert row["tokens_per_second"] == row["batch"] * 8000
+        bytes_moved = row["weight_bytes"] + row["state_bytes"]
+        assert row["limit_ms"] == pytest.approx(bytes_moved / 10e6)
+        assert row["share_of_limit"] == pytest.approx(row["limit_ms"] / row["token_ms"])
+    states = {row["architecture"]: row["state_bytes"] for row in rows if row["batch"] == 1}
+    assert states["paragru"] == 2 * 2 * (3 + 1) * 64 * 2  # window of 3 and state, read and written
+    assert states["paralstm"] == 2 * 2 * (3 + 2) * 64 * 2
+
+
+def test_decode_of_the_transformer_stays_at_its_context(monkeypatch):
+    """However often it is timed, the cache holds the context and the steps of one run."""
+    model = SIZE.build("transformer", CPU, torch.float32, 64)
+    caches, make = [], decode.StaticCache
+    monkeypatch.setattr(decode, "StaticCache", lambda **o: caches.append(make(**o)) or caches[-1])
+    run, _ = decode._steps(model, 1, 32)
+    for _ in range(3):
+        run()
+        assert caches[0].get_seq_length() == 32 + 16
+        assert caches[0].layers[0].max_cache_len == 32 + 16
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_train_row(once, architecture):
+    (row,) = train.train_rows(SIZE, [architecture], 2, 16, CPU)
+    assert row["tokens_per_second"] == 16_000
+    assert row["step_ms"] == 2.0
+    assert row["mfu"] is None
+    assert not row["checkpointing"]
+    assert ("mamba-ssm" in row["note"]) == (architecture == "mamba2")
+
+
+@pytest.mark.parametrize("architecture", ["paragru", "transformer"])
+def test_train_steps_learn_with_and_without_checkpointing(architecture, monkeypatch):
+    losses = []
+    forward = train.CausalLoss.forward
+
+    def spy(self, *arguments):
+        result = forward(self, *arguments)
+        losses.append(result[0].item())
+        return result
+
+    monkeypatch.setattr(train.CausalLoss, "forward", spy)
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        train.measure(SIZE, architecture, 2, 16, CPU, checkpointing)
+    without, with_it = losses[: len(losses) // 2], losses[len(losses) // 2 :]
+    assert without[-1] < without[0]
+    assert with_it == pytest.approx(without, rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu():
+    """Compiled, captured and profiled."""
+    gpu = torch.device("cuda")
+    for row in decode.decode_rows(SIZE, ARCHITECTURES, [2], [64], gpu, rate=1000.0):
+        assert 0 < row["share_of_limit"] < 1
+    for row in train.train_rows(SIZE, ARCHITECTURES, 2, 64, gpu):
+        assert row["peak_memory_gib"] > 0
+        assert (row["recurrence_share"] > 0) == row["architecture"].startswith("para")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_out_of_memory_is_tried_with_checkpointing(monkeypatch, fits):
+    def measure(size, architecture, batch, time, device, checkpointing):
+        if checkpointing and fits:
+            return {"step_ms": 1.0}
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "measure", measure)
+    (row,) = train.train_rows(SIZE, ["paragru"], 2, 16, CPU)
+    expected = {"checkpointing": True, "step_ms": 1.0}
+    if not fits:
+        expected = {"skipped": "out of memory, with activation checkpointing too"}
+    assert row.items() >= expected.items()
+
+
+def test_commands_write_tables(tmp_path, capsys, monkeypatch, once):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--batch-sizes", "1", "--contexts", "32", "1024", *TINY]
+    assert main(["bench", "decode", "--out", "tables", *arguments]) == 0
+    arguments = ["--architectures", "paragru", "--batch-size", "2", "--sequence-length", "16"]
+    assert main(["bench", "train", "--out", "tables", *arguments, *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert "decode architecture=transformer batch=1 context=1024" in printed
+    assert "Written to tables/train.md" in printed
+    table = (tmp_path / "tables/decode.md").read_text()
+    assert "| transformer | 1 | 1,024 | 8,000 | 0.125 |" in table
+    assert "| paragru | 1 | any | 8,000 | 0.125 |" in table
+    assert "`pararnn bench decode --out tables --batch-sizes 1 --contexts 32 1024" in table
+    assert "preset 1b, width 64, layers 2, vocabulary 256" in table
+    assert "Note: mamba2: transformers' slow path: mamba-ssm is not installed." in table
+    stored = json.loads((tmp_path / "tables/train.json").read_text())
+    assert stored["rows"][0]["tokens_per_second"] == 16_000
+    assert stored["facts"]["torch"] == torch.__version__
+    table = (tmp_path / "tables/train.md").read_text()
+    assert "| paragru | 163,776 | 2 | 16 | 16,000 | 2.0 |  |  | no |  |" in table
+
+
+def test_a_skipped_row_is_a_line_below_the_table(tmp_path, capsys, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decode, "_steps", no_memory)
+    arguments = ["--architectures", "transformer", "--contexts", "1024", "--batch-sizes", "1"]
+    assert main(["bench", "decode", "--out", str(tmp_path), *arguments, *TINY]) == 0
+    assert "skipped=out of memory" in capsys.readouterr().out
+    table = (tmp_path / "decode.md").read_text()
+    assert "\nSkipped: transformer, batch 1, context 1,024: out of memory.\n" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "--preset", "1bb"], "size '1bb' has no preset; perhaps you meant '1b'"),
+        (["train", "--architectures", "paragro"], "perhaps you meant 'paragru'"),
+        (["train", "--batch-size", "0"], "batch-size is 0; it must be >= 1"),
+        (["decode", "--contexts", "0"], "contexts is (0,); it must be >= 1"),
+        (["decode", "--architectures"], "architectures is empty; name at least one"),
+    ],
+)
+def test_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err.replace("│", " ")
+    assert message in " ".join(printed.split())
+
+
+def test_misspelt_benchmark(capsys):
+    assert main(["bench", "decoed"]) == 1
+    assert "no benchmark 'decoed'; perhaps you meant 'decode'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["kernels", "decode", "train"])
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: pararnn bench {name}" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pararnn.models import ParaRNNCache, ParaRNNForCausalLM
+from pararnn.models.generation import Decoder
 from pararnn.training.checkpoints import quiet_transformers
 
 from .conftest import tiny_config
@@ -98,6 +99,11 @@ def test_mistakes():
         tiny_config(mixers=["paragru"])
     with pytest.raises(ValueError, match="cannot be split into 3 attention heads"):
         tiny_config(attention_heads=3)
+
+
+def test_static_decoding_is_refused(hybrid):
+    with pytest.raises(ValueError, match=r"attention, whose state grows .* model.generate"):
+        Decoder(hybrid, 1)
 
 
 def test_attention_learns_next_to_recurrences():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pararnn.models.cache import LayerState, ParaRNNCache, State, map_state
+from pararnn.models.configuration import ATTENTION
 from pararnn.models.modeling import ParaRNNForCausalLM
 
 _STEPS_BETWEEN_CHECKS = 32  # whether all have ended: only then does the host wait for the device
@@ -66,7 +67,7 @@ class Decoder:
             call. Without it a step is many small kernels.
 
     Raises:
-        ValueError: batch_size is less than 1.
+        ValueError: batch_size is less than 1, or the model has attention, whose state grows.
     """
 
     def __init__(
@@ -74,6 +75,11 @@ class Decoder:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; pass at least one prompt.")
+        if ATTENTION in model.config.mixers:
+            raise ValueError(
+                "the model has blocks of attention, whose state grows with the text; use "
+                "model.generate(...)."
+            )
         self.model = model.eval()
         self.batch_size = batch_size
         device = model.device

@@ -10,7 +10,7 @@ from pararnn.cli.arguments import parse
 from pararnn.training import RunFolder, evaluate, load_trained
 from pararnn.training.corpus import prepare_corpus, read_documents
 from pararnn.training.data import map_bytes
-from pararnn.training.language_model import choose_device
+from pararnn.training.parallel import choose_device
 
 
 @dataclass(kw_only=True)

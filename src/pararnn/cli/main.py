@@ -12,9 +12,7 @@ COMMANDS = {
     "eval": ("pararnn.cli.evaluate", "Measure a trained model in bits per byte."),
     "bench": ("pararnn.cli.bench", "Time the kernels on this GPU."),
 }
-EXTRA = frozenset(
-    {"numpy", "transformers", "torchdata", "tyro", "tensorboard", "safetensors", "tqdm"}
-)
+EXTRA = frozenset({"numpy", "transformers", "tyro", "tensorboard", "safetensors", "tqdm"})
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pararnn.models import ParaRNNForCausalLM
+from pararnn.models import CELLS, ParaRNNForCausalLM
+from pararnn.models.architectures import architectures
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training import RunError, RunFolder, metrics, train, trainer
 from pararnn.training.checkpoints import CheckpointError
-from pararnn.training.config import OptimizerConfig, ScheduleConfig
+from pararnn.training.config import ExecutionConfig, OptimizerConfig, ScheduleConfig, TextConfig
 from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes
@@ -245,6 +246,42 @@ def test_bfloat16_learns(make_config):
     losses = [record["loss"] for record in curve(config.out)]
     assert losses[-1] < losses[0]
     assert weights(config.out)["lm_head.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("model", architectures())
+def test_every_architecture_trains_under_the_same_command(make_config, capsys, model):
+    config = make_config(steps=2, model=model)
+    train(config)
+    train(dataclasses.replace(config, steps=3), resume=True)
+    assert len(curve(config.out)) == 3
+    printed = capsys.readouterr().out
+    assert ("cannot keep documents apart" in printed) == (model == "mamba2")
+    assert ("run step by step: " in printed) == (model in CELLS)
+    assert "Sample:\ndef " in printed
+
+
+def test_how_steps_are_computed_does_not_change_the_curve(make_config):
+    whole = make_config("whole", steps=5)
+    train(whole)
+    text = TextConfig(sequence_length=24, batch_size=1, global_batch_size=3, validation_bytes=500)
+    execution = ExecutionConfig(activation_checkpointing=True, profile_steps=2)
+    config = make_config("cut", steps=5, text=text, execution=execution)
+    train(config)
+    for found, expected in zip(curve(config.out), curve(whole.out), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    trace = json.loads((config.out / "profile/process-0.json").read_text())
+    names = {event["name"] for event in trace["traceEvents"]}
+    assert {"ProfilerStep#2", "ProfilerStep#3"} <= names
+    assert "ProfilerStep#4" not in names
+
+
+def test_compiled_blocks_give_the_same_losses(make_config):
+    whole = make_config("whole", steps=3)
+    train(whole)
+    config = make_config("compiled", steps=3, execution=ExecutionConfig(compile=True))
+    train(config)
+    for found, expected in zip(curve(config.out), curve(whole.out), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_documents_do_not_mix(make_config):

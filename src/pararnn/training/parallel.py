@@ -104,7 +104,7 @@ def join_processes(device: str) -> Iterator[Processes]:
     if missing:
         raise RunError(
             f"WORLD_SIZE is {count} but {', '.join(missing)} is not set; start the processes "
-            f"with torchrun --nproc-per-node N -m pararnn.cli train."
+            "with torchrun --nproc-per-node N -m pararnn.cli train."
         )
     chosen = _own_device(choose_device(device), int(os.environ["LOCAL_RANK"]))
     on_cuda = chosen.type == "cuda"
@@ -115,6 +115,13 @@ def join_processes(device: str) -> Iterator[Processes]:
     )
     try:
         yield Processes(dist.get_rank(), count, chosen, dist.new_group(backend="gloo"))
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RunError(
+                "lost the connection to another process, which failed or was killed; what it "
+                "printed says why. Resuming continues from the last checkpoint."
+            ) from error
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -275,6 +275,8 @@ def test_how_steps_are_computed_does_not_change_the_curve(make_config):
     assert "ProfilerStep#4" not in names
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
 def test_compiled_blocks_give_the_same_losses(make_config):
     whole = make_config("whole", steps=3)
     train(whole)

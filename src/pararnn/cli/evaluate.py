@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     folder = RunFolder.open(parsed.run)
     flat = _held_out(folder) if parsed.data is None else _text(parsed.data)
     model = load_trained(folder, choose_device(parsed.device))
-    result = evaluate(model, flat)
+    result = evaluate(model, flat, chunk=folder.read_config().text.sequence_length)
     source = "held-out bytes" if parsed.data is None else f"bytes of {parsed.data}"
     print(
         f"{result.bits_per_byte:.4f} bits per byte ({result.loss:.4f} nats) on "

@@ -1,8 +1,10 @@
 """How a model is laid out before training: recomputation, compilation, shards over processes."""
 
-import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,14 +26,14 @@ def lay_out(loss: CausalLoss, execution: ExecutionConfig, processes: Processes) 
     policy of FSDP: so a result does not depend on the number of processes by more than rounding.
     The price is that parameters are gathered in float32.
 
-    The order matters: what is recomputed lies inside what is compiled, and that inside a shard,
-    which gathers its parameters once for both.
+    The order matters: what is recomputed lies inside what is compiled, and that inside the hooks of
+    a shard, which are not compiled and gather its parameters once for both.
     """
     for block in blocks(loss.model):
         if execution.activation_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(block.forward)
         if execution.compile:
-            block.compile()
+            block.forward = torch.compile(block.forward)
     if processes.count == 1:
         loss.to(processes.device)
         return
@@ -41,6 +43,15 @@ def lay_out(loss: CausalLoss, execution: ExecutionConfig, processes: Processes) 
     for block in blocks(loss.model):
         fully_shard(block, mesh=mesh)
     fully_shard(loss, mesh=mesh)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of its own and no `partial`, for the compiler sees only into functions."""
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+    return run
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:

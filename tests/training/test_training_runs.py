@@ -21,6 +21,7 @@ from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes
 from pararnn.training.step import train_step
+from pararnn.training.throughput import flops_per_token
 
 HERE = Processes(0, 1, torch.device("cpu"))
 MEASURED = ("step", "loss", "z_loss", "bits_per_byte", "grad_norm", "learning_rate")
@@ -184,6 +185,15 @@ def test_full_disk_keeps_the_last_good_checkpoint(make_config, monkeypatch, caps
     assert "Last good checkpoint: step-00000003. Continue with: pararnn train --resume" in message
     train(config, resume=True)
     assert curve(config.out) == curve(whole.out)
+
+
+def test_utilisation_is_noted_where_the_peak_is_known(make_config, monkeypatch):
+    monkeypatch.setattr(trainer, "peak_flops", lambda device: 1e12)
+    config = make_config(steps=1)
+    train(config)
+    record = json.loads((config.out / "metrics.jsonl").read_text())
+    flops = flops_per_token(build_model(config), config.text.sequence_length)
+    assert record["mfu"] == pytest.approx(flops * record["tokens_per_second"] / 1e12)
 
 
 def test_full_disk_while_measuring(make_config, monkeypatch):

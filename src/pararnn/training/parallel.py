@@ -103,16 +103,14 @@ def join_processes(device: str) -> Iterator[Processes]:
     missing = [name for name in _TOLD_BY_TORCHRUN if name not in os.environ]
     if missing:
         raise RunError(
-            f"WORLD_SIZE is {count} but {', '.join(missing)} is not set; start the processes "
-            "with torchrun --nproc-per-node N -m pararnn.cli train."
+            f"WORLD_SIZE is {count} but these are not set: {', '.join(missing)}. Start the "
+            "processes with torchrun --nproc-per-node N -m pararnn.cli train."
         )
     chosen = _own_device(choose_device(device), int(os.environ["LOCAL_RANK"]))
     on_cuda = chosen.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(chosen)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=chosen if on_cuda else None
-    )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     try:
         yield Processes(dist.get_rank(), count, chosen, dist.new_group(backend="gloo"))
     except RuntimeError as error:
@@ -122,9 +120,8 @@ def join_processes(device: str) -> Iterator[Processes]:
                 "printed says why. Resuming continues from the last checkpoint."
             ) from error
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # Only now: after an error the others may wait for this process, and it must end for them to.
+    dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:

@@ -65,8 +65,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         RunError: Something the user can put right.
     """
     with join_processes(config.device) as processes:
-        config = resolve(config, processes.count)
-        run, config = processes.on_first(lambda: _reopen(config) if resume else _start(config))
+        open_run = _reopen if resume else _start
+        run, config = processes.on_first(lambda: open_run(resolve(config, processes.count)))
         with _advice(run):
             corpus, trainer = _prepare(config, run, processes, resume)
             stopped_by = trainer.fit()

@@ -149,7 +149,7 @@ class Trainer:
         batches = self.batches.of_step(self.step)
         result = train_step(self.model, self.optimizer, batches, settings, self.processes)
         if not result.is_finite:
-            self.processes.on_first(lambda: self._not_finite(result))
+            self.processes.on_first(lambda: self._raise_not_finite(result))
         self.step += 1
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
@@ -169,7 +169,7 @@ class Trainer:
             record["mfu"] = self.flops_per_token * record["tokens_per_second"] / self._peak
         log.write(record)
 
-    def _not_finite(self, result: StepResult) -> None:
+    def _raise_not_finite(self, result: StepResult) -> None:
         where = f", first in {result.culprit}" if result.culprit else ""
         raise RunError(
             f"step {self.step + 1} gave loss {result.loss} and gradient norm {result.grad_norm}"

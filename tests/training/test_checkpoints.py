@@ -186,7 +186,8 @@ def test_a_checkpoint_holds_the_values_of_its_step(tmp_path, model):
 
 
 def test_leftovers_of_a_killed_save_do_not_matter(folder, model):
-    shutil.copytree(folder / "step-00000030", folder / ".saving-step-00000040")
+    for name in (".saving-step-00000040", ".saving-step-00000035", ".deleting-step-00000010"):
+        shutil.copytree(folder / "step-00000030", folder / name)
     assert newest_checkpoint(folder, "mine")[0].step == 30
     save(folder, 40, "mine", model)
     assert names(folder)[-1] == "step-00000040"

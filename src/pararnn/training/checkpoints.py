@@ -52,9 +52,10 @@ class Checkpoint:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """An empty hidden folder to write a checkpoint into."""
+    """An empty hidden folder to write a checkpoint into; those of killed runs are deleted."""
+    for leftover in folder.glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder / f".saving-step-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
 

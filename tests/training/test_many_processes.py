@@ -134,7 +134,10 @@ def test_killed_stopped_and_resumed_processes_have_the_same_curve(folder, whole,
     stopped.send(1, signal.SIGTERM)
     printed = stopped.wait(succeeds=False)
     assert "SIGTERM at step" in printed
-    assert "checkpoint saved. Continue with: pararnn train --resume --out killed" in printed
+    assert (
+        "checkpoint saved. Continue with: torchrun --nproc-per-node 2 -m pararnn.cli train"
+        in printed
+    )
     last = max(path.name for path in (folder / "killed/checkpoints").iterdir())
     assert last == f"step-{len(curve(folder / 'killed')):08d}"
 

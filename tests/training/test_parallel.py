@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pararnn.training import RunError
-from pararnn.training.parallel import join_processes
+from pararnn.training.parallel import join_processes, train_command
 
 
 def join(device="cpu"):
@@ -25,9 +25,16 @@ def test_alone_nothing_of_distributed_is_used():
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    told = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "::1", "MASTER_PORT": 1}
+    told = {"RANK": 1, "LOCAL_RANK": 1, "MASTER_ADDR": "::1", "MASTER_PORT": 1}
+    told |= {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     for name, value in told.items():
         monkeypatch.setenv(name, str(value))
+
+
+def test_the_command_to_go_on(second_of_two, monkeypatch):
+    assert train_command() == "torchrun --nproc-per-node 2 -m pararnn.cli train"
+    monkeypatch.delenv("WORLD_SIZE")
+    assert train_command() == "pararnn train"
 
 
 def test_one_numbered_device_for_all_is_refused(second_of_two):

@@ -17,7 +17,7 @@ from pararnn.training.errors import OtherProcessError, RunError
 
 Result = TypeVar("Result")
 
-_TOLD_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TOLD_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,14 @@ def join_processes(device: str) -> Iterator[Processes]:
         raise
     # Only now: after an error the others may wait for this process, and it must end for them to.
     dist.destroy_process_group()
+
+
+def train_command() -> str:
+    """What starts as many processes on a machine as there are now."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return "pararnn train"
+    per_machine = os.environ["LOCAL_WORLD_SIZE"]
+    return f"torchrun --nproc-per-node {per_machine} -m pararnn.cli train"
 
 
 def choose_device(name: str) -> torch.device:

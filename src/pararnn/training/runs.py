@@ -28,7 +28,7 @@ from pararnn.training.evaluation import Evaluation
 from pararnn.training.files import write_atomically
 from pararnn.training.language_model import build_model, to_device
 from pararnn.training.optimizer import build_optimizer
-from pararnn.training.parallel import Processes, join_processes
+from pararnn.training.parallel import Processes, join_processes, train_command
 from pararnn.training.report import report
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.sharding import lay_out
@@ -99,7 +99,7 @@ def _advice(run: RunFolder) -> Iterator[None]:
 
 def how_to_resume(run: RunFolder) -> str:
     """One sentence for whoever must continue a run."""
-    return f"Continue with: pararnn train --resume --out {run.path}"
+    return f"Continue with: {train_command()} --resume --out {run.path}"
 
 
 def load_trained(run: RunFolder, device: torch.device) -> PreTrainedModel:

@@ -165,6 +165,15 @@ def test_a_full_disk_leaves_the_older_ones(folder, model, monkeypatch, kind):
     assert newest_checkpoint(folder, "mine")[0].step == 40
 
 
+def test_the_cause_of_a_failed_write_is_named(folder, model, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("unexpected pos 704 vs 598") from FULL
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(folder, 40, "mine", model)
+
+
 def test_a_checkpoint_holds_the_values_of_its_step(tmp_path, model):
     """Training goes on while it is written."""
     writer = CheckpointWriter(tmp_path, "mine", 2, Processes(0, 1, torch.device("cpu")))

@@ -141,4 +141,8 @@ def _first_line(problem: BaseException) -> str:
     """What went wrong, without the processes and tracebacks around it."""
     if isinstance(problem, CheckpointException) and problem.failures:
         problem, _ = next(iter(problem.failures.values()))
+    cause: BaseException | None = problem
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    problem = cause or problem
     return (str(problem).splitlines() or [type(problem).__name__])[0].rstrip(".")

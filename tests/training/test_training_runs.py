@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from pararnn.models import CELLS, ParaRNNForCausalLM
 from pararnn.models.architectures import architectures
 from pararnn.models.causal_loss import CausalLoss
-from pararnn.training import RunError, RunFolder, metrics, train, trainer
-from pararnn.training.checkpoints import CheckpointError
+from pararnn.training import RunError, RunFolder, metrics, saving, train, trainer
+from pararnn.training.checkpoints import CheckpointError, complete
 from pararnn.training.config import ExecutionConfig, OptimizerConfig, ScheduleConfig, TextConfig
 from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer
@@ -185,6 +185,31 @@ def test_full_disk_keeps_the_last_good_checkpoint(make_config, monkeypatch, caps
     assert "Last good checkpoint: step-00000003. Continue with: pararnn train --resume" in message
     train(config, resume=True)
     assert curve(config.out) == curve(whole.out)
+
+
+def test_killed_while_it_saves_a_run_resumes_from_the_last_whole_checkpoint(
+    make_config, monkeypatch, capsys
+):
+    whole = make_config("whole")
+    train(whole)
+    config = make_config()
+
+    def die(folder, step, run):
+        if step == 6:
+            raise KeyboardInterrupt
+        return complete(folder, step, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "complete", die)
+        patch.setattr(saving.shutil, "rmtree", lambda *args, **options: None)
+        with pytest.raises(CheckpointError):
+            train(config)
+    half = config.out / "checkpoints/.saving-step-00000006"
+    assert (half / "model.safetensors").exists()
+    train(config, resume=True)
+    assert "Resumed at step 3" in capsys.readouterr().out
+    assert curve(config.out) == curve(whole.out)
+    assert not half.exists()
 
 
 def test_utilisation_is_noted_where_the_peak_is_known(make_config, monkeypatch):

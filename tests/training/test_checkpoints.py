@@ -7,16 +7,18 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
 from pararnn.training.checkpoints import (
     CheckpointError,
     newest_checkpoint,
     prune,
-    save_checkpoint,
     set_aside,
     verify,
 )
+from pararnn.training.parallel import Processes
+from pararnn.training.saving import CheckpointWriter
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +27,25 @@ def model():
     return ParaRNNForCausalLM(shape)
 
 
+def save(folder, step, run, model, value=0.0):
+    """Write a checkpoint whose state is one tensor, and wait for it."""
+    writer = CheckpointWriter(folder, run, 9, Processes(0, 1, torch.device("cpu")))
+    writer.save(step, model, {"part": {"tensor": torch.full((2,), value)}}, {"step": step})
+    writer.wait()
+    writer.close()
+
+
+def load(checkpoint):
+    state = {"part": {"tensor": torch.zeros(2)}}
+    dcp.load(state, checkpoint_id=checkpoint.state)
+    return state["part"]["tensor"].tolist()
+
+
 @pytest.fixture
 def folder(tmp_path, model):
     path = tmp_path / "checkpoints"
     for step in (10, 20, 30):
-        save_checkpoint(path, step, "mine", model, {"step": step, "tensor": torch.ones(2) * step})
+        save(path, step, "mine", model, step)
     return path
 
 
@@ -40,15 +56,16 @@ def names(folder):
 def test_newest_is_used_and_oldest_deleted(folder):
     checkpoint, problems = newest_checkpoint(folder, "mine")
     assert (checkpoint.step, problems) == (30, [])
-    assert checkpoint.load_state()["tensor"].tolist() == [30, 30]
+    assert load(checkpoint) == [30, 30]
+    assert checkpoint.read_progress() == {"step": 30}
     prune(folder, 2)
     assert names(folder) == ["step-00000020", "step-00000030"]
     assert newest_checkpoint(folder.parent / "none") == (None, [])
 
 
 def test_saving_again_replaces(folder, model):
-    save_checkpoint(folder, 20, "mine", model, {"step": "new"})
-    assert verify(folder / "step-00000020").load_state() == {"step": "new"}
+    save(folder, 20, "mine", model, 21)
+    assert load(verify(folder / "step-00000020")) == [21, 21]
     assert len(names(folder)) == 3
 
 
@@ -62,15 +79,16 @@ def flip_bit(path):
     path.write_bytes(content)
 
 
+PART = "state/__0_0.distcp"
 DAMAGE = {
     "truncated weights": (
         lambda path: truncate(path / "model.safetensors"),
         "model.safetensors is damaged",
     ),
-    "flipped bit": (lambda path: flip_bit(path / "training_state.pt"), "pt is damaged"),
+    "flipped bit": (lambda path: flip_bit(path / PART), f"{PART} is damaged"),
     "missing file": (
-        lambda path: (path / "training_state.pt").unlink(),
-        "training_state.pt is missing or unreadable",
+        lambda path: (path / PART).unlink(),
+        f"{PART} is missing or unreadable",
     ),
     "damaged manifest": (lambda path: truncate(path / "manifest.json"), "json is damaged"),
     "foreign folder": (
@@ -83,7 +101,7 @@ DAMAGE = {
     ),
     "other format": (
         lambda path: (path / "manifest.json").write_text(
-            (path / "manifest.json").read_text().replace("checkpoint-1", "checkpoint-9")
+            (path / "manifest.json").read_text().replace("checkpoint-2", "checkpoint-9")
         ),
         "has format 'pararnn-checkpoint-9'",
     ),
@@ -104,7 +122,7 @@ def test_unusable_checkpoints_are_passed_over(folder, kind):
 
 
 def test_checkpoints_of_other_runs_are_passed_over(folder, model):
-    save_checkpoint(folder, 40, "other", model, {})
+    save(folder, 40, "other", model)
     checkpoint, problems = newest_checkpoint(folder, "mine")
     assert checkpoint.step == 30
     assert "step-00000040 belongs to a run with other settings or other data" in str(problems[0])
@@ -122,6 +140,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FAILURES = {
     "fsync": ("os.fsync", FULL),
     "state": ("torch.save", RuntimeError("PytorchStreamWriter failed writing file data/0: file")),
+    "folder": ("pathlib.Path.mkdir", FULL),
     "weights": ("transformers.PreTrainedModel.save_pretrained", FULL),
     "rename": ("pathlib.Path.replace", FULL),
 }
@@ -138,18 +157,48 @@ def test_a_full_disk_leaves_the_older_ones(folder, model, monkeypatch, kind):
     with monkeypatch.context() as patch:
         patch.setattr(target, fail)
         with pytest.raises(CheckpointError, match="Last good checkpoint: step-00000030") as caught:
-            save_checkpoint(folder, 40, "mine", model, {})
+            save(folder, 40, "mine", model)
     assert "cannot save a checkpoint at step 40" in str(caught.value)
     assert names(folder) == before
     assert newest_checkpoint(folder, "mine")[0].step == 30
-    save_checkpoint(folder, 40, "mine", model, {})
+    save(folder, 40, "mine", model)
     assert newest_checkpoint(folder, "mine")[0].step == 40
 
 
+def test_the_cause_of_a_failed_write_is_named(folder, model, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("unexpected pos 704 vs 598") from FULL
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(folder, 40, "mine", model)
+
+
+def test_a_checkpoint_holds_the_values_of_its_step(tmp_path, model):
+    """Training goes on while it is written."""
+    writer = CheckpointWriter(tmp_path, "mine", 2, Processes(0, 1, torch.device("cpu")))
+    tensor = torch.ones(1_000_000)
+    before = model.lm_head.weight.detach().clone()
+    writer.save(1, model, {"part": {"tensor": tensor}}, {})
+    tensor.zero_()
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    writer.save(2, model, {"part": {"tensor": tensor}}, {})
+    assert names(tmp_path)[-1] == "step-00000001"
+    state = {"part": {"tensor": torch.empty(1_000_000)}}
+    dcp.load(state, checkpoint_id=tmp_path / "step-00000001/state")
+    assert state["part"]["tensor"].eq(1).all()
+    saved = ParaRNNForCausalLM.from_pretrained(tmp_path / "step-00000001").lm_head.weight
+    assert torch.equal(saved, before)
+    writer.close()
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
 def test_leftovers_of_a_killed_save_do_not_matter(folder, model):
-    shutil.copytree(folder / "step-00000030", folder / ".saving-step-00000040")
+    for name in (".saving-step-00000040", ".saving-step-00000035", ".deleting-step-00000010"):
+        shutil.copytree(folder / "step-00000030", folder / name)
     assert newest_checkpoint(folder, "mine")[0].step == 30
-    save_checkpoint(folder, 40, "mine", model, {})
+    save(folder, 40, "mine", model)
     assert names(folder)[-1] == "step-00000040"
     assert len(names(folder)) == 4
 
@@ -159,4 +208,4 @@ def test_a_checkpoint_is_a_pretrained_model(folder):
     again = ParaRNNForCausalLM.from_pretrained(path)
     assert again.config.vocab_size == 8
     files = json.loads((path / "manifest.json").read_text())["files"]
-    assert {"model.safetensors", "config.json", "training_state.pt"} <= set(files)
+    assert {"model.safetensors", "config.json", PART, "state/.metadata"} <= set(files)

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.models.architectures import Shape, make_config, make_model
 from pararnn.training.comparison import compare_train_steps, step_by_step
 from pararnn.training.environment import describe_environment
 from pararnn.training.evaluation import evaluate
 from pararnn.training.language_model import decode, encode, generate_text
 from pararnn.training.metrics import MetricsFile, plot_loss, read_metrics
 from pararnn.training.signals import StopSignals
+from pararnn.training.throughput import flops_per_token, peak_flops
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_evaluation_of_a_part(model):
 
 
 @pytest.mark.parametrize("cell", ["paragru", "paralstm"])
-def test_step_by_step_model_is_the_same_model(cell):
+def test_step_by_step_builtis_the_same_model(cell):
     shape = ParaRNNConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_heads=2, cell=cell)
     model = ParaRNNForCausalLM(shape).double()
     loop = step_by_step(model)
@@ -98,7 +100,7 @@ def test_step_by_step_model_is_the_same_model(cell):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-8, atol=1e-12, msg=name)
 
 
-def test_comparison_leaves_the_model_alone(model):
+def test_comparison_leaves_the_builtalone(model):
     before = [p.clone() for p in model.parameters()]
 
     def prepare(copied):
@@ -153,6 +155,25 @@ def test_first_signal_is_noted_and_the_second_raises(interrupt_handler):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is interrupt_handler
+
+
+@pytest.mark.parametrize("model", ["paragru", "transformer"])
+def test_operations_per_token(model):
+    shape = Shape(vocab_size=16, width=8, num_layers=3, num_heads=2)
+    built = make_model(make_config(model, shape))
+    multiplied = sum(p.numel() for p in built.parameters()) - 16 * 8
+    attention = 12 * 3 * 8 * 100 if model == "transformer" else 0
+    assert flops_per_token(built, 100) == 6 * multiplied + attention
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA T4", None)],
+)
+def test_peak_is_known_by_the_name_of_the_gpu(monkeypatch, name, peak):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_environment_names_versions():

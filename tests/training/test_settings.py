@@ -14,6 +14,7 @@ from pararnn.training import RunError
 from pararnn.training.config import (
     DEFAULT_STEPS,
     ArchitectureConfig,
+    ExecutionConfig,
     OptimizerConfig,
     ScheduleConfig,
     TextConfig,
@@ -35,7 +36,8 @@ from pararnn.training.optimizer import build_optimizer, is_matrix, learning_rate
         (lambda: ArchitectureConfig(width=10), "architecture.num_heads is 4; .* a divisor of 10"),
         (lambda: TextConfig(held_out=1.0), "text.held_out is 1.0; it must be between 0 and 1"),
         (lambda: OptimizerConfig(beta2=1.0), "optimizer.beta2 is 1.0; .* from 0 to below 1"),
-        (lambda: OptimizerConfig(accumulate=0), "optimizer.accumulate is 0; it must be >= 1"),
+        (lambda: TextConfig(global_batch_size=0), "text.global_batch_size is 0; it must be >= 1"),
+        (lambda: ExecutionConfig(profile_steps=-1), "execution.profile_steps is -1; .* >= 0"),
         (lambda: ScheduleConfig(length=0), "schedule.length is 0; it must be >= 1"),
     ],
 )
@@ -72,6 +74,14 @@ def test_schedule_does_not_follow_the_steps():
     assert resolve(config) == config
 
 
+def test_processes_share_the_sequences_of_a_step():
+    assert resolve(TrainConfig(), 3).text.global_batch_size == 24
+    stored = resolve(TrainConfig(text=TextConfig(batch_size=2, global_batch_size=12)), 3)
+    assert resolve(stored, 2) == stored
+    with pytest.raises(RunError, match=r"12 sequences per .* not a multiple of 2 .* x 4 \(proc"):
+        resolve(stored, 4)
+
+
 def test_resuming_may_change_steps_but_not_the_curve():
     stored = resolve(TrainConfig(steps=20))
     check_resumable(stored, dataclasses.replace(stored, steps=40, checkpoint_every=7, device="cpu"))
@@ -79,6 +89,11 @@ def test_resuming_may_change_steps_but_not_the_curve():
     with pytest.raises(RunError, match=r"seed from 0 to 3, optimizer.learning_rate from .* to 1.0"):
         check_resumable(stored, other)
     assert identity(stored) == identity(dataclasses.replace(stored, steps=99, out=Path("x")))
+    execution = ExecutionConfig(compile=True, activation_checkpointing=True, profile_steps=2)
+    text = dataclasses.replace(stored.text, batch_size=2)
+    cut = dataclasses.replace(stored, text=text, execution=execution)
+    check_resumable(stored, resolve(cut, 4))
+    assert identity(stored) == identity(cut)
     assert identity(stored) != identity(other)
 
 

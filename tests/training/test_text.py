@@ -8,7 +8,7 @@ import torch
 
 from pararnn.training import RunError
 from pararnn.training.corpus import find_sources, prepare_corpus, read_documents
-from pararnn.training.data import ByteWindows, ShuffledBatches, build_loader
+from pararnn.training.data import Batches, ByteWindows, WindowOrder
 
 from .conftest import sentences
 
@@ -121,34 +121,33 @@ def test_windows_cover_the_file_and_overlap_by_one(flat_file):
 
 
 def test_an_epoch_visits_every_window_once():
-    iterator = iter(ShuffledBatches(12, 4, seed=1))
-    epochs = [[next(iterator) for _ in range(3)] for _ in range(2)]
+    order = WindowOrder(12, 4, seed=1)
+    epochs = [[order.of_step(3 * epoch + i) for i in range(3)] for epoch in range(2)]
     assert [sorted(sum(epoch, [])) for epoch in epochs] == [list(range(12))] * 2  # noqa: RUF017
     assert epochs[0] != epochs[1]
-    assert next(iter(ShuffledBatches(12, 4, seed=2))) != epochs[0][0]
+    assert WindowOrder(12, 4, seed=2).of_step(0) != epochs[0][0]
 
 
-def test_fewer_windows_than_a_batch_are_repeated():
-    batch = next(iter(ShuffledBatches(3, 8, seed=0)))
-    assert len(batch) == 8
-    assert np.bincount(batch).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+def test_fewer_windows_than_a_step_are_repeated():
+    chosen = WindowOrder(3, 8, seed=0).of_step(0)
+    assert len(chosen) == 8
+    assert np.bincount(chosen).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
 
 
-@pytest.mark.parametrize("position", [0, 1, 2, 5])
-def test_loader_resumes_exactly(flat_file, position):
-    def loader():
-        return build_loader(flat_file, 10, 4, seed=3)
+def test_a_step_is_the_same_wherever_one_starts():
+    order = WindowOrder(10, 4, seed=3)
+    expected = [order.of_step(step) for step in range(9)]
+    for step in (8, 0, 5):
+        assert WindowOrder(10, 4, seed=3).of_step(step) == expected[step]
 
-    stream = iter(loader())
-    expected = [next(stream) for _ in range(9)]
-    first = loader()
-    stream = iter(first)
-    for _ in range(position):
-        next(stream)
-    state = first.state_dict()
-    second = loader()
-    second.load_state_dict(state)
-    stream = iter(second)
-    rest = [next(stream) for _ in range(9 - position)]
-    assert torch.equal(torch.stack(rest), torch.stack(expected[position:]))
-    assert expected[0].shape == (4, 11)
+
+@pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 8), (1, 2), (2, 4), (4, 1)])
+def test_processes_share_a_step(flat_file, num_processes, batch_size):
+    windows, order = ByteWindows(flat_file, 10), WindowOrder(10, 8, seed=3)
+    expected = torch.stack([windows[i] for i in order.of_step(4)])
+    shares = [
+        Batches(windows, order, batch_size, rank, num_processes).of_step(4)
+        for rank in range(num_processes)
+    ]
+    assert all(batch.shape == (batch_size, 11) for share in shares for batch in share)
+    assert torch.equal(torch.cat([torch.cat(share) for share in shares]), expected)

@@ -3,20 +3,27 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from pararnn.models import ParaRNNForCausalLM
-from pararnn.training import RunError, RunFolder, train, trainer
-from pararnn.training.checkpoints import CheckpointError
-from pararnn.training.config import OptimizerConfig, ScheduleConfig
+from pararnn.models import CELLS, ParaRNNForCausalLM
+from pararnn.models.architectures import architectures
+from pararnn.models.causal_loss import CausalLoss
+from pararnn.training import RunError, RunFolder, metrics, saving, train, trainer
+from pararnn.training.checkpoints import CheckpointError, complete
+from pararnn.training.config import ExecutionConfig, OptimizerConfig, ScheduleConfig, TextConfig
 from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer
-from pararnn.training.trainer import train_step
+from pararnn.training.parallel import Processes
+from pararnn.training.step import train_step
+from pararnn.training.throughput import flops_per_token
 
+HERE = Processes(0, 1, torch.device("cpu"))
 MEASURED = ("step", "loss", "z_loss", "bits_per_byte", "grad_norm", "learning_rate")
 
 
@@ -128,15 +135,18 @@ def test_signals_save_and_say_how_to_go_on(make_config, monkeypatch, capsys, num
 
 
 def test_not_finite_loss_stops_before_the_weights_change(make_config, monkeypatch):
-    def spoil(model, optimizer, batches, config):
-        if optimizer.state:
-            with torch.no_grad():
-                model.lm_head.weight[0, 0] = float("nan")
-        return train_step(model, optimizer, batches, config)
+    calls = []
+
+    def spoil(model, *others):
+        calls.append(model)
+        if len(calls) == 2:
+            model.model.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+        return train_step(model, *others)
 
     monkeypatch.setattr(trainer, "train_step", spoil)
     config = make_config()
-    with pytest.raises(RunError, match=r"step 2 gave loss nan .*lower --optimizer.learning-rate"):
+    message = r"step 2 gave loss \d.* norm nan, first in model.norm.weight; .*lower --optimizer"
+    with pytest.raises(RunError, match=message):
         train(config)
     assert [record["step"] for record in curve(config.out)] == [1]
     assert [p.name for p in (config.out / "checkpoints").iterdir()] == ["step-00000000"]
@@ -144,12 +154,12 @@ def test_not_finite_loss_stops_before_the_weights_change(make_config, monkeypatc
 
 def test_train_step_skips_an_update_that_is_not_finite(make_config):
     config = make_config()
-    model = build_model(config, torch.device("cpu"))
+    model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
     optimizer = build_optimizer(model, config.optimizer)
     with torch.no_grad():
-        model.lm_head.weight[0, 0] = float("inf")
+        model.model.lm_head.weight[0, 0] = float("inf")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    train_step(model, optimizer, [torch.randint(1, 256, (2, 9))], config.optimizer)
+    train_step(model, optimizer, [torch.randint(1, 256, (2, 9))], config.optimizer, HERE)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
@@ -158,7 +168,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(make_config, monkeypatch, caps
     whole = make_config("whole")
     train(whole)
     config = make_config()
-    save, calls = torch.save, []
+    save, calls = PreTrainedModel.save_pretrained, []
 
     def full(*args, **kwargs):
         calls.append(args)
@@ -167,7 +177,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(make_config, monkeypatch, caps
         return save(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
         with pytest.raises(CheckpointError) as caught:
             train(config)
     message = str(caught.value)
@@ -177,11 +187,45 @@ def test_full_disk_keeps_the_last_good_checkpoint(make_config, monkeypatch, caps
     assert curve(config.out) == curve(whole.out)
 
 
+def test_killed_while_it_saves_a_run_resumes_from_the_last_whole_checkpoint(
+    make_config, monkeypatch, capsys
+):
+    whole = make_config("whole")
+    train(whole)
+    config = make_config()
+
+    def die(folder, step, run):
+        if step == 6:
+            raise KeyboardInterrupt
+        return complete(folder, step, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "complete", die)
+        patch.setattr(saving.shutil, "rmtree", lambda *args, **options: None)
+        with pytest.raises(CheckpointError):
+            train(config)
+    half = config.out / "checkpoints/.saving-step-00000006"
+    assert (half / "model.safetensors").exists()
+    train(config, resume=True)
+    assert "Resumed at step 3" in capsys.readouterr().out
+    assert curve(config.out) == curve(whole.out)
+    assert not half.exists()
+
+
+def test_utilisation_is_noted_where_the_peak_is_known(make_config, monkeypatch):
+    monkeypatch.setattr(trainer, "peak_flops", lambda device: 1e12)
+    config = make_config(steps=1)
+    train(config)
+    record = json.loads((config.out / "metrics.jsonl").read_text())
+    flops = flops_per_token(build_model(config), config.text.sequence_length)
+    assert record["mfu"] == pytest.approx(flops * record["tokens_per_second"] / 1e12)
+
+
 def test_full_disk_while_measuring(make_config, monkeypatch):
     def full(self, record):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(trainer.MetricsFile, "write", full)
+    monkeypatch.setattr(metrics.MetricsFile, "write", full)
     with pytest.raises(RunError, match=r"cannot write to .*: No space left on device. Make room"):
         train(make_config())
 
@@ -206,27 +250,26 @@ def test_accumulated_batches_are_one_large_batch(make_config):
     batch = torch.randint(1, 256, (4, 9))
     norms, updated = [], []
     for batches in ([batch], list(batch.split(1))):
-        model = build_model(config, torch.device("cpu"))
+        model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
         optimizer = build_optimizer(model, config.optimizer)
-        norms.append(train_step(model, optimizer, batches, config.optimizer))
-        updated.append(model.lm_head.weight.detach().clone())
+        norms.append(train_step(model, optimizer, batches, config.optimizer, HERE))
+        updated.append(model.model.lm_head.weight.detach().clone())
     assert norms[0].loss == pytest.approx(norms[1].loss, rel=1e-5)
     assert norms[0].grad_norm == pytest.approx(norms[1].grad_norm, rel=1e-4)
-    train(make_config("accumulated", steps=2, optimizer={"accumulate": 3}))
 
 
 def test_gradients_are_clipped_and_weights_projected(make_config):
     config = make_config(optimizer={"max_grad_norm": 1e-3})
-    model = build_model(config, torch.device("cpu"))
+    model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
     optimizer = build_optimizer(model, config.optimizer)
     seen = []
     optimizer.register_step_pre_hook(
         lambda *_: seen.append(sum(p.grad.square().sum() for p in model.parameters()).sqrt())
     )
-    cell = model.model.layers[0].mixer.rnn.cell
+    cell = model.model.model.layers[0].mixer.rnn.cell
     with torch.no_grad():
         cell.diagonal.fill_(0.7)
-    result = train_step(model, optimizer, [torch.randint(1, 256, (2, 9))], config.optimizer)
+    result = train_step(model, optimizer, [torch.randint(1, 256, (2, 9))], config.optimizer, HERE)
     assert result.grad_norm > 1e-3
     assert seen[0].item() == pytest.approx(1e-3, rel=1e-3)
     assert cell.diagonal.abs().max() <= 0.5
@@ -240,17 +283,55 @@ def test_bfloat16_learns(make_config):
     assert weights(config.out)["lm_head.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("model", architectures())
+def test_every_architecture_trains_under_the_same_command(make_config, capsys, model):
+    config = make_config(steps=2, model=model)
+    train(config)
+    train(dataclasses.replace(config, steps=3), resume=True)
+    assert len(curve(config.out)) == 3
+    printed = capsys.readouterr().out
+    assert ("cannot keep documents apart" in printed) == (model == "mamba2")
+    assert ("run step by step: " in printed) == (model in CELLS)
+    assert "Sample:\ndef " in printed
+
+
+def test_how_steps_are_computed_does_not_change_the_curve(make_config):
+    whole = make_config("whole", steps=5)
+    train(whole)
+    text = TextConfig(sequence_length=24, batch_size=1, global_batch_size=3, validation_bytes=500)
+    execution = ExecutionConfig(activation_checkpointing=True, profile_steps=2)
+    config = make_config("cut", steps=5, text=text, execution=execution)
+    train(config)
+    for found, expected in zip(curve(config.out), curve(whole.out), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    trace = json.loads((config.out / "profile/process-0.json").read_text())
+    names = {event["name"] for event in trace["traceEvents"]}
+    assert {"ProfilerStep#2", "ProfilerStep#3"} <= names
+    assert "ProfilerStep#4" not in names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
+def test_compiled_blocks_give_the_same_losses(make_config):
+    whole = make_config("whole", steps=3)
+    train(whole)
+    config = make_config("compiled", steps=3, execution=ExecutionConfig(compile=True))
+    train(config)
+    for found, expected in zip(curve(config.out), curve(whole.out), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_documents_do_not_mix(make_config):
     """The loss of two documents in a row is the mean of their losses."""
     config = make_config()
-    model = build_model(config, torch.device("cpu"))
+    model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
     first, second = torch.randint(1, 256, (2, 8))
     zero = torch.zeros(1, dtype=torch.int64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def loss(*parts):
         batch = torch.cat(parts).unsqueeze(0)
-        return train_step(model, optimizer, [batch], OptimizerConfig()).loss
+        return train_step(model, optimizer, [batch], OptimizerConfig(), HERE).loss
 
     together = loss(zero, first, zero, second)
     apart = (loss(zero, first, zero) * 9 + loss(zero, second) * 8) / 17

@@ -10,7 +10,7 @@ from pararnn.cli.arguments import parse
 from pararnn.training import RunError, RunFolder, evaluate, load_trained
 from pararnn.training.corpus import prepare_corpus, read_documents
 from pararnn.training.data import map_bytes
-from pararnn.training.language_model import choose_device
+from pararnn.training.parallel import choose_device
 
 _TASK_BATCH = 8  # requests side by side; their logits are kept whole
 
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
     folder = RunFolder.open(parsed.run)
     flat = _held_out(folder) if parsed.data is None else _text(parsed.data)
     model = load_trained(folder, choose_device(parsed.device))
-    result = evaluate(model, flat)
+    result = evaluate(model, flat, chunk=folder.read_config().text.sequence_length)
     source = "held-out bytes" if parsed.data is None else f"bytes of {parsed.data}"
     print(
         f"{result.bits_per_byte:.4f} bits per byte ({result.loss:.4f} nats, perplexity "

@@ -7,7 +7,8 @@ import tyro
 
 from pararnn.cli.arguments import parse
 from pararnn.training import RunError, RunFolder, load_trained
-from pararnn.training.language_model import choose_device, generate_text
+from pararnn.training.language_model import generate_text
+from pararnn.training.parallel import choose_device
 
 
 @dataclass(kw_only=True)

@@ -13,9 +13,7 @@ COMMANDS = {
     "data": ("pararnn.cli.data", "Prepare token data for training."),
     "bench": ("pararnn.cli.bench", "Time the kernels, generation and train steps."),
 }
-EXTRA = frozenset(
-    {"numpy", "transformers", "torchdata", "tyro", "tensorboard", "safetensors", "tqdm"}
-)
+EXTRA = frozenset({"numpy", "transformers", "tyro", "tensorboard", "safetensors", "tqdm"})
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 

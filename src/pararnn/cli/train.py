@@ -9,6 +9,7 @@ import tyro
 from pararnn.cli.arguments import parse
 from pararnn.training import RunFolder, TrainConfig, train
 from pararnn.training.config import resolve
+from pararnn.training.errors import OtherProcessError
 from pararnn.training.run_folder import config_json, latest_run
 
 
@@ -28,7 +29,10 @@ class TrainArguments:
 
 
 def run(arguments: list[str]) -> int:
-    """Train; returns 0, or 128 and the number of the signal that stopped it."""
+    """Train; returns 0, or 128 and the number of the signal that stopped it.
+
+    Where another process has told the user what failed, 1 and no message.
+    """
     parsed = parse(TrainArguments, "train", arguments)
     if parsed.resume:
         path = parsed.config.out or latest_run()
@@ -38,5 +42,8 @@ def run(arguments: list[str]) -> int:
     if parsed.print_config:
         print(config_json(resolve(parsed.config)), end="")
         return 0
-    result = train(parsed.config, resume=parsed.resume)
+    try:
+        result = train(parsed.config, resume=parsed.resume)
+    except OtherProcessError:
+        return 1
     return 0 if result.stopped_by is None else 128 + result.stopped_by

@@ -234,7 +234,9 @@ def record(
 def _run(
     function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, Tensor], recorder: Recorder
 ) -> tuple[fx.Graph, list[Tensor]]:
-    with recorder:
+    # Tensors are saved as they are: activation checkpointing around us would drop and count them.
+    as_they_are = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with as_they_are, recorder:
         results = function(*inputs.values())
     recorder.graph.output(tuple(recorder.node_of(r) for r in results))
     return recorder.graph, recorder.constants

@@ -1,11 +1,14 @@
 """Checkpoints that are either whole or absent, and known to be unharmed when read.
 
     checkpoints/step-00000100/
-        model.safetensors, config.json, ...   as `from_pretrained` reads them
-        training_state.pt                     optimiser, data position, random state
+        model.safetensors, config.json, ...   whole, as `from_pretrained` reads them
+        state/                                parameters, optimiser, random states: in parts, as
+                                              `torch.distributed.checkpoint` writes them
+        progress.json                         step, seconds, processes
         manifest.json                         format, step, run, SHA-256 of every file
 
-A checkpoint is written into a hidden folder, flushed to the disk and then renamed.
+A checkpoint is written into a hidden folder, flushed to the disk and then renamed. `saving` writes
+them, this module knows what lies on the disk.
 """
 
 import json
@@ -16,17 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pararnn.training.errors import RunError
 from pararnn.training.files import digest, sync_file, sync_folder, write_atomically
 
-FORMAT = "pararnn-checkpoint-1"
+FORMAT = "pararnn-checkpoint-2"
 MANIFEST = "manifest.json"
-STATE = "training_state.pt"
+PROGRESS = "progress.json"
+STATE = "state"
 
 
 class CheckpointError(RunError):
@@ -40,48 +41,47 @@ class Checkpoint:
     path: Path
     step: int
 
-    def load_state(self) -> dict[str, Any]:
-        """What `save_checkpoint` was given beside the model, on the CPU."""
-        return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+    @property
+    def state(self) -> Path:
+        """Folder of what `torch.distributed.checkpoint` wrote."""
+        return self.path / STATE
+
+    def read_progress(self) -> dict[str, Any]:
+        """What a trainer noted beside its tensors."""
+        return json.loads((self.path / PROGRESS).read_bytes())
 
 
-def save_checkpoint(
-    folder: Path, step: int, run: str, model: PreTrainedModel, state: dict[str, Any]
-) -> Checkpoint:
-    """Write a checkpoint; on failure nothing of it is left and older ones are untouched.
+def begin(folder: Path, step: int) -> Path:
+    """An empty hidden folder to write a checkpoint into; those of killed runs are deleted."""
+    for leftover in folder.glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder / f".saving-step-{step:08d}"
+    temporary.mkdir(parents=True)
+    return temporary
 
-    Args:
-        folder: The run's `checkpoints`.
-        step: Optimiser steps done.
-        run: Identity of the run, stored and compared when reading.
-        model: Saved as `save_pretrained` does.
-        state: Tensors and plain values.
 
-    Raises:
-        CheckpointError: The disk is full or not writable.
-    """
-    target = folder / f"step-{step:08d}"
-    temporary = folder / f".saving-{target.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(temporary, step, run, model, state)
-        _discard(target)
-        temporary.replace(target)
-        sync_folder(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        kept = [path.name for path in _list(folder)]
-        raise CheckpointError(
-            f"cannot save a checkpoint at step {step}: {_first_line(error)}. Make room in {folder} "
-            f"or make it writable. {f'Last good checkpoint: {kept[-1]}.' if kept else ''}".strip()
-        ) from error
+def complete(temporary: Path, step: int, run: str) -> Checkpoint:
+    """Turn a folder from `begin` in which all is written into a checkpoint."""
+    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+    for path in paths:
+        sync_file(path)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "run": run,
+        "files": {path.relative_to(temporary).as_posix(): digest(path) for path in paths},
+    }
+    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+    target = temporary.with_name(temporary.name.removeprefix(".saving-"))
+    _discard(target)
+    temporary.replace(target)
+    sync_folder(target.parent)
     return Checkpoint(target, step)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the last checkpoints."""
-    for path in _list(folder)[:-keep]:
+    for path in list_checkpoints(folder)[:-keep]:
         _discard(path)
 
 
@@ -126,7 +126,7 @@ def newest_checkpoint(
         CheckpointError: There are checkpoints, but none is good.
     """
     problems: list[CheckpointError] = []
-    for path in reversed(_list(folder)):
+    for path in reversed(list_checkpoints(folder)):
         try:
             return verify(path, run), problems
         except CheckpointError as error:
@@ -142,7 +142,7 @@ def newest_checkpoint(
 
 def set_aside(folder: Path, after: Checkpoint) -> None:
     """Rename the checkpoints later than the one in use, so that they are never counted as good."""
-    for path in _list(folder):
+    for path in list_checkpoints(folder):
         if path.name > after.path.name:
             aside = path.with_name(f"unusable-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -161,25 +161,7 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _write(
-    folder: Path, step: int, run: str, model: PreTrainedModel, state: dict[str, Any]
-) -> None:
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    torch.save(state, folder / STATE)
-    paths = sorted(folder.iterdir())
-    for path in paths:
-        sync_file(path)
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "run": run,
-        "files": {path.name: digest(path) for path in paths},
-    }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-
-
-def _list(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     return sorted(folder.glob("step-*"))
 
@@ -191,7 +173,3 @@ def _discard(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         path.replace(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

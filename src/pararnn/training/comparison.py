@@ -5,12 +5,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pararnn.layers.rnn import RNN
 from pararnn.models.cache import State, map_state
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class StepLoop(nn.Module):
@@ -42,7 +45,7 @@ class StepLoop(nn.Module):
         return torch.stack(outputs, dim=1), state
 
 
-def step_by_step(model: nn.Module) -> nn.Module:
+def step_by_step(model: Model) -> Model:
     """A copy of a model whose recurrences are plain loops over time."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
@@ -66,7 +69,7 @@ class Comparison:
 
 
 def compare_train_steps(
-    model: nn.Module, prepare: Callable[[nn.Module], Callable[[], object]]
+    model: Model, prepare: Callable[[Model], Callable[[], object]]
 ) -> Comparison:
     """Time a train step on two copies of a model, which is left as it is.
 

@@ -1,14 +1,13 @@
 """Settings of a training run: nested dataclasses, checked when made, stored as `config.json`."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pararnn.models import CELLS
+from pararnn.models.architectures import check_architecture
 from pararnn.training.errors import RunError
 
 DEFAULT_STEPS = 500
@@ -19,13 +18,13 @@ class ArchitectureConfig:
     """Shape of the language model."""
 
     width: int = 192
-    """Channels of the residual stream and of the recurrence."""
+    """Channels of the residual stream; a cell's recurrence has as many."""
     num_layers: int = 3
-    """Blocks, each a recurrent mixer and an MLP."""
+    """Blocks."""
     num_heads: int = 4
-    """Blocks of the cell's input projection; must divide the width."""
+    """Heads of attention, of Mamba2, or of a cell's input projection; must divide the width."""
     conv_kernel: int = 4
-    """Steps that the causal convolution sees."""
+    """Steps that the causal convolution sees; the transformer has none."""
     initializer_std: float = 0.07
     """Standard deviation of linear and embedding weights at the start."""
 
@@ -45,7 +44,10 @@ class TextConfig:
     sequence_length: int = 256
     """Bytes per sequence."""
     batch_size: int = 8
-    """Sequences per forward pass."""
+    """Sequences per forward pass of one process."""
+    global_batch_size: int | None = None
+    """Sequences per optimiser step over all processes, in as many forward passes as it takes; None
+    for one pass of each process that the run is started with."""
     held_out: float = 0.05
     """Share of the files kept for validation; of the bytes, when there is one file only."""
     validation_bytes: int = 262_144
@@ -54,6 +56,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         _require(self.sequence_length >= 1, "text.sequence_length", self.sequence_length, ">= 1")
         _require(self.batch_size >= 1, "text.batch_size", self.batch_size, ">= 1")
+        size = self.global_batch_size
+        _require(size is None or size >= 1, "text.global_batch_size", size, ">= 1")
         _require(0 < self.held_out < 1, "text.held_out", self.held_out, "between 0 and 1")
         _require(self.validation_bytes >= 0, "text.validation_bytes", self.validation_bytes, ">= 0")
 
@@ -72,12 +76,10 @@ class OptimizerConfig:
     """Times the learning rate, per step; matrices only."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 for no limit."""
-    accumulate: int = 1
-    """Forward passes per optimiser step."""
     z_loss_weight: float = 1e-4
     """Weight of the mean squared log-partition in the loss."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products; parameters stay float32."""
+    """Type of the matrix products; parameters, their gradients and sums stay float32."""
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "max_grad_norm", "z_loss_weight"):
@@ -86,7 +88,6 @@ class OptimizerConfig:
             beta = getattr(self, name)
             _require(0 <= beta < 1, f"optimizer.{name}", beta, "from 0 to below 1")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "> 0")
-        _require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, ">= 1")
 
 
 @dataclass(kw_only=True)
@@ -105,13 +106,30 @@ class ScheduleConfig:
 
 
 @dataclass(kw_only=True)
+class ExecutionConfig:
+    """How steps are computed; what they compute stays the same, up to rounding."""
+
+    activation_checkpointing: bool = False
+    """Keep only the inputs of blocks and compute the rest again in the backward pass: less memory,
+    about a third more work."""
+    compile: bool = False
+    """Compile every block with torch.compile."""
+    profile_steps: int = 0
+    """Steps to record with torch.profiler into profile/, after two others; 0 for none."""
+
+    def __post_init__(self) -> None:
+        steps = self.profile_steps
+        _require(steps >= 0, "execution.profile_steps", steps, ">= 0")
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """Train a byte-level language model."""
 
     data: Path | None = None
     """Text file or folder of text files; None for the source of Python's standard library."""
     model: str = "paragru"
-    """Cell of the recurrence: paragru or paralstm."""
+    """Architecture: paragru, paralstm or a cell of your own; transformer or mamba2 as baselines."""
     out: Path | None = None
     """Run folder; None for the next free runs/MODEL-NUMBER."""
     steps: int = DEFAULT_STEPS
@@ -130,41 +148,53 @@ class TrainConfig:
     text: TextConfig = field(default_factory=TextConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", self.steps, ">= 1")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
         _require(self.seed >= 0, "seed", self.seed, ">= 0")
-        if self.model not in CELLS:
-            nearest = difflib.get_close_matches(self.model, CELLS, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"model is {self.model!r}; perhaps you meant {nearest!r}. There are: "
-                f"{', '.join(CELLS)}."
-            )
+        check_architecture(self.model)
 
 
-MAY_CHANGE = ("out", "steps", "checkpoint_every", "keep_checkpoints", "device", "backend")
-"""Fields that a resumed run may set anew; all others decide the loss curve."""
+MAY_CHANGE = (
+    *("out", "steps", "checkpoint_every", "keep_checkpoints", "device", "backend"),
+    *("text.batch_size", "execution"),
+)
+"""What a resumed run may set anew; all else decides the loss curve."""
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Replace the values that depend on others or on the place; idempotent."""
+def resolve(config: TrainConfig, num_processes: int = 1) -> TrainConfig:
+    """Replace the values that depend on others or on the place; idempotent.
+
+    Raises:
+        RunError: The processes cannot share the sequences of an optimiser step.
+    """
     length = config.schedule.length or max(DEFAULT_STEPS, config.steps)
+    at_once = config.text.batch_size * num_processes
+    per_step = config.text.global_batch_size or at_once
+    if per_step % at_once:
+        raise RunError(
+            f"{per_step} sequences per optimiser step (text.global_batch_size) are not a multiple "
+            f"of {config.text.batch_size} (text.batch_size) x {num_processes} (processes). Give "
+            "another --text.batch-size or start another number of processes."
+        )
     return dataclasses.replace(
         config,
         data=None if config.data is None else config.data.expanduser().resolve(),
+        text=dataclasses.replace(config.text, global_batch_size=per_step),
         schedule=dataclasses.replace(config.schedule, length=length),
     )
 
 
 def check_resumable(stored: TrainConfig, wanted: TrainConfig) -> None:
-    """Raise RunError when a resumed run asks for settings that would change its loss curve."""
-    before, after = to_dict(stored), to_dict(resolve(wanted))
+    """Raise RunError when resolved settings would change the loss curve of a run."""
+    before, after = _leaves(to_dict(stored)), _leaves(to_dict(wanted))
     changed = [
-        f"{name} from {old} to {new}"
-        for name, old, new in _leaf_changes(before, after)
-        if name not in MAY_CHANGE
+        f"{name} from {old} to {after[name]}"
+        for name, old in before.items()
+        if old != after[name] and not _may_change(name)
     ]
     if changed:
         raise RunError(
@@ -175,9 +205,23 @@ def check_resumable(stored: TrainConfig, wanted: TrainConfig) -> None:
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The part of a configuration that decides the loss curve."""
-    return {
-        name: value for name, value in to_dict(config).items() if name not in (*MAY_CHANGE, "data")
-    }
+    leaves = _leaves(to_dict(config))
+    return {name: v for name, v in leaves.items() if name != "data" and not _may_change(name)}
+
+
+def _may_change(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    leaves = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            leaves.update(_leaves(value, f"{prefix}{name}."))
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -212,16 +256,6 @@ def _restore(hint: Any, name: str, value: Any) -> Any:
     if not valid:
         raise ValueError(f"{name} is {value!r}")
     return value
-
-
-def _leaf_changes(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if not isinstance(before, dict):
-        return [] if before == after else [(prefix, before, after)]
-    return [
-        change
-        for key in before
-        for change in _leaf_changes(before[key], after[key], f"{prefix}.{key}" if prefix else key)
-    ]
 
 
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:

@@ -1,13 +1,11 @@
 """Batches of byte sequences from a flat memory map, in an order that a seed decides."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped] # has none
+from torch.utils.data import Dataset
 
 from pararnn.training.errors import RunError
 
@@ -47,63 +45,65 @@ class ByteWindows(Dataset[Tensor]):
         return torch.from_numpy(window.astype(np.int64))
 
 
-class _BatchIterator:
-    """Batch `k` is a function of the seed and of `k`, so `k` is all there is to remember."""
+class WindowOrder:
+    """Which windows an optimiser step takes: a function of the seed and the step, nothing else.
 
-    def __init__(self, sampler: "ShuffledBatches") -> None:
-        self.sampler, self.num_batches = sampler, 0
-        self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
-
-    def __iter__(self) -> "_BatchIterator":
-        return self
-
-    def __next__(self) -> list[int]:
-        size, total = self.sampler.batch_size, self.sampler.num_windows
-        epoch, batch = divmod(self.num_batches, max(total // size, 1))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, self.sampler.order(epoch)
-        self.num_batches += 1
-        positions = torch.arange(batch * size, (batch + 1) * size) % total
-        return self.order[positions].tolist()
-
-    def state_dict(self) -> dict[str, int]:
-        return {"num_batches": self.num_batches}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.num_batches = state["num_batches"]
-
-
-class ShuffledBatches(Sampler[list[int]]):
-    """Endless batches of window numbers; every epoch has an order of its own.
-
-    The windows that do not fill a batch at the end of an epoch are left out of it.
+    Every epoch has an order of its own; the windows at its end that do not fill a step are left
+    out of it. Fewer windows than a step takes are repeated.
 
     Args:
-        num_windows: Windows to choose from; fewer than a batch are repeated.
-        batch_size: Windows per batch.
+        num_windows: Windows to choose from.
+        per_step: Windows of one optimiser step.
         seed: Decides the order.
     """
 
-    def __init__(self, num_windows: int, batch_size: int, seed: int) -> None:
-        self.num_windows, self.batch_size, self.seed = num_windows, batch_size, seed
+    def __init__(self, num_windows: int, per_step: int, seed: int) -> None:
+        self.num_windows, self.per_step, self.seed = num_windows, per_step, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
-    def __iter__(self) -> _BatchIterator:
-        return _BatchIterator(self)
+    def of_step(self, step: int) -> list[int]:
+        """The windows of the optimiser step after `step` others."""
+        epoch, index = divmod(step, max(self.num_windows // self.per_step, 1))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffle(epoch)
+        first = index * self.per_step
+        positions = torch.arange(first, first + self.per_step) % self.num_windows
+        return self._order[positions].tolist()
 
-    def order(self, epoch: int) -> Tensor:
-        """Permutation of the windows in an epoch."""
+    def _shuffle(self, epoch: int) -> Tensor:
         seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(seed >> 1))
         return torch.randperm(self.num_windows, generator=generator)
 
 
-def build_loader(
-    path: Path, sequence_length: int, batch_size: int, seed: int
-) -> StatefulDataLoader:
-    """Endless loader of (batch_size, sequence_length + 1) int64 batches, exactly resumable."""
-    windows = ByteWindows(path, sequence_length)
-    batches = ShuffledBatches(len(windows), batch_size, seed)
-    with warnings.catch_warnings():
-        # torchdata 0.11 calls a function that torch 2.13 calls deprecated
-        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(windows, batch_sampler=batches)
+class Batches:
+    """What one process reads: its share of every optimiser step, cut into forward passes.
+
+    The step is all there is to remember. Process r of n takes the r-th of n equal parts of the
+    step's windows, so together they read the same windows whatever their number.
+
+    Args:
+        windows: All sequences, each a tensor (time + 1,) int64.
+        order: Which of them a step takes.
+        batch_size: Sequences per forward pass.
+        rank: This process, from 0.
+        num_processes: Processes that share a step; they and the batch size divide it.
+    """
+
+    def __init__(
+        self,
+        windows: Dataset[Tensor],
+        order: WindowOrder,
+        batch_size: int,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.windows, self.order, self.batch_size = windows, order, batch_size
+        self.share = order.per_step // num_processes
+        self.first = rank * self.share
+
+    def of_step(self, step: int) -> list[Tensor]:
+        """The forward passes of the optimiser step after `step` others: (batch, time + 1) each."""
+        mine = self.order.of_step(step)[self.first : self.first + self.share]
+        rows = torch.stack([self.windows[index] for index in mine])
+        return list(rows.split(self.batch_size))

@@ -11,10 +11,10 @@ import torch
 
 import pararnn
 
-PACKAGES = ("torch", "transformers", "torchdata", "numpy", "safetensors", "tyro", "tensorboard")
+PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tyro", "tensorboard")
 
 
-def describe_environment(device: torch.device) -> str:
+def describe_environment(device: torch.device, num_processes: int = 1) -> str:
     """Versions, machine and commit, one per line."""
     facts = {
         "pararnn": pararnn.__version__,
@@ -22,7 +22,8 @@ def describe_environment(device: torch.device) -> str:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "processors": str(os.cpu_count()),
+        "processor cores": str(os.cpu_count()),
+        "processes": str(num_processes),
         "torch threads": str(torch.get_num_threads()),
         "device": str(device),
         "command": " ".join(sys.argv),

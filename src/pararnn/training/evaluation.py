@@ -1,13 +1,16 @@
 """Bits per byte of a text under a model, with the state carried through the text."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pararnn.models import ParaRNNCache, ParaRNNForCausalLM
+from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.loss import IGNORED
 from pararnn.training.corpus import DOCUMENT
 
@@ -40,12 +43,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: ParaRNNForCausalLM, flat: np.ndarray, *, limit: int = 0, chunk: int = 512
+    model: PreTrainedModel, flat: np.ndarray, *, limit: int = 0, chunk: int = 512
 ) -> Evaluation:
     """Predict every byte of a flat text from those before it.
 
     The text is cut into up to 64 streams that are evaluated side by side; the first bytes of a
-    stream are predicted without what came before the cut.
+    stream are predicted without what came before the cut. A ParaRNN model carries its state through
+    a stream; the baselines begin every chunk anew.
 
     Args:
         model: Byte-level model.
@@ -56,23 +60,52 @@ def evaluate(
     was_training = model.training
     model.eval()
     inputs, targets = _streams(flat, limit)
-    cache, total, count = ParaRNNCache(), 0.0, 0
+    measure = _carrying(model) if isinstance(model, ParaRNNForCausalLM) else _anew(model)
+    total, count = 0.0, 0
     for start in range(0, inputs.shape[1], chunk):
         part = inputs[:, start : start + chunk]
         expected = targets[:, start : start + chunk]
         resets = part == DOCUMENT
-        output = model(
-            input_ids=part.to(model.device),
-            shift_labels=expected.to(model.device),
-            resets=resets.to(model.device) if resets.any() else None,
-            cache_params=cache,
-            use_cache=True,
+        cross_entropy = measure(
+            part.to(model.device),
+            expected.to(model.device),
+            resets.to(model.device) if resets.any() else None,
         )
         num_targets = int((expected != IGNORED).sum())
-        total += output.cross_entropy.item() * num_targets
+        total += cross_entropy.item() * num_targets
         count += num_targets
     model.train(was_training)
     return Evaluation(total / count, count)
+
+
+_Measure = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _carrying(model: ParaRNNForCausalLM) -> _Measure:
+    """Cross-entropy of chunk after chunk."""
+    cache = ParaRNNCache()
+
+    def measure(tokens: Tensor, targets: Tensor, resets: Tensor | None) -> Tensor:
+        output = model(
+            input_ids=tokens,
+            shift_labels=targets,
+            resets=resets,
+            cache_params=cache,
+            use_cache=True,
+        )
+        return output.cross_entropy
+
+    return measure
+
+
+def _anew(model: PreTrainedModel) -> _Measure:
+    """Cross-entropy of a chunk without what came before it."""
+    loss = CausalLoss(model)
+
+    def measure(tokens: Tensor, targets: Tensor, resets: Tensor | None) -> Tensor:
+        return loss(tokens, targets, resets if loss.separates_documents else None)[1]
+
+    return measure
 
 
 def _streams(flat: np.ndarray, limit: int) -> tuple[Tensor, Tensor]:

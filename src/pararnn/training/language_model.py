@@ -2,46 +2,49 @@
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
-from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.models import CELLS
+from pararnn.models.architectures import Shape, make_config, make_model
 from pararnn.training.config import TrainConfig
 from pararnn.training.corpus import DOCUMENT
 
 NUM_BYTES = 256
 
 
-def build_model(config: TrainConfig, device: torch.device) -> ParaRNNForCausalLM:
-    """A new model, its weights decided by the seed alone."""
+def build_model(config: TrainConfig) -> PreTrainedModel:
+    """A new model on the CPU, its weights decided by the seed alone."""
     torch.manual_seed(config.seed)
-    shape = config.architecture
-    model_config = ParaRNNConfig(
+    size = config.architecture
+    shape = Shape(
         vocab_size=NUM_BYTES,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        conv_kernel=shape.conv_kernel,
-        cell=config.model,
-        initializer_range=shape.initializer_std,
-        z_loss_weight=config.optimizer.z_loss_weight,
-        backend=config.backend,
-        bos_token_id=DOCUMENT,
-        eos_token_id=DOCUMENT,
-        pad_token_id=DOCUMENT,
+        width=size.width,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        initializer_range=size.initializer_std,
+        max_length=config.text.sequence_length,
     )
-    return to_device(ParaRNNForCausalLM(model_config), device)
+    options: dict[str, object] = {}
+    if config.model != "transformer":
+        options["conv_kernel"] = size.conv_kernel
+    if config.model in CELLS:
+        options["backend"] = config.backend
+        options["z_loss_weight"] = config.optimizer.z_loss_weight
+    return make_model(
+        make_config(
+            config.model,
+            shape,
+            bos_token_id=DOCUMENT,
+            eos_token_id=DOCUMENT,
+            pad_token_id=DOCUMENT,
+            **options,
+        )
+    )
 
 
-def to_device(model: ParaRNNForCausalLM, device: torch.device) -> ParaRNNForCausalLM:
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Move a model; transformers wraps `to` in a way that hides its types."""
     return model.to(device)  # type: ignore[arg-type] # see above
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a configuration names; "auto" is CUDA when there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def encode(text: str) -> Tensor:
@@ -56,7 +59,7 @@ def decode(tokens: Tensor) -> str:
 
 
 def generate_text(
-    model: ParaRNNForCausalLM,
+    model: PreTrainedModel,
     prompt: str,
     *,
     num_bytes: int,
@@ -88,7 +91,7 @@ def generate_text(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        result = model.generate(  # type: ignore[misc] # its narrow protocol
+        result = model.generate(  # type: ignore[operator] # a mixin of it has it
             tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
         )
     return decode(result[0])

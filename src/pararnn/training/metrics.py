@@ -3,8 +3,12 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm  # type: ignore[import-untyped] # has none
 
 from pararnn.training.files import write_atomically
 
@@ -34,6 +38,50 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class StepLog:
+    """Notes every step in a file, for TensorBoard and as a bar on the screen.
+
+    Args:
+        path: The file, a `MetricsFile`.
+        tensorboard: Folder.
+        last_step: Steps that the run goes on from.
+        steps: Steps that it goes to.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path, last_step: int, steps: int) -> None:
+        self.metrics = MetricsFile(path, last_step)
+        self.board = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
+        self.progress = tqdm(
+            total=steps,
+            initial=last_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        )
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.metrics.close()
+        self.board.close()
+        self.progress.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Note one step."""
+        self.metrics.write(record)
+        for name, value in record.items():
+            if name != "step":
+                self.board.add_scalar(f"train/{name}", value, record["step"])
+        mfu = f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
+        self.progress.set_postfix_str(
+            f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
+            f"{record['tokens_per_second']:,.0f} tokens/s{mfu}",
+            refresh=False,
+        )
+        self.progress.update()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pararnn.training.config import OptimizerConfig, ScheduleConfig
 
@@ -19,7 +19,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     decayed = [p for n, p in named if is_matrix(n, p)]
     others = [p for n, p in named if not is_matrix(n, p)]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -28,6 +28,29 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         betas=(config.beta1, config.beta2),
         fused=all(p.device.type in FUSED_DEVICES for _, p in named),
     )
+    _start_state(optimizer)
+    return optimizer
+
+
+def _start_state(optimizer: torch.optim.AdamW) -> None:
+    """The state that AdamW makes in its first step: there from the start, it can be loaded into."""
+    fused = optimizer.defaults["fused"]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an optimiser's state by the names of their parameters."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

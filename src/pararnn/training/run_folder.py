@@ -27,6 +27,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.data = path / "data"
         self.tensorboard = path / "tensorboard"
+        self.profile = path / "profile"
         self.plot = path / "loss.png"
         self.sample = path / "sample.txt"
 

@@ -4,36 +4,36 @@ import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pararnn.models import ParaRNNForCausalLM
+from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.checkpoints import (
+    Checkpoint,
     CheckpointError,
     newest_checkpoint,
     quiet_transformers,
     set_aside,
 )
-from pararnn.training.comparison import compare_train_steps
 from pararnn.training.config import TrainConfig, check_resumable, identity, resolve
 from pararnn.training.corpus import Corpus, find_sources, prepare_corpus
-from pararnn.training.data import build_loader, map_bytes
+from pararnn.training.data import Batches, ByteWindows, WindowOrder
 from pararnn.training.environment import describe_environment
 from pararnn.training.errors import RunError
-from pararnn.training.evaluation import Evaluation, evaluate
+from pararnn.training.evaluation import Evaluation
 from pararnn.training.files import write_atomically
-from pararnn.training.language_model import build_model, choose_device, generate_text, to_device
-from pararnn.training.metrics import MetricsFile, plot_loss
+from pararnn.training.language_model import build_model, to_device
 from pararnn.training.optimizer import build_optimizer
+from pararnn.training.parallel import Processes, join_processes, train_command
+from pararnn.training.report import report
 from pararnn.training.run_folder import RunFolder
-from pararnn.training.trainer import Trainer, train_step
-
-SAMPLE_PROMPT = "def "
-SAMPLE_BYTES = 300
+from pararnn.training.sharding import lay_out
+from pararnn.training.throughput import flops_per_token
+from pararnn.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class TrainResult:
         run: Its folder.
         step: Optimiser steps done.
         stopped_by: Signal that ended it early, None when it ran to its end.
-        validation: Of the held-out bytes, None when it was stopped.
+        validation: Of the held-out bytes; None when it was stopped, and in all processes but the
+            first.
     """
 
     run: RunFolder
@@ -54,7 +55,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
-    """Train a model and report on it.
+    """Train a model and report on it, in one process or in those that `torchrun` started.
 
     Args:
         config: Settings; `out` must be given to resume.
@@ -63,11 +64,30 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     Raises:
         RunError: Something the user can put right.
     """
-    config = resolve(config)
-    run = _reopen(config) if resume else _start(config)
-    config = run.read_config()
+    with join_processes(config.device) as processes:
+        open_run = _reopen if resume else _start
+        run, config = processes.on_first(lambda: open_run(resolve(config, processes.count)))
+        with _advice(run):
+            corpus, trainer = _prepare(config, run, processes, resume)
+            stopped_by = trainer.fit()
+    step, seconds = trainer.step, trainer.train_seconds
+    del trainer  # its memory, for the model of the report
+    if stopped_by is not None:
+        name = signal.Signals(stopped_by).name
+        processes.print(f"{name} at step {step}: checkpoint saved. {how_to_resume(run)}")
+    if stopped_by is not None or not processes.is_first:
+        return TrainResult(run, step, stopped_by, None)
+    with _advice(run):
+        model = load_trained(run, processes.device)
+        validation = report(config, run, corpus, model, step, seconds, alone=processes.count == 1)
+    return TrainResult(run, step, None, validation)
+
+
+@contextmanager
+def _advice(run: RunFolder) -> Iterator[None]:
+    """Errors of the disk say how to go on after they are put right."""
     try:
-        return _train(config, run, resume)
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{error} {how_to_resume(run)}") from error
     except OSError as error:
@@ -77,29 +97,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         ) from error
 
 
-def _train(config: TrainConfig, run: RunFolder, resume: bool) -> TrainResult:
-    corpus = _prepare(run, config, fresh=not resume)
-    device = choose_device(config.device)
-    write_atomically(run.environment, describe_environment(device).encode())
-    model = build_model(config, device)
-    trainer = _build_trainer(config, run, corpus, model)
-    print(_introduction(config, run, corpus, model))
-    if resume:
-        _load_newest(trainer)
-    stopped_by = trainer.fit()
-    if stopped_by is not None:
-        name = signal.Signals(stopped_by).name
-        print(f"{name} at step {trainer.step}: checkpoint saved. {how_to_resume(run)}")
-        return TrainResult(run, trainer.step, stopped_by, None)
-    return TrainResult(run, trainer.step, None, _report(trainer, model, corpus))
-
-
 def how_to_resume(run: RunFolder) -> str:
     """One sentence for whoever must continue a run."""
-    return f"Continue with: pararnn train --resume --out {run.path}"
+    return f"Continue with: {train_command()} --resume --out {run.path}"
 
 
-def load_trained(run: RunFolder, device: torch.device) -> ParaRNNForCausalLM:
+def load_trained(run: RunFolder, device: torch.device) -> PreTrainedModel:
     """The model of a run's last good checkpoint.
 
     Raises:
@@ -111,71 +114,105 @@ def load_trained(run: RunFolder, device: torch.device) -> ParaRNNForCausalLM:
     for problem in problems:
         print(f"Skipped: {problem}. Using {checkpoint.path.name}.")
     with quiet_transformers():
-        return to_device(ParaRNNForCausalLM.from_pretrained(checkpoint.path), device)
+        return to_device(AutoModelForCausalLM.from_pretrained(checkpoint.path), device)
 
 
-def _start(config: TrainConfig) -> RunFolder:
+def _start(config: TrainConfig) -> tuple[RunFolder, TrainConfig]:
     find_sources(config.data)
-    return RunFolder.create(config)
+    run = RunFolder.create(config)
+    return run, run.read_config()
 
 
-def _reopen(config: TrainConfig) -> RunFolder:
+def _reopen(config: TrainConfig) -> tuple[RunFolder, TrainConfig]:
     if config.out is None:
         raise RunError("name the run to resume with --out.")
     run = RunFolder.open(config.out)
     check_resumable(run.read_config(), config)
     run.write_config(config)
-    return run
+    return run, config
 
 
-def _prepare(run: RunFolder, config: TrainConfig, fresh: bool) -> Corpus:
-    """The run's data; a new run that has none leaves no folder behind."""
-    try:
-        return prepare_corpus(config.data, run.data, config.text.held_out)
-    except RunError:
-        if fresh:
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
+def _prepare(
+    config: TrainConfig, run: RunFolder, processes: Processes, resume: bool
+) -> tuple[Corpus, Trainer]:
+    """Data, model and what trains it; a new run that has no data leaves no folder behind."""
+
+    def prepare() -> Corpus:
+        try:
+            corpus = prepare_corpus(config.data, run.data, config.text.held_out)
+        except RunError:
+            if not resume:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        facts = describe_environment(processes.device, processes.count)
+        write_atomically(run.environment, facts.encode())
+        return corpus
+
+    corpus = processes.on_first(prepare)
+    model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
+    processes.print(_introduction(config, run, corpus, model, processes))
+    trainer = _build_trainer(config, run, corpus, model, processes)
+    if resume:
+        _load_newest(trainer)
+    return corpus, trainer
 
 
 def _build_trainer(
-    config: TrainConfig, run: RunFolder, corpus: Corpus, model: ParaRNNForCausalLM
+    config: TrainConfig, run: RunFolder, corpus: Corpus, model: CausalLoss, processes: Processes
 ) -> Trainer:
     text = config.text
-    loader = build_loader(corpus.train, text.sequence_length, text.batch_size, config.seed)
-    optimizer = build_optimizer(model, config.optimizer)
+    per_step = text.global_batch_size or text.batch_size
+    windows = ByteWindows(corpus.train, text.sequence_length)
+    order = WindowOrder(len(windows), per_step, config.seed)
+    batches = Batches(windows, order, text.batch_size, processes.rank, processes.count)
     settings = json.dumps([identity(config), corpus.sha256], sort_keys=True)
     owner = hashlib.sha256(settings.encode()).hexdigest()
-    return Trainer(config, run, owner, model, optimizer, loader)
+    flops = flops_per_token(model.model, text.sequence_length)
+    lay_out(model, config.execution, processes)
+    optimizer = build_optimizer(model.model, config.optimizer)
+    torch.manual_seed(config.seed + processes.rank)  # each draws numbers of its own
+    return Trainer(config, run, owner, model, optimizer, batches, processes, flops)
 
 
 def _load_newest(trainer: Trainer) -> None:
-    folder = trainer.run.checkpoints
-    checkpoint, problems = newest_checkpoint(folder, trainer.identity)
+    processes, folder = trainer.processes, trainer.run.checkpoints
+
+    def find() -> Checkpoint | None:
+        checkpoint, problems = newest_checkpoint(folder, trainer.identity)
+        if checkpoint is not None:
+            for problem in problems:
+                print(f"Set aside: {problem}.")
+            set_aside(folder, checkpoint)
+        return checkpoint
+
+    checkpoint = processes.on_first(find)
     if checkpoint is None:
-        print("No checkpoint was saved yet; starting from step 0.")
+        processes.print("No checkpoint was saved yet; starting from step 0.")
         return
-    for problem in problems:
-        print(f"Set aside: {problem}.")
-    set_aside(folder, checkpoint)
     trainer.load(checkpoint)
-    print(f"Resumed at step {trainer.step} from {checkpoint.path}.")
+    processes.print(f"Resumed at step {trainer.step} from {checkpoint.path}.")
     if trainer.step >= trainer.config.steps:
-        print("All steps are done; raise --steps to train further.")
+        processes.print("All steps are done; raise --steps to train further.")
 
 
 def _introduction(
-    config: TrainConfig, run: RunFolder, corpus: Corpus, model: PreTrainedModel
+    config: TrainConfig, run: RunFolder, corpus: Corpus, model: CausalLoss, processes: Processes
 ) -> str:
     source = "Python's standard library" if config.data is None else str(config.data)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     skipped = f" ({corpus.num_skipped} that are not UTF-8 text skipped)" * bool(corpus.num_skipped)
+    together = f", in parts on {processes.count} processes" if processes.count > 1 else ""
     lines = [
         f"Text: {source}: {corpus.num_files} files{skipped}, {corpus.num_train_bytes:,} bytes to "
         f"train on, {corpus.num_validation_bytes:,} held out",
-        f"Model: {config.model}, {parameters:,} parameters",
+        f"Model: {config.model}, {parameters:,} parameters{together}",
         f"Run: {run.path}",
     ]
+    if not model.separates_documents:
+        lines.append(
+            f"Note: {config.model} cannot keep documents apart; those of one sequence see each "
+            "other."
+        )
     length = config.schedule.length
     if length is not None and config.steps > length:
         lines.append(
@@ -183,48 +220,3 @@ def _introduction(
             "ends; a longer one needs a new run with --schedule.length."
         )
     return "\n".join(lines)
-
-
-def _report(trainer: Trainer, model: ParaRNNForCausalLM, corpus: Corpus) -> Evaluation:
-    """Validation, comparison with the step-by-step model, plot and sample."""
-    run, config = trainer.run, trainer.config
-    limit = config.text.validation_bytes
-    validation = evaluate(model, map_bytes(corpus.validation), limit=limit)
-    print(
-        f"Validation: {validation.bits_per_byte:.3f} bits per byte "
-        f"({validation.loss:.4f} nats) on {validation.num_bytes:,} held-out bytes, "
-        f"after {trainer.step} steps in {trainer.train_seconds:.0f} s"
-    )
-    record = {
-        "step": trainer.step,
-        "loss": validation.loss,
-        "bits_per_byte": validation.bits_per_byte,
-        "num_bytes": validation.num_bytes,
-        "train_seconds": trainer.train_seconds,
-    }
-    history = MetricsFile(run.validation, last_step=trainer.step - 1)
-    history.write(record)
-    history.close()
-    print(_compare(trainer))
-    if plot_loss(run.metrics, run.plot):
-        print(f"Plot: {run.plot}")
-    sample = generate_text(model, SAMPLE_PROMPT, num_bytes=SAMPLE_BYTES, seed=config.seed)
-    write_atomically(run.sample, sample.encode())
-    print(f"Sample:\n{sample}")
-    return validation
-
-
-def _compare(trainer: Trainer) -> str:
-    settings = trainer.config.optimizer
-    batch = next(iter(trainer.loader))
-
-    def prepare(model: nn.Module) -> Callable[[], object]:
-        optimizer = build_optimizer(model, settings)
-        return lambda: train_step(model.train(), optimizer, [batch], settings)
-
-    times = compare_train_steps(trainer.model, prepare)
-    size, length = batch.shape[0], batch.shape[1] - 1
-    return (
-        f"Train step ({size} x {length} bytes): {times.parallel_s * 1e3:.0f} ms; the same model "
-        f"run step by step: {times.sequential_s * 1e3:.0f} ms, {times.ratio:.1f} times as long"
-    )

@@ -1,82 +1,31 @@
-"""The training loop: steps, measurements, checkpoints; nothing about files of text or models."""
+"""The training loop: steps, measurements, checkpoints; nothing about files of text."""
 
 import math
-import sys
 import time
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from safetensors.torch import load_model
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped] # has none
-from tqdm import tqdm  # type: ignore[import-untyped] # has none
-from transformers import PreTrainedModel
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
-from pararnn.layers.constraints import project_parameters
-from pararnn.training.checkpoints import Checkpoint, prune, save_checkpoint
-from pararnn.training.config import OptimizerConfig, TrainConfig
-from pararnn.training.corpus import DOCUMENT
+from pararnn.models.causal_loss import CausalLoss
+from pararnn.training.checkpoints import Checkpoint
+from pararnn.training.config import TrainConfig
+from pararnn.training.data import Batches
 from pararnn.training.errors import RunError
-from pararnn.training.metrics import MetricsFile
-from pararnn.training.optimizer import learning_rate
+from pararnn.training.metrics import StepLog
+from pararnn.training.optimizer import learning_rate, named_state
+from pararnn.training.parallel import Processes
+from pararnn.training.profiling import record_steps
 from pararnn.training.run_folder import RunFolder
+from pararnn.training.saving import CheckpointWriter
 from pararnn.training.signals import StopSignals
+from pararnn.training.step import StepResult, train_step
+from pararnn.training.throughput import peak_flops
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Measured in one train step, before its update.
-
-    Attributes:
-        loss: Cross-entropy, in nats per byte.
-        z_loss: Mean squared log-partition.
-        grad_norm: Of all gradients together, before clipping.
-    """
-
-    loss: float
-    z_loss: float
-    grad_norm: float
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Tensor],
-    config: OptimizerConfig,
-) -> StepResult:
-    """One optimiser step over batches of shape (batch, time + 1), int64.
-
-    No update is made when the loss or the gradient is not finite.
-    """
-    losses = [_backward(model, batch, config, len(batches)) for batch in batches]
-    cross_entropy, z_loss = torch.stack(losses).mean(0).tolist()
-    limit = config.max_grad_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-    if math.isfinite(cross_entropy) and math.isfinite(grad_norm):
-        optimizer.step()
-        project_parameters(model)
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(cross_entropy, z_loss, grad_norm)
-
-
-def _backward(model: nn.Module, batch: Tensor, config: OptimizerConfig, num_batches: int) -> Tensor:
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    resets = inputs == DOCUMENT
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        output = model(
-            input_ids=inputs.to(device),
-            resets=resets.to(device) if resets.any() else None,
-            shift_labels=targets.to(device),
-            use_cache=False,
-        )
-    (output.loss / num_batches).backward()
-    return torch.stack([output.cross_entropy.detach(), output.z_loss.detach()])
-
-
+@dataclass
 class Trainer:
     """Takes a model from one step to another and keeps everything that resuming needs.
 
@@ -84,55 +33,73 @@ class Trainer:
         config: Resolved settings.
         run: Where measurements and checkpoints go.
         identity: Marks the checkpoints as belonging to these settings and this data.
-        model: On its device.
+        model: As `lay_out` left it.
         optimizer: Of the model's parameters.
-        loader: Endless batches, (batch, time + 1) int64.
+        batches: What this process reads.
+        processes: That train together.
+        flops_per_token: For model FLOPs utilisation.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunFolder,
-        identity: str,
-        model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
-        loader: StatefulDataLoader,
-    ) -> None:
-        self.config, self.run, self.identity = config, run, identity
-        self.model, self.optimizer, self.loader = model, optimizer, loader
-        self.step = 0
-        self.train_seconds = 0.0
+    config: TrainConfig
+    run: RunFolder
+    identity: str
+    model: CausalLoss
+    optimizer: torch.optim.AdamW
+    batches: Batches
+    processes: Processes
+    flops_per_token: float
+    step: int = 0
+    train_seconds: float = 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything beside the model that decides the next step."""
-        state = {
-            "step": self.step,
-            "train_seconds": self.train_seconds,
-            "optimizer": self.optimizer.state_dict(),
-            "loader": self.loader.state_dict(),
-            "cpu_rng": torch.get_rng_state(),
-        }
-        if self.model.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.model.device)
-        return state
+    def __post_init__(self) -> None:
+        folder, keep = self.run.checkpoints, self.config.keep_checkpoints
+        self._writer = CheckpointWriter(folder, self.identity, keep, self.processes)
+        peak = peak_flops(self.processes.device)
+        self._peak = None if peak is None else peak * self.processes.count
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint."""
-        load_model(self.model, checkpoint.path / "model.safetensors")
-        state = checkpoint.load_state()
-        self.step, self.train_seconds = state["step"], state["train_seconds"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.loader.load_state_dict(state["loader"])
-        torch.set_rng_state(state["cpu_rng"])
-        if self.model.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.model.device)
+        """Continue from a checkpoint, of any number of processes."""
+        progress = checkpoint.read_progress()
+        known = self.processes.rank < progress["num_processes"]
+        same_device = self.processes.device.type == progress["device"]
+        random_state = self._random_state() if known and same_device else {}
+        state = self._state() | {"random": random_state}
+        dcp.load(state, checkpoint_id=checkpoint.state)
+        self.step, self.train_seconds = progress["step"], progress["train_seconds"]
+        self._set_random_state(random_state)
 
     def save(self) -> None:
-        """Write a checkpoint and delete the oldest."""
-        save_checkpoint(
-            self.run.checkpoints, self.step, self.identity, self.model, self.state_dict()
-        )
-        prune(self.run.checkpoints, self.config.keep_checkpoints)
+        """Write a checkpoint in the background, and delete the oldest."""
+        progress = {
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "num_processes": self.processes.count,
+            "device": self.processes.device.type,
+        }
+        state = self._state() | {"random": self._random_state()}
+        self._writer.save(self.step, self.model.model, state, progress)
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors themselves: what is loaded into them is loaded into the model."""
+        return {
+            "model": self.model.model.state_dict(),
+            "optimizer": named_state(self.model.model, self.optimizer),
+        }
+
+    def _random_state(self) -> dict[str, Tensor]:
+        """Of this process, under names of its own."""
+        rank, device = self.processes.rank, self.processes.device
+        state = {f"cpu-{rank}": torch.get_rng_state()}
+        if device.type == "cuda":
+            state[f"cuda-{rank}"] = torch.cuda.get_rng_state(device)
+        return state
+
+    def _set_random_state(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            if name.startswith("cuda"):
+                torch.cuda.set_rng_state(value, self.processes.device)
+            else:
+                torch.set_rng_state(value)
 
     def fit(self) -> int | None:
         """Train up to `config.steps`.
@@ -143,57 +110,52 @@ class Trainer:
         Raises:
             RunError: The loss is not finite, or a checkpoint cannot be saved.
         """
-        if self.step == 0:
-            self.save()
-        metrics = MetricsFile(self.run.metrics, self.step)
-        board = SummaryWriter(str(self.run.tensorboard), purge_step=self.step + 1)
-        self.model.train()
-        try:
-            with StopSignals() as stop, self._progress() as progress:
-                for batches in self._batches():
-                    self._advance(batches, metrics, board, progress)
-                    done = self.step == self.config.steps
-                    stopped = stop.received is not None
-                    if done or stopped or self.step % self.config.checkpoint_every == 0:
-                        metrics.sync()
-                        self.save()
-                    if stopped and not done:
-                        return stop.received
-        finally:
-            metrics.close()
-            board.close()
+        config = self.config
+        with ExitStack() as stack:
+            stack.callback(self._writer.close)
+            if self.step == 0:
+                self.save()
+            log = stack.enter_context(self._open_log()) if self.processes.is_first else None
+            stop = stack.enter_context(StopSignals())
+            profile = config.execution.profile_steps
+            record = record_steps(self.run.profile, profile, self.processes)
+            end_step = stack.enter_context(record)
+            self.model.train()
+            while self.step < config.steps:
+                self._advance(log)
+                end_step()
+                signal = self.processes.largest(stop.received or 0)
+                done = self.step == config.steps
+                if done or signal or self.step % config.checkpoint_every == 0:
+                    if log is not None:
+                        log.metrics.sync()
+                    self.save()
+                if signal and not done:
+                    self._writer.wait()
+                    return signal
+            self._writer.wait()
         return None
 
-    def _batches(self) -> Iterator[list[Tensor]]:
-        stream = iter(self.loader)
-        while self.step < self.config.steps:
-            yield [next(stream) for _ in range(self.config.optimizer.accumulate)]
+    def _open_log(self) -> StepLog:
+        return StepLog(self.run.metrics, self.run.tensorboard, self.step, self.config.steps)
 
-    def _progress(self) -> tqdm:
-        return tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        )
-
-    def _advance(
-        self, batches: list[Tensor], metrics: MetricsFile, board: SummaryWriter, progress: tqdm
-    ) -> None:
+    def _advance(self, log: StepLog | None) -> None:
         """One train step with its measurements."""
         start = time.perf_counter()
         settings = self.config.optimizer
         rate = learning_rate(self.step, settings.learning_rate, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        result = train_step(self.model, self.optimizer, batches, settings)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise self._not_finite(result)
+        batches = self.batches.of_step(self.step)
+        result = train_step(self.model, self.optimizer, batches, settings, self.processes)
+        if not result.is_finite:
+            self.processes.on_first(lambda: self._raise_not_finite(result))
         self.step += 1
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
-        num_tokens = sum(batch[:, 1:].numel() for batch in batches)
+        if log is None:
+            return
+        num_tokens = self.processes.count * sum(batch[:, 1:].numel() for batch in batches)
         record = {
             "step": self.step,
             "loss": result.loss,
@@ -203,20 +165,15 @@ class Trainer:
             "learning_rate": rate,
             "tokens_per_second": num_tokens / seconds,
         }
-        metrics.write(record)
-        for name, value in record.items():
-            if name != "step":
-                board.add_scalar(f"train/{name}", value, self.step)
-        progress.set_postfix_str(
-            f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            refresh=False,
-        )
-        progress.update()
+        if self._peak is not None:
+            record["mfu"] = self.flops_per_token * record["tokens_per_second"] / self._peak
+        log.write(record)
 
-    def _not_finite(self, result: StepResult) -> RunError:
-        return RunError(
-            f"step {self.step + 1} gave loss {result.loss} and gradient norm {result.grad_norm}; "
-            "the weights were not changed and no checkpoint holds this step. Start a new run with "
-            "a lower --optimizer.learning-rate or a lower --optimizer.max-grad-norm."
+    def _raise_not_finite(self, result: StepResult) -> None:
+        where = f", first in {result.culprit}" if result.culprit else ""
+        raise RunError(
+            f"step {self.step + 1} gave loss {result.loss} and gradient norm {result.grad_norm}"
+            f"{where}; the weights were not changed and no checkpoint holds this step. Start a "
+            "new run with a lower --optimizer.learning-rate or a lower "
+            "--optimizer.max-grad-norm."
         )

@@ -1,0 +1,95 @@
+"""What is said and stored when a run has reached its last step."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from pararnn.layers.rnn import RNN
+from pararnn.models.causal_loss import CausalLoss
+from pararnn.training.comparison import compare_train_steps
+from pararnn.training.config import TrainConfig
+from pararnn.training.corpus import Corpus
+from pararnn.training.data import ByteWindows, map_bytes
+from pararnn.training.evaluation import Evaluation, evaluate
+from pararnn.training.files import write_atomically
+from pararnn.training.language_model import generate_text
+from pararnn.training.metrics import MetricsFile, plot_loss
+from pararnn.training.optimizer import build_optimizer
+from pararnn.training.parallel import Processes
+from pararnn.training.run_folder import RunFolder
+from pararnn.training.step import train_step
+
+SAMPLE_PROMPT = "def "
+SAMPLE_BYTES = 300
+
+
+def report(
+    config: TrainConfig,
+    run: RunFolder,
+    corpus: Corpus,
+    model: PreTrainedModel,
+    step: int,
+    train_seconds: float,
+    *,
+    alone: bool,
+) -> Evaluation:
+    """Validation, comparison with the step-by-step model, plot and sample.
+
+    Args:
+        config: Resolved settings.
+        run: Where results go.
+        corpus: Its held-out bytes are predicted.
+        model: Trained, whole, in this process.
+        step: Optimiser steps done.
+        train_seconds: That they took.
+        alone: One process trained; only then its speed is compared.
+    """
+    validation = evaluate(
+        model,
+        map_bytes(corpus.validation),
+        limit=config.text.validation_bytes,
+        chunk=config.text.sequence_length,
+    )
+    print(
+        f"Validation: {validation.bits_per_byte:.3f} bits per byte "
+        f"({validation.loss:.4f} nats) on {validation.num_bytes:,} held-out bytes, "
+        f"after {step} steps in {train_seconds:.0f} s"
+    )
+    record = {
+        "step": step,
+        "loss": validation.loss,
+        "bits_per_byte": validation.bits_per_byte,
+        "num_bytes": validation.num_bytes,
+        "train_seconds": train_seconds,
+    }
+    history = MetricsFile(run.validation, last_step=step - 1)
+    history.write(record)
+    history.close()
+    if alone and any(isinstance(module, RNN) for module in model.modules()):
+        print(_compare(config, corpus, model))
+    if plot_loss(run.metrics, run.plot):
+        print(f"Plot: {run.plot}")
+    sample = generate_text(model, SAMPLE_PROMPT, num_bytes=SAMPLE_BYTES, seed=config.seed)
+    write_atomically(run.sample, sample.encode())
+    print(f"Sample:\n{sample}")
+    return validation
+
+
+def _compare(config: TrainConfig, corpus: Corpus, model: PreTrainedModel) -> str:
+    settings = config.optimizer
+    windows = ByteWindows(corpus.train, config.text.sequence_length)
+    chosen = [i % len(windows) for i in range(config.text.batch_size)]
+    batch = torch.stack([windows[i] for i in chosen])
+    here = Processes(0, 1, model.device)
+
+    def prepare(loss: CausalLoss) -> Callable[[], object]:
+        optimizer = build_optimizer(loss, settings)
+        return lambda: train_step(loss.train(), optimizer, [batch], settings, here)
+
+    times = compare_train_steps(CausalLoss(model, settings.z_loss_weight), prepare)
+    size, length = batch.shape[0], batch.shape[1] - 1
+    return (
+        f"Train step ({size} x {length} bytes): {times.parallel_s * 1e3:.0f} ms; the same model "
+        f"run step by step: {times.sequential_s * 1e3:.0f} ms, {times.ratio:.1f} times as long"
+    )

@@ -1,0 +1,158 @@
+"""Runs of several processes: equal to one process, killed, stopped, resumed by other numbers."""
+
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from pararnn.training import RunFolder, train
+from pararnn.training.config import TextConfig
+from pararnn.training.language_model import build_model
+from pararnn.training.optimizer import build_optimizer, named_state
+
+from .conftest import sentences
+from .launch import SETTINGS, Launch, curve, records
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("processes")
+    (path / "text").mkdir()
+    for number in range(6):
+        (path / f"text/{number}.txt").write_text(sentences(number))
+    return path
+
+
+@pytest.fixture(scope="module")
+def launch(folder):
+    """Starts `torchrun ... pararnn.cli train`; what still runs at the end is stopped."""
+    launches = []
+
+    def start(num_processes, *arguments):
+        launches.append(
+            Launch(num_processes, "-m", "pararnn.cli", "train", *arguments, folder=folder)
+        )
+        return launches[-1]
+
+    yield start
+    for started in launches:
+        started.end()
+
+
+def start_new(launch, name):
+    return launch(2, *SETTINGS, "--text.batch-size", "2", "--steps", str(STEPS), "--out", str(name))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, launch):
+    """An uninterrupted run of two processes, and what it printed."""
+    printed = start_new(launch, "whole").wait()
+    return folder / "whole", printed
+
+
+def test_the_first_process_speaks_for_all(whole):
+    run, printed = whole
+    for part in ("in parts on 2 processes", "Validation: ", "Plot: ", "Sample:\ndef "):
+        assert printed.count(part) == 1
+    assert "run step by step" not in printed
+    assert [record["step"] for record in records(run)] == list(range(1, STEPS + 1))
+    assert len((run / "validation.jsonl").read_text().splitlines()) == 1
+    files = json.loads((run / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text())["files"]
+    assert {"state/__0_0.distcp", "state/__1_0.distcp", "model.safetensors"} <= set(files)
+    assert "processes: 2" in (run / "env.txt").read_text()
+
+
+def one_process(folder, name, **changes):
+    """The settings of `whole` for this process: the same sequences per step in two passes."""
+    config = RunFolder.open(folder / "whole").read_config()
+    return dataclasses.replace(config, out=folder / name, **changes)
+
+
+def assert_close_curves(run, expected, steps):
+    for found, wanted in zip(curve(run)[:steps], curve(expected)[:steps], strict=True):
+        assert found == pytest.approx(wanted, rel=2e-4), wanted["step"]
+
+
+def test_one_process_has_the_same_losses_and_two_can_go_on(folder, whole, launch):
+    run, _ = whole
+    train(one_process(folder, "one", steps=10))
+    assert len(curve(folder / "one")) == 10
+    assert_close_curves(folder / "one", run, 10)
+    printed = launch(2, "--resume", "--out", "one", "--steps", "20").wait()
+    assert "Resumed at step 10 from one/checkpoints/step-00000010" in printed
+    assert_close_curves(folder / "one", run, 20)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_from_two_processes_to_one(folder, whole, capsys):
+    """All parts are read back to the bit, and training continues the curve."""
+    run, _ = whole
+    shutil.copytree(run, folder / "fewer")
+    for path in sorted((folder / "fewer/checkpoints").iterdir())[1:]:
+        shutil.rmtree(path)
+    checkpoint = next((folder / "fewer/checkpoints").iterdir())
+    config = one_process(folder, "fewer", text=TextConfig(), seed=1)
+    model = build_model(config)
+    optimizer = build_optimizer(model, config.optimizer)
+    state = {"model": model.state_dict(), "optimizer": named_state(model, optimizer)}
+    dcp.load(state, checkpoint_id=checkpoint / "state")
+    saved = load_file(checkpoint / "model.safetensors")
+    assert set(saved) == set(model.state_dict())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[name]), name
+        assert optimizer.state[parameter]["step"] == STEPS - 5
+        assert optimizer.state[parameter]["exp_avg_sq"].abs().sum() > 0, name
+    train(one_process(folder, "fewer"), resume=True)
+    assert f"Resumed at step {STEPS - 5}" in capsys.readouterr().out
+    assert_close_curves(folder / "fewer", run, STEPS)
+
+
+@pytest.mark.timeout(280)
+def test_killed_stopped_and_resumed_processes_have_the_same_curve(folder, whole, launch):
+    run, _ = whole
+    killed = start_new(launch, "killed")
+    killed.wait_for_step("killed", random.randrange(6, STEPS - 20))
+    killed.send(1, signal.SIGKILL)
+    printed = killed.wait(succeeds=False)
+    assert "lost the connection to another process" in printed
+    lost = len(curve(folder / "killed"))
+
+    stopped = launch(2, "--resume", "--out", "killed")
+    stopped.wait_for_step("killed", min(lost + 6, STEPS - 8))
+    stopped.send(1, signal.SIGTERM)
+    printed = stopped.wait(succeeds=False)
+    assert "SIGTERM at step" in printed
+    assert (
+        "checkpoint saved. Continue with: torchrun --nproc-per-node 2 -m pararnn.cli train"
+        in printed
+    )
+    last = max(path.name for path in (folder / "killed/checkpoints").iterdir())
+    assert last == f"step-{len(curve(folder / 'killed')):08d}"
+
+    printed = launch(2, "--resume", "--out", "killed").wait()
+    assert f"from killed/checkpoints/{last}" in printed
+    assert curve(folder / "killed") == curve(run)
+    newest = f"checkpoints/step-{STEPS:08d}/model.safetensors"
+    assert (folder / "killed" / newest).read_bytes() == (run / newest).read_bytes()
+
+
+def test_every_architecture_in_parts(folder):
+    script = Path(__file__).with_name("sharded_steps.py")
+    launched = Launch(2, str(script), folder=folder)
+    try:
+        printed = launched.wait()
+    finally:
+        launched.end()
+    assert "all equal" in printed

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pararnn.bench import decode, train
-from pararnn.bench.flops import multiplied_parameters, peak_flops, train_flops_per_token
 from pararnn.bench.models import ModelSize
 from pararnn.cli.main import main
+from pararnn.models.flops import multiplied_parameters, peak_flops, train_flops_per_token
 from pararnn.models.presets import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -57,11 +57,19 @@ def test_flops_of_attention_and_of_tied_embeddings():
     assert multiplied_parameters(model) == free
 
 
-def test_peaks():
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("NVIDIA L4") is None
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_peak_is_known_by_the_name_of_the_gpu(monkeypatch, name, peak):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(CPU) is None
 
 
 def test_size():

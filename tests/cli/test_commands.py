@@ -11,7 +11,7 @@ from pararnn.cli.main import COMMANDS, EXTRA, main
 
 TINY = """--device cpu --steps 4 --checkpoint-every 2 --architecture.width 8
 --architecture.num-layers 1 --architecture.num-heads 1 --text.sequence-length 16
---text.batch-size 2 --text.validation-bytes 200""".split()
+--text.batch-size 2 --text.validation-tokens 200""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_misspelt_flag_is_answered_with_the_nearest(arguments, nearest, capsys):
         (["train", "--model", "paragro"], "perhaps you meant 'paragru'"),
         (["train", "--steps", "0"], "steps is 0; it must be >= 1"),
         (["generate", "run", "--temperature", "-1"], "temperature is -1.0; it must be >= 0"),
-        (["generate", "run", "--num-bytes", "0"], "num-bytes is 0; it must be >= 1"),
+        (["generate", "run", "--num-tokens", "0"], "num-tokens is 0; it must be >= 1"),
         (["eval", "run", "--task-folder", "tasks"], "--task-folder goes with --tasks"),
         (["eval", "run", "--limit", "3"], "--limit goes with --tasks"),
         (["eval", "run", "--tasks", "piqa", "--data", "a"], "--data goes without --tasks"),
@@ -150,7 +150,7 @@ def test_train_then_generate_and_evaluate(capsys):
     assert train_tiny() == 0
     assert train_tiny() == 0
     assert "Run: runs/paragru-2" in capsys.readouterr().out
-    assert main(["generate", "runs/paragru-1", "--prompt", "to be", "--num-bytes", "12"]) == 0
+    assert main(["generate", "runs/paragru-1", "--prompt", "to be", "--num-tokens", "12"]) == 0
     assert capsys.readouterr().out.startswith("to be")
     assert main(["eval", "runs/paragru-1", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 
 SETTINGS = """--data text --device cpu --checkpoint-every 4 --architecture.width 16
 --architecture.num-layers 2 --architecture.num-heads 2 --text.sequence-length 64
---text.batch-size 4 --text.validation-bytes 200""".split()
+--text.batch-size 4 --text.validation-tokens 200""".split()
 STEPS = 60
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 

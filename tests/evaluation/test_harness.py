@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pararnn.cli.main import main
+from pararnn.data.errors import RunError
 from pararnn.evaluation import ByteTokenizer, HarnessModel, run_tasks
 from pararnn.models.architectures import Shape, make_config, make_model
 from pararnn.training.checkpoints import quiet_transformers
-from pararnn.training.errors import RunError
 
 from .conftest import QUESTIONS
 

@@ -41,7 +41,7 @@ def make_config(tmp_path, text_folder):
             "checkpoint_every": 3,
             "device": "cpu",
             "architecture": ArchitectureConfig(width=16, num_layers=1, num_heads=2),
-            "text": TextConfig(sequence_length=24, batch_size=3, validation_bytes=500),
+            "text": TextConfig(sequence_length=24, batch_size=3, validation_tokens=500),
             "optimizer": OptimizerConfig(learning_rate=1e-2, **(optimizer or {})),
             "schedule": ScheduleConfig(length=40),
         }

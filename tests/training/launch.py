@@ -10,7 +10,7 @@ from pathlib import Path
 
 SETTINGS = """--data text --device cpu --checkpoint-every 5 --architecture.width 16
 --architecture.num-layers 2 --architecture.num-heads 2 --text.sequence-length 32
---text.validation-bytes 200 --schedule.length 60 --optimizer.learning-rate 1e-2""".split()
+--text.validation-tokens 200 --schedule.length 60 --optimizer.learning-rate 1e-2""".split()
 MEASURED = ("step", "loss", "z_loss", "bits_per_byte", "grad_norm", "learning_rate")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pararnn.data.errors import OtherProcessError, RunError
 from pararnn.models.architectures import architectures
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.config import (
@@ -13,12 +14,12 @@ from pararnn.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from pararnn.training.errors import OtherProcessError, RunError
 from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes, join_processes
 from pararnn.training.sharding import gather_on_first, lay_out
 from pararnn.training.step import train_step
+from pararnn.training.text import Codec
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 BATCH = torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,7 @@ def take_steps(architecture, batches, processes, execution, precision="float32")
         architecture=ArchitectureConfig(width=16, num_layers=2, num_heads=2),
         optimizer=OptimizerConfig(precision=precision),
     )
-    model = CausalLoss(build_model(config), 1e-4)
+    model = CausalLoss(build_model(config, Codec()), 1e-4)
     lay_out(model, execution, processes)
     optimizer = build_optimizer(model.model, config.optimizer)
     results = [train_step(model, optimizer, batches, config.optimizer, processes) for _ in range(2)]

@@ -17,6 +17,7 @@ from pararnn.training import RunFolder, train
 from pararnn.training.config import TextConfig
 from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer, named_state
+from pararnn.training.text import Codec
 
 from .conftest import sentences
 from .launch import SETTINGS, Launch, curve, records
@@ -104,7 +105,7 @@ def test_from_two_processes_to_one(folder, whole, capsys):
         shutil.rmtree(path)
     checkpoint = next((folder / "fewer/checkpoints").iterdir())
     config = one_process(folder, "fewer", text=TextConfig(), seed=1)
-    model = build_model(config)
+    model = build_model(config, Codec())
     optimizer = build_optimizer(model, config.optimizer)
     state = {"model": model.state_dict(), "optimizer": named_state(model, optimizer)}
     dcp.load(state, checkpoint_id=checkpoint / "state")

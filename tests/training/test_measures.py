@@ -1,24 +1,23 @@
 """Metrics, evaluation, comparison with the step-by-step model, signals, environment."""
 
+import functools
 import json
 import math
 import os
 import signal
 import sys
 
-import numpy as np
 import pytest
 import torch
 
+from pararnn.data.signals import StopSignals
 from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
-from pararnn.models.architectures import Shape, make_config, make_model
 from pararnn.training.comparison import compare_train_steps, step_by_step
 from pararnn.training.environment import describe_environment
 from pararnn.training.evaluation import evaluate
-from pararnn.training.language_model import decode, encode, generate_text
+from pararnn.training.language_model import generate_text
 from pararnn.training.metrics import MetricsFile, plot_loss, read_metrics
-from pararnn.training.signals import StopSignals
-from pararnn.training.throughput import flops_per_token, peak_flops
+from pararnn.training.text import Codec, flat_bytes
 
 
 @pytest.fixture
@@ -54,35 +53,42 @@ def test_plot(tmp_path, monkeypatch):
     assert not plot_loss(path, tmp_path / "other.png")
 
 
-def flat_text(num_bytes):
-    flat = torch.randint(1, 256, (num_bytes,)).to(torch.uint8).numpy()
-    flat[::700] = 0
-    return flat
+@pytest.fixture
+def split_of(tmp_path):
+    """Makes a split of so many bytes, a document every 700."""
+
+    def make(num_bytes):
+        flat = torch.randint(1, 256, (num_bytes,)).to(torch.uint8).numpy()
+        flat[::700] = 0
+        (tmp_path / "flat.bin").write_bytes(flat.tobytes())
+        return flat_bytes(tmp_path / "flat.bin")
+
+    return make
 
 
 @pytest.mark.parametrize("chunk", [64, 512])
-def test_evaluation_of_one_stream_is_the_mean_loss(model, chunk):
-    flat = flat_text(1500)
-    tokens = torch.from_numpy(flat.astype(np.int64)).unsqueeze(0)
+def test_evaluation_of_one_stream_is_the_mean_loss(model, chunk, split_of):
+    split = split_of(1500)
+    tokens = torch.from_numpy(split.read(0, 1500)).unsqueeze(0)
     model.eval()
     with torch.no_grad():
         output = model(tokens[:, :-1], shift_labels=tokens[:, 1:], resets=tokens[:, :-1] == 0)
-    result = evaluate(model.train(), flat, chunk=chunk)
-    assert result.num_bytes == 1499
+    result = evaluate(model.train(), split, Codec(), chunk=chunk)
+    assert result.num_tokens == 1499
     assert result.loss == pytest.approx(output.cross_entropy.item(), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(result.loss / math.log(2))
     assert model.training
 
 
 @pytest.mark.parametrize("num_bytes", [2, 3, 2049, 4097, 10_001])
-def test_every_byte_is_predicted_once(model, num_bytes):
-    assert evaluate(model, flat_text(num_bytes)).num_bytes == num_bytes - 1
+def test_every_byte_is_predicted_once(model, num_bytes, split_of):
+    assert evaluate(model, split_of(num_bytes), Codec()).num_tokens == num_bytes - 1
 
 
-def test_evaluation_of_a_part(model):
-    flat = flat_text(10_000)
-    assert evaluate(model, flat, limit=1000).num_bytes == 1000
-    assert evaluate(model, flat, limit=10**6).num_bytes == 9999
+def test_evaluation_of_a_part(model, split_of):
+    split = split_of(10_000)
+    assert evaluate(model, split, Codec(), limit=1000).num_tokens == 1000
+    assert evaluate(model, split, Codec(), limit=10**6).num_tokens == 9999
 
 
 @pytest.mark.parametrize("cell", ["paragru", "paralstm"])
@@ -122,20 +128,22 @@ def test_comparison_leaves_the_builtalone(model):
 
 
 def test_text_and_tokens():
-    assert encode("hé").tolist() == [[0, 104, 195, 169]]
-    assert decode(torch.tensor([0, 104, 195, 169, 0])) == "hé"
-    assert decode(torch.tensor([0, 195, 104])) == "\ufffdh"
+    codec = Codec()
+    assert codec.encode("hé").tolist() == [[0, 104, 195, 169]]
+    assert codec.decode(torch.tensor([0, 104, 195, 169, 0])) == "hé"
+    assert codec.decode(torch.tensor([0, 195, 104])) == "\ufffdh"
 
 
 def test_generated_text_depends_on_the_seed_alone(model):
     with torch.no_grad():
         model.lm_head.weight.normal_()
     state = torch.get_rng_state()
-    texts = [generate_text(model, "ab", num_bytes=30, seed=seed) for seed in (1, 1, 2)]
+    generate = functools.partial(generate_text, model, Codec())
+    texts = [generate("ab", num_tokens=30, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith("ab") for text in texts)
     assert torch.equal(torch.get_rng_state(), state)
-    greedy = {generate_text(model, "", num_bytes=9, temperature=0, seed=s) for s in (1, 2)}
+    greedy = {generate("", num_tokens=9, temperature=0, seed=s) for s in (1, 2)}
     assert len(greedy) == 1
 
 
@@ -155,25 +163,6 @@ def test_first_signal_is_noted_and_the_second_raises(interrupt_handler):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is interrupt_handler
-
-
-@pytest.mark.parametrize("model", ["paragru", "transformer"])
-def test_operations_per_token(model):
-    shape = Shape(vocab_size=16, width=8, num_layers=3, num_heads=2)
-    built = make_model(make_config(model, shape))
-    multiplied = sum(p.numel() for p in built.parameters()) - 16 * 8
-    attention = 12 * 3 * 8 * 100 if model == "transformer" else 0
-    assert flops_per_token(built, 100) == 6 * multiplied + attention
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA T4", None)],
-)
-def test_peak_is_known_by_the_name_of_the_gpu(monkeypatch, name, peak):
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda")) == peak
-    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_environment_names_versions():

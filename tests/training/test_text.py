@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from pararnn.data.corpus import find_sources, prepare_corpus, read_documents
 from pararnn.training import RunError
-from pararnn.training.corpus import find_sources, prepare_corpus, read_documents
-from pararnn.training.data import Batches, ByteWindows, WindowOrder
+from pararnn.training.data import Batches, WindowOrder, Windows
+from pararnn.training.text import flat_bytes
 
 from .conftest import sentences
 
@@ -112,12 +113,12 @@ def flat_file(tmp_path):
 
 
 def test_windows_cover_the_file_and_overlap_by_one(flat_file):
-    windows = ByteWindows(flat_file, 10)
+    windows = Windows(flat_bytes(flat_file), 10)
     assert len(windows) == 10
     assert windows[0].tolist() == list(range(1, 12))
     assert windows[9].tolist() == list(range(91, 102))
-    with pytest.raises(RunError, match="has 101 bytes but a sequence needs 201"):
-        ByteWindows(flat_file, 200)
+    with pytest.raises(RunError, match="has 101 tokens but a sequence needs 201"):
+        Windows(flat_bytes(flat_file), 200)
 
 
 def test_an_epoch_visits_every_window_once():
@@ -143,7 +144,7 @@ def test_a_step_is_the_same_wherever_one_starts():
 
 @pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 8), (1, 2), (2, 4), (4, 1)])
 def test_processes_share_a_step(flat_file, num_processes, batch_size):
-    windows, order = ByteWindows(flat_file, 10), WindowOrder(10, 8, seed=3)
+    windows, order = Windows(flat_bytes(flat_file), 10), WindowOrder(10, 8, seed=3)
     expected = torch.stack([windows[i] for i in order.of_step(4)])
     shares = [
         Batches(windows, order, batch_size, rank, num_processes).of_step(4)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pararnn.models import CELLS, ParaRNNForCausalLM
 from pararnn.models.architectures import architectures
 from pararnn.models.causal_loss import CausalLoss
+from pararnn.models.flops import train_flops_per_token
 from pararnn.training import RunError, RunFolder, metrics, saving, train, trainer
 from pararnn.training.checkpoints import CheckpointError, complete
 from pararnn.training.config import ExecutionConfig, OptimizerConfig, ScheduleConfig, TextConfig
@@ -21,7 +22,7 @@ from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes
 from pararnn.training.step import train_step
-from pararnn.training.throughput import flops_per_token
+from pararnn.training.text import Codec
 
 HERE = Processes(0, 1, torch.device("cpu"))
 MEASURED = ("step", "loss", "z_loss", "bits_per_byte", "grad_norm", "learning_rate")
@@ -154,7 +155,7 @@ def test_not_finite_loss_stops_before_the_weights_change(make_config, monkeypatc
 
 def test_train_step_skips_an_update_that_is_not_finite(make_config):
     config = make_config()
-    model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
+    model = CausalLoss(build_model(config, Codec()), config.optimizer.z_loss_weight)
     optimizer = build_optimizer(model, config.optimizer)
     with torch.no_grad():
         model.model.lm_head.weight[0, 0] = float("inf")
@@ -217,7 +218,7 @@ def test_utilisation_is_noted_where_the_peak_is_known(make_config, monkeypatch):
     config = make_config(steps=1)
     train(config)
     record = json.loads((config.out / "metrics.jsonl").read_text())
-    flops = flops_per_token(build_model(config), config.text.sequence_length)
+    flops = train_flops_per_token(build_model(config, Codec()), config.text.sequence_length)
     assert record["mfu"] == pytest.approx(flops * record["tokens_per_second"] / 1e12)
 
 
@@ -250,7 +251,7 @@ def test_accumulated_batches_are_one_large_batch(make_config):
     batch = torch.randint(1, 256, (4, 9))
     norms, updated = [], []
     for batches in ([batch], list(batch.split(1))):
-        model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
+        model = CausalLoss(build_model(config, Codec()), config.optimizer.z_loss_weight)
         optimizer = build_optimizer(model, config.optimizer)
         norms.append(train_step(model, optimizer, batches, config.optimizer, HERE))
         updated.append(model.model.lm_head.weight.detach().clone())
@@ -260,7 +261,7 @@ def test_accumulated_batches_are_one_large_batch(make_config):
 
 def test_gradients_are_clipped_and_weights_projected(make_config):
     config = make_config(optimizer={"max_grad_norm": 1e-3})
-    model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
+    model = CausalLoss(build_model(config, Codec()), config.optimizer.z_loss_weight)
     optimizer = build_optimizer(model, config.optimizer)
     seen = []
     optimizer.register_step_pre_hook(
@@ -298,7 +299,7 @@ def test_every_architecture_trains_under_the_same_command(make_config, capsys, m
 def test_how_steps_are_computed_does_not_change_the_curve(make_config):
     whole = make_config("whole", steps=5)
     train(whole)
-    text = TextConfig(sequence_length=24, batch_size=1, global_batch_size=3, validation_bytes=500)
+    text = TextConfig(sequence_length=24, batch_size=1, global_batch_size=3, validation_tokens=500)
     execution = ExecutionConfig(activation_checkpointing=True, profile_steps=2)
     config = make_config("cut", steps=5, text=text, execution=execution)
     train(config)
@@ -324,7 +325,7 @@ def test_compiled_blocks_give_the_same_losses(make_config):
 def test_documents_do_not_mix(make_config):
     """The loss of two documents in a row is the mean of their losses."""
     config = make_config()
-    model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
+    model = CausalLoss(build_model(config, Codec()), config.optimizer.z_loss_weight)
     first, second = torch.randint(1, 256, (2, 8))
     zero = torch.zeros(1, dtype=torch.int64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

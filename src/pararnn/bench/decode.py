@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StaticCache
 
-from pararnn.bench.flops import multiplied_parameters
 from pararnn.bench.models import ModelSize, note_of, release
 from pararnn.bench.problem import Row
 from pararnn.bench.timing import captured, steps_milliseconds
 from pararnn.models import ParaRNNForCausalLM
+from pararnn.models.flops import multiplied_parameters
 from pararnn.models.generation import Decoder
 
 _STEPS = 16  # timed together

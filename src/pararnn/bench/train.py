@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pararnn.bench.flops import peak_flops, train_flops_per_token
 from pararnn.bench.models import ModelSize, note_of, release
 from pararnn.bench.problem import Row
 from pararnn.bench.timing import steps_milliseconds
 from pararnn.models.causal_loss import CausalLoss
+from pararnn.models.flops import peak_flops, train_flops_per_token
 from pararnn.models.presets import preset
 
 KERNELS = frozenset({"sweep", "correct", "refine", "total"})  # as the generated Triton has them
@@ -82,7 +82,7 @@ def measure(
     milliseconds = steps_milliseconds(step, device)
     flops = train_flops_per_token(model, time) * batch * time
     on_gpu = device.type == "cuda"
-    peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
+    peak = peak_flops(device)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -18,9 +18,9 @@ from pararnn.bench.tables import DECODE, TRAIN, Table, facts_of, save_table
 from pararnn.bench.timing import copy_gigabytes_per_second
 from pararnn.bench.train import train_rows
 from pararnn.cli.arguments import parse
+from pararnn.data.errors import RunError
 from pararnn.models.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
-from pararnn.training.errors import RunError
-from pararnn.training.language_model import choose_device
+from pararnn.training.parallel import choose_device
 
 
 @dataclass(kw_only=True)

@@ -1,16 +1,17 @@
 """`pararnn eval`."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import tyro
 
 from pararnn.cli.arguments import parse
+from pararnn.data import TokenSplit
+from pararnn.data.corpus import read_documents
 from pararnn.training import RunError, RunFolder, evaluate, load_trained
-from pararnn.training.corpus import prepare_corpus, read_documents
-from pararnn.training.data import map_bytes
 from pararnn.training.parallel import choose_device
+from pararnn.training.text import Codec, flat_split, open_codec, open_text
 
 _TASK_BATCH = 8  # requests side by side; their logits are kept whole
 
@@ -61,13 +62,18 @@ def run(arguments: list[str]) -> int:
     if parsed.tasks is not None:
         return _run_tasks(parsed)
     folder = RunFolder.open(parsed.run)
-    flat = _held_out(folder) if parsed.data is None else _text(parsed.data)
-    model = load_trained(folder, choose_device(parsed.device))
-    result = evaluate(model, flat, chunk=folder.read_config().text.sequence_length)
-    source = "held-out bytes" if parsed.data is None else f"bytes of {parsed.data}"
+    config, codec = folder.read_config(), open_codec(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        if parsed.data is None:
+            split = open_text(config, folder).validation
+        else:
+            split = _split(parsed.data.expanduser(), codec, Path(temporary))
+        model = load_trained(folder, choose_device(parsed.device))
+        result = evaluate(model, split, codec, chunk=config.text.sequence_length)
+    source = f"held-out {codec.unit}" if parsed.data is None else f"{codec.unit} of {parsed.data}"
     print(
         f"{result.bits_per_byte:.4f} bits per byte ({result.loss:.4f} nats, perplexity "
-        f"{result.perplexity:.4f} per byte) on {result.num_bytes:,} {source}"
+        f"{result.perplexity:.4f} per {codec.unit[:-1]}) on {result.num_tokens:,} {source}"
     )
     return 0
 
@@ -96,10 +102,6 @@ def _run_tasks(parsed: EvalArguments) -> int:
     return 0
 
 
-def _held_out(folder: RunFolder) -> np.ndarray:
-    config = folder.read_config()
-    return map_bytes(prepare_corpus(config.data, folder.data, config.text.held_out).validation)
-
-
-def _text(path: Path) -> np.ndarray:
-    return np.frombuffer(read_documents(path.expanduser()), dtype=np.uint8)
+def _split(data: Path, codec: Codec, folder: Path) -> TokenSplit:
+    """The documents under a path, written into a folder as tokens."""
+    return flat_split(read_documents(data), codec, folder)

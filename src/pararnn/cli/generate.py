@@ -9,6 +9,7 @@ from pararnn.cli.arguments import parse
 from pararnn.training import RunError, RunFolder, load_trained
 from pararnn.training.language_model import generate_text
 from pararnn.training.parallel import choose_device
+from pararnn.training.text import open_codec
 
 
 @dataclass(kw_only=True)
@@ -19,18 +20,18 @@ class GenerateArguments:
     """Folder that `pararnn train` wrote."""
     prompt: str = ""
     """Beginning of the text."""
-    num_bytes: int = 300
-    """Most bytes to add; the model may end the text before."""
+    num_tokens: int = 300
+    """Most tokens to add, bytes for a run without tokenizer; the model may end the text before."""
     temperature: float = 0.8
-    """Of the sampling; 0 takes the most probable byte."""
+    """Of the sampling; 0 takes the most probable token."""
     seed: int = 0
     """Of the sampling."""
     device: str = "auto"
     """A torch device; auto for CUDA when there is one, else the CPU."""
 
     def __post_init__(self) -> None:
-        if self.num_bytes < 1:
-            raise ValueError(f"num-bytes is {self.num_bytes}; it must be >= 1.")
+        if self.num_tokens < 1:
+            raise ValueError(f"num-tokens is {self.num_tokens}; it must be >= 1.")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; it must be >= 0.")
 
@@ -40,11 +41,13 @@ def run(arguments: list[str]) -> int:
     parsed = parse(GenerateArguments, "generate", arguments)
     if "\0" in parsed.prompt:
         raise RunError("the prompt holds a zero byte; a text has none.")
-    model = load_trained(RunFolder.open(parsed.run), choose_device(parsed.device))
+    folder = RunFolder.open(parsed.run)
+    model = load_trained(folder, choose_device(parsed.device))
     text = generate_text(
         model,
+        open_codec(folder),
         parsed.prompt,
-        num_bytes=parsed.num_bytes,
+        num_tokens=parsed.num_tokens,
         temperature=parsed.temperature,
         seed=parsed.seed,
     )

@@ -53,7 +53,7 @@ def _run(name: str, arguments: list[str]) -> int:
             'pip install "pararnn[train]"',
             FAILED,
         )
-    from pararnn.training.errors import RunError
+    from pararnn.data.errors import RunError
 
     try:
         return command.run(arguments)

@@ -7,9 +7,9 @@ from typing import Annotated
 import tyro
 
 from pararnn.cli.arguments import parse
+from pararnn.data.errors import OtherProcessError
 from pararnn.training import RunFolder, TrainConfig, train
 from pararnn.training.config import resolve
-from pararnn.training.errors import OtherProcessError
 from pararnn.training.run_folder import config_json, latest_run
 
 

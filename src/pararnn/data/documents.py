@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pararnn.training.corpus import read_text
-from pararnn.training.errors import RunError
+from pararnn.data.corpus import read_text
+from pararnn.data.errors import RunError
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from pararnn.data.config import PrepareConfig
+from pararnn.data.errors import RunError
 from pararnn.data.parts import Part, read_part, read_tokens, smallest_dtype
 from pararnn.data.progress import Progress
 from pararnn.data.shards import SPLITS, write_shard
 from pararnn.data.tokenization import Tokenization
-from pararnn.training.errors import RunError
 
 
 class Merger:

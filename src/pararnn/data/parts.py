@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pararnn.data.documents import Block
+from pararnn.data.files import write_atomically
 from pararnn.data.tokenization import Tokenization, load_tokenizer
-from pararnn.training.files import write_atomically
 
 
 @dataclass(frozen=True)

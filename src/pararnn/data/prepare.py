@@ -16,14 +16,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from pararnn.data.config import PrepareConfig, settings_of
+from pararnn.data.errors import RunError
+from pararnn.data.files import write_atomically
 from pararnn.data.parts import smallest_dtype
 from pararnn.data.progress import Progress, is_finished, remove_work, start_or_continue
 from pararnn.data.shards import FORMAT, INDEX, TOKENIZER, VERSION
 from pararnn.data.sources import Reader, find_readers, is_dataset
 from pararnn.data.tokenization import BYTES, load_tokenizer, save_tokenizer
 from pararnn.data.units import Units
-from pararnn.training.errors import RunError
-from pararnn.training.files import write_atomically
 
 SAMPLE_BYTES = 64 << 20
 """Text that a tokenizer is trained on, in equal shares of the files of lines and datasets."""

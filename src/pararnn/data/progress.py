@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pararnn.data.config import changes
+from pararnn.data.errors import RunError
+from pararnn.data.files import write_atomically
 from pararnn.data.shards import INDEX, SPLITS, TOKENIZER, Shard, read_index
-from pararnn.training.errors import RunError
-from pararnn.training.files import write_atomically
 
 PROGRESS, PARTS = "progress.json", "parts"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pararnn.training.errors import RunError
+from pararnn.data.errors import RunError
 
 
 @dataclass(frozen=True)

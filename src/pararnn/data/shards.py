@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pararnn.training.errors import RunError
-from pararnn.training.files import digest, sync_folder
+from pararnn.data.errors import RunError
+from pararnn.data.files import digest, sync_folder
 
 FORMAT, VERSION = "pararnn-tokens", 1
 SPLITS = ("train", "validation")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pararnn.data.corpus import find_sources
 from pararnn.data.documents import Block, CutText, Lines, Rows, TextFile, Texts, text_of
+from pararnn.data.errors import RunError
 from pararnn.data.recipes import RECIPES
 from pararnn.data.tokenization import first_line
-from pararnn.training.corpus import find_sources
-from pararnn.training.errors import RunError
 
 DATASET = "datasets:"
 LINES = (".jsonl", ".jsonl.gz")

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pararnn.training.corpus import DOCUMENT
-from pararnn.training.errors import RunError
-from pararnn.training.files import sync_file, sync_folder
+from pararnn.data.corpus import DOCUMENT
+from pararnn.data.errors import RunError
+from pararnn.data.files import sync_file, sync_folder
 
 BYTES, TRAIN = "bytes", "train:"
 SEPARATOR = "<|endoftext|>"
@@ -32,6 +32,9 @@ class Tokenization(Protocol):
     def encode(self, text: bytes) -> np.ndarray:
         """Tokens of a document of UTF-8 text."""
 
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, U+FFFD where it is no UTF-8."""
+
 
 class Bytes:
     """Every byte is a token."""
@@ -42,6 +45,10 @@ class Bytes:
     def encode(self, text: bytes) -> np.ndarray:
         """The bytes themselves."""
         return np.frombuffer(text, dtype=np.uint8)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The bytes as text."""
+        return bytes(tokens).decode(errors="replace")
 
 
 class Transformers:
@@ -58,6 +65,11 @@ class Transformers:
             text.decode(), add_special_tokens=False, split_special_tokens=True, verbose=False
         )
         return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens; entries of a model's vocabulary beyond the tokenizer's are left out."""
+        known = [token for token in tokens if token < self.vocab_size]
+        return self.tokenizer.decode(known, clean_up_tokenization_spaces=False)
 
 
 def vocabulary_to_train(tokenizer: str) -> int | None:

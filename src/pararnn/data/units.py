@@ -14,10 +14,10 @@ from pararnn.data.documents import Block
 from pararnn.data.merging import Merger
 from pararnn.data.parts import read_part, write_part
 from pararnn.data.progress import PARTS, Progress
+from pararnn.data.signals import StopSignals
 from pararnn.data.sources import Reader
 from pararnn.data.tokenization import load_tokenizer
 from pararnn.data.workers import Inline, Processes
-from pararnn.training.signals import StopSignals
 
 
 class Units:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any
 
-from pararnn.training.signals import SIGNALS
+from pararnn.data.signals import SIGNALS
 
 
 class Inline(Executor):

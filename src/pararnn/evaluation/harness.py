@@ -10,9 +10,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import pararnn.models  # noqa: F401 # registers the architecture
+from pararnn.data.errors import RunError
 from pararnn.evaluation.tokenizer import ByteTokenizer
 from pararnn.training.checkpoints import newest_checkpoint
-from pararnn.training.errors import RunError
 from pararnn.training.run_folder import RunFolder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")

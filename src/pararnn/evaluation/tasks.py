@@ -10,8 +10,8 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from pararnn.data.errors import RunError
 from pararnn.evaluation.harness import HarnessModel
-from pararnn.training.errors import RunError
 
 
 def run_tasks(

@@ -25,6 +25,7 @@ class Shape:
         num_layers: Blocks.
         num_heads: Heads: of a cell's input projection, of attention, of Mamba2's state.
         initializer_range: Standard deviation of linear and embedding weights.
+        conv_kernel: Steps that a causal convolution sees, where there is one.
         max_length: Steps that attention must reach; the others have no limit.
     """
 
@@ -33,6 +34,7 @@ class Shape:
     num_layers: int
     num_heads: int
     initializer_range: float = 0.02
+    conv_kernel: int = 4
     max_length: int = 2048
 
 
@@ -62,6 +64,7 @@ def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
         num_heads=shape.num_heads,
         head_dim=2 * shape.width // shape.num_heads,
         n_groups=1,
+        conv_kernel=shape.conv_kernel,
         initializer_range=shape.initializer_range,
         tie_word_embeddings=False,
         **options,
@@ -115,6 +118,7 @@ def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedCo
         num_hidden_layers=shape.num_layers,
         num_heads=shape.num_heads,
         cell=architecture,
+        conv_kernel=shape.conv_kernel,
         initializer_range=shape.initializer_range,
         **options,
     )

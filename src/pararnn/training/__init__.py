@@ -1,7 +1,7 @@
 """Training of byte-level language models: data, loop, checkpoints, evaluation."""
 
+from pararnn.data.errors import RunError as RunError
 from pararnn.training.config import TrainConfig as TrainConfig
-from pararnn.training.errors import RunError as RunError
 from pararnn.training.evaluation import Evaluation as Evaluation
 from pararnn.training.evaluation import evaluate as evaluate
 from pararnn.training.run_folder import RunFolder as RunFolder

@@ -21,8 +21,8 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from pararnn.training.errors import RunError
-from pararnn.training.files import digest, sync_file, sync_folder, write_atomically
+from pararnn.data.errors import RunError
+from pararnn.data.files import digest, sync_file, sync_folder, write_atomically
 
 FORMAT = "pararnn-checkpoint-2"
 MANIFEST = "manifest.json"

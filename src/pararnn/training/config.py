@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pararnn.data.errors import RunError
 from pararnn.models.architectures import check_architecture
-from pararnn.training.errors import RunError
 
 DEFAULT_STEPS = 500
 
@@ -42,16 +42,17 @@ class TextConfig:
     """How text becomes batches."""
 
     sequence_length: int = 256
-    """Bytes per sequence."""
+    """Tokens per sequence."""
     batch_size: int = 8
     """Sequences per forward pass of one process."""
     global_batch_size: int | None = None
     """Sequences per optimiser step over all processes, in as many forward passes as it takes; None
     for one pass of each process that the run is started with."""
     held_out: float = 0.05
-    """Share of the files kept for validation; of the bytes, when there is one file only."""
-    validation_bytes: int = 262_144
-    """Held-out bytes to evaluate at the end of training, spread evenly; 0 for all of them."""
+    """Share of the files kept for validation; of the bytes, when there is one file only. Prepared
+    token data has its own."""
+    validation_tokens: int = 262_144
+    """Held-out tokens to evaluate at the end of training, spread evenly; 0 for all of them."""
 
     def __post_init__(self) -> None:
         _require(self.sequence_length >= 1, "text.sequence_length", self.sequence_length, ">= 1")
@@ -59,7 +60,8 @@ class TextConfig:
         size = self.global_batch_size
         _require(size is None or size >= 1, "text.global_batch_size", size, ">= 1")
         _require(0 < self.held_out < 1, "text.held_out", self.held_out, "between 0 and 1")
-        _require(self.validation_bytes >= 0, "text.validation_bytes", self.validation_bytes, ">= 0")
+        tokens = self.validation_tokens
+        _require(tokens >= 0, "text.validation_tokens", tokens, ">= 0")
 
 
 @dataclass(kw_only=True)
@@ -124,10 +126,11 @@ class ExecutionConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Train a byte-level language model."""
+    """Train a language model."""
 
     data: Path | None = None
-    """Text file or folder of text files; None for the source of Python's standard library."""
+    """Text file or folder of text files, read as bytes; or a folder that `pararnn data prepare`
+    wrote; None for the source of Python's standard library."""
     model: str = "paragru"
     """Architecture: paragru, paralstm or a cell of your own; transformer or mamba2 as baselines."""
     out: Path | None = None

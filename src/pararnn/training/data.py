@@ -1,38 +1,31 @@
-"""Batches of byte sequences from a flat memory map, in an order that a seed decides."""
-
-from pathlib import Path
+"""Batches of token sequences, in an order that a seed decides."""
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pararnn.training.errors import RunError
+from pararnn.data import TokenSplit
+from pararnn.data.errors import RunError
 
 
-def map_bytes(path: Path) -> np.ndarray:
-    """A flat file of bytes as a read-only memory map."""
-    return np.memmap(path, dtype=np.uint8, mode="r")
-
-
-class ByteWindows(Dataset[Tensor]):
-    """Consecutive windows of a flat file; each overlaps the next by the byte that it predicts.
+class Windows(Dataset[Tensor]):
+    """Consecutive windows of a split; each overlaps the next by the token that it predicts.
 
     Args:
-        path: Flat file of bytes.
-        sequence_length: Inputs per window; an item has one byte more.
+        split: Tokens.
+        sequence_length: Inputs per window; an item has one token more.
 
     Raises:
-        RunError: The file is shorter than one window.
+        RunError: The split is shorter than one window.
     """
 
-    def __init__(self, path: Path, sequence_length: int) -> None:
-        self.path, self.sequence_length = path, sequence_length
-        num_bytes = path.stat().st_size
-        self.num_windows = (num_bytes - 1) // sequence_length
+    def __init__(self, split: TokenSplit, sequence_length: int) -> None:
+        self.split, self.sequence_length = split, sequence_length
+        self.num_windows = (split.num_tokens - 1) // sequence_length
         if self.num_windows < 1:
             raise RunError(
-                f"the training text has {num_bytes} bytes but a sequence needs "
+                f"the training text has {split.num_tokens} tokens but a sequence needs "
                 f"{sequence_length + 1}; give more text or lower --text.sequence-length."
             )
 
@@ -41,8 +34,7 @@ class ByteWindows(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         start = index * self.sequence_length
-        window = map_bytes(self.path)[start : start + self.sequence_length + 1]
-        return torch.from_numpy(window.astype(np.int64))
+        return torch.from_numpy(self.split.read(start, start + self.sequence_length + 1))
 
 
 class WindowOrder:

@@ -4,15 +4,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pararnn.data import TokenSplit
 from pararnn.models import ParaRNNCache, ParaRNNForCausalLM
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.loss import IGNORED
-from pararnn.training.corpus import DOCUMENT
+from pararnn.training.text import Codec
 
 MAX_STREAMS = 64
 MIN_STREAM = 2048
@@ -23,49 +23,57 @@ class Evaluation:
     """Result of `evaluate`.
 
     Attributes:
-        loss: Mean cross-entropy of a predicted byte, in nats.
-        num_bytes: Bytes predicted, document separators included.
+        loss: Mean cross-entropy of a predicted token, in nats.
+        num_tokens: Tokens predicted, document separators included.
+        tokens_per_byte: Of the text.
     """
 
     loss: float
-    num_bytes: int
+    num_tokens: int
+    tokens_per_byte: float = 1.0
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in bits."""
-        return self.loss / math.log(2)
+        """The loss in bits, per byte of text."""
+        return self.loss / math.log(2) * self.tokens_per_byte
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the loss, per byte."""
+        """The exponential of the loss, per token."""
         return math.exp(self.loss)
 
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, flat: np.ndarray, *, limit: int = 0, chunk: int = 512
+    model: PreTrainedModel,
+    split: TokenSplit,
+    codec: Codec,
+    *,
+    limit: int = 0,
+    chunk: int = 512,
 ) -> Evaluation:
-    """Predict every byte of a flat text from those before it.
+    """Predict every token of a text from those before it.
 
-    The text is cut into up to 64 streams that are evaluated side by side; the first bytes of a
+    The text is cut into up to 64 streams that are evaluated side by side; the first tokens of a
     stream are predicted without what came before the cut. A ParaRNN model carries its state through
     a stream; the baselines begin every chunk anew.
 
     Args:
-        model: Byte-level model.
-        flat: Documents as `corpus` writes them, shape (bytes,), uint8, at least two bytes.
-        limit: Bytes to predict, taken from the beginning of every stream; 0 for all.
+        model: Trained on such tokens.
+        split: At least two tokens.
+        codec: Says which token separates documents, and what a token is.
+        limit: Tokens to predict, taken from the beginning of every stream; 0 for all.
         chunk: Steps per forward pass.
     """
     was_training = model.training
     model.eval()
-    inputs, targets = _streams(flat, limit)
+    inputs, targets = _streams(split, limit)
     measure = _carrying(model) if isinstance(model, ParaRNNForCausalLM) else _anew(model)
     total, count = 0.0, 0
     for start in range(0, inputs.shape[1], chunk):
         part = inputs[:, start : start + chunk]
         expected = targets[:, start : start + chunk]
-        resets = part == DOCUMENT
+        resets = part == codec.separator
         cross_entropy = measure(
             part.to(model.device),
             expected.to(model.device),
@@ -75,7 +83,7 @@ def evaluate(
         total += cross_entropy.item() * num_targets
         count += num_targets
     model.train(was_training)
-    return Evaluation(total / count, count)
+    return Evaluation(total / count, count, codec.tokens_per_byte(split))
 
 
 _Measure = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -108,15 +116,15 @@ def _anew(model: PreTrainedModel) -> _Measure:
     return measure
 
 
-def _streams(flat: np.ndarray, limit: int) -> tuple[Tensor, Tensor]:
+def _streams(split: TokenSplit, limit: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets, both (streams, time); what a stream lacks at its end does not count."""
-    num_targets = len(flat) - 1
+    num_targets = split.num_tokens - 1
     num_streams = min(MAX_STREAMS, max(1, num_targets // MIN_STREAM))
     stride = -(-num_targets // num_streams)
     time = min(stride, max(1, limit // num_streams)) if limit else stride
-    position = torch.arange(num_streams).unsqueeze(1) * stride + torch.arange(time)
-    inside = position < num_targets
-    tokens = torch.from_numpy(flat.astype(np.int64))
-    inputs = tokens[position.clamp_max(num_targets - 1)]
-    targets = tokens[position.clamp_max(num_targets - 1) + 1]
-    return inputs, targets.where(inside, IGNORED)
+    inputs = torch.zeros(num_streams, time, dtype=torch.int64)
+    targets = torch.full_like(inputs, IGNORED)
+    for row, first in enumerate(range(0, num_streams * stride, stride)):
+        tokens = torch.from_numpy(split.read(first, min(first + time, num_targets) + 1))
+        inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+    return inputs, targets

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm  # type: ignore[import-untyped] # has none
 
-from pararnn.training.files import write_atomically
+from pararnn.data.files import write_atomically
 
 
 class MetricsFile:

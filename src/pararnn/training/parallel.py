@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pararnn.training.errors import OtherProcessError, RunError
+from pararnn.data.errors import OtherProcessError, RunError
 
 Result = TypeVar("Result")
 

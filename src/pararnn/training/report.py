@@ -5,29 +5,29 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from pararnn.data.files import write_atomically
 from pararnn.layers.rnn import RNN
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.comparison import compare_train_steps
 from pararnn.training.config import TrainConfig
-from pararnn.training.corpus import Corpus
-from pararnn.training.data import ByteWindows, map_bytes
+from pararnn.training.data import Windows
 from pararnn.training.evaluation import Evaluation, evaluate
-from pararnn.training.files import write_atomically
 from pararnn.training.language_model import generate_text
 from pararnn.training.metrics import MetricsFile, plot_loss
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.step import train_step
+from pararnn.training.text import Text
 
 SAMPLE_PROMPT = "def "
-SAMPLE_BYTES = 300
+SAMPLE_TOKENS = 300
 
 
 def report(
     config: TrainConfig,
     run: RunFolder,
-    corpus: Corpus,
+    text: Text,
     model: PreTrainedModel,
     step: int,
     train_seconds: float,
@@ -39,7 +39,7 @@ def report(
     Args:
         config: Resolved settings.
         run: Where results go.
-        corpus: Its held-out bytes are predicted.
+        text: Its held-out part is predicted.
         model: Trained, whole, in this process.
         step: Optimiser steps done.
         train_seconds: That they took.
@@ -47,38 +47,41 @@ def report(
     """
     validation = evaluate(
         model,
-        map_bytes(corpus.validation),
-        limit=config.text.validation_bytes,
+        text.validation,
+        text.codec,
+        limit=config.text.validation_tokens,
         chunk=config.text.sequence_length,
     )
     print(
         f"Validation: {validation.bits_per_byte:.3f} bits per byte "
-        f"({validation.loss:.4f} nats) on {validation.num_bytes:,} held-out bytes, "
+        f"({validation.loss:.4f} nats) on {validation.num_tokens:,} held-out {text.codec.unit}, "
         f"after {step} steps in {train_seconds:.0f} s"
     )
     record = {
         "step": step,
         "loss": validation.loss,
         "bits_per_byte": validation.bits_per_byte,
-        "num_bytes": validation.num_bytes,
+        "num_tokens": validation.num_tokens,
         "train_seconds": train_seconds,
     }
     history = MetricsFile(run.validation, last_step=step - 1)
     history.write(record)
     history.close()
     if alone and any(isinstance(module, RNN) for module in model.modules()):
-        print(_compare(config, corpus, model))
+        print(_compare(config, text, model))
     if plot_loss(run.metrics, run.plot):
         print(f"Plot: {run.plot}")
-    sample = generate_text(model, SAMPLE_PROMPT, num_bytes=SAMPLE_BYTES, seed=config.seed)
+    sample = generate_text(
+        model, text.codec, SAMPLE_PROMPT, num_tokens=SAMPLE_TOKENS, seed=config.seed
+    )
     write_atomically(run.sample, sample.encode())
     print(f"Sample:\n{sample}")
     return validation
 
 
-def _compare(config: TrainConfig, corpus: Corpus, model: PreTrainedModel) -> str:
+def _compare(config: TrainConfig, text: Text, model: PreTrainedModel) -> str:
     settings = config.optimizer
-    windows = ByteWindows(corpus.train, config.text.sequence_length)
+    windows = Windows(text.train, config.text.sequence_length)
     chosen = [i % len(windows) for i in range(config.text.batch_size)]
     batch = torch.stack([windows[i] for i in chosen])
     here = Processes(0, 1, model.device)
@@ -90,6 +93,7 @@ def _compare(config: TrainConfig, corpus: Corpus, model: PreTrainedModel) -> str
     times = compare_train_steps(CausalLoss(model, settings.z_loss_weight), prepare)
     size, length = batch.shape[0], batch.shape[1] - 1
     return (
-        f"Train step ({size} x {length} bytes): {times.parallel_s * 1e3:.0f} ms; the same model "
-        f"run step by step: {times.sequential_s * 1e3:.0f} ms, {times.ratio:.1f} times as long"
+        f"Train step ({size} x {length} {text.codec.unit}): {times.parallel_s * 1e3:.0f} ms; the "
+        f"same model run step by step: {times.sequential_s * 1e3:.0f} ms, {times.ratio:.1f} times "
+        "as long"
     )

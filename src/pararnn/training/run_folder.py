@@ -4,9 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from pararnn.data.errors import RunError
+from pararnn.data.files import write_atomically
 from pararnn.training.config import TrainConfig, from_dict, to_dict
-from pararnn.training.errors import RunError
-from pararnn.training.files import write_atomically
 
 RUNS = Path("runs")
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pararnn.data.errors import RunError
+from pararnn.data.files import write_atomically
 from pararnn.models.causal_loss import CausalLoss
+from pararnn.models.flops import train_flops_per_token
 from pararnn.training.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -20,19 +23,16 @@ from pararnn.training.checkpoints import (
     set_aside,
 )
 from pararnn.training.config import TrainConfig, check_resumable, identity, resolve
-from pararnn.training.corpus import Corpus, find_sources, prepare_corpus
-from pararnn.training.data import Batches, ByteWindows, WindowOrder
+from pararnn.training.data import Batches, WindowOrder, Windows
 from pararnn.training.environment import describe_environment
-from pararnn.training.errors import RunError
 from pararnn.training.evaluation import Evaluation
-from pararnn.training.files import write_atomically
 from pararnn.training.language_model import build_model, to_device
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes, join_processes, train_command
 from pararnn.training.report import report
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.sharding import lay_out
-from pararnn.training.throughput import flops_per_token
+from pararnn.training.text import Text, check_text, open_text
 from pararnn.training.trainer import Trainer
 
 
@@ -68,7 +68,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         open_run = _reopen if resume else _start
         run, config = processes.on_first(lambda: open_run(resolve(config, processes.count)))
         with _advice(run):
-            corpus, trainer = _prepare(config, run, processes, resume)
+            text, trainer = _prepare(config, run, processes, resume)
             stopped_by = trainer.fit()
     step, seconds = trainer.step, trainer.train_seconds
     del trainer  # its memory, for the model of the report
@@ -79,7 +79,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         return TrainResult(run, step, stopped_by, None)
     with _advice(run):
         model = load_trained(run, processes.device)
-        validation = report(config, run, corpus, model, step, seconds, alone=processes.count == 1)
+        validation = report(config, run, text, model, step, seconds, alone=processes.count == 1)
     return TrainResult(run, step, None, validation)
 
 
@@ -118,7 +118,7 @@ def load_trained(run: RunFolder, device: torch.device) -> PreTrainedModel:
 
 
 def _start(config: TrainConfig) -> tuple[RunFolder, TrainConfig]:
-    find_sources(config.data)
+    check_text(config.data)
     run = RunFolder.create(config)
     return run, run.read_config()
 
@@ -134,44 +134,44 @@ def _reopen(config: TrainConfig) -> tuple[RunFolder, TrainConfig]:
 
 def _prepare(
     config: TrainConfig, run: RunFolder, processes: Processes, resume: bool
-) -> tuple[Corpus, Trainer]:
+) -> tuple[Text, Trainer]:
     """Data, model and what trains it; a new run that has no data leaves no folder behind."""
 
-    def prepare() -> Corpus:
+    def prepare() -> Text:
         try:
-            corpus = prepare_corpus(config.data, run.data, config.text.held_out)
+            text = open_text(config, run)
         except RunError:
             if not resume:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         facts = describe_environment(processes.device, processes.count)
         write_atomically(run.environment, facts.encode())
-        return corpus
+        return text
 
-    corpus = processes.on_first(prepare)
-    model = CausalLoss(build_model(config), config.optimizer.z_loss_weight)
-    processes.print(_introduction(config, run, corpus, model, processes))
-    trainer = _build_trainer(config, run, corpus, model, processes)
+    text = processes.on_first(prepare)
+    model = CausalLoss(build_model(config, text.codec), config.optimizer.z_loss_weight)
+    processes.print(_introduction(config, run, text, model, processes))
+    trainer = _build_trainer(config, run, text, model, processes)
     if resume:
         _load_newest(trainer)
-    return corpus, trainer
+    return text, trainer
 
 
 def _build_trainer(
-    config: TrainConfig, run: RunFolder, corpus: Corpus, model: CausalLoss, processes: Processes
+    config: TrainConfig, run: RunFolder, text: Text, model: CausalLoss, processes: Processes
 ) -> Trainer:
-    text = config.text
-    per_step = text.global_batch_size or text.batch_size
-    windows = ByteWindows(corpus.train, text.sequence_length)
-    order = WindowOrder(len(windows), per_step, config.seed)
-    batches = Batches(windows, order, text.batch_size, processes.rank, processes.count)
-    settings = json.dumps([identity(config), corpus.sha256], sort_keys=True)
+    batch_size, length = config.text.batch_size, config.text.sequence_length
+    windows = Windows(text.train, length)
+    order = WindowOrder(len(windows), config.text.global_batch_size or batch_size, config.seed)
+    batches = Batches(windows, order, batch_size, processes.rank, processes.count)
+    settings = json.dumps([identity(config), text.sha256], sort_keys=True)
     owner = hashlib.sha256(settings.encode()).hexdigest()
-    flops = flops_per_token(model.model, text.sequence_length)
+    flops = train_flops_per_token(model.model, length)
+    per_byte = text.codec.tokens_per_byte(text.train)
     lay_out(model, config.execution, processes)
     optimizer = build_optimizer(model.model, config.optimizer)
     torch.manual_seed(config.seed + processes.rank)  # each draws numbers of its own
-    return Trainer(config, run, owner, model, optimizer, batches, processes, flops)
+    return Trainer(config, run, owner, model, optimizer, batches, processes, flops, per_byte)
 
 
 def _load_newest(trainer: Trainer) -> None:
@@ -196,15 +196,12 @@ def _load_newest(trainer: Trainer) -> None:
 
 
 def _introduction(
-    config: TrainConfig, run: RunFolder, corpus: Corpus, model: CausalLoss, processes: Processes
+    config: TrainConfig, run: RunFolder, text: Text, model: CausalLoss, processes: Processes
 ) -> str:
-    source = "Python's standard library" if config.data is None else str(config.data)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    skipped = f" ({corpus.num_skipped} that are not UTF-8 text skipped)" * bool(corpus.num_skipped)
     together = f", in parts on {processes.count} processes" if processes.count > 1 else ""
     lines = [
-        f"Text: {source}: {corpus.num_files} files{skipped}, {corpus.num_train_bytes:,} bytes to "
-        f"train on, {corpus.num_validation_bytes:,} held out",
+        f"Text: {text.description}",
         f"Model: {config.model}, {parameters:,} parameters{together}",
         f"Run: {run.path}",
     ]

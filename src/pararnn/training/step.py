@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pararnn.data.corpus import DOCUMENT
 from pararnn.layers.constraints import project_parameters
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.config import OptimizerConfig
-from pararnn.training.corpus import DOCUMENT
 from pararnn.training.parallel import Processes
 
 

@@ -9,20 +9,20 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from pararnn.data.errors import RunError
+from pararnn.data.signals import StopSignals
 from pararnn.models.causal_loss import CausalLoss
+from pararnn.models.flops import peak_flops
 from pararnn.training.checkpoints import Checkpoint
 from pararnn.training.config import TrainConfig
 from pararnn.training.data import Batches
-from pararnn.training.errors import RunError
 from pararnn.training.metrics import StepLog
 from pararnn.training.optimizer import learning_rate, named_state
 from pararnn.training.parallel import Processes
 from pararnn.training.profiling import record_steps
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.saving import CheckpointWriter
-from pararnn.training.signals import StopSignals
 from pararnn.training.step import StepResult, train_step
-from pararnn.training.throughput import peak_flops
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Trainer:
         batches: What this process reads.
         processes: That train together.
         flops_per_token: For model FLOPs utilisation.
+        tokens_per_byte: Of the text.
     """
 
     config: TrainConfig
@@ -48,6 +49,7 @@ class Trainer:
     batches: Batches
     processes: Processes
     flops_per_token: float
+    tokens_per_byte: float = 1.0
     step: int = 0
     train_seconds: float = 0.0
 
@@ -159,7 +161,7 @@ class Trainer:
         record = {
             "step": self.step,
             "loss": result.loss,
-            "bits_per_byte": result.loss / math.log(2),
+            "bits_per_byte": result.loss / math.log(2) * self.tokens_per_byte,
             "z_loss": result.z_loss,
             "grad_norm": result.grad_norm,
             "learning_rate": rate,

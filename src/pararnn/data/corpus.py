@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pararnn.training.errors import RunError
-from pararnn.training.files import digest, write_atomically
+from pararnn.data.errors import RunError
+from pararnn.data.files import digest, write_atomically
 
 DOCUMENT = 0
 """The byte before every document, and the token that ends generated text."""
@@ -139,14 +139,14 @@ def read_text(path: Path) -> bytes:
     return content
 
 
-def read_documents(data: Path) -> bytes:
-    """All text under a path as one flat byte string, in the form of the two files.
+def read_documents(data: Path) -> list[bytes]:
+    """The texts of all files under a path.
 
     Raises:
         RunError: The path is missing, empty or not text.
     """
     texts, _ = _read_all(find_sources(data), strict=data.is_file())
-    return b"".join(_document(text) for _, text in texts) + bytes([DOCUMENT])
+    return [text for _, text in texts]
 
 
 def _read_all(sources: list[_Source], strict: bool) -> tuple[list[tuple[_Source, bytes]], int]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
+
+from pararnn.models.configuration import ATTENTION
 
 _PEAK_FLOPS = {  # the first name that fits counts
     "H100 PCIe": 756e12,
@@ -41,18 +44,18 @@ def multiplied_parameters(model: PreTrainedModel) -> int:
     return total if tied else total - sum(parameter.numel() for parameter in embedding.parameters())
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 operations per second of a GPU as its maker states them; None if unknown.
-
-    Args:
-        device_name: As `torch.cuda.get_device_name` gives it.
-    """
-    found = [peak for name, peak in _PEAK_FLOPS.items() if name in device_name]
-    return found[0] if found else None
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 operations per second of a GPU as its maker states them; None if unknown."""
+    if device.type != "cuda":
+        return None
+    full_name = torch.cuda.get_device_name(device)
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in full_name), None)
 
 
 def _attention_channels(config: Any) -> int:
     """Channels of all heads of all attention layers together; 0 for models without attention."""
+    if hasattr(config, "mixers"):
+        return config.mixers.count(ATTENTION) * config.hidden_size
     heads = getattr(config, "num_attention_heads", 0)
     if not heads:
         return 0

@@ -3,8 +3,15 @@
 import torch
 from transformers import PreTrainedModel
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 operations per second by a part of the device's name (SXM; NVIDIA's sheets)."""
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+"""Dense bfloat16 operations per second by a part of the device's name (NVIDIA's data sheets); the
+first that fits counts."""
 
 
 def peak_flops(device: torch.device) -> float | None:

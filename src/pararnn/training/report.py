@@ -22,6 +22,8 @@ from pararnn.training.text import Text
 
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 300
+LARGEST_LOOP = 2**24
+"""Values of the state, over all layers and times, up to which the step-by-step model is run."""
 
 
 def report(
@@ -43,7 +45,7 @@ def report(
         model: Trained, whole, in this process.
         step: Optimiser steps done.
         train_seconds: That they took.
-        alone: One process trained; only then its speed is compared.
+        alone: One process trained; only then its speed is compared, and for small models.
     """
     validation = evaluate(
         model,
@@ -67,7 +69,7 @@ def report(
     history = MetricsFile(run.validation, last_step=step - 1)
     history.write(record)
     history.close()
-    if alone and any(isinstance(module, RNN) for module in model.modules()):
+    if alone and _loop_is_small(config, model):
         print(_compare(config, text, model))
     if plot_loss(run.metrics, run.plot):
         print(f"Plot: {run.plot}")
@@ -77,6 +79,12 @@ def report(
     write_atomically(run.sample, sample.encode())
     print(f"Sample:\n{sample}")
     return validation
+
+
+def _loop_is_small(config: TrainConfig, model: PreTrainedModel) -> bool:
+    layers = [module for module in model.modules() if isinstance(module, RNN)]
+    times = config.text.batch_size * config.text.sequence_length
+    return 0 < sum(layer.hidden_size for layer in layers) * times <= LARGEST_LOOP
 
 
 def _compare(config: TrainConfig, text: Text, model: PreTrainedModel) -> str:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pararnn.data.errors import OtherProcessError, RunError
-from pararnn.models.architectures import architectures
 from pararnn.models.causal_loss import CausalLoss
+from pararnn.models.presets import ARCHITECTURES
 from pararnn.training.config import (
     ArchitectureConfig,
     ExecutionConfig,
@@ -89,10 +89,10 @@ def check_failure(processes):
 
 
 with join_processes("cpu") as processes:
-    for architecture in architectures():
+    for architecture in ARCHITECTURES:
         compare(processes, architecture, ExecutionConfig())
     checkpointed = ExecutionConfig(activation_checkpointing=True)
-    for architecture in architectures():
+    for architecture in ARCHITECTURES:
         compare(processes, architecture, checkpointed)
     compare(processes, "paragru", checkpointed, "bfloat16")
     check_not_finite(processes)

@@ -7,7 +7,7 @@ import sys
 from pararnn._version import __version__
 
 COMMANDS = {
-    "train": ("pararnn.cli.train", "Train a byte-level language model."),
+    "train": ("pararnn.cli.train", "Train a language model."),
     "generate": ("pararnn.cli.generate", "Continue a text with a trained model."),
     "eval": ("pararnn.cli.evaluate", "Measure a trained model in bits per byte, or by tasks."),
     "data": ("pararnn.cli.data", "Prepare token data for training."),

@@ -10,12 +10,13 @@ from pararnn.cli.arguments import parse
 from pararnn.data.errors import OtherProcessError
 from pararnn.training import RunFolder, TrainConfig, train
 from pararnn.training.config import resolve
+from pararnn.training.presets import preset_config
 from pararnn.training.run_folder import config_json, latest_run
 
 
 @dataclass(kw_only=True)
 class TrainArguments:
-    """Train a byte-level language model.
+    """Train a language model.
 
     Without any option: a ParaGRU on the source of Python's standard library, in about two minutes
     on two processor cores.
@@ -24,8 +25,17 @@ class TrainArguments:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     resume: bool = False
     """Continue the run in --out, or the last one in runs/; its own settings hold."""
+    size: str | None = None
+    """400m, 1b, 2.9b or 7b: the paper's model of that size and its training settings, which the
+    other options change."""
     print_config: bool = False
     """Print the settings as JSON and stop."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            if self.resume:
+                raise ValueError("--size goes without --resume; a run keeps its settings.")
+            preset_config(self.config.model, self.size)
 
 
 def run(arguments: list[str]) -> int:
@@ -38,6 +48,9 @@ def run(arguments: list[str]) -> int:
         path = parsed.config.out or latest_run()
         stored = dataclasses.replace(RunFolder.open(path).read_config(), out=path)
         default = TrainArguments(config=stored)
+        parsed = parse(TrainArguments, "train", arguments, default)
+    elif parsed.size is not None:
+        default = TrainArguments(config=preset_config(parsed.config.model, parsed.size))
         parsed = parse(TrainArguments, "train", arguments, default)
     if parsed.print_config:
         print(config_json(resolve(parsed.config)), end="")

@@ -1,0 +1,92 @@
+"""Runs on prepared token data: train, resume, evaluate, generate, and what is refused."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from pararnn.cli.main import main
+from pararnn.data import PrepareConfig, open_tokens, prepare
+from pararnn.training import RunFolder
+from pararnn.training.text import open_codec
+
+TINY = """--device cpu
+--architecture.width 16 --architecture.num-layers 1 --architecture.num-heads 2
+--text.sequence-length 16 --text.batch-size 2 --text.validation-tokens 100 --steps 4
+--checkpoint-every 2""".split()
+
+
+@pytest.fixture
+def tokens(tmp_path, monkeypatch):
+    """Data of a tokenizer with 300 entries, made in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    for n in range(20):
+        words = " ".join(f"word{(n * k) % 7} goes on" for k in range(40))
+        (tmp_path / f"text/{n}.txt").write_text(f"Text {n}. {words}.")
+    config = PrepareConfig(sources=("text",), tokenizer="train:300", held_out=0.2)
+    prepare(config, tmp_path / "tokens", workers=1)
+    return open_tokens(tmp_path / "tokens")
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_resume_evaluate_and_generate(tokens, capsys):
+    assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tokens.train.num_tokens:,} tokens to train on" in printed
+    assert "held-out tokens" in printed
+    run = RunFolder(tokens.folder.parent / "run")
+    step = records(run.metrics)[0]
+    per_byte = tokens.train.num_tokens / tokens.train.num_bytes
+    assert step["bits_per_byte"] == pytest.approx(step["loss"] / math.log(2) * per_byte)
+    model = json.loads((run.checkpoints / "step-00000004/config.json").read_text())
+    assert model["vocab_size"] == 512  # 300 rounded up to a multiple of 256
+    assert model["eos_token_id"] == tokens.separator
+    assert main(["train", "--resume", "--out", "run", "--steps", "6"]) == 0
+    assert [r["step"] for r in records(run.metrics)] == [1, 2, 3, 4, 5, 6]
+    capsys.readouterr()
+    assert main(["eval", "run", "--device", "cpu"]) == 0
+    assert f"per token) on {tokens.validation.num_tokens - 1} held-out tokens" in (
+        capsys.readouterr().out
+    )
+    assert main(["eval", "run", "--data", "text/3.txt", "--device", "cpu"]) == 0
+    assert "tokens of text/3.txt" in capsys.readouterr().out
+    shutil.rmtree(tokens.folder)  # a run keeps its tokenizer
+    assert main(["generate", "run", "--prompt", "Text 3", "--num-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("Text 3")
+    assert open_codec(run).decode(open_codec(run).encode("word5 goes")[0]) == "word5 goes"
+    assert main(["train", "--resume", "--out", "run", "--steps", "8"]) == 1
+    assert "tokens does not exist" in capsys.readouterr().err
+
+
+def test_damaged_data_stops_the_run_before_it_begins(tokens, capsys):
+    shard = tokens.folder / tokens.train.shards[0].file
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 1
+    shard.write_bytes(content)
+    assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 1
+    assert "does not have the checksum" in capsys.readouterr().err
+    assert not (tokens.folder.parent / "run").exists()
+
+
+def test_size_is_a_starting_point(tokens, capsys):
+    arguments = ["train", "--size", "1b", "--model", "paralstm", "--data", "tokens"]
+    assert main([*arguments, "--text.batch-size", "4", "--print-config"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert config["architecture"]["width"] == 2048
+    assert config["optimizer"]["learning_rate"] == 3e-3
+    assert config["text"]["global_batch_size"] == 256
+    assert config["text"]["batch_size"] == 4
+    assert config["steps"] == config["schedule"]["length"] == 55_000
+    for wrong, message in (
+        (["--size", "3b"], "size '3b' has no preset"),
+        (["--size", "1b", "--model", "mgu"], "architecture 'mgu' has no preset"),
+        (["--size", "1b", "--resume"], "--size goes without --resume"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["train", *wrong])
+        assert message in capsys.readouterr().err

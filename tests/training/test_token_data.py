@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from pararnn.cli.main import main
 from pararnn.data import PrepareConfig, open_tokens, prepare
@@ -46,6 +47,8 @@ def test_train_resume_evaluate_and_generate(tokens, capsys):
     model = json.loads((run.checkpoints / "step-00000004/config.json").read_text())
     assert model["vocab_size"] == 512  # 300 rounded up to a multiple of 256
     assert model["eos_token_id"] == tokens.separator
+    beside = AutoTokenizer.from_pretrained(run.checkpoints / "step-00000004")
+    assert beside.decode(beside("word5 goes")["input_ids"]) == "word5 goes"
     assert main(["train", "--resume", "--out", "run", "--steps", "6"]) == 0
     assert [r["step"] for r in records(run.metrics)] == [1, 2, 3, 4, 5, 6]
     capsys.readouterr()

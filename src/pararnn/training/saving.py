@@ -36,10 +36,19 @@ class CheckpointWriter:
         run: Identity of the run, stored and compared when reading.
         keep: Last checkpoints to keep.
         processes: That hold the tensors.
+        tokenizer: Folder whose files go beside the model; None for bytes.
     """
 
-    def __init__(self, folder: Path, run: str, keep: int, processes: Processes) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        keep: int,
+        processes: Processes,
+        tokenizer: Path | None = None,
+    ) -> None:
         self.folder, self.run, self.keep, self.processes = folder, run, keep, processes
+        self.tokenizer = tokenizer
         # What PyTorch says when one process saves alone, as is meant here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -116,6 +125,8 @@ class CheckpointWriter:
             parts.result()
             with quiet_transformers():
                 model.save_pretrained(temporary, state_dict=whole)
+            if self.tokenizer is not None:
+                shutil.copytree(self.tokenizer, temporary, dirs_exist_ok=True)
             (temporary / PROGRESS).write_text(json.dumps(progress))
             complete(temporary, step, self.run)
             prune(self.folder, self.keep)

@@ -23,6 +23,7 @@ from pararnn.training.profiling import record_steps
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.saving import CheckpointWriter
 from pararnn.training.step import StepResult, train_step
+from pararnn.training.text import open_codec
 
 
 @dataclass
@@ -55,7 +56,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         folder, keep = self.run.checkpoints, self.config.keep_checkpoints
-        self._writer = CheckpointWriter(folder, self.identity, keep, self.processes)
+        tokenizer = open_codec(self.run).tokenizer
+        self._writer = CheckpointWriter(folder, self.identity, keep, self.processes, tokenizer)
         peak = peak_flops(self.processes.device)
         self._peak = None if peak is None else peak * self.processes.count
 

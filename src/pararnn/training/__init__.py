@@ -1,4 +1,4 @@
-"""Training of byte-level language models: data, loop, checkpoints, evaluation."""
+"""Training of language models: data, loop, checkpoints, evaluation."""
 
 from pararnn.data.errors import RunError as RunError
 from pararnn.training.config import TrainConfig as TrainConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pararnn.models import presets
-from pararnn.models.architectures import Shape, make_config
+from pararnn.models.architectures import Shape, make_config, missing_kernels
 
 MILLIONS = {  # Mamba2's are those of transformers' model of that shape
     "paragru": (406, 1415, 2902, 6757),
@@ -55,3 +55,9 @@ def test_unknown_names_are_answered_with_the_nearest():
     shape = Shape(vocab_size=8, width=10, num_layers=1, num_heads=3)
     with pytest.raises(ValueError, match="width 10 cannot be split into 3 heads"):
         make_config("paragru", shape)
+
+
+def test_missing_kernels_are_named(monkeypatch):
+    assert missing_kernels("paragru") == missing_kernels("transformer") == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert missing_kernels("mamba2") == "transformers' slow path: mamba-ssm is not installed"

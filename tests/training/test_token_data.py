@@ -5,10 +5,12 @@ import math
 import shutil
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from pararnn.cli.main import main
 from pararnn.data import PrepareConfig, open_tokens, prepare
+from pararnn.models import CausalLoss
 from pararnn.training import RunFolder
 from pararnn.training.text import open_codec
 
@@ -64,6 +66,28 @@ def test_train_resume_evaluate_and_generate(tokens, capsys):
     assert open_codec(run).decode(open_codec(run).encode("word5 goes")[0]) == "word5 goes"
     assert main(["train", "--resume", "--out", "run", "--steps", "8"]) == 1
     assert "tokens does not exist" in capsys.readouterr().err
+
+
+def test_documents_begin_at_the_separator_of_any_tokenizer(tokens, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<|stop|>"})
+    tokenizer.save_pretrained("tokenizer")
+    config = PrepareConfig(sources=("text",), tokenizer="tokenizer", held_out=0.2)
+    prepare(config, tokens.folder.parent / "others", workers=1)
+    separator = open_tokens(tokens.folder.parent / "others").separator
+    assert separator == tokenizer.eos_token_id != 0
+    seen = []
+    forward = CausalLoss.forward
+
+    def spy(self, tokens, targets, resets=None):
+        seen.append((tokens, resets))
+        return forward(self, tokens, targets, resets)
+
+    monkeypatch.setattr(CausalLoss, "forward", spy)
+    assert main(["train", "--data", "others", "--out", "run", *TINY]) == 0
+    apart = [(tokens, resets) for tokens, resets in seen if resets is not None]
+    assert apart
+    assert all(torch.equal(resets, tokens == separator) for tokens, resets in apart)
 
 
 def test_damaged_data_stops_the_run_before_it_begins(tokens, capsys):

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StaticCache
 
-from pararnn.bench.models import ModelSize, note_of, release
+from pararnn.bench.models import ModelSize, release
 from pararnn.bench.problem import Row
 from pararnn.bench.timing import captured, steps_milliseconds
 from pararnn.models import ParaRNNForCausalLM
+from pararnn.models.architectures import missing_kernels
 from pararnn.models.flops import multiplied_parameters
 from pararnn.models.generation import Decoder
 
@@ -45,7 +46,7 @@ def decode_rows(
         grows = hasattr(size.config(architecture, max(contexts)), "num_key_value_heads")
         for batch, context in itertools.product(batches, contexts if grows else [None]):
             row: Row = {"architecture": architecture, "batch": batch, "context": context}
-            row["note"] = note_of(architecture)
+            row["note"] = missing_kernels(architecture)
             release()
             try:
                 row |= _measure(size, architecture, batch, context, device, rate)

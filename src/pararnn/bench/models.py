@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -60,13 +59,6 @@ class ModelSize:
         changes |= {"vocabulary": None if self.vocab_size == VOCAB_SIZE else self.vocab_size}
         given = [f"{name} {value}" for name, value in changes.items() if value is not None]
         return ", ".join([f"preset {self.name}", *given])
-
-
-def note_of(architecture: str) -> str:
-    """What a reader must know of a baseline's code as it is installed here."""
-    if architecture == "mamba2" and importlib.util.find_spec("mamba_ssm") is None:
-        return "transformers' slow path: mamba-ssm is not installed"
-    return ""
 
 
 def release() -> None:

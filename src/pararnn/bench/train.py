@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pararnn.bench.models import ModelSize, note_of, release
+from pararnn.bench.models import ModelSize, release
 from pararnn.bench.problem import Row
 from pararnn.bench.timing import steps_milliseconds
+from pararnn.models.architectures import missing_kernels
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import peak_flops, train_flops_per_token
 from pararnn.models.presets import preset
@@ -46,7 +47,7 @@ def train_rows(
 
 def _row(size: ModelSize, architecture: str, batch: int, time: int, device: torch.device) -> Row:
     row: Row = {"architecture": architecture, "batch": batch, "time": time}
-    row["note"] = note_of(architecture)
+    row["note"] = missing_kernels(architecture)
     for checkpointing in (False, True):
         release()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,7 @@ def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
     )
 
 
+_KERNELS = {"mamba2": "mamba-ssm"}
 BASELINES: dict[str, Callable[..., PreTrainedConfig]] = {
     "transformer": _transformer,
     "mamba2": _mamba2,
@@ -91,6 +93,14 @@ def check_architecture(name: str) -> None:
             f"architecture {name!r} is unknown; perhaps you meant {nearest!r}. There are: "
             f"{', '.join(known)}."
         )
+
+
+def missing_kernels(architecture: str) -> str:
+    """What is missing for an architecture to run as fast as it can; empty when nothing is."""
+    package = _KERNELS.get(architecture)
+    if package is None or importlib.util.find_spec(package.replace("-", "_")):
+        return ""
+    return f"transformers' slow path: {package} is not installed"
 
 
 def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedConfig:

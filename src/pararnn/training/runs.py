@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pararnn.data.errors import RunError
 from pararnn.data.files import write_atomically
+from pararnn.models.architectures import missing_kernels
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import train_flops_per_token
 from pararnn.training.checkpoints import (
@@ -205,6 +206,8 @@ def _introduction(
         f"Model: {config.model}, {parameters:,} parameters{together}",
         f"Run: {run.path}",
     ]
+    if missing := missing_kernels(config.model):
+        lines.append(f"Note: {config.model} takes {missing}.")
     if not model.separates_documents:
         lines.append(
             f"Note: {config.model} cannot keep documents apart; those of one sequence see each "

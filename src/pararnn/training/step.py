@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pararnn.data.corpus import DOCUMENT
 from pararnn.layers.constraints import project_parameters
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.config import OptimizerConfig
@@ -21,7 +20,7 @@ class StepResult:
     """Measured in one train step over all processes, before its update.
 
     Attributes:
-        loss: Cross-entropy, in nats per byte.
+        loss: Cross-entropy, in nats per token.
         z_loss: Mean squared log-partition.
         grad_norm: Of all gradients together, before clipping.
         culprit: First parameter whose gradient is not finite; None when there is none.
@@ -47,7 +46,7 @@ def train_step(
 ) -> StepResult:
     """One optimiser step over this process's batches of shape (batch, time + 1), int64.
 
-    No update is made when the loss or the gradient is not finite.
+    The model's `bos_token_id` begins every document. No update is made when the loss or the gradient is not finite.
     """
     losses = [_backward(model, batch, config, len(batches), processes) for batch in batches]
     cross_entropy, z_loss = processes.mean(torch.stack(losses).double().mean(0).tolist())
@@ -74,7 +73,7 @@ def _backward(
     processes: Processes,
 ) -> Tensor:
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    resets = inputs == DOCUMENT
+    resets = inputs == model.model.config.bos_token_id
     apart = model.separates_documents and bool(resets.any())
     device = processes.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):

@@ -38,12 +38,11 @@ def test_settings_of_the_paper():
 
 
 def test_type_and_options():
-    small = {"num_hidden_layers": 1, "vocab_size": 64}
-    with pytest.raises(TypeError, match="multiple values"):
-        presets.build("paragru", "400m", **small)
-    model = presets.build("paragru", "400m", device="meta", dtype=torch.bfloat16, conv_kernel=2)
+    changes = {"conv_kernel": 2, "num_layers": 1, "vocab_size": 64, "rms_norm_eps": 1e-3}
+    model = presets.build("paragru", "400m", device="meta", dtype=torch.bfloat16, **changes)
     assert model.dtype is torch.bfloat16
-    assert model.config.conv_kernel == 2
+    assert (model.config.conv_kernel, model.config.num_hidden_layers) == (2, 1)
+    assert (model.config.vocab_size, model.config.rms_norm_eps) == (64, 1e-3)
     assert torch.get_default_dtype() is torch.float32
 
 

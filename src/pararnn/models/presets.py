@@ -6,6 +6,7 @@ width rounded up to a multiple of 256, those below give its parameter counts.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ def configuration(architecture: str, size: str, **options: Any) -> PreTrainedCon
     Args:
         architecture: "paragru", "paralstm", "transformer" or "mamba2".
         size: "400m", "1b", "2.9b" or "7b".
-        options: Arguments of the configuration's class.
+        options: Fields of `Shape` to change, and arguments of the configuration's class.
     """
     chosen = preset(architecture, size)
     shape = Shape(
@@ -124,7 +125,10 @@ def configuration(architecture: str, size: str, **options: Any) -> PreTrainedCon
         num_heads=chosen.num_heads,
         max_length=SEQUENCE_LENGTH,
     )
-    return make_config(architecture, shape, **options)
+    names = {field.name for field in dataclasses.fields(Shape)}
+    changes = {name: value for name, value in options.items() if name in names}
+    others = {name: value for name, value in options.items() if name not in names}
+    return make_config(architecture, dataclasses.replace(shape, **changes), **others)
 
 
 def build(
@@ -142,7 +146,7 @@ def build(
         size: "400m", "1b", "2.9b" or "7b".
         device: Where its parameters are made; "meta" for none at all.
         dtype: Their type; None for PyTorch's default.
-        options: Arguments of the configuration's class.
+        options: Fields of `Shape` to change, and arguments of the configuration's class.
 
     Raises:
         ValueError: There is no such architecture or size.

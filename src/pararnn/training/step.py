@@ -46,7 +46,8 @@ def train_step(
 ) -> StepResult:
     """One optimiser step over this process's batches of shape (batch, time + 1), int64.
 
-    The model's `bos_token_id` begins every document. No update is made when the loss or the gradient is not finite.
+    The model's `bos_token_id` begins every document. No update is made when the loss or the
+    gradient is not finite.
     """
     losses = [_backward(model, batch, config, len(batches), processes) for batch in batches]
     cross_entropy, z_loss = processes.mean(torch.stack(losses).double().mean(0).tolist())

@@ -1,10 +1,13 @@
 """The language model of a run: building it, and continuing a text."""
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from pararnn.models import CELLS
+from pararnn.models import CELLS, ParaRNNForCausalLM
 from pararnn.models.architectures import Shape, make_config, make_model
+from pararnn.models.configuration import ATTENTION
+from pararnn.models.generation import generate
 from pararnn.training.config import TrainConfig
 from pararnn.training.text import Codec
 
@@ -56,7 +59,30 @@ def generate_text(
     Returns:
         The prompt and what follows it.
     """
-    tokens = codec.encode(prompt).to(model.device)
+    tokens = codec.encode(prompt)
+    if isinstance(model, ParaRNNForCausalLM) and ATTENTION not in model.config.mixers:
+        (new,) = generate(
+            model,
+            tokens.tolist(),
+            max_new_tokens=num_tokens,
+            temperature=temperature,
+            seed=seed,
+            end_of_text=codec.separator,
+        )
+        return codec.decode(torch.cat([tokens[0], torch.tensor(new, dtype=torch.int64)]))
+    return codec.decode(_generate(model, codec, tokens, num_tokens, temperature, seed))
+
+
+def _generate(
+    model: PreTrainedModel,
+    codec: Codec,
+    tokens: Tensor,
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Tensor:
+    """The same by transformers, for models whose state grows."""
+    tokens = tokens.to(model.device)
     settings = GenerationConfig(
         max_new_tokens=num_tokens,
         do_sample=temperature > 0,
@@ -72,4 +98,4 @@ def generate_text(
         result = model.generate(  # type: ignore[operator] # a mixin of it has it
             tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
         )
-    return codec.decode(result[0])
+    return result[0]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pararnn.kernels.lowering import lower
 from pararnn.kernels.triton_build import load
-from pararnn.kernels.triton_functions import total
 from pararnn.kernels.triton_module import Precision, Starts, Variant
 from pararnn.kernels.triton_plan import Launch, Work, block_of, plan_launch
 from pararnn.kernels.triton_source import adjoint_source, forward_source
@@ -166,6 +165,10 @@ class TritonBackend:
 
     def _total(self, problem: Problem, sums: Tensor) -> Tensor:
         """Gradients of coefficients, summed over rows and chunks."""
+        from pararnn.kernels.triton_functions import (
+            total,  # needs Triton, which this module does not
+        )
+
         result = sums.new_empty(sums.shape[2:], dtype=problem.dtype)
         rows, width = sums.shape[0] * sums.shape[1], result.numel()
         if width:

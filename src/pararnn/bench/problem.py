@@ -61,20 +61,6 @@ class Size:
         return f"B{self.batch} T{self.time} D{self.hidden}"
 
 
-TABLE = [
-    Size(*s)
-    for s in (
-        (8, 512, 1024),
-        (1, 2048, 1024),
-        (8, 2048, 1024),
-        (8, 2048, 2048),
-        (32, 2048, 1024),
-        (32, 2048, 2048),
-        (1, 65536, 64),
-    )
-]
-LENGTHS = [Size(1, 2**n, d) for d in (64, 1024) for n in range(8, 21, 2)]
-LOOP_LENGTHS = [Size(1, 2**n, 1024) for n in range(6, 11)]
 Row = dict[str, Any]
 
 

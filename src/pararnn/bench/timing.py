@@ -14,25 +14,6 @@ import torch
 _FLUSH_BYTES = 512 * 2**20  # far more than any cache; it also gives the host time to launch
 
 
-def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """The same work as a CUDA graph, so that launching it from Python is not what is timed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay() -> None:
-        graph.replay()
-        _ = kept  # the memory that the graph writes to
-
-    return replay
-
-
 def milliseconds(run: Callable[[], Any], repeats: int = 20, budget_ms: float = 3000.0) -> float:
     """Median time of one call, the caches flushed before each.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pararnn.layers.graphs import captured
 from pararnn.models.cache import LayerState, ParaRNNCache, State, map_state
 from pararnn.models.configuration import ATTENTION
 from pararnn.models.modeling import ParaRNNForCausalLM
@@ -222,20 +223,11 @@ def _copy(targets: list[LayerState], sources: list[LayerState]) -> None:
 
 
 def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """On a GPU the work of `run` as a CUDA graph, after two runs to compile and to allocate."""
+    """On a GPU the work of `run` as a CUDA graph."""
     if device.type != "cuda":
         return run
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-    return graph.replay
+        return captured(run)
 
 
 def _until(tokens: list[int], end: int | None) -> list[int]:

@@ -147,7 +147,6 @@ def test_train_steps_learn_with_and_without_checkpointing(architecture, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu():
     """Compiled, captured and profiled."""
     gpu = torch.device("cuda")

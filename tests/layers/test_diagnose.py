@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import pararnn
 from pararnn import RNN, Newton, cells, diagnose
 
 
@@ -96,4 +95,3 @@ def test_mistakes():
         diagnose(cells.ParaGRUCell(4, 6), torch.randn(2, 5, 4))
     with pytest.raises(ValueError, match="x has shape"):
         diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(2, 5, 3))
-    assert pararnn.Diagnosis.__doc__

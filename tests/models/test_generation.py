@@ -112,7 +112,6 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_captured_step_equals_transformers(make_model, tokens, cell, compiled):
     model = make_model(cell=cell).float().to("cuda")

@@ -52,7 +52,11 @@ def markdown(rows: Rows, facts: dict[str, str]) -> str:
     ]
     lines += [_recurrence_line(r) for r in rows.get("recurrence", [])]
     if rows.get("loop"):
-        lines += ["", "Forward and backward of the recurrence against a plain PyTorch loop:", ""]
+        lines += [
+            "",
+            "Forward and backward of the recurrence in a CUDA graph, against a plain loop:",
+            "",
+        ]
         lines += ["| size | ours | loop | times as fast |", "|---|---|---|---|"]
         lines += [
             f"| {r['size']} | {r['ours_ms']:.3f} | {r['loop_ms']:.0f} | "
@@ -60,7 +64,7 @@ def markdown(rows: Rows, facts: dict[str, str]) -> str:
             for r in rows["loop"]
         ]
     if rows.get("layer"):
-        lines += ["", "Whole layers with their projection, forward / forward and backward:", ""]
+        lines += ["", "Whole layers, launched from Python, forward / forward and backward:", ""]
         lines += [f"| size | {' | '.join(_LAYERS.values())} |", "|---" * (len(_LAYERS) + 1) + "|"]
         by_size = {r["size"]: dict(r) for r in rows["layer"]}
         for r in rows.get("pararnn_torch", []):

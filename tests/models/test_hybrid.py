@@ -98,7 +98,8 @@ def test_mistakes():
     with pytest.raises(ValueError, match="mixers names 1 blocks but num_hidden_layers is 2"):
         tiny_config(mixers=["paragru"])
     with pytest.raises(ValueError, match="cannot be split into 3 attention heads"):
-        tiny_config(attention_heads=3)
+        tiny_config(mixers=["paragru", "attention"], attention_heads=3)
+    assert tiny_config(hidden_size=448, inner_size=8).mixers == ["paragru"] * 2  # 3 heads unused
 
 
 def test_static_decoding_is_refused(hybrid):

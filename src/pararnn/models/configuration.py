@@ -124,7 +124,7 @@ class ParaRNNConfig(PreTrainedConfig):
                 f"mixers names {len(self.mixers)} blocks but num_hidden_layers is "
                 f"{self.num_hidden_layers}; name one for each."
             )
-        if self.hidden_size % self.attention_heads:
+        if ATTENTION in self.mixers and self.hidden_size % self.attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} cannot be split into {self.attention_heads} "
                 "attention heads; choose attention_heads that divides it."

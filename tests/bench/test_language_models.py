@@ -147,6 +147,7 @@ def test_train_steps_learn_with_and_without_checkpointing(architecture, monkeypa
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
 def test_on_a_gpu():
     """Compiled, captured and profiled."""
     gpu = torch.device("cuda")
@@ -155,6 +156,11 @@ def test_on_a_gpu():
     for row in train.train_rows(SIZE, ARCHITECTURES, 2, 64, gpu):
         assert row["peak_memory_gib"] > 0
         assert (row["recurrence_share"] > 0) == row["architecture"].startswith("para")
+
+
+def test_kernels_that_overlap_count_once():
+    assert train.covered([(4, 6), (0, 2), (1, 3), (1, 2)]) == 5
+    assert train.covered([]) == 0
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -112,6 +112,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_captured_step_equals_transformers(make_model, tokens, cell, compiled):
     model = make_model(cell=cell).float().to("cuda")

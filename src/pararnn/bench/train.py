@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from pararnn.bench.models import ModelSize, release
 from pararnn.bench.problem import Row
@@ -16,6 +13,9 @@ from pararnn.models.architectures import missing_kernels
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import peak_flops, train_flops_per_token
 from pararnn.models.presets import preset
+from pararnn.training.config import ExecutionConfig
+from pararnn.training.parallel import Processes
+from pararnn.training.sharding import lay_out
 
 KERNELS = frozenset({"sweep", "correct", "refine", "total"})  # as the generated Triton has them
 
@@ -72,17 +72,13 @@ def measure(
         torch.OutOfMemoryError: It does not fit.
     """
     model = size.build(architecture, device, torch.float32, time)
-    blocks: Any = model.base_model.layers
-    for block in blocks:
-        if checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if device.type == "cuda":
-            block.compile()
-    z_loss_weight = preset(architecture, size.name).z_loss_weight
-    step = _train_step(CausalLoss(model, z_loss_weight), batch, time)
+    loss = CausalLoss(model, preset(architecture, size.name).z_loss_weight)
+    on_gpu = device.type == "cuda"
+    execution = ExecutionConfig(activation_checkpointing=checkpointing, compile=on_gpu)
+    lay_out(loss, execution, Processes(0, 1, device))
+    step = _train_step(loss, batch, time)
     milliseconds = steps_milliseconds(step, device)
     flops = train_flops_per_token(model, time) * batch * time
-    on_gpu = device.type == "cuda"
     peak = peak_flops(device)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
     return {
@@ -113,14 +109,23 @@ def _train_step(loss: CausalLoss, batch: int, time: int) -> Callable[[], None]:
 
 
 def _recurrence_share(step: Callable[[], None]) -> float | None:
-    """Share of our kernels in the time that all kernels of one step take; None if none is seen."""
+    """Share of our kernels in the time that any kernel of one step runs; None if none is seen."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
-    total = sum(e.self_device_time_total for e in events)
-    ours = sum(e.self_device_time_total for e in events if e.key in KERNELS)
-    return ours / total if total else None
+    kernels = [e for e in profiler.events() or [] if e.device_type == DeviceType.CUDA]
+    spans = [(e.time_range.start, e.time_range.end, e.name in KERNELS) for e in kernels]
+    everything = covered([(a, b) for a, b, _ in spans])
+    return covered([(a, b) for a, b, ours in spans if ours]) / everything if everything else None
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union: a kernel that is launched early waits while the one before runs."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

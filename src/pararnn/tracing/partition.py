@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -95,10 +96,26 @@ class InputPart(nn.Module):
         super().__init__()
         self.names = names
         self.constants = constants
-        self.module = fx.GraphModule(nn.Module(), graph)
+        self.module = module_of(graph)
 
     def forward(self, tensors: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         return self.module(*tensors, *self.constants, *inputs)
+
+
+_modules: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()
+
+
+def module_of(graph: fx.Graph) -> fx.GraphModule:
+    """A module that runs a graph without attributes; the same one for graphs that do the same.
+
+    So that torch.compile, which looks at the modules that it meets, compiles one layer of a model
+    and finds all others to be like it.
+    """
+    code = graph.python_code("self").src
+    module = _modules.get(code)
+    if module is None:
+        module = _modules[code] = fx.GraphModule(nn.Module(), graph)
+    return module
 
 
 def copy_graph(

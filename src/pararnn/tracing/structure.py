@@ -12,7 +12,14 @@ from torch import Tensor, fx, nn
 from pararnn.tracing.capture import ROWS, Capture, Subject, capture
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
-from pararnn.tracing.partition import InputPart, Partition, copy_graph, input_part, partition
+from pararnn.tracing.partition import (
+    InputPart,
+    Partition,
+    copy_graph,
+    input_part,
+    module_of,
+    partition,
+)
 from pararnn.tracing.recorder import TraceError
 
 _LARGEST_PROBE = 1024  # hidden sizes up to here are searched for heads
@@ -144,7 +151,7 @@ def _dense(subject: Subject, parts: Partition, reason: str) -> Traced:
     inputs |= {e: f"edge_{i}" for i, e in enumerate(parts.edges)}
     graph, new = copy_graph(parts, parts.recurrent, inputs, parts.states[0])
     graph.output(tuple(new[r] for r in parts.results))
-    module = fx.GraphModule(nn.Module(), graph)
+    module = module_of(graph)
     by_rows = [bool(e.meta["by_rows"]) for e in parts.edges]
     return Traced(subject, parts, input_part(parts, edges), by_rows, None, None, module, reason)
 

@@ -158,6 +158,18 @@ def test_on_a_gpu():
         assert (row["recurrence_share"] > 0) == row["architecture"].startswith("para")
 
 
+def test_one_that_fails_does_not_take_the_others_along(monkeypatch):
+    def measure(size, architecture, *rest):
+        if architecture == "mamba2":
+            raise RuntimeError("it does not compile\nfor a long reason")
+        return {"step_ms": 1.0}
+
+    monkeypatch.setattr(train, "measure", measure)
+    rows = list(train.train_rows(SIZE, ["mamba2", "paragru"], 2, 16, CPU))
+    assert rows[0]["skipped"] == "RuntimeError: it does not compile"
+    assert rows[1]["step_ms"] == 1.0
+
+
 def test_kernels_that_overlap_count_once():
     assert train.covered([(4, 6), (0, 2), (1, 3), (1, 2)]) == 5
     assert train.covered([]) == 0

@@ -31,7 +31,8 @@ def train_rows(
 
     A step is forward and backward in bfloat16 autocast with float32 weights, and fused AdamW; on a
     GPU every block is compiled. An architecture that does not fit the memory is tried again with
-    activation checkpointing, and otherwise its row says why it was skipped.
+    activation checkpointing, and otherwise its row says why it was skipped, as does that of one
+    which fails in another way.
 
     Args:
         size: Of the models.
@@ -54,6 +55,9 @@ def _row(size: ModelSize, architecture: str, batch: int, time: int, device: torc
             measured = measure(size, architecture, batch, time, device, checkpointing)
         except torch.OutOfMemoryError:
             continue
+        except RuntimeError as error:  # one that does not compile does not take the others along
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            return row | {"skipped": f"{type(error).__name__}: {reason}"}
         return row | {"checkpointing": checkpointing} | measured
     return row | {"skipped": "out of memory, with activation checkpointing too"}
 

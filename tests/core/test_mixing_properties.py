@@ -1,7 +1,5 @@
 """Random cells whose channels mix: they equal the loop, and are seen to mix."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +52,7 @@ MIXING = {
 }
 
 
+NOISE = 1e-13
 HEADS = dict.fromkeys(["einsum", "bmm", "head_norm", "gate_of_head"], "heads (size 2)")
 
 
@@ -110,6 +109,16 @@ def allowed(cell, structure):
     return group[:, None] == group[None, :]
 
 
+def compare(cell, rnn, x, state, resets):
+    """Values and all gradients; some of these are 0 but for rounding, whatever the weights."""
+    expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
+    actual = outcome(lambda x, s: rnn(x, s, resets), cell, x, state)
+    for name in [n for n, v in expected.items() if v.abs().max() < NOISE]:
+        assert actual.pop(name).abs().max() < NOISE, name
+        del expected[name]
+    assert_same(actual, expected, 1e-10)
+
+
 @pytest.mark.timeout(120)
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(cell=cells(), batch=st.integers(1, 3), time=st.integers(1, 20), data=st.data())
@@ -120,12 +129,8 @@ def test_random_mixing_cells(cell, batch, time, data):
     x = torch.randn(batch, time, cell.input_size, dtype=torch.float64)
     state = random_state(cell.num_components, batch, cell.hidden_size)
     resets = torch.rand(batch, time) < data.draw(st.sampled_from([0.0, 0.3]), "resets")
-    expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
-    zero = [name for name, value in expected.items() if not value.any()]  # not used at all
-    assert_same(outcome(lambda x, s: rnn(x, s, resets), cell, x, state), expected, 1e-10, zero)
-    expected = outcome(functools.partial(loop, cell), cell, x, state)
-    zero = [name for name, value in expected.items() if not value.any()]
-    assert_same(outcome(rnn, cell, x, state), expected, 1e-10, zero)
+    compare(cell, rnn, x, state, None)
+    compare(cell, rnn, x, state, resets)
 
 
 @pytest.mark.parametrize("name", MIXING)

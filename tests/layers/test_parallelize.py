@@ -252,9 +252,14 @@ def parametrised():
         (lambda: nn.LSTM(5, 6, proj_size=3), ValueError, "LSTM has proj_size=3, which"),
         (lambda: nn.ModuleDict({"a": nn.LSTM(5, 6, proj_size=3)}), ValueError, "LSTM 'a' has proj"),
         (lambda: nn.Linear(5, 6), ValueError, "Linear is and contains no nn.GRU"),
-        (lambda: nn.Sequential(OwnGRU(5, 6)), ValueError, "subclasses are left alone"),
+        (
+            lambda: nn.Sequential(OwnGRU(5, 6)),
+            ValueError,
+            "subclasses and what was parallelized before",
+        ),
         (weight_normed, ValueError, "weight_hh_l0 of GRU is not a parameter but computed"),
         (parametrised, ValueError, "weight_hh_l0 of ParametrizedGRU is not a parameter but"),
+        (lambda: parallelize(nn.GRU(5, 6)), ValueError, "what was parallelized before are left"),
         (lambda: nn.GRUCell(5, 6), ValueError, r"wrap a cell as pararnn\.RNN\(cell\)"),
         (lambda: torch.zeros(3), TypeError, "takes an nn.Module, got a Tensor"),
     ],
@@ -272,9 +277,18 @@ def test_nothing_is_replaced_when_something_cannot_be():
 
 
 def test_wrong_calls():
-    ours = parallelize(nn.GRU(5, 6, 2))
+    ours, lstm = parallelize(nn.GRU(5, 6, 2)), parallelize(nn.LSTM(5, 6))
+    x, zeros = torch.randn(4, 3, 5), torch.zeros(1, 3, 6)
+    with pytest.raises(ValueError, match=r"x has shape \(20, 4\); pass \(time, batch, 5\), or"):
+        ours(torch.randn(20, 4))
+    with pytest.raises(TypeError, match=r"a tensor of shape \(2, 3, 6\), got a tuple of Tensor, T"):
+        ours(x, (zeros, zeros))
+    with pytest.raises(TypeError, match=r"a tuple of 2 tensors of shape \(1, 3, 6\), got a Tensor"):
+        lstm(x, zeros)
+    with pytest.raises(TypeError, match=r"a tuple of 2 tensors .* got a list of Tensor, T"):
+        lstm(x, [zeros, zeros])
     with pytest.raises(ValueError, match=r"x has shape \(2, 3, 4\); pass \(time, batch, 5\)"):
         ours(torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match=r"state has shape \(1, 3, 6\); pass \(2, 3, 6\)"):
-        ours(torch.randn(4, 3, 5), torch.zeros(1, 3, 6))
+        ours(x, zeros)
     assert isinstance(ours, pararnn.layers.stacked.StackedRNN)

@@ -60,8 +60,8 @@ def parallelize(
     }
     if not found:
         raise ValueError(
-            f"{type(module).__name__} is and contains no nn.GRU, nn.LSTM or nn.RNN (subclasses are "
-            "left alone); wrap a cell as pararnn.RNN(cell)."
+            f"{type(module).__name__} is and contains no nn.GRU, nn.LSTM or nn.RNN (subclasses and "
+            "what was parallelized before are left alone); wrap a cell as pararnn.RNN(cell)."
         )
     made = {
         layer: Parallelized(layer, name, solver=solver, backend=backend)

@@ -70,16 +70,16 @@ class StackedRNN(nn.Module):
                 "torch.as_tensor(x)."
             )
         single = x.dim() == 2
-        if single:
-            x = x.unsqueeze(0)
-            state = _each(state, lambda s: s.unsqueeze(1) if cu_seqlens is None else s)
-            resets = None if resets is None else resets.unsqueeze(0)
-        elif x.dim() != 3 or x.shape[-1] != self.input_size:
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             layout = "(batch, time" if self.batch_first else "(time, batch"
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; pass {layout}, {self.input_size}), or "
                 f"(time, {self.input_size}) for a single sequence."
             )
+        if single:
+            x = x.unsqueeze(0)
+            state = _each(state, lambda s: s.unsqueeze(1) if cu_seqlens is None else s)
+            resets = None if resets is None else resets.unsqueeze(0)
         elif not self.batch_first:
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
@@ -152,12 +152,15 @@ class StackedRNN(nn.Module):
         if state is None:
             return [None] * len(self.layers)
         parts = state if isinstance(state, tuple) else (state,)
-        if not all(isinstance(p, Tensor) for p in parts):
-            raise TypeError(
-                "state must be a tensor, or a tuple of two for an LSTM, got a "
-                f"{type(state).__name__} of {', '.join(type(p).__name__ for p in parts)}."
-            )
         shape = (len(self.layers), rows, self.hidden_size)
+        count = self.layers[0].num_components
+        as_wanted = len(parts) == count and isinstance(state, tuple) == (count > 1)
+        if not as_wanted or not all(isinstance(p, Tensor) for p in parts):
+            wanted = "a tensor" if count == 1 else f"a tuple of {count} tensors"
+            seen = type(state).__name__
+            if isinstance(state, (tuple, list)):
+                seen += f" of {', '.join(type(p).__name__ for p in state)}"
+            raise TypeError(f"state must be {wanted} of shape {shape}, got a {seen}.")
         for part in parts:
             if tuple(part.shape) != shape:
                 raise ValueError(

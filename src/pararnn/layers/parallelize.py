@@ -138,25 +138,16 @@ class Parallelized(StackedRNN):
 
     def _packed(self, packed: PackedSequence, state: State | None) -> tuple[PackedSequence, State]:
         """All sequences step together, as in the original; they end together, padded in front."""
-        numbers = packed._replace(data=torch.arange(len(packed.data)))
-        left, lengths = pad_packed_sequence(numbers.cpu(), batch_first=True)
-        time = torch.arange(left.shape[1])
-        begins = left.shape[1] - lengths.unsqueeze(1)
-        padding = time < begins
-        moved = torch.where(padding, time, time - begins)
-        backwards = torch.where(padding, time, begins + left.shape[1] - 1 - time)
         device = packed.data.device
-        where = left.gather(1, moved).to(device)
-        used = ~padding.to(device)
-        y, last = self._run(
-            packed.data[where],
-            state,
-            (time <= begins).to(device),
-            None,
-            backwards.to(device),
-        )
-        order = where[used].argsort()
-        return packed._replace(data=y[used][order]), last
+        numbers = packed._replace(data=torch.arange(len(packed.data), device=device))
+        left, lengths = pad_packed_sequence(numbers, batch_first=True)
+        time = torch.arange(left.shape[1], device=device)
+        begins = left.shape[1] - lengths.to(device).unsqueeze(1)
+        padding = time < begins
+        where = left.gather(1, torch.where(padding, time, time - begins))
+        backwards = torch.where(padding, time, begins + left.shape[1] - 1 - time)
+        y, last = self._run(packed.data[where], state, time <= begins, None, backwards)
+        return packed._replace(data=y[~padding][where[~padding].argsort()]), last
 
 
 def _weights(layer: nn.RNNBase) -> list[str]:

@@ -8,9 +8,10 @@ _WARP = 32
 _MOST_UNROLL = 8
 _MOST_AHEAD = 48  # 32-bit registers of a thread for inputs that are loaded ahead
 _MOST_OPERATIONS = 512  # in an unrolled loop: Triton's compile time grows faster than their number
-_FORWARD_PROGRAMS = 8  # per multiprocessor, where time is cut
-_ADJOINT_PROGRAMS = 4  # which load, and store, more each
-_ENOUGH_PROGRAMS = 3.5  # per multiprocessor, for time not to be cut
+_LEAST_PROGRAMS = 4  # per multiprocessor, where time is cut
+_MORE_PROGRAMS = {"forward": 8, "adjoint": 12}  # as long as chunks are few and long
+_FEW_CHUNKS = 8
+_ENOUGH_PROGRAMS = {"forward": 6.0, "adjoint": 3.5}  # per multiprocessor, for time not to be cut
 _IN_FLIGHT = 48 * 2**10  # bytes per multiprocessor, so that its memory is busy
 _DISTANCES = (32, 16, 8, 4)
 _GROUP = 16
@@ -95,7 +96,8 @@ def plan_launch(
     """Cut a problem.
 
     Time is cut only as far as the programs are too few for the device: every chunk costs its
-    warm-up, and that chunks fit together has to be found out. The fewer programs, the further they
+    warm-up, and that chunks fit together has to be found out. A few long chunks more cost little
+    and shorten what is done again where gates forget slowly. The fewer programs, the further they
     look ahead. The constants were measured (docs/gpu.md).
 
     Args:
@@ -112,8 +114,10 @@ def plan_launch(
     warm = 32 if tolerance > 1e-4 else 64 if tolerance > 1e-8 else 128
     busy = batch * -(-hidden // block) / processors
     if chunk is None:
-        wanted = (_ADJOINT_PROGRAMS if adjoint else _FORWARD_PROGRAMS) / busy
-        chunks = 1 if busy >= _ENOUGH_PROGRAMS else max(1, min(round(wanted), time // (2 * warm)))
+        direction = "adjoint" if adjoint else "forward"
+        few = min(_MORE_PROGRAMS[direction] / busy, _FEW_CHUNKS, time // (4 * warm))
+        chunks = min(round(max(_LEAST_PROGRAMS / busy, few)), time // (2 * warm))
+        chunks = 1 if busy >= _ENOUGH_PROGRAMS[direction] else max(1, chunks)
         chunk = -(-time // chunks)
         if chunks > 1:
             chunk = -(-chunk // _MOST_UNROLL) * _MOST_UNROLL

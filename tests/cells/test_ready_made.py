@@ -132,7 +132,8 @@ def test_heads_with_diagonal_blocks_are_the_diagonal_cell():
     with torch.no_grad():
         ours.weight.copy_(diagonal.weight)
         ours.bias.copy_(diagonal.bias)
-        ours.recurrent.copy_(torch.diag_embed(diagonal.diagonal.unflatten(-1, (2, 4))))
+        blocks = torch.diag_embed(diagonal.diagonal.unflatten(-1, (2, 4)))
+        ours.recurrent.copy_(blocks.transpose(0, 1))
     x = torch.randn(3, 6).double()
     state = tuple(torch.rand(3, 8).double() for _ in range(4))
     for a, e in zip(ours(x, state), diagonal(x, state), strict=True):

@@ -57,8 +57,8 @@ class HeadSLSTMCell(nn.Module):
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         size, inputs = hidden_size // num_heads, input_size // num_heads
-        self.weight = nn.Parameter(torch.empty(_GATES, num_heads, size, inputs, **options))
-        self.recurrent = nn.Parameter(torch.empty(_GATES, num_heads, size, size, **options))
+        self.weight = nn.Parameter(torch.empty(num_heads, _GATES, size, inputs, **options))
+        self.recurrent = nn.Parameter(torch.empty(num_heads, _GATES, size, size, **options))
         self.bias = nn.Parameter(torch.empty(_GATES, hidden_size, **options)) if bias else None
         self.reset_parameters()
 

@@ -26,9 +26,13 @@ def lay_out(loss: CausalLoss, execution: ExecutionConfig, processes: Processes) 
     policy of FSDP: so a result does not depend on the number of processes by more than rounding.
     The price is that parameters are gathered in float32.
 
+    The whole model is brought to the device first, so that its recurrences are traced there before
+    anything is compiled.
+
     The order matters: what is recomputed lies inside what is compiled, and that inside the hooks of
     a shard, which are not compiled and gather its parameters once for both.
     """
+    loss.to(processes.device)
     loss.compiled = execution.compile
     for block in blocks(loss.model):
         if execution.activation_checkpointing:
@@ -36,7 +40,6 @@ def lay_out(loss: CausalLoss, execution: ExecutionConfig, processes: Processes) 
         if execution.compile:
             block.forward = torch.compile(block.forward)
     if processes.count == 1:
-        loss.to(processes.device)
         return
     # A block's last state may be a view of its output; nobody writes into either.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -1,0 +1,282 @@
+r"""Multiple shooting for recurrences whose channels mix, and for their adjoints.
+
+The chunks of all sequences step together as one batch. What follows a step is a matrix product with
+the state for all of them, so an ordinary batched call per step; iteration and coupling are those of
+`shooting`, with the channels of a group (a head, or all of them) as one vector.
+
+A chunk's tangent is had by running the adjoint of its steps on unit vectors, all groups at once:
+$D_k^\top e_i$ for as many $i$ as a group has entries. No Jacobian of a step is ever formed.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pararnn.solvers.chunks import Chunks, Cut, Groups, Run
+from pararnn.solvers.settings import Sequential, Solver
+from pararnn.solvers.shooting import WARM_UP, Progress, shoot
+from pararnn.tracing.mixing import Mixing
+
+
+@dataclass(frozen=True)
+class Chain(abc.ABC):
+    """A recurrence over time.
+
+    Attributes:
+        mixing: Its step and derivatives.
+        group: Channels that mix with each other.
+        edges: What the step of `mixing` takes; those with rows are (batch, time, ...).
+        initial: Initial states, (rows, components, hidden).
+        starts: As in `Problem`.
+        batch: Sequences.
+        time: Steps.
+    """
+
+    mixing: Mixing
+    group: int
+    edges: Sequence[Tensor]
+    initial: Tensor
+    starts: Tensor | None
+    batch: int
+    time: int
+
+    relative = False
+    backwards = False
+
+    @abc.abstractmethod
+    def first(self) -> Tensor:
+        """What it starts from, (batch, components, hidden)."""
+
+    @abc.abstractmethod
+    def chunks(self, cut: Cut) -> Chunks:
+        """The same, cut."""
+
+    @abc.abstractmethod
+    def tangents(
+        self,
+        cut: Cut,
+        chunks: Chunks,
+        first: Sequence[Tensor],
+        history: Sequence[Tensor],
+        run: Run,
+    ) -> Tensor:
+        """d(end) / d(first state) of every chunk, (batch, chunks, n, n, groups).
+
+        Args:
+            cut: How time is cut.
+            chunks: The result of `chunks`.
+            first: The first states.
+            history: What a sweep from these found.
+            run: Steps through chunks.
+        """
+
+    def fixed(self) -> list[Tensor]:
+        """The edges without rows."""
+        return [e for e, r in zip(self.edges, self.mixing.step.by_rows, strict=True) if not r]
+
+    def solve(
+        self, settings: Solver, tolerance: float, run: Run
+    ) -> tuple[list[Tensor], Progress | None]:
+        """Evaluate it.
+
+        Args:
+            settings: With the chunks that hold.
+            tolerance: The tolerance that holds.
+            run: Steps through chunks.
+
+        Returns:
+            Components (batch, time, hidden) after every step, and how it went: None if there is one
+            chunk.
+        """
+        assert settings.chunk != "auto"
+        cut = Cut(self.batch, self.time, min(settings.chunk, self.time), self.backwards)
+        chunks, start = self.chunks(cut), self.first()
+        if cut.chunks == 1:
+            return [cut.join(h) for h in run(chunks, start.unbind(1))], None
+        groups = Groups(cut, self.mixing.num_components, self.group)
+        everywhere = start.repeat(cut.chunks, 1, 1).unbind(1)
+        warm = run(chunks, everywhere, first=max(0, cut.chunk - WARM_UP))
+        ends = groups.vectors([w[-1] for w in warm])
+        guess = torch.cat([groups.vectors(everywhere)[:, :1], ends[:, :-1]], 1)
+        first: list[Tensor] = []
+        history: list[Tensor] = []
+
+        def sweep(guess: Tensor) -> Tensor:
+            first[:] = groups.rows(guess)
+            history[:] = run(chunks, first)
+            return groups.vectors([h[-1] for h in history])
+
+        progress = shoot(
+            sweep,
+            lambda _: self.tangents(cut, chunks, first, history, run),
+            guess,
+            settings,
+            tolerance,
+            self.relative,
+        )
+        if not progress.all_converged:
+            whole, _ = self.solve(Sequential(), tolerance, run)
+            return whole, progress
+        return [cut.join(h) for h in history], progress
+
+    def _linear(
+        self,
+        before: Sequence[Tensor],
+        edges: Sequence[Tensor],
+        grad_states: Sequence[Tensor] | None,
+        begins: Tensor | None,
+    ) -> Chunks:
+        """Chunks of the adjoint recurrence, from what is cut backwards in time.
+
+        Args:
+            before: Components (steps, rows, hidden).
+            edges: Those with rows (steps, rows, ...).
+            grad_states: Components (steps, rows, hidden); zeros when None.
+            begins: The adjoint before a step is zero.
+        """
+        steps, rows = before[0].shape[:2]
+        if grad_states is None:
+            grad_states = [b.new_zeros(1, 1, 1).expand_as(b) for b in before]
+        flat = [
+            e.flatten(0, 1) if by_rows else e
+            for e, by_rows in zip(edges, self.mixing.step.by_rows, strict=True)
+        ]
+        adjoint = self.mixing.adjoint
+        found = adjoint.edges(
+            [b.flatten(0, 1) for b in before], flat, [g.flatten(0, 1) for g in grad_states]
+        )
+        now = [
+            e.unflatten(0, (steps, rows)) if by_rows else e
+            for e, by_rows in zip(found, adjoint.step.by_rows, strict=True)
+        ]
+        zeros = [b.new_zeros(1, 1, 1).expand_as(b) for b in before]
+        return Chunks(adjoint.step, steps, now, begins, [] if begins is None else zeros)
+
+    def _images(self, cut: Cut, linear: Chunks, run: Run) -> Tensor:
+        """What chunks of the adjoint make of unit vectors."""
+        groups = Groups(cut, self.mixing.num_components, self.group)
+        basis = groups.basis(self.first().new_empty(cut.chunks * cut.batch, self.mixing.hidden))
+        found = run(linear, basis, copies=self.mixing.num_components * self.group)
+        return groups.images([f[-1] for f in found])
+
+
+class Forward(Chain):
+    """The states."""
+
+    def first(self) -> Tensor:
+        """See `Chain.first`."""
+        return self.initial if self.starts is None else self.initial[self.starts[:, 0].long()]
+
+    def chunks(self, cut: Cut) -> Chunks:
+        """See `Chain.chunks`."""
+        edges = _split(cut, self.edges, self.mixing.step.by_rows)
+        if self.starts is None:
+            return Chunks(self.mixing.step, cut.chunk, edges, None, ())
+        rows = cut.split(self.starts.long())
+        fresh = self.initial[rows.clamp_min(0)].unbind(2)
+        return Chunks(self.mixing.step, cut.chunk, edges, (rows >= 0).unsqueeze(-1), fresh)
+
+    def tangents(
+        self,
+        cut: Cut,
+        chunks: Chunks,
+        first: Sequence[Tensor],
+        history: Sequence[Tensor],
+        run: Run,
+    ) -> Tensor:
+        """See `Chain.tangents`."""
+        before = [b.flip(0) for b in chunks.states_before(first, history)]
+        edges = [
+            e.flip(0) if by_rows else e
+            for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
+        ]
+        begins = chunks.begins
+        if begins is None:
+            return self._images(cut, self._linear(before, edges, None, None), run)
+        after = torch.cat([torch.zeros_like(begins[:1]), begins.flip(0)[:-1]])
+        images = self._images(cut, self._linear(before, edges, None, after), run)
+        fresh = begins[0].view(cut.chunks, cut.batch).T
+        return torch.where(fresh[:, :, None, None, None], 0.0, images)
+
+    def before(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The states before every step, components (batch, time, hidden), from those after."""
+        cut = Cut(self.batch, self.time, self.time)
+        chunks = self.chunks(cut)
+        before = chunks.states_before(self.first().unbind(1), [cut.split(s) for s in states])
+        return [b.transpose(0, 1) for b in before]
+
+
+@dataclass(frozen=True)
+class Backward(Chain):
+    r"""The adjoints that reach every step from later ones, $c_{t-1} = J_t^\top (c_t + g_t)$.
+
+    Attributes:
+        before: The state before every step at the solution, components (batch, time, hidden).
+        grad_states: The gradient of the states from outside, likewise.
+    """
+
+    before: Sequence[Tensor]
+    grad_states: Sequence[Tensor]
+
+    relative = True
+    backwards = True
+
+    def total(self, found: Sequence[Tensor]) -> list[Tensor]:
+        r"""The whole adjoints $c_t + g_t$, from the solution $c_{t-1}$ at every $t$."""
+        after = [torch.cat([f[:, 1:], torch.zeros_like(f[:, :1])], 1) for f in found]
+        if self.starts is not None:
+            ends = self._ends().unsqueeze(-1)
+            after = [torch.where(ends, 0.0, a) for a in after]
+        return [a + g for a, g in zip(after, self.grad_states, strict=True)]
+
+    def initial_gradient(self, found: Sequence[Tensor]) -> Tensor:
+        """The gradient of the initial states, from the solution: what reaches a start is theirs."""
+        adjoint = torch.stack(list(found), 2)
+        if self.starts is None:
+            return adjoint[:, 0]
+        if len(self.initial) == self.batch:
+            begins = (self.starts >= 0)[:, :, None, None]
+            return torch.where(begins, adjoint, 0.0).sum(1)
+        rows = len(self.initial)
+        order = torch.where(self.starts[0] < 0, rows, self.starts[0]).argsort()[:rows]
+        return adjoint[0, order]
+
+    def _ends(self) -> Tensor:
+        """Boolean (batch, time): the next step, if there is one, starts afresh."""
+        assert self.starts is not None
+        begins = self.starts >= 0
+        return torch.cat([begins[:, 1:], torch.zeros_like(begins[:, :1])], 1)
+
+    def first(self) -> Tensor:
+        """See `Chain.first`."""
+        return self.initial.new_zeros(self.batch, *self.initial.shape[1:])
+
+    def chunks(self, cut: Cut) -> Chunks:
+        """See `Chain.chunks`."""
+        return self._cut(cut, [cut.split(g) for g in self.grad_states])
+
+    def _cut(self, cut: Cut, grad_states: Sequence[Tensor] | None) -> Chunks:
+        before = [cut.split(b) for b in self.before]
+        edges = _split(cut, self.edges, self.mixing.step.by_rows)
+        begins = None if self.starts is None else cut.split(self._ends().unsqueeze(-1))
+        return self._linear(before, edges, grad_states, begins)
+
+    def tangents(
+        self,
+        cut: Cut,
+        chunks: Chunks,
+        first: Sequence[Tensor],
+        history: Sequence[Tensor],
+        run: Run,
+    ) -> Tensor:
+        """See `Chain.tangents`."""
+        return self._images(cut, self._cut(cut, None), run).transpose(2, 3)
+
+
+def _split(cut: Cut, edges: Sequence[Tensor], by_rows: Sequence[bool]) -> list[Tensor]:
+    return [cut.split(e) if moves else e for e, moves in zip(edges, by_rows, strict=True)]

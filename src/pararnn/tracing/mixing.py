@@ -1,0 +1,264 @@
+r"""A recurrence whose channels mix: its step, and derivatives by recording autograd on it.
+
+With $h_t = f(h_{t-1}, e_t)$ and edges $e$ from the input part, adjoints follow
+$c_{t-1} = J_t^\top (c_t + g_t)$: a recurrence backwards in time, whose step is the vector-Jacobian
+product of $f$. It is traced and split like a cell, so that what does not depend on $c$ (all that
+belongs to the forward pass) is computed for all times at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pararnn.tracing.capture import Subject, capture, record_rows
+from pararnn.tracing.partition import (
+    AsItIs,
+    InputPart,
+    Partition,
+    input_part,
+    module_of,
+    partition,
+    recurrent_module,
+)
+from pararnn.tracing.recorder import record
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A value that a step takes besides its state.
+
+    Attributes:
+        shape: Without the rows.
+        dtype: Its type.
+        by_rows: Whether it has one row per sample.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    by_rows: bool
+
+    def example(self, rows: int, device: torch.device) -> Tensor:
+        """Random numbers like it."""
+        shape = (rows, *self.shape) if self.by_rows else self.shape
+        if self.dtype.is_floating_point:
+            return torch.rand(shape, dtype=self.dtype, device=device)
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a recurrence.
+
+    Attributes:
+        module: `(*state, *edges) -> state`, components (rows, hidden).
+        by_rows: Which edges have one row per sample.
+    """
+
+    module: fx.GraphModule
+    by_rows: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """The adjoint recurrence.
+
+    Attributes:
+        step: `(*adjoint, *edges) -> adjoint before`.
+        part: Computes the edges.
+        moving: Which edges of the recurrence have rows.
+    """
+
+    step: Step
+    part: InputPart
+    moving: tuple[int, ...]
+
+    def edges(
+        self, before: Sequence[Tensor], edges: Sequence[Tensor], grad_states: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The edges of the adjoint's step, for any rows at once.
+
+        Args:
+            before: The state before each step, components (rows, hidden).
+            edges: Those of the recurrence.
+            grad_states: The gradient of the state after it from outside, components (rows, hidden).
+        """
+        fixed = [edges[int(name.removeprefix("edge_"))] for name in self.part.names]
+        return self.part(fixed, *before, *(edges[i] for i in self.moving), *grad_states)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A recurrence whose channels mix: all that a solver has to know.
+
+    Attributes:
+        step: The recurrent part, in float32 or float64.
+        edges: What it takes besides the state.
+        num_components: Tensors in the state.
+        hidden: Channels of each.
+        device: Where it was traced.
+    """
+
+    step: Step
+    edges: tuple[Edge, ...]
+    num_components: int
+    hidden: int
+    device: torch.device
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal keys, equal functions."""
+        return f"{self.step.module.code}{self.edges}{self.num_components} {self.hidden}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that it was traced in."""
+        double = any(e.dtype is torch.float64 for e in self.edges)
+        return torch.float64 if double else torch.float32
+
+    @functools.cached_property
+    def work(self) -> int:
+        """Multiplications per row and step, roughly: every weight once, channels some times."""
+        weights = sum(math.prod(e.shape) for e in self.edges if not e.by_rows)
+        return weights + len(self.step.module.graph.nodes) * self.num_components * self.hidden
+
+    @functools.cached_property
+    def adjoint(self) -> Adjoint:
+        """The adjoint recurrence."""
+        with _recording(self.device):
+            return _adjoint(self)
+
+    @functools.cached_property
+    def differentiable(self) -> tuple[int, ...]:
+        """Which edges have a gradient."""
+        return tuple(i for i, e in enumerate(self.edges) if e.dtype.is_floating_point)
+
+    @functools.cached_property
+    def gradients(self) -> fx.GraphModule:
+        """`(*states before, *edges, *adjoints) -> gradients of the differentiable edges`.
+
+        For any rows at once; those of edges without rows are sums over the rows.
+        """
+        with _recording(self.device):
+            return _gradients(self)
+
+    def jacobian(self, before: Sequence[Tensor], edges: Sequence[Tensor]) -> Tensor:
+        """d(new component m) / d(old component i) of one row: (m, hidden, i, hidden)."""
+        zeros = [torch.zeros_like(b) for b in before]
+        size = self.num_components * self.hidden
+        now = [
+            e.expand(size, *e.shape[1:]) if by_rows else e
+            for e, by_rows in zip(
+                self.adjoint.edges(before, edges, zeros), self.adjoint.step.by_rows, strict=True
+            )
+        ]
+        basis = torch.eye(size, dtype=before[0].dtype, device=before[0].device)
+        rows = self.adjoint.step.module(*basis.split(self.hidden, 1), *now)
+        return torch.stack(rows, 1).unflatten(0, (self.num_components, self.hidden))
+
+
+def mixing(parts: Partition, module: fx.GraphModule, device: torch.device) -> Mixing:
+    """The recurrence with the recurrent part of a split step.
+
+    Half precision becomes float32, in what the step makes itself too.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        if node.kwargs.get("dtype") in _HALF:
+            node.kwargs = {**node.kwargs, "dtype": torch.float32}
+    edges = []
+    for node in parts.edges:
+        dtype, by_rows = node.meta["dtype"], bool(node.meta["by_rows"])
+        shape = tuple(node.meta["shape"][1:] if by_rows else node.meta["shape"])
+        edges.append(Edge(shape, torch.float32 if dtype in _HALF else dtype, by_rows))
+    step = Step(module_of(graph), tuple(e.by_rows for e in edges))
+    return Mixing(
+        step, tuple(edges), parts.capture.num_components, parts.capture.hidden_size, device
+    )
+
+
+@contextlib.contextmanager
+def _recording(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
+def _vjp(
+    outputs: Sequence[Tensor], adjoints: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of the inputs. Grad mode stays on, so that nothing is detached on the way."""
+    pairs = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(inputs)
+    if pairs and inputs:
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [a for _, a in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
+
+
+def _adjoint(of: Mixing) -> Adjoint:
+    count, rows_of = of.num_components, [i for i, e in enumerate(of.edges) if e.by_rows]
+
+    def step(fixed: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
+        before, moving, grads = inputs[:count], inputs[count:-count], inputs[-count:]
+        given = dict(zip(rows_of, moving, strict=True))
+        edges = [given[i] if i in given else fixed[f"edge_{i}"] for i in range(len(of.edges))]
+        after = (state,) if count == 1 else state
+        adjoints = [a + g for a, g in zip(after, grads, strict=True)]
+        found = _vjp(of.step.module(*before, *edges), adjoints, before)
+        return tuple(found) if count > 1 else found[0]
+
+    fixed = {f"edge_{i}": e.example(1, of.device) for i, e in enumerate(of.edges) if not e.by_rows}
+    vector = ((of.hidden,), of.dtype)
+    inputs = [vector] * count + [(of.edges[i].shape, of.edges[i].dtype) for i in rows_of]
+    subject = Subject(step, step, fixed, "the adjoint of the cell", 2)
+    captured = capture(
+        subject, [*inputs, *[vector] * count], of.hidden, count, count > 1, of.dtype, of.device
+    )
+    parts = partition(captured, draw_in=True)
+    by_rows = tuple(bool(e.meta["by_rows"]) for e in parts.edges)
+    part = input_part(parts, [AsItIs(e) for e in parts.edges])
+    return Adjoint(Step(recurrent_module(parts), by_rows), part, tuple(rows_of))
+
+
+def _gradients(of: Mixing) -> fx.GraphModule:
+    count, wanted = of.num_components, of.differentiable
+
+    def run(*flat: Tensor) -> Sequence[Tensor]:
+        before, edges, adjoints = flat[:count], flat[count:-count], flat[-count:]
+        return _vjp(of.step.module(*before, *edges), adjoints, [edges[i] for i in wanted])
+
+    vector = Edge((of.hidden,), of.dtype, True)
+    kinds = {f"x_{i}": vector for i in range(count)}
+    kinds |= {f"edge_{i}": e for i, e in enumerate(of.edges)}
+    kinds |= {f"adjoint_{i}": vector for i in range(count)}
+
+    def at(rows: int) -> tuple[fx.Graph, list[Tensor]]:
+        given = {name: kind.example(rows, of.device) for name, kind in kinds.items()}
+        for i in wanted:
+            given[f"edge_{i}"].requires_grad_()
+        return record(run, given, "the derivative of the cell")
+
+    graph, constants = record_rows(at, "the derivative of the cell")
+    assert not constants, "a step takes everything as an argument"
+    return module_of(graph)

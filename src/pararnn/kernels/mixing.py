@@ -103,7 +103,7 @@ _plans: dict[str, Plan] = {}
 
 def plan(mixing: Mixing, group: int, settings: Solver | None) -> str:
     """Register how to evaluate a recurrence; equal requests give the same name."""
-    _ = mixing.adjoint, mixing.gradients  # now: inside an operator autograd is out of reach
+    _ = mixing.adjoint  # now: inside an operator autograd is out of reach
     text = f"{mixing.key} {mixing.device} {group} {settings!r}"
     name = f"mixing-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     _plans.setdefault(name, Plan(mixing, group, settings))
@@ -168,16 +168,9 @@ def _mixing_backward(
         ]
         chain = Backward(**vars(forward), before=before, grad_states=grads)
         found, _ = chosen.solve(chain, chosen.state_dtype(edges, initial))
-        rows = [t.flatten(0, 1) for t in (*before, *chain.total(found))]
-        flat = [
-            e.flatten(0, 1) if by_rows else e
-            for e, by_rows in zip(forward.edges, mixing.step.by_rows, strict=True)
-        ]
-        count = mixing.num_components
-        gradients = mixing.gradients(*rows[:count], *flat, *rows[count:])
         shaped = [
             g.reshape(edges[i].shape).to(edges[i].dtype)
-            for i, g in zip(mixing.differentiable, gradients, strict=True)
+            for i, g in zip(mixing.differentiable, chain.gradients(found), strict=True)
         ]
         return [*shaped, chain.initial_gradient(found).to(initial.dtype)]
 

@@ -11,6 +11,7 @@ $D_k^\top e_i$ for as many $i$ as a group has entries. No Jacobian of a step is 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,38 +125,44 @@ class Chain(abc.ABC):
             return whole, progress
         return [cut.join(h) for h in history], progress
 
-    def _linear(
+    def _adjoint_edges(
         self,
         before: Sequence[Tensor],
         edges: Sequence[Tensor],
         grad_states: Sequence[Tensor] | None,
-        begins: Tensor | None,
-    ) -> Chunks:
-        """Chunks of the adjoint recurrence, from what is cut backwards in time.
+    ) -> list[Tensor]:
+        """The edges of the adjoint, those with rows (a, b, ...) like all arguments with rows.
 
         Args:
-            before: Components (steps, rows, hidden).
-            edges: Those with rows (steps, rows, ...).
-            grad_states: Components (steps, rows, hidden); zeros when None.
-            begins: The adjoint before a step is zero.
+            before: The states before all steps, components (a, b, hidden).
+            edges: Those of the recurrence.
+            grad_states: Components (a, b, hidden); zeros when None.
         """
-        steps, rows = before[0].shape[:2]
         if grad_states is None:
-            grad_states = [b.new_zeros(1, 1, 1).expand_as(b) for b in before]
+            grad_states = _zeros(before)
         flat = [
             e.flatten(0, 1) if by_rows else e
             for e, by_rows in zip(edges, self.mixing.step.by_rows, strict=True)
         ]
-        adjoint = self.mixing.adjoint
+        adjoint, rows = self.mixing.adjoint, before[0].shape[:2]
         found = adjoint.edges(
             [b.flatten(0, 1) for b in before], flat, [g.flatten(0, 1) for g in grad_states]
         )
-        now = [
-            e.unflatten(0, (steps, rows)) if by_rows else e
-            for e, by_rows in zip(found, adjoint.step.by_rows, strict=True)
+        return [
+            e.unflatten(0, rows) if by_rows else e
+            for e, by_rows in zip(found, adjoint.by_rows, strict=True)
         ]
-        zeros = [b.new_zeros(1, 1, 1).expand_as(b) for b in before]
-        return Chunks(adjoint.step, steps, now, begins, [] if begins is None else zeros)
+
+    def _adjoint_chunks(self, steps: int, edges: Sequence[Tensor], begins: Tensor | None) -> Chunks:
+        """Chunks of the adjoint from all its edges, cut; it is zero before steps that begin."""
+        adjoint = self.mixing.adjoint
+        fresh = []
+        if begins is not None:
+            zero = self.initial.new_zeros(1, 1, 1)
+            fresh = [
+                zero.expand(*begins.shape[:2], self.mixing.hidden)
+            ] * self.mixing.num_components
+        return Chunks(adjoint.step, steps, [edges[i] for i in adjoint.step_edges], begins, fresh)
 
     def _images(self, cut: Cut, linear: Chunks, run: Run) -> Tensor:
         """What chunks of the adjoint make of unit vectors."""
@@ -195,11 +202,11 @@ class Forward(Chain):
             e.flip(0) if by_rows else e
             for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
         ]
-        begins = chunks.begins
+        edges, begins = self._adjoint_edges(before, edges, None), chunks.begins
         if begins is None:
-            return self._images(cut, self._linear(before, edges, None, None), run)
+            return self._images(cut, self._adjoint_chunks(cut.chunk, edges, None), run)
         after = torch.cat([torch.zeros_like(begins[:1]), begins.flip(0)[:-1]])
-        images = self._images(cut, self._linear(before, edges, None, after), run)
+        images = self._images(cut, self._adjoint_chunks(cut.chunk, edges, after), run)
         fresh = begins[0].view(cut.chunks, cut.batch).T
         return torch.where(fresh[:, :, None, None, None], 0.0, images)
 
@@ -226,13 +233,27 @@ class Backward(Chain):
     relative = True
     backwards = True
 
-    def total(self, found: Sequence[Tensor]) -> list[Tensor]:
-        r"""The whole adjoints $c_t + g_t$, from the solution $c_{t-1}$ at every $t$."""
+    @functools.cached_property
+    def adjoint_edges(self) -> list[Tensor]:
+        """The edges of the adjoint, those with rows (batch, time, ...)."""
+        return self._adjoint_edges(self.before, self.edges, self.grad_states)
+
+    def gradients(self, found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of the differentiable edges, those with rows (batch * time, ...).
+
+        Args:
+            found: The solution, components (batch, time, hidden).
+        """
         after = [torch.cat([f[:, 1:], torch.zeros_like(f[:, :1])], 1) for f in found]
         if self.starts is not None:
             ends = self._ends().unsqueeze(-1)
             after = [torch.where(ends, 0.0, a) for a in after]
-        return [a + g for a, g in zip(after, self.grad_states, strict=True)]
+        adjoint = self.mixing.adjoint
+        edges = [
+            e.flatten(0, 1) if by_rows else e
+            for e, by_rows in zip(self.adjoint_edges, adjoint.by_rows, strict=True)
+        ]
+        return adjoint.gradients(*(a.flatten(0, 1) for a in after), *edges)
 
     def initial_gradient(self, found: Sequence[Tensor]) -> Tensor:
         """The gradient of the initial states, from the solution: what reaches a start is theirs."""
@@ -258,13 +279,12 @@ class Backward(Chain):
 
     def chunks(self, cut: Cut) -> Chunks:
         """See `Chain.chunks`."""
-        return self._cut(cut, [cut.split(g) for g in self.grad_states])
+        return self._cut(cut, self.adjoint_edges)
 
-    def _cut(self, cut: Cut, grad_states: Sequence[Tensor] | None) -> Chunks:
-        before = [cut.split(b) for b in self.before]
-        edges = _split(cut, self.edges, self.mixing.step.by_rows)
+    def _cut(self, cut: Cut, edges: Sequence[Tensor]) -> Chunks:
         begins = None if self.starts is None else cut.split(self._ends().unsqueeze(-1))
-        return self._linear(before, edges, grad_states, begins)
+        edges = _split(cut, edges, self.mixing.adjoint.by_rows)
+        return self._adjoint_chunks(cut.chunk, edges, begins)
 
     def tangents(
         self,
@@ -275,7 +295,12 @@ class Backward(Chain):
         run: Run,
     ) -> Tensor:
         """See `Chain.tangents`."""
-        return self._images(cut, self._cut(cut, None), run).transpose(2, 3)
+        linear = self._adjoint_edges(self.before, self.edges, None)
+        return self._images(cut, self._cut(cut, linear), run).transpose(2, 3)
+
+
+def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
+    return [x.new_zeros(1, 1, 1).expand_as(x) for x in like]
 
 
 def _split(cut: Cut, edges: Sequence[Tensor], by_rows: Sequence[bool]) -> list[Tensor]:

@@ -2,8 +2,9 @@ r"""A recurrence whose channels mix: its step, and derivatives by recording auto
 
 With $h_t = f(h_{t-1}, e_t)$ and edges $e$ from the input part, adjoints follow
 $c_{t-1} = J_t^\top (c_t + g_t)$: a recurrence backwards in time, whose step is the vector-Jacobian
-product of $f$. It is traced and split like a cell, so that what does not depend on $c$ (all that
-belongs to the forward pass) is computed for all times at once.
+product of $f$. It is recorded and split like a cell, so that what does not depend on $c$ (all that
+belongs to the forward pass) is computed for all times at once, and so are, from its solution, the
+gradients of the edges: no sums of weights' gradients over the steps.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pararnn.tracing.capture import Subject, capture, record_rows
+from pararnn.tracing.capture import Capture, record_rows
 from pararnn.tracing.partition import (
     AsItIs,
     InputPart,
@@ -30,6 +30,7 @@ from pararnn.tracing.partition import (
 )
 from pararnn.tracing.recorder import record
 
+_SUBJECT = "the derivative of the cell"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -70,22 +71,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Adjoint:
-    """The adjoint recurrence.
+    """The adjoint recurrence, and the gradients that follow from its solution.
 
     Attributes:
-        step: `(*adjoint, *edges) -> adjoint before`.
-        part: Computes the edges.
-        moving: Which edges of the recurrence have rows.
+        part: Computes the edges of both, for all times at once.
+        by_rows: Which of these have one row per sample.
+        moving: Which edges of the recurrence have.
+        step: `(*adjoint, *its edges) -> adjoint before`.
+        step_edges: Which edges these are.
+        gradients: `(*adjoint, *all edges) -> gradients of the differentiable edges`, for any rows
+            at once; those of edges without rows are sums over the rows.
     """
 
-    step: Step
     part: InputPart
+    by_rows: tuple[bool, ...]
     moving: tuple[int, ...]
+    step: Step
+    step_edges: tuple[int, ...]
+    gradients: fx.GraphModule
 
     def edges(
         self, before: Sequence[Tensor], edges: Sequence[Tensor], grad_states: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """The edges of the adjoint's step, for any rows at once.
+        """The edges, for any rows at once.
 
         Args:
             before: The state before each step, components (rows, hidden).
@@ -142,27 +150,18 @@ class Mixing:
         """Which edges have a gradient."""
         return tuple(i for i, e in enumerate(self.edges) if e.dtype.is_floating_point)
 
-    @functools.cached_property
-    def gradients(self) -> fx.GraphModule:
-        """`(*states before, *edges, *adjoints) -> gradients of the differentiable edges`.
-
-        For any rows at once; those of edges without rows are sums over the rows.
-        """
-        with _recording(self.device):
-            return _gradients(self)
-
     def jacobian(self, before: Sequence[Tensor], edges: Sequence[Tensor]) -> Tensor:
         """d(new component m) / d(old component i) of one row: (m, hidden, i, hidden)."""
         zeros = [torch.zeros_like(b) for b in before]
         size = self.num_components * self.hidden
+        adjoint = self.adjoint
+        found = adjoint.edges(before, edges, zeros)
         now = [
-            e.expand(size, *e.shape[1:]) if by_rows else e
-            for e, by_rows in zip(
-                self.adjoint.edges(before, edges, zeros), self.adjoint.step.by_rows, strict=True
-            )
+            found[i].expand(size, *found[i].shape[1:]) if adjoint.by_rows[i] else found[i]
+            for i in adjoint.step_edges
         ]
         basis = torch.eye(size, dtype=before[0].dtype, device=before[0].device)
-        rows = self.adjoint.step.module(*basis.split(self.hidden, 1), *now)
+        rows = adjoint.step.module(*basis.split(self.hidden, 1), *now)
         return torch.stack(rows, 1).unflatten(0, (self.num_components, self.hidden))
 
 
@@ -217,48 +216,54 @@ def _vjp(
 
 
 def _adjoint(of: Mixing) -> Adjoint:
-    count, rows_of = of.num_components, [i for i, e in enumerate(of.edges) if e.by_rows]
-
-    def step(fixed: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
-        before, moving, grads = inputs[:count], inputs[count:-count], inputs[-count:]
-        given = dict(zip(rows_of, moving, strict=True))
-        edges = [given[i] if i in given else fixed[f"edge_{i}"] for i in range(len(of.edges))]
-        after = (state,) if count == 1 else state
-        adjoints = [a + g for a, g in zip(after, grads, strict=True)]
-        found = _vjp(of.step.module(*before, *edges), adjoints, before)
-        return tuple(found) if count > 1 else found[0]
-
-    fixed = {f"edge_{i}": e.example(1, of.device) for i, e in enumerate(of.edges) if not e.by_rows}
-    vector = ((of.hidden,), of.dtype)
-    inputs = [vector] * count + [(of.edges[i].shape, of.edges[i].dtype) for i in rows_of]
-    subject = Subject(step, step, fixed, "the adjoint of the cell", 2)
-    captured = capture(
-        subject, [*inputs, *[vector] * count], of.hidden, count, count > 1, of.dtype, of.device
-    )
-    parts = partition(captured, draw_in=True)
-    by_rows = tuple(bool(e.meta["by_rows"]) for e in parts.edges)
-    part = input_part(parts, [AsItIs(e) for e in parts.edges])
-    return Adjoint(Step(recurrent_module(parts), by_rows), part, tuple(rows_of))
-
-
-def _gradients(of: Mixing) -> fx.GraphModule:
-    count, wanted = of.num_components, of.differentiable
+    count = of.num_components
+    moving = tuple(i for i, e in enumerate(of.edges) if e.by_rows)
+    fixed = [i for i, e in enumerate(of.edges) if not e.by_rows]
+    vector = Edge((of.hidden,), of.dtype, True)
+    inputs = [vector] * count + [of.edges[i] for i in moving] + [vector] * count
+    kinds = {f"attribute_{n}": of.edges[i] for n, i in enumerate(fixed)}
+    kinds |= {f"x_{n}": kind for n, kind in enumerate(inputs)}
+    kinds |= {f"state_{n}": vector for n in range(count)}
 
     def run(*flat: Tensor) -> Sequence[Tensor]:
-        before, edges, adjoints = flat[:count], flat[count:-count], flat[-count:]
-        return _vjp(of.step.module(*before, *edges), adjoints, [edges[i] for i in wanted])
-
-    vector = Edge((of.hidden,), of.dtype, True)
-    kinds = {f"x_{i}": vector for i in range(count)}
-    kinds |= {f"edge_{i}": e for i, e in enumerate(of.edges)}
-    kinds |= {f"adjoint_{i}": vector for i in range(count)}
+        edges = dict(zip(fixed, flat, strict=False))
+        before, flat = flat[len(fixed) : len(fixed) + count], flat[len(fixed) + count :]
+        edges |= dict(zip(moving, flat, strict=False))
+        grads, after = flat[len(moving) : -count], flat[-count:]
+        adjoints = [a + g for a, g in zip(after, grads, strict=True)]
+        new = of.step.module(*before, *(edges[i] for i in range(len(of.edges))))
+        return _vjp(new, adjoints, [*before, *(edges[i] for i in of.differentiable)])
 
     def at(rows: int) -> tuple[fx.Graph, list[Tensor]]:
         given = {name: kind.example(rows, of.device) for name, kind in kinds.items()}
-        for i in wanted:
-            given[f"edge_{i}"].requires_grad_()
-        return record(run, given, "the derivative of the cell")
+        for name, tensor in given.items():
+            tensor.requires_grad_(tensor.is_floating_point() and not name.startswith("state"))
+        return record(run, given, _SUBJECT)
 
-    graph, constants = record_rows(at, "the derivative of the cell")
+    graph, constants = record_rows(at, _SUBJECT)
     assert not constants, "a step takes everything as an argument"
-    return module_of(graph)
+    names = [f"edge_{i}" for i in fixed]
+    captured = Capture(graph, names, {}, count, True, of.hidden, of.dtype, _SUBJECT)
+    parts = partition(captured, draw_in=True)
+    by_rows = tuple(bool(e.meta["by_rows"]) for e in parts.edges)
+    step, used = _without_unused(recurrent_module(parts, parts.results[:count]), count)
+    return Adjoint(
+        input_part(parts, [AsItIs(e) for e in parts.edges]),
+        by_rows,
+        moving,
+        Step(step, tuple(by_rows[i] for i in used)),
+        used,
+        recurrent_module(parts, parts.results[count:]),
+    )
+
+
+def _without_unused(module: fx.GraphModule, count: int) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """The module without edges that it does not use, and which are left."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    edges = [n for n in graph.nodes if n.op == "placeholder"][count:]
+    used = tuple(i for i, n in enumerate(edges) if n.users)
+    for node in edges:
+        if not node.users:
+            graph.erase_node(node)
+    return module_of(graph), used

@@ -167,12 +167,13 @@ def copy_graph(
     return graph, new
 
 
-def recurrent_module(parts: Partition) -> fx.GraphModule:
-    """The recurrent part as a module, `(*state, *edges) -> state`."""
+def recurrent_module(parts: Partition, results: Sequence[fx.Node] | None = None) -> fx.GraphModule:
+    """The recurrent part as a module, `(*state, *edges) -> results`: all of them when None."""
     inputs = {n: f"state_{i}" for i, n in enumerate(parts.states)}
     inputs |= {e: f"edge_{i}" for i, e in enumerate(parts.edges)}
     graph, new = copy_graph(parts, parts.recurrent, inputs, parts.states[0])
-    graph.output(tuple(new[r] for r in parts.results))
+    graph.output(tuple(new[r] for r in (parts.results if results is None else results)))
+    graph.eliminate_dead_code()
     return module_of(graph)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pararnn.tracing.mixing import Step
+
+_BLOCK = 1 << 16  # elements of a tensor in a block
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Cut:
         return -(-self.time // self.chunk)
 
     def split(self, x: Tensor) -> Tensor:
-        """(batch, time, ...) as (chunk, chunks * batch, ...)."""
+        """(batch, time, ...) as (chunk, chunks * batch, ...); one chunk is not turned around."""
         x = x.transpose(0, 1)
-        if self.chunks == 1 and not self.backwards:
+        if self.chunks == 1:
             return x
         at = torch.arange(self.chunks * self.chunk, device=x.device).clamp_max(self.time - 1)
         at = at.view(self.chunks, self.chunk).T.flatten()
@@ -103,6 +105,7 @@ class Chunks:
         edges: What it takes besides the state; those with rows are (steps, rows, ...).
         begins: Boolean (steps, rows, 1): the state before a step is replaced; None for nowhere.
         fresh: What it is replaced by, components (steps, rows, hidden); none without `begins`.
+        reverse: The last step comes first.
     """
 
     step: Step
@@ -110,6 +113,7 @@ class Chunks:
     edges: Sequence[Tensor]
     begins: Tensor | None
     fresh: Sequence[Tensor]
+    reverse: bool = False
 
     def tensors(self) -> list[Tensor]:
         """All that is read."""
@@ -122,7 +126,9 @@ class Chunks:
         return replace(self, edges=list(edges), begins=begins, fresh=list(fresh))
 
     def piece(self, begin: int, end: int) -> Chunks:
-        """Some of the steps."""
+        """Some of the steps, counted in the order in which they are run."""
+        if self.reverse:
+            begin, end = self.steps - end, self.steps - begin
         return replace(
             self,
             steps=end - begin,
@@ -134,13 +140,49 @@ class Chunks:
             fresh=[f[begin:end] for f in self.fresh],
         )
 
-    def states_before(self, first: Sequence[Tensor], history: Sequence[Tensor]) -> list[Tensor]:
-        """The states that the steps started from, components (steps, rows, hidden)."""
-        before = [torch.cat([f[None], h[:-1]]) for f, h in zip(first, history, strict=True)]
-        if self.begins is None:
-            return before
-        pairs = zip(self.fresh, before, strict=True)
-        return [torch.where(self.begins, f, b) for f, b in pairs]
+
+def states_before(
+    first: Sequence[Tensor],
+    after: Sequence[Tensor],
+    begins: Tensor | None,
+    fresh: Sequence[Tensor],
+    axis: int,
+) -> list[Tensor]:
+    """The states that steps along an axis started from.
+
+    Args:
+        first: Before the first step, components.
+        after: After every step.
+        begins: Where the state is replaced.
+        fresh: By what.
+        axis: That of time in the last three.
+    """
+    shifted = [
+        torch.cat([f.unsqueeze(axis), a.narrow(axis, 0, a.shape[axis] - 1)], axis)
+        for f, a in zip(first, after, strict=True)
+    ]
+    if begins is None:
+        return shifted
+    return [torch.where(begins, f, s) for f, s in zip(fresh, shifted, strict=True)]
+
+
+def in_blocks(tensors: Sequence[Tensor], moves: Sequence[bool]) -> Iterator[list[Tensor]]:
+    """Tensors (a, b, ...) as blocks of rows (rows, ...), small enough for a processor's cache.
+
+    On a GPU all rows are one block.
+
+    Args:
+        tensors: The first has rows.
+        moves: Which have; the others are passed on as they are.
+    """
+    flat = [t.flatten(0, 1) if by_rows else t for t, by_rows in zip(tensors, moves, strict=True)]
+    rows = flat[0].shape[0]
+    size = max(1, _BLOCK // flat[0].shape[1]) if flat[0].device.type == "cpu" else rows
+    for begin in range(0, rows, size):
+        yield [
+            f[begin : begin + size] if by_rows else f
+            for f, by_rows in zip(flat, moves, strict=True)
+        ]
 
 
 class Run(Protocol):
@@ -169,11 +211,12 @@ def run_steps(
     """See `Run`: one PyTorch operation after the other."""
     module, begins = chunks.step.module.forward, chunks.begins
     moving = [
-        e[first:].unbind(0) if by_rows else None
+        e.unbind(0) if by_rows else None
         for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
     ]
     history: list[list[Tensor]] = [[] for _ in state]
-    for t in range(chunks.steps - first):
+    order = range(first, chunks.steps)
+    for t in reversed(order) if chunks.reverse else order:
         now = [e if m is None else m[t] for e, m in zip(chunks.edges, moving, strict=True)]
         if copies > 1:
             now = [
@@ -181,7 +224,7 @@ def run_steps(
                 for e, m in zip(now, moving, strict=True)
             ]
         if begins is not None:
-            begin, fresh = begins[first + t], [f[first + t] for f in chunks.fresh]
+            begin, fresh = begins[t], [f[t] for f in chunks.fresh]
             if copies > 1:
                 begin = begin.repeat(copies, 1)
                 fresh = [f.repeat(copies, 1) for f in fresh]

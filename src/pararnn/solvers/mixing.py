@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pararnn.solvers.chunks import Chunks, Cut, Groups, Run
+from pararnn.solvers.chunks import Chunks, Cut, Groups, Run, in_blocks, states_before
 from pararnn.solvers.settings import Sequential, Solver
 from pararnn.solvers.shooting import WARM_UP, Progress, shoot
 from pararnn.tracing.mixing import Mixing
@@ -138,31 +138,29 @@ class Chain(abc.ABC):
             edges: Those of the recurrence.
             grad_states: Components (a, b, hidden); zeros when None.
         """
-        if grad_states is None:
-            grad_states = _zeros(before)
-        flat = [
-            e.flatten(0, 1) if by_rows else e
-            for e, by_rows in zip(edges, self.mixing.step.by_rows, strict=True)
+        adjoint, count = self.mixing.adjoint, len(before)
+        grad_states = _zeros(before) if grad_states is None else grad_states
+        moves = [True] * count + list(self.mixing.step.by_rows) + [True] * count
+        blocks = [
+            adjoint.edges(now[:count], now[count:-count], now[-count:])
+            for now in in_blocks([*before, *edges, *grad_states], moves)
         ]
-        adjoint, rows = self.mixing.adjoint, before[0].shape[:2]
-        found = adjoint.edges(
-            [b.flatten(0, 1) for b in before], flat, [g.flatten(0, 1) for g in grad_states]
-        )
         return [
-            e.unflatten(0, rows) if by_rows else e
-            for e, by_rows in zip(found, adjoint.by_rows, strict=True)
+            torch.cat(parts).unflatten(0, before[0].shape[:2]) if by_rows else parts[0]
+            for parts, by_rows in zip(zip(*blocks, strict=True), adjoint.by_rows, strict=True)
         ]
 
-    def _adjoint_chunks(self, steps: int, edges: Sequence[Tensor], begins: Tensor | None) -> Chunks:
+    def _adjoint_chunks(
+        self, steps: int, edges: Sequence[Tensor], begins: Tensor | None, reverse: bool = False
+    ) -> Chunks:
         """Chunks of the adjoint from all its edges, cut; it is zero before steps that begin."""
         adjoint = self.mixing.adjoint
-        fresh = []
-        if begins is not None:
-            zero = self.initial.new_zeros(1, 1, 1)
-            fresh = [
-                zero.expand(*begins.shape[:2], self.mixing.hidden)
-            ] * self.mixing.num_components
-        return Chunks(adjoint.step, steps, [edges[i] for i in adjoint.step_edges], begins, fresh)
+        used = [edges[i] for i in adjoint.step_edges]
+        if begins is None:
+            return Chunks(adjoint.step, steps, used, None, [], reverse)
+        zero = self.initial.new_zeros(1, 1, 1).expand(*begins.shape[:2], self.mixing.hidden)
+        fresh = [zero] * self.mixing.num_components
+        return Chunks(adjoint.step, steps, used, begins, fresh, reverse)
 
     def _images(self, cut: Cut, linear: Chunks, run: Run) -> Tensor:
         """What chunks of the adjoint make of unit vectors."""
@@ -197,7 +195,9 @@ class Forward(Chain):
         run: Run,
     ) -> Tensor:
         """See `Chain.tangents`."""
-        before = [b.flip(0) for b in chunks.states_before(first, history)]
+        before = [
+            b.flip(0) for b in states_before(first, history, chunks.begins, chunks.fresh, axis=0)
+        ]
         edges = [
             e.flip(0) if by_rows else e
             for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
@@ -212,10 +212,11 @@ class Forward(Chain):
 
     def before(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The states before every step, components (batch, time, hidden), from those after."""
-        cut = Cut(self.batch, self.time, self.time)
-        chunks = self.chunks(cut)
-        before = chunks.states_before(self.first().unbind(1), [cut.split(s) for s in states])
-        return [b.transpose(0, 1) for b in before]
+        begins, fresh = None, self.first().unbind(1)
+        if self.starts is not None:
+            begins = (self.starts >= 0).unsqueeze(-1)
+            fresh = self.initial[self.starts.long().clamp_min(0)].unbind(2)
+        return states_before(self.first().unbind(1), states, begins, fresh, axis=1)
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class Backward(Chain):
         """The edges of the adjoint, those with rows (batch, time, ...)."""
         return self._adjoint_edges(self.before, self.edges, self.grad_states)
 
-    def gradients(self, found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of the differentiable edges, those with rows (batch * time, ...).
 
         Args:
@@ -249,11 +250,15 @@ class Backward(Chain):
             ends = self._ends().unsqueeze(-1)
             after = [torch.where(ends, 0.0, a) for a in after]
         adjoint = self.mixing.adjoint
-        edges = [
-            e.flatten(0, 1) if by_rows else e
-            for e, by_rows in zip(self.adjoint_edges, adjoint.by_rows, strict=True)
+        moves = [True] * len(after) + list(adjoint.by_rows)
+        blocks = [
+            adjoint.gradients(*now) for now in in_blocks([*after, *self.adjoint_edges], moves)
         ]
-        return adjoint.gradients(*(a.flatten(0, 1) for a in after), *edges)
+        by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
+        return [
+            torch.cat(parts) if moves else functools.reduce(torch.add, parts)
+            for parts, moves in zip(zip(*blocks, strict=True), by_rows, strict=True)
+        ]
 
     def initial_gradient(self, found: Sequence[Tensor]) -> Tensor:
         """The gradient of the initial states, from the solution: what reaches a start is theirs."""
@@ -284,7 +289,7 @@ class Backward(Chain):
     def _cut(self, cut: Cut, edges: Sequence[Tensor]) -> Chunks:
         begins = None if self.starts is None else cut.split(self._ends().unsqueeze(-1))
         edges = _split(cut, edges, self.mixing.adjoint.by_rows)
-        return self._adjoint_chunks(cut.chunk, edges, begins)
+        return self._adjoint_chunks(cut.chunk, edges, begins, reverse=cut.chunks == 1)
 
     def tangents(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,17 +86,27 @@ class Plan:
             )
         return text
 
-    def solve(self, chain: Chain, dtype: torch.dtype) -> tuple[list[Tensor], Progress | None]:
-        """Solve a chain whose states are kept in `dtype`; see `Chain.solve`."""
-        settings = self.chosen(chain.batch, chain.time, chain.initial.device.type)
-        key = (type(chain), chain.batch, chain.time, *(f.data_ptr() for f in chain.fixed()[:1]))
-        if self.memory.avoids(key) or is_capturing(chain.initial.device):
-            settings = Sequential()
-        tolerance = settings.tolerance_for(dtype)
-        found, progress = chain.solve(settings, tolerance, run_steps)
+    def settings_for(self, chain: Chain) -> Solver:
+        """The settings in force for a problem."""
+        device = chain.initial.device
+        if self.memory.avoids(_key(chain)) or is_capturing(device):
+            return Sequential()
+        return self.chosen(chain.batch, chain.time, device.type)
+
+    def solve(
+        self, chain: Chain, settings: Solver, dtype: torch.dtype
+    ) -> tuple[list[Tensor], Progress | None]:
+        """Solve a problem whose states are kept in `dtype`; see `Chain.solve`."""
+        found, progress = chain.solve(settings, settings.tolerance_for(dtype), run_steps)
         if self.settings is None and progress is not None and not progress.all_converged:
-            self.memory.failed(key)
+            self.memory.failed(_key(chain))
         return found, progress
+
+
+def _key(chain: Chain) -> Hashable:
+    """What tells problems apart: direction, shape and weights."""
+    weights = [e.data_ptr() for e in chain.fixed()[:1]]
+    return type(chain).__name__, chain.batch, chain.time, *weights
 
 
 _plans: dict[str, Plan] = {}
@@ -140,7 +151,7 @@ def _mixing(
     dtype = chosen.state_dtype(edges, initial)
     with torch.autocast(initial.device.type, enabled=False):
         chain = chosen.forward(edges, initial, starts, batch, time)
-        states, progress = chosen.solve(chain, dtype)
+        states, progress = chosen.solve(chain, chosen.settings_for(chain), dtype)
     report = sequential_report(batch, initial.device) if progress is None else progress.report()
     if chosen.settings is not None:
         act_on_failure(report, chosen.settings, dtype)
@@ -166,11 +177,17 @@ def _mixing_backward(
             b.new_zeros(1, 1, 1).expand_as(b) if g is None else g.to(dtype)
             for b, g in zip(before, grad_states, strict=True)
         ]
-        chain = Backward(**vars(forward), before=before, grad_states=grads)
-        found, _ = chosen.solve(chain, chosen.state_dtype(edges, initial))
+        fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
+        chain = Backward(**fields, before=before, grad_states=grads)
+        settings = chosen.settings_for(chain)
+        if isinstance(settings, Sequential):
+            found, gradients = chain.solve_in_pieces(run_steps)
+        else:
+            found, _ = chosen.solve(chain, settings, chosen.state_dtype(edges, initial))
+            gradients = chain.gradients(found)
         shaped = [
             g.reshape(edges[i].shape).to(edges[i].dtype)
-            for i, g in zip(mixing.differentiable, chain.gradients(found), strict=True)
+            for i, g in zip(mixing.differentiable, gradients, strict=True)
         ]
         return [*shaped, chain.initial_gradient(found).to(initial.dtype)]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from pararnn.solvers.chunks import Chunks, Cut, Groups, Run, in_blocks, states_b
 from pararnn.solvers.settings import Sequential, Solver
 from pararnn.solvers.shooting import WARM_UP, Progress, shoot
 from pararnn.tracing.mixing import Mixing
+
+_PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
+_SHORTEST_PIECE = 16  # steps
 
 
 @dataclass(frozen=True)
@@ -226,10 +229,12 @@ class Backward(Chain):
     Attributes:
         before: The state before every step at the solution, components (batch, time, hidden).
         grad_states: The gradient of the states from outside, likewise.
+        incoming: What reaches the last step, (batch, components, hidden); nothing when None.
     """
 
     before: Sequence[Tensor]
     grad_states: Sequence[Tensor]
+    incoming: Tensor | None = None
 
     relative = True
     backwards = True
@@ -240,12 +245,13 @@ class Backward(Chain):
         return self._adjoint_edges(self.before, self.edges, self.grad_states)
 
     def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of the differentiable edges, those with rows (batch * time, ...).
+        """The gradients of the differentiable edges, those with rows (batch, time, ...).
 
         Args:
             found: The solution, components (batch, time, hidden).
         """
-        after = [torch.cat([f[:, 1:], torch.zeros_like(f[:, :1])], 1) for f in found]
+        last = self.first().unsqueeze(1).unbind(2)
+        after = [torch.cat([f[:, 1:], z], 1) for f, z in zip(found, last, strict=True)]
         if self.starts is not None:
             ends = self._ends().unsqueeze(-1)
             after = [torch.where(ends, 0.0, a) for a in after]
@@ -256,9 +262,44 @@ class Backward(Chain):
         ]
         by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
         return [
-            torch.cat(parts) if moves else functools.reduce(torch.add, parts)
+            torch.cat(parts).unflatten(0, (self.batch, self.time)) if moves else _sum(parts)
             for parts, moves in zip(zip(*blocks, strict=True), by_rows, strict=True)
         ]
+
+    def solve_in_pieces(self, run: Run) -> tuple[list[Tensor], list[Tensor]]:
+        """Step by step, with little memory besides the result: so many steps at a time.
+
+        Returns:
+            The solution, and the gradients of the differentiable edges.
+        """
+        size = max(_SHORTEST_PIECE, _PIECE // (self.batch * self.mixing.hidden))
+        pieces, incoming = [], self.incoming
+        for begin in reversed(range(0, self.time, size)):
+            piece = self._piece(begin, min(begin + size, self.time), incoming)
+            found, _ = piece.solve(Sequential(), 0.0, run)
+            pieces.append((found, piece.gradients(found)))
+            incoming = torch.stack([f[:, 0] for f in found], 1)
+        solutions, gradients = zip(*reversed(pieces), strict=True)
+        by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
+        return [torch.cat(parts, 1) for parts in zip(*solutions, strict=True)], [
+            torch.cat(parts, 1) if moves else _sum(parts)
+            for parts, moves in zip(zip(*gradients, strict=True), by_rows, strict=True)
+        ]
+
+    def _piece(self, begin: int, end: int, incoming: Tensor | None) -> Backward:
+        starts = self.starts
+        if starts is not None and incoming is not None and end < self.time:
+            incoming = torch.where(starts[:, end, None, None] >= 0, 0.0, incoming)
+        by_rows = self.mixing.step.by_rows
+        return replace(
+            self,
+            edges=[e[:, begin:end] if r else e for e, r in zip(self.edges, by_rows, strict=True)],
+            starts=None if starts is None else starts[:, begin:end],
+            time=end - begin,
+            before=[b[:, begin:end] for b in self.before],
+            grad_states=[g[:, begin:end] for g in self.grad_states],
+            incoming=incoming,
+        )
 
     def initial_gradient(self, found: Sequence[Tensor]) -> Tensor:
         """The gradient of the initial states, from the solution: what reaches a start is theirs."""
@@ -280,6 +321,8 @@ class Backward(Chain):
 
     def first(self) -> Tensor:
         """See `Chain.first`."""
+        if self.incoming is not None:
+            return self.incoming
         return self.initial.new_zeros(self.batch, *self.initial.shape[1:])
 
     def chunks(self, cut: Cut) -> Chunks:
@@ -302,6 +345,10 @@ class Backward(Chain):
         """See `Chain.tangents`."""
         linear = self._adjoint_edges(self.before, self.edges, None)
         return self._images(cut, self._cut(cut, linear), run).transpose(2, 3)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
 
 
 def _zeros(like: Sequence[Tensor]) -> list[Tensor]:

@@ -28,7 +28,7 @@ from pararnn.tracing.partition import (
     partition,
     recurrent_module,
 )
-from pararnn.tracing.recorder import record
+from pararnn.tracing.recorder import aten, record
 
 _SUBJECT = "the derivative of the cell"
 _HALF = (torch.float16, torch.bfloat16)
@@ -201,7 +201,7 @@ def _recording(device: torch.device) -> Iterator[None]:
 def _vjp(
     outputs: Sequence[Tensor], adjoints: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of the inputs. Grad mode stays on, so that nothing is detached on the way."""
+    """Gradients of the inputs. Grad mode stays on, in which PyTorch's rules are operations."""
     pairs = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
     found: Sequence[Tensor | None] = [None] * len(inputs)
     if pairs and inputs:
@@ -242,6 +242,8 @@ def _adjoint(of: Mixing) -> Adjoint:
 
     graph, constants = record_rows(at, _SUBJECT)
     assert not constants, "a step takes everything as an argument"
+    for node in [n for n in graph.nodes if n.target is aten.detach.default]:
+        node.replace_all_uses_with(node.args[0])  # it has done its work, and would be an edge
     names = [f"edge_{i}" for i in fixed]
     captured = Capture(graph, names, {}, count, True, of.hidden, of.dtype, _SUBJECT)
     parts = partition(captured, draw_in=True)

@@ -232,4 +232,4 @@ def run_steps(
         state = module(*state, *now)
         for past, component in zip(history, state, strict=True):
             past.append(component)
-    return [torch.stack(past) for past in history]
+    return [torch.stack(past, 1).transpose(0, 1) for past in history]  # as `Cut.join` wants it

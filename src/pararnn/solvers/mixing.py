@@ -23,7 +23,7 @@ from pararnn.solvers.settings import Sequential, Solver
 from pararnn.solvers.shooting import WARM_UP, Progress, shoot
 from pararnn.tracing.mixing import Mixing
 
-_PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
+_PIECE = 1 << 16  # elements of a component in a piece that is solved step by step
 _SHORTEST_PIECE = 16  # steps
 
 
@@ -270,7 +270,8 @@ class Backward(Chain):
         """Step by step, with little memory besides the result: so many steps at a time.
 
         Returns:
-            The solution, and the gradients of the differentiable edges.
+            The solution, of which `initial_gradient` needs the first step alone if sequences start
+            nowhere else, and the gradients of the differentiable edges.
         """
         size = max(_SHORTEST_PIECE, _PIECE // (self.batch * self.mixing.hidden))
         pieces, incoming = [], self.incoming
@@ -280,6 +281,7 @@ class Backward(Chain):
             pieces.append((found, piece.gradients(found)))
             incoming = torch.stack([f[:, 0] for f in found], 1)
         solutions, gradients = zip(*reversed(pieces), strict=True)
+        solutions = solutions[:1] if self.starts is None else solutions
         by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
         return [torch.cat(parts, 1) for parts in zip(*solutions, strict=True)], [
             torch.cat(parts, 1) if moves else _sum(parts)

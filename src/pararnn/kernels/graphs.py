@@ -60,7 +60,7 @@ def run_steps(
             piece = chunks.piece(begin, min(begin + _STEPS, chunks.steps))
             pieces.append(_replayed(piece, state, copies))
             state = [p[-1] for p in pieces[-1]]
-    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+    return pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
 
 
 _known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, _Sweep]] = (

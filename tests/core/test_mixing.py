@@ -442,6 +442,23 @@ def test_gradient_of_a_gradient_is_refused():
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("solver", [Newton(chunk=1), Jacobi(chunk=8), None])
+def test_nan_and_infinity_reach_what_the_loop_reaches(solver):
+    cell = make("lstm")
+    rnn = RNN(cell, solver=solver)
+    x, state = data(rnn, time=30)
+    x[1, 17, 2], x[2, 4, 0] = torch.nan, torch.inf
+    y, _ = rnn(x, state)
+    assert y[0].isfinite().all()
+    torch.testing.assert_close(y, loop(cell, x, state)[0], rtol=1e-11, atol=0, equal_nan=True)
+
+
+def test_check_cell():
+    check = pararnn.testing.check_cell(nn.GRUCell(INPUT, HIDDEN))
+    assert check.structure == "dense"
+    assert set(check.errors) == {f"torch, chunk={c}" for c in (1, 7, 37)}
+
+
 def test_inference_mode_and_frozen_weights():
     cell = make("gru")
     rnn = RNN(cell, solver=Newton(chunk=8))

@@ -60,7 +60,7 @@ class RNN(nn.Module):
                 f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for "
                 "a plain function use pararnn.scan."
             )
-        if solver is not None and not isinstance(solver, Solver):
+        if solver is not None and not (isinstance(solver, Solver) and hasattr(solver, "coupling")):
             raise TypeError(
                 "solver must be pararnn.Newton(...) or another of the methods (QuasiNewton, "
                 f"Picard, Jacobi, Sequential), or None, got {solver!r}."

@@ -11,7 +11,7 @@ from pararnn.solvers.shooting import WARM_UP
 
 _LARGEST_TANGENT = 8  # entries; a tangent costs as many sweeps
 # Multiplications that one step can do in the time that it takes to launch its operations.
-_FREE_WORK = {"cpu": 1 << 18, "cuda": 1 << 23}
+_FREE_WORK = {"cpu": 1 << 20, "cuda": 1 << 23}
 _RETRY_AFTER = 64  # calls step by step before parallel evaluation is tried again
 _REMEMBERED = 1024
 

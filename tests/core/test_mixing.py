@@ -9,6 +9,7 @@ from torch import nn
 
 import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
+from pararnn.kernels import graphs
 from pararnn.kernels import mixing as operator
 from pararnn.solvers import automatic
 from pararnn.testing import assert_close, loop
@@ -167,6 +168,34 @@ def test_layouts_parts_and_steps(name):
 
     for run in (transposed, strided, parts, steps):
         assert_same(outcome(run, cell, x, state), expected, 1e-12, label=run.__name__)
+
+
+@pytest.mark.parametrize("solver", [Newton(chunk=7), Jacobi(chunk=10), Sequential()])
+def test_sweeps_by_graphs(monkeypatch, solver):
+    """What a GPU does, with work that is run again in the place of a graph that is replayed."""
+
+    def captured(run):
+        outputs = run()
+
+        def replay():
+            for old, new in zip(outputs, run(), strict=True):
+                old.copy_(new)
+
+        return replay
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(graphs, "_STEPS", 4)
+    monkeypatch.setattr(graphs, "_GRAPHS", 3)
+    monkeypatch.setattr(operator, "run_steps", graphs._in_pieces)
+    cell = make("heads")
+    rnn = RNN(cell, solver=solver)
+    for resets in (None, starts(), None):
+        x, state = data(rnn)
+        with torch.no_grad():
+            cell.blocks.add_(0.1)
+        expected = outcome(lambda x, s, r=resets: loop(cell, x, s, r), cell, x, state)
+        actual = outcome(lambda x, s, r=resets: rnn(x, s, r), cell, x, state)
+        assert_same(actual, expected, RTOL[torch.float64])
 
 
 @pytest.mark.parametrize("pieces", [1, 4, 7])

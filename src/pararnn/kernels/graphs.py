@@ -54,12 +54,18 @@ def run_steps(
     device = state[0].device
     if device.type != "cuda" or is_capturing(device) or chunks.steps - first == 1:
         return plain.run_steps(chunks, state, first, copies)
-    pieces = []
     with torch.cuda.device(device):
-        for begin in range(first, chunks.steps, _STEPS):
-            piece = chunks.piece(begin, min(begin + _STEPS, chunks.steps))
-            pieces.append(_replayed(piece, state, copies))
-            state = [p[-1] for p in pieces[-1]]
+        return _in_pieces(chunks, state, first, copies)
+
+
+def _in_pieces(
+    chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
+) -> list[Tensor]:
+    pieces: list[list[Tensor]] = []
+    for begin in range(first, chunks.steps, _STEPS):
+        piece = chunks.piece(begin, min(begin + _STEPS, chunks.steps))
+        pieces.append(_replayed(piece, state, copies))
+        state = [p[-1] for p in pieces[-1]]
     return pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
 
 
@@ -71,7 +77,8 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, _Sweep]]
 def _replayed(chunks: Chunks, state: Sequence[Tensor], copies: int) -> list[Tensor]:
     known = _known.setdefault(chunks.step.module, OrderedDict())
     tensors = [*state, *chunks.tensors()]
-    key = (copies, *((t.shape, t.dtype, t.device) for t in tensors))
+    form = (chunks.steps, chunks.reverse, chunks.begins is None, copies)
+    key = (form, *((t.shape, t.dtype, t.device) for t in tensors))
     if key not in known:
         known[key] = _Sweep(chunks, state, copies)
         if len(known) > _GRAPHS:

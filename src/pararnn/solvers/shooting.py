@@ -345,6 +345,7 @@ def _finite(x: Tensor) -> Tensor:
 
 def sequential_report(batch: int, device: torch.device) -> Tensor:
     """The values of a report on sequences that were evaluated step by step."""
-    return torch.tensor([[1, 0, SEQUENTIAL, 1]], dtype=torch.float64, device=device).repeat(
-        batch, 1
+    values = [1.0, 0.0, float(SEQUENTIAL), 1.0]  # filled in, which a CUDA graph can hold
+    return torch.stack(
+        [torch.full((batch,), v, dtype=torch.float64, device=device) for v in values], 1
     )

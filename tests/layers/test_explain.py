@@ -55,7 +55,7 @@ def test_explanation_of_a_dense_cell_names_the_operation(capsys):
     assert "addmm" in explanation.structure_reason
     assert explanation.backend == "torch"
     assert "channels mix" in explanation.backend_reason
-    assert explanation.solver.startswith("Newton between as many chunks as pay for the shape")
+    assert explanation.solver.startswith("Newton, with chunks chosen for every shape, or step by")
 
 
 def test_generated_source_is_deterministic():

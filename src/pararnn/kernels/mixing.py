@@ -78,8 +78,8 @@ class Plan:
             return repr(self.settings)
         entries = self.mixing.num_components * self.group
         text = (
-            f"{coupling(entries).__name__} between as many chunks as pay for the shape, step by "
-            "step where none do"
+            f"{coupling(entries).__name__}, with chunks chosen for every shape, or step by step "
+            "where they do not pay"
         )
         if len(self.memory):
             text += (

@@ -169,7 +169,9 @@ class Evaluation:
     def describe(self) -> str:
         """The solver, in words."""
         if self.traced.mixing is None:
-            return repr(self.solver or Newton())
+            return (
+                repr(self.solver) if self.solver else "Newton, with chunks chosen for every shape"
+            )
         return mixing.plan_of(self.plan).describe()
 
     def run(

@@ -12,6 +12,7 @@ from pararnn.solvers.shooting import WARM_UP
 _LARGEST_TANGENT = 8  # entries; a tangent costs as many sweeps
 # Multiplications that one step can do in the time that it takes to launch its operations.
 _FREE_WORK = {"cpu": 1 << 20, "cuda": 1 << 23}
+_WORTH = 1.25  # times as fast as the loop by the estimate, or it is not tried
 _RETRY_AFTER = 64  # calls step by step before parallel evaluation is tried again
 _REMEMBERED = 1024
 
@@ -27,7 +28,7 @@ def automatic(entries: int, work: int, batch: int, time: int, device: str) -> So
     With the launches of a step as the unit of time, a step of r rows takes 1 + r / free, where
     free = _FREE_WORK / work. Evaluation in n chunks takes (WARM_UP + time / n) such steps with
     n * batch rows, least at n = sqrt(time / WARM_UP * free / batch). Iterations are allowed for as
-    long as the loop would take.
+    long as the loop would take, and the loop is taken where one iteration is hardly faster.
 
     Args:
         entries: All components of the channels of one group.
@@ -41,11 +42,14 @@ def automatic(entries: int, work: int, batch: int, time: int, device: str) -> So
     if chunks < 2:
         return Sequential()
     chunk = -(-time // chunks)
-    loop, step = time * (1 + batch / free), 1 + chunks * batch / free
-    most = int((loop / step - WARM_UP) / chunk)
-    if most < 1:
+    method, rows = coupling(entries), chunks * batch
+    loop, sweep = time * (1 + batch / free), chunk * (1 + rows / free)
+    first = sweep * (WARM_UP + chunk) / chunk
+    if loop < _WORTH * first:
         return Sequential()
-    return coupling(entries)(chunk=chunk, max_iterations=most)
+    tangents = chunk * (1 + entries * rows / free) if method is Newton else 0.0
+    most = 1 + int((loop - first) / (sweep + tangents))
+    return method(chunk=chunk, max_iterations=most)
 
 
 class Memory:

@@ -141,14 +141,14 @@ rnn = pararnn.RNN(pararnn.cells.{cell}(D, D), backend="c")
 count = rnn.evaluation().traced.recurrence
 layout = rnn.evaluation().traced.layout
 slots = [1 + max(s for i, s in layout.drives if i == k) for k in range(layout.num_drive_sources)]
-drives = [torch.randn(B, T, k, D, requires_grad=True) for k in slots]
+drives = [torch.randn(B, T, k, 1, D, requires_grad=True) for k in slots]
 weights = [torch.randn(1 + max(s for i, s in layout.coefficients if i == k), D)
            for k in sorted({i for i, _ in layout.coefficients})]
 first = torch.zeros(B, count.num_components, D)
 cotangent = torch.randn(B, T, D)
 run = lambda u, g: torch.autograd.grad(
     torch.ops.pararnn.recurrence(u, weights, first, None, rnn.evaluation().plan)[0], u, g)
-run([torch.randn(B, 64, k, D, requires_grad=True) for k in slots], cotangent[:, :64].clone())
+run([torch.randn(B, 64, k, 1, D, requires_grad=True) for k in slots], cotangent[:, :64].clone())
 status = pathlib.Path("/proc/self/status")
 used = lambda key: int(status.read_text().split(key)[1].split()[0]) * 1024
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

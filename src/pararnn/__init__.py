@@ -8,6 +8,7 @@ from pararnn.diagnose import diagnose as diagnose
 from pararnn.explain import Explanation as Explanation
 from pararnn.explain import explain as explain
 from pararnn.layers.constraints import project_parameters as project_parameters
+from pararnn.layers.parallelize import parallelize as parallelize
 from pararnn.layers.rnn import RNN as RNN
 from pararnn.layers.scan import scan as scan
 from pararnn.layers.stacked import ParaGRU as ParaGRU

@@ -23,9 +23,19 @@ CELLS = {
 }
 
 
+MIXING = {
+    "one head": (functools.partial(cells.HeadSLSTMCell, num_heads=1), "dense"),
+    "2 heads": (functools.partial(cells.HeadSLSTMCell, num_heads=2), "heads (size 4)"),
+    "without bias": (
+        functools.partial(cells.HeadSLSTMCell, num_heads=2, bias=False),
+        "heads (size 4)",
+    ),
+}
+
+
 def make(name, **options):
     torch.manual_seed(5)
-    cell = CELLS[name](6, 8, **options).double()
+    cell = (CELLS[name] if name in CELLS else MIXING[name][0])(6, 8, **options).double()
     with torch.no_grad():
         for parameter in cell.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -52,6 +62,18 @@ def test_equals_the_loop(name, backend, chunk):
         state = (*state[:2], state[2].abs() + 0.1, state[3])  # a normaliser is positive
     expected = outcome(functools.partial(loop, cell), cell, x, state)
     assert_same(outcome(rnn, cell, x, state), expected, RTOL[torch.float64] * 10)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_cells_that_mix_channels_equal_the_loop(name):
+    cell = make(name)
+    rnn = RNN(cell)
+    assert rnn.evaluation().traced.structure == MIXING[name][1]
+    x = inputs(cell)
+    state = random_state(cell.num_components, 2, 8)
+    state = (*state[:2], state[2].abs() + 0.1, state[3])
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, 1e-10)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -105,6 +127,25 @@ def test_stabiliser_changes_nothing_but_the_range():
     assert all(s.isfinite().all() for s in cell(x, (h, c, n, shift)))
 
 
+def test_heads_with_diagonal_blocks_are_the_diagonal_cell():
+    ours, diagonal = make("2 heads"), make("SLSTMCell", num_heads=2)
+    with torch.no_grad():
+        ours.weight.copy_(diagonal.weight)
+        ours.bias.copy_(diagonal.bias)
+        blocks = torch.diag_embed(diagonal.diagonal.unflatten(-1, (2, 4)))
+        ours.recurrent.copy_(blocks.transpose(0, 1))
+    x = torch.randn(3, 6).double()
+    state = tuple(torch.rand(3, 8).double() for _ in range(4))
+    for a, e in zip(ours(x, state), diagonal(x, state), strict=True):
+        assert_close("state", a, e, rtol=1e-12)
+
+
+def test_heads_start_with_blocks_of_norm_like_a_full_matrix():
+    cell = cells.HeadSLSTMCell(64, 512, num_heads=4)
+    assert abs(cell.recurrent.std() * 128**0.5 - 1) < 0.02
+    assert not cell.bias.any()
+
+
 @pytest.mark.parametrize("backend", ["c", "torch"])
 @pytest.mark.parametrize("seed", [1, 15, 21, 26])
 def test_an_overshoot_does_not_hide_what_is_wrong(backend, seed):
@@ -117,10 +158,22 @@ def test_an_overshoot_does_not_hide_what_is_wrong(backend, seed):
     assert_close("y", y, loop(cell, x, state)[0], rtol=1e-11)
 
 
-def test_linear_cell_takes_one_iteration():
-    rnn = RNN(make("MinGRUCell"), backend="torch", solver=Newton(chunk=4))
-    rnn(inputs(rnn.cell))
-    assert rnn.report.iterations <= 2  # one to solve, one to see that it is solved
+@pytest.mark.parametrize("backend", ["c", "torch"])
+@pytest.mark.parametrize(("chunk", "time"), [(1, 40), (4, 40), (8, 1000)])
+def test_linear_cell_takes_one_iteration(backend, chunk, time):
+    """One update: the first sweep is from guesses, the second one finds that nothing is left."""
+    cell = make("MinGRUCell")
+    with torch.no_grad():
+        cell.bias[0] -= 4  # remembers for longer than a chunk, so that guesses are wrong
+    x = inputs(cell, time)
+    guesses_only = RNN(cell, backend=backend, solver=Newton(chunk=chunk, max_iterations=1))
+    guesses_only(x)
+    assert guesses_only.report.residual > 1e-3
+    rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk))
+    y, _ = rnn(x)
+    assert rnn.report.iterations == 2
+    assert rnn.report.status == "converged"
+    assert_close("y", y, loop(cell, x, torch.zeros(2, 8).double())[0], rtol=1e-12)
 
 
 def test_elapsed_time_matters():

@@ -176,9 +176,15 @@ def paralstm():
     return pararnn.cells.ParaLSTMCell(INPUT, HIDDEN)
 
 
+def projected_heads():
+    """Its drives lie in memory head by head."""
+    return pararnn.cells.ParaGRUCell(6, 9, num_heads=3)
+
+
 CELLS = {
     "paragru": paragru,
     "paralstm": paralstm,
+    "projected_heads": projected_heads,
     "slow_gates": SlowGates,
     "exponential": Exponential,
     "unusual": Unusual,

@@ -37,21 +37,13 @@ BINARY = {
 }
 
 
-def trees(leaves):
+def trees(leaves, unary=UNARY, binary=BINARY):
     """Expressions as nested tuples: ("state", 0), ("tanh", tree), ("add", tree, tree)."""
     grow = lambda child: st.one_of(  # noqa: E731
-        st.tuples(st.sampled_from(sorted(UNARY)), child),
-        st.tuples(st.sampled_from(sorted(BINARY)), child, child),
+        st.tuples(st.sampled_from(sorted(unary)), child),
+        st.tuples(st.sampled_from(sorted(binary)), child, child),
     )
     return st.recursive(st.sampled_from(leaves), grow, max_leaves=6)
-
-
-def evaluate(tree, values):
-    if tree in values:
-        return values[tree]
-    name, *children = tree
-    operands = [evaluate(c, values) for c in children]
-    return UNARY[name](*operands) if name in UNARY else BINARY[name](*operands)
 
 
 class Random(nn.Module):
@@ -66,6 +58,15 @@ class Random(nn.Module):
         self.input_size = self.num_drives * hidden_size
         self.a = nn.Parameter(torch.rand(self.num_components, hidden_size) - 0.5)
 
+    def operation(self, name, *operands):
+        return (UNARY | BINARY)[name](*operands)
+
+    def evaluate(self, tree, values):
+        if tree in values:
+            return values[tree]
+        name, *children = tree
+        return self.operation(name, *(self.evaluate(c, values) for c in children))
+
     def forward(self, x, state):
         state = state if isinstance(state, tuple) else (state,)
         values = {("drive", i): d for i, d in enumerate(x.chunk(self.num_drives, -1))}
@@ -73,7 +74,7 @@ class Random(nn.Module):
         values |= {("coefficient", 0): self.a[0].expand_as(state[0])}
         rest = 0.1 * sum(values.values())
         new = tuple(
-            torch.tanh(evaluate(tree, values)) + a * h + rest
+            torch.tanh(self.evaluate(tree, values)) + a * h + rest
             for tree, a, h in zip(self.trees, self.a, state, strict=True)
         )
         return new if len(new) > 1 else new[0]

@@ -10,6 +10,7 @@ from torch import nn
 import pararnn
 from pararnn import RNN, Newton, TraceError
 from pararnn.testing import loop
+from pararnn.tracing.capture import resolve
 
 from .cells import CELLS, Cell, make_cell
 from .compare import assert_same, outcome, random_state
@@ -138,6 +139,18 @@ def test_equations_use_the_names_of_the_source():
     text = str(pararnn.explain(RNN(pararnn.cells.ParaGRUCell(3, 4), backend="torch")))
     assert "z = sigmoid(a_z * h + x_z)" in text
     assert "c = tanh(a_c * (h * r) + x_c)" in text
+
+
+def test_heads_and_biases_reach_the_recurrence_without_a_pass_over_memory():
+    """What the batched product leaves is the drives' source itself; the bias is a coefficient."""
+    cell = pararnn.cells.ParaGRUCell(6, 8, num_heads=2)
+    traced = RNN(cell, backend="torch").evaluation().traced
+    tensors = [resolve(cell, name) for name in traced.input_part.names]
+    source, *coefficients = traced.input_part(tensors, torch.randn(10, 6))
+    assert source.shape == (10, 3, 2, 4)
+    assert source.stride() == (12, 4, 120, 1)
+    assert len(coefficients) == 6
+    assert "z = sigmoid(a_z * h + (x_z + x_z_bias))" in str(pararnn.explain(RNN(cell)))
 
 
 class Settable(Cell):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import pararnn
 from pararnn.testing import assert_close, loop
@@ -68,3 +69,15 @@ def test_c_backend_refuses_the_device():
     rnn = pararnn.RNN(pararnn.cells.ParaGRUCell(12, 20), backend="c")
     with pytest.raises(ValueError, match=r"backend='c' cannot run .* the tensors are on cuda"):
         rnn.cuda()
+
+
+@pytest.mark.parametrize("make", [nn.GRU, nn.LSTM])
+def test_parallelized_layers(make):
+    layer = make(12, 20, 2, bidirectional=True).double()
+    ours = pararnn.parallelize(layer).cuda()
+    assert {id(p) for p in ours.parameters()} == {id(p) for p in layer.parameters()}
+    layer.flatten_parameters()
+    x = torch.randn(30, 3, 12, dtype=torch.float64, device="cuda")
+    assert_close("y", ours(x)[0], layer(x)[0], rtol=1e-10)
+    packed = pack_sequence([x[:n, 0] for n in (5, 9, 1)], enforce_sorted=False)
+    assert_close("packed", ours(packed)[0].data, layer(packed)[0].data, rtol=1e-10)

@@ -74,6 +74,17 @@ def test_accuracy(batch, time, hidden, dtype, slow):
         assert_close(name, a.double(), e.double(), rtol=rtol)
 
 
+@pytest.mark.parametrize("chunk", [40, 300])
+@pytest.mark.parametrize(("hidden", "heads"), [(256, 4), (192, 2), (90, 3), (6, 3)])
+def test_heads_that_lie_apart(hidden, heads, chunk):
+    """Heads larger and smaller than what a program has, and of odd sizes."""
+    cell = pararnn.cells.ParaLSTMCell(2 * heads, hidden, num_heads=heads)
+    rnn = RNN(cell, solver=Newton(chunk=chunk))
+    x, state = torch.randn(3, 300, 2 * heads), random_state(2, 3, hidden, dtype=torch.float32)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, 1e-5)
+
+
 def test_more_than_two_to_the_31_elements():
     batch, time, hidden = 3, 2**19, 512  # 2.4e9 elements of drives
     drives, weights = problem(batch, 1, hidden, torch.bfloat16)

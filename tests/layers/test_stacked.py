@@ -147,8 +147,8 @@ def test_heads_are_blocks_of_the_projection():
     cell = pararnn.cells.ParaGRUCell(6, 8, num_heads=2).double()
     dense = pararnn.cells.ParaGRUCell(6, 8).double()
     with torch.no_grad():
-        blocks = [torch.block_diag(*gate) for gate in cell.weight]
-        dense.weight.copy_(torch.stack(blocks).unsqueeze(1))
+        blocks = [torch.block_diag(*gate) for gate in cell.weight.transpose(0, 1)]
+        dense.weight.copy_(torch.stack(blocks).unsqueeze(0))
         dense.diagonal.copy_(cell.diagonal)
         dense.bias.copy_(cell.bias.normal_())
     x, h = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)

@@ -20,14 +20,15 @@ def model_of(architecture):
     return model
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-def test_equals_all_logits_at_once(monkeypatch, rows_at_once):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of PyTorch's compiler
+@pytest.mark.parametrize(("rows_at_once", "compiled"), [(1, False), (4, True), (100, False)])
+def test_equals_all_logits_at_once(monkeypatch, rows_at_once, compiled):
     monkeypatch.setattr(causal_loss, "_LOGITS_AT_ONCE", 23 * rows_at_once)
     hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(23, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(23, (10,))
     targets[[2, 7]] = -100
-    loss, cross_entropy, z_loss = linear_cross_entropy(hidden, weight, targets, 0.3)
+    loss, cross_entropy, z_loss = linear_cross_entropy(hidden, weight, targets, 0.3, compiled)
     expected = language_model_loss(hidden @ weight.T, targets)
     assert_close("cross-entropy", cross_entropy, expected[0].detach(), rtol=1e-12)
     assert_close("z-loss", z_loss, expected[1].detach(), rtol=1e-12)

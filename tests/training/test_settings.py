@@ -116,7 +116,7 @@ def test_only_matrices_decay():
     )
     decayed = {name for name, p in model.named_parameters() if is_matrix(name, p)}
     assert {name.removesuffix(".weight").rpartition(".")[2] for name in decayed} == {
-        *("in_proj", "out_proj", "up_proj", "down_proj"),
+        *("in_proj", "gate_proj", "out_proj", "up_proj", "down_proj"),
         *("cell", "conv", "embed_tokens", "lm_head"),
     }
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.5))

@@ -17,7 +17,7 @@ from pararnn.layers.graphs import captured
 from pararnn.models import ParaRNNForCausalLM
 from pararnn.models.architectures import missing_kernels
 from pararnn.models.flops import multiplied_parameters
-from pararnn.models.generation import Decoder
+from pararnn.models.generation import DECODING, Decoder
 
 _STEPS = 16  # timed together
 
@@ -115,7 +115,9 @@ def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Call
         tokens.copy_(output.logits[:, -1:].argmax(-1))
 
     step()  # the cache makes its tensors
-    return captured(torch.compile(step, dynamic=False)) if model.device.type == "cuda" else step
+    if model.device.type != "cuda":
+        return step
+    return captured(torch.compile(step, dynamic=False, options=DECODING))
 
 
 def _repeated(step: Callable[[], None]) -> Callable[[], None]:

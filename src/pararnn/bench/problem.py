@@ -76,10 +76,10 @@ class Problem:
         assert recurrence is not None
         self.components = recurrence.num_components
         generator = torch.Generator("cuda").manual_seed(0)
-        shape = (size.batch, size.time, recurrence.num_drives, size.hidden)
+        shape = (size.batch, size.time, recurrence.num_drives, 1, size.hidden)
         drives = torch.randn(shape, device="cuda", generator=generator, dtype=dtype)
         if slow:
-            drives[:, :, 0, ::10] += SLOW[cell]
+            drives[:, :, 0, :, ::10] += SLOW[cell]
         weights = torch.randn(
             (recurrence.num_coefficients, size.hidden), device="cuda", generator=generator
         )

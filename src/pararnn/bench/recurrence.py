@@ -71,7 +71,7 @@ def loop_row(size: Size) -> Row:
 
     def loop() -> Any:
         h, outputs = problem.initial[:, 0].to(torch.bfloat16), []
-        for u in drives.unbind(1):
+        for u in drives.squeeze(3).unbind(1):
             z = torch.sigmoid(a * h + u[:, 0])
             r = torch.sigmoid(b * h + u[:, 1])
             h = (1 - z) * h + z * torch.tanh(e * (h * r) + u[:, 2])

@@ -10,3 +10,4 @@ from pararnn.cells.lstm import ParaLSTMCell as ParaLSTMCell
 from pararnn.cells.mgu import MinimalGatedCell as MinimalGatedCell
 from pararnn.cells.min_gru import MinGRUCell as MinGRUCell
 from pararnn.cells.slstm import SLSTMCell as SLSTMCell
+from pararnn.cells.slstm_heads import HeadSLSTMCell as HeadSLSTMCell

@@ -22,22 +22,23 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...
 
     Args:
         x: Inputs, shape (N, input_size).
-        weight: Shape (gates, heads, hidden_size / heads, input_size / heads).
+        weight: Shape (heads, gates, hidden_size / heads, input_size / heads).
         bias: Shape (gates, hidden_size), or None.
 
     Returns:
-        One tensor (N, hidden_size) per gate; with one head, slices of a single GEMM output.
+        One tensor (N, hidden_size) per gate; slices of a single GEMM output, heads beside heads.
     """
-    gates, heads, head_size, head_inputs = weight.shape
+    heads, gates, head_size, head_inputs = weight.shape
     if heads == 1:
         flat_bias = None if bias is None else bias.flatten()
         out = F.linear(x, weight.reshape(gates * head_size, head_inputs), flat_bias)
         return out.unflatten(-1, (gates, head_size)).unbind(-2)
-    x_heads = x.unflatten(-1, (heads, head_inputs))
-    out = torch.einsum("nhi,ghoi->gnho", x_heads, weight).flatten(-2)
-    if bias is not None:
-        out = out + bias.unsqueeze(1)
-    return out.unbind(0)
+    x_heads = x.unflatten(-1, (heads, head_inputs)).transpose(0, 1)
+    blocks = torch.bmm(x_heads, weight.flatten(1, 2).mT).unflatten(-1, (gates, head_size))
+    outs = [gate.flatten(-2) for gate in blocks.permute(1, 2, 0, 3).unbind(1)]
+    if bias is None:
+        return tuple(outs)
+    return tuple(out + b for out, b in zip(outs, bias, strict=True))
 
 
 def init_projection_(weight: Tensor, bias: Tensor | None) -> None:

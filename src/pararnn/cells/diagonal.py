@@ -53,7 +53,7 @@ class DiagonalCell(nn.Module):
         self.max_recurrent_weight = max_recurrent_weight
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         gates = self.num_gates
-        blocks = (gates, num_heads, hidden_size // num_heads, input_size // num_heads)
+        blocks = (num_heads, gates, hidden_size // num_heads, input_size // num_heads)
         self.weight = nn.Parameter(torch.empty(blocks, **options))
         self.bias = nn.Parameter(torch.empty(gates, hidden_size, **options)) if bias else None
         for name, count in (("diagonal", self.num_diagonals), ("peephole", self.num_peepholes)):

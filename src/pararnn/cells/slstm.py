@@ -17,7 +17,7 @@ from torch import Tensor
 from pararnn.cells.diagonal import DiagonalCell
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
-_SMALLEST = 1e-30  # of the normaliser, which is 0 before the first step
+SMALLEST = 1e-30  # of the normaliser, which is 0 before the first step
 
 
 class SLSTMCell(DiagonalCell):
@@ -31,11 +31,12 @@ class SLSTMCell(DiagonalCell):
 
     def forward(self, x: Tensor, state: State) -> State:  # noqa: D102
         h, c, n, m = state
-        pairs = zip(self.diagonal, self.inputs(x), strict=True)
-        i, f, z, o = (a * h + from_x for a, from_x in pairs)
+        x_i, x_f, x_z, x_o = self.inputs(x)
+        a_i, a_f, a_z, a_o = self.diagonal
+        i, f, z, o = a_i * h + x_i, a_f * h + x_f, a_z * h + x_z, a_o * h + x_o
         forget = F.logsigmoid(f) + m
         m = torch.maximum(forget, i)
         i, f = torch.exp(i - m), torch.exp(forget - m)
         c = f * c + i * torch.tanh(z)
         n = f * n + i
-        return torch.sigmoid(o) * c / n.clamp_min(_SMALLEST), c, n, m
+        return torch.sigmoid(o) * c / n.clamp_min(SMALLEST), c, n, m

@@ -56,9 +56,9 @@ _library.define(
     "recurrence_backward(Tensor[] drives, Tensor[] coefficients, Tensor initial, Tensor? starts, "
     "Tensor[] states, Tensor?[] grad_states, str plan) -> Tensor[]"
 )
-# In both, `drives` are the sources (batch, time, slots, hidden) and `coefficients` the sources
-# (slots, hidden) that the plan's layout refers to; results are the states and the report, and the
-# gradients of the sources and of `initial`.
+# In both, `drives` are the sources (batch, time, slots, heads, head_size) and `coefficients` the
+# sources (slots, hidden) that the plan's layout refers to; results are the states and the report,
+# and the gradients of the sources and of `initial`.
 
 
 def _problem(
@@ -72,12 +72,17 @@ def _problem(
     backend, layout, _ = _plans[name]
     return Problem(
         backend.recurrence,
-        layout.drives_of(drives),
+        _drives(backend, layout, drives),
         layout.coefficients_of(coefficients),
         initial,
         starts,
         drives[0].shape[1],
     )
+
+
+def _drives(backend: Backend, layout: Layout, sources: Sequence[Tensor]) -> list[Tensor]:
+    drives = layout.drives_of(sources)
+    return drives if backend.takes_heads else [d.flatten(2) for d in drives]
 
 
 def _recurrence(
@@ -107,21 +112,23 @@ def _recurrence_backward(
     backend, layout, settings = _plans[name]
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
-        grad_drives = [_for_slots(d, i, layout.drives) for i, d in enumerate(drives)]
-        sums, grad_initial = backend.solve_adjoint(
-            problem, settings, states, grad_states, layout.drives_of(grad_drives)
-        )
+        grad_drives = [_for_slots(backend, d, i, layout.drives) for i, d in enumerate(drives)]
+        targets = _drives(backend, layout, grad_drives)
+        sums, grad_initial = backend.solve_adjoint(problem, settings, states, grad_states, targets)
         grad_weights = [
             _to_slots(sums, c, i, layout.coefficients) for i, c in enumerate(coefficients)
         ]
     return [*grad_drives, *grad_weights, grad_initial.to(initial.dtype)]
 
 
-def _for_slots(source: Tensor, index: int, places: Sequence[tuple[int, int]]) -> Tensor:
+def _for_slots(
+    backend: Backend, source: Tensor, index: int, places: Sequence[tuple[int, int]]
+) -> Tensor:
     """Memory for the gradient of a drives' source: zeros if the recurrence does not use it all."""
     used = {slot for i, slot in places if i == index}
-    make = source.new_empty if len(used) == source.shape[2] else source.new_zeros
-    return make(source.shape)
+    make = torch.empty_like if len(used) == source.shape[2] else torch.zeros_like
+    apart = backend.takes_heads
+    return make(source, memory_format=torch.preserve_format if apart else torch.contiguous_format)
 
 
 def _to_slots(
@@ -163,7 +170,9 @@ def _fake_backward(
     grad_states: Sequence[Tensor | None],
     plan: str,
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (*drives, *coefficients, initial)]
+    backend, layout, _ = _plans[plan]
+    grad_drives = [_for_slots(backend, d, i, layout.drives) for i, d in enumerate(drives)]
+    return [*grad_drives, *(t.new_empty(t.shape) for t in (*coefficients, initial))]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -27,9 +27,7 @@ class Adjoint(Module):
         names = super().inputs()
         for i in self.gradients:
             names += [f"grad_states{i}", f"grad_states_batch{i}", f"grad_states_time{i}"]
-        for m in self.drives:
-            names += [f"grad_drive{m}", f"grad_drive_batch{m}", f"grad_drive_time{m}"]
-        return [*names, "grad_initial", "sums"]
+        return [*names, *self.in_heads("grad_drive"), "grad_initial", "sums"]
 
     @property
     def gradients(self) -> list[int]:
@@ -43,19 +41,24 @@ class Adjoint(Module):
             self.out(f"grad_states_at{i} = grad_states{i} + {at} + d")
         for m in self.drives:
             at = f"b * grad_drive_batch{m} + origin * grad_drive_time{m}"
-            self.out(f"grad_drive_at{m} = grad_drive{m} + {at} + d")
+            self.out(f"grad_drive_at{m} = grad_drive{m} + {at} + {self.lanes('grad_drive', m)}")
 
     def loaded(self) -> list[str]:
         names = [f"u{m}" for m in self.drives] + [f"h{i}" for i in self.components]
         return names + [f"q{i}" for i in self.gradients]
 
-    def streams(self) -> list[tuple[str, str]]:
-        found = []
-        for name, count in (("drive", self.drives), ("grad_states", self.gradients)):
-            at = f"{name}{{0}} + b * {name}_batch{{0}} + origin * {name}_time{{0}}"
-            found += [(at.format(m), f"{name}_time{m}") for m in count]
+    def streams(self) -> list[tuple[str, str, str]]:
+        first, rest = "tile * BLOCK", "hidden - tile * BLOCK"
+        gradients = "grad_states{0} + b * grad_states_batch{0} + origin * grad_states_time{0}"
         states = "states{0} + (b * time + origin) * hidden"
-        return found + [(states.format(i), "hidden") for i in self.components]
+        return [
+            *self.drive_streams(),
+            *(
+                (f"{gradients.format(i)} + {first}", f"grad_states_time{i}", rest)
+                for i in self.gradients
+            ),
+            *((f"{states.format(i)} + {first}", "hidden", rest) for i in self.components),
+        ]
 
     def beyond(self, step: str) -> str:
         return f"{step} - DISTANCE"

@@ -27,6 +27,7 @@ class TritonBackend:
     """One instance per recurrence; modules are generated for the variants that are used."""
 
     name = "triton"
+    takes_heads = True
 
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
@@ -105,7 +106,7 @@ class TritonBackend:
             if gradient is not None:
                 arguments |= _strided("grad_states", i, with_rows(gradient))
         for m, gradient in enumerate(grad_drives):
-            arguments |= _strided("grad_drive", m, gradient)
+            arguments |= _in_heads("grad_drive", m, gradient)
         make = functools.partial(drive.new_empty, dtype=problem.dtype)
         rows = (batch, chunks) if starts == "own" else (problem.initial.shape[0],)
         grad_initial = make((*rows, components, hidden))
@@ -219,7 +220,7 @@ class TritonBackend:
     def _inputs(self, problem: Problem, states: Sequence[Tensor]) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for m, drive in enumerate(problem.drives):
-            arguments |= _strided("drive", m, with_rows(drive))
+            arguments |= _in_heads("drive", m, with_rows(drive))
         for c, weight in enumerate(problem.coefficients):
             arguments[f"coefficient{c}"] = weight.contiguous()
         arguments["initial"] = problem.initial.contiguous()
@@ -277,6 +278,12 @@ def _strided(name: str, index: int, tensor: Tensor) -> dict[str, Any]:
         f"{name}_batch{index}": tensor.stride(0),
         f"{name}_time{index}": tensor.stride(1),
     }
+
+
+def _in_heads(name: str, index: int, tensor: Tensor) -> dict[str, Any]:
+    """A tensor (batch, time, heads, head_size) with its strides and the size of its heads."""
+    heads = {f"{name}_head{index}": tensor.stride(2), f"{name}_size{index}": tensor.shape[3]}
+    return _strided(name, index, tensor) | heads
 
 
 def _boundaries(problem: Problem, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:

@@ -27,9 +27,8 @@ class Forward(Module):
     def loaded(self) -> list[str]:
         return [f"u{m}" for m in self.drives]
 
-    def streams(self) -> list[tuple[str, str]]:
-        at = "drive{0} + b * drive_batch{0} + origin * drive_time{0}"
-        return [(at.format(m), f"drive_time{m}") for m in self.drives]
+    def streams(self) -> list[tuple[str, str, str]]:
+        return self.drive_streams()
 
     def beyond(self, step: str) -> str:
         return f"{step} + {self.unroll}"

@@ -176,7 +176,8 @@ class Module(abc.ABC):
     ) -> Iterator[None]:
         """A kernel, and which rows, chunk and channels a program of it has."""
         out, self.wide = self.out, wide
-        fixed = [a for a in arguments if a == "hidden" or (self.variant.fixed and "_time" in a)]
+        fixed = [a for a in arguments if a == "hidden" or "_size" in a]
+        fixed += [a for a in arguments if self.variant.fixed and "_time" in a]
         varying = ", ".join(f'"{a}"' for a in arguments if a in _VARYING)
         out()
         out(f"@triton.jit(do_not_specialize=[{varying}])")
@@ -207,10 +208,20 @@ class Module(abc.ABC):
 
     def inputs(self) -> list[str]:
         """Arguments that every kernel has."""
-        names = [f"{n}{m}" for m in self.drives for n in ("drive", "drive_batch", "drive_time")]
+        names = self.in_heads("drive")
         names += [f"coefficient{c}" for c in self.coefficients]
         names += ["initial", *(["starts"] if self.starts else [])]
         return names + [f"states{i}" for i in self.components]
+
+    def in_heads(self, name: str) -> list[str]:
+        """Arguments that say where the drives, or their gradients, are."""
+        parts = (name, *(f"{name}_{n}" for n in ("batch", "time", "head", "size")))
+        return [f"{part}{m}" for m in self.drives for part in parts]
+
+    def lanes(self, name: str, m: int) -> str:
+        """Where the channels are in a row of a drive, whose heads may lie apart."""
+        size = f"{name}_size{m}"
+        return f"({_lane('d', name, m)} if {size} < hidden else d)"
 
     def first_state(self, name: str) -> None:
         """The state before time 0 of this row."""
@@ -225,7 +236,8 @@ class Module(abc.ABC):
         out = self.out
         out("origin = tl.cast(first, tl.int64)")
         for m in self.drives:
-            out(f"drive_at{m} = drive{m} + b * drive_batch{m} + origin * drive_time{m} + d")
+            at = f"drive{m} + b * drive_batch{m} + origin * drive_time{m}"
+            out(f"drive_at{m} = {at} + {self.lanes('drive', m)}")
         for i in self.components:
             out(f"states_at{i} = states{i} + (b * time + origin) * hidden + d")
         if self.starts:
@@ -312,8 +324,8 @@ class Module(abc.ABC):
         """Names of the values that a step loads."""
 
     @abc.abstractmethod
-    def streams(self) -> list[tuple[str, str]]:
-        """Every tensor over time that a step reads, at the first step of the chunk; its stride."""
+    def streams(self) -> list[tuple[str, str, str]]:
+        """Every tensor over time that a step reads: where the program starts, stride, channels."""
 
     def prefetch(self, step: str, steps: str) -> None:
         """Bring the inputs of the steps from `step` on into the L2 cache, where they exist."""
@@ -321,9 +333,22 @@ class Module(abc.ABC):
             return
         self.used.add("prefetch")
         with self.out.block("if DISTANCE > 0:"):
-            for base, stride in self.streams():
-                given = f"{step}, -origin, time - 1 - origin, hidden - tile * BLOCK, {steps}, BLOCK"
-                self.out(f"prefetch({base} + tile * BLOCK, {stride}, {given})")
+            for base, stride, channels in self.streams():
+                given = f"{step}, -origin, time - 1 - origin, {channels}, {steps}, BLOCK"
+                self.out(f"prefetch({base}, {stride}, {given})")
+
+    def drive_streams(self) -> list[tuple[str, str, str]]:
+        """The drives among `streams`."""
+        at = "drive{0} + b * drive_batch{0} + origin * drive_time{0} + "
+        first = "tile * BLOCK"
+        return [
+            (
+                at.format(m) + _lane(first, "drive", m),
+                f"drive_time{m}",
+                f"drive_size{m} - {first} % drive_size{m}",
+            )
+            for m in self.drives
+        ]
 
     def load_ahead(self, step: str) -> None:
         """Load what the first steps of a loop need."""
@@ -453,6 +478,12 @@ class Module(abc.ABC):
         self.out("k = tl.program_id(0) // (tiles * batch)")
         self.out("first = k * chunk")
         self.out("length = tl.minimum(chunk, time - first)")
+
+
+def _lane(channel: str, name: str, m: int) -> str:
+    """Where a channel is in a row of a tensor in heads."""
+    size = f"{name}_size{m}"
+    return f"tl.cast({channel} // {size}, tl.int64) * {name}_head{m} + {channel} % {size}"
 
 
 def _varies(root: Operand) -> bool:

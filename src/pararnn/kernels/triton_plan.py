@@ -8,9 +8,10 @@ _WARP = 32
 _MOST_UNROLL = 8
 _MOST_AHEAD = 48  # 32-bit registers of a thread for inputs that are loaded ahead
 _MOST_OPERATIONS = 512  # in an unrolled loop: Triton's compile time grows faster than their number
-_FORWARD_PROGRAMS = 8  # per multiprocessor, where time is cut
-_ADJOINT_PROGRAMS = 4  # which load, and store, more each
-_ENOUGH_PROGRAMS = 3.5  # per multiprocessor, for time not to be cut
+_LEAST_PROGRAMS = 4  # per multiprocessor, where time is cut
+_MORE_PROGRAMS = {"forward": 8, "adjoint": 12}  # as long as chunks are long,
+_MOST_CHUNKS = {"forward": 2**30, "adjoint": 8}  # and no more than these
+_ENOUGH_PROGRAMS = {"forward": 6.0, "adjoint": 3.5}  # per multiprocessor, for time not to be cut
 _IN_FLIGHT = 48 * 2**10  # bytes per multiprocessor, so that its memory is busy
 _DISTANCES = (32, 16, 8, 4)
 _GROUP = 16
@@ -95,8 +96,10 @@ def plan_launch(
     """Cut a problem.
 
     Time is cut only as far as the programs are too few for the device: every chunk costs its
-    warm-up, and that chunks fit together has to be found out. The fewer programs, the further they
-    look ahead. The constants were measured (docs/gpu.md).
+    warm-up, and that chunks fit together has to be found out. More chunks as long as they are long
+    keep more loads on their way and, backward, shorten what is done again where gates forget
+    slowly. The fewer programs, the further they look ahead. The constants were measured
+    (docs/gpu.md).
 
     Args:
         batch: Rows.
@@ -112,8 +115,11 @@ def plan_launch(
     warm = 32 if tolerance > 1e-4 else 64 if tolerance > 1e-8 else 128
     busy = batch * -(-hidden // block) / processors
     if chunk is None:
-        wanted = (_ADJOINT_PROGRAMS if adjoint else _FORWARD_PROGRAMS) / busy
-        chunks = 1 if busy >= _ENOUGH_PROGRAMS else max(1, min(round(wanted), time // (2 * warm)))
+        direction = "adjoint" if adjoint else "forward"
+        most = min(_MOST_CHUNKS[direction], time // (4 * warm))
+        wanted = max(_LEAST_PROGRAMS / busy, min(_MORE_PROGRAMS[direction] / busy, most))
+        chunks = min(round(wanted), time // (2 * warm))
+        chunks = 1 if busy >= _ENOUGH_PROGRAMS[direction] else max(1, chunks)
         chunk = -(-time // chunks)
         if chunks > 1:
             chunk = -(-chunk // _MOST_UNROLL) * _MOST_UNROLL

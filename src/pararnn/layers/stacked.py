@@ -1,8 +1,8 @@
-"""`ParaGRU` and `ParaLSTM`: the paper's cells behind the signatures of `nn.GRU` and `nn.LSTM`."""
+"""Layers and directions around `RNN`; `ParaGRU` and `ParaLSTM`, the paper's cells as such."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,43 +16,29 @@ from pararnn.solvers.settings import Newton
 
 
 class StackedRNN(nn.Module):
-    """Layers of one kind of cell, in one or both directions; see `ParaGRU`."""
+    """Layers of recurrences, in one or both directions, called as `nn.GRU` is.
 
-    make_cell: ClassVar[Callable[..., nn.Module]]
+    Args:
+        layers: One `RNN` (batch first) per layer and direction: layer by layer, forwards first.
+        batch_first: Inputs and outputs are (batch, time, size) instead of (time, batch, size).
+        dropout: Probability of zeroing an output between layers, in training.
+        bidirectional: Every second one of `layers` runs backwards in time.
+    """
 
     def __init__(
         self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
+        layers: Sequence[RNN],
+        *,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        num_heads: int = 1,
-        *,
-        max_recurrent_weight: float | None = 0.5,
-        solver: Newton | None = None,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
-        self.bidirectional, self.num_heads = bidirectional, num_heads
-        directions = 2 if bidirectional else 1
-        self.layers = nn.ModuleList()
-        for i in range(num_layers * directions):
-            size = input_size if i < directions else hidden_size * directions
-            cell = type(self).make_cell(
-                size, hidden_size, bias, num_heads, max_recurrent_weight, device, dtype
-            )
-            self.layers.append(RNN(cell, solver=solver, backend=backend))
+        self.layers = nn.ModuleList(layers)
+        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
+        self.num_layers = len(layers) // (2 if bidirectional else 1)
+        self.input_size = int(layers[0].cell.input_size)  # type: ignore[arg-type]
+        self.hidden_size = layers[0].hidden_size
 
     def forward(
         self,
@@ -84,16 +70,16 @@ class StackedRNN(nn.Module):
                 "torch.as_tensor(x)."
             )
         single = x.dim() == 2
-        if single:
-            x = x.unsqueeze(0)
-            state = _each(state, lambda s: s.unsqueeze(1) if cu_seqlens is None else s)
-            resets = None if resets is None else resets.unsqueeze(0)
-        elif x.dim() != 3 or x.shape[-1] != self.input_size:
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             layout = "(batch, time" if self.batch_first else "(time, batch"
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; pass {layout}, {self.input_size}), or "
                 f"(time, {self.input_size}) for a single sequence."
             )
+        if single:
+            x = x.unsqueeze(0)
+            state = _each(state, lambda s: s.unsqueeze(1) if cu_seqlens is None else s)
+            resets = None if resets is None else resets.unsqueeze(0)
         elif not self.batch_first:
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
@@ -123,21 +109,38 @@ class StackedRNN(nn.Module):
         )
 
     def _run(
-        self, x: Tensor, state: State | None, resets: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        state: State | None,
+        resets: Tensor | None,
+        cu_seqlens: Tensor | None,
+        backwards: Tensor | None = None,
     ) -> tuple[Tensor, State]:
+        """All layers on x (batch, time, size).
+
+        `backwards` (batch, time) says which step comes when in the other direction, if it is not
+        simply the last one first; it is its own inverse, and `resets` hold for both directions.
+        """
         directions = 2 if self.bidirectional else 1
         firsts = self._split(state, x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         lasts: list[State] = []
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+
+        def turn(steps: Tensor) -> Tensor:
+            return steps.flip(1) if backwards is None else steps[rows, backwards]
+
         for i in range(0, len(self.layers), directions):
             y, last = self.layers[i](x, firsts[i], resets, cu_seqlens)
             lasts.append(last)
             if self.bidirectional:
-                flipped = None if resets is None else resets.roll(-1, 1).flip(1)
+                turned = resets
+                if resets is not None and backwards is None:
+                    turned = resets.roll(-1, 1).flip(1)
                 ends = None if cu_seqlens is None else cu_seqlens[-1] - cu_seqlens.flip(0)
                 first = firsts[i + 1] if ends is None else _each(firsts[i + 1], lambda s: s.flip(0))
-                z, last = self.layers[i + 1](x.flip(1), first, flipped, ends)
+                z, last = self.layers[i + 1](turn(x), first, turned, ends)
                 lasts.append(last if ends is None else _each(last, lambda s: s.flip(0)))
-                y = torch.cat([y, z.flip(1)], -1)
+                y = torch.cat([y, turn(z)], -1)
             last_layer = i + directions == len(self.layers)
             x = y if last_layer or not self.dropout else F.dropout(y, self.dropout, self.training)
         if isinstance(lasts[0], tuple):
@@ -149,12 +152,15 @@ class StackedRNN(nn.Module):
         if state is None:
             return [None] * len(self.layers)
         parts = state if isinstance(state, tuple) else (state,)
-        if not all(isinstance(p, Tensor) for p in parts):
-            raise TypeError(
-                "state must be a tensor (ParaGRU) or a tuple of two (ParaLSTM), got a "
-                f"{type(state).__name__} of {', '.join(type(p).__name__ for p in parts)}."
-            )
         shape = (len(self.layers), rows, self.hidden_size)
+        count = self.layers[0].num_components
+        as_wanted = len(parts) == count and isinstance(state, tuple) == (count > 1)
+        if not as_wanted or not all(isinstance(p, Tensor) for p in parts):
+            wanted = "a tensor" if count == 1 else f"a tuple of {count} tensors"
+            seen = type(state).__name__
+            if isinstance(state, (tuple, list)):
+                seen += f" of {', '.join(type(p).__name__ for p in state)}"
+            raise TypeError(f"state must be {wanted} of shape {shape}, got a {seen}.")
         for part in parts:
             if tuple(part.shape) != shape:
                 raise ValueError(
@@ -179,7 +185,47 @@ class StackedRNN(nn.Module):
         ), last
 
 
-class ParaGRU(StackedRNN):
+class ParaRNNStack(StackedRNN):
+    """Layers of one kind of cell of the paper; see `ParaGRU`."""
+
+    make_cell: ClassVar[Callable[..., nn.Module]]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        num_heads: int = 1,
+        *,
+        max_recurrent_weight: float | None = 0.5,
+        solver: Newton | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+        directions = 2 if bidirectional else 1
+        layers = []
+        for i in range(num_layers * directions):
+            size = input_size if i < directions else hidden_size * directions
+            cell = type(self).make_cell(
+                size, hidden_size, bias, num_heads, max_recurrent_weight, device, dtype
+            )
+            layers.append(RNN(cell, solver=solver, backend=backend))
+        super().__init__(
+            layers, batch_first=batch_first, dropout=dropout, bidirectional=bidirectional
+        )
+        self.bias, self.num_heads = bias, num_heads
+
+
+class ParaGRU(ParaRNNStack):
     """The paper's GRU with the signature of `nn.GRU`, evaluated for all times at once.
 
     Args:
@@ -206,7 +252,7 @@ class ParaGRU(StackedRNN):
     make_cell = ParaGRUCell
 
 
-class ParaLSTM(StackedRNN):
+class ParaLSTM(ParaRNNStack):
     """The paper's LSTM with the signature of `nn.LSTM`; the state is the pair `(h, c)`.
 
     Arguments as for `ParaGRU`.

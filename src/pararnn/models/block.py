@@ -1,9 +1,12 @@
 """The language-model block (Danieli et al. 2025, Figure 9).
 
-u, gate = W_in norm(x)
+u, gate = W_in norm(x), W_gate norm(x)
 y       = RNN(silu(conv(u)))
 x       = scale * x + W_out norm(y * silu(gate))
-x       = x + W_down (silu(g) * v),  g, v = W_up norm(x)
+x       = x + W_down (silu(W_gate norm(x)) * (W_up norm(x)))
+
+Branches have projections of their own: cut from the result of one, their gradients would have to
+be copied together.
 """
 
 import torch
@@ -55,7 +58,8 @@ class ParaRNNMixer(nn.Module):
     def __init__(self, config: ParaRNNConfig, cell: str) -> None:
         super().__init__()
         size = config.inner_size
-        self.in_proj = nn.Linear(config.hidden_size, 2 * size, bias=False)
+        self.in_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.conv = CausalConvolution(size, config.conv_kernel)
         recurrence = CELLS[cell](size, size, num_heads=config.num_heads, **config.cell_options)
         _keep_own_initialisation(recurrence)
@@ -67,7 +71,7 @@ class ParaRNNMixer(nn.Module):
         self, x: Tensor, boundaries: Boundaries | None, state: LayerState | None
     ) -> tuple[Tensor, LayerState]:
         """Mix x, shape (batch, time, hidden_size); returns the result and the state after it."""
-        u, gate = self.in_proj(x).chunk(2, dim=-1)
+        u, gate = self.in_proj(x), self.gate_proj(x)
         if boundaries is not None and boundaries.real is not None:
             u = u * boundaries.real
         u, window = self.conv(u, None if state is None else state.window, boundaries)
@@ -92,19 +96,19 @@ class ParaRNNMixer(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`W_down (silu(g) * v)` with `g, v = W_up x`."""
+    """`W_down (silu(W_gate x) * (W_up x))`."""
 
     def __init__(self, config: ParaRNNConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = ResidualProjection(
             config.intermediate_size, config.hidden_size, bias=False
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x, shape (..., hidden_size)."""
-        g, v = self.up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(g) * v)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def make_mixer(config: ParaRNNConfig, name: str) -> nn.Module:

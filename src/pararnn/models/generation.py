@@ -8,6 +8,7 @@ and replayed; elsewhere the same function is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from pararnn.models.configuration import ATTENTION
 from pararnn.models.modeling import ParaRNNForCausalLM
 
 _STEPS_BETWEEN_CHECKS = 32  # whether all have ended: only then does the host wait for the device
+DECODING: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+"""For `torch.compile` of a step: it then writes products of a matrix and a vector itself."""
 _LEAST_NOISE = 2.0**-25  # exponential noise may be drawn as 0, for all below 2**-24
 
 
@@ -94,7 +97,9 @@ class Decoder:
         self._layers: list[LayerState] = []
         self._run: Callable[[], None] = self._advance
         if compiled:
-            self._run = torch.compile(self._advance, fullgraph=True, dynamic=False)
+            self._run = torch.compile(
+                self._advance, fullgraph=True, dynamic=False, options=DECODING
+            )
 
     @property
     def state_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,7 +20,8 @@ class Problem:
 
     Attributes:
         recurrence: The step.
-        drives: Each (batch, time, hidden).
+        drives: Each (batch, time, hidden); (batch, time, heads, head_size) for a backend that
+            `takes_heads`.
         coefficients: Each (hidden,).
         initial: Initial states, (rows, components, hidden).
         starts: int32 (batch, time): the row of `initial` that replaces the state before a step, or
@@ -49,7 +51,7 @@ class Problem:
     @property
     def hidden(self) -> int:
         """Channels."""
-        return self.drives[0].shape[2]
+        return math.prod(self.drives[0].shape[2:])
 
     @property
     def chunks(self) -> int:
@@ -93,11 +95,20 @@ def with_rows(x: Tensor) -> Tensor:
 
 
 class Backend(Protocol):
-    """Solves recurrences of one kind."""
+    """Solves recurrences of one kind.
+
+    Attributes:
+        name: What users call it.
+        takes_heads: Whether the heads of a drive may lie apart from each other; else they are
+            brought together, as far as they are not.
+        recurrence: The step.
+        compile_s: Seconds spent in this process on compiling and loading kernels.
+    """
 
     name: str
+    takes_heads: bool
     recurrence: Recurrence
-    compile_s: float  # seconds spent in this process on compiling and loading kernels
+    compile_s: float
 
     def source(self) -> str:
         """The generated source."""

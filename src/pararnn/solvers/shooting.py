@@ -51,6 +51,7 @@ class ShootingBackend(abc.ABC):
     and `outgoing` are (batch, chunks, components, hidden).
     """
 
+    takes_heads = False
     recurrence: Recurrence
     compile_s = 0.0
 

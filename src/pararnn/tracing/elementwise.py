@@ -33,7 +33,7 @@ from pararnn.tracing.recorder import aten, show_place
 _MOVES = frozenset(
     "view _unsafe_view reshape unsqueeze squeeze expand permute transpose t select slice "
     "split split_with_sizes chunk unbind cat stack flip roll repeat index_select "
-    "slice_scatter select_scatter narrow unflatten flatten movedim swapaxes".split()
+    "slice_scatter select_scatter narrow unflatten flatten movedim swapaxes clone".split()
 )
 
 
@@ -46,7 +46,8 @@ class Source:
     """A value of the input part whose entries are whole components: drives or coefficients.
 
     Slices of one value (of a projection that is cut into gates) share a source, so that nothing is
-    copied between the projection and the recurrence, forward or backward.
+    copied between the projection and the recurrence, forward or backward. For the same reason
+    channels may lie in heads that are not side by side, as batched matrix products leave them.
 
     Attributes:
         edge: The value.
@@ -61,7 +62,7 @@ class Source:
     by_rows: bool
 
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
-        """Add what turns the edge into (rows, slots, hidden_size) or (slots, hidden_size)."""
+        """Add what turns the edge into (rows, slots, heads, head_size) or (slots, hidden_size)."""
         lead: list[Any] = [rows] if self.by_rows else []
         if not self.edge.meta["dtype"].is_floating_point:
             value = graph.call_function(torch.Tensor.float, (value,))
@@ -73,8 +74,10 @@ class Source:
         if own != target:
             value = graph.call_function(aten.expand.default, (value, [*lead, *self.shape]))
         slots = math.prod(self.shape) // self.hidden_size
-        blocks = [*lead, slots, self.hidden_size]
-        return graph.call_function(aten.reshape.default, (value, blocks))
+        in_heads = math.prod(self.shape[-2:]) == self.hidden_size
+        channels = self.shape[-2:] if in_heads and len(self.shape) > 1 else (1, self.hidden_size)
+        blocks = [slots, *channels] if self.by_rows else [slots, self.hidden_size]
+        return graph.call_function(aten.reshape.default, (value, [*lead, *blocks]))
 
 
 Slot = tuple[Source, int]
@@ -211,12 +214,30 @@ class _Reader:
         return self.decode(addresses, value.slots).slots
 
     def edge_slots(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
+        terms = self.terms(node)
+        if terms:  # added where the sum is used, it costs no pass over memory
+            pairs = list(zip(*(self.edge_slots(term, shape) for term in terms), strict=True))
+            if "name" in node.meta and len(pairs) == 1:
+                name = node.meta["name"]
+                self.names.update(zip(pairs[0], (name, f"{name}_bias"), strict=True))
+            return [make("add", *pair) for pair in pairs]
         by_rows, own = node.meta["by_rows"], node.meta["shape"]
         if by_rows and len(own) != len(shape) + 1:
             raise NotElementwise("rows and channels are broadcast against each other")
         if not by_rows and len(own) == len(shape) + 1 and own[0] != 1:
             raise NotElementwise("a value without rows is used as if it had them")
         return [self.leaf(node, shape, j) for j in range(self.count(shape))]
+
+    def terms(self, node: fx.Node) -> list[fx.Node]:
+        """The terms of an edge that is a value with rows plus one without, as a bias is."""
+        if not hasattr(node.target, "_schema") or operation_name(node.target) != "add":
+            return []
+        values: list[fx.Node] = [a for a in node.args if _is_value(a)]  # type: ignore[misc]
+        kinds = {v.meta["dtype"] for v in (*values, node)}
+        rows = [v for v in values if v.meta["by_rows"] and v.meta["shape"] == node.meta["shape"]]
+        plain = [v for v in values if not v.meta["row_axes"]]
+        whole = len(rows) == len(plain) == 1 and not node.kwargs
+        return [*rows, *plain] if whole and kinds == {self.parts.capture.dtype} else []
 
     def leaf(self, node: fx.Node, shape: tuple[int, ...], slot: int) -> Operand:
         """The drive or coefficient that is one slot of an edge broadcast to a shape."""

@@ -34,7 +34,9 @@ def name_nodes(
         if len(names) == 1 and values:
             values[-1].meta["name"] = names[0]
         elif len(names) > 1:
-            parts = [n for n in values if "getitem" in n.name or len(values) == len(names)]
+            parts = [n for n in values if not set(n.users) <= set(inside)]  # what leaves the line
+            if len(parts) != len(names):
+                parts = [n for n in values if "getitem" in n.name]
             for node, name in zip(parts[-len(names) :], names, strict=False):
                 node.meta["name"] = name
 

@@ -39,7 +39,7 @@ class Layout:
         return 1 + max(source for source, _ in self.drives)
 
     def drives_of(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """The drives (batch, time, hidden), views of sources (batch, time, slots, hidden)."""
+        """The drives (batch, time, heads, head_size), views of sources with slots behind time."""
         return [sources[source][:, :, slot] for source, slot in self.drives]
 
     def coefficients_of(self, sources: Sequence[Tensor]) -> list[Tensor]:
@@ -54,8 +54,9 @@ class Traced:
     Attributes:
         subject: What was traced.
         parts: The split graph.
-        input_part: Computes the sources of the drives, (rows, slots, hidden_size), then those of
-            the coefficients, (slots, hidden_size), if elementwise; otherwise the edges as they are.
+        input_part: Computes the sources of the drives, (rows, slots, heads, head_size), then those
+            of the coefficients, (slots, hidden_size), if elementwise; otherwise the edges as they
+            are.
         by_rows: Which results of the input part have one row per sample.
         recurrence: The recurrent part of an elementwise step, else None.
         layout: Where its drives and coefficients are in their sources, else None.

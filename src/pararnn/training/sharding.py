@@ -29,6 +29,7 @@ def lay_out(loss: CausalLoss, execution: ExecutionConfig, processes: Processes) 
     The order matters: what is recomputed lies inside what is compiled, and that inside the hooks of
     a shard, which are not compiled and gather its parameters once for both.
     """
+    loss.compiled = execution.compile
     for block in blocks(loss.model):
         if execution.activation_checkpointing:
             block.forward = _recomputed(block.forward)

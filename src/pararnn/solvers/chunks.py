@@ -217,7 +217,8 @@ def run_steps(
     history: list[list[Tensor]] = [[] for _ in state]
     order = range(first, chunks.steps)
     for t in reversed(order) if chunks.reverse else order:
-        now = [e if m is None else m[t] for e, m in zip(chunks.edges, moving, strict=True)]
+        pairs = zip(chunks.edges, moving, strict=True)
+        now = [e if m is None else m[t].contiguous() for e, m in pairs]
         if copies > 1:
             now = [
                 e if m is None else e.expand(copies, *e.shape).flatten(0, 1)
@@ -229,7 +230,7 @@ def run_steps(
                 begin = begin.repeat(copies, 1)
                 fresh = [f.repeat(copies, 1) for f in fresh]
             state = [torch.where(begin, f, s) for f, s in zip(fresh, state, strict=True)]
-        state = module(*state, *now)
+        state = module(*(s.contiguous() for s in state), *now)
         for past, component in zip(history, state, strict=True):
             past.append(component)
     return [torch.stack(past, 1).transpose(0, 1) for past in history]  # as `Cut.join` wants it

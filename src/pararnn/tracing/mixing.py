@@ -18,6 +18,7 @@ from types import BuiltinFunctionType
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from pararnn.tracing.capture import Capture, record_rows
 from pararnn.tracing.partition import (
@@ -61,6 +62,10 @@ class Edge:
 class Step:
     """One step of a recurrence.
 
+    It was recorded on contiguous tensors, so that a `contiguous()` on the way may have left no
+    trace, and some of PyTorch's inner operations take it for granted: states and edges with rows
+    must be contiguous.
+
     Attributes:
         module: `(*state, *edges) -> state`, components (rows, hidden).
         by_rows: Which edges have one row per sample.
@@ -101,8 +106,9 @@ class Adjoint:
             edges: Those of the recurrence.
             grad_states: The gradient of the state after it from outside, components (rows, hidden).
         """
-        fixed = [edges[int(name.removeprefix("edge_"))] for name in self.part.names]
-        return self.part(fixed, *before, *(edges[i] for i in self.moving), *grad_states)
+        fixed = [edges[int(name.removeprefix("edge_"))].contiguous() for name in self.part.names]
+        moving = (*before, *(edges[i] for i in self.moving), *grad_states)
+        return self.part(fixed, *(m.contiguous() for m in moving))
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class Mixing:
         adjoint = self.adjoint
         found = adjoint.edges(before, edges, zeros)
         now = [
-            found[i].expand(size, *found[i].shape[1:]) if adjoint.by_rows[i] else found[i]
+            found[i].repeat_interleave(size, 0) if adjoint.by_rows[i] else found[i]
             for i in adjoint.step_edges
         ]
         basis = torch.eye(size, dtype=before[0].dtype, device=before[0].device)
@@ -275,7 +281,8 @@ def _without_unused(module: fx.GraphModule, count: int) -> tuple[fx.GraphModule,
 def _direct(graph: fx.Graph) -> fx.Graph:
     """The same calls by PyTorch's own functions, which take a third less time than operators."""
     for node in graph.nodes:
-        if hasattr(node.target, "_schema") and not node.kwargs:
+        plain = not node.kwargs and None not in tree_leaves(node.args)
+        if hasattr(node.target, "_schema") and plain:
             name = node.target._schema.name.removeprefix("aten::")
             function = getattr(torch, name, None)
             if isinstance(function, BuiltinFunctionType):

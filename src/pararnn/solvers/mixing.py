@@ -23,7 +23,7 @@ from pararnn.solvers.settings import Sequential, Solver
 from pararnn.solvers.shooting import WARM_UP, Progress, shoot
 from pararnn.tracing.mixing import Mixing
 
-_PIECE = 1 << 16  # elements of a component in a piece that is solved step by step
+_PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
 _SHORTEST_PIECE = 16  # steps
 
 

@@ -13,6 +13,11 @@ from pararnn.layers.rnn import RNN as RNN
 from pararnn.layers.scan import scan as scan
 from pararnn.layers.stacked import ParaGRU as ParaGRU
 from pararnn.layers.stacked import ParaLSTM as ParaLSTM
+from pararnn.solvers.settings import ConvergenceError as ConvergenceError
+from pararnn.solvers.settings import Jacobi as Jacobi
 from pararnn.solvers.settings import Newton as Newton
+from pararnn.solvers.settings import Picard as Picard
+from pararnn.solvers.settings import QuasiNewton as QuasiNewton
+from pararnn.solvers.settings import Sequential as Sequential
 from pararnn.solvers.settings import SolveReport as SolveReport
 from pararnn.tracing.recorder import TraceError as TraceError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pararnn.layers.evaluate import BackendChoice, Evaluation
 from pararnn.layers.rnn import RNN
-from pararnn.solvers.settings import Newton, SolveReport
+from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.testing.loop import loop
 from pararnn.tracing.capture import resolve, snapshot
 
@@ -33,8 +33,11 @@ class Diagnosis:
         lyapunov_exponent: Mean growth of a small difference of states, in nats per step, of the
             fastest-growing sequence. Below 0 the cell forgets, and iterations converge in a number
             that hardly depends on the length; above 0 it is chaotic, and they do not.
+        method: How chunks are coupled: the layer's solver, or what is chosen for such a cell.
+        contraction: For every number of steps per chunk, by how much the tangent that measures the
+            exponent grew at most over so many steps: about the largest norm of a chunk's tangent.
         residuals: For every number of steps per chunk, the residual after 1, 2, ... iterations
-            (`SolveReport.residual`); empty for cells that are evaluated step by step.
+            (`SolveReport.residual`); empty if the sequence is one step.
         iterations: For every number of steps per chunk, iterations to the tolerance of the layer.
         value_error: Largest difference of the layer's outputs from the loop's, relative to the
             largest output.
@@ -46,6 +49,8 @@ class Diagnosis:
     structure: str
     steps: int
     lyapunov_exponent: float
+    method: str
+    contraction: dict[int, float]
     residuals: dict[int, list[float]]
     iterations: dict[int, int]
     value_error: float
@@ -54,12 +59,15 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.cell}: {self.structure}, {self.steps} steps",
+            f"{self.cell}: {self.structure}, {self.steps} steps, {self.method}",
             f"  Lyapunov exponent  {self.lyapunov_exponent:+.3f} nats per step",
         ]
         for chunk, residuals in self.residuals.items():
             shown = ", ".join(f"{r:.0e}" for r in residuals)
-            needed = f"{self.iterations[chunk]} iterations; residuals {shown}"
+            needed = (
+                f"{self.iterations[chunk]} iterations; tangents up to "
+                f"{self.contraction[chunk]:.0e}; residuals {shown}"
+            )
             lines.append(f"  chunks of {chunk:<4d}     {needed}")
         lines += [
             f"  against the loop   values {self.value_error:.0e}, gradients "
@@ -111,15 +119,18 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
     count = rnn.num_components
     tried = RNN(cell, hidden_size=rnn.hidden_size, num_components=count, solver=rnn.solver)
     x, first = _batched(rnn, x, state)
-    exponent = lyapunov_exponent(cell, x, first)
+    growth = tangent_growth(cell, x, first)
     errors = _errors(tried, x, first)
     evaluation = tried.evaluation()
+    method = evaluation.method()
     found = Diagnosis(
         evaluation.traced.subject.name,
         evaluation.traced.structure,
         x.shape[1],
-        exponent,
-        *_iterations(tried, evaluation, x, first, snapshot(rnn.cell).dtype),
+        float(growth.mean(0).max()),
+        method.__name__,
+        {c: _most_growth(growth, c) for c in _chunks(x.shape[1])},
+        *_iterations(tried, evaluation, method, x, first, snapshot(rnn.cell).dtype),
         *errors,
     )
     found = replace(found, recommendation=_recommendation(found))
@@ -127,11 +138,11 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
     return found
 
 
-def lyapunov_exponent(cell: nn.Module, x: Tensor, state: Any) -> float:
-    """Mean growth of a small difference of states, in nats per step, in the fastest sequence.
+def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
+    """Growth of a small difference of states in every step, in nats, (steps, batch).
 
     A tangent is carried along the trajectory by the exact Jacobian and kept at length 1; the first
-    tenth of the steps does not count (Benettin et al. 1980).
+    tenth of the steps is left out (Benettin et al. 1980).
 
     Args:
         cell: `forward(x, state) -> state`.
@@ -154,8 +165,18 @@ def lyapunov_exponent(cell: nn.Module, x: Tensor, state: Any) -> float:
         length = torch.cat(moved, -1).norm(dim=-1, keepdim=True).clamp_min(_SMALLEST)
         growth.append(length.log())
         tangents = tuple(m / length for m in moved)
-    counted = torch.stack(growth[len(growth) // 10 :])
-    return float(counted.mean(0).max())
+    return torch.stack(growth[len(growth) // 10 :])
+
+
+def _most_growth(growth: Tensor, steps: int) -> float:
+    """The largest factor over so many steps."""
+    sums = torch.cat([torch.zeros_like(growth[:1]), growth.cumsum(0)])
+    steps = min(steps, len(growth))
+    return float((sums[steps:] - sums[:-steps]).max().exp())
+
+
+def _chunks(time: int) -> list[int]:
+    return [c for c in _CHUNKS if c < time]
 
 
 def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -174,33 +195,36 @@ def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 def _iterations(
-    rnn: RNN, evaluation: Evaluation, x: Tensor, state: Any, dtype: torch.dtype
+    rnn: RNN,
+    evaluation: Evaluation,
+    method: type[Solver],
+    x: Tensor,
+    state: Any,
+    dtype: torch.dtype,
 ) -> tuple[dict[int, list[float]], dict[int, int]]:
     """Residuals after every iteration, and iterations to the layer's tolerance, by chunk."""
-    if evaluation.traced.recurrence is None:
-        return {}, {}
     first = torch.stack(state if isinstance(state, tuple) else [state], 1)
     tensors = [resolve(rnn.cell, name) for name in evaluation.traced.input_part.names]
     choice = BackendChoice("torch", "")
 
-    def solve(solver: Newton) -> SolveReport:
+    def solve(**settings: Any) -> SolveReport:
+        solver = method(**settings)
         tried = Evaluation(evaluation.traced, choice, solver, evaluation.features)
         with torch.no_grad():
             _, values = tried.run(tensors, [x], first, None)
-        assert values is not None
         return SolveReport(values)
 
     residuals, needed = {}, {}
-    for chunk in (c for c in _CHUNKS if c < x.shape[1]):
+    tolerance = (rnn.solver or method()).tolerance_for(dtype)
+    for chunk in _chunks(x.shape[1]):
         found: list[float] = []
         for most in range(1, _MOST_ITERATIONS + 1):
-            report = solve(Newton(tolerance=_SMALLEST, max_iterations=most, chunk=chunk))
+            report = solve(tolerance=_SMALLEST, max_iterations=most, chunk=chunk)
             if report.iterations < most:
                 break
             found.append(report.residual)
         residuals[chunk] = found
-        tolerance = rnn.solver.tolerance_for(dtype)
-        needed[chunk] = solve(Newton(tolerance=tolerance, chunk=chunk)).iterations
+        needed[chunk] = solve(tolerance=tolerance, chunk=chunk).iterations
     return residuals, needed
 
 
@@ -227,15 +251,12 @@ def _recommendation(found: Diagnosis) -> str:
     """In words, what a user should do."""
     chaotic = found.lyapunov_exponent > 0
     if not found.residuals:
-        return (
-            "Its channels mix, or the sequence is one step: it is evaluated step by step. "
-            + ("" if chaotic else "It forgets, so a parallel evaluation could converge.")
-        ).strip()
+        return "The sequence is one step: there is nothing to evaluate in parallel."
     if chaotic:
         return (
             "Small differences grow, so iterations grow with the length. The result is the "
-            "sequential one all the same; Newton(chunk=...) with the whole length does no more "
-            "than the loop. Smaller recurrent weights would make it forget."
+            "sequential one all the same; Sequential() does no more than the loop. Smaller "
+            "recurrent weights would make it forget."
         )
     most, best = (f(found.iterations, key=found.iterations.__getitem__) for f in (max, min))
     if found.iterations[most] <= _FEW:

@@ -29,6 +29,7 @@ class Explanation:
         coefficients: Names of what it hands over once.
         backend: Who evaluates.
         backend_reason: Why.
+        solver: How it solves.
         source: The generated source of that backend.
         compile_s: Seconds that compiling and loading its kernels took in this process so far.
     """
@@ -43,6 +44,7 @@ class Explanation:
     coefficients: list[str]
     backend: str
     backend_reason: str
+    solver: str
     source: str = field(repr=False)
     compile_s: float
 
@@ -56,6 +58,7 @@ class Explanation:
             f"  drives        {', '.join(self.drives) or '(none)'}\n"
             f"  coefficients  {', '.join(self.coefficients) or '(none)'}\n"
             f"  backend       {self.backend}: {self.backend_reason}\n"
+            f"  solver        {self.solver}\n"
             f"  source        {len(self.source.splitlines())} lines, in .source; kernels took "
             f"{self.compile_s:.2f} s to compile and load so far"
         )
@@ -81,7 +84,7 @@ def explain(rnn: RNN) -> Explanation:
     if recurrence is None:
         drives = [_name(e) for e in traced.parts.edges if e.meta["by_rows"]]
         coefficients = [_name(e) for e in traced.parts.edges if not e.meta["by_rows"]]
-        lines, source = [], str(traced.module.code) if traced.module is not None else ""
+        lines, source = [], str(traced.mixing.step.module.code) if traced.mixing is not None else ""
         compile_s = 0.0
     else:
         names = recurrence.names
@@ -101,6 +104,7 @@ def explain(rnn: RNN) -> Explanation:
         coefficients,
         evaluation.choice.name,
         evaluation.choice.reason,
+        evaluation.describe(),
         source,
         compile_s,
     )

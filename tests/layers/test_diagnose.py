@@ -78,9 +78,25 @@ def test_mixing_cells_are_diagnosed_too():
     found = diagnose(RNN(nn.GRUCell(4, 6)), torch.randn(2, 30, 4))
     assert found.structure == "dense"
     assert found.lyapunov_exponent < 0
-    assert found.residuals == {}
-    assert found.value_error < 1e-14
-    assert "step by step" in found.recommendation
+    assert found.method == "Newton"
+    assert list(found.residuals) == list(found.contraction) == [1, 8]
+    assert found.residuals[1][0] > 1e-3 > 1e-12 > found.residuals[1][-1]
+    assert found.contraction[8] < found.contraction[1]
+    assert max(found.value_error, found.gradient_error) < 1e-13
+    assert "leave chunk='auto'" in found.recommendation
+
+
+def test_chaotic_mixing_cell_is_told():
+    cell = nn.RNNCell(4, 40)
+    with torch.no_grad():
+        cell.weight_hh.normal_(0, 0.5)  # gain 0.5 * sqrt(40): chaotic (Sompolinsky et al. 1988)
+    found = diagnose(RNN(cell), torch.randn(1, 120, 4))
+    assert found.method == "Jacobi"
+    assert found.lyapunov_exponent > 0.1
+    assert found.contraction[64] > 1e3
+    assert found.iterations[8] >= 14, "one chunk per iteration"
+    assert found.value_error < 1e-2, "rounding grows too"
+    assert "iterations grow with the length" in found.recommendation
 
 
 def test_newton_that_overshoots_is_seen():

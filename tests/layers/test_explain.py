@@ -54,7 +54,8 @@ def test_explanation_of_a_dense_cell_names_the_operation(capsys):
     assert explanation.structure == "dense"
     assert "addmm" in explanation.structure_reason
     assert explanation.backend == "torch"
-    assert "step by step" in explanation.backend_reason
+    assert "channels mix" in explanation.backend_reason
+    assert explanation.solver.startswith("Newton, with chunks chosen for every shape, or step by")
 
 
 def test_generated_source_is_deterministic():

@@ -14,7 +14,7 @@ from pararnn.kernels.c_backend import CBackend
 from pararnn.kernels.torch_backend import TorchBackend
 from pararnn.kernels.triton_backend import TritonBackend
 from pararnn.solvers.problem import Backend, Problem
-from pararnn.solvers.settings import Newton
+from pararnn.solvers.settings import Solver, act_on_failure
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.structure import Layout
 
@@ -23,12 +23,12 @@ BACKENDS: dict[str, Callable[[Recurrence], Backend]] = {
     "c": CBackend,
     "triton": TritonBackend,
 }
-_plans: dict[str, tuple[Backend, Layout, Newton]] = {}
+_plans: dict[str, tuple[Backend, Layout, Solver]] = {}
 _backends: dict[tuple[str, str], Backend] = {}
 _lock = threading.Lock()
 
 
-def plan(recurrence: Recurrence, layout: Layout, backend: str, settings: Newton) -> str:
+def plan(recurrence: Recurrence, layout: Layout, backend: str, settings: Solver) -> str:
     """Register how to evaluate a recurrence; equal requests give the same name."""
     key = hashlib.sha256(recurrence.key.encode()).hexdigest()[:16]
     _ = recurrence.vjp  # derived here: inside an operator autograd is out of reach
@@ -96,6 +96,7 @@ def _recurrence(
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
         states, report = backend.solve(problem, settings)
+        act_on_failure(report, settings, problem.state_dtype)
     return [*states, report]
 
 
@@ -195,7 +196,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     return found[:num_drives], found[num_drives:split], found[split], None, None
 
 
-def _twice(ctx: Any, grads: Any) -> Any:
+def no_second_derivative(ctx: Any, grads: Any) -> Any:
+    """The backward of a backward."""
     raise RuntimeError(
         "pararnn: the gradient of a gradient through a parallel recurrence is not available; "
         "step through the cell in a loop of your own where you need it."
@@ -209,4 +211,4 @@ torch.library.register_fake("pararnn::recurrence_backward", _fake_backward, lib=
 torch.library.register_autograd(
     "pararnn::recurrence", _backward, setup_context=_setup, lib=_library
 )
-torch.library.register_autograd("pararnn::recurrence_backward", _twice, lib=_library)
+torch.library.register_autograd("pararnn::recurrence_backward", no_second_derivative, lib=_library)

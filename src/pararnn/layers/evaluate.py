@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pararnn.kernels import operators
+from pararnn.kernels import mixing, operators
 from pararnn.kernels.c_build import find_compiler
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton_build import interpreted
-from pararnn.solvers.settings import Newton
+from pararnn.solvers.automatic import coupling
+from pararnn.solvers.settings import Newton, Sequential, Solver
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.structure import Traced
 
@@ -31,9 +32,18 @@ class BackendChoice:
 
 
 def choose_backend(
-    name: str, traced: Traced | None = None, device: torch.device | None = None
+    name: str,
+    traced: Traced | None = None,
+    device: torch.device | None = None,
+    solver: Solver | None = None,
 ) -> BackendChoice:
     """Decide who evaluates a traced step; without one, only check the name.
+
+    Args:
+        name: A backend, or "auto".
+        traced: The step.
+        device: Where the tensors are.
+        solver: What the user asked for.
 
     Raises:
         ValueError: An unknown name, or a named backend that cannot do it; the message says why.
@@ -48,11 +58,15 @@ def choose_backend(
                 f"backend={name!r} evaluates elementwise cells and {traced.subject.name} is not "
                 f"one ({traced.reason}). Use backend='torch', or backend='auto' to choose."
             )
-        return BackendChoice("torch", f"step by step, since channels mix ({traced.reason})")
+        return BackendChoice("torch", f"channels mix ({traced.reason})")
     if name == "torch":
         return BackendChoice("torch", "asked for")
     chosen = name if name != "auto" else "triton" if device.type == "cuda" else "c"
-    obstacle = _lowering_obstacle(traced.recurrence) or _OBSTACLES[chosen](device)
+    obstacle = (
+        _solver_obstacle(chosen, solver)
+        or _lowering_obstacle(traced.recurrence)
+        or _OBSTACLES[chosen](device)
+    )
     if obstacle is None:
         return BackendChoice(chosen, "asked for" if name == chosen else _REASONS[chosen])
     if name == chosen:
@@ -63,6 +77,12 @@ def choose_backend(
     if "found" in obstacle:
         _warn_missing(obstacle)
     return BackendChoice("torch", f"generated kernels are not possible: {obstacle}")
+
+
+def _solver_obstacle(backend: str, solver: Solver | None) -> str | None:
+    if backend != "triton" or solver is None or isinstance(solver, (Newton, Sequential)):
+        return None
+    return f"it solves by Newton's method, not by {type(solver).__name__}"
 
 
 def _lowering_obstacle(recurrence: Recurrence) -> str | None:
@@ -108,18 +128,51 @@ def _warn_missing(what: str) -> None:
 
 
 class Evaluation:
-    """A traced step with the backend that evaluates it."""
+    """A traced step with the backend that evaluates it.
+
+    Args:
+        traced: The step.
+        choice: The backend.
+        solver: What the user asked for; None to choose.
+        features: Shape of one input.
+    """
 
     def __init__(
-        self, traced: Traced, choice: BackendChoice, solver: Newton, features: tuple[int, ...]
+        self,
+        traced: Traced,
+        choice: BackendChoice,
+        solver: Solver | None,
+        features: tuple[int, ...],
     ) -> None:
         self.traced = traced
+        self.solver = solver
         self.choice = choice
         self.features = features
         self.feature_axes = len(features)
-        self.plan = ""
         if traced.recurrence is not None and traced.layout is not None:
+            solver = solver or Newton()
+            if isinstance(solver, Sequential) and choice.name == "triton":
+                solver = Newton(chunk=solver.chunk)
             self.plan = operators.plan(traced.recurrence, traced.layout, choice.name, solver)
+        else:
+            assert traced.mixing is not None
+            self.plan = mixing.plan(traced.mixing, traced.group, solver)
+
+    def method(self) -> type[Solver]:
+        """How chunks are coupled: as the user asked, or as is chosen."""
+        if self.solver is not None and not isinstance(self.solver, Sequential):
+            return type(self.solver)
+        if self.traced.mixing is None:
+            return Newton
+        return coupling(self.traced.mixing.num_components * self.traced.group)
+
+    def describe(self) -> str:
+        """The solver, in words."""
+        if self.traced.mixing is None:
+            return (
+                repr(self.solver) if self.solver else "Newton, with chunks chosen for every shape"
+            )
+        return mixing.plan_of(self.plan).describe()
 
     def run(
         self,
@@ -127,7 +180,7 @@ class Evaluation:
         inputs: Sequence[Tensor],
         initial: Tensor,
         starts: Tensor | None,
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[list[Tensor], Tensor]:
         """Evaluate at all times.
 
         Args:
@@ -140,9 +193,12 @@ class Evaluation:
             One (batch, time, hidden) per component, and the values of the report.
         """
         edges = self._edges(tensors, inputs)
-        if self.traced.recurrence is None:
-            return self._step_by_step(edges, inputs[0].shape[1], initial, starts), None
-        assert self.traced.layout is not None
+        if self.traced.layout is None:
+            batch, time = inputs[0].shape[:2]
+            *states, report = torch.ops.pararnn.mixing(
+                edges, initial, starts, batch, time, self.plan
+            )
+            return states, report
         count = self.traced.layout.num_drive_sources
         *states, report = torch.ops.pararnn.recurrence(
             edges[:count], edges[count:], initial, starts, self.plan
@@ -164,25 +220,3 @@ class Evaluation:
                 value = value.transpose(0, 1) if time_first else value
             edges.append(value)
         return edges
-
-    def _step_by_step(
-        self, edges: list[Tensor], time: int, initial: Tensor, starts: Tensor | None
-    ) -> list[Tensor]:
-        module = self.traced.module
-        assert module is not None
-        state = list((initial if starts is None else initial[starts[:, 0].long()]).unbind(1))
-        history: list[list[Tensor]] = [[] for _ in state]
-        for t in range(time):
-            if starts is not None and t > 0:
-                rows = starts[:, t].long()
-                fresh = initial[rows.clamp_min(0)].unbind(1)
-                begins = (rows >= 0).unsqueeze(1)
-                state = [torch.where(begins, f, s) for f, s in zip(fresh, state, strict=True)]
-            now = [
-                e[:, t] if by_rows else e
-                for e, by_rows in zip(edges, self.traced.by_rows, strict=True)
-            ]
-            state = list(module(*state, *now))
-            for past, component in zip(history, state, strict=True):
-                past.append(component)
-        return [torch.stack(past, 1) for past in history]

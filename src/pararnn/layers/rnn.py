@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pararnn.layers.evaluate import Evaluation, choose_backend
-from pararnn.solvers.settings import Newton, SolveReport
+from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
-from pararnn.tracing.structure import trace
+from pararnn.tracing.structure import Traced, trace
 
 State = Tensor | tuple[Tensor, ...]
+_STRUCTURES = ("elementwise", "heads", "dense")  # each includes those before it
 _MOST_COMPONENTS = 8
 _TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pass for a tuple
 
@@ -27,12 +28,17 @@ class RNN(nn.Module):
         num_components: Tensors in the state; `cell.num_components` when None, and without that
             found by trying.
         batch_first: x is (batch, time, *features), else (time, batch, *features).
-        solver: How to solve; `Newton()` when None.
-        backend: "torch", "c", or "auto" to choose; a backend that is named runs or raises.
+        solver: How to solve: `Newton`, `QuasiNewton`, `Picard`, `Jacobi` or `Sequential`; None to
+            choose from structure, shape and device.
+        backend: "torch", "c", "triton", or "auto" to choose; one that is named runs or raises.
+        structure: A claim about which channels have an influence on each other: "elementwise" (none
+            on another), "heads" (only within equal groups of neighbours) or "dense"; checked
+            against what tracing proves, nothing depends on it. None claims nothing.
 
     Raises:
         TypeError: `cell` is not a module, or sizes are not to be found.
         TraceError: The cell does something that cannot be evaluated for all times.
+        ValueError: The claim about its structure is false.
 
     Source: Danieli et al. 2025, arXiv 2510.21450.
     """
@@ -44,8 +50,9 @@ class RNN(nn.Module):
         hidden_size: int | None = None,
         num_components: int | None = None,
         batch_first: bool = True,
-        solver: Newton | None = None,
+        solver: Solver | None = None,
         backend: str = "auto",
+        structure: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(cell, nn.Module):
@@ -53,12 +60,19 @@ class RNN(nn.Module):
                 f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for "
                 "a plain function use pararnn.scan."
             )
-        if solver is not None and not isinstance(solver, Newton):
-            raise TypeError(f"solver must be pararnn.Newton(...) or None, got {solver!r}.")
+        if solver is not None and not (isinstance(solver, Solver) and hasattr(solver, "coupling")):
+            raise TypeError(
+                "solver must be pararnn.Newton(...) or another of the methods (QuasiNewton, "
+                f"Picard, Jacobi, Sequential), or None, got {solver!r}."
+            )
+        if structure is not None and structure not in _STRUCTURES:
+            choices = ", ".join(map(repr, _STRUCTURES))
+            raise ValueError(f"structure must be one of {choices}, or None, got {structure!r}.")
         self.cell = cell
         self.batch_first = batch_first
-        self.solver = solver or Newton()
+        self.solver = solver
         self.backend = backend
+        self.structure = structure
         self._hidden_size = hidden_size
         self._num_components = num_components
         choose_backend(backend)
@@ -94,7 +108,7 @@ class RNN(nn.Module):
 
     @property
     def report(self) -> SolveReport | None:
-        """How the last forward pass went; None before one, for dense cells, or when compiled."""
+        """How the last forward pass went; None before one or when compiled."""
         return None if self._report is None else SolveReport(self._report)
 
     def forward(
@@ -177,7 +191,7 @@ class RNN(nn.Module):
         tensors = [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
         states, report = evaluation.run(tensors, [x], first, starts)
         if not torch.compiler.is_compiling():
-            self._report = None if report is None else report.detach()
+            self._report = report.detach()
         dtype = x.dtype if x.is_floating_point() else states[0].dtype
         final = ((s[:, -1] if last is None else s[0, last]).to(dtype) for s in states)
         return states[0].to(dtype), tuple(final)
@@ -259,10 +273,21 @@ class RNN(nn.Module):
                 now.dtype,
                 device,
             )
-            choice = choose_backend(self.backend, traced, device)
+            self._check_claim(traced)
+            choice = choose_backend(self.backend, traced, device, self.solver)
             self._evaluation = Evaluation(traced, choice, self.solver, features)
             self._signature = signature
         return self._evaluation
+
+    def _check_claim(self, traced: Traced) -> None:
+        """Refuse a claim that says less than what is there; one that says more is only cautious."""
+        found = traced.structure
+        claimed = _STRUCTURES.index(self.structure) if self.structure else len(_STRUCTURES)
+        if claimed < _STRUCTURES.index(found.split()[0]):
+            raise ValueError(
+                f"structure={self.structure!r} is claimed but {traced.subject.name} is {found}: "
+                f"{traced.reason}. Change the cell, or leave structure=None."
+            )
 
     def _find_components(self) -> int:
         """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""

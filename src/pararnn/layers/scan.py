@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.layers.rnn import State
-from pararnn.solvers.settings import Newton
+from pararnn.solvers.settings import Solver
 from pararnn.tracing.capture import Subject
 from pararnn.tracing.structure import trace
 
@@ -24,7 +24,7 @@ def scan(
     drives: Tensor | Sequence[Tensor],
     coefficients: Tensor | Sequence[Tensor] = (),
     *,
-    solver: Newton | None = None,
+    solver: Solver | None = None,
     backend: str = "auto",
 ) -> tuple[State, State]:
     """Evaluate `state = step(state, *drives_t, *coefficients)` over time.
@@ -38,7 +38,7 @@ def scan(
         state: State before the first step, (batch, hidden), or a tuple of them.
         drives: What changes over time, each (batch, time, ...).
         coefficients: What does not.
-        solver: How to solve; `Newton()` when None.
+        solver: How to solve; see `RNN`; None to choose.
         backend: "torch", "c", or "auto" to choose.
 
     Returns:
@@ -54,7 +54,6 @@ def scan(
     coefficients = (coefficients,) if isinstance(coefficients, Tensor) else tuple(coefficients)
     parts = state if isinstance(state, tuple) else (state,)
     _check(parts, drives)
-    solver = solver or Newton()
     key = (
         tuple((d.shape[2:], d.dtype) for d in drives),
         tuple((c.shape, c.dtype) for c in coefficients),
@@ -80,7 +79,7 @@ def _evaluation(
     is_tuple: bool,
     drives: tuple[Tensor, ...],
     coefficients: tuple[Tensor, ...],
-    solver: Newton,
+    solver: Solver | None,
     backend: str,
 ) -> Evaluation:
     call = lambda own, inputs, state: step(state, *inputs, *own.values())  # noqa: E731
@@ -89,7 +88,7 @@ def _evaluation(
     first = parts[0]
     inputs = [(tuple(d.shape[2:]), d.dtype) for d in drives]
     traced = trace(subject, inputs, first.shape[1], len(parts), is_tuple, first.dtype, first.device)
-    return Evaluation(traced, choose_backend(backend, traced, first.device), solver, ())
+    return Evaluation(traced, choose_backend(backend, traced, first.device, solver), solver, ())
 
 
 def _check(parts: tuple[Tensor, ...], drives: tuple[Tensor, ...]) -> None:

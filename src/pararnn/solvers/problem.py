@@ -6,12 +6,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pararnn.solvers.settings import Newton
 from pararnn.tracing.derivatives import Recurrence
 
 
@@ -119,8 +118,8 @@ class Backend(Protocol):
         """Parts of batch and channels that a report has a row for."""
         ...
 
-    def solve(self, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
-        """Evaluate a recurrence.
+    def solve(self, problem: Problem, settings: Any) -> tuple[list[Tensor], Tensor]:
+        """Evaluate a recurrence; the settings are a `Solver`, for some backends a `Newton`.
 
         Returns:
             The states, one (batch, time, hidden) per component in the problem's `state_dtype`, and
@@ -131,7 +130,7 @@ class Backend(Protocol):
     def solve_adjoint(
         self,
         problem: Problem,
-        settings: Newton,
+        settings: Any,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
         grad_drives: Sequence[Tensor],

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import sys
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+Failure = Literal["sequential", "warn", "raise"]
+_DEFAULT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
+
+
+class ConvergenceError(RuntimeError):
+    """A solve with `on_failure="raise"` did not converge.
+
+    Attributes:
+        report: How it went, by sequence.
+    """
+
+    def __init__(self, report: SolveReport, tolerance: float) -> None:
+        super().__init__(
+            f"{report.failures} after {report.iterations} iterations: the residual is "
+            f"{report.residual:.1e}, the tolerance {tolerance:.1e}. Allow more iterations or "
+            "longer chunks, look at pararnn.diagnose(rnn, x), or take the sequential result with "
+            'on_failure="sequential".'
+        )
+        self.report = report
+
 
 @dataclass(frozen=True)
-class Newton:
-    """Multiple-shooting Newton over chunks of time.
+class Solver:
+    """What all methods have in common: multiple shooting over chunks of time.
 
     Time is cut into chunks that are stepped through at once; the states between chunks are the
-    unknowns of Newton's method. `chunk=1` is the method of Danieli et al. 2025 (arXiv 2510.21450),
-    one chunk is the sequential loop. Whatever the settings, the result is the sequential one: the
+    unknowns of an iteration, whose methods differ in how a correction of a chunk's first state is
+    carried to its end. Whatever the method and its settings, the result is the sequential one: the
     first k chunks are exact after k iterations, and what has not converged after `max_iterations`
-    is evaluated step by step.
+    is evaluated step by step. Gradients are exact at the solution. Gonzalez et al. 2025 (arXiv
+    2509.21716) describe the family.
 
     Args:
         tolerance: Converged when every state at a chunk end agrees with the guess that the next
@@ -26,14 +49,16 @@ class Newton:
         max_iterations: Iterations before the rest is evaluated step by step; None for as many as
             there are chunks, after which nothing is left.
         chunk: Steps per chunk, or "auto" to choose from shape, device and backend.
-        damping: In [0, 1): the tangents are multiplied by 1 - damping, which leaves the solution
-            alone and calms an iteration that overshoots.
+        on_failure: What to do after `max_iterations` without convergence: "sequential" evaluates
+            step by step, "warn" does that and warns, "raise" raises `ConvergenceError`.
     """
+
+    coupling: ClassVar[Literal["tangent", "diagonal", "identity", "zero"]]
 
     tolerance: float | None = None
     max_iterations: int | None = None
     chunk: int | Literal["auto"] = "auto"
-    damping: float = 0.0
+    on_failure: Failure = field(default="sequential", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not self.tolerance > 0:
@@ -42,15 +67,91 @@ class Newton:
             raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
         if self.chunk != "auto" and (not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"chunk must be 'auto' or at least 1 step, got {self.chunk!r}.")
-        if not 0 <= self.damping < 1:
-            raise ValueError(f"damping must be in [0, 1), got {self.damping}.")
+        if self.on_failure not in get_args(Failure):
+            choices = ", ".join(map(repr, get_args(Failure)))
+            raise ValueError(f"on_failure must be one of {choices}, got {self.on_failure!r}.")
 
     def tolerance_for(self, dtype: torch.dtype) -> float:
         """The tolerance in force for states of a type."""
         if self.tolerance is not None:
             return self.tolerance
-        default = {torch.float64: 1e-13, torch.float32: 1e-6}
-        return default.get(dtype) or torch.finfo(dtype).eps / 2
+        return _DEFAULT_TOLERANCE.get(dtype) or torch.finfo(dtype).eps / 2
+
+
+@dataclass(frozen=True)
+class Damped(Solver):
+    """Methods that can be damped.
+
+    Args:
+        damping: In [0, 1): the coupling is multiplied by 1 - damping, which leaves the solution
+            alone and calms an iteration that overshoots (Gonzalez et al. 2024, arXiv 2407.19115).
+    """
+
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.damping < 1:
+            raise ValueError(f"damping must be in [0, 1), got {self.damping}.")
+
+
+@dataclass(frozen=True)
+class Newton(Damped):
+    """Newton's method: chunks are coupled by their full tangents.
+
+    Fewest iterations. `chunk=1` is the method of Danieli et al. 2025 (arXiv 2510.21450), one chunk
+    is the sequential loop. A tangent of a cell whose channels mix costs as much as stepping through
+    the chunk once for every channel of a head. The arguments are those of `Solver` and `Damped`.
+    """
+
+    coupling = "tangent"
+
+
+@dataclass(frozen=True)
+class QuasiNewton(Damped):
+    """Chunks are coupled by the diagonal of their tangents: quasi-DEER with chunks.
+
+    As costly as `Newton` per iteration where channels mix, but nothing quadratic in their number
+    is kept. Gonzalez et al. 2024, arXiv 2407.19115. The arguments are those of `Solver` and
+    `Damped`.
+    """
+
+    coupling = "diagonal"
+
+
+@dataclass(frozen=True)
+class Picard(Damped):
+    """Chunks are coupled by the identity: a correction arrives at the end of a chunk unchanged.
+
+    Right for states that hardly change within a chunk. Gonzalez et al. 2025, arXiv 2509.21716. The
+    arguments are those of `Solver` and `Damped`.
+    """
+
+    coupling = "identity"
+
+
+@dataclass(frozen=True)
+class Jacobi(Solver):
+    """Chunks are not coupled: each starts from the last end of the one before.
+
+    An iteration is one pass and makes the warm-up one chunk longer; best for cells that forget
+    within a few chunks. Gonzalez et al. 2025, arXiv 2509.21716. The arguments are those of
+    `Solver`.
+    """
+
+    coupling = "zero"
+
+
+@dataclass(frozen=True)
+class Sequential(Solver):
+    """Step by step: all of time is one chunk. There is nothing to set."""
+
+    coupling = "zero"
+
+    tolerance: None = field(default=None, init=False)
+    max_iterations: None = field(default=None, init=False)
+    chunk: int = field(default=sys.maxsize, init=False, repr=False)
+    on_failure: Failure = field(default="sequential", init=False)
 
 
 STATUS = ("sequential", "converged", "completed step by step")
@@ -61,12 +162,21 @@ SEQUENTIAL, CONVERGED, COMPLETED = range(3)
 class SolveReport:
     """How the last forward pass of a layer went; reading a value waits for the device.
 
+    `report[i]` is the report of part i alone, `len(report)` their number. The parts are the
+    sequences of the batch, or with backend "triton" its tiles of sequences and channels.
+
     Attributes:
         values: Float64 (parts, 4) on the device of the solve: iterations, residual, status and
             chunks of every part of the batch and channels that is solved by itself.
     """
 
     values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, part: int) -> SolveReport:
+        return SolveReport(self.values[part].unsqueeze(0))
 
     @property
     def iterations(self) -> int:
@@ -80,7 +190,7 @@ class SolveReport:
 
     @property
     def status(self) -> str:
-        """One of `STATUS`."""
+        """One of `STATUS`; of several parts the worst."""
         return STATUS[int(self.values[:, 2].amax())]
 
     @property
@@ -88,8 +198,31 @@ class SolveReport:
         """Chunks of time evaluated at once."""
         return int(self.values[:, 3].amax())
 
+    @property
+    def failures(self) -> str:
+        """Which parts did not converge, in words."""
+        failed = (self.values[:, 2] == COMPLETED).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
+        if len(failed) == len(self) == 1:
+            return "the solve did not converge"
+        return f"{len(failed)} of {len(self)} parts of the batch ({shown}) did not converge"
+
     def __str__(self) -> str:
         return (
             f"{self.status}: {self.chunks} chunks, {self.iterations} iterations, "
             f"residual {self.residual:.1e}"
         )
+
+
+def act_on_failure(values: Tensor, settings: Solver, dtype: torch.dtype) -> None:
+    """Warn or raise as the settings ask, if a report's values say that a part did not converge.
+
+    Raises:
+        ConvergenceError: With `on_failure="raise"`.
+    """
+    if settings.on_failure == "sequential" or not (values[:, 2] == COMPLETED).any():
+        return
+    error = ConvergenceError(SolveReport(values), settings.tolerance_for(dtype))
+    if settings.on_failure == "raise":
+        raise error
+    warnings.warn(f"evaluated step by step, since {error}", stacklevel=2)

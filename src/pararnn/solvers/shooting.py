@@ -1,4 +1,4 @@
-r"""Multiple-shooting Newton for a recurrence and for its adjoint.
+r"""Multiple shooting for a recurrence and for its adjoint.
 
 A chunk maps the state before it to the state after it, $s_{k+1} = \Phi_k(s_k)$. From guesses
 $s$, one iteration runs all chunks at once and corrects every guess through the chunks' tangents
@@ -7,6 +7,7 @@ $D_k = \Phi_k'(s_k)$:
 $$\delta_{k+1} = \Phi_k(s_k) - s_{k+1} + D_k \delta_k, \qquad
 s_{k+1} \gets \Phi_k(s_k) + D_k \delta_k.$$
 
+That is Newton's method; others put something cheaper in the place of $D_k$ (`_coupling`).
 The adjoint is the same problem with time reversed and linear chunks, so one loop serves both. The
 first guess comes from a warm-up: the last steps of the chunk before, run from the initial state.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.settings import COMPLETED, CONVERGED, SEQUENTIAL, Newton
+from pararnn.solvers.settings import COMPLETED, CONVERGED, SEQUENTIAL, Solver
 from pararnn.tracing.derivatives import Recurrence
 
 WARM_UP = 64  # steps that the first guess looks back; gates that forget more slowly need Newton
@@ -88,9 +89,9 @@ class ShootingBackend(abc.ABC):
 
     def parts(self, problem: Problem) -> int:
         """See `Backend.parts`."""
-        return 1
+        return problem.batch
 
-    def solve(self, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
+    def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
         """See `Backend.solve`."""
         states, report = solve(self, *self._prepared(problem, settings))
         return [s.to(problem.state_dtype) for s in states], report
@@ -98,7 +99,7 @@ class ShootingBackend(abc.ABC):
     def solve_adjoint(
         self,
         problem: Problem,
-        settings: Newton,
+        settings: Solver,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
         grad_drives: Sequence[Tensor],
@@ -118,7 +119,7 @@ class ShootingBackend(abc.ABC):
                 gradient.copy_(target)
         return found.coefficients.sum((0, 1)), found.initial.sum(0)
 
-    def _prepared(self, problem: Problem, settings: Newton) -> tuple[Problem, Newton]:
+    def _prepared(self, problem: Problem, settings: Solver) -> tuple[Problem, Solver, float]:
         """The problem in the type of the arithmetic, with the chunks and tolerance that hold."""
         chunk = settings.chunk
         if chunk == "auto":
@@ -126,12 +127,13 @@ class ShootingBackend(abc.ABC):
         tolerance = settings.tolerance_for(problem.state_dtype)
         return (
             replace(problem.converted(), chunk=min(int(chunk), problem.time)),
-            replace(settings, tolerance=tolerance),
+            settings,
+            tolerance,
         )
 
 
 def solve(
-    backend: ShootingBackend, problem: Problem, settings: Newton
+    backend: ShootingBackend, problem: Problem, settings: Solver, tolerance: float
 ) -> tuple[list[Tensor], Tensor]:
     """Evaluate a recurrence, cut into `problem.chunk` steps.
 
@@ -145,27 +147,28 @@ def solve(
     first = problem.first_states().unsqueeze(1)
     if problem.chunks == 1:
         backend.forward(problem, first.contiguous(), states, problem.time)
-        return states, _report(drive, 1, 0.0, SEQUENTIAL, 1)
+        return states, sequential_report(problem.batch, drive.device)
     everywhere = first.expand(-1, problem.chunks, -1, -1).contiguous()
     ends = backend.forward(problem, everywhere, None, min(WARM_UP, problem.chunk))
     guess = torch.cat([first, ends[:, :-1]], 1)
-    iterations, residual, converged = shoot(
+    progress = shoot(
         lambda s: backend.forward(problem, s, states, problem.chunk),
         lambda s: backend.tangent(problem, s),
         guess,
         settings,
+        tolerance,
     )
-    status = CONVERGED if converged else COMPLETED
-    if not converged:
+    if not progress.all_converged:
         whole = problem.in_one_chunk()
         backend.forward(whole, first.contiguous(), states, whole.time)
-    return states, _report(drive, iterations, residual, status, problem.chunks)
+    return states, progress.report()
 
 
 def solve_adjoint(
     backend: ShootingBackend,
     problem: Problem,
-    settings: Newton,
+    settings: Solver,
+    tolerance: float,
     states: Sequence[Tensor],
     grad_states: Sequence[Tensor | None],
     grad_drives: Sequence[Tensor],
@@ -202,98 +205,148 @@ def solve_adjoint(
     limit = min(WARM_UP, problem.chunk)
     out = backend.backward(problem, states, grad_states, zeros, None, limit).flip(1)
     guess = torch.cat([zeros[:, :1], out[:, :-1]], 1)
-    _, _, converged = shoot(sweep, tangents, guess, settings, relative=True)
-    if not converged:
+    if not shoot(sweep, tangents, guess, settings, tolerance, relative=True).all_converged:
         whole = problem.in_one_chunk()
-        return solve_adjoint(backend, whole, settings, states, grad_states, grad_drives)
+        return solve_adjoint(backend, whole, settings, tolerance, states, grad_states, grad_drives)
     return gradients
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How an iteration went, for every sequence.
+
+    Attributes:
+        iterations: Float64 (batch,): until converged, else all.
+        residual: (batch,): the last one.
+        converged: Boolean (batch,).
+        all_converged: Whether all are, known without waiting for the device.
+        chunks: Chunks of time.
+    """
+
+    iterations: Tensor
+    residual: Tensor
+    converged: Tensor
+    all_converged: bool
+    chunks: int
+
+    def report(self) -> Tensor:
+        """The values of a report."""
+        status = torch.where(self.converged, CONVERGED, COMPLETED)
+        count = torch.full_like(self.iterations, self.chunks)
+        return torch.stack([self.iterations, self.residual.double(), status.double(), count], 1)
 
 
 def shoot(
     sweep: Callable[[Tensor], Tensor],
     tangents: Callable[[Tensor], Tensor],
     guess: Tensor,
-    settings: Newton,
+    settings: Solver,
+    tolerance: float,
     relative: bool = False,
-) -> tuple[int, float, bool]:
+) -> Progress:
     """Iterate until every chunk ends where the next one starts.
 
     Args:
         sweep: Runs all chunks from given first states, (batch, chunks, components, hidden), and
             returns the last ones.
-        tangents: Their derivatives.
+        tangents: Their derivatives, (batch, chunks, components, components, hidden).
         guess: First states; those of the first chunk are exact.
-        settings: Tolerance, damping, iterations.
+        settings: Coupling, damping, iterations.
+        tolerance: The tolerance that holds.
         relative: Adjoints: measure the residual of a channel against its largest end, for they have
             no natural scale; else every entry against its own size, or 1 if that is larger.
 
     Returns:
-        Iterations, residual, and whether it is within the tolerance. The last sweep was from
-        first states that are this far from consistent.
+        How it went. The last sweep was from first states that are as far from consistent as the
+        residual says.
     """
-    tolerance = settings.tolerance_for(guess.dtype)
     chunks = guess.shape[1]
     most = min(settings.max_iterations or chunks, chunks)
+    iterations = guess.new_full(guess.shape[:1], most, dtype=torch.float64)
     for iteration in range(1, most + 1):
         ends = sweep(guess)
         residual = _residual(ends[:, :-1], guess[:, 1:], relative)
-        if residual <= tolerance:
-            return iteration, residual, True
-        if iteration == chunks:
-            return iteration, residual, True  # every chunk has started from its exact state
+        converged = residual <= tolerance
+        iterations = torch.where(converged, iterations.clamp_max(iteration), iterations)
+        if bool(converged.all()):
+            return Progress(iterations, residual, converged, True, chunks)
+        if iteration == chunks:  # every chunk has started from its exact state
+            return Progress(iterations, residual, torch.ones_like(converged), True, chunks)
         if iteration < most:
-            guess = newton_update(ends, guess, tangents(guess), settings.damping)
-    return most, residual, False
+            coupling = _coupling(settings.coupling, tangents, guess)
+            guess = newton_update(ends, guess, coupling, getattr(settings, "damping", 0.0))
+    return Progress(iterations, residual, converged, False, chunks)
 
 
-def _residual(ends: Tensor, starts: Tensor, relative: bool) -> float:
-    """How far chunks end from where the next ones start; NaN where one of the two is.
+def _coupling(kind: str, tangents: Callable[[Tensor], Tensor], guess: Tensor) -> Tensor:
+    """How corrections reach the ends of chunks: matrices like tangents, or factors like states."""
+    if kind == "tangent":
+        return tangents(guess)
+    if kind == "diagonal":
+        return tangents(guess).diagonal(dim1=2, dim2=3).transpose(2, 3)
+    return (torch.ones_like if kind == "identity" else torch.zeros_like)(guess)
+
+
+def _residual(ends: Tensor, starts: Tensor, relative: bool) -> Tensor:
+    """How far chunks of each sequence end from where the next start; NaN where one of them is.
 
     Never against the largest of all: an entry that overshoots would hide what is wrong elsewhere.
     """
     scale = ends.abs().amax((1, 2), keepdim=True) if relative else ends.abs().clamp_min(1.0)
     apart = (ends - starts).abs() / scale
-    return float(torch.where(ends == starts, 0.0, apart).amax())
+    return torch.where(ends == starts, 0.0, apart).amax((1, 2, 3))
 
 
-def newton_update(ends: Tensor, guess: Tensor, tangents: Tensor, damping: float) -> Tensor:
+def newton_update(ends: Tensor, guess: Tensor, coupling: Tensor, damping: float) -> Tensor:
     """The next first states of all chunks; a chunk whose predecessor did not move gets its end.
 
-    Where a tangent is so large that it overflows, the chunk is not coupled to the one before
-    (Jacobi); that keeps the guarantee that every iteration makes one more chunk exact.
+    The coupling of a chunk is its tangent, or one factor for every entry of its state. Where it is
+    so large that it overflows, the chunk is not coupled to the one before (Jacobi); that keeps the
+    guarantee that every iteration makes one more chunk exact.
     """
-    coupling = tangents[:, :-1] * (1.0 - damping) if damping else tangents[:, :-1]
+    coupling = coupling[:, :-1] * (1.0 - damping) if damping else coupling[:, :-1]
     mismatch = torch.where(ends == guess.roll(-1, 1), 0.0, ends - guess.roll(-1, 1))[:, :-1]
     delta = _scan(coupling, _finite(mismatch))
     before = torch.cat([torch.zeros_like(delta[:, :1]), delta[:, :-1]], 1)
     return torch.cat([guess[:, :1], ends[:, :-1] + _finite(_apply(coupling, before))], 1)
 
 
-def _scan(matrices: Tensor, offsets: Tensor) -> Tensor:
-    """All `x_k = matrices_k x_{k-1} + offsets_k` from x_{-1} = 0, in log2(chunks) rounds."""
+def _scan(coupling: Tensor, offsets: Tensor) -> Tensor:
+    """All `x_k = coupling_k x_{k-1} + offsets_k` from x_{-1} = 0, in log2(chunks) rounds."""
     shift = 1
     while shift < offsets.shape[1]:
         offsets = torch.cat(
             [
                 offsets[:, :shift],
-                offsets[:, shift:] + _finite(_apply(matrices[:, shift:], offsets[:, :-shift])),
+                offsets[:, shift:] + _finite(_apply(coupling[:, shift:], offsets[:, :-shift])),
             ],
             1,
         )
-        product = torch.einsum("bkijh,bkjmh->bkimh", matrices[:, shift:], matrices[:, :-shift])
-        matrices = torch.cat([matrices[:, :shift], _finite(product)], 1)
+        product = _product(coupling[:, shift:], coupling[:, :-shift])
+        coupling = torch.cat([coupling[:, :shift], _finite(product)], 1)
         shift *= 2
     return offsets
 
 
-def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
-    return torch.einsum("bkijh,bkjh->bkih", matrices, vectors)
+def _product(later: Tensor, earlier: Tensor) -> Tensor:
+    if later.dim() == 4:
+        return later * earlier
+    return torch.einsum("bkijh,bkjmh->bkimh", later, earlier)
+
+
+def _apply(coupling: Tensor, vectors: Tensor) -> Tensor:
+    if coupling.dim() == 4:
+        return coupling * vectors
+    return torch.einsum("bkijh,bkjh->bkih", coupling, vectors)
 
 
 def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
 
 
-def _report(like: Tensor, iterations: int, residual: float, status: int, chunks: int) -> Tensor:
-    values = [[iterations, residual, status, chunks]]
-    return torch.tensor(values, dtype=torch.float64, device=like.device)
+def sequential_report(batch: int, device: torch.device) -> Tensor:
+    """The values of a report on sequences that were evaluated step by step."""
+    values = [1.0, 0.0, float(SEQUENTIAL), 1.0]  # filled in, which a CUDA graph can hold
+    return torch.stack(
+        [torch.full((batch,), v, dtype=torch.float64, device=device) for v in values], 1
+    )

@@ -81,7 +81,7 @@ def check_cell(
     expected = _everything(cell, lambda *a: loop(cell, *a), x, first, resets, cotangents, as_tuple)
     errors: dict[str, float] = {}
     for backend in _possible(probe):
-        for chunk in (1, 7, time) if traced.recurrence is not None else (time,):
+        for chunk in (1, 7, time):
             rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk), **options)
             actual = _everything(cell, rnn, x, first, resets, cotangents, as_tuple)
             label = f"{backend}, chunk={chunk}"

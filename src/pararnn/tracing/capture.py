@@ -155,18 +155,16 @@ def capture(
     Raises:
         TraceError: The step does something that has no parallel form; the message names the line.
     """
-    runs = []
-    for rows in ROWS:
+
+    def run(rows: int) -> tuple[fx.Graph, list[Tensor]]:
         examples = {f"attribute_{i}": tensor for i, tensor in enumerate(subject.tensors.values())}
         for i, (features, kind) in enumerate(inputs):
             examples[f"x_{i}"] = _example((rows, *features), kind, device)
         for i in range(num_components):
             examples[f"state_{i}"] = _example((rows, hidden_size), dtype, device)
-        runs.append(_run(subject, examples, len(inputs), is_tuple, (rows, hidden_size)))
-    (graph, constants), (other, others) = runs
-    graph = _merge(graph, other, subject.name)
-    _check_constants(graph, constants, others, subject.name)
-    _mark_rows(graph, other)
+        return _run(subject, examples, len(inputs), is_tuple, (rows, hidden_size))
+
+    graph, constants = record_rows(run, subject.name)
     names = {f"attribute_{i}": name for i, name in enumerate(subject.tensors)}
     name_nodes(graph, subject.source, names, subject.state_position)
     return Capture(
@@ -179,6 +177,21 @@ def capture(
         dtype,
         subject.name,
     )
+
+
+def record_rows(
+    run: Callable[[int], tuple[fx.Graph, list[Tensor]]], subject: str
+) -> tuple[fx.Graph, list[Tensor]]:
+    """A graph that holds for any number of rows, from recordings of `run(rows)` with two.
+
+    Returns:
+        The graph, which has a placeholder `x_0` with rows, and its constants.
+    """
+    (graph, constants), (other, others) = (run(rows) for rows in ROWS)
+    graph = _merge(graph, other, subject)
+    _check_constants(graph, constants, others, subject)
+    _mark_rows(graph, other)
+    return graph, constants
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -33,8 +33,13 @@ class Partition:
     results: list[fx.Node]
 
 
-def partition(capture: Capture) -> Partition:
+def partition(capture: Capture, draw_in: bool = False) -> Partition:
     """Split a captured step into what can run for all times at once and what cannot.
+
+    Args:
+        capture: The step.
+        draw_in: Count a value that does not depend on the state as recurrent if it does not have
+            one row per sample along its first axis, instead of refusing it.
 
     Raises:
         TraceError: A random operation in the recurrent part, or rows that influence each other.
@@ -44,19 +49,18 @@ def partition(capture: Capture) -> Partition:
     states = [
         n for n in graph.nodes if n.op == "placeholder" and str(n.target).startswith("state_")
     ]
-    reached = set(states)
-    from_x = {n for n in graph.nodes if _is_input(n)}
-    recurrent: list[fx.Node] = []
-    for node in graph.nodes:
-        if node.op == "call_function" and not node.meta.get("is_count"):
-            if reached & set(node.all_input_nodes):
-                reached.add(node)
-                recurrent.append(node)
-            if from_x & set(node.all_input_nodes):
-                from_x.add(node)
     (results,) = next(n for n in graph.nodes if n.op == "output").args
-    taken = [a for n in recurrent for a in n.all_input_nodes] + list(results)
-    edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
+    from_x = _followers(graph, {n for n in graph.nodes if _is_input(n)})
+    drawn: set[fx.Node] = set()
+    while True:
+        reached = _followers(graph, {*states, *drawn})
+        recurrent = [n for n in graph.nodes if n in reached and n.op == "call_function"]
+        taken = [a for n in recurrent for a in n.all_input_nodes] + list(results)
+        edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
+        odd = [n for n in edges if _lacks_rows(n, from_x)]
+        if not (odd and draw_in):
+            break
+        drawn.update(odd)
     for node in recurrent:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise TraceError(
@@ -64,15 +68,28 @@ def partition(capture: Capture) -> Partition:
                 f"{show_place(node.meta.get('place'))}; draw it in the input part (from x alone) "
                 "or outside the cell."
             )
-    for node in edges:
-        by_rows = node.meta["by_rows"]
-        if (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows):
-            raise TraceError(
-                f"{capture.subject} mixes the rows of x at {show_place(node.meta.get('place'))} "
-                f"(a value of shape {node.meta['shape']} without one row per sample); every row "
-                "must be computed on its own."
-            )
+    for node in odd:
+        raise TraceError(
+            f"{capture.subject} mixes the rows of x at {show_place(node.meta.get('place'))} "
+            f"(a value of shape {node.meta['shape']} without one row per sample); every row "
+            "must be computed on its own."
+        )
     return Partition(capture, states, recurrent, edges, list(results))
+
+
+def _followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
+    """The sources and all operations that depend on them."""
+    reached = set(sources)
+    operations = (n for n in graph.nodes if n.op == "call_function" and not n.meta.get("is_count"))
+    for node in operations:
+        if reached & set(node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _lacks_rows(node: fx.Node, from_x: set[fx.Node]) -> bool:
+    by_rows = node.meta["by_rows"]
+    return (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows)
 
 
 def _is_input(node: fx.Node) -> bool:
@@ -150,6 +167,16 @@ def copy_graph(
     return graph, new
 
 
+def recurrent_module(parts: Partition, results: Sequence[fx.Node] | None = None) -> fx.GraphModule:
+    """The recurrent part as a module, `(*state, *edges) -> results`: all of them when None."""
+    inputs = {n: f"state_{i}" for i, n in enumerate(parts.states)}
+    inputs |= {e: f"edge_{i}" for i, e in enumerate(parts.edges)}
+    graph, new = copy_graph(parts, parts.recurrent, inputs, parts.states[0])
+    graph.output(tuple(new[r] for r in (parts.results if results is None else results)))
+    graph.eliminate_dead_code()
+    return module_of(graph)
+
+
 class Output(Protocol):
     """A result of the input part: an edge and what is still to be done to it."""
 
@@ -161,6 +188,17 @@ class Output(Protocol):
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
         """Add operations to a graph that holds the edge's value; return the result."""
         ...
+
+
+@dataclass(frozen=True)
+class AsItIs:
+    """An edge to which nothing is to be done."""
+
+    edge: fx.Node
+
+    def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
+        """See `Output.emit`."""
+        return value
 
 
 def input_part(parts: Partition, outputs: Sequence[Output]) -> InputPart:

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pararnn.tracing.capture import ROWS, Capture, Subject, capture
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
+from pararnn.tracing.mixing import Mixing, mixing
 from pararnn.tracing.partition import (
+    AsItIs,
     InputPart,
     Partition,
-    copy_graph,
     input_part,
-    module_of,
     partition,
+    recurrent_module,
 )
 from pararnn.tracing.recorder import TraceError
 
@@ -59,7 +60,7 @@ class Traced:
         by_rows: Which results of the input part have one row per sample.
         recurrence: The recurrent part of an elementwise step, else None.
         layout: Where its drives and coefficients are in their sources, else None.
-        module: The recurrent part of any other step, `(*state, *edges) -> state`, else None.
+        mixing: The recurrent part of any other step, whose channels mix, else None.
         reason: Why the structure is what it is.
     """
 
@@ -69,7 +70,7 @@ class Traced:
     by_rows: list[bool]
     recurrence: Recurrence | None
     layout: Layout | None
-    module: fx.GraphModule | None
+    mixing: Mixing | None
     reason: str
 
     @property
@@ -78,20 +79,17 @@ class Traced:
         return self.parts.capture
 
     @functools.cached_property
+    def group(self) -> int:
+        """Channels of the groups that do not mix with each other: 1, the size of a head, or all."""
+        return 1 if self.mixing is None else head_size(self)
+
+    @property
     def structure(self) -> str:
         """Elementwise, heads (with their size) or dense."""
         if self.recurrence is not None:
             return "elementwise"
-        size = head_size(self)
-        return f"heads (size {size})" if size else "dense"
-
-
-@dataclass(frozen=True)
-class _Edge:
-    edge: fx.Node
-
-    def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
-        return value
+        whole = self.group == self.capture.hidden_size
+        return "dense" if whole else f"heads (size {self.group})"
 
 
 def trace(
@@ -113,16 +111,16 @@ def trace(
         parts = partition(
             capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
         )
-        traced = _elementwise_or_not(subject, parts)
+        traced = _elementwise_or_not(subject, parts, device)
         _check_rows(traced, inputs, dtype, device)
     return traced
 
 
-def _elementwise_or_not(subject: Subject, parts: Partition) -> Traced:
+def _elementwise_or_not(subject: Subject, parts: Partition, device: torch.device) -> Traced:
     try:
         found = elementwise(parts)
     except NotElementwise as error:
-        return _dense(subject, parts, str(error))
+        return _mixing(subject, parts, str(error), device)
     if not found.drives:
         raise TraceError(
             f"{parts.capture.subject} does not use x in its new state; there is nothing to "
@@ -146,15 +144,11 @@ def _elementwise(subject: Subject, parts: Partition, found: Elementwise) -> Trac
     return Traced(subject, parts, part, by_rows, step, layout, None, reason)
 
 
-def _dense(subject: Subject, parts: Partition, reason: str) -> Traced:
-    edges = [_Edge(e) for e in parts.edges]
-    inputs = {n: f"state_{i}" for i, n in enumerate(parts.states)}
-    inputs |= {e: f"edge_{i}" for i, e in enumerate(parts.edges)}
-    graph, new = copy_graph(parts, parts.recurrent, inputs, parts.states[0])
-    graph.output(tuple(new[r] for r in parts.results))
-    module = module_of(graph)
+def _mixing(subject: Subject, parts: Partition, reason: str, device: torch.device) -> Traced:
     by_rows = [bool(e.meta["by_rows"]) for e in parts.edges]
-    return Traced(subject, parts, input_part(parts, edges), by_rows, None, None, module, reason)
+    part = input_part(parts, [AsItIs(e) for e in parts.edges])
+    found = mixing(parts, recurrent_module(parts), device)
+    return Traced(subject, parts, part, by_rows, None, None, found, reason)
 
 
 def _check_rows(
@@ -183,13 +177,14 @@ def _check_rows(
                         f"{name} mixes the rows of x (batch normalisation or a statistic over the "
                         "batch?); every row must be computed on its own."
                     )
-        if traced.module is None:
+        if traced.mixing is None:
             return
+        module = traced.mixing.step.module
         size = (ROWS[0], traced.capture.hidden_size)
         state = [_random(size, dtype, device) for _ in range(traced.capture.num_components)]
-        new = traced.module(*state, *given)
+        new = module(*state, *given)
         for row in range(ROWS[0]):
-            others = traced.module(*(_with_other(s, row) for s in state), *given)
+            others = module(*(_with_other(s, row) for s in state), *given)
             if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
                 raise TraceError(
                     f"{name} mixes the rows of its state; every row must be computed on its own."
@@ -222,32 +217,31 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def head_size(traced: Traced) -> int:
-    """The size of the groups of channels that do not mix with each other; 0 when all mix.
+    """The size of the groups of channels that do not mix with each other; of all when all mix.
 
     Found on Jacobians at random states, inputs and parameters, so that weights that happen to be
     zero hide nothing.
     """
     hidden = traced.capture.hidden_size
-    if hidden > _LARGEST_PROBE or traced.module is None:
-        return 0
-    mixes = torch.eye(hidden, dtype=torch.bool, device="cpu")
+    if hidden > _LARGEST_PROBE:
+        return hidden
+    mixes = torch.zeros(hidden, hidden, dtype=torch.bool, device="cpu")
     for _ in range(2):
-        for block in _random_jacobian(traced):
-            mixes |= (block != 0).cpu()
-    mixes |= mixes.T.clone()
-    for size in range(1, hidden // 2 + 1):
+        mixes |= (_random_jacobian(traced) != 0).any(2).any(0).cpu()
+    for size in range(1, hidden):
         if hidden % size == 0:
             group = torch.arange(hidden, device="cpu") // size
             if not mixes[group[:, None] != group[None, :]].any():
                 return size
-    return 0
+    return hidden
 
 
-def _random_jacobian(traced: Traced) -> list[Tensor]:
-    """Blocks d(new component) / d(old component), each (hidden, hidden), for one random row."""
+def _random_jacobian(traced: Traced) -> Tensor:
+    """Jacobian (components, hidden, components, hidden) at one random row."""
+    assert traced.mixing is not None
     graph = traced.capture.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    device = next(iter(traced.subject.tensors.values()), torch.empty(0)).device
+    device, dtype = traced.mixing.device, traced.mixing.dtype
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         tensors = [traced.subject.tensors[n] for n in traced.input_part.names]
@@ -255,10 +249,7 @@ def _random_jacobian(traced: Traced) -> list[Tensor]:
         given = [n for n in placeholders if n.target.startswith("x_")]
         kinds = [((1, *n.meta["shape"][1:]), n.meta["dtype"]) for n in given]
         edges = traced.input_part(tensors, *(_random(s, k, device) for s, k in kinds))
-        dtype, shape = traced.capture.dtype, (1, traced.capture.hidden_size)
-        state = tuple(_random(shape, dtype, device) for _ in traced.parts.states)
-    module = traced.module
-    assert module is not None
-    step = lambda *flat: tuple(o[0] for o in module(*flat, *edges))  # noqa: E731
-    rows = torch.autograd.functional.jacobian(step, state)
-    return [block.squeeze(1) for row in rows for block in row]
+        edges = tuple(e.to(dtype) if e.is_floating_point() else e for e in edges)
+        shape = (1, traced.capture.hidden_size)
+        state = [_random(shape, dtype, device) for _ in traced.parts.states]
+        return traced.mixing.jacobian(state, edges)

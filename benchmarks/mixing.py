@@ -1,0 +1,102 @@
+"""Cells whose channels mix: `RNN(nn.GRUCell)` against `nn.GRU` (cuDNN on a GPU) and the plain loop.
+
+    python benchmarks/mixing.py [--device cuda] [--sizes 4,4096,64 ...] [--no-loop]
+
+The three share their weights (default initialisation, which forgets) and are compared before they
+are timed. Times are medians, float32; sizes are batch, time, hidden. On a GPU TF32 is off for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import pararnn
+from pararnn.testing import assert_close, loop
+
+CPU_SIZES = ["4,4096,64", "1,4096,16", "1,1024,64", "16,1024,64", "64,512,64", "4,512,512"]
+GPU_SIZES = ["4,4096,64", "1,4096,64", "4,4096,256", "32,2048,64", "1,16384,64"]
+RTOL = 1e-4  # of sums over thousands of steps in another order
+
+
+def milliseconds(run: Callable[[], Any], device: torch.device, budget_s: float = 3.0) -> float:
+    """Median time of one call after two others."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: list[float] = []
+    run(), run(), wait()
+    while len(times) < 3 or (len(times) < 30 and sum(times) < budget_s):
+        begin = time.perf_counter()
+        run(), wait()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1e3
+
+
+def with_weights_of(cell: nn.GRUCell) -> nn.GRU:
+    theirs = nn.GRU(cell.input_size, cell.hidden_size, batch_first=True).to(cell.weight_ih.device)
+    theirs.load_state_dict({f"{name}_l0": p for name, p in cell.state_dict().items()})
+    return theirs
+
+
+def row(batch: int, steps: int, hidden: int, device: torch.device, with_loop: bool) -> str:
+    torch.manual_seed(0)
+    cell = nn.GRUCell(hidden, hidden).to(device)
+    x = torch.randn(batch, steps, hidden, device=device, requires_grad=True)
+    cotangent = torch.randn(batch, steps, hidden, device=device)
+    zeros = torch.zeros(batch, hidden, device=device)
+    rnn, theirs = pararnn.RNN(cell), with_weights_of(cell)
+    runs = {"RNN": (rnn, cell), "nn.GRU": (theirs, theirs)}
+    if with_loop:
+        runs["loop"] = (lambda x: loop(cell, x, zeros), cell)
+
+    def forward_backward(run: Callable[..., Any], module: nn.Module) -> list[torch.Tensor]:
+        y = run(x)[0]
+        return [y, *torch.autograd.grad(y, [x, *module.parameters()], cotangent)]
+
+    reference = forward_backward(*runs["nn.GRU"])
+    for name, arguments in runs.items():
+        for i, (a, e) in enumerate(zip(forward_backward(*arguments), reference, strict=True)):
+            assert_close(f"{name}, tensor {i}", a, e, rtol=RTOL)
+    forward, both = {}, {}
+    for name, (run, module) in runs.items():
+        with torch.no_grad():
+            forward[name] = milliseconds(lambda run=run: run(x), device)
+        both[name] = milliseconds(lambda a=(run, module): forward_backward(*a), device)
+    report = rnn.report
+    cells = [f"{batch} | {steps} | {hidden}"]
+    cells += [f"{forward[n]:.2f} / {both[n]:.2f}" if n in both else "-" for n in ("RNN", "nn.GRU")]
+    cells.append(f"{forward['loop']:.0f} / {both['loop']:.0f}" if with_loop else "-")
+    cells.append(f"{both['nn.GRU'] / both['RNN']:.1f} x")
+    cells.append(f"{both['loop'] / both['RNN']:.1f} x" if with_loop else "-")
+    cells.append(f"{report.chunks} | {report.iterations} | {report.residual:.0e}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", help="batch,time,hidden")
+    parser.add_argument("--no-loop", action="store_true", help="the plain loop takes long")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.backends.cudnn.allow_tf32 = False
+    on = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{on}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32,")
+    print("forward / forward+backward in milliseconds.\n")
+    print(
+        "| batch | time | hidden | RNN(nn.GRUCell) | nn.GRU | plain loop | against nn.GRU | "
+        "against the loop | chunks | iterations | residual |"
+    )
+    print("|" + "---|" * 11)
+    for size in options.sizes or (GPU_SIZES if device.type == "cuda" else CPU_SIZES):
+        batch, steps, hidden = map(int, size.split(","))
+        print(row(batch, steps, hidden, device, not options.no_loop), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Work captured once in a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pararnn.solvers import chunks as plain
+from pararnn.solvers.chunks import Chunks
+
+_STEPS = 128  # of a sweep in one graph; longer sweeps replay it
+_GRAPHS = 16  # kept per step
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], None]:
+    """The same work as a CUDA graph, which Python launches in one call.
+
+    It is run twice before, to compile and to allocate, on a stream of its own.
+
+    Args:
+        run: Enqueues work on the current stream; reads and writes the same tensors in every call.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> None:
+        graph.replay()
+        _ = kept  # the memory that the graph writes to
+
+    return replay
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is enqueued on a device goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def run_steps(
+    chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
+) -> list[Tensor]:
+    """See `pararnn.solvers.chunks.Run`: on a GPU some steps at a time by CUDA graphs."""
+    device = state[0].device
+    if device.type != "cuda" or is_capturing(device) or chunks.steps - first == 1:
+        return plain.run_steps(chunks, state, first, copies)
+    with torch.cuda.device(device):
+        return _in_pieces(chunks, state, first, copies)
+
+
+def _in_pieces(
+    chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
+) -> list[Tensor]:
+    pieces: list[list[Tensor]] = []
+    for begin in range(first, chunks.steps, _STEPS):
+        piece = chunks.piece(begin, min(begin + _STEPS, chunks.steps))
+        pieces.append(_replayed(piece, state, copies))
+        state = [p[-1] for p in pieces[-1]]
+    return pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
+
+
+_known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, _Sweep]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _replayed(chunks: Chunks, state: Sequence[Tensor], copies: int) -> list[Tensor]:
+    known = _known.setdefault(chunks.step.module, OrderedDict())
+    tensors = [*state, *chunks.tensors()]
+    form = (chunks.steps, chunks.reverse, chunks.begins is None, copies)
+    key = (form, *((t.shape, t.dtype, t.device) for t in tensors))
+    if key not in known:
+        known[key] = _Sweep(chunks, state, copies)
+        if len(known) > _GRAPHS:
+            known.popitem(last=False)
+    known.move_to_end(key)
+    return known[key](tensors)
+
+
+class _Sweep:
+    """The steps of chunks of one shape as a CUDA graph, with tensors of its own."""
+
+    def __init__(self, chunks: Chunks, state: Sequence[Tensor], copies: int) -> None:
+        own = [t.clone(memory_format=torch.contiguous_format) for t in state]
+        mine = chunks.mapped(lambda t: t.clone(memory_format=torch.contiguous_format))
+        self.inputs = [*own, *mine.tensors()]
+        self.outputs: list[Tensor] = []
+
+        def run() -> list[Tensor]:
+            self.outputs = plain.run_steps(mine, own, copies=copies)
+            return self.outputs
+
+        self.replay = captured(run)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        for mine, given in zip(self.inputs, tensors, strict=True):
+            mine.copy_(given)
+        self.replay()
+        return [o.clone() for o in self.outputs]

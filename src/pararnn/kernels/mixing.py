@@ -1,0 +1,260 @@
+"""Recurrences whose channels mix as `torch.library` operators; see `operators` for the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pararnn.kernels.graphs import is_capturing, run_steps
+from pararnn.kernels.operators import no_second_derivative
+from pararnn.solvers.automatic import Memory, automatic, coupling
+from pararnn.solvers.mixing import Backward, Chain, Forward
+from pararnn.solvers.settings import Sequential, Solver, act_on_failure
+from pararnn.solvers.shooting import Progress, sequential_report
+from pararnn.tracing.mixing import Mixing
+
+_TF32 = 2.0**-11  # half the spacing at 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to evaluate a recurrence.
+
+    Attributes:
+        mixing: The recurrence.
+        group: Channels that mix with each other.
+        settings: What the user asked for; None to choose.
+        memory: Where parallel evaluation failed, if it was chosen. Layers with equal equations
+            share a plan; what tells them apart is where their weights are.
+    """
+
+    mixing: Mixing
+    group: int
+    settings: Solver | None
+    memory: Memory = field(default_factory=Memory)
+
+    def forward(
+        self,
+        edges: Sequence[Tensor],
+        initial: Tensor,
+        starts: Tensor | None,
+        batch: int,
+        time: int,
+    ) -> Forward:
+        """The problem, in the type of the arithmetic."""
+        double = any(t.dtype is torch.float64 for t in (*edges, initial))
+        dtype = torch.float64 if double else torch.float32
+        edges = [e.to(dtype) if e.is_floating_point() else e for e in edges]
+        return Forward(self.mixing, self.group, edges, initial.to(dtype), starts, batch, time)
+
+    def state_dtype(self, edges: Sequence[Tensor], initial: Tensor) -> torch.dtype:
+        """The type in which states are kept: that of the edges with rows, which are as large."""
+        if any(t.dtype is torch.float64 for t in (*edges, initial)):
+            return torch.float64
+        kinds = zip(edges, self.mixing.step.by_rows, strict=True)
+        moving = [e.dtype for e, r in kinds if r and e.is_floating_point()]
+        return functools.reduce(torch.promote_types, moving or [initial.dtype])
+
+    def chosen(self, batch: int, time: int, device: str) -> Solver:
+        """The settings in force, where all or the length of the chunks are to be chosen."""
+        if self.settings is not None and self.settings.chunk != "auto":
+            return self.settings
+        entries = self.mixing.num_components * self.group
+        found = automatic(entries, self.mixing.work, batch, time, device)
+        if self.settings is None:
+            return found
+        return replace(self.settings, chunk=found.chunk)
+
+    def describe(self) -> str:
+        """How it is evaluated, in words."""
+        if self.settings is not None:
+            return repr(self.settings)
+        entries = self.mixing.num_components * self.group
+        text = (
+            f"{coupling(entries).__name__}, with chunks chosen for every shape, or step by step "
+            "where they do not pay"
+        )
+        if len(self.memory):
+            text += (
+                f"; it did not converge lately for {len(self.memory)} problems (a shape, forwards "
+                "or backwards), which go step by step until it is tried again"
+            )
+        return text
+
+    def settings_for(self, chain: Chain) -> Solver:
+        """The settings in force for a problem."""
+        device = chain.initial.device
+        if self.memory.avoids(_key(chain)) or is_capturing(device):
+            return Sequential()
+        return self.chosen(chain.batch, chain.time, device.type)
+
+    def solve(
+        self, chain: Chain, settings: Solver, dtype: torch.dtype
+    ) -> tuple[list[Tensor], Progress | None]:
+        """Solve a problem whose states are kept in `dtype`; see `Chain.solve`."""
+        tolerance = settings.tolerance_for(dtype)
+        if settings.tolerance is None and _rounds(chain.initial):
+            tolerance = max(tolerance, _TF32)
+        found, progress = chain.solve(settings, tolerance, run_steps)
+        if self.settings is None and progress is not None and not progress.all_converged:
+            self.memory.failed(_key(chain))
+        return found, progress
+
+
+def _rounds(x: Tensor) -> bool:
+    """Whether matrix products round what they multiply: no two sweeps agree to more than that."""
+    single = x.dtype is torch.float32 and x.device.type == "cuda"
+    return single and torch.get_float32_matmul_precision() != "highest"
+
+
+def _key(chain: Chain) -> Hashable:
+    """What tells problems apart: direction, shape and weights."""
+    weights = [e.data_ptr() for e in chain.fixed()[:1]]
+    return type(chain).__name__, chain.batch, chain.time, *weights
+
+
+_plans: dict[str, Plan] = {}
+
+
+def plan(mixing: Mixing, group: int, settings: Solver | None) -> str:
+    """Register how to evaluate a recurrence; equal requests give the same name."""
+    _ = mixing.adjoint  # now: inside an operator autograd is out of reach
+    text = f"{mixing.key} {mixing.device} {group} {settings!r}"
+    name = f"mixing-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    _plans.setdefault(name, Plan(mixing, group, settings))
+    return name
+
+
+def plan_of(name: str) -> Plan:
+    """A registered plan."""
+    return _plans[name]
+
+
+_library = torch.library.Library("pararnn", "FRAGMENT")
+_library.define(
+    "mixing(Tensor[] edges, Tensor initial, Tensor? starts, SymInt batch, SymInt time, str plan) "
+    "-> Tensor[]"
+)
+_library.define(
+    "mixing_backward(Tensor[] edges, Tensor initial, Tensor? starts, SymInt batch, SymInt time, "
+    "Tensor[] states, Tensor?[] grad_states, str plan) -> Tensor[]"
+)
+# `edges` with rows are (batch, time, ...); results are the states and the report, and the gradients
+# of the differentiable edges and of `initial`.
+
+
+def _mixing(
+    edges: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    batch: int,
+    time: int,
+    plan: str,
+) -> list[Tensor]:
+    chosen = _plans[plan]
+    dtype = chosen.state_dtype(edges, initial)
+    with torch.autocast(initial.device.type, enabled=False):
+        chain = chosen.forward(edges, initial, starts, batch, time)
+        states, progress = chosen.solve(chain, chosen.settings_for(chain), dtype)
+    report = sequential_report(batch, initial.device) if progress is None else progress.report()
+    if chosen.settings is not None:
+        act_on_failure(report, chosen.settings, dtype)
+    return [*(s.to(dtype) for s in states), report]
+
+
+def _mixing_backward(
+    edges: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    batch: int,
+    time: int,
+    states: Sequence[Tensor],
+    grad_states: Sequence[Tensor | None],
+    plan: str,
+) -> list[Tensor]:
+    chosen, mixing = _plans[plan], _plans[plan].mixing
+    with torch.autocast(initial.device.type, enabled=False):
+        forward = chosen.forward(edges, initial, starts, batch, time)
+        dtype = forward.initial.dtype
+        before = forward.before([s.to(dtype) for s in states])
+        grads = [
+            b.new_zeros(1, 1, 1).expand_as(b) if g is None else g.to(dtype)
+            for b, g in zip(before, grad_states, strict=True)
+        ]
+        fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
+        chain = Backward(**fields, before=before, grad_states=grads)
+        settings = chosen.settings_for(chain)
+        if isinstance(settings, Sequential):
+            found, gradients = chain.solve_in_pieces(run_steps)
+        else:
+            found, _ = chosen.solve(chain, settings, chosen.state_dtype(edges, initial))
+            gradients = chain.gradients(found)
+        shaped = [
+            g.reshape(edges[i].shape).to(edges[i].dtype)
+            for i, g in zip(mixing.differentiable, gradients, strict=True)
+        ]
+        return [*shaped, chain.initial_gradient(found).to(initial.dtype)]
+
+
+def _fake_mixing(
+    edges: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    batch: int,
+    time: int,
+    plan: str,
+) -> list[Tensor]:
+    dtype = _plans[plan].state_dtype(edges, initial)
+    shape = (batch, time, initial.shape[2])
+    states = [initial.new_empty(shape, dtype=dtype) for _ in range(initial.shape[1])]
+    return [*states, initial.new_empty((batch, 4), dtype=torch.float64)]
+
+
+def _fake_backward(
+    edges: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    batch: int,
+    time: int,
+    states: Sequence[Tensor],
+    grad_states: Sequence[Tensor | None],
+    plan: str,
+) -> list[Tensor]:
+    wanted = [edges[i] for i in _plans[plan].mixing.differentiable]
+    return [t.new_empty(t.shape) for t in (*wanted, initial)]
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    edges, initial, starts, ctx.batch, ctx.time, ctx.plan = inputs
+    ctx.count = len(edges)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*edges, initial, starts, *output[:-1])
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
+    edges, (initial, starts, *states) = (
+        ctx.saved_tensors[: ctx.count],
+        ctx.saved_tensors[ctx.count :],
+    )
+    *found, initial_gradient = torch.ops.pararnn.mixing_backward(
+        edges, initial, starts, ctx.batch, ctx.time, states, list(grads[:-1]), ctx.plan
+    )
+    gradients: list[Tensor | None] = [None] * ctx.count
+    for i, gradient in zip(_plans[ctx.plan].mixing.differentiable, found, strict=True):
+        gradients[i] = gradient
+    return gradients, initial_gradient, None, None, None, None
+
+
+_library.impl("mixing", _mixing, "CompositeExplicitAutograd")
+_library.impl("mixing_backward", _mixing_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("pararnn::mixing", _fake_mixing, lib=_library)
+torch.library.register_fake("pararnn::mixing_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("pararnn::mixing", _backward, setup_context=_setup, lib=_library)
+torch.library.register_autograd("pararnn::mixing_backward", no_second_derivative, lib=_library)

@@ -1,0 +1,361 @@
+r"""Multiple shooting for recurrences whose channels mix, and for their adjoints.
+
+The chunks of all sequences step together as one batch. What follows a step is a matrix product with
+the state for all of them, so an ordinary batched call per step; iteration and coupling are those of
+`shooting`, with the channels of a group (a head, or all of them) as one vector.
+
+A chunk's tangent is had by running the adjoint of its steps on unit vectors, all groups at once:
+$D_k^\top e_i$ for as many $i$ as a group has entries. No Jacobian of a step is ever formed.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pararnn.solvers.chunks import Chunks, Cut, Groups, Run, in_blocks, states_before
+from pararnn.solvers.settings import Sequential, Solver
+from pararnn.solvers.shooting import WARM_UP, Progress, shoot
+from pararnn.tracing.mixing import Mixing
+
+_PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
+_SHORTEST_PIECE = 16  # steps
+
+
+@dataclass(frozen=True)
+class Chain(abc.ABC):
+    """A recurrence over time.
+
+    Attributes:
+        mixing: Its step and derivatives.
+        group: Channels that mix with each other.
+        edges: What the step of `mixing` takes; those with rows are (batch, time, ...).
+        initial: Initial states, (rows, components, hidden).
+        starts: As in `Problem`.
+        batch: Sequences.
+        time: Steps.
+    """
+
+    mixing: Mixing
+    group: int
+    edges: Sequence[Tensor]
+    initial: Tensor
+    starts: Tensor | None
+    batch: int
+    time: int
+
+    relative = False
+    backwards = False
+
+    @abc.abstractmethod
+    def first(self) -> Tensor:
+        """What it starts from, (batch, components, hidden)."""
+
+    @abc.abstractmethod
+    def chunks(self, cut: Cut) -> Chunks:
+        """The same, cut."""
+
+    @abc.abstractmethod
+    def tangents(
+        self,
+        cut: Cut,
+        chunks: Chunks,
+        first: Sequence[Tensor],
+        history: Sequence[Tensor],
+        run: Run,
+    ) -> Tensor:
+        """d(end) / d(first state) of every chunk, (batch, chunks, n, n, groups).
+
+        Args:
+            cut: How time is cut.
+            chunks: The result of `chunks`.
+            first: The first states.
+            history: What a sweep from these found.
+            run: Steps through chunks.
+        """
+
+    def fixed(self) -> list[Tensor]:
+        """The edges without rows."""
+        return [e for e, r in zip(self.edges, self.mixing.step.by_rows, strict=True) if not r]
+
+    def solve(
+        self, settings: Solver, tolerance: float, run: Run
+    ) -> tuple[list[Tensor], Progress | None]:
+        """Evaluate it.
+
+        Args:
+            settings: With the chunks that hold.
+            tolerance: The tolerance that holds.
+            run: Steps through chunks.
+
+        Returns:
+            Components (batch, time, hidden) after every step, and how it went: None if there is one
+            chunk.
+        """
+        assert settings.chunk != "auto"
+        cut = Cut(self.batch, self.time, min(settings.chunk, self.time), self.backwards)
+        chunks, start = self.chunks(cut), self.first()
+        if cut.chunks == 1:
+            return [cut.join(h) for h in run(chunks, start.unbind(1))], None
+        groups = Groups(cut, self.mixing.num_components, self.group)
+        everywhere = start.repeat(cut.chunks, 1, 1).unbind(1)
+        warm = run(chunks, everywhere, first=max(0, cut.chunk - WARM_UP))
+        ends = groups.vectors([w[-1] for w in warm])
+        guess = torch.cat([groups.vectors(everywhere)[:, :1], ends[:, :-1]], 1)
+        first: list[Tensor] = []
+        history: list[Tensor] = []
+
+        def sweep(guess: Tensor) -> Tensor:
+            first[:] = groups.rows(guess)
+            history[:] = run(chunks, first)
+            return groups.vectors([h[-1] for h in history])
+
+        progress = shoot(
+            sweep,
+            lambda _: self.tangents(cut, chunks, first, history, run),
+            guess,
+            settings,
+            tolerance,
+            self.relative,
+        )
+        if not progress.all_converged:
+            whole, _ = self.solve(Sequential(), tolerance, run)
+            return whole, progress
+        return [cut.join(h) for h in history], progress
+
+    def _adjoint_edges(
+        self,
+        before: Sequence[Tensor],
+        edges: Sequence[Tensor],
+        grad_states: Sequence[Tensor] | None,
+    ) -> list[Tensor]:
+        """The edges of the adjoint, those with rows (a, b, ...) like all arguments with rows.
+
+        Args:
+            before: The states before all steps, components (a, b, hidden).
+            edges: Those of the recurrence.
+            grad_states: Components (a, b, hidden); zeros when None.
+        """
+        adjoint, count = self.mixing.adjoint, len(before)
+        grad_states = _zeros(before) if grad_states is None else grad_states
+        moves = [True] * count + list(self.mixing.step.by_rows) + [True] * count
+        blocks = [
+            adjoint.edges(now[:count], now[count:-count], now[-count:])
+            for now in in_blocks([*before, *edges, *grad_states], moves)
+        ]
+        return [
+            torch.cat(parts).unflatten(0, before[0].shape[:2]) if by_rows else parts[0]
+            for parts, by_rows in zip(zip(*blocks, strict=True), adjoint.by_rows, strict=True)
+        ]
+
+    def _adjoint_chunks(
+        self, steps: int, edges: Sequence[Tensor], begins: Tensor | None, reverse: bool = False
+    ) -> Chunks:
+        """Chunks of the adjoint from all its edges, cut; it is zero before steps that begin."""
+        adjoint = self.mixing.adjoint
+        used = [edges[i] for i in adjoint.step_edges]
+        if begins is None:
+            return Chunks(adjoint.step, steps, used, None, [], reverse)
+        zero = self.initial.new_zeros(1, 1, 1).expand(*begins.shape[:2], self.mixing.hidden)
+        fresh = [zero] * self.mixing.num_components
+        return Chunks(adjoint.step, steps, used, begins, fresh, reverse)
+
+    def _images(self, cut: Cut, linear: Chunks, run: Run) -> Tensor:
+        """What chunks of the adjoint make of unit vectors."""
+        groups = Groups(cut, self.mixing.num_components, self.group)
+        basis = groups.basis(self.first().new_empty(cut.chunks * cut.batch, self.mixing.hidden))
+        found = run(linear, basis, copies=self.mixing.num_components * self.group)
+        return groups.images([f[-1] for f in found])
+
+
+class Forward(Chain):
+    """The states."""
+
+    def first(self) -> Tensor:
+        """See `Chain.first`."""
+        return self.initial if self.starts is None else self.initial[self.starts[:, 0].long()]
+
+    def chunks(self, cut: Cut) -> Chunks:
+        """See `Chain.chunks`."""
+        edges = _split(cut, self.edges, self.mixing.step.by_rows)
+        if self.starts is None:
+            return Chunks(self.mixing.step, cut.chunk, edges, None, ())
+        rows = cut.split(self.starts.long())
+        fresh = self.initial[rows.clamp_min(0)].unbind(2)
+        return Chunks(self.mixing.step, cut.chunk, edges, (rows >= 0).unsqueeze(-1), fresh)
+
+    def tangents(
+        self,
+        cut: Cut,
+        chunks: Chunks,
+        first: Sequence[Tensor],
+        history: Sequence[Tensor],
+        run: Run,
+    ) -> Tensor:
+        """See `Chain.tangents`."""
+        before = [
+            b.flip(0) for b in states_before(first, history, chunks.begins, chunks.fresh, axis=0)
+        ]
+        edges = [
+            e.flip(0) if by_rows else e
+            for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
+        ]
+        edges, begins = self._adjoint_edges(before, edges, None), chunks.begins
+        if begins is None:
+            return self._images(cut, self._adjoint_chunks(cut.chunk, edges, None), run)
+        after = torch.cat([torch.zeros_like(begins[:1]), begins.flip(0)[:-1]])
+        images = self._images(cut, self._adjoint_chunks(cut.chunk, edges, after), run)
+        fresh = begins[0].view(cut.chunks, cut.batch).T
+        return torch.where(fresh[:, :, None, None, None], 0.0, images)
+
+    def before(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The states before every step, components (batch, time, hidden), from those after."""
+        begins, fresh = None, self.first().unbind(1)
+        if self.starts is not None:
+            begins = (self.starts >= 0).unsqueeze(-1)
+            fresh = self.initial[self.starts.long().clamp_min(0)].unbind(2)
+        return states_before(self.first().unbind(1), states, begins, fresh, axis=1)
+
+
+@dataclass(frozen=True)
+class Backward(Chain):
+    r"""The adjoints that reach every step from later ones, $c_{t-1} = J_t^\top (c_t + g_t)$.
+
+    Attributes:
+        before: The state before every step at the solution, components (batch, time, hidden).
+        grad_states: The gradient of the states from outside, likewise.
+        incoming: What reaches the last step, (batch, components, hidden); nothing when None.
+    """
+
+    before: Sequence[Tensor]
+    grad_states: Sequence[Tensor]
+    incoming: Tensor | None = None
+
+    relative = True
+    backwards = True
+
+    @functools.cached_property
+    def adjoint_edges(self) -> list[Tensor]:
+        """The edges of the adjoint, those with rows (batch, time, ...)."""
+        return self._adjoint_edges(self.before, self.edges, self.grad_states)
+
+    def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of the differentiable edges, those with rows (batch, time, ...).
+
+        Args:
+            found: The solution, components (batch, time, hidden).
+        """
+        last = self.first().unsqueeze(1).unbind(2)
+        after = [torch.cat([f[:, 1:], z], 1) for f, z in zip(found, last, strict=True)]
+        if self.starts is not None:
+            ends = self._ends().unsqueeze(-1)
+            after = [torch.where(ends, 0.0, a) for a in after]
+        adjoint = self.mixing.adjoint
+        moves = [True] * len(after) + list(adjoint.by_rows)
+        blocks = [
+            adjoint.gradients(*now) for now in in_blocks([*after, *self.adjoint_edges], moves)
+        ]
+        by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
+        return [
+            torch.cat(parts).unflatten(0, (self.batch, self.time)) if moves else _sum(parts)
+            for parts, moves in zip(zip(*blocks, strict=True), by_rows, strict=True)
+        ]
+
+    def solve_in_pieces(self, run: Run) -> tuple[list[Tensor], list[Tensor]]:
+        """Step by step, with little memory besides the result: so many steps at a time.
+
+        Returns:
+            The solution, of which `initial_gradient` needs the first step alone if sequences start
+            nowhere else, and the gradients of the differentiable edges.
+        """
+        size = max(_SHORTEST_PIECE, _PIECE // (self.batch * self.mixing.hidden))
+        pieces, incoming = [], self.incoming
+        for begin in reversed(range(0, self.time, size)):
+            piece = self._piece(begin, min(begin + size, self.time), incoming)
+            found, _ = piece.solve(Sequential(), 0.0, run)
+            pieces.append((found, piece.gradients(found)))
+            incoming = torch.stack([f[:, 0] for f in found], 1)
+        solutions, gradients = zip(*reversed(pieces), strict=True)
+        solutions = solutions[:1] if self.starts is None else solutions
+        by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
+        return [torch.cat(parts, 1) for parts in zip(*solutions, strict=True)], [
+            torch.cat(parts, 1) if moves else _sum(parts)
+            for parts, moves in zip(zip(*gradients, strict=True), by_rows, strict=True)
+        ]
+
+    def _piece(self, begin: int, end: int, incoming: Tensor | None) -> Backward:
+        starts = self.starts
+        if starts is not None and incoming is not None and end < self.time:
+            incoming = torch.where(starts[:, end, None, None] >= 0, 0.0, incoming)
+        by_rows = self.mixing.step.by_rows
+        return replace(
+            self,
+            edges=[e[:, begin:end] if r else e for e, r in zip(self.edges, by_rows, strict=True)],
+            starts=None if starts is None else starts[:, begin:end],
+            time=end - begin,
+            before=[b[:, begin:end] for b in self.before],
+            grad_states=[g[:, begin:end] for g in self.grad_states],
+            incoming=incoming,
+        )
+
+    def initial_gradient(self, found: Sequence[Tensor]) -> Tensor:
+        """The gradient of the initial states, from the solution: what reaches a start is theirs."""
+        adjoint = torch.stack(list(found), 2)
+        if self.starts is None:
+            return adjoint[:, 0]
+        if len(self.initial) == self.batch:
+            begins = (self.starts >= 0)[:, :, None, None]
+            return torch.where(begins, adjoint, 0.0).sum(1)
+        rows = len(self.initial)
+        order = torch.where(self.starts[0] < 0, rows, self.starts[0]).argsort()[:rows]
+        return adjoint[0, order]
+
+    def _ends(self) -> Tensor:
+        """Boolean (batch, time): the next step, if there is one, starts afresh."""
+        assert self.starts is not None
+        begins = self.starts >= 0
+        return torch.cat([begins[:, 1:], torch.zeros_like(begins[:, :1])], 1)
+
+    def first(self) -> Tensor:
+        """See `Chain.first`."""
+        if self.incoming is not None:
+            return self.incoming
+        return self.initial.new_zeros(self.batch, *self.initial.shape[1:])
+
+    def chunks(self, cut: Cut) -> Chunks:
+        """See `Chain.chunks`."""
+        return self._cut(cut, self.adjoint_edges)
+
+    def _cut(self, cut: Cut, edges: Sequence[Tensor]) -> Chunks:
+        begins = None if self.starts is None else cut.split(self._ends().unsqueeze(-1))
+        edges = _split(cut, edges, self.mixing.adjoint.by_rows)
+        return self._adjoint_chunks(cut.chunk, edges, begins, reverse=cut.chunks == 1)
+
+    def tangents(
+        self,
+        cut: Cut,
+        chunks: Chunks,
+        first: Sequence[Tensor],
+        history: Sequence[Tensor],
+        run: Run,
+    ) -> Tensor:
+        """See `Chain.tangents`."""
+        linear = self._adjoint_edges(self.before, self.edges, None)
+        return self._images(cut, self._cut(cut, linear), run).transpose(2, 3)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
+def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
+    return [x.new_zeros(1, 1, 1).expand_as(x) for x in like]
+
+
+def _split(cut: Cut, edges: Sequence[Tensor], by_rows: Sequence[bool]) -> list[Tensor]:
+    return [cut.split(e) if moves else e for e, moves in zip(edges, by_rows, strict=True)]

@@ -1,0 +1,575 @@
+"""Cells whose channels mix: every coupling, chunk length and contract, against the loop."""
+
+import functools
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import pararnn
+from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
+from pararnn.kernels import graphs
+from pararnn.kernels import mixing as operator
+from pararnn.solvers import automatic
+from pararnn.testing import assert_close, loop
+
+from .cells import CELLS, make_cell
+from .compare import as_tuple, assert_same, outcome, random_state
+
+RTOL = {torch.float64: 1e-10, torch.float32: 1e-5}
+INPUT, HIDDEN = 5, 6
+
+
+class Heads(nn.Module):
+    """A gated cell of two components, whose recurrent matrices are blocks of a head each."""
+
+    input_size, hidden_size, num_components = INPUT, HIDDEN, 2
+
+    def __init__(self, size=2):
+        super().__init__()
+        self.input = nn.Linear(INPUT, 3 * HIDDEN)
+        self.blocks = nn.Parameter(torch.randn(3, HIDDEN // size, size, size) * 0.4)
+
+    def forward(self, x, state):
+        h, c = state
+        heads = h.unflatten(-1, self.blocks.shape[1:3])
+        mixed = torch.einsum("nhi,ghij->nghj", heads, self.blocks).flatten(2)
+        f, o, z = (self.input(x).unflatten(-1, (3, HIDDEN)) + mixed).unbind(1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(-f) * torch.tanh(z)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
+class Normed(nn.Module):
+    """Layer norm, whose backward takes it for granted that what it saved is contiguous."""
+
+    input_size, hidden_size, num_components = INPUT, HIDDEN, 1
+
+    def __init__(self):
+        super().__init__()
+        self.input = nn.Linear(INPUT, 2 * HIDDEN)
+        self.norm = nn.LayerNorm(2, eps=0.1)
+
+    def forward(self, x, h):
+        u, v = self.input(x).chunk(2, -1)
+        mixed = self.norm(h.unflatten(-1, (3, 2)) + v.unflatten(-1, (3, 2))).flatten(1)
+        return torch.tanh(u + mixed).unflatten(-1, (2, 3)).transpose(1, 2).flatten(1)
+
+
+class Partly(nn.Module):
+    """Mixes through a path that is detached, and takes a mask and an index from x."""
+
+    input_size, hidden_size, num_components = INPUT, HIDDEN, 1
+
+    def __init__(self):
+        super().__init__()
+        self.input = nn.Linear(INPUT, HIDDEN)
+        self.weight = nn.Parameter(torch.randn(HIDDEN, HIDDEN) * 0.3)
+        self.table = nn.Parameter(torch.randn(3, HIDDEN))
+
+    def forward(self, x, h):
+        row = self.table[(x[:, 0] > 0).long() + (x[:, 1] > 0).long()]
+        new = torch.tanh(self.input(x) + row + h @ self.weight - 0.2 * (h @ self.weight).detach())
+        return torch.where(x[:, 2:3] > -1.0, new, 0.9 * h)
+
+
+MIXING = {
+    "rnn": lambda: nn.RNNCell(INPUT, HIDDEN),
+    "gru": lambda: nn.GRUCell(INPUT, HIDDEN),
+    "lstm": lambda: nn.LSTMCell(INPUT, HIDDEN),
+    "heads": Heads,
+    "partly": Partly,
+    "normed": Normed,
+}
+COUPLINGS = [Newton, QuasiNewton, Picard, Jacobi]
+
+
+def make(name, dtype=torch.float64):
+    torch.manual_seed(5)
+    return MIXING[name]().to(dtype)
+
+
+def data(rnn, batch=3, time=25, dtype=torch.float64):
+    x = torch.randn(batch, time, INPUT, dtype=dtype)
+    return x, random_state(rnn.num_components, batch, rnn.hidden_size, dtype=dtype)
+
+
+def starts(time=25):
+    resets = torch.rand(3, time) < 0.15
+    resets[0, 0] = resets[1, -1] = resets[2, 6:9] = True
+    return resets
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("chunk", [1, 7, 25])
+@pytest.mark.parametrize("name", MIXING)
+def test_equals_loop(name, chunk, coupling):
+    cell = make(name)
+    rnn = RNN(cell, solver=coupling(chunk=chunk))
+    x, state = data(rnn)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, RTOL[torch.float64])
+    assert rnn.report.status == ("sequential" if chunk == 25 else "converged")
+
+
+@pytest.mark.parametrize("solver", [None, Newton(chunk=7), Jacobi(chunk=7), Sequential()])
+@pytest.mark.parametrize("name", MIXING)
+def test_equals_loop_in_float32(name, solver):
+    cell = make(name, torch.float32)
+    rnn = RNN(cell, solver=solver)
+    x, state = data(rnn, time=130, dtype=torch.float32)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, RTOL[torch.float32])
+
+
+@pytest.mark.parametrize("solver", [*(c(chunk=7) for c in COUPLINGS), Newton(chunk=1), None])
+@pytest.mark.parametrize("name", ["gru", "heads"])
+def test_resets_equal_loop(name, solver):
+    cell = make(name)
+    rnn = RNN(cell, solver=solver)
+    x, state = data(rnn)
+    resets = starts()
+    expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
+    actual = outcome(lambda x, s: rnn(x, s, resets), cell, x, state)
+    assert_same(actual, expected, RTOL[torch.float64])
+
+
+@pytest.mark.parametrize("solver", [*(c(chunk=4) for c in COUPLINGS), Sequential()])
+def test_packed_equals_one_by_one(solver):
+    cell = make("lstm")
+    rnn = RNN(cell, solver=solver)
+    lengths = [1, 9, 2, 14, 5]
+    x, _ = data(rnn, batch=1, time=sum(lengths))
+    state = random_state(2, len(lengths), HIDDEN)
+
+    def one_by_one(x, state):
+        parts = [
+            loop(cell, part, tuple(s[i : i + 1] for s in state))
+            for i, part in enumerate(x.split(lengths, 1))
+        ]
+        lasts = zip(*(last for _, last in parts), strict=True)
+        return torch.cat([y for y, _ in parts], 1), tuple(torch.cat(c) for c in lasts)
+
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    actual = outcome(lambda x, s: rnn(x, s, cu_seqlens=bounds), cell, x, state)
+    assert_same(actual, outcome(one_by_one, cell, x, state), RTOL[torch.float64])
+
+
+@pytest.mark.parametrize("name", ["gru", "heads"])
+def test_layouts_parts_and_steps(name):
+    """Time first, strided inputs, one sequence, two parts and single steps are all the same."""
+    cell = make(name)
+    rnn = RNN(cell, solver=Newton(chunk=7))
+    x, state = data(rnn)
+    expected = outcome(rnn, cell, x, state)
+    time_first = RNN(cell, solver=rnn.solver, batch_first=False)
+
+    def transposed(x, state):
+        y, last = time_first(x.transpose(0, 1), state)
+        return y.transpose(0, 1), last
+
+    def strided(x, state):
+        return rnn(torch.stack([x, x + 1], -1)[..., 0], state)
+
+    def parts(x, state):
+        first, state = rnn(x[:, :12], state)
+        second, state = rnn(x[:, 12:], state)
+        return torch.cat([first, second], 1), state
+
+    def steps(x, state):
+        outputs = []
+        for x_t in x.unbind(1):
+            y, state = rnn.step(x_t, state)
+            outputs.append(y)
+        return torch.stack(outputs, 1), state
+
+    for run in (transposed, strided, parts, steps):
+        assert_same(outcome(run, cell, x, state), expected, 1e-12, label=run.__name__)
+
+
+@pytest.mark.parametrize("solver", [Newton(chunk=7), Jacobi(chunk=10), Sequential()])
+def test_sweeps_by_graphs(monkeypatch, solver):
+    """What a GPU does, with work that is run again in the place of a graph that is replayed."""
+
+    def captured(run):
+        outputs = run()
+
+        def replay():
+            for old, new in zip(outputs, run(), strict=True):
+                old.copy_(new)
+
+        return replay
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(graphs, "_STEPS", 4)
+    monkeypatch.setattr(graphs, "_GRAPHS", 3)
+    monkeypatch.setattr(operator, "run_steps", graphs._in_pieces)
+    cell = make("heads")
+    rnn = RNN(cell, solver=solver)
+    for resets in (None, starts(), None):
+        x, state = data(rnn)
+        with torch.no_grad():
+            cell.blocks.add_(0.1)
+        expected = outcome(lambda x, s, r=resets: loop(cell, x, s, r), cell, x, state)
+        actual = outcome(lambda x, s, r=resets: rnn(x, s, r), cell, x, state)
+        assert_same(actual, expected, RTOL[torch.float64])
+
+
+@pytest.mark.parametrize("pieces", [1, 4, 7])
+@pytest.mark.parametrize("reset", [False, True])
+def test_pieces_of_the_sequential_backward(monkeypatch, pieces, reset):
+    monkeypatch.setattr(pararnn.solvers.mixing, "_SHORTEST_PIECE", pieces)
+    monkeypatch.setattr(pararnn.solvers.mixing, "_PIECE", 1)
+    cell = make("lstm")
+    rnn = RNN(cell, solver=Sequential())
+    x, state = data(rnn)
+    resets = starts() if reset else None
+    expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
+    assert_same(outcome(lambda x, s: rnn(x, s, resets), cell, x, state), expected, 1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize("name", ["gru", "heads"])
+def test_chunks_are_coupled_by_their_tangents(monkeypatch, name, chunk):
+    """What Newton is given equals the Jacobian of the loop over a chunk, resets included."""
+    cell = make(name)
+    rnn = RNN(cell, solver=Newton(chunk=chunk))
+    components, size = rnn.num_components, rnn.evaluation().traced.group
+    x, state = data(rnn, batch=2, time=20)
+    resets = torch.zeros(2, 20, dtype=torch.bool)
+    resets[1, 12] = True
+    seen = []
+    tangents = pararnn.solvers.mixing.Forward.tangents
+
+    def spy(self, cut, chunks, first, history, run):
+        seen.append((torch.stack(list(first), 1), tangents(self, cut, chunks, first, history, run)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(pararnn.solvers.mixing.Forward, "tangents", spy)
+    with torch.no_grad():
+        rnn(x, state, resets)
+    first, found = seen[0]
+    first = first.unflatten(0, (-1, 2))
+    for k, b in [(1, 0), (1, 1), (12 // chunk, 1)]:
+        part = x[b : b + 1, k * chunk : (k + 1) * chunk]
+        replaced = resets[b : b + 1, k * chunk : (k + 1) * chunk]
+
+        def end(*components, part=part, replaced=replaced, b=b):
+            given = components if len(components) > 1 else components[0]
+            fresh = tuple(s[b : b + 1] for s in as_tuple(state))
+            for t in range(part.shape[1]):
+                if replaced[0, t]:
+                    given = fresh if len(components) > 1 else fresh[0]
+                given = cell(part[:, t], given)
+            return tuple(s + 0 * c for s, c in zip(as_tuple(given), components, strict=True))
+
+        blocks = torch.autograd.functional.jacobian(end, tuple(first[k, b].unsqueeze(1)))
+        whole = torch.stack([torch.stack(row, 2) for row in blocks])  # [i, 1, h, j, 1, h']
+        whole = whole[:, 0, :, :, 0].reshape(components, HIDDEN, components, HIDDEN)
+        groups = whole.unflatten(3, (-1, size)).unflatten(1, (-1, size))
+        wanted = torch.stack([groups[:, g, :, :, g] for g in range(HIDDEN // size)], -1)
+        wanted = wanted.flatten(2, 3).flatten(0, 1)
+        torch.testing.assert_close(found[b, k], wanted, rtol=1e-11, atol=1e-13)
+
+
+def test_heads_are_found_and_probed_together():
+    traced = RNN(make("heads")).evaluation().traced
+    assert traced.structure == "heads (size 2)"
+    assert traced.group == 2
+    assert RNN(make("gru")).evaluation().traced.group == HIDDEN
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("coupling", [QuasiNewton, Picard, Jacobi])
+def test_elementwise_cells_have_the_family_too(name, coupling, backend):
+    cell = make_cell(name)
+    rnn = RNN(cell, solver=coupling(chunk=4), backend=backend)
+    x = torch.randn(2, 18, cell.input_size, dtype=torch.float64)
+    state = random_state(rnn.num_components, 2, rnn.hidden_size)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, RTOL[torch.float64])
+
+
+def test_sequential_elementwise(any_backend):
+    rnn = RNN(make_cell("paragru"), solver=Sequential(), backend=any_backend)
+    rnn(torch.randn(2, 18, 5, dtype=torch.float64))
+    assert rnn.report.status == "sequential"
+
+
+def chaotic(hidden=32):
+    """Lyapunov exponent above 0: gain 0.6 * sqrt(32)."""
+    torch.manual_seed(0)
+    cell = nn.RNNCell(INPUT, hidden).double()
+    with torch.no_grad():
+        cell.weight_hh.normal_(0, 0.6)
+    return cell
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_chaotic_cell_equals_loop(coupling):
+    cell = chaotic()
+    rnn = RNN(cell, solver=coupling(chunk=4, max_iterations=2))
+    x = torch.randn(2, 30, INPUT, dtype=torch.float64)
+    state = random_state(1, 2, 32)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, 1e-9)
+    assert rnn.report.status == "completed step by step"
+    assert rnn.report.residual > 1e-3
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_chunks_become_exact_one_by_one(coupling):
+    """Without a limit, a chaotic cell takes at most as many iterations as chunks."""
+    cell = chaotic()
+    rnn = RNN(cell, solver=coupling(chunk=4))
+    x = torch.randn(2, 30, INPUT, dtype=torch.float64)
+    with torch.no_grad():
+        y, _ = rnn(x)
+    assert_close("y", y, loop(cell, x, torch.zeros(2, 32, dtype=torch.float64))[0], rtol=1e-9)
+    assert rnn.report.status == "converged"
+    assert rnn.report.iterations <= 8 == rnn.report.chunks
+
+
+def test_failure_raises_what_helps():
+    rnn = RNN(chaotic(), solver=Jacobi(chunk=4, max_iterations=2, on_failure="raise"))
+    x = torch.randn(2, 30, INPUT, dtype=torch.float64)
+    with pytest.raises(ConvergenceError, match=r"after 2 iterations: the residual is .* the toler"):
+        rnn(x)
+    with pytest.raises(ConvergenceError, match="2 of 2 parts of the batch") as caught:
+        rnn(x)
+    assert caught.value.report.iterations == 2
+    assert len(caught.value.report) == 2
+
+
+@pytest.mark.parametrize("structure", ["elementwise", "dense"])
+def test_failure_warns(structure):
+    cell = chaotic() if structure == "dense" else make_cell("slow_gates")
+    rnn = RNN(cell, solver=Newton(chunk=4, max_iterations=1, on_failure="warn"), backend="torch")
+    x = torch.randn(2, 30, INPUT, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="evaluated step by step, since 2 of 2 parts"):
+        y, _ = rnn(x)
+    zeros = torch.zeros(2, rnn.hidden_size, dtype=torch.float64)
+    assert_close("y", y, loop(cell, x, zeros)[0], rtol=1e-9)
+
+
+class Switched(nn.Module):
+    """Chaotic where the first entry of x is above 0, forgetful elsewhere."""
+
+    input_size, hidden_size, num_components = INPUT, 32, 1
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32) * 0.6)
+        self.input = nn.Linear(INPUT, 32)
+
+    def forward(self, x, h):
+        return torch.tanh((h @ self.weight) * (x[:, :1] > 0) + self.input(x))
+
+
+@pytest.mark.parametrize("kind", ["dense", "elementwise"])
+def test_report_by_sequence(kind):
+    torch.manual_seed(0)
+    x = torch.randn(3, 40, INPUT, dtype=torch.float64)
+    if kind == "dense":
+        cell = Switched().double()
+        x[:, :, 0] = torch.tensor([-1.0, 1.0, -1.0])[:, None]
+        rnn = RNN(cell, solver=Jacobi(chunk=8, max_iterations=3))
+    else:
+        cell = make_cell("slow_gates")
+        rnn = RNN(cell, solver=Newton(chunk=8, max_iterations=1), backend="torch")
+        with torch.no_grad():
+            cell.input.weight.mul_(3.0)
+        x[0], x[2] = 30.0 * x[0].sign(), 30.0 * x[2].sign()  # open gates forget
+        x[1] = 0.0
+    with torch.no_grad():
+        y, _ = rnn(x)
+    report = rnn.report
+    assert len(report) == 3
+    assert report.status == report[1].status == "completed step by step"
+    assert report.residual == report[1].residual > 1e-3
+    if kind == "dense":
+        assert [report[i].status for i in (0, 2)] == ["converged", "converged"]
+        assert [report[i].iterations for i in range(3)] == [1, 3, 1]
+        assert report[0].residual == 0.0
+    zeros = torch.zeros(3, rnn.hidden_size, dtype=torch.float64)
+    assert_close("y", y, loop(cell, x, zeros)[0], rtol=1e-9)
+
+
+def test_automatic_choice_uses_chunks_and_remembers_failures():
+    x = torch.randn(1, 600, INPUT)
+    torch.manual_seed(0)
+    rnn = RNN(nn.GRUCell(INPUT, 16))
+    rnn(x)
+    assert rnn.report.status == "converged"
+    assert rnn.report.chunks > 4
+    assert rnn.report.iterations == 1
+    wild = RNN(chaotic(24).float())
+    wild(x)
+    assert wild.report.status == "completed step by step"
+    wild(x)
+    assert wild.report.status == "sequential"
+    assert "did not converge lately for 1 problem" in wild.evaluation().describe()
+    twin = RNN(chaotic(24).float())  # the same equations, other weights
+    assert twin.evaluation().plan == wild.evaluation().plan
+    twin(x)
+    assert twin.report.status == "completed step by step"
+
+
+def test_failures_are_tried_again():
+    memory = automatic.Memory()
+    memory.failed("a")
+    calls = [memory.avoids("a") for _ in range(automatic._RETRY_AFTER + 1)]
+    assert calls == [True] * automatic._RETRY_AFTER + [False]
+    for i in range(2 * automatic._REMEMBERED):
+        memory.failed(i)
+    assert len(memory) == automatic._REMEMBERED
+
+
+def test_automatic_choice_by_size():
+    choose = functools.partial(automatic.automatic, time=4096, device="cpu")
+    few = choose(64, 20_000, batch=1)
+    assert isinstance(few, Jacobi)
+    assert few.max_iterations >= 1
+    assert isinstance(choose(8, 200, batch=1), Newton)
+    assert isinstance(choose(1024, 10_000_000, batch=32), Sequential)
+    assert isinstance(automatic.automatic(64, 20_000, 1, 100, "cpu"), Sequential)
+    assert choose(64, 20_000, batch=4).chunk > few.chunk
+
+
+def test_half_precision_is_computed_in_single():
+    torch.manual_seed(0)
+    cell = nn.GRUCell(INPUT, 16)
+    x = torch.randn(2, 40, INPUT)
+    exact = RNN(cell, solver=Newton(chunk=8))(x)[0]
+    half = RNN(nn.GRUCell(INPUT, 16).bfloat16(), solver=Newton(chunk=8))
+    half.cell.load_state_dict(cell.state_dict())
+    y, last = half(x.bfloat16())
+    assert y.dtype == last.dtype == torch.bfloat16
+    assert_close("y", y.float(), exact, rtol=2e-2)
+    y.float().square().sum().backward()
+    assert half.cell.weight_hh.grad.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = RNN(cell, solver=Newton(chunk=8))(x)
+    assert_close("autocast", y, exact, rtol=2e-2)
+
+
+def test_compiles_without_a_break():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    rnn = RNN(nn.GRUCell(INPUT, HIDDEN).double(), solver=Jacobi(chunk=8))
+    x, state = data(rnn)
+    expected = outcome(rnn, rnn.cell, x, state)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    assert_same(outcome(compiled, rnn.cell, x, state), expected, 1e-12)
+
+
+def test_operators_keep_their_promises():
+    rnn = RNN(make("lstm"), solver=Newton(chunk=8))
+    plan = operator.plan_of(rnn.evaluation().plan)
+    edges = [
+        torch.randn(*((2, 20) if e.by_rows else ()), *e.shape, dtype=e.dtype, requires_grad=True)
+        for e in plan.mixing.edges
+    ]
+    initial = torch.randn(2, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    arguments = (edges, initial, None, 2, 20, rnn.evaluation().plan)
+    torch.library.opcheck(
+        torch.ops.pararnn.mixing,
+        arguments,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_gradient_of_a_gradient_is_refused():
+    rnn = RNN(make("gru"), solver=Newton(chunk=8))
+    x, _ = data(rnn)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(rnn(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="the gradient of a gradient"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("solver", [Newton(chunk=1), Jacobi(chunk=8), None])
+def test_nan_and_infinity_reach_what_the_loop_reaches(solver):
+    cell = make("lstm")
+    rnn = RNN(cell, solver=solver)
+    x, state = data(rnn, time=30)
+    x[1, 17, 2], x[2, 4, 0] = torch.nan, torch.inf
+    y, _ = rnn(x, state)
+    assert y[0].isfinite().all()
+    torch.testing.assert_close(y, loop(cell, x, state)[0], rtol=1e-11, atol=0, equal_nan=True)
+
+
+def test_check_cell():
+    check = pararnn.testing.check_cell(nn.GRUCell(INPUT, HIDDEN))
+    assert check.structure == "dense"
+    assert set(check.errors) == {f"torch, chunk={c}" for c in (1, 7, 37)}
+
+
+def test_inference_mode_and_frozen_weights():
+    cell = make("gru")
+    rnn = RNN(cell, solver=Newton(chunk=8))
+    x, state = data(rnn)
+    with torch.inference_mode():
+        y, _ = rnn(x, state)
+    assert_close("y", y, loop(cell, x, state)[0], rtol=1e-12)
+    cell.requires_grad_(False)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("claim", "name", "words"),
+    [
+        ("elementwise", "gru", "is claimed but GRUCell is dense: .*addmm"),
+        ("heads", "gru", "is claimed but GRUCell is dense"),
+        ("elementwise", "heads", r"is claimed but Heads is heads \(size 2\)"),
+    ],
+)
+def test_false_claims_are_refused(claim, name, words):
+    with pytest.raises(ValueError, match=f"structure='{claim}' {words}"):
+        RNN(make(name), structure=claim)
+
+
+def test_true_and_cautious_claims_are_fine():
+    RNN(make("gru"), structure="dense")
+    RNN(make("heads"), structure="heads")
+    RNN(make("heads"), structure="dense")
+    RNN(make_cell("paragru"), structure="elementwise")
+    RNN(make_cell("paragru"), structure="dense")
+    with pytest.raises(ValueError, match="structure must be one of 'elementwise', 'heads', 'dense"):
+        RNN(make("gru"), structure="banded")
+
+
+@pytest.mark.parametrize("method", [*COUPLINGS, Sequential])
+def test_settings_are_checked(method):
+    if method is Sequential:
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            method(chunk=3)
+        return
+    mistakes = {
+        "tolerance must be positive, got 0.0": {"tolerance": 0.0},
+        "max_iterations must be at least 1, got 0": {"max_iterations": 0},
+        "chunk must be 'auto' or at least 1 step, got 0": {"chunk": 0},
+        "on_failure must be one of 'sequential', 'warn', 'raise', got 'ignore'": {
+            "on_failure": "ignore"
+        },
+    }
+    if method is not Jacobi:
+        mistakes["damping must be in [0, 1), got 1.0"] = {"damping": 1.0}
+    for message, settings in mistakes.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            method(**settings)
+
+
+@pytest.mark.parametrize("method", [Newton, QuasiNewton, Picard])
+def test_damping_leaves_the_solution(method):
+    cell = make("gru")
+    rnn = RNN(cell, solver=method(chunk=4, damping=0.3))
+    x, state = data(rnn)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, RTOL[torch.float64])
+
+
+def test_triton_solves_by_newton_only():
+    with pytest.raises(ValueError, match=r"Newton's method, not by Picard\. Use backend='torch'"):
+        RNN(make_cell("paragru", torch.float32), backend="triton", solver=Picard())

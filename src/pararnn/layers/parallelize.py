@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from pararnn.layers.rnn import RNN, State
 from pararnn.layers.stacked import StackedRNN
-from pararnn.solvers.settings import Newton
+from pararnn.solvers.settings import Solver
 
 _CELLS: dict[type[nn.Module], type[nn.RNNCellBase]] = {
     nn.GRU: nn.GRUCell,
@@ -21,7 +21,7 @@ _CELLS: dict[type[nn.Module], type[nn.RNNCellBase]] = {
 
 
 def parallelize(
-    module: nn.Module, *, solver: Newton | None = None, backend: str = "auto"
+    module: nn.Module, *, solver: Solver | None = None, backend: str = "auto"
 ) -> nn.Module:
     """Have `nn.GRU`, `nn.LSTM` and `nn.RNN` evaluated by `RNN`, with the same results.
 
@@ -82,7 +82,7 @@ class Parallelized(StackedRNN):
         original: nn.Module,
         name: str = "",
         *,
-        solver: Newton | None = None,
+        solver: Solver | None = None,
         backend: str = "auto",
     ) -> None:
         assert isinstance(original, nn.RNNBase)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
 from pararnn.layers.rnn import RNN, State
-from pararnn.solvers.settings import Newton
+from pararnn.solvers.settings import Solver
 
 
 class StackedRNN(nn.Module):
@@ -202,7 +202,7 @@ class ParaRNNStack(StackedRNN):
         num_heads: int = 1,
         *,
         max_recurrent_weight: float | None = 0.5,
-        solver: Newton | None = None,
+        solver: Solver | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

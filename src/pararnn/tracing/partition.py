@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from pararnn.tracing.capture import Capture
+from pararnn.tracing.operations import MOVES, creation_value, operation_name
 from pararnn.tracing.recorder import TraceError, aten, show_place
 
 
@@ -21,7 +23,8 @@ class Partition:
     Attributes:
         capture: The whole graph.
         states: Placeholders of the state's components.
-        recurrent: Operations that depend on the state, in order.
+        recurrent: Operations that depend on the state, in order; also those that move entries of
+            a value of the input part away from one row per sample along its first axis.
         edges: Values that the recurrent operations (or the result) take from the input part.
         results: The new components, nodes of either part.
     """
@@ -44,19 +47,18 @@ def partition(capture: Capture) -> Partition:
     states = [
         n for n in graph.nodes if n.op == "placeholder" and str(n.target).startswith("state_")
     ]
-    reached = set(states)
-    from_x = {n for n in graph.nodes if _is_input(n)}
-    recurrent: list[fx.Node] = []
-    for node in graph.nodes:
-        if node.op == "call_function" and not node.meta.get("is_count"):
-            if reached & set(node.all_input_nodes):
-                reached.add(node)
-                recurrent.append(node)
-            if from_x & set(node.all_input_nodes):
-                from_x.add(node)
+    from_x = _followers(graph, {n for n in graph.nodes if _is_input(n)})
     (results,) = next(n for n in graph.nodes if n.op == "output").args
-    taken = [a for n in recurrent for a in n.all_input_nodes] + list(results)
-    edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
+    drawn: set[fx.Node] = set()
+    while True:
+        reached = _followers(graph, {*states, *drawn})
+        recurrent = [n for n in graph.nodes if n in reached and n.op == "call_function"]
+        taken = [a for n in recurrent for a in n.all_input_nodes] + list(results)
+        edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
+        odd = [n for n in edges if _lacks_rows(n, from_x)]
+        if not any(map(_only_moves, odd)):
+            break
+        drawn.update(filter(_only_moves, odd))
     for node in recurrent:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise TraceError(
@@ -64,15 +66,38 @@ def partition(capture: Capture) -> Partition:
                 f"{show_place(node.meta.get('place'))}; draw it in the input part (from x alone) "
                 "or outside the cell."
             )
-    for node in edges:
-        by_rows = node.meta["by_rows"]
-        if (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows):
-            raise TraceError(
-                f"{capture.subject} mixes the rows of x at {show_place(node.meta.get('place'))} "
-                f"(a value of shape {node.meta['shape']} without one row per sample); every row "
-                "must be computed on its own."
-            )
+    for node in odd:
+        does = "moves" if node.meta["row_axes"] == 1 else "mixes"
+        raise TraceError(
+            f"{capture.subject} {does} the rows of x at {show_place(node.meta.get('place'))} "
+            f"(a value of shape {node.meta['shape']} without one row per sample along its first "
+            "axis); every row must be computed on its own, with the rows first."
+        )
     return Partition(capture, states, recurrent, edges, list(results))
+
+
+def _followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
+    """The sources and all operations that depend on them."""
+    reached = set(sources)
+    operations = (n for n in graph.nodes if n.op == "call_function" and not n.meta.get("is_count"))
+    for node in operations:
+        if reached & set(node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _lacks_rows(node: fx.Node, from_x: set[fx.Node]) -> bool:
+    by_rows = node.meta["by_rows"]
+    return (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows)
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """Whether an operation only moves entries, or fills, so that it may as well run every step."""
+    made_by: Any = node.args[0] if node.target is operator.getitem else node
+    if not hasattr(made_by.target, "_schema"):
+        return False
+    fills = creation_value(made_by.target, made_by.args) is not None
+    return fills or operation_name(made_by.target) in MOVES
 
 
 def _is_input(node: fx.Node) -> bool:
@@ -123,6 +148,8 @@ def copy_graph(
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Copy `nodes` into a graph of their own.
 
+    Strides may be others than those of the recording, so what was a view may have to copy.
+
     Args:
         parts: Where the nodes are from.
         nodes: Operations to copy, in order.
@@ -147,6 +174,8 @@ def copy_graph(
     for node in nodes:
         if node not in new:
             new[node] = graph.node_copy(node, lookup)
+            if node.target is aten.view.default:
+                new[node].target = aten.reshape.default
     return graph, new
 
 

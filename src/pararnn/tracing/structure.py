@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pararnn.tracing.capture import ROWS, Capture, Subject, capture
+from pararnn.tracing.dependencies import group_size
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.partition import (
@@ -21,8 +22,6 @@ from pararnn.tracing.partition import (
     partition,
 )
 from pararnn.tracing.recorder import TraceError
-
-_LARGEST_PROBE = 1024  # hidden sizes up to here are searched for heads
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ class Traced:
         """Elementwise, heads (with their size) or dense."""
         if self.recurrence is not None:
             return "elementwise"
-        size = head_size(self)
-        return f"heads (size {size})" if size else "dense"
+        size = group_size(self.parts)
+        return "dense" if size == self.capture.hidden_size else f"heads (size {size})"
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _check_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Change one row of x and the state: no other row of any result may follow."""
+    """Change one row of x or the state: no other row of any result may follow."""
     subject, name = traced.subject, traced.subject.name
     examples = [_random((ROWS[0], *features), kind, device) for features, kind in inputs]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
@@ -179,10 +178,7 @@ def _check_rows(
             results = zip(given, edges([_with_other(x, row) for x in examples]), strict=True)
             for (one, other), by_rows in zip(results, traced.by_rows, strict=True):
                 if by_rows and not _equal_beside(one, other, row):
-                    raise TraceError(
-                        f"{name} mixes the rows of x (batch normalisation or a statistic over the "
-                        "batch?); every row must be computed on its own."
-                    )
+                    raise _mixes_x(name)
         if traced.module is None:
             return
         size = (ROWS[0], traced.capture.hidden_size)
@@ -194,6 +190,20 @@ def _check_rows(
                 raise TraceError(
                     f"{name} mixes the rows of its state; every row must be computed on its own."
                 )
+            changes = [
+                r and e.is_floating_point() for e, r in zip(given, traced.by_rows, strict=True)
+            ]
+            moved = (_with_other(e, row) if c else e for e, c in zip(given, changes, strict=True))
+            others = traced.module(*state, *moved)
+            if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
+                raise _mixes_x(name)
+
+
+def _mixes_x(name: str) -> TraceError:
+    return TraceError(
+        f"{name} mixes the rows of x (batch normalisation or a statistic over the batch?); every "
+        "row must be computed on its own."
+    )
 
 
 def _with_other(x: Tensor, row: int) -> Tensor:
@@ -219,46 +229,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if a.device.type == "meta" or not a.is_floating_point():
         return a.device.type == "meta" or torch.equal(a, b)
     return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-def head_size(traced: Traced) -> int:
-    """The size of the groups of channels that do not mix with each other; 0 when all mix.
-
-    Found on Jacobians at random states, inputs and parameters, so that weights that happen to be
-    zero hide nothing.
-    """
-    hidden = traced.capture.hidden_size
-    if hidden > _LARGEST_PROBE or traced.module is None:
-        return 0
-    mixes = torch.eye(hidden, dtype=torch.bool, device="cpu")
-    for _ in range(2):
-        for block in _random_jacobian(traced):
-            mixes |= (block != 0).cpu()
-    mixes |= mixes.T.clone()
-    for size in range(1, hidden // 2 + 1):
-        if hidden % size == 0:
-            group = torch.arange(hidden, device="cpu") // size
-            if not mixes[group[:, None] != group[None, :]].any():
-                return size
-    return 0
-
-
-def _random_jacobian(traced: Traced) -> list[Tensor]:
-    """Blocks d(new component) / d(old component), each (hidden, hidden), for one random row."""
-    graph = traced.capture.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    device = next(iter(traced.subject.tensors.values()), torch.empty(0)).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        tensors = [traced.subject.tensors[n] for n in traced.input_part.names]
-        tensors = [torch.randn_like(t) if isinstance(t, nn.Parameter) else t for t in tensors]
-        given = [n for n in placeholders if n.target.startswith("x_")]
-        kinds = [((1, *n.meta["shape"][1:]), n.meta["dtype"]) for n in given]
-        edges = traced.input_part(tensors, *(_random(s, k, device) for s, k in kinds))
-        dtype, shape = traced.capture.dtype, (1, traced.capture.hidden_size)
-        state = tuple(_random(shape, dtype, device) for _ in traced.parts.states)
-    module = traced.module
-    assert module is not None
-    step = lambda *flat: tuple(o[0] for o in module(*flat, *edges))  # noqa: E731
-    rows = torch.autograd.functional.jacobian(step, state)
-    return [block.squeeze(1) for row in rows for block in row]

@@ -40,20 +40,6 @@ class FunctorchInside(Energy):
         return h - 0.1 * torch.func.grad(self.energy)(h) + x
 
 
-class MatricesFromInput(nn.Module):
-    """One matrix per row and head, computed from x."""
-
-    input_size, hidden_size, num_components = 5, 8, 1
-
-    def __init__(self):
-        super().__init__()
-        self.matrices = nn.Linear(5, 4 * 2 * 2)
-
-    def forward(self, x, h):
-        matrices = self.matrices(x).view(-1, 4, 2, 2)
-        return torch.tanh(torch.einsum("nhi,nhij->nhj", h.view(-1, 4, 2), matrices)).flatten(1)
-
-
 def equals_the_loop(cell):
     rnn = RNN(cell)
     x = torch.randn(2, 5, cell.input_size, dtype=torch.float64)
@@ -72,11 +58,6 @@ def test_autograd_inside_a_cell():
 def test_functorch_inside_a_cell():
     with contextlib.suppress(TraceError):  # a refusal would do
         equals_the_loop(FunctorchInside().double())
-
-
-@pytest.mark.xfail(strict=True, reason="a view of (rows, heads) as one axis is taken to mix rows")
-def test_matrices_from_the_input():
-    equals_the_loop(MatricesFromInput().double())
 
 
 @pytest.mark.xfail(strict=True, reason="the message is that of a matrix product")

@@ -76,6 +76,31 @@ CALLS = {
         ValueError,
         "cu_seqlens must rise",
     ),
+    "x of another type": (
+        lambda: RNN(nn.GRUCell(5, 7))(zeros(2, 3, 5, dtype=torch.float64)),
+        TypeError,
+        "x has type torch.float64, but the parameters of GRUCell have type torch.float32 (",
+    ),
+    "x of another type, channels alone": (
+        lambda: RNN(paralstm().float())(zeros(2, 3, 5, dtype=torch.bfloat16)),
+        TypeError,
+        "use x.to(torch.float32) or cell.to(torch.bfloat16) or torch.autocast.",
+    ),
+    "x of integers": (
+        lambda: RNN(nn.GRUCell(5, 7))(zeros(2, 3, 5, dtype=torch.long)),
+        TypeError,
+        "x has type torch.int64, but the parameters of GRUCell have type torch.float32 (",
+    ),
+    "x of integers, one step": (
+        lambda: RNN(nn.GRUCell(5, 7)).step(zeros(2, 5, dtype=torch.long)),
+        TypeError,
+        "use x.to(torch.float32).",
+    ),
+    "state of another type": (
+        lambda: RNN(nn.GRUCell(5, 7))(zeros(2, 3, 5), zeros(2, 7, dtype=torch.float64)),
+        TypeError,
+        "state has type torch.float64, but the parameters of GRUCell have type torch.float32 (",
+    ),
     "unknown backend": (lambda: layer(backend="cuda"), ValueError, "backend='cuda' is not known"),
     "cell is no module": (lambda: RNN(lambda x, h: h), TypeError, "use pararnn.scan"),
     "solver is no Newton": (lambda: layer(solver=3), TypeError, "solver must be pararnn.Newton"),

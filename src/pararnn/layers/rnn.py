@@ -175,7 +175,11 @@ class RNN(nn.Module):
         """Outputs for x (batch, time, *features), and the components after the last steps."""
         first = self._initial(state, sequences, x)
         tensors = [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
-        states, report = evaluation.run(tensors, [x], first, starts)
+        try:
+            states, report = evaluation.run(tensors, [x], first, starts)
+        except RuntimeError as error:
+            self._refuse_types(error, x.dtype, first.dtype)
+            raise
         if not torch.compiler.is_compiling():
             self._report = None if report is None else report.detach()
         dtype = x.dtype if x.is_floating_point() else states[0].dtype
@@ -250,19 +254,39 @@ class RNN(nn.Module):
         signature = (features, kind, device, now.fingerprint, self.backend, self.solver)
         if self._evaluation is None or signature != self._signature:
             components = self.num_components
-            traced = trace(
-                cell_subject(self.cell),
-                [(features, kind)],
-                self.hidden_size,
-                components,
-                components > 1,
-                now.dtype,
-                device,
-            )
+            try:
+                traced = trace(
+                    cell_subject(self.cell),
+                    [(features, kind)],
+                    self.hidden_size,
+                    components,
+                    components > 1,
+                    now.dtype,
+                    device,
+                )
+            except RuntimeError as error:
+                self._refuse_types(error, kind, now.dtype)
+                raise
             choice = choose_backend(self.backend, traced, device)
             self._evaluation = Evaluation(traced, choice, self.solver, features)
             self._signature = signature
         return self._evaluation
+
+    def _refuse_types(self, error: RuntimeError, x: torch.dtype, state: torch.dtype) -> None:
+        """Say it in words if PyTorch complains of types, and they are not those of the cell."""
+        own = snapshot(self.cell).dtype
+        odd = {"x": x} if x is not own else {}
+        odd |= {"state": state} if state not in (x, own) else {}
+        if not odd or "type" not in str(error):
+            return
+        seen = " and ".join(f"{name} has type {kind}" for name, kind in odd.items())
+        wanted = [f"{name}.to({own})" for name in odd]
+        if x.is_floating_point:
+            wanted += [f"cell.to({x})", "torch.autocast"] if "x" in odd else []
+        raise TypeError(
+            f"{seen}, but the parameters of {type(self.cell).__name__} have type {own} ({error}); "
+            f"use {' or '.join(wanted)}."
+        ) from error
 
     def _find_components(self) -> int:
         """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""

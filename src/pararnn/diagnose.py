@@ -104,7 +104,7 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
     if not isinstance(rnn, RNN):
         raise TypeError(
             f"diagnose takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), "
-            "and take one of .layers of a ParaGRU or ParaLSTM."
+            "and take one of .layers of a ParaGRU, a ParaLSTM or what parallelize made."
         )
     rnn(x, state)  # refuses what is wrong, and learns sizes that the cell does not say
     cell = copy.deepcopy(rnn.cell).double()

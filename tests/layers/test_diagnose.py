@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pararnn import RNN, Newton, cells, diagnose
+from pararnn import RNN, Newton, cells, diagnose, parallelize
 
 
 class Map(nn.Module):
@@ -93,5 +93,7 @@ def test_newton_that_overshoots_is_seen():
 def test_mistakes():
     with pytest.raises(TypeError, match=r"takes a pararnn.RNN, got ParaGRUCell; wrap"):
         diagnose(cells.ParaGRUCell(4, 6), torch.randn(2, 5, 4))
+    with pytest.raises(TypeError, match=r"one of \.layers of .* what parallelize made"):
+        diagnose(parallelize(nn.GRU(4, 6)), torch.randn(2, 5, 4))
     with pytest.raises(ValueError, match="x has shape"):
         diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(2, 5, 3))

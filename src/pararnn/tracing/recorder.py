@@ -34,7 +34,8 @@ class Recorder(TorchDispatchMode):
     Args:
         inputs: The tensors to become placeholders, by name.
         subject: What the error messages call the function.
-        focus: Code whose line each node notes in `meta["line"]`, also when a callee made it.
+        focus: Code whose line each node notes in `meta["line"]`, also when a callee made it; a node
+            whose value it holds in a variable notes that in `meta["variable"]`.
         labels: What messages call the inputs; their names when None.
     """
 
@@ -98,7 +99,8 @@ class Recorder(TorchDispatchMode):
         unpacked, self._unpacked = self._unpacked, None
         if func is aten.detach.default and unpacked is not None and args[0] is unpacked:
             return self._same(unpacked)
-        place, line = _find_frames(self.focus)
+        place, line, frame = _find_frames(self.focus)
+        self._note_variables(frame)
         self._refuse(func, place)
         pure = self._without_write(func, args, place) if func._schema.is_mutable else func
         to_node = lambda a: self.node_of(a) if isinstance(a, Tensor) else a  # noqa: E731
@@ -122,6 +124,11 @@ class Recorder(TorchDispatchMode):
                 node.meta.update(origin)
             self._bind(result, node)
         return result
+
+    def _note_variables(self, frame: FrameType | None) -> None:
+        for name, value in () if frame is None else frame.f_locals.items():
+            if isinstance(value, Tensor) and id(value) in self._nodes:
+                self._nodes[id(value)].meta.setdefault("variable", name)
 
     def _same(self, unpacked: Tensor) -> Tensor:
         """The alias that autograd makes of a saved tensor: not detached, it gets its history."""
@@ -175,8 +182,10 @@ class Recorder(TorchDispatchMode):
             )
 
 
-def _find_frames(focus: CodeType | None) -> tuple[tuple[str, int] | None, int]:
-    """The innermost line outside PyTorch and this package, and the line inside `focus` (or 0)."""
+def _find_frames(
+    focus: CodeType | None,
+) -> tuple[tuple[str, int] | None, int, FrameType | None]:
+    """The innermost line outside PyTorch and this package; the line and frame of `focus` (or 0)."""
     place, inside, line = None, None, 0
     frame = sys._getframe(1).f_back  # none above where autograd calls from a thread of its own
     while frame is not None:
@@ -189,7 +198,7 @@ def _find_frames(focus: CodeType | None) -> tuple[tuple[str, int] | None, int]:
             line = frame.f_lineno
             break
         frame = frame.f_back
-    return (inside if line and inside and not place else place), line
+    return (inside if line and inside and not place else place), line, frame
 
 
 def _storage(tensor: Tensor) -> int:

@@ -48,11 +48,7 @@ class RNN(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(cell, nn.Module):
-            raise TypeError(
-                f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for "
-                "a plain function use pararnn.scan."
-            )
+        _check_cell(cell)
         if solver is not None and not isinstance(solver, Newton):
             raise TypeError(f"solver must be pararnn.Newton(...) or None, got {solver!r}.")
         self.cell = cell
@@ -61,6 +57,8 @@ class RNN(nn.Module):
         self.backend = backend
         self._hidden_size = hidden_size
         self._num_components = num_components
+        given = {"hidden_size": hidden_size, "num_components": num_components}
+        self._given = {name: size for name, size in given.items() if size is not None}
         choose_backend(backend)
         self._evaluation: Evaluation | None = None
         self._signature: tuple[object, ...] | None = None
@@ -264,15 +262,16 @@ class RNN(nn.Module):
                     now.dtype,
                     device,
                 )
-            except RuntimeError as error:
+            except (RuntimeError, TypeError, IndexError) as error:
                 self._refuse_types(error, kind, now.dtype)
+                self._refuse_sizes(error)
                 raise
             choice = choose_backend(self.backend, traced, device)
             self._evaluation = Evaluation(traced, choice, self.solver, features)
             self._signature = signature
         return self._evaluation
 
-    def _refuse_types(self, error: RuntimeError, x: torch.dtype, state: torch.dtype) -> None:
+    def _refuse_types(self, error: Exception, x: torch.dtype, state: torch.dtype) -> None:
         """Say it in words if PyTorch complains of types, and they are not those of the cell."""
         own = snapshot(self.cell).dtype
         odd = {"x": x} if x is not own else {}
@@ -287,6 +286,22 @@ class RNN(nn.Module):
             f"{seen}, but the parameters of {type(self.cell).__name__} have type {own} ({error}); "
             f"use {' or '.join(wanted)}."
         ) from error
+
+    def _refuse_sizes(self, error: Exception) -> None:
+        """Say it in words if the cell fails with sizes that were passed to this layer."""
+        hint = self._hint_of_sizes()
+        if hint:
+            raise ValueError(f"{type(self.cell).__name__} raised: {error}. {hint}") from error
+
+    def _hint_of_sizes(self) -> str:
+        """What to do about sizes that were passed and that the cell does not say itself."""
+        name, hints = type(self.cell).__name__, []
+        for option, size in self._given.items():
+            own = getattr(self.cell, option, None)
+            if own != size and (own is not None or option == "num_components"):
+                says = "does not say it" if own is None else f"says self.{option} = {own}"
+                hints.append(f"{option}={size} was passed to RNN and {name} {says}; leave it out?")
+        return " ".join(hints)
 
     def _find_components(self) -> int:
         """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""
@@ -319,8 +334,12 @@ class RNN(nn.Module):
         raise TypeError(
             f"{name}.forward(x, state) was tried on x of shape (N, {features}) and 1 to "
             f"{_MOST_COMPONENTS} state tensors of shape (N, {size}) with N = {_TRIAL_ROWS}, and "
-            f"never returned the new state in the same form: {shown}. If the cell is right, set "
-            f"self.num_components = ... in {name}.__init__, or pass RNN(cell, num_components=...)."
+            f"never returned the new state in the same form: {shown}. "
+            + (
+                self._hint_of_sizes()
+                or f"If the cell is right, set self.num_components = ... in {name}.__init__, or "
+                "pass RNN(cell, num_components=...)."
+            )
         )
 
     def _initial(self, state: State | None, rows: int, x: Tensor) -> Tensor:
@@ -354,6 +373,24 @@ class RNN(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is traced belongs to this process; a copy traces again."""
         return {**self.__dict__, "_evaluation": None, "_signature": None, "_report": None}
+
+
+def _check_cell(cell: object) -> None:
+    """Refuse what is no cell."""
+    if isinstance(cell, type) and issubclass(cell, nn.Module):
+        raise TypeError(
+            f"cell is the class {cell.__name__}; pass an instance of it: RNN({cell.__name__}(...))."
+        )
+    if isinstance(cell, nn.RNNBase):
+        raise TypeError(
+            f"cell is a whole layer, {type(cell).__name__}, that runs over time by itself; use "
+            f"pararnn.parallelize(layer), or a cell: RNN(nn.{type(cell).__name__}Cell(...))."
+        )
+    if not isinstance(cell, nn.Module):
+        raise TypeError(
+            f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for a "
+            "plain function use pararnn.scan."
+        )
 
 
 def _describe(state: Any) -> str:

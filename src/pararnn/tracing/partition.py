@@ -60,7 +60,7 @@ def partition(capture: Capture) -> Partition:
             break
         drawn.update(filter(_only_moves, odd))
     for node in recurrent:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if is_random(node):
             raise TraceError(
                 f"{capture.subject} uses the random operation {node.target} on its state at "
                 f"{show_place(node.meta.get('place'))}; draw it in the input part (from x alone) "
@@ -74,6 +74,11 @@ def partition(capture: Capture) -> Partition:
             "axis); every row must be computed on its own, with the rows first."
         )
     return Partition(capture, states, recurrent, edges, list(results))
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:

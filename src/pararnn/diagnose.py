@@ -233,9 +233,10 @@ def _recommendation(found: Diagnosis) -> str:
         ).strip()
     if chaotic:
         return (
-            "Small differences grow, so iterations grow with the length. The result is the "
-            "sequential one all the same; Newton(chunk=...) with the whole length does no more "
-            "than the loop. Smaller recurrent weights would make it forget."
+            "Small differences grow, so iterations grow with the length, and so do differences in "
+            "rounding: two evaluations agree to rounding times exp(exponent * steps), however they "
+            "go. Newton(chunk=...) with the whole length does no more than the loop. Smaller "
+            "recurrent weights would make it forget."
         )
     most, best = (f(found.iterations, key=found.iterations.__getitem__) for f in (max, min))
     if found.iterations[most] <= _FEW:

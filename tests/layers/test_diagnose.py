@@ -39,6 +39,7 @@ def test_exponent_of_the_logistic_map_is_the_logarithm_of_two():
     )
     assert found.lyapunov_exponent == pytest.approx(math.log(2), rel=0.1)
     assert "iterations grow with the length" in found.recommendation
+    assert "agree to rounding times exp(exponent * steps)" in found.recommendation
 
 
 def test_report_of_a_layer(tmp_path, capsys):

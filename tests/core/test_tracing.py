@@ -300,6 +300,15 @@ REFUSED = {
         "mixes the rows of x",
     ),
     "attention over rows of x": (lambda self, u, h: (u @ u.T) @ h, "mixes the rows of x at"),
+    "rare mixing of rows of h": (
+        lambda self, u, h: torch.where(h > 9, h.cumsum(0), u + h),
+        "mixes the rows of its state",
+    ),
+    "rare mixing of rows of x": (
+        lambda self, u, h: torch.where(u < -9, u.roll(1, 0), u + h),
+        "mixes the rows of x",
+    ),
+    "first row of x for all": (lambda self, u, h: u[:1].relu() + u + h, "mixes the rows of x"),
     "batch statistic of h": (lambda self, u, h: u + h - h.mean(0), "mixes the rows"),
     "write into the state": (_write, "in place"),
     "write into a buffer": (_write_buffer, "in place"),

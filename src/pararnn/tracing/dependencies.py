@@ -3,9 +3,11 @@
 Every value is followed as a boolean tensor of its shape: an entry is marked if it may depend on a
 marked entry of the state. Row r of the state has the channels of group r marked; since rows do not
 influence each other, a channel of the new state that has no mark in row r does not depend on group
-r, whatever the values. Pointwise operations unite marks, operations that only move entries move
-them, sums and products of matrices unite them along the axes they contract, zeros in a weight or
-not. The result of any other operation is marked all over.
+r, whatever the values. That rows do not is seen likewise, with one row marked.
+
+Pointwise operations unite marks, operations that only move entries move them, sums and products of
+matrices unite them along the axes they contract, zeros in a weight or not. The result of any other
+operation is marked all over.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pararnn.tracing.capture import count_of, shape_at
+from pararnn.tracing.capture import ROWS, count_of, shape_at
 from pararnn.tracing.operations import (
     MOVES,
     creation_value,
@@ -67,31 +69,57 @@ def _are_apart(parts: Partition, size: int) -> bool:
     return not any(
         (new & ~some).any()
         for some in own.split(max(1, _AT_ONCE // entries))
-        for new in _follow(parts, some)
+        for new in _follow(parts.recurrent, _given(parts, some), parts.results, len(some))
     )
+
+
+def _given(parts: Partition, state: Tensor) -> dict[fx.Node, Any]:
+    """Marks of what the recurrent part takes: those of every component, (rows, hidden); no more."""
+    marks = {edge: _everywhere(False, shape_at(edge, len(state))) for edge in parts.edges}
+    return marks | dict.fromkeys(parts.states, state)
 
 
 def _row_shape(node: fx.Node) -> torch.Size:
     return torch.Size(shape_at(node, 1) if "shape" in node.meta else ())
 
 
-def _follow(parts: Partition, state: Tensor) -> list[Tensor]:
-    """Marks of the new components, given those of every component, (rows, hidden)."""
-    rows = len(state)
-    marks: dict[fx.Node, Any] = dict.fromkeys(parts.states, state)
-    for edge in parts.edges:
-        marks[edge] = state.new_zeros(()).expand(shape_at(edge, rows))
-    last = {a: node for node in parts.recurrent for a in node.all_input_nodes}
-    for node in parts.recurrent:
-        marks[node] = _marks_after(node, marks, rows)
+def rows_mix(parts: Partition, inputs: str) -> bool:
+    """Whether a row of some inputs (`x_` or `state_`) reaches other rows of the new state.
+
+    Operations without a rule count as working on every row by itself; that is to be tried.
+    """
+    marks: dict[fx.Node, Any] = {}
+    nodes = [n for n in parts.capture.graph.nodes if not n.meta.get("is_count")]
+    for node in nodes:
+        if node.op in ("placeholder", "get_attr"):
+            marks[node] = _everywhere(False, shape_at(node, ROWS[0]))
+            if str(node.target).startswith(inputs):
+                marks[node] = marks[node].clone()
+                marks[node][0] = True
+    operations = [n for n in nodes if n.op == "call_function"]
+    found = _follow(operations, marks, parts.results, ROWS[0], by_rows=True)
+    return any(bool(new[1:].any()) for new in found)
+
+
+def _follow(
+    operations: Sequence[fx.Node],
+    marks: dict[fx.Node, Any],
+    results: Sequence[fx.Node],
+    rows: int,
+    by_rows: bool = False,
+) -> list[Tensor]:
+    """Marks of the results of some operations, given those of all that they take."""
+    last = {a: node for node in operations for a in node.all_input_nodes}
+    for node in operations:
+        marks[node] = _marks_after(node, marks, rows, by_rows)
         for argument in node.all_input_nodes:
-            if last[argument] is node and argument not in parts.results:
+            if last[argument] is node and argument not in results:
                 marks.pop(argument, None)
-    return [marks[result] for result in parts.results]
+    return [marks[result] for result in results]
 
 
-def _marks_after(node: fx.Node, marks: dict[fx.Node, Any], rows: int) -> Any:
-    """Marks of the result of one operation; a tuple, or one for all, when it has several."""
+def _marks_after(node: fx.Node, marks: dict[fx.Node, Any], rows: int, by_rows: bool) -> Any:
+    """Marks of the result of one operation; a tuple, or those of its rows, if it has several."""
 
     def given(argument: Any) -> Any:
         if not isinstance(argument, fx.Node):
@@ -102,8 +130,8 @@ def _marks_after(node: fx.Node, marks: dict[fx.Node, Any], rows: int) -> Any:
     func = node.target
     shape = shape_at(node, rows) if "shape" in node.meta else None
     if func is operator.getitem:
-        of_all = isinstance(args[0], bool)
-        return _everywhere(args[0], shape) if of_all else args[0][args[1]]
+        of_rows = isinstance(args[0], Tensor)
+        return _of_rows(args[0], node, rows) if of_rows else args[0][args[1]]
     name = operation_name(func)
     tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
     if creation_value(func, args) is not None:
@@ -120,11 +148,29 @@ def _marks_after(node: fx.Node, marks: dict[fx.Node, Any], rows: int) -> Any:
         found = _reduced(_united(tensors), named.get("dim"), named.get("keepdim", False))
     elif name in _ALONG:
         found = _spread(_united(tensors), named["dim"])
-    else:  # a truth value for all entries
-        found = any(bool(t.any()) for t in tensors)
-    if shape is None:  # several results
+    else:
+        taken = [a for a in node.all_input_nodes if a in marks]
+        found = _rows_of([(marks[a], by_rows and a.meta["by_rows"]) for a in taken], rows)
+        return found if shape is None else _of_rows(found, node, rows)
+    if shape is None:
         return (found,) * len(func._schema.returns) if isinstance(found, Tensor) else found  # type: ignore[union-attr]
-    return _everywhere(found, shape) if isinstance(found, bool) else found.expand(shape)
+    return found.expand(shape)
+
+
+def _rows_of(values: Sequence[tuple[Tensor, bool]], rows: int) -> Tensor:
+    """Which rows of some values have a mark; all of them if one that is not by rows has any."""
+    found = [
+        m.reshape(rows, -1).any(1) if by_rows else m.any().expand(rows) for m, by_rows in values
+    ]
+    return _united(found)
+
+
+def _of_rows(marked: Tensor, node: fx.Node, rows: int) -> Tensor:
+    """Marks of a value whose rows are marked or not; all over if it is not by rows."""
+    shape = shape_at(node, rows)
+    if not node.meta["by_rows"]:
+        return marked.any().expand(shape)
+    return marked.view(rows, *[1] * (len(shape) - 1)).expand(shape)
 
 
 def _everywhere(marked: bool, shape: Sequence[int] | None) -> Tensor:

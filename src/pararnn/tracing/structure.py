@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pararnn.tracing.capture import ROWS, Capture, Subject, capture
-from pararnn.tracing.dependencies import group_size
+from pararnn.tracing.dependencies import group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.partition import (
@@ -162,8 +162,16 @@ def _check_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Change one row of x or the state: no other row of any result may follow."""
+    """No row of x or the state may reach another one.
+
+    By the rules of operations, which see what happens rarely, and by changing a row, for operations
+    without a rule: no other row of any result may follow.
+    """
     subject, name = traced.subject, traced.subject.name
+    if rows_mix(traced.parts, "x_"):
+        raise _mixes_x(name)
+    if rows_mix(traced.parts, "state_"):
+        raise _mixes_state(name)
     examples = [_random((ROWS[0], *features), kind, device) for features, kind in inputs]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
     devices = [device] if device.type == "cuda" else []
@@ -187,9 +195,7 @@ def _check_rows(
         for row in range(ROWS[0]):
             others = traced.module(*(_with_other(s, row) for s in state), *given)
             if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
-                raise TraceError(
-                    f"{name} mixes the rows of its state; every row must be computed on its own."
-                )
+                raise _mixes_state(name)
             changes = [
                 r and e.is_floating_point() for e, r in zip(given, traced.by_rows, strict=True)
             ]
@@ -197,6 +203,10 @@ def _check_rows(
             others = traced.module(*state, *moved)
             if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
                 raise _mixes_x(name)
+
+
+def _mixes_state(name: str) -> TraceError:
+    return TraceError(f"{name} mixes the rows of its state; every row must be computed on its own.")
 
 
 def _mixes_x(name: str) -> TraceError:

@@ -184,6 +184,9 @@ def _united(marks: Sequence[Tensor | None]) -> Tensor:
 
 def _reduced(marks: Tensor, dim: int | Sequence[int] | None, keepdim: bool) -> Tensor:
     axes = [dim] if isinstance(dim, int) else list(dim or range(marks.dim()))
+    for axis in axes if marks.dim() else ():
+        if marks.shape[axis] > 1 and marks.stride(axis) == 0:  # expanded: all entries are the first
+            marks = marks.narrow(axis, 0, 1)
     return marks.any(axes, keepdim) if marks.dim() else marks
 
 
@@ -193,7 +196,7 @@ def _spread(marks: Tensor, dim: int | Sequence[int]) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return a.any(-1, keepdim=True) | b.any(-2, keepdim=True)
+    return _reduced(a, -1, True) | _reduced(b, -2, True)
 
 
 def _layer_norm(

@@ -112,7 +112,7 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
     if not isinstance(rnn, RNN):
         raise TypeError(
             f"diagnose takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), "
-            "and take one of .layers of a ParaGRU or ParaLSTM."
+            "and take one of .layers of a ParaGRU, a ParaLSTM or what parallelize made."
         )
     rnn(x, state)  # refuses what is wrong, and learns sizes that the cell does not say
     cell = copy.deepcopy(rnn.cell).double()
@@ -254,8 +254,9 @@ def _recommendation(found: Diagnosis) -> str:
         return "The sequence is one step: there is nothing to evaluate in parallel."
     if chaotic:
         return (
-            "Small differences grow, so iterations grow with the length. The result is the "
-            "sequential one all the same; Sequential() does no more than the loop. Smaller "
+            "Small differences grow, so iterations grow with the length, and so do differences in "
+            "rounding: two evaluations agree to rounding times exp(exponent * steps), however they "
+            "go. Sequential() does no more than the loop. Smaller "
             "recurrent weights would make it forget."
         )
     most, best = (f(found.iterations, key=found.iterations.__getitem__) for f in (max, min))

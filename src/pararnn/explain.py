@@ -76,7 +76,7 @@ def explain(rnn: RNN) -> Explanation:
     if not isinstance(rnn, RNN):
         raise TypeError(
             f"explain takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), and "
-            "take one of .layers of a ParaGRU or ParaLSTM."
+            "take one of .layers of a ParaGRU, a ParaLSTM or what parallelize made."
         )
     evaluation = rnn.evaluation()
     traced = evaluation.traced

@@ -76,8 +76,53 @@ CALLS = {
         ValueError,
         "cu_seqlens must rise",
     ),
+    "x of another type": (
+        lambda: RNN(nn.GRUCell(5, 7))(zeros(2, 3, 5, dtype=torch.float64)),
+        TypeError,
+        "x has type torch.float64, but the parameters of GRUCell have type torch.float32 (",
+    ),
+    "x of another type, channels alone": (
+        lambda: RNN(paralstm().float())(zeros(2, 3, 5, dtype=torch.bfloat16)),
+        TypeError,
+        "use x.to(torch.float32) or cell.to(torch.bfloat16) or torch.autocast.",
+    ),
+    "x of integers": (
+        lambda: RNN(nn.GRUCell(5, 7))(zeros(2, 3, 5, dtype=torch.long)),
+        TypeError,
+        "x has type torch.int64, but the parameters of GRUCell have type torch.float32 (",
+    ),
+    "x of integers, one step": (
+        lambda: RNN(nn.GRUCell(5, 7)).step(zeros(2, 5, dtype=torch.long)),
+        TypeError,
+        "use x.to(torch.float32).",
+    ),
     "unknown backend": (lambda: layer(backend="cuda"), ValueError, "backend='cuda' is not known"),
     "cell is no module": (lambda: RNN(lambda x, h: h), TypeError, "use pararnn.scan"),
+    "cell is a class": (
+        lambda: RNN(nn.GRUCell),
+        TypeError,
+        "cell is the class GRUCell; pass an instance of it: RNN(GRUCell(...)).",
+    ),
+    "cell is a whole layer": (
+        lambda: RNN(nn.LSTM(3, 4)),
+        TypeError,
+        "use pararnn.parallelize(layer), or a cell: RNN(nn.LSTMCell(...)).",
+    ),
+    "another hidden_size": (
+        lambda: RNN(nn.GRUCell(3, 4), hidden_size=5),
+        TypeError,
+        "hidden_size=5 was passed to RNN and GRUCell says self.hidden_size = 4; leave it out?",
+    ),
+    "another hidden_size, components known": (
+        lambda: RNN(paralstm(), hidden_size=5),
+        ValueError,
+        "hidden_size=5 was passed to RNN and ParaLSTMCell says self.hidden_size = 7; leave it out?",
+    ),
+    "another number of components": (
+        lambda: RNN(nn.LSTMCell(3, 4), num_components=1),
+        ValueError,
+        "num_components=1 was passed to RNN and LSTMCell does not say it; leave it out?",
+    ),
     "solver is no Newton": (lambda: layer(solver=3), TypeError, "solver must be pararnn.Newton"),
     "c for a dense cell": (
         lambda: RNN(nn.GRUCell(3, 4), backend="c"),

@@ -573,3 +573,12 @@ def test_damping_leaves_the_solution(method):
 def test_triton_solves_by_newton_only():
     with pytest.raises(ValueError, match=r"Newton's method, not by Picard\. Use backend='torch'"):
         RNN(make_cell("paragru", torch.float32), backend="triton", solver=Picard())
+
+
+def test_state_of_another_type_than_the_cell():
+    """As with elementwise cells: the more exact type computes, that of x comes out."""
+    rnn = RNN(nn.GRUCell(INPUT, HIDDEN), solver=Newton(chunk=4))
+    x, state = torch.randn(2, 9, INPUT), torch.randn(2, HIDDEN, dtype=torch.float64)
+    y, last = rnn(x, state)
+    assert y.dtype is last.dtype is torch.float32
+    assert_close("y", y, loop(rnn.cell, x, state.float())[0], rtol=1e-5)

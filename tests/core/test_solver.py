@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pararnn import RNN, Newton
+from pararnn import RNN, Newton, cells
 from pararnn.kernels.operators import _problem, backend_of
 from pararnn.solvers.shooting import newton_update
 from pararnn.testing import assert_close, loop
@@ -54,6 +54,14 @@ def dense_newton(cell, x, first, guess):
     jacobian = torch.autograd.functional.jacobian(residual, flat)
     with torch.no_grad():
         return (flat - torch.linalg.solve(jacobian, residual(flat))).view_as(guess)
+
+
+def test_residual_of_iterations_that_overflow_is_infinite():
+    rnn = RNN(cells.SLSTMCell(4, 6), backend="torch", solver=Newton(max_iterations=8, chunk=1))
+    y, _ = rnn(5 * torch.randn(2, 200, 4))
+    assert torch.isfinite(y).all()
+    assert rnn.report.status == "completed step by step"
+    assert rnn.report.residual == torch.inf
 
 
 @pytest.mark.parametrize("name", ["paragru", "paralstm", "exponential", "heads"])

@@ -59,6 +59,47 @@ class StackedGates(Cell):
         return (1 - z) * h + z * c
 
 
+class MatricesFromInput(nn.Module):
+    """One matrix per row and head, computed from x; rows and heads are folded into one axis."""
+
+    input_size, hidden_size, num_components = 5, 8, 1
+
+    def __init__(self, product):
+        super().__init__()
+        self.product = product
+        self.matrices = nn.Linear(5, 4 * 2 * 2)
+
+    def forward(self, x, h):
+        matrices = self.matrices(x).view(-1, 4, 2, 2)
+        return torch.tanh(self.product(h.unflatten(-1, (4, 2)), matrices)).reshape(-1, 8)
+
+
+PRODUCTS = {
+    "einsum": lambda h, m: torch.einsum("nhi,nhij->nhj", h, m),
+    "matmul": lambda h, m: h.unsqueeze(-2) @ m,
+    "bmm": lambda h, m: torch.bmm(h.reshape(-1, 1, 2), m.view(-1, 2, 2)),
+    "heads first": lambda h, m: (h.transpose(0, 1).unsqueeze(-2) @ m.transpose(0, 1)).transpose(
+        0, 1
+    ),
+}
+
+
+class PairsOfComponents(nn.Module):
+    """Folds rows and pairs of channels of one of two components."""
+
+    input_size, hidden_size, num_components = 5, 8, 2
+
+    def __init__(self):
+        super().__init__()
+        self.input = nn.Linear(5, 16)
+        self.pairs = nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x, state):
+        u, v = self.input(x).chunk(2, -1)
+        h, c = state
+        return torch.tanh(u + (c.view(-1, 2) @ self.pairs).view(-1, 8)), torch.sigmoid(v + h)
+
+
 class Shifted(Cell):
     """Writes into part of a temporary, across channels."""
 
@@ -101,15 +142,30 @@ def test_block_diagonal_cell_has_heads(size):
     assert structure(cell) == f"heads (size {size})", "zeros in a weight prove nothing"
 
 
-@pytest.mark.parametrize("make", [lambda: BlockDiagonal(3), Normed, StackedGates, Shifted])
+@pytest.mark.parametrize(
+    "make", [lambda: BlockDiagonal(3), Normed, StackedGates, Shifted, PairsOfComponents]
+)
 def test_not_elementwise_equals_loop(make):
     cell = make().double()
     rnn = RNN(cell, solver=Newton(chunk=3))
     x = torch.randn(3, 9, 5, dtype=torch.float64)
-    state = random_state(1, 3, cell.hidden_size)
+    state = random_state(cell.num_components, 3, cell.hidden_size)
     resets = torch.rand(3, 9) < 0.3
     expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
     assert_same(outcome(lambda x, s: rnn(x, s, resets), cell, x, state), expected, 1e-12)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_matrices_from_the_input(product):
+    cell = MatricesFromInput(PRODUCTS[product]).double()
+    assert structure(cell) == "heads (size 2)"
+    rnn, x = RNN(cell), torch.randn(3, 9, 5, dtype=torch.float64)
+    state = random_state(1, 3, 8)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, 1e-12)
+    time_first = RNN(cell, batch_first=False)
+    swapped = time_first(x.transpose(0, 1), state)[0].transpose(0, 1)
+    torch.testing.assert_close(swapped, expected["y"], rtol=1e-12, atol=0)
 
 
 def test_dense_packed_equals_one_by_one():
@@ -239,6 +295,20 @@ REFUSED = {
     "autograd function": (lambda self, u, h: Own.apply(u + h), r"torch\.autograd\.Function"),
     "batch norm of x": (lambda self, u, h: self.norm(u) + h, "rows|in place"),
     "batch statistic of x": (lambda self, u, h: u - u.mean(0) + h, "mixes the rows"),
+    "scrambled rows of x": (
+        lambda self, u, h: torch.tanh(u.view(7, -1).T + h),
+        "mixes the rows of x",
+    ),
+    "attention over rows of x": (lambda self, u, h: (u @ u.T) @ h, "mixes the rows of x at"),
+    "rare mixing of rows of h": (
+        lambda self, u, h: torch.where(h > 9, h.cumsum(0), u + h),
+        "mixes the rows of its state",
+    ),
+    "rare mixing of rows of x": (
+        lambda self, u, h: torch.where(u < -9, u.roll(1, 0), u + h),
+        "mixes the rows of x",
+    ),
+    "first row of x for all": (lambda self, u, h: u[:1].relu() + u + h, "mixes the rows of x"),
     "batch statistic of h": (lambda self, u, h: u + h - h.mean(0), "mixes the rows"),
     "write into the state": (_write, "in place"),
     "write into a buffer": (_write_buffer, "in place"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pararnn import RNN, Newton, cells, diagnose
+from pararnn import RNN, Newton, cells, diagnose, parallelize
 
 
 class Map(nn.Module):
@@ -39,6 +39,7 @@ def test_exponent_of_the_logistic_map_is_the_logarithm_of_two():
     )
     assert found.lyapunov_exponent == pytest.approx(math.log(2), rel=0.1)
     assert "iterations grow with the length" in found.recommendation
+    assert "agree to rounding times exp(exponent * steps)" in found.recommendation
 
 
 def test_report_of_a_layer(tmp_path, capsys):
@@ -109,5 +110,7 @@ def test_newton_that_overshoots_is_seen():
 def test_mistakes():
     with pytest.raises(TypeError, match=r"takes a pararnn.RNN, got ParaGRUCell; wrap"):
         diagnose(cells.ParaGRUCell(4, 6), torch.randn(2, 5, 4))
+    with pytest.raises(TypeError, match=r"one of \.layers of .* what parallelize made"):
+        diagnose(parallelize(nn.GRU(4, 6)), torch.randn(2, 5, 4))
     with pytest.raises(ValueError, match="x has shape"):
         diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(2, 5, 3))

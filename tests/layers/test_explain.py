@@ -63,9 +63,58 @@ def test_generated_source_is_deterministic():
     assert sources[0].plan == sources[1].plan
 
 
+class Helped(Leaky):
+    """Gets its values from a function, not in the order in which that computes them."""
+
+    def forward(self, x, state):
+        h, kept = self.read(state)
+        gate, value = self.gates(x, h)
+        new, _ = self.mixed(gate, value, kept), h
+        return new
+
+    def read(self, state):
+        return state, state * self.decay
+
+    def gates(self, x, h):
+        gate_x, value_x = self.project(x).chunk(2, -1)
+        value = torch.tanh(value_x + h)
+        return torch.sigmoid(gate_x + h), value
+
+    def mixed(self, gate, value, kept):
+        return gate * kept + (1 - gate) * value
+
+
+def test_values_that_a_function_returns_have_the_names_of_their_variables(capsys):
+    lines = pararnn.explain(pararnn.RNN(Helped(4, 6), backend="torch")).equations
+    assert "kept = state * decay" in lines
+    assert any(line.startswith("gate = sigmoid(") for line in lines)
+    assert any(line.startswith("value = tanh(") for line in lines)
+    capsys.readouterr()
+
+
+def test_a_cell_whose_last_line_is_a_function_of_its_own(capsys):
+    class Swapped(Leaky):
+        num_components = 2
+
+        def forward(self, x, state):
+            h, c = self.both(x, *state)
+            return h, c
+
+        def both(self, x, h, c):
+            u, v = self.project(x).chunk(2, -1)
+            c = torch.sin(c * self.decay + u)
+            return torch.tanh(h + v), c
+
+    lines = pararnn.explain(pararnn.RNN(Swapped(4, 6), backend="torch")).equations
+    assert not any(line.startswith("h = sin") for line in lines)
+    capsys.readouterr()
+
+
 def test_explain_wants_a_layer():
     with pytest.raises(TypeError, match=r"explain takes a pararnn.RNN, got Linear"):
         pararnn.explain(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"one of \.layers of .* what parallelize made"):
+        pararnn.explain(pararnn.parallelize(nn.GRU(2, 2)))
     cell = Leaky(4, 6)
     del cell.input_size
     with pytest.raises(TypeError, match="call the layer once"):
@@ -77,6 +126,17 @@ def test_check_cell_passes_and_reports():
     assert check.structure == "elementwise"
     assert set(check.errors) == {f"{b}, chunk={c}" for b in ("torch", "c") for c in (1, 7, 37)}
     assert max(check.errors.values()) < 1e-12
+
+
+def test_check_cell_says_that_a_cell_is_random():
+    class Dropped(Leaky):
+        def forward(self, x, state):
+            return super().forward(nn.functional.dropout(x, 0.5, self.training), state)
+
+    cell = Dropped(4, 6)
+    with pytest.raises(ValueError, match=r"Dropped draws random numbers \(.*test_explain\.py:\d+"):
+        pararnn.testing.check_cell(cell)
+    assert pararnn.testing.check_cell(cell.eval()).structure == "elementwise"
 
 
 def test_check_cell_sees_a_wrong_result(monkeypatch):

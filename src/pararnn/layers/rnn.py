@@ -55,11 +55,7 @@ class RNN(nn.Module):
         structure: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(cell, nn.Module):
-            raise TypeError(
-                f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for "
-                "a plain function use pararnn.scan."
-            )
+        _check_cell(cell)
         if solver is not None and not (isinstance(solver, Solver) and hasattr(solver, "coupling")):
             raise TypeError(
                 "solver must be pararnn.Newton(...) or another of the methods (QuasiNewton, "
@@ -75,6 +71,8 @@ class RNN(nn.Module):
         self.structure = structure
         self._hidden_size = hidden_size
         self._num_components = num_components
+        given = {"hidden_size": hidden_size, "num_components": num_components}
+        self._given = {name: size for name, size in given.items() if size is not None}
         choose_backend(backend)
         self._evaluation: Evaluation | None = None
         self._signature: tuple[object, ...] | None = None
@@ -189,7 +187,11 @@ class RNN(nn.Module):
         """Outputs for x (batch, time, *features), and the components after the last steps."""
         first = self._initial(state, sequences, x)
         tensors = [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
-        states, report = evaluation.run(tensors, [x], first, starts)
+        try:
+            states, report = evaluation.run(tensors, [x], first, starts)
+        except RuntimeError as error:
+            self._refuse_types(error, x.dtype)
+            raise
         if not torch.compiler.is_compiling():
             self._report = report.detach()
         dtype = x.dtype if x.is_floating_point() else states[0].dtype
@@ -264,15 +266,20 @@ class RNN(nn.Module):
         signature = (features, kind, device, now.fingerprint, self.backend, self.solver)
         if self._evaluation is None or signature != self._signature:
             components = self.num_components
-            traced = trace(
-                cell_subject(self.cell),
-                [(features, kind)],
-                self.hidden_size,
-                components,
-                components > 1,
-                now.dtype,
-                device,
-            )
+            try:
+                traced = trace(
+                    cell_subject(self.cell),
+                    [(features, kind)],
+                    self.hidden_size,
+                    components,
+                    components > 1,
+                    now.dtype,
+                    device,
+                )
+            except (RuntimeError, TypeError, IndexError) as error:
+                self._refuse_types(error, kind)
+                self._refuse_sizes(error)
+                raise
             self._check_claim(traced)
             choice = choose_backend(self.backend, traced, device, self.solver)
             self._evaluation = Evaluation(traced, choice, self.solver, features)
@@ -288,6 +295,35 @@ class RNN(nn.Module):
                 f"structure={self.structure!r} is claimed but {traced.subject.name} is {found}: "
                 f"{traced.reason}. Change the cell, or leave structure=None."
             )
+
+    def _refuse_types(self, error: Exception, x: torch.dtype) -> None:
+        """Say it in words if PyTorch complains of types, and that of x is not the cell's."""
+        own = snapshot(self.cell).dtype
+        if x is own or "type" not in str(error):
+            return
+        ways = [f"x.to({own})"]
+        if x.is_floating_point:
+            ways += [f"cell.to({x})", "torch.autocast"]
+        raise TypeError(
+            f"x has type {x}, but the parameters of {type(self.cell).__name__} have type {own} "
+            f"({error}); use {' or '.join(ways)}."
+        ) from error
+
+    def _refuse_sizes(self, error: Exception) -> None:
+        """Say it in words if the cell fails with sizes that were passed to this layer."""
+        hint = self._hint_of_sizes()
+        if hint:
+            raise ValueError(f"{type(self.cell).__name__} raised: {error}. {hint}") from error
+
+    def _hint_of_sizes(self) -> str:
+        """What to do about sizes that were passed and that the cell does not say itself."""
+        name, hints = type(self.cell).__name__, []
+        for option, size in self._given.items():
+            own = getattr(self.cell, option, None)
+            if own != size and (own is not None or option == "num_components"):
+                says = "does not say it" if own is None else f"says self.{option} = {own}"
+                hints.append(f"{option}={size} was passed to RNN and {name} {says}; leave it out?")
+        return " ".join(hints)
 
     def _find_components(self) -> int:
         """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""
@@ -320,8 +356,12 @@ class RNN(nn.Module):
         raise TypeError(
             f"{name}.forward(x, state) was tried on x of shape (N, {features}) and 1 to "
             f"{_MOST_COMPONENTS} state tensors of shape (N, {size}) with N = {_TRIAL_ROWS}, and "
-            f"never returned the new state in the same form: {shown}. If the cell is right, set "
-            f"self.num_components = ... in {name}.__init__, or pass RNN(cell, num_components=...)."
+            f"never returned the new state in the same form: {shown}. "
+            + (
+                self._hint_of_sizes()
+                or f"If the cell is right, set self.num_components = ... in {name}.__init__, or "
+                "pass RNN(cell, num_components=...)."
+            )
         )
 
     def _initial(self, state: State | None, rows: int, x: Tensor) -> Tensor:
@@ -355,6 +395,24 @@ class RNN(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is traced belongs to this process; a copy traces again."""
         return {**self.__dict__, "_evaluation": None, "_signature": None, "_report": None}
+
+
+def _check_cell(cell: object) -> None:
+    """Refuse what is no cell."""
+    if isinstance(cell, type) and issubclass(cell, nn.Module):
+        raise TypeError(
+            f"cell is the class {cell.__name__}; pass an instance of it: RNN({cell.__name__}(...))."
+        )
+    if isinstance(cell, nn.RNNBase):
+        raise TypeError(
+            f"cell is a whole layer, {type(cell).__name__}, that runs over time by itself; use "
+            f"pararnn.parallelize(layer), or a cell: RNN(nn.{type(cell).__name__}Cell(...))."
+        )
+    if not isinstance(cell, nn.Module):
+        raise TypeError(
+            f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for a "
+            "plain function use pararnn.scan."
+        )
 
 
 def _describe(state: Any) -> str:

@@ -185,8 +185,13 @@ class SolveReport:
 
     @property
     def residual(self) -> float:
-        """Largest disagreement at a chunk end, relative to the state's size where above 1."""
-        return float(self.values[:, 1].amax())
+        """Largest disagreement at a chunk end, relative to the state's size where above 1.
+
+        Infinite if iterations overflowed before the solve was completed step by step; NaN only if
+        the states themselves are.
+        """
+        overflowed = self.values[:, 1].isnan() & (self.values[:, 2] == COMPLETED)
+        return float(self.values[:, 1].masked_fill(overflowed, torch.inf).amax())
 
     @property
     def status(self) -> str:

@@ -14,6 +14,9 @@ from pararnn.layers.rnn import RNN
 from pararnn.solvers.settings import Newton
 from pararnn.testing.close import assert_close
 from pararnn.testing.loop import loop
+from pararnn.tracing.partition import is_random
+from pararnn.tracing.recorder import show_place
+from pararnn.tracing.structure import Traced
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def check_cell(
     Raises:
         AssertionError: Something differs; the message says what and by how much.
         TraceError: The cell cannot be evaluated for all times.
+        ValueError: The cell draws random numbers, so that no two evaluations are alike.
     """
     cell = copy.deepcopy(cell).double()
     shape = features if features is not None else getattr(cell, "input_size", None)
@@ -74,6 +78,7 @@ def check_cell(
     x = draw(batch, time, *shape)
     probe(x)
     traced = probe.evaluation().traced
+    _refuse_random(traced)
     first = [draw(batch, probe.hidden_size) for _ in range(probe.num_components)]
     resets = torch.rand(batch, time, generator=generator) < 0.1
     cotangents = [draw(batch, time, probe.hidden_size), *(draw(*f.shape) for f in first)]
@@ -90,6 +95,16 @@ def check_cell(
                 for name in expected
             )
     return CellCheck(traced.structure, errors)
+
+
+def _refuse_random(traced: Traced) -> None:
+    for node in traced.capture.graph.nodes:
+        if is_random(node):
+            raise ValueError(
+                f"{traced.subject.name} draws random numbers ({node.target} at "
+                f"{show_place(node.meta.get('place'))}), so no two evaluations are alike; check it "
+                "without them: cell.eval() turns off dropout."
+            )
 
 
 def _possible(probe: RNN) -> list[str]:

@@ -26,7 +26,8 @@ class Capture:
         graph: Placeholders are the tensors of the cell (parameters, buffers, tensor attributes),
             then the inputs `x_0`, ..., then the components of the state; the output is the tuple of
             new components. Every node carries `shape` and `dtype` (with `ROWS[0]` rows),
-            `by_rows` (its first axis has one entry per row) and `place`, the user's line.
+            `by_rows` (its first axis has one entry per row), `slopes` (by how much each size grows
+            with a row) and `place`, the user's line.
         attributes: Qualified names of the cell's tensors, in the order of their placeholders.
         constants: Tensors from elsewhere (closures, globals), by placeholder name.
         num_components: Tensors in the state.
@@ -341,4 +342,20 @@ def _mark_rows(graph: fx.Graph, other: fx.Graph) -> None:
     for node, shape in zip(originals, shapes, strict=True):
         mine = node.meta.get("shape", ())
         node.meta["by_rows"] = bool(mine) and mine[0] == ROWS[0] and shape[0] == ROWS[1]
-        node.meta["row_axes"] = sum(a != b for a, b in zip(mine, shape, strict=False))
+        sizes = zip(mine, shape, strict=False)
+        node.meta["slopes"] = tuple((b - a) // (ROWS[1] - ROWS[0]) for a, b in sizes)
+        node.meta["row_axes"] = sum(slope != 0 for slope in node.meta["slopes"])
+
+
+def shape_at(node: fx.Node, rows: int) -> tuple[int, ...]:
+    """The shape of a value for a number of rows."""
+    sizes = zip(node.meta["shape"], node.meta["slopes"], strict=True)
+    return tuple(size + slope * (rows - ROWS[0]) for size, slope in sizes)
+
+
+def count_of(node: fx.Node, rows: int) -> int:
+    """The value of a node that counts rows."""
+    if node.target is aten.sym_size.int:
+        return rows
+    count, number = node.args
+    return node.target(count_of(count, rows), number)  # type: ignore

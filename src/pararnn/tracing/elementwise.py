@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pararnn.tracing.capture import ROWS
+from pararnn.tracing.capture import ROWS, count_of
 from pararnn.tracing.expressions import Expression, Operand, leaf, make
 from pararnn.tracing.operations import (
+    MOVES,
     UnknownOperation,
     creation_value,
     express,
@@ -29,12 +30,6 @@ from pararnn.tracing.operations import (
 )
 from pararnn.tracing.partition import Partition
 from pararnn.tracing.recorder import aten, show_place
-
-_MOVES = frozenset(
-    "view _unsafe_view reshape unsqueeze squeeze expand permute transpose t select slice "
-    "split split_with_sizes chunk unbind cat stack flip roll repeat index_select "
-    "slice_scatter select_scatter narrow unflatten flatten movedim swapaxes clone".split()
-)
 
 
 class NotElementwise(Exception):
@@ -161,7 +156,7 @@ class _Reader:
             self.require_rows(node)
             fill = fill if isinstance(fill, bool) else self.rounded(fill, node.meta.get("dtype"))
             return _Value(shape, [fill] * self.count(shape))
-        if operation_name(func) in _MOVES:
+        if operation_name(func) in MOVES:
             return self.move(node)
         if not is_pointwise(func):
             raise NotElementwise("it is not an operation on each element by itself")
@@ -272,7 +267,7 @@ class _Reader:
         """Follow operations that only move entries back to where they start; number the entries."""
         is_part = node.target is operator.getitem
         made_by: Any = node.args[0] if is_part else node
-        if hasattr(made_by.target, "_schema") and operation_name(made_by.target) in _MOVES:
+        if hasattr(made_by.target, "_schema") and operation_name(made_by.target) in MOVES:
             tensors = [a for a in tree_leaves((made_by.args, made_by.kwargs)) if _is_value(a)]
             if len(tensors) == 1 and tensors[0].meta["by_rows"]:
                 base, numbers = self.trail(tensors[0])
@@ -340,13 +335,7 @@ def _run_on(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> Any:
     def replace(argument: Any) -> Any:
         if not isinstance(argument, fx.Node):
             return argument
-        return numbers[argument] if argument in numbers else _row_count(argument)
+        return numbers[argument] if argument in numbers else count_of(argument, ROWS[0])
 
     args, kwargs = tree_map(replace, tuple(node.args)), tree_map(replace, dict(node.kwargs))
     return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _row_count(node: fx.Node) -> int:
-    if node.target is aten.sym_size.int:
-        return ROWS[0]
-    return node.target(_row_count(node.args[0]), node.args[1])  # type: ignore

@@ -157,20 +157,6 @@ class Mixing:
         """Which edges have a gradient."""
         return tuple(i for i, e in enumerate(self.edges) if e.dtype.is_floating_point)
 
-    def jacobian(self, before: Sequence[Tensor], edges: Sequence[Tensor]) -> Tensor:
-        """d(new component m) / d(old component i) of one row: (m, hidden, i, hidden)."""
-        zeros = [torch.zeros_like(b) for b in before]
-        size = self.num_components * self.hidden
-        adjoint = self.adjoint
-        found = adjoint.edges(before, edges, zeros)
-        now = [
-            found[i].repeat_interleave(size, 0) if adjoint.by_rows[i] else found[i]
-            for i in adjoint.step_edges
-        ]
-        basis = torch.eye(size, dtype=before[0].dtype, device=before[0].device)
-        rows = adjoint.step.module(*basis.split(self.hidden, 1), *now)
-        return torch.stack(rows, 1).unflatten(0, (self.num_components, self.hidden))
-
 
 def mixing(parts: Partition, module: fx.GraphModule, device: torch.device) -> Mixing:
     """The recurrence with the recurrent part of a split step.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import fx
@@ -28,20 +29,33 @@ def name_nodes(
     for node in graph.nodes:
         if node.op == "placeholder" and node.target in attributes:
             node.meta["name"] = attributes[node.target].replace(".", "_")
-    for (first, last), names in _assignments(function):
+    for (first, last), names, in_order in _assignments(function):
         inside = [n for n in graph.nodes if first <= n.meta.get("line", 0) <= last]
         values = [n for n in inside if not n.name.startswith("detach")]
         if len(names) == 1 and values:
             values[-1].meta["name"] = names[0]
         elif len(names) > 1:
-            parts = [n for n in values if not set(n.users) <= set(inside)]  # what leaves the line
-            if len(parts) != len(names):
-                parts = [n for n in values if "getitem" in n.name]
-            for node, name in zip(parts[-len(names) :], names, strict=False):
+            for node, name in _parts(inside, values, names, in_order):
                 node.meta["name"] = name
 
 
-def _assignments(function: Callable[..., Any]) -> list[tuple[tuple[int, int], list[str]]]:
+def _parts(
+    inside: list[fx.Node], values: list[fx.Node], names: list[str], in_order: bool
+) -> Iterable[tuple[fx.Node, str]]:
+    """The values that an assignment to several variables gives to each."""
+    seen = {n.meta["variable"]: n for n in values if n.meta.get("variable") in names}
+    if seen:
+        return [(node, name) for name, node in seen.items()]
+    leaving = [n for n in values if in_order and not set(n.users) <= set(inside)]
+    unpacked = [n for n in values if n.target is operator.getitem]
+    parts = next((p for p in (leaving, unpacked) if len(p) == len(names)), [])
+    return zip(parts, names, strict=False)
+
+
+def _assignments(
+    function: Callable[..., Any],
+) -> list[tuple[tuple[int, int], list[str], bool]]:
+    """Lines and variables of assignments; whether values are made in the order of the variables."""
     parsed = _parse(function)
     if parsed is None:
         return []
@@ -53,7 +67,8 @@ def _assignments(function: Callable[..., Any]) -> list[tuple[tuple[int, int], li
             parts = target.elts if isinstance(target, ast.Tuple) else [target]
             if all(isinstance(p, ast.Name) for p in parts):
                 span = (statement.lineno + start - 1, (statement.end_lineno or 0) + start - 1)
-                found.append((span, [p.id for p in parts if isinstance(p, ast.Name)]))
+                names = [p.id for p in parts if isinstance(p, ast.Name)]
+                found.append((span, names, not isinstance(statement.value, ast.Call)))
     return found
 
 

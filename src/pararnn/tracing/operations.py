@@ -10,6 +10,12 @@ import torch
 from pararnn.tracing.expressions import Expression, Operand, is_boolean, make
 
 IDENTITIES = frozenset("clone alias contiguous lift_fresh lift_fresh_copy view_as conj".split())
+MOVES = frozenset(
+    "view _unsafe_view reshape unsqueeze squeeze expand permute transpose t select slice split "
+    "split_with_sizes chunk unsafe_split unsafe_split_with_sizes unsafe_chunk unbind cat stack "
+    "flip roll repeat index_select slice_scatter select_scatter narrow unflatten flatten movedim "
+    "swapaxes clone".split()
+)
 _CREATION = {"zeros": 0.0, "ones": 1.0, "empty": 0.0, "zeros_like": 0.0, "ones_like": 1.0}
 _CREATION |= {
     "_efficientzerotensor": 0.0,
@@ -69,7 +75,7 @@ def express(
     name = operation_name(func)
     if name in IDENTITIES:
         return args[0]
-    values = _arguments(func, args, kwargs)
+    values = named_arguments(func, args, kwargs)
     if not any(isinstance(v, Expression) for v in values.values()):
         return _evaluate(func, values)
     if name in ("_to_copy", "to", "prims_convert_element_type"):
@@ -107,7 +113,8 @@ def _is_bool_expression(operand: Operand) -> bool:
     return isinstance(operand, Expression) and operand.is_bool
 
 
-def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults filled in."""
     values = {}
     for i, argument in enumerate(func._schema.arguments):
         if i < len(args):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from pararnn.tracing.capture import Capture
+from pararnn.tracing.operations import MOVES, creation_value, operation_name
 from pararnn.tracing.recorder import TraceError, aten, show_place
 
 
@@ -21,7 +23,8 @@ class Partition:
     Attributes:
         capture: The whole graph.
         states: Placeholders of the state's components.
-        recurrent: Operations that depend on the state, in order.
+        recurrent: Operations that depend on the state, in order; also those that move entries of
+            a value of the input part away from one row per sample along its first axis.
         edges: Values that the recurrent operations (or the result) take from the input part.
         results: The new components, nodes of either part.
     """
@@ -58,23 +61,30 @@ def partition(capture: Capture, draw_in: bool = False) -> Partition:
         taken = [a for n in recurrent for a in n.all_input_nodes] + list(results)
         edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
         odd = [n for n in edges if _lacks_rows(n, from_x)]
-        if not (odd and draw_in):
+        drawable = odd if draw_in else [n for n in odd if _only_moves(n)]
+        if not drawable:
             break
-        drawn.update(odd)
+        drawn.update(drawable)
     for node in recurrent:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if is_random(node):
             raise TraceError(
                 f"{capture.subject} uses the random operation {node.target} on its state at "
                 f"{show_place(node.meta.get('place'))}; draw it in the input part (from x alone) "
                 "or outside the cell."
             )
     for node in odd:
+        does = "moves" if node.meta["row_axes"] == 1 else "mixes"
         raise TraceError(
-            f"{capture.subject} mixes the rows of x at {show_place(node.meta.get('place'))} "
-            f"(a value of shape {node.meta['shape']} without one row per sample); every row "
-            "must be computed on its own."
+            f"{capture.subject} {does} the rows of x at {show_place(node.meta.get('place'))} "
+            f"(a value of shape {node.meta['shape']} without one row per sample along its first "
+            "axis); every row must be computed on its own, with the rows first."
         )
     return Partition(capture, states, recurrent, edges, list(results))
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
@@ -90,6 +100,15 @@ def _followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
 def _lacks_rows(node: fx.Node, from_x: set[fx.Node]) -> bool:
     by_rows = node.meta["by_rows"]
     return (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows)
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """Whether an operation only moves entries, or fills, so that it may as well run every step."""
+    made_by: Any = node.args[0] if node.target is operator.getitem else node
+    if not hasattr(made_by.target, "_schema"):
+        return False
+    fills = creation_value(made_by.target, made_by.args) is not None
+    return fills or operation_name(made_by.target) in MOVES
 
 
 def _is_input(node: fx.Node) -> bool:
@@ -140,6 +159,8 @@ def copy_graph(
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Copy `nodes` into a graph of their own.
 
+    Strides may be others than those of the recording, so what was a view may have to copy.
+
     Args:
         parts: Where the nodes are from.
         nodes: Operations to copy, in order.
@@ -164,6 +185,8 @@ def copy_graph(
     for node in nodes:
         if node not in new:
             new[node] = graph.node_copy(node, lookup)
+            if node.target is aten.view.default:
+                new[node].target = aten.reshape.default
     return graph, new
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
@@ -33,7 +34,8 @@ class Recorder(TorchDispatchMode):
     Args:
         inputs: The tensors to become placeholders, by name.
         subject: What the error messages call the function.
-        focus: Code whose line each node notes in `meta["line"]`, also when a callee made it.
+        focus: Code whose line each node notes in `meta["line"]`, also when a callee made it; a node
+            whose value it holds in a variable notes that in `meta["variable"]`.
         labels: What messages call the inputs; their names when None.
     """
 
@@ -53,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._outdated: set[int] = set()
+        self._unpacked: Tensor | None = None
         self._inputs = {_storage(tensor): name for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
             self._bind(tensor, self.graph.placeholder(name))
@@ -64,6 +67,11 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> Recorder:
         self._grad = torch.is_grad_enabled()
         return super().__enter__()
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        """Note that autograd takes a saved tensor, of which it makes an alias first."""
+        self._unpacked = tensor
+        return tensor
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that made `tensor`; a tensor from outside becomes a constant."""
@@ -88,7 +96,11 @@ class Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        place, line = _find_frames(self.focus)
+        unpacked, self._unpacked = self._unpacked, None
+        if func is aten.detach.default and unpacked is not None and args[0] is unpacked:
+            return self._same(unpacked)
+        place, line, frame = _find_frames(self.focus)
+        self._note_variables(frame)
         self._refuse(func, place)
         pure = self._without_write(func, args, place) if func._schema.is_mutable else func
         to_node = lambda a: self.node_of(a) if isinstance(a, Tensor) else a  # noqa: E731
@@ -112,6 +124,19 @@ class Recorder(TorchDispatchMode):
                 node.meta.update(origin)
             self._bind(result, node)
         return result
+
+    def _note_variables(self, frame: FrameType | None) -> None:
+        for name, value in () if frame is None else frame.f_locals.items():
+            if isinstance(value, Tensor) and id(value) in self._nodes:
+                self._nodes[id(value)].meta.setdefault("variable", name)
+
+    def _same(self, unpacked: Tensor) -> Tensor:
+        """The alias that autograd makes of a saved tensor: not detached, it gets its history."""
+        alias = unpacked.detach()
+        node = self.node_of(unpacked)
+        self._nodes[id(alias)] = node
+        self._alive.append(alias)
+        return alias
 
     def _cast(self, tensor: Tensor, dtype: torch.dtype, origin: dict[str, Any]) -> fx.Node:
         node = self.node_of(tensor)
@@ -157,8 +182,10 @@ class Recorder(TorchDispatchMode):
             )
 
 
-def _find_frames(focus: CodeType | None) -> tuple[tuple[str, int] | None, int]:
-    """The innermost line outside PyTorch and this package, and the line inside `focus` (or 0)."""
+def _find_frames(
+    focus: CodeType | None,
+) -> tuple[tuple[str, int] | None, int, FrameType | None]:
+    """The innermost line outside PyTorch and this package; the line and frame of `focus` (or 0)."""
     place, inside, line = None, None, 0
     frame = sys._getframe(1).f_back  # none above where autograd calls from a thread of its own
     while frame is not None:
@@ -171,7 +198,7 @@ def _find_frames(focus: CodeType | None) -> tuple[tuple[str, int] | None, int]:
             line = frame.f_lineno
             break
         frame = frame.f_back
-    return (inside if line and inside and not place else place), line
+    return (inside if line and inside and not place else place), line, frame
 
 
 def _storage(tensor: Tensor) -> int:
@@ -235,8 +262,34 @@ def _run(
     function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, Tensor], recorder: Recorder
 ) -> tuple[fx.Graph, list[Tensor]]:
     # Tensors are saved as they are: activation checkpointing around us would drop and count them.
-    as_they_are = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    as_they_are = torch.autograd.graph.saved_tensors_hooks(lambda t: t, recorder.unpack)
     with as_they_are, recorder:
-        results = function(*inputs.values())
+        try:
+            results = function(*inputs.values())
+        except RuntimeError as error:
+            _refuse_nested(error, recorder.subject)
+            raise
     recorder.graph.output(tuple(recorder.node_of(r) for r in results))
     return recorder.graph, recorder.constants
+
+
+def _refuse_nested(error: RuntimeError, subject: str) -> None:
+    """Say in our words what PyTorch says of derivatives inside of what is recorded."""
+    frames = traceback.extract_tb(error.__traceback__)
+    python = Path(traceback.__file__).parent  # contextlib and such between PyTorch's frames
+    outside = [
+        f
+        for f in frames
+        if not f.filename.startswith(_LIBRARY) and Path(f.filename).parent != python
+    ]
+    place = show_place((outside[-1].filename, outside[-1].lineno or 0) if outside else None)
+    if "saved tensor hooks" in str(error):
+        raise TraceError(
+            f"{subject} calls torch.func.grad, vjp, jacrev or hessian at {place}, which cannot be "
+            "traced; use torch.autograd.grad(..., create_graph=True) or torch.func.jvp."
+        ) from error
+    if "functorch transform" in str(error):
+        raise TraceError(
+            f"{subject} takes derivatives at {place} and also writes into a tensor through a view, "
+            "which cannot be traced together; compute new tensors instead of writing."
+        ) from error

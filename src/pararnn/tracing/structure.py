@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pararnn.tracing.capture import ROWS, Capture, Subject, capture
+from pararnn.tracing.dependencies import group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.mixing import Mixing, mixing
@@ -22,8 +23,6 @@ from pararnn.tracing.partition import (
     recurrent_module,
 )
 from pararnn.tracing.recorder import TraceError
-
-_LARGEST_PROBE = 1024  # hidden sizes up to here are searched for heads
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Traced:
     @functools.cached_property
     def group(self) -> int:
         """Channels of the groups that do not mix with each other: 1, the size of a head, or all."""
-        return 1 if self.mixing is None else head_size(self)
+        return 1 if self.mixing is None else group_size(self.parts)
 
     @property
     def structure(self) -> str:
@@ -157,8 +156,16 @@ def _check_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Change one row of x and the state: no other row of any result may follow."""
+    """No row of x or the state may reach another one.
+
+    By the rules of operations, which see what happens rarely, and by changing a row, for operations
+    without a rule: no other row of any result may follow.
+    """
     subject, name = traced.subject, traced.subject.name
+    if rows_mix(traced.parts, "x_"):
+        raise _mixes_x(name)
+    if rows_mix(traced.parts, "state_"):
+        raise _mixes_state(name)
     examples = [_random((ROWS[0], *features), kind, device) for features, kind in inputs]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
     devices = [device] if device.type == "cuda" else []
@@ -173,10 +180,7 @@ def _check_rows(
             results = zip(given, edges([_with_other(x, row) for x in examples]), strict=True)
             for (one, other), by_rows in zip(results, traced.by_rows, strict=True):
                 if by_rows and not _equal_beside(one, other, row):
-                    raise TraceError(
-                        f"{name} mixes the rows of x (batch normalisation or a statistic over the "
-                        "batch?); every row must be computed on its own."
-                    )
+                    raise _mixes_x(name)
         if traced.mixing is None:
             return
         module = traced.mixing.step.module
@@ -186,9 +190,25 @@ def _check_rows(
         for row in range(ROWS[0]):
             others = module(*(_with_other(s, row) for s in state), *given)
             if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
-                raise TraceError(
-                    f"{name} mixes the rows of its state; every row must be computed on its own."
-                )
+                raise _mixes_state(name)
+            changes = [
+                r and e.is_floating_point() for e, r in zip(given, traced.by_rows, strict=True)
+            ]
+            moved = (_with_other(e, row) if c else e for e, c in zip(given, changes, strict=True))
+            others = module(*state, *moved)
+            if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
+                raise _mixes_x(name)
+
+
+def _mixes_state(name: str) -> TraceError:
+    return TraceError(f"{name} mixes the rows of its state; every row must be computed on its own.")
+
+
+def _mixes_x(name: str) -> TraceError:
+    return TraceError(
+        f"{name} mixes the rows of x (batch normalisation or a statistic over the batch?); every "
+        "row must be computed on its own."
+    )
 
 
 def _with_other(x: Tensor, row: int) -> Tensor:
@@ -214,42 +234,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if a.device.type == "meta" or not a.is_floating_point():
         return a.device.type == "meta" or torch.equal(a, b)
     return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-def head_size(traced: Traced) -> int:
-    """The size of the groups of channels that do not mix with each other; of all when all mix.
-
-    Found on Jacobians at random states, inputs and parameters, so that weights that happen to be
-    zero hide nothing.
-    """
-    hidden = traced.capture.hidden_size
-    if hidden > _LARGEST_PROBE:
-        return hidden
-    mixes = torch.zeros(hidden, hidden, dtype=torch.bool, device="cpu")
-    for _ in range(2):
-        mixes |= (_random_jacobian(traced) != 0).any(2).any(0).cpu()
-    for size in range(1, hidden):
-        if hidden % size == 0:
-            group = torch.arange(hidden, device="cpu") // size
-            if not mixes[group[:, None] != group[None, :]].any():
-                return size
-    return hidden
-
-
-def _random_jacobian(traced: Traced) -> Tensor:
-    """Jacobian (components, hidden, components, hidden) at one random row."""
-    assert traced.mixing is not None
-    graph = traced.capture.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    device, dtype = traced.mixing.device, traced.mixing.dtype
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        tensors = [traced.subject.tensors[n] for n in traced.input_part.names]
-        tensors = [torch.randn_like(t) if isinstance(t, nn.Parameter) else t for t in tensors]
-        given = [n for n in placeholders if n.target.startswith("x_")]
-        kinds = [((1, *n.meta["shape"][1:]), n.meta["dtype"]) for n in given]
-        edges = traced.input_part(tensors, *(_random(s, k, device) for s, k in kinds))
-        edges = tuple(e.to(dtype) if e.is_floating_point() else e for e in edges)
-        shape = (1, traced.capture.hidden_size)
-        state = [_random(shape, dtype, device) for _ in traced.parts.states]
-        return traced.mixing.jacobian(state, edges)

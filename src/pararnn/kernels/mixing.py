@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pararnn.kernels.graphs import is_capturing, run_steps
 from pararnn.kernels.operators import no_second_derivative
-from pararnn.solvers.automatic import Memory, automatic, coupling
+from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
@@ -71,6 +71,14 @@ class Plan:
         if self.settings is None:
             return found
         return replace(self.settings, chunk=found.chunk)
+
+    def prefers_cell(self, batch: int, time: int, device: str, gradients: bool) -> bool:
+        """Whether the loop over the cell itself is to be taken, if it was the user's to choose."""
+        return (
+            self.settings is None
+            and prefers_cell(self.mixing.work, batch, time, device, gradients)
+            and isinstance(self.chosen(batch, time, device), Sequential)
+        )
 
     def describe(self) -> str:
         """How it is evaluated, in words."""

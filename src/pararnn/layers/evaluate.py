@@ -149,14 +149,17 @@ class Evaluation:
         self.choice = choice
         self.features = features
         self.feature_axes = len(features)
+        self.mixing_plan: mixing.Plan | None
         if traced.recurrence is not None and traced.layout is not None:
             solver = solver or Newton()
             if isinstance(solver, Sequential) and choice.name == "triton":
                 solver = Newton(chunk=solver.chunk)
+            self.mixing_plan = None
             self.plan = operators.plan(traced.recurrence, traced.layout, choice.name, solver)
         else:
             assert traced.mixing is not None
             self.plan = mixing.plan(traced.mixing, traced.group, solver)
+            self.mixing_plan = mixing.plan_of(self.plan)
 
     def method(self) -> type[Solver]:
         """How chunks are coupled: as the user asked, or as is chosen."""
@@ -168,11 +171,17 @@ class Evaluation:
 
     def describe(self) -> str:
         """The solver, in words."""
-        if self.traced.mixing is None:
+        if self.mixing_plan is None:
             return (
                 repr(self.solver) if self.solver else "Newton, with chunks chosen for every shape"
             )
-        return mixing.plan_of(self.plan).describe()
+        return self.mixing_plan.describe()
+
+    def prefers_cell(self, batch: int, time: int, device: str, gradients: bool) -> bool:
+        """Whether the loop over the cell itself is the fastest; see `automatic.prefers_cell`."""
+        return self.mixing_plan is not None and self.mixing_plan.prefers_cell(
+            batch, time, device, gradients
+        )
 
     def run(
         self,

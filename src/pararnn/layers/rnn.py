@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 
 from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.solvers.settings import Solver, SolveReport
+from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
 from pararnn.tracing.structure import Traced, trace
 
 State = Tensor | tuple[Tensor, ...]
 _STRUCTURES = ("elementwise", "heads", "dense")  # each includes those before it
+_HALF = (torch.float16, torch.bfloat16)
 _MOST_COMPONENTS = 8
 _TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pass for a tuple
 
@@ -76,7 +79,7 @@ class RNN(nn.Module):
         choose_backend(backend)
         self._evaluation: Evaluation | None = None
         self._signature: tuple[object, ...] | None = None
-        self._report: Tensor | None = None
+        self._report: Tensor | int | None = None  # a number of rows: they went step by step
         input_size = getattr(cell, "input_size", None)
         if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
             now = snapshot(cell)
@@ -107,7 +110,10 @@ class RNN(nn.Module):
     @property
     def report(self) -> SolveReport | None:
         """How the last forward pass went; None before one or when compiled."""
-        return None if self._report is None else SolveReport(self._report)
+        values = self._report
+        if isinstance(values, int):
+            values = sequential_report(values, torch.device("cpu"))
+        return None if values is None else SolveReport(values)
 
     def forward(
         self,
@@ -145,7 +151,13 @@ class RNN(nn.Module):
             resets = None if resets is None else resets.transpose(0, 1)
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         starts, last = _starts(x, resets, cu_seqlens)
-        y, final = self._evaluate(evaluation, x, state, sequences, starts, last)
+        parts = self._parts(state, sequences, x)
+        if starts is None and self._prefers_cell(evaluation, x, parts, x.shape[1]):
+            inputs = x.transpose(0, 1).contiguous().unbind(0)
+            outputs, final = self._run_cell(evaluation, inputs, parts)
+            y = torch.stack(outputs, 1)
+        else:
+            y, final = self._evaluate(evaluation, x, parts, starts, last)
         if single:
             y = y.squeeze(0)
             final = final if cu_seqlens is not None else tuple(f.squeeze(0) for f in final)
@@ -168,24 +180,55 @@ class RNN(nn.Module):
         if single:
             x_t = x_t.unsqueeze(0)
             state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
-        x = x_t.unsqueeze(1)
-        y, final = self._evaluate(evaluation, x, state, x.shape[0], None, None)
-        y = y.squeeze(1)
+        parts = self._parts(state, len(x_t), x_t)
+        if self._prefers_cell(evaluation, x_t, parts, 1):
+            (y,), final = self._run_cell(evaluation, [x_t], parts)
+        else:
+            y, final = self._evaluate(evaluation, x_t.unsqueeze(1), parts, None, None)
+            y = y.squeeze(1)
         if single:
             y, final = y.squeeze(0), tuple(f.squeeze(0) for f in final)
         return y, final if evaluation.traced.capture.is_tuple else final[0]
+
+    def _prefers_cell(
+        self, evaluation: Evaluation, x: Tensor, parts: tuple[Tensor, ...], time: int
+    ) -> bool:
+        """Whether the loop over the cell as it is does the same as the traced step, and faster."""
+        own = evaluation.traced.capture.dtype
+        return (
+            not torch.compiler.is_compiling()
+            and evaluation.prefers_cell(
+                len(x), time, x.device.type, gradients=torch.is_grad_enabled()
+            )
+            and own not in _HALF
+            and (x.dtype is own or not x.is_floating_point())
+            and all(p.dtype is own for p in parts)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _run_cell(
+        self, evaluation: Evaluation, inputs: Sequence[Tensor], parts: tuple[Tensor, ...]
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Outputs of the cell for every time, and the components after the last."""
+        as_tuple, outputs = evaluation.traced.capture.is_tuple, []
+        for x_t in inputs:
+            # contiguous, as it was traced
+            given = tuple(p.contiguous() for p in parts)
+            parts = self.cell(x_t, given) if as_tuple else (self.cell(x_t, given[0]),)
+            outputs.append(parts[0])
+        self._report = len(inputs[0])
+        return outputs, tuple(parts)
 
     def _evaluate(
         self,
         evaluation: Evaluation,
         x: Tensor,
-        state: State | None,
-        sequences: int,
+        parts: tuple[Tensor, ...],
         starts: Tensor | None,
         last: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs for x (batch, time, *features), and the components after the last steps."""
-        first = self._initial(state, sequences, x)
+        first = torch.stack(parts, 1)
         tensors = [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
         try:
             states, report = evaluation.run(tensors, [x], first, starts)
@@ -364,11 +407,12 @@ class RNN(nn.Module):
             )
         )
 
-    def _initial(self, state: State | None, rows: int, x: Tensor) -> Tensor:
+    def _parts(self, state: State | None, rows: int, x: Tensor) -> tuple[Tensor, ...]:
+        """The components of a state, after a check; of none the zeros."""
         size, count = self.hidden_size, self.num_components
-        dtype = x.dtype if x.is_floating_point() else snapshot(self.cell).dtype
         if state is None:
-            return torch.zeros(rows, count, size, dtype=dtype, device=x.device)
+            dtype = x.dtype if x.is_floating_point() else snapshot(self.cell).dtype
+            return (torch.zeros(rows, size, dtype=dtype, device=x.device),) * count
         parts = state if isinstance(state, tuple) else (state,)
         if len(parts) != count or isinstance(state, tuple) != (count > 1):
             wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
@@ -382,7 +426,7 @@ class RNN(nn.Module):
                 )
             if part.device != x.device:
                 raise ValueError(f"state is on {part.device} but x is on {x.device}; move one.")
-        return torch.stack(parts, 1)
+        return parts
 
     def _apply(self, fn: Any, recurse: bool = True) -> RNN:
         """Trace again at once after `.to(...)`, so that a compiled call finds everything ready."""

@@ -13,6 +13,10 @@ _LARGEST_TANGENT = 8  # entries; a tangent costs as many sweeps
 # Multiplications that one step can do in the time that it takes to launch its operations.
 _FREE_WORK = {"cpu": 1 << 20, "cuda": 1 << 23}
 _WORTH = 1.25  # times as fast as the loop by the estimate, or it is not tried
+_CALL = 32  # launches that a call takes time for besides its steps; more where it is differentiated
+# On a CPU, where a product of so many rows and the time of launches is bound by arithmetic, the
+# gates that a backward pass computes again cost more than what it gains elsewhere.
+_BOUND_ROWS, _BOUND_LAUNCHES = 16, 0.25
 _RETRY_AFTER = 64  # calls step by step before parallel evaluation is tried again
 _REMEMBERED = 1024
 
@@ -50,6 +54,20 @@ def automatic(entries: int, work: int, batch: int, time: int, device: str) -> So
     tangents = chunk * (1 + entries * rows / free) if method is Newton else 0.0
     most = 1 + int((loop - first) / (sweep + tangents))
     return method(chunk=chunk, max_iterations=most)
+
+
+def prefers_cell(work: int, batch: int, time: int, device: str, gradients: bool) -> bool:
+    """Whether the loop over the cell itself is faster than one over its recurrent part.
+
+    It is for few steps, and where all that a backward pass reads had better be kept. Arguments as
+    for `automatic`; `gradients`: a backward pass may follow.
+    """
+    if device != "cpu":
+        return False
+    launches = batch * work / _FREE_WORK[device]
+    if time * (1 + launches) < _CALL:
+        return True
+    return gradients and batch >= _BOUND_ROWS and launches >= _BOUND_LAUNCHES
 
 
 class Memory:

@@ -217,6 +217,8 @@ class Evaluation:
     def _edges(self, tensors: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         batch, time = inputs[0].shape[:2]
         time_first = inputs[0].stride(0) < inputs[0].stride(1)
+        if self.mixing_plan is not None and inputs[0].device.type == "cpu":
+            time_first = True  # as steps read it
         sizes = (time, batch) if time_first else (batch, time)
         ordered = [i.transpose(0, 1) if time_first else i for i in inputs]
         flat = [i.reshape(batch * time, *i.shape[2:]) for i in ordered]

@@ -152,9 +152,9 @@ class RNN(nn.Module):
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         starts, last = _starts(x, resets, cu_seqlens)
         parts = self._parts(state, sequences, x)
-        if starts is None and self._prefers_cell(evaluation, x, parts, x.shape[1]):
+        if last is None and self._prefers_cell(evaluation, x, parts, x.shape[1]):
             inputs = x.transpose(0, 1).contiguous().unbind(0)
-            outputs, final = self._run_cell(evaluation, inputs, parts)
+            outputs, final = self._run_cell(evaluation, inputs, parts, starts)
             y = torch.stack(outputs, 1)
         else:
             y, final = self._evaluate(evaluation, x, parts, starts, last)
@@ -207,17 +207,24 @@ class RNN(nn.Module):
         )
 
     def _run_cell(
-        self, evaluation: Evaluation, inputs: Sequence[Tensor], parts: tuple[Tensor, ...]
+        self,
+        evaluation: Evaluation,
+        inputs: Sequence[Tensor],
+        parts: tuple[Tensor, ...],
+        starts: Tensor | None = None,
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Outputs of the cell for every time, and the components after the last."""
-        as_tuple, outputs = evaluation.traced.capture.is_tuple, []
-        for x_t in inputs:
-            # contiguous, as it was traced
-            given = tuple(p.contiguous() for p in parts)
-            parts = self.cell(x_t, given) if as_tuple else (self.cell(x_t, given[0]),)
+        """Outputs of the cell itself for every time, and the components after the last."""
+        as_tuple, first, outputs = evaluation.traced.capture.is_tuple, parts, []
+        begins = None if starts is None else (starts >= 0).unsqueeze(-1).unbind(1)
+        for t, x_t in enumerate(inputs):
+            if begins is not None and t:
+                pairs = zip(first, parts, strict=True)
+                parts = tuple(torch.where(begins[t], f, p) for f, p in pairs)
+            parts = tuple([p.contiguous() for p in parts])  # as when it was traced
+            parts = self.cell(x_t, parts) if as_tuple else (self.cell(x_t, parts[0]),)
             outputs.append(parts[0])
         self._report = len(inputs[0])
-        return outputs, tuple(parts)
+        return outputs, parts
 
     def _evaluate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -13,9 +14,11 @@ _LARGEST_TANGENT = 8  # entries; a tangent costs as many sweeps
 # Multiplications that one step can do in the time that it takes to launch its operations.
 _FREE_WORK = {"cpu": 1 << 20, "cuda": 1 << 23}
 _WORTH = 1.25  # times as fast as the loop by the estimate, or it is not tried
-_CALL = 32  # launches that a call takes time for besides its steps; more where it is differentiated
-# On a CPU, where a product of so many rows and the time of launches is bound by arithmetic, the
-# gates that a backward pass computes again cost more than what it gains elsewhere.
+# Launches that a call over the recurrent part takes time for besides its steps, without and with
+# gradients (of which it makes up for more in every step).
+_CALL = {False: 64, True: 32}
+# On a CPU, from so many rows and so much work beside the launches on, products are bound by
+# arithmetic: one for all times gains nothing, and gates are better kept than computed again.
 _BOUND_ROWS, _BOUND_LAUNCHES = 16, 0.25
 _RETRY_AFTER = 64  # calls step by step before parallel evaluation is tried again
 _REMEMBERED = 1024
@@ -26,6 +29,7 @@ def coupling(entries: int) -> type[Newton | Jacobi]:
     return Newton if entries <= _LARGEST_TANGENT else Jacobi
 
 
+@functools.lru_cache(maxsize=1024)
 def automatic(entries: int, work: int, batch: int, time: int, device: str) -> Solver:
     """Chunks and iterations that a recurrence gains from.
 
@@ -57,17 +61,15 @@ def automatic(entries: int, work: int, batch: int, time: int, device: str) -> So
 
 
 def prefers_cell(work: int, batch: int, time: int, device: str, gradients: bool) -> bool:
-    """Whether the loop over the cell itself is faster than one over its recurrent part.
+    """Whether a loop over the cell itself is faster than one over its recurrent part.
 
-    It is for few steps, and where all that a backward pass reads had better be kept. Arguments as
-    for `automatic`; `gradients`: a backward pass may follow.
+    Arguments as for `automatic`; `gradients`: a backward pass may follow.
     """
     if device != "cpu":
         return False
     launches = batch * work / _FREE_WORK[device]
-    if time * (1 + launches) < _CALL:
-        return True
-    return gradients and batch >= _BOUND_ROWS and launches >= _BOUND_LAUNCHES
+    few = time * (1 + launches) < _CALL[gradients]
+    return few or (batch >= _BOUND_ROWS and launches >= _BOUND_LAUNCHES)
 
 
 class Memory:

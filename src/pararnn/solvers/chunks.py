@@ -210,19 +210,19 @@ def run_steps(
 ) -> list[Tensor]:
     """See `Run`: one PyTorch operation after the other."""
     module, begins = chunks.step.module.forward, chunks.begins
-    moving = [
-        e.unbind(0) if by_rows else None
-        for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
+    moving = chunks.step.by_rows
+    edges = [
+        e.contiguous().unbind(0) if by_rows else [e] * chunks.steps
+        for e, by_rows in zip(chunks.edges, moving, strict=True)
     ]
     history: list[list[Tensor]] = [[] for _ in state]
     order = range(first, chunks.steps)
     for t in reversed(order) if chunks.reverse else order:
-        pairs = zip(chunks.edges, moving, strict=True)
-        now = [e if m is None else m[t].contiguous() for e, m in pairs]
+        now = [e[t] for e in edges]
         if copies > 1:
             now = [
-                e if m is None else e.expand(copies, *e.shape).flatten(0, 1)
-                for e, m in zip(now, moving, strict=True)
+                e.expand(copies, *e.shape).flatten(0, 1) if by_rows else e
+                for e, by_rows in zip(now, moving, strict=True)
             ]
         if begins is not None:
             begin, fresh = begins[t], [f[t] for f in chunks.fresh]
@@ -230,7 +230,7 @@ def run_steps(
                 begin = begin.repeat(copies, 1)
                 fresh = [f.repeat(copies, 1) for f in fresh]
             state = [torch.where(begin, f, s) for f, s in zip(fresh, state, strict=True)]
-        state = module(*(s.contiguous() for s in state), *now)
+        state = module(*[s.contiguous() for s in state], *now)
         for past, component in zip(history, state, strict=True):
             past.append(component)
     return [torch.stack(past, 1).transpose(0, 1) for past in history]  # as `Cut.join` wants it

@@ -83,13 +83,15 @@ def snapshot(cell: nn.Module) -> Snapshot:
     for prefix, module in cell.named_modules():
         for store in (module._parameters, module._buffers, vars(module)):
             for name, value in store.items():
+                if name in _MODULE_OWN:
+                    continue
                 if isinstance(value, Tensor):
                     if id(value) not in seen:
                         seen.add(id(value))
                         full = f"{prefix}.{name}" if prefix else name
                         tensors[full] = value
                         settings.append((full, value.shape, value.dtype))
-                elif isinstance(value, (bool, int, float, str)) and name not in _MODULE_OWN:
+                elif isinstance(value, (bool, int, float, str)):
                     settings.append((prefix, name, value))
     return Snapshot(tensors, tuple(settings))
 

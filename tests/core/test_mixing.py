@@ -11,7 +11,7 @@ import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.kernels import graphs
 from pararnn.kernels import mixing as operator
-from pararnn.solvers import automatic
+from pararnn.solvers import automatic, shooting
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell
@@ -413,6 +413,86 @@ def test_automatic_choice_uses_chunks_and_remembers_failures():
     assert twin.evaluation().plan == wild.evaluation().plan
     twin(x)
     assert twin.report.status == "completed step by step"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell])
+def test_few_steps_are_those_of_the_cell(kind, grad):
+    """It is the cell that runs, with resets too."""
+    cell = kind(INPUT, HIDDEN)
+    rnn = RNN(cell)
+    x = torch.randn(3, 6, INPUT)
+    state = tuple(torch.randn(3, HIDDEN) for _ in range(rnn.num_components))
+    state = state if kind is nn.LSTMCell else state[0]
+    resets = torch.rand(3, 6) < 0.3
+    calls = []
+    cell.register_forward_hook(lambda *_: calls.append(1))
+    with torch.set_grad_enabled(grad):
+        for given in (None, resets):
+            calls.clear()
+            y, last = rnn(x, state, given)
+            assert len(calls) == 6
+            expected, end = loop(cell, x, state, given)
+            assert_close("y", y, expected, rtol=1e-6)
+            for a, e in zip(as_tuple(last), as_tuple(end), strict=True):
+                assert_close("state", a, e, rtol=1e-6)
+        y, last = rnn.step(x[:, 0], state)
+    assert_close("step", y, loop(cell, x[:, :1], state)[0][:, 0], rtol=1e-6)
+    assert (rnn.report.status, rnn.report.chunks, len(rnn.report)) == ("sequential", 1, 3)
+    if grad:
+        expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
+        assert_same(outcome(lambda x, s: rnn(x, s, resets), cell, x, state), expected, 1e-5)
+
+
+def test_the_cell_runs_by_itself_only_where_it_does_the_same():
+    cell = nn.GRUCell(INPUT, HIDDEN)
+    calls = []
+    cell.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(3, 6, INPUT)
+    asked = RNN(cell, solver=Sequential())
+    wide, half = RNN(cell), RNN(nn.GRUCell(INPUT, HIDDEN).bfloat16())
+    half.cell.register_forward_hook(lambda *_: calls.append(1))
+    calls.clear()
+    asked(x)
+    wide(x, torch.zeros(3, HIDDEN, dtype=torch.float64))
+    half(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        wide(x)
+    assert not calls
+    wide(x)
+    assert len(calls) == 6
+
+
+def test_hopeless_iterations_are_given_up():
+    hopeless = shooting._hopeless
+    assert not hopeless([1.0], 10, 1e-6)
+    assert not hopeless([1.0, 0.1], 8, 1e-6)
+    assert hopeless([1.0, 0.5], 8, 1e-6)
+    assert hopeless([1.0, 2.0], 8, 1e-6)
+    assert hopeless([1.0, torch.nan], 8, 1e-6)
+    assert hopeless([torch.inf, torch.inf], 8, 1e-6)
+    wild = RNN(chaotic(24).float())
+    x = torch.randn(1, 2000, INPUT)
+    with torch.no_grad():
+        y, _ = wild(x)
+    assert wild.report.status == "completed step by step"
+    assert (
+        wild.report.iterations
+        == 2
+        < wild.evaluation().mixing_plan.chosen(1, 2000, "cpu").max_iterations
+    )
+    zeros = torch.zeros(1, 24)
+    assert_close("y", y[:, :10], loop(wild.cell, x[:, :10], zeros)[0], rtol=1e-4)
+
+
+def test_automatic_choice_of_the_cell_itself():
+    choose = functools.partial(automatic.prefers_cell, device="cpu", one_call=False)
+    assert choose(20_000, batch=4, time=8)
+    assert not choose(20_000, batch=4, time=100)
+    assert choose(20_000, batch=4, time=100, one_call=True)
+    assert choose(20_000, batch=64, time=4096)
+    assert not choose(1_000_000, batch=4, time=4096)
+    assert not choose(20_000, batch=4, time=8, device="cuda")
 
 
 def test_failures_are_tried_again():

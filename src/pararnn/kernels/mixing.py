@@ -16,7 +16,7 @@ from pararnn.kernels.graphs import is_capturing, run_steps
 from pararnn.kernels.operators import no_second_derivative
 from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
-from pararnn.solvers.settings import Sequential, Solver, act_on_failure
+from pararnn.solvers.settings import Jacobi, Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
 from pararnn.tracing.mixing import Mixing
 
@@ -72,13 +72,10 @@ class Plan:
             return found
         return replace(self.settings, chunk=found.chunk)
 
-    def prefers_cell(self, batch: int, time: int, device: str, gradients: bool) -> bool:
-        """Whether the loop over the cell itself is to be taken, if it was the user's to choose."""
-        return (
-            self.settings is None
-            and prefers_cell(self.mixing.work, batch, time, device, gradients)
-            and isinstance(self.chosen(batch, time, device), Sequential)
-        )
+    def prefers_cell(self, batch: int, time: int, device: str, one_call: bool) -> bool:
+        """Whether to loop over the cell itself; see `automatic.prefers_cell`."""
+        work = self.mixing.work
+        return self.settings is None and prefers_cell(work, batch, time, device, one_call)
 
     def describe(self) -> str:
         """How it is evaluated, in words."""
@@ -110,7 +107,9 @@ class Plan:
         tolerance = settings.tolerance_for(dtype)
         if settings.tolerance is None and _rounds(chain.initial):
             tolerance = max(tolerance, _TF32)
-        found, progress = chain.solve(settings, tolerance, run_steps)
+        # Jacobi shrinks the residual by the same factor again and again, Newton ever faster.
+        give_up = self.settings is None and isinstance(settings, Jacobi)
+        found, progress = chain.solve(settings, tolerance, run_steps, give_up)
         if self.settings is None and progress is not None and not progress.all_converged:
             self.memory.failed(_key(chain))
         return found, progress

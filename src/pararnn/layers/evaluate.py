@@ -177,11 +177,10 @@ class Evaluation:
             )
         return self.mixing_plan.describe()
 
-    def prefers_cell(self, batch: int, time: int, device: str, gradients: bool) -> bool:
-        """Whether the loop over the cell itself is the fastest; see `automatic.prefers_cell`."""
-        return self.mixing_plan is not None and self.mixing_plan.prefers_cell(
-            batch, time, device, gradients
-        )
+    def prefers_cell(self, batch: int, time: int, device: str, one_call: bool) -> bool:
+        """Whether to loop over the cell itself; see `automatic.prefers_cell`."""
+        plan = self.mixing_plan
+        return plan is not None and plan.prefers_cell(batch, time, device, one_call)
 
     def run(
         self,

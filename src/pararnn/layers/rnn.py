@@ -195,11 +195,10 @@ class RNN(nn.Module):
     ) -> bool:
         """Whether the loop over the cell as it is does the same as the traced step, and faster."""
         own = evaluation.traced.capture.dtype
+        one_call = isinstance(self.cell, nn.RNNCellBase) and not torch.is_grad_enabled()
         return (
             not torch.compiler.is_compiling()
-            and evaluation.prefers_cell(
-                len(x), time, x.device.type, gradients=torch.is_grad_enabled()
-            )
+            and evaluation.prefers_cell(len(x), time, x.device.type, one_call)
             and own not in _HALF
             and (x.dtype is own or not x.is_floating_point())
             and all(p.dtype is own for p in parts)
@@ -215,13 +214,14 @@ class RNN(nn.Module):
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Outputs of the cell itself for every time, and the components after the last."""
         as_tuple, first, outputs = evaluation.traced.capture.is_tuple, parts, []
+        cell = self.cell
         begins = None if starts is None else (starts >= 0).unsqueeze(-1).unbind(1)
         for t, x_t in enumerate(inputs):
             if begins is not None and t:
                 pairs = zip(first, parts, strict=True)
                 parts = tuple(torch.where(begins[t], f, p) for f, p in pairs)
             parts = tuple([p.contiguous() for p in parts])  # as when it was traced
-            parts = self.cell(x_t, parts) if as_tuple else (self.cell(x_t, parts[0]),)
+            parts = cell(x_t, parts) if as_tuple else (cell(x_t, parts[0]),)
             outputs.append(parts[0])
         self._report = len(inputs[0])
         return outputs, parts

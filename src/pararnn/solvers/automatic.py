@@ -14,12 +14,13 @@ _LARGEST_TANGENT = 8  # entries; a tangent costs as many sweeps
 # Multiplications that one step can do in the time that it takes to launch its operations.
 _FREE_WORK = {"cpu": 1 << 20, "cuda": 1 << 23}
 _WORTH = 1.25  # times as fast as the loop by the estimate, or it is not tried
-# Launches that a call over the recurrent part takes time for besides its steps, without and with
-# gradients (of which it makes up for more in every step).
-_CALL = {False: 64, True: 32}
-# On a CPU, from so many rows and so much work beside the launches on, products are bound by
-# arithmetic: one for all times gains nothing, and gates are better kept than computed again.
-_BOUND_ROWS, _BOUND_LAUNCHES = 16, 0.25
+_PATIENCE = 0.5  # of the loop's time by the estimate is allowed for iterations
+_CALL = 32  # steps bound by launches that a call over the recurrent part takes time for
+_CALL_AGAINST_ONE = 192  # the same where the cell has all its launches in one call
+# On a CPU, from so many rows on, of which every one is so much work (rows times work beside the
+# launches), products are bound by arithmetic: one for all times, or for chunks, gains nothing, and
+# gates had better be kept than computed again.
+_BOUND_ROWS, _BOUND_WORK = 16, 12.0
 _RETRY_AFTER = 64  # calls step by step before parallel evaluation is tried again
 _REMEMBERED = 1024
 
@@ -35,8 +36,8 @@ def automatic(entries: int, work: int, batch: int, time: int, device: str) -> So
 
     With the launches of a step as the unit of time, a step of r rows takes 1 + r / free, where
     free = _FREE_WORK / work. Evaluation in n chunks takes (WARM_UP + time / n) such steps with
-    n * batch rows, least at n = sqrt(time / WARM_UP * free / batch). Iterations are allowed for as
-    long as the loop would take, and the loop is taken where one iteration is hardly faster.
+    n * batch rows, least at n = sqrt(time / WARM_UP * free / batch). Iterations are allowed for
+    part of the time of the loop, and the loop is taken where one iteration is hardly faster.
 
     Args:
         entries: All components of the channels of one group.
@@ -56,20 +57,20 @@ def automatic(entries: int, work: int, batch: int, time: int, device: str) -> So
     if loop < _WORTH * first:
         return Sequential()
     tangents = chunk * (1 + entries * rows / free) if method is Newton else 0.0
-    most = 1 + int((loop - first) / (sweep + tangents))
+    most = max(1, 1 + int((_PATIENCE * loop - first) / (sweep + tangents)))
     return method(chunk=chunk, max_iterations=most)
 
 
-def prefers_cell(work: int, batch: int, time: int, device: str, gradients: bool) -> bool:
-    """Whether a loop over the cell itself is faster than one over its recurrent part.
+def prefers_cell(work: int, batch: int, time: int, device: str, one_call: bool) -> bool:
+    """Whether a loop over the cell itself is the fastest.
 
-    Arguments as for `automatic`; `gradients`: a backward pass may follow.
+    Arguments as for `automatic`; `one_call`: a step of the cell is hardly more than one call.
     """
     if device != "cpu":
         return False
     launches = batch * work / _FREE_WORK[device]
-    few = time * (1 + launches) < _CALL[gradients]
-    return few or (batch >= _BOUND_ROWS and launches >= _BOUND_LAUNCHES)
+    few = time * (1 + launches) < (_CALL_AGAINST_ONE if one_call else _CALL)
+    return few or (batch >= _BOUND_ROWS and batch * launches >= _BOUND_WORK)
 
 
 class Memory:

@@ -84,7 +84,7 @@ class Chain(abc.ABC):
         return [e for e, r in zip(self.edges, self.mixing.step.by_rows, strict=True) if not r]
 
     def solve(
-        self, settings: Solver, tolerance: float, run: Run
+        self, settings: Solver, tolerance: float, run: Run, give_up: bool = False
     ) -> tuple[list[Tensor], Progress | None]:
         """Evaluate it.
 
@@ -92,6 +92,7 @@ class Chain(abc.ABC):
             settings: With the chunks that hold.
             tolerance: The tolerance that holds.
             run: Steps through chunks.
+            give_up: See `shoot`.
 
         Returns:
             Components (batch, time, hidden) after every step, and how it went: None if there is one
@@ -122,6 +123,7 @@ class Chain(abc.ABC):
             settings,
             tolerance,
             self.relative,
+            give_up,
         )
         if not progress.all_converged:
             whole, _ = self.solve(Sequential(), tolerance, run)

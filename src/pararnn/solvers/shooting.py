@@ -243,6 +243,7 @@ def shoot(
     settings: Solver,
     tolerance: float,
     relative: bool = False,
+    give_up: bool = False,
 ) -> Progress:
     """Iterate until every chunk ends where the next one starts.
 
@@ -255,6 +256,8 @@ def shoot(
         tolerance: The tolerance that holds.
         relative: Adjoints: measure the residual of a channel against its largest end, for they have
             no natural scale; else every entry against its own size, or 1 if that is larger.
+        give_up: Stop once the residual, shrinking as it did, will not reach the tolerance in the
+            iterations that are left.
 
     Returns:
         How it went. The last sweep was from first states that are as far from consistent as the
@@ -263,6 +266,7 @@ def shoot(
     chunks = guess.shape[1]
     most = min(settings.max_iterations or chunks, chunks)
     iterations = guess.new_full(guess.shape[:1], most, dtype=torch.float64)
+    largest: list[float] = []
     for iteration in range(1, most + 1):
         ends = sweep(guess)
         residual = _residual(ends[:, :-1], guess[:, 1:], relative)
@@ -272,10 +276,22 @@ def shoot(
             return Progress(iterations, residual, converged, True, chunks)
         if iteration == chunks:  # every chunk has started from its exact state
             return Progress(iterations, residual, torch.ones_like(converged), True, chunks)
+        largest.append(float(residual.amax()) if give_up else 0.0)
+        if give_up and _hopeless(largest, most, tolerance):
+            iterations = torch.where(converged, iterations, iteration)
+            break
         if iteration < most:
             coupling = _coupling(settings.coupling, tangents, guess)
             guess = newton_update(ends, guess, coupling, getattr(settings, "damping", 0.0))
     return Progress(iterations, residual, converged, False, chunks)
+
+
+def _hopeless(residuals: Sequence[float], most: int, tolerance: float) -> bool:
+    """Whether residuals that go on like the last two are above the tolerance after `most`."""
+    if len(residuals) < 2:
+        return False
+    before, now = residuals[-2:]
+    return not now * min(1.0, now / before) ** (most - len(residuals)) <= tolerance
 
 
 def _coupling(kind: str, tangents: Callable[[Tensor], Tensor], guess: Tensor) -> Tensor:

@@ -151,11 +151,10 @@ class Evaluation:
         self.feature_axes = len(features)
         self.mixing_plan: mixing.Plan | None
         if traced.recurrence is not None and traced.layout is not None:
-            solver = solver or Newton()
-            if isinstance(solver, Sequential) and choice.name == "triton":
-                solver = Newton(chunk=solver.chunk)
             self.mixing_plan = None
-            self.plan = operators.plan(traced.recurrence, traced.layout, choice.name, solver)
+            self.plan = operators.plan(
+                traced.recurrence, traced.layout, choice.name, solver or Newton()
+            )
         else:
             assert traced.mixing is not None
             self.plan = mixing.plan(traced.mixing, traced.group, solver)

@@ -200,23 +200,45 @@ class _Reader(Reader):
             if isinstance(result, (tuple, list)):
                 return [_Weight(weight.edge, r) for r in result]
             return _Weight(weight.edge, result)
-        if is_pointwise(node.target) and len(operands) == 1:
-            value = self.values.get(operands[0])
-            if isinstance(value, Value) and value.numbers is not None:
-                return self.in_place(node, operands[0], value)
+        if is_pointwise(node.target) and self.lie_apart(operands):
+            return self.in_place(node, operands)
         return super().evaluate(node)
 
-    def in_place(self, node: fx.Node, operand: fx.Node, value: Value) -> Value:
-        """An operation on each element of a value whose rows lie apart."""
-        count = len(value.slots)
-        self.values[operand] = Value((count * self.hidden_size,), value.slots)
-        try:
-            result = self.pointwise(node, (count * self.hidden_size,))
-        finally:
-            self.values[operand] = value
+    def lie_apart(self, operands: Sequence[fx.Node]) -> bool:
+        """Whether the rows of some of these values do."""
+        values = [self.values.get(o) for o in operands]
+        return any(isinstance(v, Value) and v.numbers is not None for v in values)
+
+    def in_place(self, node: fx.Node, operands: Sequence[fx.Node]) -> Value:
+        """An operation on each element of values whose rows lie apart in the same way."""
+        distinct = list(dict.fromkeys(operands))
+        values = [self.as_value(o) for o in distinct]
+        numbers = [self.addresses([v])[0] for v in values]
+        rows = [
+            n // (len(v.slots) * self.hidden_size) for n, v in zip(numbers, values, strict=True)
+        ]
+        channels = [n % self.hidden_size for n in numbers]
+        if not all(torch.equal(r, rows[0]) for r in rows) or not all(
+            torch.equal(c, channels[0]) for c in channels
+        ):
+            raise NotElementwise("the rows or channels of its operands lie apart differently")
+        slots = torch.stack(
+            [
+                (n // self.hidden_size % len(v.slots)).flatten()
+                for n, v in zip(numbers, values, strict=True)
+            ]
+        )
+        pairs, which = slots.unique(dim=1, return_inverse=True)
+        shape = (pairs.shape[1] * self.hidden_size,)
+        kept = dict(self.values)
+        for operand, value, picked in zip(distinct, values, pairs, strict=True):
+            self.values[operand] = Value(shape, [value.slots[int(i)] for i in picked])
+        result = self.pointwise(node, shape)
+        self.values = kept
         if not isinstance(result, Value):
             raise NotElementwise("it has several results")
-        return Value((), result.slots, value.numbers)
+        found = (rows[0] * pairs.shape[1] + which.view(rows[0].shape)) * self.hidden_size
+        return Value((), result.slots, found + channels[0])
 
     def moved(self, addresses: Tensor, slots: list[Operand]) -> Value:
         try:

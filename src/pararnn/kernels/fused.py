@@ -21,7 +21,8 @@ from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
 
 _ON_CHIP = 200 * 2**10  # bytes for weights: nearly all that a multiprocessor of an H100 has
-_WARPS = 4  # of a program
+_FACTORS = 96  # 32-bit registers of a thread for weights, beyond which it has to put some away
+_WARPS = (4, 8)  # of a program, least and most
 
 
 class NotFused(Exception):
@@ -32,6 +33,7 @@ class NotFused(Exception):
 class _Kernel:
     products: Products
     module: ModuleType
+    warps: int
 
 
 _known: weakref.WeakKeyDictionary[fx.GraphModule, dict[Hashable, _Kernel | str]] = (
@@ -69,7 +71,7 @@ def run_steps(
     grid = (-(-rows // ROWS), kernel.products.groups)
     with on_device(state[0]):
         try:
-            kernel.module.run[grid](**arguments, num_warps=_WARPS, num_stages=1)
+            kernel.module.run[grid](**arguments, num_warps=kernel.warps, num_stages=1)
         except _out_of_resources() as error:
             known[key] = f"its weights do not fit on the chip: {error}"
             raise NotFused(known[key]) from error
@@ -103,7 +105,6 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
         skipped = 2 if by_rows else 0
         kinds.append(Edge(tuple(edge.shape[skipped:]), edge.dtype, by_rows))
         strides.append(edge.stride()[skipped:])
-    form = Form(like.dtype is torch.float64, chunks.begins is not None)
     try:
         found = products(
             chunks.step.module, kinds, strides, len(state), like.shape[1], like.dtype, like.device
@@ -111,7 +112,13 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
         size = len(found.weights) * width(found) ** 2 * like.itemsize
         if size > _ON_CHIP:
             return f"its weights take {size >> 10} KB on the chip, which has {_ON_CHIP >> 10} KB"
-        return _Kernel(found, load(source(found, form)))
+        # Tensor cores want float32 weights in two parts.
+        double = like.dtype is torch.float64
+        in_parts = not double and 2 * size <= _ON_CHIP
+        form = Form(double, "tf32x3" if in_parts else "ieee", chunks.begins is not None)
+        wanted = size * (2 if in_parts else 1) // (4 * 32 * _FACTORS)
+        warps = _WARPS[0] if wanted <= _WARPS[0] else _WARPS[1]
+        return _Kernel(found, load(source(found, form)), warps)
     except (NotExpressed, NotLowered) as error:
         return str(error)
 

@@ -51,7 +51,7 @@ def is_capturing(device: torch.device) -> bool:
 def run_steps(
     chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
 ) -> list[Tensor]:
-    """See `pararnn.solvers.chunks.Run`: on a GPU in one kernel, or some steps at a time by graphs."""
+    """See `pararnn.solvers.chunks.Run`: on a GPU in one kernel, or by CUDA graphs."""
     device = state[0].device
     if device.type != "cuda" or is_capturing(device) or chunks.steps - first == 1:
         return plain.run_steps(chunks, state, first, copies)

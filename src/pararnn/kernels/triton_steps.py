@@ -28,9 +28,6 @@ from pararnn.tracing.expressions import (
 from pararnn.tracing.products import Place, Products
 
 ROWS = 16  # of a program: the least that `tl.dot` takes
-# Of products in float32: "ieee" multiplies without tensor cores; "tf32x3" with them, three times,
-# which is as exact to about the last bit. "tf32" alone is not float32.
-PRECISION = "ieee"
 
 
 @dataclass(frozen=True)
@@ -39,10 +36,13 @@ class Form:
 
     Attributes:
         double: Computes in float64, else in float32.
+        precision: Of products: "ieee" multiplies float32 without tensor cores; "tf32x3" with them,
+            three times, so that the error stays near that of float32: 2^-22 instead of 2^-24.
         begins: Whether states are replaced before some steps.
     """
 
     double: bool
+    precision: str
     begins: bool
 
 
@@ -88,7 +88,7 @@ class _Steps:
                 return plain.term(op, args)
             # What a step makes of the channels beyond the last may be anything.
             factor = f"tl.where(inside, {args[0]}, 0.0)" if self.padded else args[0]
-            return f'tl.dot({factor}, {args[1]}, input_precision="{PRECISION}")'
+            return f'tl.dot({factor}, {args[1]}, input_precision="{self.form.precision}")'
 
         return dataclasses.replace(plain, term=term)
 

@@ -156,6 +156,19 @@ def test_whole_solve_equals_loop(monkeypatch, name, solver, reset):
     assert_same(actual, expected, 1e-10)
 
 
+def test_first_read_in_inference_mode(monkeypatch):
+    """Inside an operator and without autograd, where the step is recorded for the first time."""
+    monkeypatch.setattr(operator, "run_steps", fused.run_steps)
+    fused._known.clear()
+    cell = make("heads", torch.float64)
+    rnn = RNN(cell, solver=Jacobi(chunk=4))
+    x = torch.randn(2, 9, INPUT, dtype=torch.float64)
+    zeros = (torch.zeros(2, 6, dtype=torch.float64),) * 2
+    with torch.inference_mode():
+        y, _ = rnn(x)
+        assert_close("y", y, loop(cell, x, zeros)[0], rtol=1e-10)
+
+
 class Softmax(nn.Module):
     """A reduction over channels."""
 

@@ -66,7 +66,7 @@ class _Steps:
         self.padded = width(products) != products.size
         self.variant = Variant("double" if form.double else "single", "none", 1)
         self.real = self.variant.real
-        self.used = {"only"} if form.begins else set()
+        self.used: set[str] = set()
         self.out = Lines()
 
     def text(self) -> str:

@@ -1,12 +1,10 @@
-import importlib.util
+import sys
 
 import pytest
 import torch
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed: it exists for Linux only",
-)
+# The extra `test` installs Triton on Linux: there a missing one fails.
+needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 
 
 @pytest.fixture(autouse=True)

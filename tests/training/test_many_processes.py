@@ -22,7 +22,9 @@ from pararnn.training.text import Codec
 from .conftest import sentences
 from .launch import SETTINGS, Launch, curve, records
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="finds torchrun's processes in /proc, which only Linux has"
+)
 
 STEPS = 40
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, StaticCache
 from pararnn.bench.models import ModelSize, release
 from pararnn.bench.problem import Row
 from pararnn.bench.timing import steps_milliseconds
-from pararnn.layers.graphs import captured
+from pararnn.kernels.graphs import captured
 from pararnn.models import ParaRNNForCausalLM
 from pararnn.models.architectures import missing_kernels
 from pararnn.models.flops import multiplied_parameters

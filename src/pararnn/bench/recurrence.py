@@ -13,7 +13,7 @@ import torch
 import pararnn
 from pararnn.bench.problem import TOLERANCE, Problem, Row, Size
 from pararnn.bench.timing import milliseconds
-from pararnn.layers.graphs import captured
+from pararnn.kernels.graphs import captured
 
 
 def recurrence_row(cell: str, size: Size, slow: bool, rate: float) -> Row:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pararnn.cells.diagonal import DiagonalCell
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
-SMALLEST = 1e-30  # of the normaliser, which is 0 before the first step
+_SMALLEST = 1e-30  # of the normaliser, which is 0 before the first step
 
 
 class SLSTMCell(DiagonalCell):
@@ -34,9 +34,14 @@ class SLSTMCell(DiagonalCell):
         x_i, x_f, x_z, x_o = self.inputs(x)
         a_i, a_f, a_z, a_o = self.diagonal
         i, f, z, o = a_i * h + x_i, a_f * h + x_f, a_z * h + x_z, a_o * h + x_o
-        forget = F.logsigmoid(f) + m
-        m = torch.maximum(forget, i)
-        i, f = torch.exp(i - m), torch.exp(forget - m)
-        c = f * c + i * torch.tanh(z)
-        n = f * n + i
-        return torch.sigmoid(o) * c / n.clamp_min(SMALLEST), c, n, m
+        return remember(i, f, z, o, c, n, m)
+
+
+def remember(i: Tensor, f: Tensor, z: Tensor, o: Tensor, c: Tensor, n: Tensor, m: Tensor) -> State:
+    """The new state from the gates before their nonlinearities and the old memory, all alike."""
+    forget = F.logsigmoid(f) + m
+    m = torch.maximum(forget, i)
+    i, f = torch.exp(i - m), torch.exp(forget - m)
+    c = f * c + i * torch.tanh(z)
+    n = f * n + i
+    return torch.sigmoid(o) * c / n.clamp_min(_SMALLEST), c, n, m

@@ -14,11 +14,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pararnn.cells._input import check_sizes, init_projection_, project
-from pararnn.cells.slstm import SMALLEST, State
+from pararnn.cells.slstm import State, remember
 
 _GATES = 4
 
@@ -71,13 +70,7 @@ class HeadSLSTMCell(nn.Module):
         h, c, n, m = state
         x_i, x_f, x_z, x_o = project(x, self.weight, self.bias)
         r_i, r_f, r_z, r_o = project(h, self.recurrent, None)
-        i, f, z, o = r_i + x_i, r_f + x_f, r_z + x_z, r_o + x_o
-        forget = F.logsigmoid(f) + m
-        m = torch.maximum(forget, i)
-        i, f = torch.exp(i - m), torch.exp(forget - m)
-        c = f * c + i * torch.tanh(z)
-        n = f * n + i
-        return torch.sigmoid(o) * c / n.clamp_min(SMALLEST), c, n, m
+        return remember(r_i + x_i, r_f + x_f, r_z + x_z, r_o + x_o, c, n, m)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.input_size}, {self.hidden_size}, num_heads={self.num_heads}"

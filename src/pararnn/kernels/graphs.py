@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -78,17 +79,27 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, _Sweep]]
 )
 
 
+_lock = threading.Lock()  # what is enqueued for one call must not mix with that for another
+
+
 def _replayed(chunks: Chunks, state: Sequence[Tensor], copies: int) -> list[Tensor]:
-    known = _known.setdefault(chunks.step.module, OrderedDict())
     tensors = [*state, *chunks.tensors()]
     form = (chunks.steps, chunks.reverse, chunks.begins is None, copies)
-    key = (form, *((t.shape, t.dtype, t.device) for t in tensors))
-    if key not in known:
-        known[key] = _Sweep(chunks, state, copies)
-        if len(known) > _GRAPHS:
-            known.popitem(last=False)
-    known.move_to_end(key)
-    return known[key](tensors)
+    key = (form, _context(state[0].device), *((t.shape, t.dtype, t.device) for t in tensors))
+    with _lock:
+        known = _known.setdefault(chunks.step.module, OrderedDict())
+        if key not in known:
+            known[key] = _Sweep(chunks, state, copies)
+            if len(known) > _GRAPHS:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key](tensors)
+
+
+def _context(device: torch.device) -> Hashable:
+    """What else a graph depends on: precision, and the stream, on which its tensors are used."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch.get_float32_matmul_precision(), stream
 
 
 class _Sweep:

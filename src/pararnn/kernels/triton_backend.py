@@ -18,7 +18,7 @@ from pararnn.kernels.triton_module import Precision, Starts, Variant
 from pararnn.kernels.triton_plan import Launch, Work, block_of, plan_launch
 from pararnn.kernels.triton_source import adjoint_source, forward_source
 from pararnn.solvers.problem import Problem, with_rows
-from pararnn.solvers.settings import Newton
+from pararnn.solvers.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import topological
 
@@ -55,7 +55,7 @@ class TritonBackend:
         """See `Backend.parts`."""
         return problem.batch * -(-problem.hidden // block_of(problem.hidden))
 
-    def solve(self, problem: Problem, settings: Newton) -> tuple[list[Tensor], Tensor]:
+    def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
         """See `Backend.solve`."""
         tolerance = settings.tolerance_for(problem.state_dtype)
         work = Work(len(problem.drives), problem.drives[0].itemsize, self._operations[0])
@@ -82,7 +82,7 @@ class TritonBackend:
     def solve_adjoint(
         self,
         problem: Problem,
-        settings: Newton,
+        settings: Solver,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
         grad_drives: Sequence[Tensor],
@@ -229,7 +229,7 @@ class TritonBackend:
         return arguments | {f"states{i}": s for i, s in enumerate(states)}
 
 
-def _launch(problem: Problem, settings: Newton, work: Work, adjoint: bool) -> Launch:
+def _launch(problem: Problem, settings: Solver, work: Work, adjoint: bool) -> Launch:
     device = problem.drives[0].device
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count

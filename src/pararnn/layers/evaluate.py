@@ -150,10 +150,9 @@ class Evaluation:
         self.features = features
         self.feature_axes = len(features)
         if traced.recurrence is not None and traced.layout is not None:
-            solver = solver or Newton()
-            if isinstance(solver, Sequential) and choice.name == "triton":
-                solver = Newton(chunk=solver.chunk)
-            self.plan = operators.plan(traced.recurrence, traced.layout, choice.name, solver)
+            self.plan = operators.plan(
+                traced.recurrence, traced.layout, choice.name, solver or Newton()
+            )
         else:
             assert traced.mixing is not None
             self.plan = mixing.plan(traced.mixing, traced.group, solver)

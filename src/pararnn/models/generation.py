@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pararnn.layers.graphs import captured
+from pararnn.kernels.graphs import captured
 from pararnn.models.cache import LayerState, ParaRNNCache, State, map_state
 from pararnn.models.configuration import ATTENTION
 from pararnn.models.modeling import ParaRNNForCausalLM

@@ -6,11 +6,12 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pararnn.solvers.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
 
 
@@ -118,8 +119,8 @@ class Backend(Protocol):
         """Parts of batch and channels that a report has a row for."""
         ...
 
-    def solve(self, problem: Problem, settings: Any) -> tuple[list[Tensor], Tensor]:
-        """Evaluate a recurrence; the settings are a `Solver`, for some backends a `Newton`.
+    def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
+        """Evaluate a recurrence.
 
         Returns:
             The states, one (batch, time, hidden) per component in the problem's `state_dtype`, and
@@ -130,7 +131,7 @@ class Backend(Protocol):
     def solve_adjoint(
         self,
         problem: Problem,
-        settings: Any,
+        settings: Solver,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
         grad_drives: Sequence[Tensor],

@@ -54,6 +54,7 @@ class Solver:
     """
 
     coupling: ClassVar[Literal["tangent", "diagonal", "identity", "zero"]]
+    damping: ClassVar[float] = 0.0
 
     tolerance: float | None = None
     max_iterations: int | None = None
@@ -87,7 +88,7 @@ class Damped(Solver):
             alone and calms an iteration that overshoots (Gonzalez et al. 2024, arXiv 2407.19115).
     """
 
-    damping: float = 0.0
+    damping: float = 0.0  # type: ignore[misc] # of every instance here
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -274,7 +274,7 @@ def shoot(
             return Progress(iterations, residual, torch.ones_like(converged), True, chunks)
         if iteration < most:
             coupling = _coupling(settings.coupling, tangents, guess)
-            guess = newton_update(ends, guess, coupling, getattr(settings, "damping", 0.0))
+            guess = newton_update(ends, guess, coupling, settings.damping)
     return Progress(iterations, residual, converged, False, chunks)
 
 

@@ -1,3 +1,0 @@
-"""Work captured once in a CUDA graph and replayed."""
-
-from pararnn.kernels.graphs import captured as captured

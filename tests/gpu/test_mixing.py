@@ -138,3 +138,17 @@ def test_what_does_not_fit_goes_by_graphs():
     compare(rnn, torch.randn(2, 200, 6, device="cuda", requires_grad=True))
     (reason,) = set(fused.reasons(rnn.evaluation().traced.mixing.step.module))
     assert reason == "its weights take 768 KB on the chip, which has 200 KB"
+
+
+@pytest.mark.parametrize("name", ["gru_of_33", "slstm"])
+def test_sanitized_fused_steps(fused_only, name):
+    """For compute-sanitizer: `compute-sanitizer pytest -m gpu -k sanitized`."""
+    torch.manual_seed(0)
+    cell = FUSED[name]()
+    of, chunks = steps_of(cell, torch.float32, "forward", 7, 5)
+    state = [torch.randn(10, of.hidden) for _ in range(of.num_components)]
+    expected = one_by_one(chunks, state, copies=2)
+    cuda = chunks.mapped(lambda t: t.cuda())
+    actual = fused.run_steps(cuda, [s.cuda() for s in state], copies=2)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(name, a.cpu(), e, rtol=1e-5)

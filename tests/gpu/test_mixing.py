@@ -1,11 +1,17 @@
-"""Cells whose channels mix on a CUDA device: sweeps replayed from graphs, against the loop."""
+"""Cells whose channels mix on a CUDA device: sweeps in one kernel or by graphs, and the loop."""
 
 import pytest
 import torch
+from core.test_fused import TwoProducts, steps_of
 from torch import nn
 
 import pararnn
 from pararnn import RNN, Jacobi, Newton, Sequential
+from pararnn.cells import HeadSLSTMCell
+from pararnn.kernels import fused, graphs
+from pararnn.kernels import mixing as operator
+from pararnn.solvers.chunks import Chunks
+from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 
 pytestmark = pytest.mark.gpu
@@ -39,7 +45,10 @@ def test_equals_the_loop(name, solver):
     compare(rnn, x, torch.rand(3, 300, device="cuda") < 0.02)
 
 
-def test_graphs_see_new_weights_and_inputs():
+@pytest.mark.parametrize("graphs_only", [False, True])
+def test_sweeps_see_new_weights_and_inputs(monkeypatch, graphs_only):
+    if graphs_only:
+        monkeypatch.setattr(operator, "run_steps", graphs._in_pieces)
     rnn = RNN(nn.GRUCell(6, 64)).cuda()
     for _ in range(3):
         x = torch.randn(2, 2000, 6, device="cuda", requires_grad=True)
@@ -72,3 +81,74 @@ def test_long_sequences_are_cut():
     rnn(torch.randn(4, 4096, 64, device="cuda"))
     assert rnn.report.chunks == 64
     assert rnn.report.iterations == 1
+
+
+@pytest.fixture
+def fused_only(monkeypatch):
+    """Sweeps in one kernel, or an error that says why not."""
+    monkeypatch.setattr(operator, "run_steps", fused.run_steps)
+
+
+FUSED = {
+    "rnn": lambda: nn.RNNCell(6, 19),
+    "gru": lambda: nn.GRUCell(6, 64),
+    "lstm": lambda: nn.LSTMCell(6, 64),
+    "gru_of_33": lambda: nn.GRUCell(6, 33),
+    "slstm": lambda: HeadSLSTMCell(6, 60, num_heads=3),
+    "two_products": TwoProducts,
+}
+
+
+@pytest.mark.parametrize("solver", [Newton(chunk=20), Jacobi(chunk=64), Sequential()])
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+def test_fused_steps_equal_the_loop(fused_only, name, solver):
+    hidden = 6 if isinstance(solver, Newton) else 40
+    rnn = RNN(CELLS[name](6, hidden), solver=solver).cuda()
+    x = torch.randn(3, 300, 6, device="cuda", requires_grad=True)
+    compare(rnn, x)
+    compare(rnn, x, torch.rand(3, 300, device="cuda") < 0.02)
+
+
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_steps_equal_operations(name, begins, dtype, direction):
+    """Also where states are replaced, rows are copied and the last step comes first."""
+    steps, rows = 40, 37
+    cell = FUSED[name]().to(dtype)
+    of, chunks = steps_of(cell, dtype, direction, steps, rows)
+    flags, fresh = None, []
+    if begins:
+        flags = torch.rand(steps, rows, 1) < 0.1
+        fresh = [torch.randn(steps, rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
+    state = [torch.randn(2 * rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
+    for reverse in (False, True):
+        given = Chunks(chunks.step, steps, chunks.edges, flags, fresh, reverse)
+        expected = one_by_one(given, state, copies=2)
+        cuda = given.mapped(lambda t: t.cuda())
+        actual = fused.run_steps(cuda, [s.cuda() for s in state], copies=2)
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            rtol = 1e-5 if dtype is torch.float32 else 1e-12
+            assert_close(f"component {i}, reverse={reverse}", a.cpu(), e, rtol=rtol)
+
+
+def test_what_does_not_fit_goes_by_graphs():
+    rnn = RNN(nn.GRUCell(6, 256), solver=Jacobi(chunk=50)).cuda()
+    compare(rnn, torch.randn(2, 200, 6, device="cuda", requires_grad=True))
+    (reason,) = set(fused.reasons(rnn.evaluation().traced.mixing.step.module))
+    assert reason == "its weights take 768 KB on the chip, which has 200 KB"
+
+
+@pytest.mark.parametrize("name", ["gru_of_33", "slstm"])
+def test_sanitized_fused_steps(fused_only, name):
+    """For compute-sanitizer: `compute-sanitizer pytest -m gpu -k sanitized`."""
+    torch.manual_seed(0)
+    cell = FUSED[name]()
+    of, chunks = steps_of(cell, torch.float32, "forward", 7, 5)
+    state = [torch.randn(10, of.hidden) for _ in range(of.num_components)]
+    expected = one_by_one(chunks, state, copies=2)
+    cuda = chunks.mapped(lambda t: t.cuda())
+    actual = fused.run_steps(cuda, [s.cuda() for s in state], copies=2)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(name, a.cpu(), e, rtol=1e-5)

@@ -221,10 +221,14 @@ def test_random_cells_sizes_and_scales(seed):
         assert_close(f"seed {seed}: {name}", actual[name], reference, rtol=rtol)
 
 
-@pytest.mark.parametrize("name", ["paragru", "slow_gates", "exponential"])
+SANITIZED = {name: CELLS[name] for name in ("paragru", "slow_gates", "exponential")}
+SANITIZED["heads"] = lambda: pararnn.cells.ParaLSTMCell(6, 6, num_heads=3)
+
+
+@pytest.mark.parametrize("name", SANITIZED)
 def test_sanitized_subset(name):
     """Small enough for compute-sanitizer: `compute-sanitizer pytest -m gpu -k sanitized`."""
-    rnn = RNN(CELLS[name]().double(), backend="triton", solver=Newton(chunk=16))
+    rnn = RNN(SANITIZED[name]().double(), backend="triton", solver=Newton(chunk=16))
     x = torch.randn(2, 40, rnn.cell.input_size, dtype=torch.float64)
     state = random_state(rnn.num_components, 2, rnn.hidden_size)
     expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)

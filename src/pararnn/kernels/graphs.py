@@ -1,4 +1,4 @@
-"""Work captured once in a CUDA graph and replayed."""
+"""Work captured once in a CUDA graph and replayed, and who runs the steps of chunks on a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pararnn.kernels import fused
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import Chunks
 
@@ -51,12 +52,15 @@ def is_capturing(device: torch.device) -> bool:
 def run_steps(
     chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
 ) -> list[Tensor]:
-    """See `pararnn.solvers.chunks.Run`: on a GPU some steps at a time by CUDA graphs."""
+    """See `pararnn.solvers.chunks.Run`: on a GPU in one kernel, or by CUDA graphs."""
     device = state[0].device
     if device.type != "cuda" or is_capturing(device) or chunks.steps - first == 1:
         return plain.run_steps(chunks, state, first, copies)
     with torch.cuda.device(device):
-        return _in_pieces(chunks, state, first, copies)
+        try:
+            return fused.run_steps(chunks, state, first, copies)
+        except fused.NotFused:  # `fused.reasons` says why
+            return _in_pieces(chunks, state, first, copies)
 
 
 def _in_pieces(

@@ -20,6 +20,7 @@ FUNCTIONS = frozenset(
     "tanh asinh acosh atanh sigmoid erf erfc pow floor ceil trunc round fmod hypot copysign "
     "maximum minimum fmax fmin to_float32 to_float16 to_bfloat16 largest".split()
 )
+PRODUCTS = frozenset(["dot"])  # only where channels mix
 PRIMITIVES = ARITHMETIC | COMPARISONS | LOGIC | FUNCTIONS
 
 
@@ -37,7 +38,7 @@ def lower(roots: Iterable[Operand]) -> list[Operand]:
     def rule(op: str, args: tuple[Operand, ...]) -> Operand:
         if op == "pow":
             return _pow(*args)
-        if op in PRIMITIVES:
+        if op in PRIMITIVES | PRODUCTS:
             return make(op, *args)
         if op not in _RULES:
             raise NotLowered(f"aten.{op} has no rule in pararnn.kernels.lowering")

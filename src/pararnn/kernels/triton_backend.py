@@ -72,7 +72,7 @@ class TritonBackend:
         )
         report = drive.new_empty((self.parts(problem), 4), dtype=torch.float64)
         arguments |= {"report": report} | _sizes(problem, launch)
-        with _on(drive):
+        with on_device(drive):
             self._sweep(module, problem, launch, arguments, {"limit": tolerance})
             most = min(settings.max_iterations or launch.chunks, launch.chunks)
             more = {"tolerance": tolerance, "damping": settings.damping}
@@ -116,7 +116,7 @@ class TritonBackend:
         arguments |= {"grad_initial": grad_initial, "sums": sums}
         arguments |= _boundaries(problem, launch, ("incoming", "outgoing", "products"))
         arguments |= _sizes(problem, launch)
-        with _on(drive):
+        with on_device(drive):
             self._sweep(module, problem, launch, arguments, {"limit": tolerance})
             self._finish(module, problem, launch, arguments, {"tolerance": tolerance}, chunks)
             grad_coefficients = self._total(problem, sums)
@@ -309,7 +309,7 @@ def _sizes(problem: Problem, launch: Launch) -> dict[str, int]:
     }
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """The device of a tensor as the current one; Triton launches there."""
     if tensor.is_cuda:
         return torch.cuda.device_of(tensor)

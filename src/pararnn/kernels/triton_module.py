@@ -49,7 +49,7 @@ class Variant:
 _FAST = {"tanh": "fast_tanh", "sigmoid": "fast_sigmoid", "exp": "fast_exp"}
 
 
-def _language(variant: Variant, used: set[str]) -> printing.Language:
+def language_of(variant: Variant, used: set[str]) -> printing.Language:
     """How Triton writes things; functions that are to be imported are put into `used`."""
     real = variant.real
 
@@ -85,7 +85,7 @@ def _language(variant: Variant, used: set[str]) -> printing.Language:
     return printing.Language(term, number, str, lambda name, value, _: f"{name} = {value}")
 
 
-class _Lines:
+class Lines:
     """Collects indented lines."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Module(abc.ABC):
         self.real = variant.real
         self.starts = variant.starts != "none"
         self.used = {"bounded", "magnitude", "only"}
-        self.out = _Lines()
+        self.out = Lines()
         self.wide = False
 
     @property
@@ -150,10 +150,10 @@ class Module(abc.ABC):
         """A function of the leaves that returns the roots, all of the shape of the state."""
         roots = list(roots)
         names = printing.lowered_names(self.recurrence)
-        language = _language(self.variant, self.used)
+        language = language_of(self.variant, self.used)
         lines, values = printing.statements(language, roots, names)
         shaped = [
-            value if _varies(root) else f"tl.zeros_like(state0) + {value}"
+            value if varies(root) else f"tl.zeros_like(state0) + {value}"
             for root, value in zip(roots, values, strict=True)
         ]
         self.out()
@@ -185,7 +185,7 @@ class Module(abc.ABC):
         constants = [*constants, *([] if wide else ["DISTANCE"]), "PDL"]
         constant = {*constants, *fixed}
         names = [f"{a}: tl.constexpr" if a in constant else a for a in [*arguments, *constants]]
-        for line in _wrapped(names):
+        for line in wrapped(names):
             out(f"    {line}")
         with out.block("):"):
             out("tiles = tl.cdiv(hidden, BLOCK)")
@@ -486,12 +486,12 @@ def _lane(channel: str, name: str, m: int) -> str:
     return f"tl.cast({channel} // {size}, tl.int64) * {name}_head{m} + {channel} % {size}"
 
 
-def _varies(root: Operand) -> bool:
+def varies(root: Operand) -> bool:
     """Whether an expression has the shape of the state, not just that of a coefficient."""
     return any(e.op in ("state", "drive", "adjoint") for e in topological([root]))
 
 
-def _wrapped(items: Sequence[str]) -> list[str]:
+def wrapped(items: Sequence[str]) -> list[str]:
     """Items with commas, several a line."""
     lines, line = [], ""
     for item in items:

@@ -79,7 +79,7 @@ def _derive(
         "coefficient": recurrence.num_coefficients,
         "adjoint": components,
     }
-    leaves = [leaf(kind, i) for kind in LEAVES for i in range(counts[kind])]
+    leaves = [leaf(kind, i) for kind, count in counts.items() for i in range(count)]
     function = torch_function(recurrence.step, leaves)
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
@@ -96,8 +96,8 @@ def _derive(
             f"{kind}_{i}": torch.full(
                 (1,), 0.5, dtype=torch.float64, requires_grad=kind != "adjoint"
             )
-            for kind in LEAVES
-            for i in range(counts[kind])
+            for kind, count in counts.items()
+            for i in range(count)
         }
         graph, constants = record(run, inputs, "the derivative")
     operands = _read(graph, dict(zip(inputs, leaves, strict=True)), constants)

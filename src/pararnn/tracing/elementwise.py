@@ -96,9 +96,19 @@ class Elementwise:
 
 
 @dataclass
-class _Value:
-    shape: tuple[int, ...]  # without the rows
+class Value:
+    """A tensor as slots.
+
+    Attributes:
+        shape: Without the rows.
+        slots: One expression each.
+        numbers: Where the entries are, as numbers of `Reader.addresses` for this value alone; None
+            if they lie row by row and slot by slot.
+    """
+
+    shape: tuple[int, ...]
     slots: list[Operand]
+    numbers: Tensor | None = None
 
 
 def elementwise(parts: Partition) -> Elementwise:
@@ -107,10 +117,12 @@ def elementwise(parts: Partition) -> Elementwise:
     Raises:
         NotElementwise: With the operation and line that mixes channels.
     """
-    return _Reader(parts).read()
+    return Reader(parts).read()
 
 
-class _Reader:
+class Reader:
+    """Follows values as slots through the operations of a recurrent part."""
+
     def __init__(self, parts: Partition) -> None:
         self.parts = parts
         self.hidden_size = parts.capture.hidden_size
@@ -120,8 +132,14 @@ class _Reader:
         self.names: dict[Expression, str] = {}
 
     def read(self) -> Elementwise:
+        """Express the new components."""
+        step = self.results()
+        return Elementwise(step, tuple(self.drives), tuple(self.coefficients), self.names)
+
+    def results(self) -> tuple[Operand, ...]:
+        """The new components."""
         for i, node in enumerate(self.parts.states):
-            self.values[node] = _Value((self.hidden_size,), [leaf("state", i)])
+            self.values[node] = Value((self.hidden_size,), [leaf("state", i)])
             if "name" in node.meta:
                 self.names[leaf("state", i)] = node.meta["name"]
         for node in self.parts.recurrent:
@@ -133,12 +151,12 @@ class _Reader:
                 raise NotElementwise(f"{name} at {place}: {error}") from None
             self.note_name(node)
         results = [self.broadcast(n, (self.hidden_size,)) for n in self.parts.results]
-        step = tuple(slots[0] for slots in results)
-        return Elementwise(step, tuple(self.drives), tuple(self.coefficients), self.names)
+        return tuple(slots[0] for slots in results)
 
     def note_name(self, node: fx.Node) -> None:
+        """Keep the name that the user gave a value."""
         value, name = self.values[node], node.meta.get("name")
-        if name and isinstance(value, _Value) and len(value.slots) == 1:
+        if name and isinstance(value, Value) and len(value.slots) == 1:
             (slot,) = value.slots
             if isinstance(slot, Expression) and slot.op != "state":
                 taken = name in (
@@ -147,6 +165,7 @@ class _Reader:
                 self.names.setdefault(slot, f"{name}'" if taken else name)
 
     def evaluate(self, node: fx.Node) -> Any:
+        """The value of a node, or a list of them where it makes several."""
         func = node.target
         if not hasattr(func, "_schema"):  # operator.getitem
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -155,7 +174,7 @@ class _Reader:
         if fill is not None:
             self.require_rows(node)
             fill = fill if isinstance(fill, bool) else self.rounded(fill, node.meta.get("dtype"))
-            return _Value(shape, [fill] * self.count(shape))
+            return Value(shape, [fill] * self.count(shape))
         if operation_name(func) in MOVES:
             return self.move(node)
         if not is_pointwise(func):
@@ -167,16 +186,19 @@ class _Reader:
         return self.pointwise(node, shape)
 
     def require_rows(self, node: fx.Node) -> None:
+        """Refuse a value that does not have one row per sample along its first axis alone."""
         if not node.meta["by_rows"] or node.meta["row_axes"] != 1:
             raise NotElementwise("the result does not keep one row per sample")
 
     def count(self, shape: tuple[int, ...]) -> int:
+        """The slots of a value."""
         slots, rest = divmod(math.prod(shape), self.hidden_size)
         if rest:
             raise NotElementwise(f"shape (N, {shape}) is not made of whole components")
         return slots
 
     def pointwise(self, node: fx.Node, shape: tuple[int, ...]) -> Any:
+        """An operation on each element by itself, slot by slot."""
         count = self.count(shape)
         tensors = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
         slots = {a: self.broadcast(a, shape) for a in tensors}
@@ -187,8 +209,8 @@ class _Reader:
             result = express(node.target, args, kwargs, self.parts.capture.dtype)
             results.append(self.rounded(result, node.meta.get("dtype")))
         if results and isinstance(results[0], tuple):
-            return [_Value(shape, [r[i] for r in results]) for i in range(len(results[0]))]
-        return _Value(shape, results)
+            return [Value(shape, [r[i] for r in results]) for i in range(len(results[0]))]
+        return Value(shape, results)
 
     def rounded(self, result: Any, dtype: torch.dtype | None) -> Any:
         """A result of a type narrower than the state's, rounded as the cell rounds it."""
@@ -209,6 +231,7 @@ class _Reader:
         return self.decode(addresses, value.slots).slots
 
     def edge_slots(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
+        """The slots of a value of the input part after broadcasting it to (N, *shape)."""
         terms = self.terms(node)
         if terms:  # added where the sum is used, it costs no pass over memory
             pairs = list(zip(*(self.edge_slots(term, shape) for term in terms), strict=True))
@@ -227,7 +250,7 @@ class _Reader:
         """The terms of an edge that is a value with rows plus one without, as a bias is."""
         if not hasattr(node.target, "_schema") or operation_name(node.target) != "add":
             return []
-        values: list[fx.Node] = [a for a in node.args if _is_value(a)]  # type: ignore[misc]
+        values: list[fx.Node] = [a for a in node.args if is_value(a)]  # type: ignore[misc]
         kinds = {v.meta["dtype"] for v in (*values, node)}
         rows = [v for v in values if v.meta["by_rows"] and v.meta["shape"] == node.meta["shape"]]
         plain = [v for v in values if not v.meta["row_axes"]]
@@ -268,27 +291,31 @@ class _Reader:
         is_part = node.target is operator.getitem
         made_by: Any = node.args[0] if is_part else node
         if hasattr(made_by.target, "_schema") and operation_name(made_by.target) in MOVES:
-            tensors = [a for a in tree_leaves((made_by.args, made_by.kwargs)) if _is_value(a)]
+            tensors = [a for a in tree_leaves((made_by.args, made_by.kwargs)) if is_value(a)]
             if len(tensors) == 1 and tensors[0].meta["by_rows"]:
                 base, numbers = self.trail(tensors[0])
-                moved = _run_on(made_by, {tensors[0]: numbers})
+                moved = run_on(made_by, {tensors[0]: numbers})
                 return base, moved[node.args[1]] if is_part else moved
         shape = tuple(node.meta["shape"])
         return node, torch.arange(math.prod(shape)).view(shape)
 
-    def addresses(self, values: list[_Value]) -> list[Tensor]:
+    def addresses(self, values: list[Value]) -> list[Tensor]:
         """Number all entries of some values: row, then slot, then channel."""
         total = sum(len(v.slots) for v in values) * self.hidden_size
         offsets = torch.arange(ROWS[0]).unsqueeze(1) * total
         tensors, start = [], 0
         for value in values:
             entries = len(value.slots) * self.hidden_size
-            numbers = offsets + torch.arange(start, start + entries)
-            tensors.append(numbers.view(ROWS[0], *value.shape))
+            if value.numbers is None:
+                numbers = offsets + torch.arange(start, start + entries)
+                tensors.append(numbers.view(ROWS[0], *value.shape))
+            else:
+                row = value.numbers // entries
+                tensors.append(row * total + value.numbers % entries + start)
             start += entries
         return tensors
 
-    def decode(self, addresses: Tensor, slots: list[Operand]) -> _Value:
+    def decode(self, addresses: Tensor, slots: list[Operand]) -> Value:
         """Read moved addresses back as slots; each must be a whole component in its order."""
         shape, total = tuple(addresses.shape[1:]), len(slots) * self.hidden_size
         self.count(shape)
@@ -304,32 +331,39 @@ class _Reader:
             blocks % self.hidden_size, torch.arange(self.hidden_size).expand_as(blocks)
         ):
             raise NotElementwise("channels are mixed")
-        return _Value(shape, [slots[int(b[0]) // self.hidden_size] for b in blocks])
+        return Value(shape, [slots[int(b[0]) // self.hidden_size] for b in blocks])
 
     def move(self, node: fx.Node) -> Any:
-        tensors = [a for a in tree_leaves((node.args, node.kwargs)) if _is_value(a)]
+        """An operation that only moves entries."""
+        tensors = [a for a in tree_leaves((node.args, node.kwargs)) if is_value(a)]
         operands = list(dict.fromkeys(tensors))
         values = [self.as_value(a) for a in operands]
         slots = [s for v in values for s in v.slots]
-        result = _run_on(node, dict(zip(operands, self.addresses(values), strict=True)))
+        result = run_on(node, dict(zip(operands, self.addresses(values), strict=True)))
         if isinstance(result, (tuple, list)):
-            return [self.decode(r, slots) for r in result]
-        return self.decode(result, slots)
+            return [self.moved(r, slots) for r in result]
+        return self.moved(result, slots)
 
-    def as_value(self, node: fx.Node) -> _Value:
+    def moved(self, addresses: Tensor, slots: list[Operand]) -> Value:
+        """What moved addresses are."""
+        return self.decode(addresses, slots)
+
+    def as_value(self, node: fx.Node) -> Value:
+        """A value of either part as slots."""
         if node in self.values:
             return self.values[node]
         if not node.meta["by_rows"]:
             raise NotElementwise("a value without rows is moved among values with rows")
         shape = tuple(node.meta["shape"][1:])
-        return _Value(shape, self.edge_slots(node, shape))
+        return Value(shape, self.edge_slots(node, shape))
 
 
-def _is_value(argument: Any) -> bool:
+def is_value(argument: Any) -> bool:
+    """Whether an argument of an operation is a tensor."""
     return isinstance(argument, fx.Node) and not argument.meta.get("is_count")
 
 
-def _run_on(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> Any:
+def run_on(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> Any:
     """Run a moving operation on tensors of entry numbers in place of its operands."""
 
     def replace(argument: Any) -> Any:
@@ -338,4 +372,7 @@ def _run_on(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> Any:
         return numbers[argument] if argument in numbers else count_of(argument, ROWS[0])
 
     args, kwargs = tree_map(replace, tuple(node.args)), tree_map(replace, dict(node.kwargs))
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    # Numbers may have other strides than the values had when they were recorded.
+    views = (aten.view.default, aten._unsafe_view.default)
+    function: Any = aten.reshape.default if node.target in views else node.target
+    return function(*args, **kwargs)

@@ -3,6 +3,9 @@
 An expression is a small immutable graph of aten operations over four kinds of leaves: a component
 of the state, a drive, a coefficient, and the incoming adjoint of a component. Equal expressions are
 one object, so shared subexpressions are found by identity.
+
+Where channels mix (`products`), the operation `dot` multiplies the channels of a group with a fifth
+kind of leaf, a block of a weight.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 
 Scalar = float | int | bool | str | None
-LEAVES = ("state", "drive", "coefficient", "adjoint")
+LEAVES = ("state", "drive", "coefficient", "adjoint", "weight")
 
 
 class Expression:

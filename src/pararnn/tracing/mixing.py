@@ -149,7 +149,7 @@ class Mixing:
     @functools.cached_property
     def adjoint(self) -> Adjoint:
         """The adjoint recurrence."""
-        with _recording(self.device):
+        with recording(self.device):
             return _adjoint(self)
 
     @functools.cached_property
@@ -180,7 +180,8 @@ def mixing(parts: Partition, module: fx.GraphModule, device: torch.device) -> Mi
 
 
 @contextlib.contextmanager
-def _recording(device: torch.device) -> Iterator[None]:
+def recording(device: torch.device) -> Iterator[None]:
+    """The modes in which autograd's operations are recorded."""
     devices = [device] if device.type == "cuda" else []
     with (
         torch.inference_mode(False),

@@ -1,0 +1,404 @@
+"""Reads a step whose channels mix by products with weights as expressions: see `elementwise`.
+
+To the operations on each element by itself comes one: the product of the channels of a group in one
+slot with a block of a weight, `dot(slot, weight)`. A product of (N, a * H) values with a weight
+(a * H, b * H) gives b slots, each a sum of a such dots; with one weight per head, each head is a
+group. Where blocks and drives lie in memory is part of what is read, so that a transposed weight
+is nothing but other strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from pararnn.tracing.capture import Capture, record_rows
+from pararnn.tracing.elementwise import (
+    NotElementwise,
+    Reader,
+    Slot,
+    Value,
+    is_value,
+    run_on,
+)
+from pararnn.tracing.expressions import Operand, is_boolean, leaf, make, topological
+from pararnn.tracing.mixing import Edge, recording
+from pararnn.tracing.operations import MOVES, is_pointwise, named_arguments, operation_name
+from pararnn.tracing.partition import Partition
+from pararnn.tracing.recorder import TraceError, record
+
+_SUBJECT = "the step"
+_PRODUCTS = frozenset("mm bmm addmm".split())
+
+
+class NotExpressed(Exception):
+    """The step does something else than products and operations on each element."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the channels of a slot of an edge lie in memory, as numbers of elements.
+
+    Attributes:
+        edge: Which edge of the step.
+        offset: From the edge, or its row, to the first channel of the first group.
+        group: From group to group.
+        channel: From channel to channel; for blocks of weights, of what is multiplied.
+        result: For blocks, from channel to channel of the result.
+    """
+
+    edge: int
+    offset: int
+    group: int
+    channel: int
+    result: int = 0
+
+
+@dataclass(frozen=True)
+class Products:
+    """What a step computes for the channels of a group.
+
+    Attributes:
+        step: New components, over leaves `state`, `drive`, `coefficient` and `weight`.
+        drives: Where drive i is in a row.
+        coefficients: Where coefficient i is.
+        weights: Where block i is.
+        size: Channels of a group.
+        groups: Their number.
+    """
+
+    step: tuple[Operand, ...]
+    drives: tuple[Place, ...]
+    coefficients: tuple[Place, ...]
+    weights: tuple[Place, ...]
+    size: int
+    groups: int
+
+
+def products(
+    module: fx.GraphModule,
+    edges: Sequence[Edge],
+    strides: Sequence[Sequence[int]],
+    components: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Products:
+    """Read a step.
+
+    Args:
+        module: See `Step`.
+        edges: What it takes besides the state.
+        strides: Of each edge in memory, without that of the rows.
+        components: Tensors in the state.
+        hidden: Channels of each.
+        dtype: Of the state.
+        device: Where the module runs.
+
+    Raises:
+        NotExpressed: It does something else; the message says what.
+    """
+    kinds = {f"attribute_{i}": e for i, e in enumerate(edges) if not e.by_rows}
+    moving = [i for i, e in enumerate(edges) if e.by_rows]
+    kinds |= {f"x_{n}": edges[i] for n, i in enumerate(moving)}
+    kinds |= {f"state_{n}": Edge((hidden,), dtype, True) for n in range(components)}
+    names = [f"x_{moving.index(i)}" if e.by_rows else f"attribute_{i}" for i, e in enumerate(edges)]
+    if not moving:
+        raise NotExpressed("nothing but the state has rows")
+
+    def run(*flat: Tensor) -> Sequence[Tensor]:
+        given = dict(zip(kinds, flat, strict=True))
+        return module(*flat[len(edges) :], *(given[name] for name in names))
+
+    def at(rows: int) -> tuple[fx.Graph, list[Tensor]]:
+        examples = {name: kind.example(rows, device) for name, kind in kinds.items()}
+        return record(run, examples, _SUBJECT)
+
+    try:
+        with recording(device):
+            graph, constants = record_rows(at, _SUBJECT)
+        if constants:
+            raise NotExpressed("it uses tensors from elsewhere")
+        inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+        calls = [n for n in graph.nodes if n.op == "call_function" and not n.meta.get("is_count")]
+        (results,) = next(n for n in graph.nodes if n.op == "output").args
+        parts = Partition(
+            Capture(graph, [], {}, components, True, hidden, dtype, _SUBJECT),
+            [inputs[f"state_{n}"] for n in range(components)],
+            calls,
+            [inputs[name] for name in names],
+            list(results),
+        )
+        return _Reader(parts, strides).products()
+    except (NotElementwise, TraceError) as error:
+        raise NotExpressed(str(error)) from error
+
+
+@dataclass
+class _Weight:
+    """Entries of an edge without rows, as numbers of elements of its memory."""
+
+    edge: int
+    positions: Tensor
+
+
+class _Reader(Reader):
+    def __init__(self, parts: Partition, strides: Sequence[Sequence[int]]) -> None:
+        super().__init__(parts)
+        self.edges = {node: i for i, node in enumerate(parts.edges)}
+        self.strides = strides
+        self.weights: dict[Place, int] = {}
+        self.sizes: set[int] = set()
+
+    def products(self) -> Products:
+        step = self.results()
+        if len(self.sizes) != 1:
+            raise NotElementwise(
+                "the products are of groups of several sizes"
+                if self.sizes
+                else "there is no product with a weight"
+            )
+        (size,) = self.sizes
+        drives, coefficients = (
+            tuple(self.place(source, size) for source in found)
+            for found in (self.drives, self.coefficients)
+        )
+        groups = self.hidden_size // size
+        return Products(step, drives, coefficients, tuple(self.weights), size, groups)
+
+    def place(self, source: Slot, size: int) -> Place:
+        of, slot = source
+        positions = self.positions(of.edge)
+        own = positions.shape[1:] if len(positions.shape) > len(of.shape) else positions.shape
+        channels = positions.reshape(own).expand(of.shape).reshape(-1, self.hidden_size)[slot]
+        return _fitted(self.edges[of.edge], channels.view(-1, size, 1))
+
+    def positions(self, edge: fx.Node) -> Tensor:
+        """Where the entries of an edge, or of a row of it, are in memory."""
+        shape = edge.meta["shape"][1:] if edge.meta["by_rows"] else edge.meta["shape"]
+        found = torch.zeros(shape, dtype=torch.int64)
+        for axis, stride in enumerate(self.strides[self.edges[edge]]):
+            along = [1] * len(shape)
+            along[axis] = shape[axis]
+            found += (torch.arange(shape[axis]) * stride).view(along)
+        return found
+
+    def evaluate(self, node: fx.Node) -> Any:
+        if not hasattr(node.target, "_schema"):
+            return super().evaluate(node)
+        name = operation_name(node.target)
+        operands = [a for a in tree_leaves((node.args, node.kwargs)) if is_value(a)]
+        if name in _PRODUCTS:
+            return self.product(node)
+        if name in MOVES and len(operands) == 1 and (weight := self.weight(operands[0])):
+            result = run_on(node, {operands[0]: weight.positions})
+            if isinstance(result, (tuple, list)):
+                return [_Weight(weight.edge, r) for r in result]
+            return _Weight(weight.edge, result)
+        if is_pointwise(node.target) and self.lie_apart(operands):
+            return self.in_place(node, operands)
+        return super().evaluate(node)
+
+    def lie_apart(self, operands: Sequence[fx.Node]) -> bool:
+        """Whether the rows of some of these values do."""
+        values = [self.values.get(o) for o in operands]
+        return any(isinstance(v, Value) and v.numbers is not None for v in values)
+
+    def in_place(self, node: fx.Node, operands: Sequence[fx.Node]) -> Value:
+        """An operation on each element of values whose rows lie apart in the same way."""
+        distinct = list(dict.fromkeys(operands))
+        values = [self.as_value(o) for o in distinct]
+        numbers = [self.addresses([v])[0] for v in values]
+        rows = [
+            n // (len(v.slots) * self.hidden_size) for n, v in zip(numbers, values, strict=True)
+        ]
+        channels = [n % self.hidden_size for n in numbers]
+        if not all(torch.equal(r, rows[0]) for r in rows) or not all(
+            torch.equal(c, channels[0]) for c in channels
+        ):
+            raise NotElementwise("the rows or channels of its operands lie apart differently")
+        slots = torch.stack(
+            [
+                (n // self.hidden_size % len(v.slots)).flatten()
+                for n, v in zip(numbers, values, strict=True)
+            ]
+        )
+        pairs, which = slots.unique(dim=1, return_inverse=True)
+        shape = (pairs.shape[1] * self.hidden_size,)
+        kept = dict(self.values)
+        for operand, value, picked in zip(distinct, values, pairs, strict=True):
+            self.values[operand] = Value(shape, [value.slots[int(i)] for i in picked])
+        result = self.pointwise(node, shape)
+        self.values = kept
+        if not isinstance(result, Value):
+            raise NotElementwise("it has several results")
+        found = (rows[0] * pairs.shape[1] + which.view(rows[0].shape)) * self.hidden_size
+        return Value((), result.slots, found + channels[0])
+
+    def moved(self, addresses: Tensor, slots: list[Operand]) -> Value:
+        try:
+            return super().moved(addresses, slots)
+        except NotElementwise:  # rows may lie apart for a while
+            return Value((), slots, addresses)
+
+    def broadcast(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
+        value = self.values.get(node)
+        if isinstance(value, _Weight):
+            raise NotElementwise("a weight is used otherwise than in a product")
+        if isinstance(value, Value) and value.numbers is not None:
+            self.decode(value.numbers, value.slots)
+        return super().broadcast(node, shape)
+
+    def edge_slots(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
+        if 0 in node.meta["shape"]:  # a buffer that the device has no use for
+            return [0.0] * self.count(shape)
+        return super().edge_slots(node, shape)
+
+    def weight(self, node: fx.Node) -> _Weight | None:
+        if node in self.edges and not node.meta["row_axes"]:
+            return _Weight(self.edges[node], self.positions(node))
+        value = self.values.get(node)
+        return value if isinstance(value, _Weight) else None
+
+    def product(self, node: fx.Node) -> Value:
+        func: Any = node.target
+        given = named_arguments(func, tuple(node.args), dict(node.kwargs))
+        added = given["self"] if "mat1" in given else None
+        left, right = (given["mat1"] if "mat1" in given else given["self"]), given["mat2"]
+        found = self.times(left, right)
+        if added is None:
+            return found
+        shape = tuple(node.meta["shape"][1:])
+        if found.numbers is not None:
+            self.decode(found.numbers, found.slots)
+        sums: list[Operand] = [
+            make("add", make("mul", given["beta"], a), make("mul", given["alpha"], b))
+            for a, b in zip(self.broadcast(added, shape), found.slots, strict=True)
+        ]
+        return Value(shape, sums)
+
+    def times(self, left: fx.Node, right: fx.Node) -> Value:
+        """The product of two matrices, or of two lists of them, of which one is a weight."""
+        weight = self.weight(right)
+        if weight is not None:
+            return self.moved(*self.blocks(self.as_value(left), weight, turned=False))
+        weight = self.weight(left)
+        if weight is None:
+            raise NotElementwise("none of the factors is a weight")
+        return self.moved(*self.blocks(self.as_value(right), weight, turned=True))
+
+    def blocks(self, value: Value, weight: _Weight, turned: bool) -> tuple[Tensor, list[Operand]]:
+        """Addresses and slots of the product of a value and a weight, in this order or turned."""
+        numbers, positions = self.addresses([value])[0], weight.positions
+        if turned:
+            numbers, positions = numbers.mT, positions.mT
+        if numbers.dim() == 2:
+            numbers, positions = numbers.unsqueeze(0), positions.unsqueeze(0)
+        families: list[_Family] = []
+        seen: dict[tuple[int, int], int] = {}
+        places = []
+        total = len(value.slots) * self.hidden_size
+        for matrix, of in zip(numbers, positions, strict=True):
+            for entries in matrix:
+                row, factors, group, block = self.block(entries, total, of)
+                n = seen[row, group] = seen.get((row, group), -1) + 1
+                if n == len(families):
+                    families.append(_Family(factors, {}))
+                families[n].add(factors, group, block)
+                places.append((row, n, group))
+        size, count = block.shape[1], block.shape[2]
+        self.sizes.add(size)
+        slots = [s for family in families for s in self.dots(family, value.slots, weight.edge)]
+        column = torch.arange(count)[:, None] * self.hidden_size + torch.arange(size)
+        found = [
+            (row * len(slots) + n * count) * self.hidden_size + group * size + column.flatten()
+            for row, n, group in places
+        ]
+        result = torch.stack(found).view(*numbers.shape[:2], -1)
+        result = result.mT if turned else result
+        return result.squeeze(0) if weight.positions.dim() == 2 else result, slots
+
+    def block(
+        self, entries: Tensor, total: int, positions: Tensor
+    ) -> tuple[int, tuple[int, ...], int, Tensor]:
+        """A vector times a matrix.
+
+        Returns:
+            The row of the vector, its slots, its group, and where the matrix is in memory,
+            (slots, size, slots of the result, size).
+        """
+        row, (inner, order) = int(entries[0]) // total, (entries % total).sort()
+        slots = (inner // self.hidden_size).unique()
+        size = len(inner) // len(slots)
+        first = int(inner[0]) % self.hidden_size
+        expected = slots[:, None] * self.hidden_size + first + torch.arange(size)
+        if (entries // total != row).any() or not torch.equal(inner, expected.flatten()):
+            raise NotElementwise("what is multiplied is not made of groups of channels")
+        if positions.shape[1] % size or first % size or self.hidden_size % size:
+            raise NotElementwise("the result is not made of groups of channels")
+        found = positions[order].view(len(slots), size, -1, size)
+        return row, tuple(map(int, slots)), first // size, found
+
+    def dots(self, family: _Family, slots: list[Operand], edge: int) -> list[Operand]:
+        """The slots of a product."""
+        groups = sorted(family.blocks)
+        size = family.blocks[groups[0]].shape[1]
+        if groups != list(range(self.hidden_size // size)):
+            raise NotElementwise("a product leaves channels out")
+        blocks = torch.stack([family.blocks[g] for g in groups])
+        results = []
+        for o in range(blocks.shape[3]):
+            total: Operand = 0.0
+            for i, factor in enumerate(family.factors):
+                place = _fitted(edge, blocks[:, i, :, o])
+                weight = leaf("weight", self.weights.setdefault(place, len(self.weights)))
+                total = make("add", total, make("dot", _with_rows(slots[factor]), weight))
+            results.append(total)
+        return results
+
+
+@dataclass
+class _Family:
+    """Products with the weights of all groups.
+
+    Attributes:
+        factors: The slots that are multiplied.
+        blocks: Where the weight of a group is in memory.
+    """
+
+    factors: tuple[int, ...]
+    blocks: dict[int, Tensor]
+
+    def add(self, factors: tuple[int, ...], group: int, block: Tensor) -> None:
+        known = self.blocks.setdefault(group, block)
+        if factors != self.factors or not torch.equal(known, block):
+            raise NotElementwise("rows are multiplied with weights of their own")
+
+
+def _with_rows(slot: Operand) -> Operand:
+    slot = make("to_float", slot) if is_boolean(slot) else slot
+    if not any(e.op in ("state", "drive") for e in topological([slot])):
+        raise NotElementwise("what is multiplied does not depend on the row")
+    return slot
+
+
+def _fitted(edge: int, positions: Tensor) -> Place:
+    """Positions (groups, size, size or 1) as an offset and strides."""
+    offset = int(positions[0, 0, 0])
+    strides = [
+        int(positions.select(axis, 1)[0, 0]) - offset if positions.shape[axis] > 1 else 0
+        for axis in range(3)
+    ]
+    expected = torch.tensor(offset)
+    for axis, stride in enumerate(strides):
+        along = [1, 1, 1]
+        along[axis] = positions.shape[axis]
+        expected = expected + (torch.arange(positions.shape[axis]) * stride).view(along)
+    if not torch.equal(expected.expand_as(positions), positions):
+        raise NotElementwise("channels do not lie at equal distances in memory")
+    return Place(edge, offset, *strides)

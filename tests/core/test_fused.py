@@ -1,18 +1,20 @@
 """Steps in one generated kernel, in Triton's interpreter, against one operation after the other."""
 
 import functools
+import operator
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
-from pararnn.kernels import mixing as operator
-from pararnn.solvers.chunks import Chunks
+from pararnn.kernels import mixing as mixing_operator
+from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
+from pararnn.tracing.mixing import Step
 
 from .compare import assert_same, outcome, random_state
 from .conftest import needs_triton
@@ -75,22 +77,22 @@ def make(name, dtype):
     return CELLS[name]().to(dtype)
 
 
-def steps_of(cell, dtype, direction, steps, rows, strided=False):
+def steps_of(cell, dtype, direction, cut, strided=False):
     """Chunks of the step or its adjoint, at random."""
     of = RNN(cell).evaluation().traced.mixing
     torch.manual_seed(7)
-    count = of.num_components
-    moved = lambda e: torch.randn(steps, rows, *e.shape).to(e.dtype)  # noqa: E731
+    count, rows = of.num_components, (cut.batch, cut.time)
+    moved = lambda e: torch.randn(*rows, *e.shape).to(e.dtype)  # noqa: E731
     edges = [moved(e) if e.by_rows else torch.randn(e.shape).to(e.dtype) * 0.4 for e in of.edges]
     if direction == "adjoint":
         before, grads = (
-            [torch.rand(steps * rows, of.hidden, dtype=dtype) for _ in range(count)]
+            [torch.rand(cut.batch * cut.time, of.hidden, dtype=dtype) for _ in range(count)]
             for _ in range(2)
         )
         flat = [e.flatten(0, 1) if k.by_rows else e for e, k in zip(edges, of.edges, strict=True)]
         found, adjoint = of.adjoint.edges(before, flat, grads), of.adjoint
         edges = [
-            found[i].unflatten(0, (steps, rows)) if adjoint.by_rows[i] else found[i]
+            found[i].unflatten(0, rows) if adjoint.by_rows[i] else found[i]
             for i in adjoint.step_edges
         ]
     step = of.step if direction == "forward" else of.adjoint.step
@@ -99,52 +101,108 @@ def steps_of(cell, dtype, direction, steps, rows, strided=False):
             e.transpose(0, 1).contiguous().transpose(0, 1) if by_rows else e
             for e, by_rows in zip(edges, step.by_rows, strict=True)
         ]
-    return of, Chunks(step, steps, edges, None, ())
+    return of, Chunks(step, cut, edges, None, ())
 
 
-def compare(chunks, state, dtype, **options):
-    expected = one_by_one(chunks, state, **options)
-    actual = fused.run_steps(chunks, state, **options)
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(f"component {i}", a, e, rtol=RTOL[dtype])
-        assert a.stride() == e.stride()
+def random_rows(of, cut, dtype, copies=1):
+    rows = copies * cut.chunks * cut.batch
+    return [torch.randn(rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
+
+
+def compare(chunks, state, dtype, copies=1, run=fused.run_steps, **options):
+    """All states after all steps, and the ends of all chunks but the last."""
+    options |= {"copies": copies}
+    states, ends = one_by_one(chunks, state, **options)
+    found, found_ends = run(chunks, state, **options)
+    for i, (a, e) in enumerate(zip(found, states, strict=True)):
+        assert_close(f"component {i}", a.cpu(), e, rtol=RTOL[dtype])
+        assert a.is_contiguous()
+    if chunks.cut.chunks > 1:
+        used = lambda e: e.cpu().unflatten(0, (copies, -1))[:, : -chunks.cut.batch]  # noqa: E731
+        for i, (a, e) in enumerate(zip(found_ends, ends, strict=True)):
+            assert_close(f"ends of component {i}", used(a), used(e), rtol=RTOL[dtype])
+
+
+def with_begins(of, chunks, dtype, reverse=False):
+    """Some states are replaced."""
+    rows = (chunks.cut.batch, chunks.cut.time)
+    fresh = [torch.randn(*rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
+    fresh[-1] = fresh[-1][:1, :1, :1].expand_as(fresh[-1])
+    return Chunks(
+        chunks.step, chunks.cut, chunks.edges, torch.rand(*rows, 1) < 0.3, fresh, reverse
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
 @pytest.mark.parametrize("name", CELLS)
 def test_equals_operations(name, direction, dtype):
-    of, chunks = steps_of(make(name, dtype), dtype, direction, steps=4, rows=5)
-    state = random_state(of.num_components, 5, of.hidden, dtype=dtype)
-    state = state if isinstance(state, tuple) else (state,)
-    compare(chunks, state, dtype)
+    of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=2, time=7, chunk=4))
+    compare(chunks, random_rows(of, chunks.cut, dtype), dtype)
 
 
-@pytest.mark.parametrize("name", ["gru", "heads", "slstm"])
+@pytest.mark.parametrize("name", ["gru", "heads"])
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
-@pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_rows_starts_and_order(name, direction, copies, begins, reverse):
-    """More rows than a program has, strided edges, states that are replaced, both directions."""
-    dtype, rows, steps = torch.float64, 7, 5
-    of, chunks = steps_of(make(name, dtype), dtype, direction, steps, rows, strided=True)
-    flags, fresh = None, ()
-    if begins:
-        flags = torch.rand(steps, rows, 1) < 0.3
-        fresh = [torch.randn(steps, rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
-        fresh[-1] = fresh[-1][:1, :1, :1].expand_as(fresh[-1])
-    chunks = Chunks(chunks.step, steps, chunks.edges, flags, fresh, reverse)
-    state = [torch.randn(copies * rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
-    compare(chunks, state, dtype, copies=copies)
-    if not reverse:
-        compare(chunks, state, dtype, copies=copies, first=2)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_chunks_starts_and_order(name, direction, begins, reverse, backwards):
+    """Strided edges, states that are replaced, both directions, copies, chunks that are cut off."""
+    dtype = torch.float64
+    for cut in (Cut(2, 8, 3, backwards), Cut(1, 3, 3, backwards)):
+        of, chunks = steps_of(make(name, dtype), dtype, direction, cut, strided=True)
+        chunks = Chunks(chunks.step, cut, chunks.edges, None, (), reverse)
+        if begins:
+            chunks = with_begins(of, chunks, dtype, reverse)
+        if not reverse:
+            compare(chunks, random_rows(of, cut, dtype), dtype)
+            compare(chunks, random_rows(of, cut, dtype), dtype, first=2, keep=False)
+        compare(chunks, random_rows(of, cut, dtype, copies=2), dtype, copies=2, keep=False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_cells_that_a_gpu_fuses(name, bias, dtype):
+    """Their steps there are one operation, which a CPU does not have."""
+    gates, cut = {"gru": 3, "lstm": 4}[name], Cut(2, 4, 3)
+    cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[name](INPUT, 17, bias, dtype=dtype)
+    x = torch.randn(2, 4, gates * 17, dtype=dtype)
+    edges = [x, cell.weight_hh.detach()]
+    edges += [b.detach() for b in (cell.bias_ih, cell.bias_hh)] if bias else []
+    graph = fx.Graph()
+    h, *c = (graph.placeholder(f"state_{n}") for n in range(gates - 2))
+    given = [graph.placeholder(f"edge_{n}") for n in range(len(edges))]
+    turned = graph.call_function(torch.ops.aten.t.default, (given[1],))
+    product = graph.call_function(torch.ops.aten.mm.default, (h, turned))
+    operation = getattr(torch.ops.aten, f"_thnn_fused_{name}_cell").default
+    both = graph.call_function(operation, (given[0], product, *(c or [h]), *given[2:]))
+    results = [graph.call_function(operator.getitem, (both, n)) for n in range(gates - 2)]
+    graph.output(results)
+    step = Step(fx.GraphModule(nn.Module(), graph), (True, *[False] * (len(edges) - 1)))
+    state = [torch.randn(4, 17, dtype=dtype) for _ in range(gates - 2)]
+    states, _ = fused.run_steps(Chunks(step, cut, edges, None, ()), state)
+    for n in range(2):
+        for t in range(4):
+            row = n + 2 * (t // 3)
+            past = [s[row] if t % 3 == 0 else e[n, t - 1] for s, e in zip(state, states, strict=True)]
+            expected = _step_of(cell, x[n, t], past)
+            for e, a in zip(expected, states, strict=True):
+                assert_close("state", a[n, t], e, rtol=RTOL[dtype])
+
+
+def _step_of(cell, gates, past):
+    """What a cell of PyTorch makes of the products of its input with its weights."""
+    wide = type(cell)(len(gates), len(past[0]), cell.bias is True, dtype=gates.dtype)
+    wide.load_state_dict(cell.state_dict() | {"weight_ih": torch.eye(len(gates), dtype=gates.dtype)})
+    with torch.no_grad():
+        found = wide(gates[None], past[0][None] if len(past) == 1 else tuple(p[None] for p in past))
+    return [found[0]] if len(past) == 1 else [f[0] for f in found]
 
 
 @pytest.mark.parametrize("solver", [Newton(chunk=4), Jacobi(chunk=4), Sequential()], ids=repr)
 @pytest.mark.parametrize("name", ["gru", "heads", "lstm"])
 @pytest.mark.parametrize("reset", [False, True])
 def test_whole_solve_equals_loop(monkeypatch, name, solver, reset):
-    monkeypatch.setattr(operator, "run_steps", fused.run_steps)
+    monkeypatch.setattr(mixing_operator, "run_steps", fused.run_steps)
     torch.manual_seed(5)
     cell = MIXING[name]().double()
     rnn = RNN(cell, solver=solver)
@@ -158,7 +216,7 @@ def test_whole_solve_equals_loop(monkeypatch, name, solver, reset):
 
 def test_first_read_in_inference_mode(monkeypatch):
     """Inside an operator and without autograd, where the step is recorded for the first time."""
-    monkeypatch.setattr(operator, "run_steps", fused.run_steps)
+    monkeypatch.setattr(mixing_operator, "run_steps", fused.run_steps)
     fused._known.clear()
     cell = make("heads", torch.float64)
     rnn = RNN(cell, solver=Jacobi(chunk=4))
@@ -213,8 +271,8 @@ class Squared(nn.Module):
 )
 def test_what_is_not_fused_says_why(cell, reason):
     dtype = torch.float64
-    of, chunks = steps_of(cell().to(dtype), dtype, "forward", steps=2, rows=3)
-    state = [torch.rand(3, of.hidden, dtype=dtype) for _ in range(of.num_components)]
+    of, chunks = steps_of(cell().to(dtype), dtype, "forward", Cut(3, 2, 2))
+    state = random_rows(of, chunks.cut, dtype)
     with pytest.raises(fused.NotFused, match=reason):
         fused.run_steps(chunks, state)
     assert any(reason.split(":")[-1].strip() in r for r in fused.reasons(chunks.step.module))
@@ -225,7 +283,7 @@ def test_source_is_deterministic_and_shows_the_equations():
     from pararnn.tracing.products import products
 
     def text():
-        _, chunks = steps_of(make("gru", torch.float32), torch.float32, "forward", 2, 3)
+        _, chunks = steps_of(make("gru", torch.float32), torch.float32, "forward", Cut(3, 2, 2))
         of = RNN(make("gru", torch.float32)).evaluation().traced.mixing
         strides = [
             e.stride()[2 if r else 0 :]
@@ -234,7 +292,7 @@ def test_source_is_deterministic_and_shows_the_equations():
         found = products(
             of.step.module, of.edges, strides, 1, of.hidden, torch.float32, torch.device("cpu")
         )
-        return source(found, Form(double=False, precision="ieee", begins=False))
+        return source(found, Form(double=False, begins=False, keep=True))
 
     assert text() == text()
     assert "tanh(drive2 + " in text().split('"""')[1]

@@ -203,7 +203,7 @@ def test_sweeps_by_graphs(monkeypatch, solver):
     monkeypatch.setattr(graphs, "captured", captured)
     monkeypatch.setattr(graphs, "_STEPS", 4)
     monkeypatch.setattr(graphs, "_GRAPHS", 3)
-    monkeypatch.setattr(operator, "run_steps", graphs._in_pieces)
+    monkeypatch.setattr(operator, "run_steps", graphs.replayed)
     cell = make("heads")
     rnn = RNN(cell, solver=solver)
     for resets in (None, starts(), None):
@@ -241,8 +241,8 @@ def test_chunks_are_coupled_by_their_tangents(monkeypatch, name, chunk):
     seen = []
     tangents = pararnn.solvers.mixing.Forward.tangents
 
-    def spy(self, cut, chunks, first, history, run):
-        seen.append((torch.stack(list(first), 1), tangents(self, cut, chunks, first, history, run)))
+    def spy(self, cut, first, states, run):
+        seen.append((torch.stack(list(first), 1), tangents(self, cut, first, states, run)))
         return seen[-1][1]
 
     monkeypatch.setattr(pararnn.solvers.mixing.Forward, "tangents", spy)

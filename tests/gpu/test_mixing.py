@@ -1,8 +1,11 @@
 """Cells whose channels mix on a CUDA device: sweeps in one kernel or by graphs, and the loop."""
 
+import itertools
+
 import pytest
 import torch
-from core.test_fused import TwoProducts, steps_of
+from core.test_fused import TwoProducts, random_rows, steps_of, with_begins
+from core.test_fused import compare as compare_steps
 from torch import nn
 
 import pararnn
@@ -10,8 +13,7 @@ from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused, graphs
 from pararnn.kernels import mixing as operator
-from pararnn.solvers.chunks import Chunks
-from pararnn.solvers.chunks import run_steps as one_by_one
+from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.testing import assert_close, loop
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +50,7 @@ def test_equals_the_loop(name, solver):
 @pytest.mark.parametrize("graphs_only", [False, True])
 def test_sweeps_see_new_weights_and_inputs(monkeypatch, graphs_only):
     if graphs_only:
-        monkeypatch.setattr(operator, "run_steps", graphs._in_pieces)
+        monkeypatch.setattr(operator, "run_steps", graphs.replayed)
     rnn = RNN(nn.GRUCell(6, 64)).cuda()
     for _ in range(3):
         x = torch.randn(2, 2000, 6, device="cuda", requires_grad=True)
@@ -109,28 +111,30 @@ def test_fused_steps_equal_the_loop(fused_only, name, solver):
     compare(rnn, x, torch.rand(3, 300, device="cuda") < 0.02)
 
 
+def on_device(chunks, state, **options):
+    move = lambda tensors: [t.cuda() for t in tensors]  # noqa: E731
+    begins = None if chunks.begins is None else chunks.begins.cuda()
+    edges, fresh = move(chunks.edges), move(chunks.fresh)
+    cuda = Chunks(chunks.step, chunks.cut, edges, begins, fresh, chunks.reverse)
+    return fused.run_steps(cuda, move(state), **options)
+
+
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_steps_equal_operations(name, begins, dtype, direction):
     """Also where states are replaced, rows are copied and the last step comes first."""
-    steps, rows = 40, 37
-    cell = FUSED[name]().to(dtype)
-    of, chunks = steps_of(cell, dtype, direction, steps, rows)
-    flags, fresh = None, []
-    if begins:
-        flags = torch.rand(steps, rows, 1) < 0.1
-        fresh = [torch.randn(steps, rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
-    state = [torch.randn(2 * rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
-    for reverse in (False, True):
-        given = Chunks(chunks.step, steps, chunks.edges, flags, fresh, reverse)
-        expected = one_by_one(given, state, copies=2)
-        cuda = given.mapped(lambda t: t.cuda())
-        actual = fused.run_steps(cuda, [s.cuda() for s in state], copies=2)
-        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-            rtol = 1e-5 if dtype is torch.float32 else 1e-12
-            assert_close(f"component {i}, reverse={reverse}", a.cpu(), e, rtol=rtol)
+    for backwards, reverse in itertools.product((False, True), repeat=2):
+        cut = Cut(37, 70, 40, backwards)
+        of, chunks = steps_of(FUSED[name]().to(dtype), dtype, direction, cut)
+        chunks = Chunks(chunks.step, cut, chunks.edges, None, (), reverse)
+        if begins:
+            chunks = with_begins(of, chunks, dtype, reverse)
+        if not reverse:
+            compare_steps(chunks, random_rows(of, cut, dtype), dtype, run=on_device)
+        state = random_rows(of, cut, dtype, copies=2)
+        compare_steps(chunks, state, dtype, copies=2, run=on_device, keep=False)
 
 
 def test_what_does_not_fit_goes_by_graphs():
@@ -143,12 +147,5 @@ def test_what_does_not_fit_goes_by_graphs():
 @pytest.mark.parametrize("name", ["gru_of_33", "slstm"])
 def test_sanitized_fused_steps(fused_only, name):
     """For compute-sanitizer: `compute-sanitizer pytest -m gpu -k sanitized`."""
-    torch.manual_seed(0)
-    cell = FUSED[name]()
-    of, chunks = steps_of(cell, torch.float32, "forward", 7, 5)
-    state = [torch.randn(10, of.hidden) for _ in range(of.num_components)]
-    expected = one_by_one(chunks, state, copies=2)
-    cuda = chunks.mapped(lambda t: t.cuda())
-    actual = fused.run_steps(cuda, [s.cuda() for s in state], copies=2)
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(name, a.cpu(), e, rtol=1e-5)
+    of, chunks = steps_of(FUSED[name](), torch.float32, "forward", Cut(3, 11, 7))
+    compare_steps(chunks, random_rows(of, chunks.cut, torch.float32), torch.float32, run=on_device)

@@ -1,4 +1,4 @@
-"""Steps of recurrences whose channels mix in one generated kernel, the weights kept on the chip."""
+"""Steps of recurrences whose channels mix in one generated kernel, the weights kept in registers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pararnn.kernels.lowering import NotLowered
 from pararnn.kernels.triton_backend import on_device
 from pararnn.kernels.triton_build import load
-from pararnn.kernels.triton_steps import ROWS, Form, source, width
-from pararnn.solvers.chunks import Chunks
+from pararnn.kernels.triton_steps import Form, source, width
+from pararnn.solvers.chunks import Chunks, Swept
 from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
 
-_ON_CHIP = 200 * 2**10  # bytes for weights: nearly all that a multiprocessor of an H100 has
-_FACTORS = 96  # 32-bit registers of a thread for weights, beyond which it has to put some away
-_WARPS = (4, 8)  # of a program, least and most
+_ON_CHIP = 200 * 2**10  # bytes for weights: most of the registers of a multiprocessor of an H100
+_FACTORS = 48  # 32-bit registers of a thread for weights, beyond which a program gets more threads
+_WARPS = 16  # of a program at most
 
 
 class NotFused(Exception):
@@ -47,8 +47,12 @@ def reasons(module: fx.GraphModule) -> list[str]:
 
 
 def run_steps(
-    chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
-) -> list[Tensor]:
+    chunks: Chunks,
+    state: Sequence[Tensor],
+    first: int = 0,
+    copies: int = 1,
+    keep: bool = True,
+) -> Swept:
     """See `pararnn.solvers.chunks.Run`: in one kernel, on a GPU or in Triton's interpreter.
 
     Raises:
@@ -56,26 +60,27 @@ def run_steps(
             large; the message says what.
     """
     known = _known.setdefault(chunks.step.module, {})
-    key = _key(chunks, state)
+    key = _key(chunks, state, keep)
     if key not in known:
-        known[key] = _kernel(chunks, state)
+        known[key] = _kernel(chunks, state, keep)
     kernel = known[key]
     if isinstance(kernel, str):
         raise NotFused(kernel)
-    piece = chunks.piece(first, chunks.steps) if first else chunks
-    rows, hidden = state[0].shape
-    # Row by row, as `Cut.join` wants it.
-    states = [s.new_empty(rows, piece.steps, hidden).transpose(0, 1) for s in state]
-    arguments = _arguments(kernel.products, piece, state, states)
-    arguments |= {"rows": rows, "given": rows // copies, "steps": piece.steps}
-    grid = (-(-rows // ROWS), kernel.products.groups)
+    cut, (rows, hidden) = chunks.cut, state[0].shape
+    states = [s.new_empty(cut.batch, cut.time, hidden) for s in state] if keep else []
+    ends = [s.new_empty(rows, hidden) for s in state]
+    arguments = _arguments(kernel.products, chunks, state, states)
+    arguments |= {f"ends{i}": e for i, e in enumerate(ends)}
+    arguments |= {"given": rows // copies, "batch": cut.batch, "time": cut.time}
+    arguments |= {"chunk": cut.chunk, "first": first, "reverse": int(chunks.reverse)}
+    grid = (rows, kernel.products.groups)
     with on_device(state[0]):
         try:
             kernel.module.run[grid](**arguments, num_warps=kernel.warps, num_stages=1)
         except _out_of_resources() as error:
             known[key] = f"its weights do not fit on the chip: {error}"
             raise NotFused(known[key]) from error
-    return states
+    return states, ends
 
 
 def _out_of_resources() -> type[Exception]:
@@ -84,17 +89,18 @@ def _out_of_resources() -> type[Exception]:
     return OutOfResources
 
 
-def _key(chunks: Chunks, state: Sequence[Tensor]) -> Hashable:
+def _key(chunks: Chunks, state: Sequence[Tensor], keep: bool) -> Hashable:
     """What a kernel is generated for."""
     edges = [
         (e.shape[2:], e.stride()[2:], e.dtype) if by_rows else (e.shape, e.stride(), e.dtype)
         for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
     ]
     like = state[0]
-    return len(state), like.shape[1], like.dtype, like.device, chunks.begins is None, *edges
+    form = (chunks.begins is None, keep)
+    return len(state), like.shape[1], like.dtype, like.device, form, *edges
 
 
-def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
+def _kernel(chunks: Chunks, state: Sequence[Tensor], keep: bool) -> _Kernel | str:
     """The kernel, or why there is none."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton was not found (it comes with PyTorch for GPUs)"
@@ -112,12 +118,10 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
         size = len(found.weights) * width(found) ** 2 * like.itemsize
         if size > _ON_CHIP:
             return f"its weights take {size >> 10} KB on the chip, which has {_ON_CHIP >> 10} KB"
-        # Tensor cores want float32 weights in two parts.
-        double = like.dtype is torch.float64
-        in_parts = not double and 2 * size <= _ON_CHIP
-        form = Form(double, "tf32x3" if in_parts else "ieee", chunks.begins is not None)
-        wanted = size * (2 if in_parts else 1) // (4 * 32 * _FACTORS)
-        warps = _WARPS[0] if wanted <= _WARPS[0] else _WARPS[1]
+        form = Form(like.dtype is torch.float64, chunks.begins is not None, keep)
+        wanted = max(1, -(-size // (4 * 32 * _FACTORS)))
+        most = min(_WARPS, width(found) * 4 // 32)  # four threads a sum, see `TILE`
+        warps = min(most, 1 << (wanted - 1).bit_length())
         return _Kernel(found, load(source(found, form)), warps)
     except (NotExpressed, NotLowered) as error:
         return str(error)
@@ -127,27 +131,44 @@ def _arguments(
     products: Products, chunks: Chunks, state: Sequence[Tensor], states: Sequence[Tensor]
 ) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
-    for i in {p.edge for p in products.drives}:
-        arguments |= _over_time(f"edge{i}", chunks.edges[i], chunks.reverse)
-    for i in {p.edge for p in (*products.coefficients, *products.weights)}:
-        arguments[f"edge{i}"] = chunks.edges[i]
+    moving = {f"edge{i}": chunks.edges[i] for i in {p.edge for p in products.drives}}
     if chunks.begins is not None:
-        arguments |= _over_time("begins", chunks.begins, chunks.reverse)
-        for i, fresh in enumerate(chunks.fresh):
-            arguments |= _over_time(f"fresh{i}", fresh, chunks.reverse)
-            arguments[f"fresh{i}_channel"] = fresh.stride(2)
-    arguments |= {f"initial{i}": s.contiguous() for i, s in enumerate(state)}
-    return arguments | {f"states{i}": s for i, s in enumerate(states)}
+        moving["begins"] = chunks.begins
+        moving |= {f"fresh{i}": fresh for i, fresh in enumerate(chunks.fresh)}
+        arguments |= {f"fresh{i}_channel": f.stride(2) for i, f in enumerate(chunks.fresh)}
+    moving |= {f"states{i}": s for i, s in enumerate(states)}
+    for name, tensor in moving.items():
+        arguments |= _over_time(name, tensor, chunks.cut.backwards)
+    arguments |= {f"edge{p.edge}": chunks.edges[p.edge] for p in products.coefficients}
+    if products.weights:
+        arguments["weights"] = _blocks(products, chunks.edges)
+    return arguments | {f"initial{i}": s.contiguous() for i, s in enumerate(state)}
 
 
-def _over_time(name: str, tensor: Tensor, reverse: bool) -> dict[str, Any]:
-    """A tensor (steps, rows, ...) from the step that comes first, with its strides."""
-    step = tensor.stride(0)
-    first = tensor[-1] if reverse else tensor
+def _over_time(name: str, tensor: Tensor, backwards: bool) -> dict[str, Any]:
+    """A tensor (batch, time, ...) from the time that comes first, with its strides."""
+    step = tensor.stride(1)
+    first = tensor[:, -1] if backwards else tensor
     if first.dtype is torch.bool:
         first = first.view(torch.uint8)
     return {
         name: first,
-        f"{name}_step": -step if reverse else step,
-        f"{name}_row": tensor.stride(1),
+        f"{name}_step": -step if backwards else step,
+        f"{name}_row": tensor.stride(0),
     }
+
+
+def _blocks(products: Products, edges: Sequence[Tensor]) -> Tensor:
+    """The blocks of the weights as the kernel reads them: (blocks, groups, result, factor)."""
+    size, padding = products.size, width(products) - products.size
+    found = torch.stack(
+        [
+            edges[p.edge].as_strided(
+                (products.groups, size, size),
+                (p.group, p.result, p.channel),
+                edges[p.edge].storage_offset() + p.offset,
+            )
+            for p in products.weights
+        ]
+    )
+    return nn.functional.pad(found, (0, padding, 0, padding)) if padding else found

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from pararnn.kernels import fused
 from pararnn.solvers import chunks as plain
-from pararnn.solvers.chunks import Chunks
+from pararnn.solvers.chunks import Chunks, Rows, Swept
 
 _STEPS = 128  # of a sweep in one graph; longer sweeps replay it
 _GRAPHS = 16  # kept per step
@@ -50,28 +50,41 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def run_steps(
-    chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
-) -> list[Tensor]:
+    chunks: Chunks,
+    state: Sequence[Tensor],
+    first: int = 0,
+    copies: int = 1,
+    keep: bool = True,
+) -> Swept:
     """See `pararnn.solvers.chunks.Run`: on a GPU in one kernel, or by CUDA graphs."""
     device = state[0].device
-    if device.type != "cuda" or is_capturing(device) or chunks.steps - first == 1:
-        return plain.run_steps(chunks, state, first, copies)
+    if device.type != "cuda":
+        return plain.run_steps(chunks, state, first, copies, keep)
     with torch.cuda.device(device):
         try:
-            return fused.run_steps(chunks, state, first, copies)
+            return fused.run_steps(chunks, state, first, copies, keep)
         except fused.NotFused:  # `fused.reasons` says why
-            return _in_pieces(chunks, state, first, copies)
+            return replayed(chunks, state, first, copies, keep)
 
 
-def _in_pieces(
-    chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
-) -> list[Tensor]:
+def replayed(
+    chunks: Chunks,
+    state: Sequence[Tensor],
+    first: int = 0,
+    copies: int = 1,
+    keep: bool = True,
+) -> Swept:
+    """See `pararnn.solvers.chunks.Run`: by CUDA graphs, or as one where one is captured."""
+    rows = chunks.rows
+    if is_capturing(state[0].device) or rows.steps - first == 1:
+        return plain.run_steps(chunks, state, first, copies, keep)
     pieces: list[list[Tensor]] = []
-    for begin in range(first, chunks.steps, _STEPS):
-        piece = chunks.piece(begin, min(begin + _STEPS, chunks.steps))
+    for begin in range(first, rows.steps, _STEPS):
+        piece = rows.piece(begin, min(begin + _STEPS, rows.steps))
         pieces.append(_replayed(piece, state, copies))
         state = [p[-1] for p in pieces[-1]]
-    return pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
+    whole = pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
+    return plain.swept(chunks, whole, keep)
 
 
 _known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, _Sweep]] = (
@@ -82,14 +95,14 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, _Sweep]]
 _lock = threading.Lock()  # what is enqueued for one call must not mix with that for another
 
 
-def _replayed(chunks: Chunks, state: Sequence[Tensor], copies: int) -> list[Tensor]:
-    tensors = [*state, *chunks.tensors()]
-    form = (chunks.steps, chunks.reverse, chunks.begins is None, copies)
+def _replayed(rows: Rows, state: Sequence[Tensor], copies: int) -> list[Tensor]:
+    tensors = [*state, *rows.tensors()]
+    form = (rows.steps, rows.reverse, rows.begins is None, copies)
     key = (form, _context(state[0].device), *((t.shape, t.dtype, t.device) for t in tensors))
     with _lock:
-        known = _known.setdefault(chunks.step.module, OrderedDict())
+        known = _known.setdefault(rows.step.module, OrderedDict())
         if key not in known:
-            known[key] = _Sweep(chunks, state, copies)
+            known[key] = _Sweep(rows, state, copies)
             if len(known) > _GRAPHS:
                 known.popitem(last=False)
         known.move_to_end(key)
@@ -103,16 +116,16 @@ def _context(device: torch.device) -> Hashable:
 
 
 class _Sweep:
-    """The steps of chunks of one shape as a CUDA graph, with tensors of its own."""
+    """The steps of rows of one shape as a CUDA graph, with tensors of its own."""
 
-    def __init__(self, chunks: Chunks, state: Sequence[Tensor], copies: int) -> None:
+    def __init__(self, rows: Rows, state: Sequence[Tensor], copies: int) -> None:
         own = [t.clone(memory_format=torch.contiguous_format) for t in state]
-        mine = chunks.mapped(lambda t: t.clone(memory_format=torch.contiguous_format))
+        mine = rows.mapped(lambda t: t.clone(memory_format=torch.contiguous_format))
         self.inputs = [*own, *mine.tensors()]
         self.outputs: list[Tensor] = []
 
         def run() -> list[Tensor]:
-            self.outputs = plain.run_steps(mine, own, copies=copies)
+            self.outputs = plain.run_rows(mine, own, copies=copies)
             return self.outputs
 
         self.replay = captured(run)

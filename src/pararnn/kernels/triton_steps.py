@@ -1,11 +1,12 @@
 """Prints many steps of a recurrence whose channels mix by products as one Triton kernel, `run`.
 
-A program has some rows and the channels of one group (a head, or all channels). It loads the blocks
-of the weights that belong to the group once and keeps states on the chip; every step loads what the
-next one reads while it computes, and writes its states. Rows are independent of each other, so
-programs are too.
+A program has one row, that is one chunk of one sequence, and the channels of one group (a head, or
+all channels). It loads the blocks of the weights that belong to the group into registers once and
+keeps states there too; every step loads what a later one reads while it computes, and writes its
+states. Rows are independent of each other, so programs are too, and several on one multiprocessor
+hide each other's latencies.
 
-Names in the generated text: `s` states, `u` what is loaded of a drive, one step ahead.
+Names in the generated text: `s` states, `u` what is loaded of a drive, some steps ahead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from pararnn.tracing.expressions import (
 )
 from pararnn.tracing.products import Place, Products
 
-ROWS = 16  # of a program: the least that `tl.dot` takes
+# Products are sums over a weight of shape (result, factor // TILE, factor % TILE). With neighbours
+# in memory along the last axis a thread has 4 of them in every tile, and all but the last sums, over
+# 4 threads, stay within a thread.
+TILE = 16
+_AHEAD = 4  # steps that loads come before their use
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,18 @@ class Form:
 
     Attributes:
         double: Computes in float64, else in float32.
-        precision: Of products: "ieee" multiplies float32 without tensor cores; "tf32x3" with them,
-            three times, so that the error stays near that of float32: 2^-22 instead of 2^-24.
         begins: Whether states are replaced before some steps.
+        keep: Whether the states after all steps are written, or those after the last alone.
     """
 
     double: bool
-    precision: str
     begins: bool
+    keep: bool
 
 
 def width(products: Products) -> int:
-    """Channels of a group in a kernel: a power of two, and what `tl.dot` takes."""
-    return max(16, 1 << (products.size - 1).bit_length())
+    """Channels of a group in a kernel, a power of two."""
+    return max(TILE, 1 << (products.size - 1).bit_length())
 
 
 def source(products: Products, form: Form) -> str:
@@ -61,7 +65,7 @@ class _Steps:
         self.products, self.form = products, form
         self.components = range(len(products.step))
         self.moving = sorted({p.edge for p in products.drives})
-        self.fixed = sorted({p.edge for p in (*products.coefficients, *products.weights)})
+        self.fixed = sorted({p.edge for p in products.coefficients})
         self.hidden = products.size * products.groups
         self.padded = width(products) != products.size
         self.variant = Variant("double" if form.double else "single", "none", 1)
@@ -83,12 +87,15 @@ class _Steps:
     def language(self) -> printing.Language:
         plain = language_of(self.variant, self.used)
 
+        tiles = f"({width(self.products) // TILE}, {TILE})"
+
         def term(op: str, args: Sequence[str]) -> str:
             if op != "dot":
                 return plain.term(op, args)
             # What a step makes of the channels beyond the last may be anything.
-            factor = f"tl.where(inside, {args[0]}, 0.0)" if self.padded else args[0]
-            return f'tl.dot({factor}, {args[1]}, input_precision="{self.form.precision}")'
+            factors = f"tl.where(inside, {args[0]}, 0.0)" if self.padded else args[0]
+            terms = f"tl.reshape({factors}, {tiles})[None, :, :] * {args[1]}"
+            return f"tl.sum(tl.sum({terms}, axis=1), axis=1)"
 
         return dataclasses.replace(plain, term=term)
 
@@ -99,7 +106,7 @@ class _Steps:
         return [f"{kind}{n}" for kind, count in counts.items() for n in range(count)]
 
     def step(self) -> None:
-        """A function of the leaves, for all rows and channels of a program."""
+        """A function of the leaves, for all channels of a program."""
         lines, values = printing.statements(self.language(), self.products.step, {})
         shaped = [
             value if varies(root) else f"tl.zeros_like(state0) + {value}"
@@ -114,102 +121,111 @@ class _Steps:
         self.out()
 
     def arguments(self) -> list[str]:
-        names = [f"edge{e}{part}" for e in self.moving for part in ("", "_step", "_row")]
-        names += [f"edge{e}" for e in self.fixed]
+        names = [f"{name}{part}" for name in self.over_time() for part in ("", "_step", "_row")]
         if self.form.begins:
-            names += ["begins", "begins_step", "begins_row"]
-            parts = ("", "_step", "_row", "_channel")
-            names += [f"fresh{i}{part}" for i in self.components for part in parts]
-        names += [f"{kind}{i}" for kind in ("initial", "states") for i in self.components]
-        return [*names, "rows", "given", "steps"]
+            names += [f"fresh{i}_channel" for i in self.components]
+        names += [f"edge{e}" for e in self.fixed] + (["weights"] if self.products.weights else [])
+        names += [f"{kind}{i}" for kind in ("initial", "ends") for i in self.components]
+        return [*names, "given", "batch", "time", "chunk", "first", "reverse"]
 
     def run(self) -> None:
         out = self.out
         out()
-        out('@triton.jit(do_not_specialize=["rows", "given", "steps"])')
+        numbers = '"given", "batch", "time", "chunk", "first", "reverse"'
+        out(f"@triton.jit(do_not_specialize=[{numbers}])")
         out("def run(")
         for line in wrapped(self.arguments()):
             out(f"    {line}")
         with out.block("):"):
-            out("group = tl.program_id(1)")
-            out(f"row = tl.program_id(0) * {ROWS} + tl.arange(0, {ROWS})[:, None]")
-            out(f"lane = tl.arange(0, {width(self.products)})[None, :]")
-            out(f"inside = lane < {self.products.size}")
-            out("there = row < rows")
-            out("mask = there & inside")
-            out("source = tl.cast(row % given, tl.int64)")
+            out("row, group = tl.program_id(0), tl.program_id(1)")
+            out("begin = (row % given) // batch * chunk")
+            out("count = tl.minimum(chunk, time - begin)")
+            out("first = tl.where(reverse > 0, count - 1, tl.minimum(first, count - 1))")
+            out("steps = tl.where(reverse > 0, count, count - first)")
+            out("direction = tl.cast(1 - 2 * reverse, tl.int64)")
+            out("position = tl.cast(begin + first, tl.int64)")
+            out("sequence = tl.cast(row % given % batch, tl.int64)")
             out("row = tl.cast(row, tl.int64)")
+            out(f"lane = tl.arange(0, {width(self.products)})")
+            out(f"inside = lane < {self.products.size}")
             out(f"channel = group * {self.products.size} + lane")
             self.constants()
-            for e in self.moving:
-                out(f"edge_at{e} = edge{e} + source * edge{e}_row")
-            if self.form.begins:
-                out("begins_at = begins + source * begins_row")
+            for name in self.over_time():
+                out(f"{name}_at = {name} + sequence * {name}_row + position * {name}_step")
+                out(f"{name}_next = direction * {name}_step")
             for i in self.components:
-                out(f"at = initial{i} + row * {self.hidden} + channel")
-                out(f"s{i} = tl.load(at, mask=mask, other=0.0).to({self.real})")
-                out(f"states_at{i} = states{i} + row * steps * {self.hidden} + channel")
-                if self.form.begins:
-                    out(f"fresh_at{i} = fresh{i} + source * fresh{i}_row")
-                    out(f"fresh_at{i} += channel * fresh{i}_channel")
-            self.load()
+                at = f"initial{i} + row * {self.hidden} + channel"
+                out(f"s{i} = tl.load({at}, mask=inside, other=0.0).to({self.real})")
+            for ahead in range(_AHEAD):
+                self.load(ahead, str(ahead))
             with out.block("for i in range(0, steps):"):
                 self.one()
+            for i in self.components:
+                out(f"tl.store(ends{i} + row * {self.hidden} + channel, s{i}, mask=inside)")
         out()
+
+    def over_time(self) -> list[str]:
+        """What has an address that moves on with the steps."""
+        names = [f"edge{e}" for e in self.moving]
+        if self.form.begins:
+            names += ["begins", *(f"fresh{i}" for i in self.components)]
+        if self.form.keep:
+            names += [f"states{i}" for i in self.components]
+        return names
 
     def constants(self) -> None:
         """What is loaded once."""
-        out, size = self.out, self.products.size
+        out, size, wide = self.out, self.products.size, width(self.products)
         if self.products.weights:
-            out(f"factor = tl.arange(0, {width(self.products)})[:, None]")
-            out(f"block = (factor < {size}) & inside")
-        for n, place in enumerate(self.products.weights):
-            at = f"{_at(place, 'factor', 'edge')} + lane * {place.result}"
-            out(f"weight{n} = tl.load({at}, mask=block, other=0.0).to({self.real})")
+            out(f"factor = tl.arange(0, {wide // TILE})[None, :, None] * {TILE}")
+            out(f"factor += tl.arange(0, {TILE})[None, None, :]")
+            out(f"block = weights + group * {wide**2} + lane[:, None, None] * {wide} + factor")
+        for n, _ in enumerate(self.products.weights):
+            at = f"block + {n * self.products.groups * wide**2}"
+            out(f"weight{n} = tl.load({at}).to({self.real})")
         for n, place in enumerate(self.products.coefficients):
-            at = _at(place, "lane", "edge")
+            at = _at(place, f"edge{place.edge}")
             out(f"coefficient{n} = tl.load({at}, mask=inside, other=0.0).to({self.real})")
 
-    def load(self) -> None:
-        """What the step at the addresses reads."""
+    def load(self, slot: int, step: str) -> None:
+        """What a step reads, or the last one if there are not so many."""
+        out = self.out
+        out(f"ahead = tl.cast(tl.minimum({step}, steps - 1), tl.int64)")
         for n, place in enumerate(self.products.drives):
-            at = _at(place, "lane", "edge_at")
-            self.out(f"u{n} = tl.load({at}, mask=mask, other=0)")
+            at = _at(place, f"edge{place.edge}_at + ahead * edge{place.edge}_next")
+            out(f"u{n}_{slot} = tl.load({at}, mask=inside, other=0)")
         if self.form.begins:
-            self.out("begin = tl.load(begins_at, mask=there, other=0)")
+            out(f"begin_{slot} = tl.load(begins_at + ahead * begins_next)")
 
     def one(self) -> None:
         """One step."""
         out = self.out
-        for n, _ in enumerate(self.products.drives):
-            out(f"drive{n} = u{n}.to({self.real})")
+        loaded = [f"u{n}_" for n, _ in enumerate(self.products.drives)]
+        for n, name in enumerate(loaded):
+            out(f"drive{n} = {name}0.to({self.real})")
         if self.form.begins:
-            out("replaced = begin != 0")
-            for i in self.components:
-                out(f"fresh = tl.load(fresh_at{i}, mask=mask & replaced, other=0.0)")
-                out(f"s{i} = tl.where(replaced, fresh.to({self.real}), s{i})")
-        out("more = tl.where(i + 1 < steps, 1, 0).to(tl.int64)")
-        for e in self.moving:
-            out(f"edge_at{e} += more * edge{e}_step")
-        if self.form.begins:
-            out("begins_at += more * begins_step")
-            for i in self.components:
-                out(f"fresh_at{i} += more * fresh{i}_step")
-        self.load()
+            loaded.append("begin_")
+            with out.block("if begin_0 != 0:"):
+                for i in self.components:
+                    at = f"fresh{i}_at + tl.cast(i, tl.int64) * fresh{i}_next"
+                    at += f" + channel * fresh{i}_channel"
+                    out(f"s{i} = tl.load({at}, mask=inside, other=0.0).to({self.real})")
+        for name in loaded:
+            for ahead in range(_AHEAD - 1):
+                out(f"{name}{ahead} = {name}{ahead + 1}")
+        self.load(_AHEAD - 1, f"i + {_AHEAD}")
         states = [f"s{i}" for i in self.components]
         given = ["inside", *states, *self.leaves()[len(states) :]]
         out(f"{', '.join(states)} = step({', '.join(given)})")
-        for i in self.components:
-            out(f"tl.store(states_at{i}, s{i}, mask=mask)")
-            out(f"states_at{i} += {self.hidden}")
+        if self.form.keep:
+            for i in self.components:
+                out(f"tl.store(states{i}_at + channel, s{i}, mask=inside)")
+                out(f"states{i}_at += states{i}_next")
 
 
-def _at(place: Place, lane: str, base: str) -> str:
-    """The address of channels; `base` names what belongs to the edge."""
-    terms = [f"{base}{place.edge}"]
-    for number, factor in ((place.group, "group"), (place.channel, lane)):
-        terms.append(f"{factor} * {number}")
-    return " + ".join([*terms, str(place.offset)])
+def _at(place: Place, base: str) -> str:
+    """The address of the channels of a slot of an edge, or of its row, that is at `base`."""
+    return f"{base} + group * {place.group} + lane * {place.channel} + {place.offset}"
 
 
 def _equations(roots: Sequence[Operand]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -97,14 +98,48 @@ class Groups:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A step and what it reads over time.
+    """A step, what it reads over time, and how time is cut.
+
+    Attributes:
+        step: The step.
+        cut: The chunks.
+        edges: What it takes besides the state; those with rows are (batch, time, ...).
+        begins: Boolean (batch, time, 1): the state before a step is replaced; None for nowhere.
+        fresh: What it is replaced by, components (batch, time, hidden); none without `begins`.
+        reverse: Every chunk runs from its last step to its first.
+    """
+
+    step: Step
+    cut: Cut
+    edges: Sequence[Tensor]
+    begins: Tensor | None
+    fresh: Sequence[Tensor]
+    reverse: bool = False
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The same as rows of a batch."""
+        cut = self.cut
+        return Rows(
+            self.step,
+            cut.time if cut.chunks == 1 else cut.chunk,
+            [cut.split(e) if r else e for e, r in zip(self.edges, self.step.by_rows, strict=True)],
+            None if self.begins is None else cut.split(self.begins),
+            [cut.split(f) for f in self.fresh],
+            self.reverse != (cut.backwards and cut.chunks == 1),
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Chunks as the rows of a batch, see `Chunks`.
 
     Attributes:
         step: The step.
         steps: How many.
-        edges: What it takes besides the state; those with rows are (steps, rows, ...).
-        begins: Boolean (steps, rows, 1): the state before a step is replaced; None for nowhere.
-        fresh: What it is replaced by, components (steps, rows, hidden); none without `begins`.
+        edges: Those with rows are (steps, rows, ...).
+        begins: Boolean (steps, rows, 1) or None.
+        fresh: Components (steps, rows, hidden).
         reverse: The last step comes first.
     """
 
@@ -119,13 +154,13 @@ class Chunks:
         """All that is read."""
         return [*self.edges, *([] if self.begins is None else [self.begins]), *self.fresh]
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Chunks:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same with other tensors."""
         begins = None if self.begins is None else change(self.begins)
         edges, fresh = map(change, self.edges), map(change, self.fresh)
         return replace(self, edges=list(edges), begins=begins, fresh=list(fresh))
 
-    def piece(self, begin: int, end: int) -> Chunks:
+    def piece(self, begin: int, end: int) -> Rows:
         """Some of the steps, counted in the order in which they are run."""
         if self.reverse:
             begin, end = self.steps - end, self.steps - begin
@@ -146,21 +181,20 @@ def states_before(
     after: Sequence[Tensor],
     begins: Tensor | None,
     fresh: Sequence[Tensor],
-    axis: int,
+    cut: Cut,
 ) -> list[Tensor]:
-    """The states that steps along an axis started from.
+    """The states that steps started from, components (batch, time, hidden).
 
     Args:
-        first: Before the first step, components.
-        after: After every step.
+        first: Before the first step of every chunk, components (rows, hidden).
+        after: After every step, like the result.
         begins: Where the state is replaced.
         fresh: By what.
-        axis: That of time in the last three.
+        cut: The chunks.
     """
-    shifted = [
-        torch.cat([f.unsqueeze(axis), a.narrow(axis, 0, a.shape[axis] - 1)], axis)
-        for f, a in zip(first, after, strict=True)
-    ]
+    shifted = [a.roll(1, 1) for a in after]
+    for s, f in zip(shifted, first, strict=True):
+        s[:, :: cut.chunk] = f.unflatten(0, (cut.chunks, cut.batch)).transpose(0, 1)
     if begins is None:
         return shifted
     return [torch.where(begins, f, s) for f, s in zip(fresh, shifted, strict=True)]
@@ -185,39 +219,67 @@ def in_blocks(tensors: Sequence[Tensor], moves: Sequence[bool]) -> Iterator[list
         ]
 
 
+Swept = tuple[list[Tensor], list[Tensor]]
+
+
 class Run(Protocol):
     """Steps through chunks."""
 
     def __call__(
-        self, chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
-    ) -> list[Tensor]:
-        """Run the steps from `first` on.
+        self,
+        chunks: Chunks,
+        state: Sequence[Tensor],
+        first: int = 0,
+        copies: int = 1,
+        keep: bool = True,
+    ) -> Swept:
+        """Run the steps of all chunks.
 
         Args:
             chunks: What to run.
             state: Components (copies * rows, hidden) before the first of these steps.
-            first: Steps left out.
+            first: Steps left out, of every chunk the first.
             copies: Every row is run so many times, from other states.
+            keep: Whether the states after all steps are wanted; only from the first step on, and
+                without copies.
 
         Returns:
-            The states after these steps, components (steps, copies * rows, hidden).
+            The states after all steps, components (batch, time, hidden), none unless `keep`; and
+            after the last step of every chunk, components (copies * rows, hidden), of the last
+            chunk anything.
         """
         ...
 
 
 def run_steps(
-    chunks: Chunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
-) -> list[Tensor]:
+    chunks: Chunks,
+    state: Sequence[Tensor],
+    first: int = 0,
+    copies: int = 1,
+    keep: bool = True,
+) -> Swept:
     """See `Run`: one PyTorch operation after the other."""
-    module, begins = chunks.step.module.forward, chunks.begins
-    moving = chunks.step.by_rows
+    return swept(chunks, run_rows(chunks.rows, state, first, copies), keep)
+
+
+def swept(chunks: Chunks, history: Sequence[Tensor], keep: bool) -> Swept:
+    """What `Run` returns, from components (steps, rows, hidden)."""
+    return [chunks.cut.join(h) for h in history] if keep else [], [h[-1] for h in history]
+
+
+def run_rows(
+    rows: Rows, state: Sequence[Tensor], first: int = 0, copies: int = 1
+) -> list[Tensor]:
+    """The states after all steps from `first` on, components (steps, copies * rows, hidden)."""
+    module, begins = rows.step.module.forward, rows.begins
+    moving = rows.step.by_rows
     edges = [
-        e.contiguous().unbind(0) if by_rows else [e] * chunks.steps
-        for e, by_rows in zip(chunks.edges, moving, strict=True)
+        e.contiguous().unbind(0) if by_rows else [e] * rows.steps
+        for e, by_rows in zip(rows.edges, moving, strict=True)
     ]
     history: list[list[Tensor]] = [[] for _ in state]
-    order = range(first, chunks.steps)
-    for t in reversed(order) if chunks.reverse else order:
+    order = range(first, rows.steps)
+    for t in reversed(order) if rows.reverse else order:
         now = [e[t] for e in edges]
         if copies > 1:
             now = [
@@ -225,7 +287,7 @@ def run_steps(
                 for e, by_rows in zip(now, moving, strict=True)
             ]
         if begins is not None:
-            begin, fresh = begins[t], [f[t] for f in chunks.fresh]
+            begin, fresh = begins[t], [f[t] for f in rows.fresh]
             if copies > 1:
                 begin = begin.repeat(copies, 1)
                 fresh = [f.repeat(copies, 1) for f in fresh]

@@ -62,20 +62,14 @@ class Chain(abc.ABC):
 
     @abc.abstractmethod
     def tangents(
-        self,
-        cut: Cut,
-        chunks: Chunks,
-        first: Sequence[Tensor],
-        history: Sequence[Tensor],
-        run: Run,
+        self, cut: Cut, first: Sequence[Tensor], states: Sequence[Tensor], run: Run
     ) -> Tensor:
         """d(end) / d(first state) of every chunk, (batch, chunks, n, n, groups).
 
         Args:
             cut: How time is cut.
-            chunks: The result of `chunks`.
-            first: The first states.
-            history: What a sweep from these found.
+            first: The first states of all chunks, components (rows, hidden).
+            states: What a sweep from these found, components (batch, time, hidden).
             run: Steps through chunks.
         """
 
@@ -102,23 +96,22 @@ class Chain(abc.ABC):
         cut = Cut(self.batch, self.time, min(settings.chunk, self.time), self.backwards)
         chunks, start = self.chunks(cut), self.first()
         if cut.chunks == 1:
-            return [cut.join(h) for h in run(chunks, start.unbind(1))], None
+            return run(chunks, start.unbind(1))[0], None
         groups = Groups(cut, self.mixing.num_components, self.group)
         everywhere = start.repeat(cut.chunks, 1, 1).unbind(1)
-        warm = run(chunks, everywhere, first=max(0, cut.chunk - WARM_UP))
-        ends = groups.vectors([w[-1] for w in warm])
-        guess = torch.cat([groups.vectors(everywhere)[:, :1], ends[:, :-1]], 1)
+        _, warm = run(chunks, everywhere, first=max(0, cut.chunk - WARM_UP), keep=False)
+        guess = torch.cat([groups.vectors(everywhere)[:, :1], groups.vectors(warm)[:, :-1]], 1)
         first: list[Tensor] = []
-        history: list[Tensor] = []
+        states: list[Tensor] = []
 
         def sweep(guess: Tensor) -> Tensor:
             first[:] = groups.rows(guess)
-            history[:] = run(chunks, first)
-            return groups.vectors([h[-1] for h in history])
+            states[:], ends = run(chunks, first)
+            return groups.vectors(ends)
 
         progress = shoot(
             sweep,
-            lambda _: self.tangents(cut, chunks, first, history, run),
+            lambda _: self.tangents(cut, first, states, run),
             guess,
             settings,
             tolerance,
@@ -128,7 +121,7 @@ class Chain(abc.ABC):
         if not progress.all_converged:
             whole, _ = self.solve(Sequential(), tolerance, run)
             return whole, progress
-        return [cut.join(h) for h in history], progress
+        return states, progress
 
     def _adjoint_edges(
         self,
@@ -156,23 +149,24 @@ class Chain(abc.ABC):
         ]
 
     def _adjoint_chunks(
-        self, steps: int, edges: Sequence[Tensor], begins: Tensor | None, reverse: bool = False
+        self, cut: Cut, edges: Sequence[Tensor], begins: Tensor | None, reverse: bool = False
     ) -> Chunks:
-        """Chunks of the adjoint from all its edges, cut; it is zero before steps that begin."""
+        """Chunks of the adjoint from all its edges; it is zero before steps that begin."""
         adjoint = self.mixing.adjoint
         used = [edges[i] for i in adjoint.step_edges]
         if begins is None:
-            return Chunks(adjoint.step, steps, used, None, [], reverse)
+            return Chunks(adjoint.step, cut, used, None, [], reverse)
         zero = self.initial.new_zeros(1, 1, 1).expand(*begins.shape[:2], self.mixing.hidden)
         fresh = [zero] * self.mixing.num_components
-        return Chunks(adjoint.step, steps, used, begins, fresh, reverse)
+        return Chunks(adjoint.step, cut, used, begins, fresh, reverse)
 
-    def _images(self, cut: Cut, linear: Chunks, run: Run) -> Tensor:
+    def _images(self, linear: Chunks, run: Run) -> Tensor:
         """What chunks of the adjoint make of unit vectors."""
+        cut = linear.cut
         groups = Groups(cut, self.mixing.num_components, self.group)
         basis = groups.basis(self.first().new_empty(cut.chunks * cut.batch, self.mixing.hidden))
-        found = run(linear, basis, copies=self.mixing.num_components * self.group)
-        return groups.images([f[-1] for f in found])
+        copies = self.mixing.num_components * self.group
+        return groups.images(run(linear, basis, copies=copies, keep=False)[1])
 
 
 class Forward(Chain):
@@ -184,44 +178,33 @@ class Forward(Chain):
 
     def chunks(self, cut: Cut) -> Chunks:
         """See `Chain.chunks`."""
-        edges = _split(cut, self.edges, self.mixing.step.by_rows)
+        return Chunks(self.mixing.step, cut, self.edges, *self._begins())
+
+    def _begins(self) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """Where states are replaced and by what, as in `Chunks`."""
         if self.starts is None:
-            return Chunks(self.mixing.step, cut.chunk, edges, None, ())
-        rows = cut.split(self.starts.long())
-        fresh = self.initial[rows.clamp_min(0)].unbind(2)
-        return Chunks(self.mixing.step, cut.chunk, edges, (rows >= 0).unsqueeze(-1), fresh)
+            return None, ()
+        fresh = self.initial[self.starts.long().clamp_min(0)].unbind(2)
+        return (self.starts >= 0).unsqueeze(-1), fresh
 
     def tangents(
-        self,
-        cut: Cut,
-        chunks: Chunks,
-        first: Sequence[Tensor],
-        history: Sequence[Tensor],
-        run: Run,
+        self, cut: Cut, first: Sequence[Tensor], states: Sequence[Tensor], run: Run
     ) -> Tensor:
         """See `Chain.tangents`."""
-        before = [
-            b.flip(0) for b in states_before(first, history, chunks.begins, chunks.fresh, axis=0)
-        ]
-        edges = [
-            e.flip(0) if by_rows else e
-            for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
-        ]
-        edges, begins = self._adjoint_edges(before, edges, None), chunks.begins
+        begins, fresh = self._begins()
+        before = states_before(first, states, begins, fresh, cut)
+        edges = self._adjoint_edges(before, self.edges, None)
         if begins is None:
-            return self._images(cut, self._adjoint_chunks(cut.chunk, edges, None), run)
-        after = torch.cat([torch.zeros_like(begins[:1]), begins.flip(0)[:-1]])
-        images = self._images(cut, self._adjoint_chunks(cut.chunk, edges, after), run)
-        fresh = begins[0].view(cut.chunks, cut.batch).T
-        return torch.where(fresh[:, :, None, None, None], 0.0, images)
+            return self._images(self._adjoint_chunks(cut, edges, None, reverse=True), run)
+        next_begins = begins.roll(-1, 1)
+        next_begins[:, cut.chunk - 1 :: cut.chunk] = False  # this is where unit vectors are
+        images = self._images(self._adjoint_chunks(cut, edges, next_begins, reverse=True), run)
+        return torch.where(begins[:, :: cut.chunk, :, None, None], 0.0, images)
 
     def before(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The states before every step, components (batch, time, hidden), from those after."""
-        begins, fresh = None, self.first().unbind(1)
-        if self.starts is not None:
-            begins = (self.starts >= 0).unsqueeze(-1)
-            fresh = self.initial[self.starts.long().clamp_min(0)].unbind(2)
-        return states_before(self.first().unbind(1), states, begins, fresh, axis=1)
+        whole = Cut(self.batch, self.time, self.time)
+        return states_before(self.first().unbind(1), states, *self._begins(), whole)
 
 
 @dataclass(frozen=True)
@@ -334,21 +317,15 @@ class Backward(Chain):
         return self._cut(cut, self.adjoint_edges)
 
     def _cut(self, cut: Cut, edges: Sequence[Tensor]) -> Chunks:
-        begins = None if self.starts is None else cut.split(self._ends().unsqueeze(-1))
-        edges = _split(cut, edges, self.mixing.adjoint.by_rows)
-        return self._adjoint_chunks(cut.chunk, edges, begins, reverse=cut.chunks == 1)
+        begins = None if self.starts is None else self._ends().unsqueeze(-1)
+        return self._adjoint_chunks(cut, edges, begins)
 
     def tangents(
-        self,
-        cut: Cut,
-        chunks: Chunks,
-        first: Sequence[Tensor],
-        history: Sequence[Tensor],
-        run: Run,
+        self, cut: Cut, first: Sequence[Tensor], states: Sequence[Tensor], run: Run
     ) -> Tensor:
         """See `Chain.tangents`."""
         linear = self._adjoint_edges(self.before, self.edges, None)
-        return self._images(cut, self._cut(cut, linear), run).transpose(2, 3)
+        return self._images(self._cut(cut, linear), run).transpose(2, 3)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -357,7 +334,3 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_zeros(1, 1, 1).expand_as(x) for x in like]
-
-
-def _split(cut: Cut, edges: Sequence[Tensor], by_rows: Sequence[bool]) -> list[Tensor]:
-    return [cut.split(e) if moves else e for e, moves in zip(edges, by_rows, strict=True)]

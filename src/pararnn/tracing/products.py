@@ -113,7 +113,7 @@ def products(
 
     def run(*flat: Tensor) -> Sequence[Tensor]:
         given = dict(zip(kinds, flat, strict=True))
-        return module(*flat[len(edges) :], *(given[name] for name in names))
+        return _Unfused(module).run(*flat[len(edges) :], *(given[name] for name in names))
 
     def at(rows: int) -> tuple[fx.Graph, list[Tensor]]:
         examples = {name: kind.example(rows, device) for name, kind in kinds.items()}
@@ -137,6 +137,49 @@ def products(
         return _Reader(parts, strides).products()
     except (NotElementwise, TraceError) as error:
         raise NotExpressed(str(error)) from error
+
+
+class _Unfused(fx.Interpreter):
+    """Runs a step with PyTorch's fused cells, which only GPUs have, as what they are made of."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = operation_name(target) if hasattr(target, "_schema") else target.__name__
+        return super().call_function(_CELLS.get(name, target), args, kwargs)
+
+
+def _gates(
+    count: int, x: Tensor, h: Tensor, x_bias: Tensor | None, h_bias: Tensor | None
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    x = x if x_bias is None else x + x_bias
+    return x.chunk(count, 1), (h if h_bias is None else h + h_bias).chunk(count, 1)
+
+
+def _gru_cell(
+    x: Tensor,
+    h: Tensor,
+    state: Tensor,
+    x_bias: Tensor | None = None,
+    h_bias: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = _gates(3, x, h, x_bias, h_bias)
+    new = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    return new + torch.sigmoid(x_z + h_z) * (state - new), None
+
+
+def _lstm_cell(
+    x: Tensor,
+    h: Tensor,
+    cell: Tensor,
+    x_bias: Tensor | None = None,
+    h_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, None]:
+    pairs = zip(*_gates(4, x, h, x_bias, h_bias), strict=True)
+    i, f, g, o = (a + b for a, b in pairs)
+    cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(cell), cell, None
+
+
+_CELLS = {"_thnn_fused_gru_cell": _gru_cell, "_thnn_fused_lstm_cell": _lstm_cell}
 
 
 @dataclass

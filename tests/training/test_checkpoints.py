@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -29,10 +30,9 @@ def model():
 
 def save(folder, step, run, model, value=0.0):
     """Write a checkpoint whose state is one tensor, and wait for it."""
-    writer = CheckpointWriter(folder, run, 9, Processes(0, 1, torch.device("cpu")))
-    writer.save(step, model, {"part": {"tensor": torch.full((2,), value)}}, {"step": step})
-    writer.wait()
-    writer.close()
+    with CheckpointWriter(folder, run, 9, Processes(0, 1, torch.device("cpu"))) as writer:
+        writer.save(step, model, {"part": {"tensor": torch.full((2,), value)}}, {"step": step})
+        writer.wait()
 
 
 def load(checkpoint):
@@ -174,23 +174,53 @@ def test_the_cause_of_a_failed_write_is_named(folder, model, monkeypatch):
         save(folder, 40, "mine", model)
 
 
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711")
+
+
+def test_a_lost_connection_is_no_full_disk(folder, model, monkeypatch):
+    before = names(folder)
+    parts = Future()
+    parts.set_exception(LOST)
+    monkeypatch.setattr("torch.distributed.checkpoint.async_save", lambda *args, **options: parts)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        save(folder, 40, "mine", model)
+    assert names(folder) == before
+
+
+@pytest.mark.timeout(60)
+def test_after_a_lost_connection_the_thread_is_not_waited_for(folder, model, monkeypatch):
+    """It may wait for another process that waits for this one to end."""
+    before = names(folder)
+    parts = Future()
+    monkeypatch.setattr("torch.distributed.checkpoint.async_save", lambda *args, **options: parts)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        lose_connection_while_saving(folder, model)
+    assert [name for name in names(folder) if name.startswith("step-")] == before
+    parts.set_exception(LOST)
+
+
+def lose_connection_while_saving(folder, model):
+    with CheckpointWriter(folder, "mine", 9, Processes(0, 1, torch.device("cpu"))) as writer:
+        writer.save(40, model, {}, {})
+        raise LOST
+
+
 def test_a_checkpoint_holds_the_values_of_its_step(tmp_path, model):
     """Training goes on while it is written."""
-    writer = CheckpointWriter(tmp_path, "mine", 2, Processes(0, 1, torch.device("cpu")))
-    tensor = torch.ones(1_000_000)
-    before = model.lm_head.weight.detach().clone()
-    writer.save(1, model, {"part": {"tensor": tensor}}, {})
-    tensor.zero_()
-    with torch.no_grad():
-        model.lm_head.weight += 1
-    writer.save(2, model, {"part": {"tensor": tensor}}, {})
-    assert names(tmp_path)[-1] == "step-00000001"
-    state = {"part": {"tensor": torch.empty(1_000_000)}}
-    dcp.load(state, checkpoint_id=tmp_path / "step-00000001/state")
-    assert state["part"]["tensor"].eq(1).all()
-    saved = ParaRNNForCausalLM.from_pretrained(tmp_path / "step-00000001").lm_head.weight
-    assert torch.equal(saved, before)
-    writer.close()
+    with CheckpointWriter(tmp_path, "mine", 2, Processes(0, 1, torch.device("cpu"))) as writer:
+        tensor = torch.ones(1_000_000)
+        before = model.lm_head.weight.detach().clone()
+        writer.save(1, model, {"part": {"tensor": tensor}}, {})
+        tensor.zero_()
+        with torch.no_grad():
+            model.lm_head.weight += 1
+        writer.save(2, model, {"part": {"tensor": tensor}}, {})
+        assert names(tmp_path)[-1] == "step-00000001"
+        state = {"part": {"tensor": torch.empty(1_000_000)}}
+        dcp.load(state, checkpoint_id=tmp_path / "step-00000001/state")
+        assert state["part"]["tensor"].eq(1).all()
+        saved = ParaRNNForCausalLM.from_pretrained(tmp_path / "step-00000001").lm_head.weight
+        assert torch.equal(saved, before)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 

@@ -43,10 +43,9 @@ def launch(folder):
     """Starts `torchrun ... pararnn.cli train`; what still runs at the end is stopped."""
     launches = []
 
-    def start(num_processes, *arguments):
-        launches.append(
-            Launch(num_processes, "-m", "pararnn.cli", "train", *arguments, folder=folder)
-        )
+    def start(num_processes, *arguments, script=None):
+        command = ["-m", "pararnn.cli"] if script is None else [Path(__file__).with_name(script)]
+        launches.append(Launch(num_processes, *command, "train", *arguments, folder=folder))
         return launches[-1]
 
     yield start
@@ -54,8 +53,9 @@ def launch(folder):
         started.end()
 
 
-def start_new(launch, name):
-    return launch(2, *SETTINGS, "--text.batch-size", "2", "--steps", str(STEPS), "--out", str(name))
+def start_new(launch, name, num_processes=2, **options):
+    arguments = ("--text.batch-size", "2", "--steps", str(STEPS), "--out", name)
+    return launch(num_processes, *SETTINGS, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +125,14 @@ def test_from_two_processes_to_one(folder, whole, capsys):
 @pytest.mark.timeout(280)
 def test_killed_stopped_and_resumed_processes_have_the_same_curve(folder, whole, launch):
     run, _ = whole
-    killed = start_new(launch, "killed")
+    killed = start_new(launch, "killed", script="slow_to_close.py")
     killed.wait_for_step("killed", random.randrange(6, STEPS - 20))
     killed.send(1, signal.SIGKILL)
     printed = killed.wait(succeeds=False)
     assert "lost the connection to another process" in printed
     lost = len(curve(folder / "killed"))
 
-    stopped = launch(2, "--resume", "--out", "killed")
+    stopped = launch(2, "--resume", "--out", "killed", script="slow_to_close.py")
     stopped.wait_for_step("killed", min(lost + 6, STEPS - 8))
     stopped.send(1, signal.SIGTERM)
     printed = stopped.wait(succeeds=False)
@@ -149,6 +149,16 @@ def test_killed_stopped_and_resumed_processes_have_the_same_curve(folder, whole,
     assert curve(folder / "killed") == curve(run)
     newest = f"checkpoints/step-{STEPS:08d}/model.safetensors"
     assert (folder / "killed" / newest).read_bytes() == (run / newest).read_bytes()
+
+
+@pytest.mark.timeout(150)
+def test_a_kill_inside_a_checkpoint_is_told_by_all_others_at_once(folder, launch):
+    printed = start_new(launch, "saving", 4, script="killed_while_saving.py").wait(succeeds=False)
+    assert printed.count("lost the connection to another process") == 3
+    assert "cannot save" not in printed
+    assert "forcefully exiting" not in printed  # as torchrun ends those that hang
+    checkpoints = [path.name for path in (folder / "saving/checkpoints").glob("step-*")]
+    assert checkpoints == ["step-00000000"]
 
 
 def test_every_architecture_in_parts(folder):

@@ -165,6 +165,19 @@ def test_first_signal_is_noted_and_the_second_raises(interrupt_handler):
     assert signal.getsignal(signal.SIGINT) is interrupt_handler
 
 
+def test_after_an_error_of_one_among_many_the_first_signal_is_still_noted(interrupt_handler):
+    """`torchrun` sends it when another process fails; this one has yet to say why it ends."""
+    stop = StopSignals(after_errors=True)
+    with pytest.raises(ValueError, match="lost"), stop:
+        raise ValueError("lost")
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is interrupt_handler
+    with StopSignals(after_errors=True):
+        pass
+    assert signal.getsignal(signal.SIGINT) is interrupt_handler
+
+
 def test_environment_names_versions():
     lines = describe_environment(torch.device("cpu")).splitlines()
     facts = dict(line.split(": ", 1) for line in lines)

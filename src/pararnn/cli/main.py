@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import os
 import sys
+import threading
 
 from pararnn._version import __version__
 
@@ -53,14 +55,27 @@ def _run(name: str, arguments: list[str]) -> int:
             'pip install "pararnn[train]"',
             FAILED,
         )
-    from pararnn.data.errors import RunError
+    from pararnn.data.errors import LostConnectionError, RunError
 
     try:
         return command.run(arguments)
+    except LostConnectionError as error:
+        _end_within(1.0)
+        return _fail(str(error), FAILED)
     except RunError as error:
         return _fail(str(error), FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
+
+
+def _end_within(seconds: float) -> None:
+    """End this process by then, also where a thread still waits.
+
+    One that writes a checkpoint may wait for another process, and that one for this to end.
+    """
+    timer = threading.Timer(seconds, os._exit, (FAILED,))
+    timer.daemon = True
+    timer.start()
 
 
 def _fail(message: str, status: int) -> int:

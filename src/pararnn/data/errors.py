@@ -7,3 +7,7 @@ class RunError(Exception):
 
 class OtherProcessError(RunError):
     """Raised where another of the processes that train together has told the user why."""
+
+
+class LostConnectionError(RunError):
+    """Raised where another of the processes that train together is gone."""

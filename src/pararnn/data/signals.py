@@ -8,9 +8,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Context in which `received` holds the first stop signal, None before it."""
+    """Context in which `received` holds the first stop signal, None before it.
 
-    def __init__(self) -> None:
+    Args:
+        after_errors: Go on noting it after an error has ended the block: for one of several
+            processes, which `torchrun` stops as soon as another has failed, maybe before this one
+            could say what it failed of.
+    """
+
+    def __init__(self, *, after_errors: bool = False) -> None:
+        self.after_errors = after_errors
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -24,7 +31,8 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._restore()
+        if error is None or not self.after_errors:
+            self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pararnn.data.errors import OtherProcessError, RunError
+from pararnn.data.errors import LostConnectionError, OtherProcessError, RunError
 
 Result = TypeVar("Result")
 
@@ -95,6 +95,7 @@ def join_processes(device: str) -> Iterator[Processes]:
 
     Raises:
         RunError: There is no such device for this process, or the environment is incomplete.
+        LostConnectionError: Another process is gone.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -114,14 +115,21 @@ def join_processes(device: str) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), count, chosen, dist.new_group(backend="gloo"))
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise RunError(
+        if lost_connection(error):
+            raise LostConnectionError(
                 "lost the connection to another process, which failed or was killed; what it "
                 "printed says why. Resuming continues from the last checkpoint."
             ) from error
         raise
     # Only now: after an error the others may wait for this process, and it must end for them to.
     dist.destroy_process_group()
+
+
+def lost_connection(error: BaseException | None) -> bool:
+    """Whether PyTorch says by an error that another process is gone."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 def train_command() -> str:

@@ -71,11 +71,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         with _advice(run):
             text, trainer = _prepare(config, run, processes, resume)
             stopped_by = trainer.fit()
+        if stopped_by is not None:
+            name = signal.Signals(stopped_by).name
+            words = f"{name} at step {trainer.step}: checkpoint saved. {how_to_resume(run)}"
+            # All wait for it: when one of them ends by a signal, torchrun stops the first.
+            processes.on_first(lambda: print(words, flush=True))
     step, seconds = trainer.step, trainer.train_seconds
     del trainer  # its memory, for the model of the report
-    if stopped_by is not None:
-        name = signal.Signals(stopped_by).name
-        processes.print(f"{name} at step {step}: checkpoint saved. {how_to_resume(run)}")
     if stopped_by is not None or not processes.is_first:
         return TrainResult(run, step, stopped_by, None)
     with _advice(run):

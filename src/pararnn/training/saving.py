@@ -5,6 +5,7 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -22,14 +23,15 @@ from pararnn.training.checkpoints import (
     prune,
     quiet_transformers,
 )
-from pararnn.training.parallel import Processes
+from pararnn.training.parallel import Processes, lost_connection
 from pararnn.training.sharding import gather_on_first
 
 
 class CheckpointWriter:
     """Writes one checkpoint at a time while training goes on.
 
-    All methods must be called by all processes.
+    All methods must be called by all processes. A context: at its end the thread ends with what it
+    writes.
 
     Args:
         folder: The run's `checkpoints`.
@@ -53,6 +55,18 @@ class CheckpointWriter:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Where a process is gone, the thread may wait for others that wait for this process to end.
+        self._thread.shutdown(wait=not lost_connection(error))
 
     def save(
         self,
@@ -92,21 +106,20 @@ class CheckpointWriter:
         Raises:
             CheckpointError: The disk is full or not writable; nothing of it is left, and older
                 ones are untouched.
+            RuntimeError: The connection to another process was lost.
         """
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
         problem = future.exception()
+        if problem is not None and lost_connection(problem):
+            raise problem
 
         def report() -> None:
             if problem is not None:
                 raise self._failed(step, problem) from problem
 
         self.processes.on_first(report)
-
-    def close(self) -> None:
-        """Let the thread end with what it writes."""
-        self._thread.shutdown()
 
     def _finish(
         self,

@@ -116,11 +116,12 @@ class Trainer:
         """
         config = self.config
         with ExitStack() as stack:
-            stack.callback(self._writer.close)
+            # First, so that a signal does not cut off the ends of the others.
+            stop = stack.enter_context(StopSignals(after_errors=self.processes.count > 1))
+            stack.enter_context(self._writer)
             if self.step == 0:
                 self.save()
             log = stack.enter_context(self._open_log()) if self.processes.is_first else None
-            stop = stack.enter_context(StopSignals())
             profile = config.execution.profile_steps
             record = record_steps(self.run.profile, profile, self.processes)
             end_step = stack.enter_context(record)

@@ -128,9 +128,7 @@ def with_begins(of, chunks, dtype, reverse=False):
     rows = (chunks.cut.batch, chunks.cut.time)
     fresh = [torch.randn(*rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
     fresh[-1] = fresh[-1][:1, :1, :1].expand_as(fresh[-1])
-    return Chunks(
-        chunks.step, chunks.cut, chunks.edges, torch.rand(*rows, 1) < 0.3, fresh, reverse
-    )
+    return Chunks(chunks.step, chunks.cut, chunks.edges, torch.rand(*rows, 1) < 0.3, fresh, reverse)
 
 
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
@@ -183,7 +181,9 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
     for n in range(2):
         for t in range(4):
             row = n + 2 * (t // 3)
-            past = [s[row] if t % 3 == 0 else e[n, t - 1] for s, e in zip(state, states, strict=True)]
+            past = [
+                s[row] if t % 3 == 0 else e[n, t - 1] for s, e in zip(state, states, strict=True)
+            ]
             expected = _step_of(cell, x[n, t], past)
             for e, a in zip(expected, states, strict=True):
                 assert_close("state", a[n, t], e, rtol=RTOL[dtype])
@@ -192,7 +192,9 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
 def _step_of(cell, gates, past):
     """What a cell of PyTorch makes of the products of its input with its weights."""
     wide = type(cell)(len(gates), len(past[0]), cell.bias is True, dtype=gates.dtype)
-    wide.load_state_dict(cell.state_dict() | {"weight_ih": torch.eye(len(gates), dtype=gates.dtype)})
+    wide.load_state_dict(
+        cell.state_dict() | {"weight_ih": torch.eye(len(gates), dtype=gates.dtype)}
+    )
     with torch.no_grad():
         found = wide(gates[None], past[0][None] if len(past) == 1 else tuple(p[None] for p in past))
     return [found[0]] if len(past) == 1 else [f[0] for f in found]

@@ -187,8 +187,8 @@ def test_layouts_parts_and_steps(name):
         assert_same(outcome(run, cell, x, state), expected, 1e-12, label=run.__name__)
 
 
-@pytest.mark.parametrize("solver", [Newton(chunk=7), Jacobi(chunk=10), Sequential()])
-def test_sweeps_by_graphs(monkeypatch, solver):
+@pytest.fixture
+def rerun_graphs(monkeypatch):
     """What a GPU does, with work that is run again in the place of a graph that is replayed."""
 
     def captured(run):
@@ -201,6 +201,10 @@ def test_sweeps_by_graphs(monkeypatch, solver):
         return replay
 
     monkeypatch.setattr(graphs, "captured", captured)
+
+
+@pytest.mark.parametrize("solver", [Newton(chunk=7), Jacobi(chunk=10), Sequential()])
+def test_sweeps_by_graphs(monkeypatch, rerun_graphs, solver):
     monkeypatch.setattr(graphs, "_STEPS", 4)
     monkeypatch.setattr(graphs, "_GRAPHS", 3)
     monkeypatch.setattr(operator, "run_steps", graphs.replayed)
@@ -213,6 +217,28 @@ def test_sweeps_by_graphs(monkeypatch, solver):
         expected = outcome(lambda x, s, r=resets: loop(cell, x, s, r), cell, x, state)
         actual = outcome(lambda x, s, r=resets: rnn(x, s, r), cell, x, state)
         assert_same(actual, expected, RTOL[torch.float64])
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, forgets):
+    """Also where a graph assumes wrongly that no iteration is needed, and is tried again later."""
+    monkeypatch.setattr(operator, "captures", lambda device: True)
+    cell = make("rnn")
+    with torch.no_grad():
+        cell.weight_hh.mul_(1e-3 if forgets else 1.0)
+    rnn = RNN(cell, solver=Newton(chunk=8))
+    plan = operator.plan_of(rnn.evaluation().plan)
+    plan.graphs._known.clear()
+    tried = []
+    call = plan.graphs.call
+    monkeypatch.setattr(plan.graphs, "call", lambda *a: tried.append(call(*a)) or tried[-1])
+    for n, resets in enumerate([None, starts(), None] * 22):
+        x, state = data(rnn)
+        expected = outcome(lambda x, s, r=resets: loop(cell, x, s, r), cell, x, state)
+        actual = outcome(lambda x, s, r=resets: rnn(x, s, r), cell, x, state)
+        assert_same(actual, expected, RTOL[torch.float64], label=str(n))
+    assert len(tried) == (2 * 66 if forgets else 4)  # forwards and backwards
+    assert all((found is not None) is forgets for found in tried)
 
 
 @pytest.mark.parametrize("pieces", [1, 4, 7])

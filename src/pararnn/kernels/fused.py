@@ -1,4 +1,4 @@
-"""Steps of recurrences whose channels mix in one generated kernel, the weights kept in registers."""
+"""Steps of recurrences whose channels mix in one generated kernel, the weights in registers."""
 
 from __future__ import annotations
 

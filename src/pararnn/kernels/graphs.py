@@ -14,9 +14,10 @@ from torch import Tensor, fx
 from pararnn.kernels import fused
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import Chunks, Rows, Swept
+from pararnn.solvers.shooting import Holds
 
 _STEPS = 128  # of a sweep in one graph; longer sweeps replay it
-_GRAPHS = 16  # kept per step
+_GRAPHS = 16  # kept per step, or plan
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], None]:
@@ -29,13 +30,17 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
+    _here.prepares = True
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = run()
+    finally:
+        _here.prepares = False
 
     def replay() -> None:
         graph.replay()
@@ -45,8 +50,18 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is enqueued on a device goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether what is enqueued on a device goes into a CUDA graph, or will."""
+    if device.type != "cuda":
+        return False
+    return getattr(_here, "prepares", False) or torch.cuda.is_current_stream_capturing()
+
+
+def captures(device: torch.device) -> bool:
+    """Whether work on a device can be captured."""
+    return device.type == "cuda" and not is_capturing(device)
+
+
+_here = threading.local()
 
 
 def run_steps(
@@ -87,26 +102,41 @@ def replayed(
     return plain.swept(chunks, whole, keep)
 
 
-_known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, _Sweep]] = (
-    weakref.WeakKeyDictionary()
-)
+_Function = Callable[[Sequence[Any], Holds], list[Tensor]]
+
+
+class Graphs:
+    """CUDA graphs of the latest forms in which some functions of tensors were called."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, _Graph] = OrderedDict()
+
+    def call(
+        self, form: Hashable, function: _Function, tensors: Sequence[Tensor | None]
+    ) -> list[Tensor] | None:
+        """The results of `function(tensors, holds)`, of which all `holds` are assumed true.
+
+        Args:
+            form: What tells functions apart, beside the forms of tensors.
+            function: Reads these tensors only, and returns new ones.
+            tensors: Arguments on one device.
+
+        Returns:
+            The results; None if an assumption turned out to be false.
+        """
+        given = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        device = next(t.device for t in tensors if t is not None)
+        key = (form, _context(device), *given)
+        with _lock:
+            if key not in self._known:
+                self._known[key] = _Graph(function, tensors)
+                if len(self._known) > _GRAPHS:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(key)
+            return self._known[key](tensors)
 
 
 _lock = threading.Lock()  # what is enqueued for one call must not mix with that for another
-
-
-def _replayed(rows: Rows, state: Sequence[Tensor], copies: int) -> list[Tensor]:
-    tensors = [*state, *rows.tensors()]
-    form = (rows.steps, rows.reverse, rows.begins is None, copies)
-    key = (form, _context(state[0].device), *((t.shape, t.dtype, t.device) for t in tensors))
-    with _lock:
-        known = _known.setdefault(rows.step.module, OrderedDict())
-        if key not in known:
-            known[key] = _Sweep(rows, state, copies)
-            if len(known) > _GRAPHS:
-                known.popitem(last=False)
-        known.move_to_end(key)
-        return known[key](tensors)
 
 
 def _context(device: torch.device) -> Hashable:
@@ -115,23 +145,49 @@ def _context(device: torch.device) -> Hashable:
     return torch.get_float32_matmul_precision(), stream
 
 
-class _Sweep:
-    """The steps of rows of one shape as a CUDA graph, with tensors of its own."""
+class _Graph:
+    """A function of tensors of certain shapes as a CUDA graph, with tensors of its own."""
 
-    def __init__(self, rows: Rows, state: Sequence[Tensor], copies: int) -> None:
-        own = [t.clone(memory_format=torch.contiguous_format) for t in state]
-        mine = rows.mapped(lambda t: t.clone(memory_format=torch.contiguous_format))
-        self.inputs = [*own, *mine.tensors()]
+    def __init__(self, function: _Function, tensors: Sequence[Tensor | None]) -> None:
+        own = [None if t is None else t.clone(memory_format=_CONTIGUOUS) for t in tensors]
+        self.inputs = [t for t in own if t is not None]
         self.outputs: list[Tensor] = []
+        self.assumed: list[Tensor] = []
+
+        def assume(truth: Tensor) -> bool:
+            self.assumed.append(truth)
+            return True
 
         def run() -> list[Tensor]:
-            self.outputs = plain.run_rows(mine, own, copies=copies)
-            return self.outputs
+            self.assumed.clear()
+            self.outputs = function(own, assume)
+            if len(self.assumed) > 1:
+                self.assumed = [torch.stack(self.assumed).all()]
+            return [*self.outputs, *self.assumed]
 
         self.replay = captured(run)
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        for mine, given in zip(self.inputs, tensors, strict=True):
+    def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
+        for mine, given in zip(self.inputs, [t for t in tensors if t is not None], strict=True):
             mine.copy_(given)
         self.replay()
+        if self.assumed and not self.assumed[0]:
+            return None
         return [o.clone() for o in self.outputs]
+
+
+_CONTIGUOUS = torch.contiguous_format
+_sweeps: weakref.WeakKeyDictionary[fx.GraphModule, Graphs] = weakref.WeakKeyDictionary()
+
+
+def _replayed(rows: Rows, state: Sequence[Tensor], copies: int) -> list[Tensor]:
+    def run(tensors: Sequence[Any], holds: Holds) -> list[Tensor]:
+        given = iter(tensors[len(state) :])
+        mine = rows.mapped(lambda _: next(given))
+        return plain.run_rows(mine, tensors[: len(state)], copies=copies)
+
+    form = (rows.steps, rows.reverse, rows.begins is None, copies)
+    tensors = [*state, *rows.tensors()]
+    found = _sweeps.setdefault(rows.step.module, Graphs()).call(form, run, tensors)
+    assert found is not None, "nothing was assumed"
+    return found

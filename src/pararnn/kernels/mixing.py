@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pararnn.kernels.graphs import is_capturing, run_steps
+from pararnn.kernels.graphs import Graphs, captures, is_capturing, run_steps
 from pararnn.kernels.operators import no_second_derivative
 from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Jacobi, Sequential, Solver, act_on_failure
-from pararnn.solvers.shooting import Progress, sequential_report
+from pararnn.solvers.shooting import Holds, Progress, sequential_report
 from pararnn.tracing.mixing import Mixing
 
 _TF32 = 2.0**-11  # half the spacing at 1
+# Elements of all states up to which a GPU is done before Python has launched everything, and up to
+# which the memory that a graph keeps is small.
+_SMALL = 1 << 21
+
+
+Problem = tuple[Hashable, ...]  # direction, batch, time, where weights are
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,17 @@ class Plan:
         settings: What the user asked for; None to choose.
         memory: Where parallel evaluation failed, if it was chosen. Layers with equal equations
             share a plan; what tells them apart is where their weights are.
+        graphs: Whole calls of small problems as CUDA graphs, which assume that no iteration is
+            needed.
+        iterated: Where that was wrong.
     """
 
     mixing: Mixing
     group: int
     settings: Solver | None
     memory: Memory = field(default_factory=Memory)
+    graphs: Graphs = field(default_factory=Graphs)
+    iterated: Memory = field(default_factory=Memory)
 
     def forward(
         self,
@@ -93,15 +104,25 @@ class Plan:
             )
         return text
 
-    def settings_for(self, chain: Chain) -> Solver:
+    def problem(self, direction: str, edges: Sequence[Tensor], batch: int, time: int) -> Problem:
+        """What tells problems apart: direction, shape and weights."""
+        kinds = zip(edges, self.mixing.step.by_rows, strict=True)
+        weights = [e.data_ptr() for e, by_rows in kinds if not by_rows]
+        return direction, batch, time, *weights[:1]
+
+    def settings_for(self, problem: Problem, batch: int, time: int, device: torch.device) -> Solver:
         """The settings in force for a problem."""
-        device = chain.initial.device
-        if self.memory.avoids(_key(chain)) or is_capturing(device):
+        if self.memory.avoids(problem) or is_capturing(device):
             return Sequential()
-        return self.chosen(chain.batch, chain.time, device.type)
+        return self.chosen(batch, time, device.type)
 
     def solve(
-        self, chain: Chain, settings: Solver, dtype: torch.dtype
+        self,
+        chain: Chain,
+        settings: Solver,
+        dtype: torch.dtype,
+        problem: Problem,
+        holds: Holds,
     ) -> tuple[list[Tensor], Progress | None]:
         """Solve a problem whose states are kept in `dtype`; see `Chain.solve`."""
         tolerance = settings.tolerance_for(dtype)
@@ -109,22 +130,43 @@ class Plan:
             tolerance = max(tolerance, _TF32)
         # Jacobi shrinks the residual by the same factor again and again, Newton ever faster.
         give_up = self.settings is None and isinstance(settings, Jacobi)
-        found, progress = chain.solve(settings, tolerance, run_steps, give_up)
+        found, progress = chain.solve(settings, tolerance, run_steps, give_up, holds)
         if self.settings is None and progress is not None and not progress.all_converged:
-            self.memory.failed(_key(chain))
+            self.memory.failed(problem)
         return found, progress
+
+    def call(
+        self,
+        run: Callable[[Sequence[Any], Holds], list[Tensor]],
+        tensors: Sequence[Tensor | None],
+        problem: Problem,
+        settings: Solver,
+        size: int,
+    ) -> list[Tensor]:
+        """`run(tensors, bool)`, or what a graph says that is the same.
+
+        Args:
+            run: Solves the problem.
+            tensors: What it reads.
+            problem: See `problem`.
+            settings: In force.
+            size: Elements of all states.
+        """
+        device = next(t.device for t in tensors if t is not None)
+        small = size <= _SMALL and not isinstance(settings, Sequential)
+        if small and captures(device) and not self.iterated.avoids(problem):
+            form = (*problem[:3], settings)
+            found = self.graphs.call(form, run, tensors)
+            if found is not None:
+                return found
+            self.iterated.failed(problem)
+        return run(tensors, bool)
 
 
 def _rounds(x: Tensor) -> bool:
     """Whether matrix products round what they multiply: no two sweeps agree to more than that."""
     single = x.dtype is torch.float32 and x.device.type == "cuda"
     return single and torch.get_float32_matmul_precision() != "highest"
-
-
-def _key(chain: Chain) -> Hashable:
-    """What tells problems apart: direction, shape and weights."""
-    weights = [e.data_ptr() for e in chain.fixed()[:1]]
-    return type(chain).__name__, chain.batch, chain.time, *weights
 
 
 _plans: dict[str, Plan] = {}
@@ -165,15 +207,24 @@ def _mixing(
     time: int,
     plan: str,
 ) -> list[Tensor]:
-    chosen = _plans[plan]
+    chosen, count = _plans[plan], len(edges)
     dtype = chosen.state_dtype(edges, initial)
-    with torch.autocast(initial.device.type, enabled=False):
-        chain = chosen.forward(edges, initial, starts, batch, time)
-        states, progress = chosen.solve(chain, chosen.settings_for(chain), dtype)
-    report = sequential_report(batch, initial.device) if progress is None else progress.report()
+    problem = chosen.problem("forward", edges, batch, time)
+    settings = chosen.settings_for(problem, batch, time, initial.device)
+
+    def run(tensors: Sequence[Any], holds: Holds) -> list[Tensor]:
+        edges, (initial, starts) = tensors[:count], tensors[count:]
+        with torch.autocast(initial.device.type, enabled=False):
+            chain = chosen.forward(edges, initial, starts, batch, time)
+            states, progress = chosen.solve(chain, settings, dtype, problem, holds)
+        report = sequential_report(batch, initial.device) if progress is None else progress.report()
+        return [*(s.to(dtype) for s in states), report]
+
+    size = batch * time * initial[0].numel()
+    found = chosen.call(run, [*edges, initial, starts], problem, settings, size)
     if chosen.settings is not None:
-        act_on_failure(report, chosen.settings, dtype)
-    return [*(s.to(dtype) for s in states), report]
+        act_on_failure(found[-1], chosen.settings, dtype)
+    return found
 
 
 def _mixing_backward(
@@ -186,28 +237,38 @@ def _mixing_backward(
     grad_states: Sequence[Tensor | None],
     plan: str,
 ) -> list[Tensor]:
-    chosen, mixing = _plans[plan], _plans[plan].mixing
-    with torch.autocast(initial.device.type, enabled=False):
-        forward = chosen.forward(edges, initial, starts, batch, time)
-        dtype = forward.initial.dtype
-        before = forward.before([s.to(dtype) for s in states])
-        grads = [
-            b.new_zeros(1, 1, 1).expand_as(b) if g is None else g.to(dtype)
-            for b, g in zip(before, grad_states, strict=True)
-        ]
-        fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
-        chain = Backward(**fields, before=before, grad_states=grads)
-        settings = chosen.settings_for(chain)
-        if isinstance(settings, Sequential):
-            found, gradients = chain.solve_in_pieces(run_steps)
-        else:
-            found, _ = chosen.solve(chain, settings, chosen.state_dtype(edges, initial))
-            gradients = chain.gradients(found)
-        shaped = [
-            g.reshape(edges[i].shape).to(edges[i].dtype)
-            for i, g in zip(mixing.differentiable, gradients, strict=True)
-        ]
-        return [*shaped, chain.initial_gradient(found).to(initial.dtype)]
+    chosen, mixing, count = _plans[plan], _plans[plan].mixing, len(edges)
+    kept_in, components = chosen.state_dtype(edges, initial), len(states)
+    problem = chosen.problem("backward", edges, batch, time)
+    settings = chosen.settings_for(problem, batch, time, initial.device)
+
+    def run(tensors: Sequence[Any], holds: Holds) -> list[Tensor]:
+        edges, (initial, starts) = tensors[:count], tensors[count : count + 2]
+        states, grad_states = tensors[count + 2 :][:components], tensors[-components:]
+        with torch.autocast(initial.device.type, enabled=False):
+            forward = chosen.forward(edges, initial, starts, batch, time)
+            dtype = forward.initial.dtype
+            before = forward.before([s.to(dtype) for s in states])
+            grads = [
+                b.new_zeros(1, 1, 1).expand_as(b) if g is None else g.to(dtype)
+                for b, g in zip(before, grad_states, strict=True)
+            ]
+            fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
+            chain = Backward(**fields, before=before, grad_states=grads)
+            if isinstance(settings, Sequential):
+                found, gradients = chain.solve_in_pieces(run_steps)
+            else:
+                found, _ = chosen.solve(chain, settings, kept_in, problem, holds)
+                gradients = chain.gradients(found)
+            shaped = [
+                g.reshape(edges[i].shape).to(edges[i].dtype)
+                for i, g in zip(mixing.differentiable, gradients, strict=True)
+            ]
+            return [*shaped, chain.initial_gradient(found).to(initial.dtype)]
+
+    size = batch * time * initial[0].numel()
+    tensors = [*edges, initial, starts, *states, *grad_states]
+    return chosen.call(run, tensors, problem, settings, size)
 
 
 def _fake_mixing(

@@ -2,11 +2,11 @@
 
 A program has one row, that is one chunk of one sequence, and the channels of one group (a head, or
 all channels). It loads the blocks of the weights that belong to the group into registers once and
-keeps states there too; every step loads what a later one reads while it computes, and writes its
+keeps states there too; every step loads what the next one reads while it computes, and writes its
 states. Rows are independent of each other, so programs are too, and several on one multiprocessor
 hide each other's latencies.
 
-Names in the generated text: `s` states, `u` what is loaded of a drive, some steps ahead.
+Names in the generated text: `s` states, `u` what is loaded of a drive, one step ahead.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from pararnn.tracing.expressions import (
 from pararnn.tracing.products import Place, Products
 
 # Products are sums over a weight of shape (result, factor // TILE, factor % TILE). With neighbours
-# in memory along the last axis a thread has 4 of them in every tile, and all but the last sums, over
-# 4 threads, stay within a thread.
+# in memory along the last axis a thread has 4 of them in every tile, and all sums but the last ones,
+# over 4 threads, stay within a thread.
 TILE = 16
-_AHEAD = 4  # steps that loads come before their use
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,13 @@ class _Steps:
 
     def step(self) -> None:
         """A function of the leaves, for all channels of a program."""
-        lines, values = printing.statements(self.language(), self.products.step, {})
+        roots = self.products.step
+        # Products first, as far as they do not depend on each other, so that they overlap.
+        dots = [e for e in topological(roots) if e.op == "dot"]
+        lines, values = printing.statements(self.language(), [*dots, *roots], {})
         shaped = [
             value if varies(root) else f"tl.zeros_like(state0) + {value}"
-            for root, value in zip(self.products.step, values, strict=True)
+            for root, value in zip(roots, values[len(dots) :], strict=True)
         ]
         self.out()
         self.out("@triton.jit")
@@ -156,8 +158,7 @@ class _Steps:
             for i in self.components:
                 at = f"initial{i} + row * {self.hidden} + channel"
                 out(f"s{i} = tl.load({at}, mask=inside, other=0.0).to({self.real})")
-            for ahead in range(_AHEAD):
-                self.load(ahead, str(ahead))
+            self.load("0")
             with out.block("for i in range(0, steps):"):
                 self.one()
             for i in self.components:
@@ -175,7 +176,7 @@ class _Steps:
 
     def constants(self) -> None:
         """What is loaded once."""
-        out, size, wide = self.out, self.products.size, width(self.products)
+        out, wide = self.out, width(self.products)
         if self.products.weights:
             out(f"factor = tl.arange(0, {wide // TILE})[None, :, None] * {TILE}")
             out(f"factor += tl.arange(0, {TILE})[None, None, :]")
@@ -187,33 +188,28 @@ class _Steps:
             at = _at(place, f"edge{place.edge}")
             out(f"coefficient{n} = tl.load({at}, mask=inside, other=0.0).to({self.real})")
 
-    def load(self, slot: int, step: str) -> None:
+    def load(self, step: str) -> None:
         """What a step reads, or the last one if there are not so many."""
         out = self.out
         out(f"ahead = tl.cast(tl.minimum({step}, steps - 1), tl.int64)")
         for n, place in enumerate(self.products.drives):
             at = _at(place, f"edge{place.edge}_at + ahead * edge{place.edge}_next")
-            out(f"u{n}_{slot} = tl.load({at}, mask=inside, other=0)")
+            out(f"u{n} = tl.load({at}, mask=inside, other=0)")
         if self.form.begins:
-            out(f"begin_{slot} = tl.load(begins_at + ahead * begins_next)")
+            out("replaced = tl.load(begins_at + ahead * begins_next)")
 
     def one(self) -> None:
         """One step."""
         out = self.out
-        loaded = [f"u{n}_" for n, _ in enumerate(self.products.drives)]
-        for n, name in enumerate(loaded):
-            out(f"drive{n} = {name}0.to({self.real})")
+        for n, _ in enumerate(self.products.drives):
+            out(f"drive{n} = u{n}.to({self.real})")
         if self.form.begins:
-            loaded.append("begin_")
-            with out.block("if begin_0 != 0:"):
+            with out.block("if replaced != 0:"):
                 for i in self.components:
                     at = f"fresh{i}_at + tl.cast(i, tl.int64) * fresh{i}_next"
                     at += f" + channel * fresh{i}_channel"
                     out(f"s{i} = tl.load({at}, mask=inside, other=0.0).to({self.real})")
-        for name in loaded:
-            for ahead in range(_AHEAD - 1):
-                out(f"{name}{ahead} = {name}{ahead + 1}")
-        self.load(_AHEAD - 1, f"i + {_AHEAD}")
+        self.load("i + 1")
         states = [f"s{i}" for i in self.components]
         given = ["inside", *states, *self.leaves()[len(states) :]]
         out(f"{', '.join(states)} = step({', '.join(given)})")

@@ -155,10 +155,10 @@ class Rows:
         return [*self.edges, *([] if self.begins is None else [self.begins]), *self.fresh]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        """The same with other tensors."""
+        """The same with other tensors, in the order of `tensors`."""
+        edges = [change(e) for e in self.edges]
         begins = None if self.begins is None else change(self.begins)
-        edges, fresh = map(change, self.edges), map(change, self.fresh)
-        return replace(self, edges=list(edges), begins=begins, fresh=list(fresh))
+        return replace(self, edges=edges, begins=begins, fresh=[change(f) for f in self.fresh])
 
     def piece(self, begin: int, end: int) -> Rows:
         """Some of the steps, counted in the order in which they are run."""
@@ -267,9 +267,7 @@ def swept(chunks: Chunks, history: Sequence[Tensor], keep: bool) -> Swept:
     return [chunks.cut.join(h) for h in history] if keep else [], [h[-1] for h in history]
 
 
-def run_rows(
-    rows: Rows, state: Sequence[Tensor], first: int = 0, copies: int = 1
-) -> list[Tensor]:
+def run_rows(rows: Rows, state: Sequence[Tensor], first: int = 0, copies: int = 1) -> list[Tensor]:
     """The states after all steps from `first` on, components (steps, copies * rows, hidden)."""
     module, begins = rows.step.module.forward, rows.begins
     moving = rows.step.by_rows

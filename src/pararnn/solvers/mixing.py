@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pararnn.solvers.chunks import Chunks, Cut, Groups, Run, in_blocks, states_before
 from pararnn.solvers.settings import Sequential, Solver
-from pararnn.solvers.shooting import WARM_UP, Progress, shoot
+from pararnn.solvers.shooting import WARM_UP, Holds, Progress, shoot
 from pararnn.tracing.mixing import Mixing
 
 _PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
@@ -78,7 +78,12 @@ class Chain(abc.ABC):
         return [e for e, r in zip(self.edges, self.mixing.step.by_rows, strict=True) if not r]
 
     def solve(
-        self, settings: Solver, tolerance: float, run: Run, give_up: bool = False
+        self,
+        settings: Solver,
+        tolerance: float,
+        run: Run,
+        give_up: bool = False,
+        holds: Holds = bool,
     ) -> tuple[list[Tensor], Progress | None]:
         """Evaluate it.
 
@@ -87,6 +92,7 @@ class Chain(abc.ABC):
             tolerance: The tolerance that holds.
             run: Steps through chunks.
             give_up: See `shoot`.
+            holds: See `shoot`.
 
         Returns:
             Components (batch, time, hidden) after every step, and how it went: None if there is one
@@ -117,6 +123,7 @@ class Chain(abc.ABC):
             tolerance,
             self.relative,
             give_up,
+            holds,
         )
         if not progress.all_converged:
             whole, _ = self.solve(Sequential(), tolerance, run)

@@ -211,6 +211,10 @@ def solve_adjoint(
     return gradients
 
 
+Holds = Callable[[Tensor], bool]
+"""Whether a truth value on the device is true: `bool` waits for it; others may know or assume."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How an iteration went, for every sequence.
@@ -244,6 +248,7 @@ def shoot(
     tolerance: float,
     relative: bool = False,
     give_up: bool = False,
+    holds: Holds = bool,
 ) -> Progress:
     """Iterate until every chunk ends where the next one starts.
 
@@ -258,6 +263,7 @@ def shoot(
             no natural scale; else every entry against its own size, or 1 if that is larger.
         give_up: Stop once the residual, shrinking as it did, will not reach the tolerance in the
             iterations that are left.
+        holds: Answers whether all have converged.
 
     Returns:
         How it went. The last sweep was from first states that are as far from consistent as the
@@ -272,7 +278,7 @@ def shoot(
         residual = _residual(ends[:, :-1], guess[:, 1:], relative)
         converged = residual <= tolerance
         iterations = torch.where(converged, iterations.clamp_max(iteration), iterations)
-        if bool(converged.all()):
+        if holds(converged.all()):
             return Progress(iterations, residual, converged, True, chunks)
         if iteration == chunks:  # every chunk has started from its exact state
             return Progress(iterations, residual, torch.ones_like(converged), True, chunks)

@@ -10,6 +10,7 @@ from pararnn.bench.models import ModelSize
 from pararnn.cli.main import main
 from pararnn.models.flops import multiplied_parameters, peak_flops, train_flops_per_token
 from pararnn.models.presets import ARCHITECTURES
+from pararnn.training.config import ExecutionConfig
 
 CPU = torch.device("cpu")
 SIZE = ModelSize(width=64, num_layers=2, vocab_size=256)
@@ -140,7 +141,8 @@ def test_train_steps_learn_with_and_without_checkpointing(architecture, monkeypa
     monkeypatch.setattr(train.CausalLoss, "forward", spy)
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        train.measure(SIZE, architecture, 2, 16, CPU, checkpointing)
+        execution = ExecutionConfig(activation_checkpointing=checkpointing)
+        train.measure(SIZE, architecture, 2, 16, CPU, execution)
     without, with_it = losses[: len(losses) // 2], losses[len(losses) // 2 :]
     assert without[-1] < without[0]
     assert with_it == pytest.approx(without, rel=1e-2)
@@ -175,19 +177,46 @@ def test_kernels_that_overlap_count_once():
     assert train.covered([]) == 0
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_out_of_memory_is_tried_with_checkpointing(monkeypatch, fits):
-    def measure(size, architecture, batch, time, device, checkpointing):
-        if checkpointing and fits:
+@pytest.mark.parametrize(
+    ("fits", "expected"),
+    [
+        ((2, False), {"checkpointing": False, "batch": 2, "step_ms": 1.0}),
+        ((1, False), {"checkpointing": False, "batch": 1, "note": "1 sequences, since 2 do not"}),
+        ((2, True), {"checkpointing": True, "batch": 2, "note": ""}),
+        (None, {"skipped": "out of memory, with activation checkpointing too", "batch": 2}),
+    ],
+)
+def test_out_of_memory_is_tried_with_half_and_with_checkpointing(monkeypatch, fits, expected):
+    def measure(size, architecture, batch, time, device, execution):
+        if (batch, execution.activation_checkpointing) == fits:
             return {"step_ms": 1.0}
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "measure", measure)
     (row,) = train.train_rows(SIZE, ["paragru"], 2, 16, CPU)
-    expected = {"checkpointing": True, "step_ms": 1.0}
-    if not fits:
-        expected = {"skipped": "out of memory, with activation checkpointing too"}
+    note = expected.pop("note", "")
     assert row.items() >= expected.items()
+    assert row["note"].startswith(note)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_one_that_does_not_compile_runs_as_it_is(monkeypatch, runs):
+    tried = []
+
+    def measure(size, architecture, batch, time, device, execution):
+        tried.append((batch, execution.compile))
+        if batch == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if execution.compile or not runs:
+            raise TypeError("cannot be compiled\nsince it is odd")
+        return {"step_ms": 1.0}
+
+    monkeypatch.setattr(train, "measure", measure)
+    (row,) = train.train_rows(SIZE, ["paragru"], 4, 16, torch.device("cuda"))
+    assert tried == [(4, True), (2, True), (2, False)]
+    reason = "TypeError: cannot be compiled"
+    assert f"do not compile ({reason})" in row["note"]
+    assert row["skipped"] == reason if not runs else "2 sequences, since 4 do not" in row["note"]
 
 
 def test_commands_write_tables(tmp_path, capsys, monkeypatch, once):

@@ -30,9 +30,9 @@ def train_rows(
     """Time train steps on random tokens; one row for each architecture.
 
     A step is forward and backward in bfloat16 autocast with float32 weights, and fused AdamW; on a
-    GPU every block is compiled. An architecture that does not fit the memory is tried again with
-    activation checkpointing, and otherwise its row says why it was skipped, as does that of one
-    which fails in another way.
+    GPU every block is compiled. An architecture that does not fit the memory is tried with half the
+    sequences, then with activation checkpointing; one whose blocks do not compile runs them as they
+    are. Its row says so, or why it was skipped.
 
     Args:
         size: Of the models.
@@ -47,19 +47,37 @@ def train_rows(
 
 
 def _row(size: ModelSize, architecture: str, batch: int, time: int, device: torch.device) -> Row:
+    notes = [note for note in [missing_kernels(architecture)] if note]
     row: Row = {"architecture": architecture, "batch": batch, "time": time}
-    row["note"] = missing_kernels(architecture)
-    for checkpointing in (False, True):
+    compiled = device.type == "cuda"
+    tries = [(batch, False), (max(1, batch // 2), False), (batch, True)]
+    while tries:
+        sequences, checkpointing = tries[0]
         release()
+        execution = ExecutionConfig(activation_checkpointing=checkpointing, compile=compiled)
         try:
-            measured = measure(size, architecture, batch, time, device, checkpointing)
+            measured = measure(size, architecture, sequences, time, device, execution)
         except torch.OutOfMemoryError:
+            tries.pop(0)
             continue
-        except RuntimeError as error:  # one that does not compile does not take the others along
-            reason = (str(error).strip() or "no message").splitlines()[0]
-            return row | {"skipped": f"{type(error).__name__}: {reason}"}
-        return row | {"checkpointing": checkpointing} | measured
-    return row | {"skipped": "out of memory, with activation checkpointing too"}
+        except Exception as error:  # whatever it is, it must not take the others along
+            reason = _in_one_line(error)
+            if not compiled:
+                return row | {"note": "; ".join(notes), "skipped": reason}
+            notes.append(f"blocks as they are, since they do not compile ({reason})")
+            compiled = False
+            continue
+        if sequences != batch:
+            notes.append(f"{sequences} sequences, since {batch} do not fit the memory")
+        measured |= {"batch": sequences, "checkpointing": checkpointing, "note": "; ".join(notes)}
+        return row | measured
+    reason = "out of memory, with activation checkpointing too"
+    return row | {"note": "; ".join(notes), "skipped": reason}
+
+
+def _in_one_line(error: Exception) -> str:
+    reason = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {reason}"
 
 
 def measure(
@@ -68,7 +86,7 @@ def measure(
     batch: int,
     time: int,
     device: torch.device,
-    checkpointing: bool,
+    execution: ExecutionConfig,
 ) -> Row:
     """The figures of one architecture.
 
@@ -78,7 +96,6 @@ def measure(
     model = size.build(architecture, device, torch.float32, time)
     loss = CausalLoss(model, preset(architecture, size.name).z_loss_weight)
     on_gpu = device.type == "cuda"
-    execution = ExecutionConfig(activation_checkpointing=checkpointing, compile=on_gpu)
     lay_out(loss, execution, Processes(0, 1, device))
     step = _train_step(loss, batch, time)
     milliseconds = steps_milliseconds(step, device)

@@ -14,6 +14,7 @@ from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import peak_flops, train_flops_per_token
 from pararnn.models.presets import preset
 from pararnn.training.config import ExecutionConfig
+from pararnn.training.initial import outline
 from pararnn.training.parallel import Processes
 from pararnn.training.sharding import lay_out
 
@@ -25,7 +26,7 @@ def train_rows(
     architectures: Sequence[str],
     batch: int | None,
     time: int,
-    device: torch.device,
+    processes: Processes,
 ) -> Iterator[Row]:
     """Time train steps on random tokens; one row for each architecture.
 
@@ -37,26 +38,27 @@ def train_rows(
     Args:
         size: Of the models.
         architectures: Names of presets.
-        batch: Sequences; None for as many as the paper has per GPU at this size.
+        batch: Sequences of one process; None for as many as the paper has per GPU at this size.
         time: Tokens per sequence.
-        device: Where to run.
+        processes: That share the model (FSDP2), each with sequences of its own. What one of them
+            cannot do is taken for what none can.
     """
     batch = batch or preset(architectures[0], size.name).batch_size
     for architecture in architectures:
-        yield _row(size, architecture, batch, time, device)
+        yield _row(size, architecture, batch, time, processes)
 
 
-def _row(size: ModelSize, architecture: str, batch: int, time: int, device: torch.device) -> Row:
+def _row(size: ModelSize, architecture: str, batch: int, time: int, processes: Processes) -> Row:
     notes = [note for note in [missing_kernels(architecture)] if note]
     row: Row = {"architecture": architecture, "batch": batch, "time": time}
-    compiled = device.type == "cuda"
+    compiled = processes.device.type == "cuda"
     tries = [(batch, False), (max(1, batch // 2), False), (batch, True)]
     while tries:
         sequences, checkpointing = tries[0]
         release()
         execution = ExecutionConfig(activation_checkpointing=checkpointing, compile=compiled)
         try:
-            measured = measure(size, architecture, sequences, time, device, execution)
+            measured = measure(size, architecture, sequences, time, processes, execution)
         except torch.OutOfMemoryError:
             tries.pop(0)
             continue
@@ -85,7 +87,7 @@ def measure(
     architecture: str,
     batch: int,
     time: int,
-    device: torch.device,
+    processes: Processes,
     execution: ExecutionConfig,
 ) -> Row:
     """The figures of one architecture.
@@ -93,31 +95,38 @@ def measure(
     Raises:
         torch.OutOfMemoryError: It does not fit.
     """
-    model = size.build(architecture, device, torch.float32, time)
+    device, on_gpu = processes.device, processes.device.type == "cuda"
+    alone = processes.count == 1  # then it is faster made on the device
+    model = (
+        size.build(architecture, device, torch.float32, time)
+        if alone
+        else outline(size.config(architecture, time))
+    )
     loss = CausalLoss(model, preset(architecture, size.name).z_loss_weight)
-    on_gpu = device.type == "cuda"
-    lay_out(loss, execution, Processes(0, 1, device))
-    step = _train_step(loss, batch, time)
+    lay_out(loss, execution, processes)
+    step = _train_step(loss, batch, time, device)
     milliseconds = steps_milliseconds(step, device)
-    flops = train_flops_per_token(model, time) * batch * time
+    tokens = processes.count * batch * time
+    flops = train_flops_per_token(model, time) * tokens
     peak = peak_flops(device)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
     return {
+        "processes": processes.count,
         "parameters": sum(p.numel() for p in model.parameters()),
         "step_ms": milliseconds,
-        "tokens_per_second": batch * time / milliseconds * 1e3,
-        "mfu": None if peak is None else flops / (milliseconds / 1e3) / peak,
+        "tokens_per_second": tokens / milliseconds * 1e3,
+        "mfu": None if peak is None else flops / (milliseconds / 1e3) / peak / processes.count,
         "peak_memory_gib": memory,
         "recurrence_share": _recurrence_share(step) if on_gpu else None,
     }
 
 
-def _train_step(loss: CausalLoss, batch: int, time: int) -> Callable[[], None]:
+def _train_step(
+    loss: CausalLoss, batch: int, time: int, device: torch.device
+) -> Callable[[], None]:
     loss.train()
-    model = loss.model
-    device = model.device
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(model.config.vocab_size, (batch, time + 1), device=device)
+    tokens = torch.randint(loss.model.config.vocab_size, (batch, time + 1), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

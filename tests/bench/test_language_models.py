@@ -7,11 +7,16 @@ import torch
 
 from pararnn.bench import decode, train
 from pararnn.bench.models import ModelSize
+from pararnn.cli.bench import DecodeArguments
 from pararnn.cli.main import main
+from pararnn.data.errors import RunError
 from pararnn.models.flops import multiplied_parameters, peak_flops, train_flops_per_token
 from pararnn.models.presets import ARCHITECTURES
+from pararnn.training.config import ExecutionConfig
+from pararnn.training.parallel import Processes
 
 CPU = torch.device("cpu")
+HERE = Processes(0, 1, CPU)
 SIZE = ModelSize(width=64, num_layers=2, vocab_size=256)
 TINY = "--width 64 --layers 2 --vocab-size 256 --device cpu".split()
 
@@ -119,7 +124,7 @@ def test_decode_of_the_transformer_stays_at_its_context(monkeypatch):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_train_row(once, architecture):
-    (row,) = train.train_rows(SIZE, [architecture], 2, 16, CPU)
+    (row,) = train.train_rows(SIZE, [architecture], 2, 16, HERE)
     assert row["tokens_per_second"] == 16_000
     assert row["step_ms"] == 2.0
     assert row["mfu"] is None
@@ -140,7 +145,8 @@ def test_train_steps_learn_with_and_without_checkpointing(architecture, monkeypa
     monkeypatch.setattr(train.CausalLoss, "forward", spy)
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        train.measure(SIZE, architecture, 2, 16, CPU, checkpointing)
+        execution = ExecutionConfig(activation_checkpointing=checkpointing)
+        train.measure(SIZE, architecture, 2, 16, HERE, execution)
     without, with_it = losses[: len(losses) // 2], losses[len(losses) // 2 :]
     assert without[-1] < without[0]
     assert with_it == pytest.approx(without, rel=1e-2)
@@ -153,7 +159,7 @@ def test_on_a_gpu():
     gpu = torch.device("cuda")
     for row in decode.decode_rows(SIZE, ARCHITECTURES, [2], [64], gpu, rate=1000.0):
         assert 0 < row["share_of_limit"] < 1
-    for row in train.train_rows(SIZE, ARCHITECTURES, 2, 64, gpu):
+    for row in train.train_rows(SIZE, ARCHITECTURES, 2, 64, Processes(0, 1, gpu)):
         assert row["peak_memory_gib"] > 0
         assert (row["recurrence_share"] > 0) == row["architecture"].startswith("para")
 
@@ -165,7 +171,7 @@ def test_one_that_fails_does_not_take_the_others_along(monkeypatch):
         return {"step_ms": 1.0}
 
     monkeypatch.setattr(train, "measure", measure)
-    rows = list(train.train_rows(SIZE, ["mamba2", "paragru"], 2, 16, CPU))
+    rows = list(train.train_rows(SIZE, ["mamba2", "paragru"], 2, 16, HERE))
     assert rows[0]["skipped"] == "RuntimeError: it does not compile"
     assert rows[1]["step_ms"] == 1.0
 
@@ -175,19 +181,46 @@ def test_kernels_that_overlap_count_once():
     assert train.covered([]) == 0
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_out_of_memory_is_tried_with_checkpointing(monkeypatch, fits):
-    def measure(size, architecture, batch, time, device, checkpointing):
-        if checkpointing and fits:
+@pytest.mark.parametrize(
+    ("fits", "expected"),
+    [
+        ((2, False), {"checkpointing": False, "batch": 2, "step_ms": 1.0}),
+        ((1, False), {"checkpointing": False, "batch": 1, "note": "1 sequences, since 2 do not"}),
+        ((2, True), {"checkpointing": True, "batch": 2, "note": ""}),
+        (None, {"skipped": "out of memory, with activation checkpointing too", "batch": 2}),
+    ],
+)
+def test_out_of_memory_is_tried_with_half_and_with_checkpointing(monkeypatch, fits, expected):
+    def measure(size, architecture, batch, time, processes, execution):
+        if (batch, execution.activation_checkpointing) == fits:
             return {"step_ms": 1.0}
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "measure", measure)
-    (row,) = train.train_rows(SIZE, ["paragru"], 2, 16, CPU)
-    expected = {"checkpointing": True, "step_ms": 1.0}
-    if not fits:
-        expected = {"skipped": "out of memory, with activation checkpointing too"}
+    (row,) = train.train_rows(SIZE, ["paragru"], 2, 16, HERE)
+    note = expected.pop("note", "")
     assert row.items() >= expected.items()
+    assert row["note"].startswith(note)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_one_that_does_not_compile_runs_as_it_is(monkeypatch, runs):
+    tried = []
+
+    def measure(size, architecture, batch, time, processes, execution):
+        tried.append((batch, execution.compile))
+        if batch == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if execution.compile or not runs:
+            raise TypeError("cannot be compiled\nsince it is odd")
+        return {"step_ms": 1.0}
+
+    monkeypatch.setattr(train, "measure", measure)
+    (row,) = train.train_rows(SIZE, ["paragru"], 4, 16, Processes(0, 1, torch.device("cuda")))
+    assert tried == [(4, True), (2, True), (2, False)]
+    reason = "TypeError: cannot be compiled"
+    assert f"do not compile ({reason})" in row["note"]
+    assert row["skipped"] == reason if not runs else "2 sequences, since 4 do not" in row["note"]
 
 
 def test_commands_write_tables(tmp_path, capsys, monkeypatch, once):
@@ -210,6 +243,11 @@ def test_commands_write_tables(tmp_path, capsys, monkeypatch, once):
     assert stored["facts"]["torch"] == torch.__version__
     table = (tmp_path / "tables/train.md").read_text()
     assert "| paragru | 163,776 | 2 | 16 | 16,000 | 2.0 |  |  | no |  |" in table
+
+
+def test_generation_is_timed_in_one_process():
+    with pytest.raises(RunError, match="runs in one process; start it without torchrun"):
+        DecodeArguments().rows(Processes(0, 2, CPU), 1.0)
 
 
 def test_a_skipped_row_is_a_line_below_the_table(tmp_path, capsys, monkeypatch):

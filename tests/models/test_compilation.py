@@ -6,8 +6,9 @@ from torch._dynamo.testing import CompileCounter
 
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.config import ExecutionConfig
+from pararnn.training.initial import blocks
 from pararnn.training.parallel import Processes
-from pararnn.training.sharding import blocks, lay_out
+from pararnn.training.sharding import lay_out
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's own are errors to it

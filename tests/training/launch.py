@@ -35,9 +35,9 @@ class Launch:
             text=True,
         )
 
-    def wait(self, *, succeeds=True):
+    def wait(self, timeout=120, *, succeeds=True):
         """Everything printed, once all processes have ended."""
-        printed, _ = self.process.communicate(timeout=120)
+        printed, _ = self.process.communicate(timeout=timeout)
         assert (self.process.returncode == 0) == succeeds, printed
         return printed
 

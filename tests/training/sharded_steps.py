@@ -1,39 +1,55 @@
-"""Run by `test_many_processes` in two processes: models in parts against whole ones."""
+"""Run by `test_many_processes` in two processes: models in parts against whole ones.
 
+The device is the argument: cpu, or cuda with a GPU for each process.
+"""
+
+import dataclasses
 import math
+import sys
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from pararnn.data.errors import OtherProcessError, RunError
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.presets import ARCHITECTURES
+from pararnn.training import sharding
 from pararnn.training.config import (
     ArchitectureConfig,
     ExecutionConfig,
     OptimizerConfig,
     TrainConfig,
 )
-from pararnn.training.language_model import build_model
+from pararnn.training.initial import blocks, is_empty, start_block
+from pararnn.training.language_model import build_model, outline_model
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes, join_processes
 from pararnn.training.sharding import gather_on_first, lay_out
 from pararnn.training.step import train_step
 from pararnn.training.text import Codec
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 BATCH = torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(0))
+FAR = {"cpu": 0.0, "cuda": 1e-3}
+"""Share of the entries that may be further off: AdamW's first steps take the sign of a gradient,
+and a GPU sums tiny ones in another order."""
 
 
-def take_steps(architecture, batches, processes, execution, precision="float32"):
-    """Two optimiser steps; the results and the model."""
-    config = TrainConfig(
+def settings(architecture, precision="float32"):
+    return TrainConfig(
         model=architecture,
         architecture=ArchitectureConfig(width=16, num_layers=2, num_heads=2),
         optimizer=OptimizerConfig(precision=precision),
     )
-    model = CausalLoss(build_model(config, Codec()), 1e-4)
-    lay_out(model, execution, processes)
+
+
+def take_steps(architecture, batches, processes, execution, precision="float32"):
+    """Two optimiser steps; the results and the model."""
+    config = settings(architecture, precision)
+    make = build_model if processes.count == 1 else outline_model
+    model = CausalLoss(make(config, Codec()), 1e-4)
+    lay_out(model, execution, processes, config.seed)
     optimizer = build_optimizer(model.model, config.optimizer)
     results = [train_step(model, optimizer, batches, config.optimizer, processes) for _ in range(2)]
     return results, model, optimizer, config
@@ -41,8 +57,8 @@ def take_steps(architecture, batches, processes, execution, precision="float32")
 
 def compare(processes, architecture, execution, precision="float32"):
     mine = BATCH[2 * processes.rank : 2 * processes.rank + 2]
-    plain = ExecutionConfig()
-    expected, whole, *_ = take_steps(architecture, [BATCH], ALONE, plain, precision)
+    plain, alone = ExecutionConfig(), Processes(0, 1, processes.device)
+    expected, whole, *_ = take_steps(architecture, [BATCH], alone, plain, precision)
     # in parts: two processes with one pass each, or with two passes of one sequence
     for batches in ([mine], list(mine.split(1))):
         found, parts, *_ = take_steps(architecture, batches, processes, execution, precision)
@@ -54,8 +70,38 @@ def compare(processes, architecture, execution, precision="float32"):
         for name, value in gathered.items():
             assert value.dtype == torch.float32
             if precision == "float32":
-                error = (value - whole.state_dict()[name]).abs().max()
-                assert error < 2e-4, (architecture, name, error)
+                error = (value - whole.state_dict()[name].cpu()).abs()
+                far = (error > 2e-4).float().mean().item()
+                assert far <= FAR[DEVICE], (architecture, name, far, error.max())
+
+
+def check_start(processes, architecture, monkeypatch):
+    """Parts begin with the values of a whole model, and only one block exists whole at a time."""
+    config = settings(architecture)
+    config = dataclasses.replace(config, seed=3)
+    expected = build_model(config, Codec())
+    loss = CausalLoss(outline_model(config, Codec()), 1e-4)
+    assert all(p.is_meta for p in loss.parameters())
+
+    def start(model, index, seed):
+        for number, block in enumerate(blocks(model)):
+            if number >= index:
+                assert is_empty(block)
+        for p in model.parameters():
+            assert p.is_meta or isinstance(p, DTensor)
+        return start_block(model, index, seed)
+
+    monkeypatch.setattr(sharding, "start_block", start)
+    lay_out(loss, ExecutionConfig(), processes, config.seed)
+    assert all(isinstance(p, DTensor) for p in loss.parameters())
+    assert not any(buffer.is_meta for buffer in loss.buffers())
+    found = gather_on_first(loss.model.state_dict(), processes)
+    if processes.is_first:
+        assert found.keys() == expected.state_dict().keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected.state_dict()[name]), (architecture, name)
+    for a, b in zip(loss.model.buffers(), expected.buffers(), strict=True):
+        assert torch.equal(a.cpu(), b), architecture
 
 
 def check_not_finite(processes):
@@ -88,13 +134,20 @@ def check_failure(processes):
     assert processes.mean([float(processes.rank)]) == [0.5]
 
 
-with join_processes("cpu") as processes:
+with join_processes(DEVICE) as processes:
+    for architecture in ARCHITECTURES:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            check_start(processes, architecture, monkeypatch)
     for architecture in ARCHITECTURES:
         compare(processes, architecture, ExecutionConfig())
     checkpointed = ExecutionConfig(activation_checkpointing=True)
     for architecture in ARCHITECTURES:
         compare(processes, architecture, checkpointed)
     compare(processes, "paragru", checkpointed, "bfloat16")
+    if DEVICE == "cuda":  # takes minutes on a CPU
+        compiled = ExecutionConfig(activation_checkpointing=True, compile=True)
+        compare(processes, "paragru", compiled, "bfloat16")
+        compare(processes, "transformer", compiled, "bfloat16")
     check_not_finite(processes)
     check_failure(processes)
     processes.print("all equal")

@@ -169,3 +169,18 @@ def test_every_architecture_in_parts(folder):
     finally:
         launched.end()
     assert "all equal" in printed
+
+
+def test_train_benchmark_in_parts(folder):
+    sizes = "--width 16 --layers 2 --vocab-size 256 --batch-size 2 --sequence-length 16".split()
+    command = ["bench", "train", "--device", "cpu", "--architectures", "paragru", "--out", "table"]
+    launched = Launch(2, "-m", "pararnn.cli", *command, *sizes, folder=folder)
+    try:
+        printed = launched.wait()
+    finally:
+        launched.end()
+    assert printed.count("train architecture=paragru") == 1
+    (row,) = json.loads((folder / "table/train.json").read_text())["rows"]
+    assert (row["processes"], row["batch"]) == (2, 2)
+    assert row["tokens_per_second"] == pytest.approx(2 * 2 * 16 / row["step_ms"] * 1e3)
+    assert "on 2 processes with a " in (folder / "table/train.md").read_text()

@@ -57,7 +57,7 @@ TRAIN = Table(
     (
         ("architecture", "model", ""),
         ("parameters", "parameters", ","),
-        ("batch", "sequences", ""),
+        ("batch", "sequences per GPU", ""),
         ("time", "tokens each", ","),
         ("tokens_per_second", "tokens/s", ",.0f"),
         ("step_ms", "ms per step", ",.1f"),
@@ -69,12 +69,12 @@ TRAIN = Table(
 )
 
 
-def facts_of(device: torch.device, size: object, command: str) -> dict[str, str]:
-    """What the rows depend on."""
+def facts_of(device: torch.device, count: int, size: object, command: str) -> dict[str, Any]:
+    """What the rows depend on; `count` devices of a kind."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else platform.machine() + " CPU"
     versions = {"pararnn": pararnn.__version__, "torch": torch.__version__}
-    return {"device": name, "size": str(size), "command": command, **versions}
+    return {"device": name, "devices": count, "size": str(size), "command": command, **versions}
 
 
 def save_table(table: Table, rows: list[Row], facts: dict[str, Any], folder: Path) -> Path:
@@ -88,7 +88,10 @@ def save_table(table: Table, rows: list[Row], facts: dict[str, Any], folder: Pat
 
 
 def _markdown(table: Table, rows: list[Row], facts: dict[str, Any]) -> str:
-    lines = [f"# {table.title}", "", f"`{facts['command']}` on one {facts['device']}, torch "]
+    device = f"one {facts['device']}"
+    if facts["devices"] > 1:
+        device = f"{facts['devices']} processes with a {facts['device']} each (FSDP2)"
+    lines = [f"# {table.title}", "", f"`{facts['command']}` on {device}, torch "]
     lines[-1] += f"{facts['torch']}; {facts['size']}. {table.text}"
     lines += ["", f"| {' | '.join(heading for _, heading, _ in table.columns)} |"]
     lines += ["|---" * len(table.columns) + "|"]

@@ -14,6 +14,7 @@ from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import peak_flops, train_flops_per_token
 from pararnn.models.presets import preset
 from pararnn.training.config import ExecutionConfig
+from pararnn.training.initial import outline
 from pararnn.training.parallel import Processes
 from pararnn.training.sharding import lay_out
 
@@ -25,41 +26,60 @@ def train_rows(
     architectures: Sequence[str],
     batch: int | None,
     time: int,
-    device: torch.device,
+    processes: Processes,
 ) -> Iterator[Row]:
     """Time train steps on random tokens; one row for each architecture.
 
     A step is forward and backward in bfloat16 autocast with float32 weights, and fused AdamW; on a
-    GPU every block is compiled. An architecture that does not fit the memory is tried again with
-    activation checkpointing, and otherwise its row says why it was skipped, as does that of one
-    which fails in another way.
+    GPU every block is compiled. An architecture that does not fit the memory is tried with half the
+    sequences, then with activation checkpointing; one whose blocks do not compile runs them as they
+    are. Its row says so, or why it was skipped.
 
     Args:
         size: Of the models.
         architectures: Names of presets.
-        batch: Sequences; None for as many as the paper has per GPU at this size.
+        batch: Sequences of one process; None for as many as the paper has per GPU at this size.
         time: Tokens per sequence.
-        device: Where to run.
+        processes: That share the model (FSDP2), each with sequences of its own. What one of them
+            cannot do is taken for what none can.
     """
     batch = batch or preset(architectures[0], size.name).batch_size
     for architecture in architectures:
-        yield _row(size, architecture, batch, time, device)
+        yield _row(size, architecture, batch, time, processes)
 
 
-def _row(size: ModelSize, architecture: str, batch: int, time: int, device: torch.device) -> Row:
+def _row(size: ModelSize, architecture: str, batch: int, time: int, processes: Processes) -> Row:
+    notes = [note for note in [missing_kernels(architecture)] if note]
     row: Row = {"architecture": architecture, "batch": batch, "time": time}
-    row["note"] = missing_kernels(architecture)
-    for checkpointing in (False, True):
+    compiled = processes.device.type == "cuda"
+    tries = [(batch, False), (max(1, batch // 2), False), (batch, True)]
+    while tries:
+        sequences, checkpointing = tries[0]
         release()
+        execution = ExecutionConfig(activation_checkpointing=checkpointing, compile=compiled)
         try:
-            measured = measure(size, architecture, batch, time, device, checkpointing)
+            measured = measure(size, architecture, sequences, time, processes, execution)
         except torch.OutOfMemoryError:
+            tries.pop(0)
             continue
-        except RuntimeError as error:  # one that does not compile does not take the others along
-            reason = (str(error).strip() or "no message").splitlines()[0]
-            return row | {"skipped": f"{type(error).__name__}: {reason}"}
-        return row | {"checkpointing": checkpointing} | measured
-    return row | {"skipped": "out of memory, with activation checkpointing too"}
+        except Exception as error:  # whatever it is, it must not take the others along
+            reason = _in_one_line(error)
+            if not compiled:
+                return row | {"note": "; ".join(notes), "skipped": reason}
+            notes.append(f"blocks as they are, since they do not compile ({reason})")
+            compiled = False
+            continue
+        if sequences != batch:
+            notes.append(f"{sequences} sequences, since {batch} do not fit the memory")
+        measured |= {"batch": sequences, "checkpointing": checkpointing, "note": "; ".join(notes)}
+        return row | measured
+    reason = "out of memory, with activation checkpointing too"
+    return row | {"note": "; ".join(notes), "skipped": reason}
+
+
+def _in_one_line(error: Exception) -> str:
+    reason = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {reason}"
 
 
 def measure(
@@ -67,40 +87,46 @@ def measure(
     architecture: str,
     batch: int,
     time: int,
-    device: torch.device,
-    checkpointing: bool,
+    processes: Processes,
+    execution: ExecutionConfig,
 ) -> Row:
     """The figures of one architecture.
 
     Raises:
         torch.OutOfMemoryError: It does not fit.
     """
-    model = size.build(architecture, device, torch.float32, time)
+    device, on_gpu = processes.device, processes.device.type == "cuda"
+    alone = processes.count == 1  # then it is faster made on the device
+    model = (
+        size.build(architecture, device, torch.float32, time)
+        if alone
+        else outline(size.config(architecture, time))
+    )
     loss = CausalLoss(model, preset(architecture, size.name).z_loss_weight)
-    on_gpu = device.type == "cuda"
-    execution = ExecutionConfig(activation_checkpointing=checkpointing, compile=on_gpu)
-    lay_out(loss, execution, Processes(0, 1, device))
-    step = _train_step(loss, batch, time)
+    lay_out(loss, execution, processes)
+    step = _train_step(loss, batch, time, device)
     milliseconds = steps_milliseconds(step, device)
-    flops = train_flops_per_token(model, time) * batch * time
+    tokens = processes.count * batch * time
+    flops = train_flops_per_token(model, time) * tokens
     peak = peak_flops(device)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
     return {
+        "processes": processes.count,
         "parameters": sum(p.numel() for p in model.parameters()),
         "step_ms": milliseconds,
-        "tokens_per_second": batch * time / milliseconds * 1e3,
-        "mfu": None if peak is None else flops / (milliseconds / 1e3) / peak,
+        "tokens_per_second": tokens / milliseconds * 1e3,
+        "mfu": None if peak is None else flops / (milliseconds / 1e3) / peak / processes.count,
         "peak_memory_gib": memory,
         "recurrence_share": _recurrence_share(step) if on_gpu else None,
     }
 
 
-def _train_step(loss: CausalLoss, batch: int, time: int) -> Callable[[], None]:
+def _train_step(
+    loss: CausalLoss, batch: int, time: int, device: torch.device
+) -> Callable[[], None]:
     loss.train()
-    model = loss.model
-    device = model.device
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(model.config.vocab_size, (batch, time + 1), device=device)
+    tokens = torch.randint(loss.model.config.vocab_size, (batch, time + 1), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 from pararnn.bench import measure, save
 from pararnn.bench.decode import decode_rows
 from pararnn.bench.models import ModelSize
@@ -20,7 +18,7 @@ from pararnn.bench.train import train_rows
 from pararnn.cli.arguments import parse
 from pararnn.data.errors import RunError
 from pararnn.models.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
-from pararnn.training.parallel import choose_device
+from pararnn.training.parallel import Processes, join_processes
 
 
 @dataclass(kw_only=True)
@@ -87,27 +85,32 @@ class DecodeArguments(_ModelArguments):
     """Tokens before the generated one, where that matters: in the Transformer's cache."""
     table: ClassVar[Table] = DECODE
 
-    def rows(self, device: torch.device, rate: float) -> Iterator[Row]:
+    def rows(self, processes: Processes, rate: float) -> Iterator[Row]:
         """Measure."""
+        if processes.count > 1:
+            raise RunError("bench decode runs in one process; start it without torchrun.")
         return decode_rows(
-            self.size, self.architectures, self.batch_sizes, self.contexts, device, rate
+            self.size, self.architectures, self.batch_sizes, self.contexts, processes.device, rate
         )
 
 
 @dataclass(kw_only=True)
 class TrainArguments(_ModelArguments):
-    """Time train steps of language models, with the same batch for all."""
+    """Time train steps of language models, with the same batch for all.
+
+    Under torchrun the processes share every model as in training.
+    """
 
     batch_size: int | None = None
-    """Sequences; by default as many as the paper has per GPU."""
+    """Sequences of one process; by default as many as the paper has per GPU."""
     sequence_length: int = SEQUENCE_LENGTH
     """Tokens per sequence."""
     table: ClassVar[Table] = TRAIN
 
-    def rows(self, device: torch.device, rate: float) -> Iterator[Row]:
+    def rows(self, processes: Processes, rate: float) -> Iterator[Row]:
         """Measure."""
         return train_rows(
-            self.size, self.architectures, self.batch_size, self.sequence_length, device
+            self.size, self.architectures, self.batch_size, self.sequence_length, processes
         )
 
 
@@ -146,18 +149,21 @@ def _kernels(arguments: list[str]) -> int:
 
 def _models(name: str, arguments: list[str]) -> int:
     parsed: DecodeArguments | TrainArguments = parse(MODELS[name], f"bench {name}", arguments)
-    device = choose_device(parsed.device)
-    facts = facts_of(device, parsed.size, " ".join(["pararnn bench", name, *arguments]))
-    rate = copy_gigabytes_per_second(device)
     rows: list[Row] = []
     path = None
-    for row in parsed.rows(device, rate):
-        rows.append(row)
-        _print(name, row)
-        path = save_table(
-            parsed.table, rows, facts | {"copy_gigabytes_per_second": rate}, parsed.out
-        )
-    print(f"Written to {path}")
+    with join_processes(parsed.device) as processes:
+        command = " ".join(["pararnn bench", name, *arguments])
+        facts = facts_of(processes.device, processes.count, parsed.size, command)
+        rate = copy_gigabytes_per_second(processes.device)
+        for row in parsed.rows(processes, rate):
+            if not processes.is_first:
+                continue
+            rows.append(row)
+            _print(name, row)
+            path = save_table(
+                parsed.table, rows, facts | {"copy_gigabytes_per_second": rate}, parsed.out
+            )
+        processes.print(f"Written to {path}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
     )
 
 
-_KERNELS = {"mamba2": "mamba-ssm"}
+_KERNELS = {"mamba2": {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": ""}}
+"""Packages that an architecture is fast with, and what of them transformers imports."""
+
 BASELINES: dict[str, Callable[..., PreTrainedConfig]] = {
     "transformer": _transformer,
     "mamba2": _mamba2,
@@ -97,10 +100,15 @@ def check_architecture(name: str) -> None:
 
 def missing_kernels(architecture: str) -> str:
     """What is missing for an architecture to run as fast as it can; empty when nothing is."""
-    package = _KERNELS.get(architecture)
-    if package is None or importlib.util.find_spec(package.replace("-", "_")):
-        return ""
-    return f"transformers' slow path: {package} is not installed"
+    for package, module in _KERNELS.get(architecture, {}).items():
+        name = package.replace("-", "_")
+        if importlib.util.find_spec(name) is None:
+            return f"transformers' slow path: {package} is not installed"
+        try:
+            importlib.import_module(module or name)
+        except ImportError as error:
+            return f"transformers' slow path: {package} cannot be imported ({error})"
+    return ""
 
 
 def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedConfig:

@@ -51,6 +51,7 @@ def evaluate(
     *,
     limit: int = 0,
     chunk: int = 512,
+    carry: bool = True,
 ) -> Evaluation:
     """Predict every token of a text from those before it.
 
@@ -64,11 +65,12 @@ def evaluate(
         codec: Says which token separates documents, and what a token is.
         limit: Tokens to predict, taken from the beginning of every stream; 0 for all.
         chunk: Steps per forward pass.
+        carry: Whether a ParaRNN model carries its state; without, it sees as little as the others.
     """
     was_training = model.training
     model.eval()
     inputs, targets = _streams(split, limit)
-    measure = _carrying(model) if isinstance(model, ParaRNNForCausalLM) else _anew(model)
+    measure = _carrying(model) if carry and isinstance(model, ParaRNNForCausalLM) else _anew(model)
     total, count = 0.0, 0
     for start in range(0, inputs.shape[1], chunk):
         part = inputs[:, start : start + chunk]

@@ -5,16 +5,21 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from pararnn.models import CELLS, ParaRNNForCausalLM
-from pararnn.models.architectures import Shape, make_config, make_model
+from pararnn.models.architectures import Shape, make_config
 from pararnn.models.configuration import ATTENTION
 from pararnn.models.generation import generate
 from pararnn.training.config import TrainConfig
+from pararnn.training.initial import outline, start
 from pararnn.training.text import Codec
 
 
 def build_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
     """A new model on the CPU, its weights decided by the seed alone."""
-    torch.manual_seed(config.seed)
+    return start(outline_model(config, codec), config.seed)
+
+
+def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
+    """The same model without values."""
     size = config.architecture
     shape = Shape(
         vocab_size=codec.vocab_size,
@@ -27,7 +32,7 @@ def build_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
     )
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), codec.separator)
     ours = {"backend": config.backend, "z_loss_weight": config.optimizer.z_loss_weight}
-    return make_model(
+    return outline(
         make_config(config.model, shape, **special, **(ours if config.model in CELLS else {}))
     )
 

@@ -27,7 +27,7 @@ from pararnn.training.config import TrainConfig, check_resumable, identity, reso
 from pararnn.training.data import Batches, WindowOrder, Windows
 from pararnn.training.environment import describe_environment
 from pararnn.training.evaluation import Evaluation
-from pararnn.training.language_model import build_model, to_device
+from pararnn.training.language_model import outline_model, to_device
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes, join_processes, train_command
 from pararnn.training.report import report
@@ -152,7 +152,7 @@ def _prepare(
         return text
 
     text = processes.on_first(prepare)
-    model = CausalLoss(build_model(config, text.codec), config.optimizer.z_loss_weight)
+    model = CausalLoss(outline_model(config, text.codec), config.optimizer.z_loss_weight)
     processes.print(_introduction(config, run, text, model, processes))
     trainer = _build_trainer(config, run, text, model, processes)
     if resume:
@@ -171,7 +171,7 @@ def _build_trainer(
     owner = hashlib.sha256(settings.encode()).hexdigest()
     flops = train_flops_per_token(model.model, length)
     per_byte = text.codec.tokens_per_byte(text.train)
-    lay_out(model, config.execution, processes)
+    lay_out(model, config.execution, processes, config.seed)
     optimizer = build_optimizer(model.model, config.optimizer)
     torch.manual_seed(config.seed + processes.rank)  # each draws numbers of its own
     return Trainer(config, run, owner, model, optimizer, batches, processes, flops, per_byte)

@@ -5,20 +5,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.config import ExecutionConfig
+from pararnn.training.initial import around, blocks, is_empty, start_around, start_block
 from pararnn.training.parallel import Processes
 
 
-def lay_out(loss: CausalLoss, execution: ExecutionConfig, processes: Processes) -> None:
-    """Bring a model that is whole and on the CPU to where and how it trains.
+def lay_out(
+    loss: CausalLoss, execution: ExecutionConfig, processes: Processes, seed: int = 0
+) -> None:
+    """Bring a model to where and how it trains, block after block.
+
+    A model without values gets its initial ones here; no process holds more of it at a time than
+    one block, what is around the blocks, and its own parts.
 
     Several processes hold a part of every parameter and of its optimiser state each (FSDP2): a
     block's parameters are gathered when it runs, and its gradients are averaged in float32. In
@@ -26,27 +31,38 @@ def lay_out(loss: CausalLoss, execution: ExecutionConfig, processes: Processes) 
     policy of FSDP: so a result does not depend on the number of processes by more than rounding.
     The price is that parameters are gathered in float32.
 
-    The whole model is brought to the device first, so that its recurrences are traced there before
-    anything is compiled.
+    A block is brought to the device whole, so that its recurrence is traced there before anything
+    is compiled. What is recomputed lies inside what is compiled, and that inside the hooks of a
+    shard, which are not compiled and gather its parameters once for both.
 
-    The order matters: what is recomputed lies inside what is compiled, and that inside the hooks of
-    a shard, which are not compiled and gather its parameters once for both.
+    Args:
+        loss: Whole in every process, or an `outline`.
+        execution: Recomputation and compilation.
+        processes: That train together.
+        seed: Of the initial values of an `outline`.
     """
-    loss.to(processes.device)
+    model, device = loss.model, processes.device
     loss.compiled = execution.compile
-    for block in blocks(loss.model):
+    mesh = init_device_mesh(device.type, (processes.count,)) if processes.count > 1 else None
+    # A block's last state may be a view of its output; nobody writes into either.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    parts = blocks(model)
+    for index, block in enumerate(parts):
+        if is_empty(block):
+            block = parts[index] = start_block(model, index, seed)
+        block.to(device)
         if execution.activation_checkpointing:
             block.forward = _recomputed(block.forward)
         if execution.compile:
             block.forward = torch.compile(block.forward)
-    if processes.count == 1:
-        return
-    # A block's last state may be a view of its output; nobody writes into either.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(processes.device.type, (processes.count,))
-    for block in blocks(loss.model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(loss, mesh=mesh)
+        if mesh is not None:
+            fully_shard(block, mesh=mesh)
+    if model.get_input_embeddings().weight.is_meta:
+        start_around(model, parts, seed)
+    for module in around(loss, parts):
+        module._apply(lambda tensor: tensor.to(device), recurse=False)
+    if mesh is not None:
+        fully_shard(loss, mesh=mesh)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,12 +72,6 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
     return run
-
-
-def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated parts of a model, which transformers keeps on one device each."""
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def gather_on_first(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:

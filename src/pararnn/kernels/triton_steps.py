@@ -29,7 +29,7 @@ from pararnn.tracing.expressions import (
 from pararnn.tracing.products import Place, Products
 
 # Products are sums over a weight of shape (result, factor // TILE, factor % TILE). With neighbours
-# in memory along the last axis a thread has 4 of them in every tile, and all sums but the last ones,
+# in memory along the last axis a thread has 4 of them in every tile, and all sums but the last,
 # over 4 threads, stay within a thread.
 TILE = 16
 

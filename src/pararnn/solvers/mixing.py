@@ -151,7 +151,7 @@ class Chain(abc.ABC):
             for now in in_blocks([*before, *edges, *grad_states], moves)
         ]
         return [
-            torch.cat(parts).unflatten(0, before[0].shape[:2]) if by_rows else parts[0]
+            _joined(parts).unflatten(0, before[0].shape[:2]) if by_rows else parts[0]
             for parts, by_rows in zip(zip(*blocks, strict=True), adjoint.by_rows, strict=True)
         ]
 
@@ -333,6 +333,10 @@ class Backward(Chain):
         """See `Chain.tangents`."""
         linear = self._adjoint_edges(self.before, self.edges, None)
         return self._images(self._cut(cut, linear), run).transpose(2, 3)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

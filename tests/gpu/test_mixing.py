@@ -61,6 +61,20 @@ def test_sweeps_see_new_weights_and_inputs(monkeypatch, graphs_only):
                 parameter.mul_(1.02)
 
 
+def test_graphs_outlive_inference_mode():
+    """And are of no use where iterations are needed, which is then seen."""
+    for hidden, bias in ((64, 0.0), (64, 4.0), (300, 0.0)):
+        rnn = RNN(nn.GRUCell(6, hidden)).cuda()
+        with torch.no_grad():
+            rnn.cell.bias_hh[hidden : 2 * hidden] = bias  # keeps states for long
+        x = torch.randn(2, 1500, 6, device="cuda", requires_grad=True)
+        with torch.inference_mode():
+            rnn(x)
+        for _ in range(3):
+            compare(rnn, x, rtol=3e-5)
+            compare(rnn, x, torch.rand(2, 1500, device="cuda") < 0.002, rtol=3e-5)
+
+
 def test_inside_a_graph_of_the_user():
     rnn = RNN(nn.GRUCell(6, 10)).cuda()
     x = torch.randn(2, 30, 6, device="cuda")

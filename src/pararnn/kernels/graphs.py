@@ -129,7 +129,8 @@ class Graphs:
         key = (form, _context(device), *given)
         with _lock:
             if key not in self._known:
-                self._known[key] = _Graph(function, tensors)
+                with torch.inference_mode(False), torch.no_grad():  # its tensors outlive the mode
+                    self._known[key] = _Graph(function, tensors)
                 if len(self._known) > _GRAPHS:
                     self._known.popitem(last=False)
             self._known.move_to_end(key)

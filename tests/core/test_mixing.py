@@ -220,32 +220,30 @@ def test_sweeps_by_graphs(monkeypatch, rerun_graphs, solver):
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, forgets):
-    """Also where a graph assumes wrongly that no iteration is needed, and is tried again later."""
-    monkeypatch.setattr(operator, "captures", lambda device: True)
-    cell = make("rnn")
+@pytest.mark.parametrize("name", ["rnn", "lstm"])
+def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
+    """What a GPU does where it decides by itself which sequences to run step by step."""
+    monkeypatch.setattr(operator, "settles", lambda *_: True)
+    monkeypatch.setattr(operator, "prefers_cell", lambda *_: False)
+    monkeypatch.setattr(operator, "automatic", lambda *_: Jacobi(chunk=8))
+    cell = make(name)
     with torch.no_grad():
-        cell.weight_hh.mul_(1e-3 if forgets else 1.0)
-    rnn = RNN(cell, solver=Newton(chunk=8))
-    plan = operator.plan_of(rnn.evaluation().plan)
-    plan.graphs._known.clear()
-    tried = []
-    call = plan.graphs.call
-    monkeypatch.setattr(plan.graphs, "call", lambda *a: tried.append(call(*a)) or tried[-1])
+        cell.weight_hh.mul_(1e-3 if forgets else 3.0)
+        cell.bias_hh.mul_(0.0).sub_(9.0 if forgets else 0.0)  # gates that forget, too
+    rnn = RNN(cell)
     with torch.inference_mode():
         x, state = data(rnn)
         assert_same({"y": rnn(x, state)[0]}, {"y": loop(cell, x, state)[0]}, RTOL[torch.float64])
-    for n, resets in enumerate([None, starts(), None] * 22):
+    for n, resets in enumerate([None, starts(), None] * 2):
         x, state = data(rnn)
         expected = outcome(lambda x, s, r=resets: loop(cell, x, s, r), cell, x, state)
         actual = outcome(lambda x, s, r=resets: rnn(x, s, r), cell, x, state)
         assert_same(actual, expected, RTOL[torch.float64], label=str(n))
-    if forgets:
-        assert len(tried) == 1 + 2 * 66
-        assert None not in tried
-    else:
-        assert len(tried) < 8
-        assert tried[:2] == [None, None]
+        assert rnn.report.chunks == 4
+        assert rnn.report.iterations == 1
+        if forgets or resets is None:
+            assert (rnn.report.status == "converged") is forgets
+    assert len(operator.plan_of(rnn.evaluation().plan).graphs._known) == 4
 
 
 @pytest.mark.parametrize("pieces", [1, 4, 7])

@@ -62,7 +62,7 @@ def test_sweeps_see_new_weights_and_inputs(monkeypatch, graphs_only):
 
 
 def test_graphs_outlive_inference_mode():
-    """And are of no use where iterations are needed, which is then seen."""
+    """And serve sequences that one sweep does not suffice for."""
     for hidden, bias in ((64, 0.0), (64, 4.0), (300, 0.0)):
         rnn = RNN(nn.GRUCell(6, hidden)).cuda()
         with torch.no_grad():
@@ -75,21 +75,35 @@ def test_graphs_outlive_inference_mode():
             compare(rnn, x, torch.rand(2, 1500, device="cuda") < 0.002, rtol=3e-5)
 
 
-def test_inside_a_graph_of_the_user():
+@pytest.mark.parametrize("bias", [0.0, 4.0])
+def test_inside_a_graph_of_the_user(bias):
+    """With chunks side by side, after a first call, also where these do not suffice."""
     rnn = RNN(nn.GRUCell(6, 10)).cuda()
-    x = torch.randn(2, 30, 6, device="cuda")
     with torch.no_grad():
-        expected, _ = rnn(x)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            rnn(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y, _ = rnn(x)
-        graph.replay()
-    assert_close("y", y, expected, rtol=1e-5)
+        rnn.cell.bias_hh[10:20] = bias  # keeps states for long
+    x = torch.randn(2, 1000, 6, device="cuda", requires_grad=True)
+    inputs = [x, *rnn.parameters()]
+    cotangent = torch.randn(2, 1000, 10, device="cuda")
+
+    def run():
+        y, _ = rnn(x)
+        return [y, *torch.autograd.grad(y, inputs, cotangent)]
+
+    expected = run()
+    kept = []
+    replay = graphs.captured(lambda: kept.append(run()))
+    assert rnn.report.chunks > 10
+    with torch.no_grad():
+        x.neg_()
+    replay()
+    moved = [k.clone() for k in kept[-1]]
+    with torch.no_grad():
+        x.neg_()
+    replay()
+    for i, (a, e) in enumerate(zip(kept[-1], expected, strict=True)):
+        assert_close(f"tensor {i}", a, e, rtol=1e-5)
+    assert not torch.equal(moved[0], kept[-1][0])
+    assert (rnn.report.status == "converged") is (bias == 0.0)
 
 
 def test_long_sequences_are_cut():

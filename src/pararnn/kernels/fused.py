@@ -16,7 +16,7 @@ from pararnn.kernels.lowering import NotLowered
 from pararnn.kernels.triton_backend import on_device
 from pararnn.kernels.triton_build import load
 from pararnn.kernels.triton_steps import Form, source, width
-from pararnn.solvers.chunks import Chunks, Swept
+from pararnn.solvers.chunks import Chunks, Redo, Swept
 from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
 
@@ -46,12 +46,18 @@ def reasons(module: fx.GraphModule) -> list[str]:
     return [k for k in _known.get(module, {}).values() if isinstance(k, str)]
 
 
+def runs(module: fx.GraphModule) -> bool:
+    """Whether a step is known to run in one kernel, in all forms in which it was tried."""
+    return bool(_known.get(module)) and not reasons(module)
+
+
 def run_steps(
     chunks: Chunks,
     state: Sequence[Tensor],
     first: int = 0,
     copies: int = 1,
     keep: bool = True,
+    redo: Redo | None = None,
 ) -> Swept:
     """See `pararnn.solvers.chunks.Run`: in one kernel, on a GPU or in Triton's interpreter.
 
@@ -60,17 +66,24 @@ def run_steps(
             large; the message says what.
     """
     known = _known.setdefault(chunks.step.module, {})
-    key = _key(chunks, state, keep)
+    form = Form(state[0].dtype is torch.float64, chunks.begins is not None, keep, redo is not None)
+    key = _key(chunks, state, form)
     if key not in known:
-        known[key] = _kernel(chunks, state, keep)
+        known[key] = _kernel(chunks, state, form)
     kernel = known[key]
     if isinstance(kernel, str):
         raise NotFused(kernel)
     cut, (rows, hidden) = chunks.cut, state[0].shape
-    states = [s.new_empty(cut.batch, cut.time, hidden) for s in state] if keep else []
+    states: Sequence[Tensor] = []
+    if keep:
+        states = [s.new_empty(cut.batch, cut.time, hidden) for s in state]
+    if redo is not None:
+        states = redo.states
     ends = [s.new_empty(rows, hidden) for s in state]
     arguments = _arguments(kernel.products, chunks, state, states)
     arguments |= {f"ends{i}": e for i, e in enumerate(ends)}
+    if redo is not None:
+        arguments["settled"] = redo.settled.view(torch.uint8)
     arguments |= {"given": rows // copies, "batch": cut.batch, "time": cut.time}
     arguments |= {"chunk": cut.chunk, "first": first, "reverse": int(chunks.reverse)}
     grid = (rows, kernel.products.groups)
@@ -80,7 +93,7 @@ def run_steps(
         except _out_of_resources() as error:
             known[key] = f"its weights do not fit on the chip: {error}"
             raise NotFused(known[key]) from error
-    return states, ends
+    return list(states), ends
 
 
 def _out_of_resources() -> type[Exception]:
@@ -89,18 +102,17 @@ def _out_of_resources() -> type[Exception]:
     return OutOfResources
 
 
-def _key(chunks: Chunks, state: Sequence[Tensor], keep: bool) -> Hashable:
+def _key(chunks: Chunks, state: Sequence[Tensor], form: Form) -> Hashable:
     """What a kernel is generated for."""
     edges = [
         (e.shape[2:], e.stride()[2:], e.dtype) if by_rows else (e.shape, e.stride(), e.dtype)
         for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
     ]
     like = state[0]
-    form = (chunks.begins is None, keep)
-    return len(state), like.shape[1], like.dtype, like.device, form, *edges
+    return len(state), like.shape[1], like.device, form, *edges
 
 
-def _kernel(chunks: Chunks, state: Sequence[Tensor], keep: bool) -> _Kernel | str:
+def _kernel(chunks: Chunks, state: Sequence[Tensor], form: Form) -> _Kernel | str:
     """The kernel, or why there is none."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton was not found (it comes with PyTorch for GPUs)"
@@ -118,7 +130,6 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor], keep: bool) -> _Kernel | st
         size = len(found.weights) * width(found) ** 2 * like.itemsize
         if size > _ON_CHIP:
             return f"its weights take {size >> 10} KB on the chip, which has {_ON_CHIP >> 10} KB"
-        form = Form(like.dtype is torch.float64, chunks.begins is not None, keep)
         wanted = max(1, -(-size // (4 * 32 * _FACTORS)))
         most = min(_WARPS, width(found) * 4 // 32)  # four threads a sum, see `TILE`
         warps = min(most, 1 << (wanted - 1).bit_length())

@@ -13,8 +13,7 @@ from torch import Tensor, fx
 
 from pararnn.kernels import fused
 from pararnn.solvers import chunks as plain
-from pararnn.solvers.chunks import Chunks, Rows, Swept
-from pararnn.solvers.shooting import Holds
+from pararnn.solvers.chunks import Chunks, Redo, Rows, Swept
 
 _STEPS = 128  # of a sweep in one graph; longer sweeps replay it
 _GRAPHS = 16  # kept per step, or plan
@@ -56,11 +55,6 @@ def is_capturing(device: torch.device) -> bool:
     return getattr(_here, "prepares", False) or torch.cuda.is_current_stream_capturing()
 
 
-def captures(device: torch.device) -> bool:
-    """Whether work on a device can be captured."""
-    return device.type == "cuda" and not is_capturing(device)
-
-
 _here = threading.local()
 
 
@@ -70,16 +64,17 @@ def run_steps(
     first: int = 0,
     copies: int = 1,
     keep: bool = True,
+    redo: Redo | None = None,
 ) -> Swept:
     """See `pararnn.solvers.chunks.Run`: on a GPU in one kernel, or by CUDA graphs."""
     device = state[0].device
     if device.type != "cuda":
-        return plain.run_steps(chunks, state, first, copies, keep)
+        return plain.run_steps(chunks, state, first, copies, keep, redo)
     with torch.cuda.device(device):
         try:
-            return fused.run_steps(chunks, state, first, copies, keep)
+            return fused.run_steps(chunks, state, first, copies, keep, redo)
         except fused.NotFused:  # `fused.reasons` says why
-            return replayed(chunks, state, first, copies, keep)
+            return replayed(chunks, state, first, copies, keep, redo)
 
 
 def replayed(
@@ -88,21 +83,22 @@ def replayed(
     first: int = 0,
     copies: int = 1,
     keep: bool = True,
+    redo: Redo | None = None,
 ) -> Swept:
     """See `pararnn.solvers.chunks.Run`: by CUDA graphs, or as one where one is captured."""
     rows = chunks.rows
     if is_capturing(state[0].device) or rows.steps - first == 1:
-        return plain.run_steps(chunks, state, first, copies, keep)
+        return plain.run_steps(chunks, state, first, copies, keep, redo)
     pieces: list[list[Tensor]] = []
     for begin in range(first, rows.steps, _STEPS):
         piece = rows.piece(begin, min(begin + _STEPS, rows.steps))
         pieces.append(_replayed(piece, state, copies))
         state = [p[-1] for p in pieces[-1]]
     whole = pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
-    return plain.swept(chunks, whole, keep)
+    return plain.swept(chunks, whole, keep, redo)
 
 
-_Function = Callable[[Sequence[Any], Holds], list[Tensor]]
+_Function = Callable[[Sequence[Any]], list[Tensor]]
 
 
 class Graphs:
@@ -113,16 +109,13 @@ class Graphs:
 
     def call(
         self, form: Hashable, function: _Function, tensors: Sequence[Tensor | None]
-    ) -> list[Tensor] | None:
-        """The results of `function(tensors, holds)`, of which all `holds` are assumed true.
+    ) -> list[Tensor]:
+        """The results of `function(tensors)`.
 
         Args:
             form: What tells functions apart, beside the forms of tensors.
-            function: Reads these tensors only, and returns new ones.
+            function: Reads these tensors only, returns new ones, and does not wait for the device.
             tensors: Arguments on one device.
-
-        Returns:
-            The results; None if an assumption turned out to be false.
         """
         given = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
         device = next(t.device for t in tensors if t is not None)
@@ -153,28 +146,19 @@ class _Graph:
         own = [None if t is None else t.clone(memory_format=_CONTIGUOUS) for t in tensors]
         self.inputs = [t for t in own if t is not None]
         self.outputs: list[Tensor] = []
-        self.assumed: list[Tensor] = []
-
-        def assume(truth: Tensor) -> bool:
-            self.assumed.append(truth)
-            return True
 
         def run() -> list[Tensor]:
-            self.assumed.clear()
-            self.outputs = function(own, assume)
-            if len(self.assumed) > 1:
-                self.assumed = [torch.stack(self.assumed).all()]
-            return [*self.outputs, *self.assumed]
+            self.outputs = function(own)
+            return self.outputs
 
         self.replay = captured(run)
 
-    def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
-        for mine, given in zip(self.inputs, [t for t in tensors if t is not None], strict=True):
-            mine.copy_(given)
+    def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        torch._foreach_copy_(self.inputs, [t for t in tensors if t is not None])
         self.replay()
-        if self.assumed and not self.assumed[0]:
-            return None
-        return [o.clone() for o in self.outputs]
+        results = [torch.empty_like(o, memory_format=_CONTIGUOUS) for o in self.outputs]
+        torch._foreach_copy_(results, self.outputs)
+        return results
 
 
 _CONTIGUOUS = torch.contiguous_format
@@ -182,13 +166,11 @@ _sweeps: weakref.WeakKeyDictionary[fx.GraphModule, Graphs] = weakref.WeakKeyDict
 
 
 def _replayed(rows: Rows, state: Sequence[Tensor], copies: int) -> list[Tensor]:
-    def run(tensors: Sequence[Any], holds: Holds) -> list[Tensor]:
+    def run(tensors: Sequence[Any]) -> list[Tensor]:
         given = iter(tensors[len(state) :])
         mine = rows.mapped(lambda _: next(given))
         return plain.run_rows(mine, tensors[: len(state)], copies=copies)
 
     form = (rows.steps, rows.reverse, rows.begins is None, copies)
     tensors = [*state, *rows.tensors()]
-    found = _sweeps.setdefault(rows.step.module, Graphs()).call(form, run, tensors)
-    assert found is not None, "nothing was assumed"
-    return found
+    return _sweeps.setdefault(rows.step.module, Graphs()).call(form, run, tensors)

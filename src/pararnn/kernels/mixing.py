@@ -12,21 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pararnn.kernels.graphs import Graphs, captures, is_capturing, run_steps
+from pararnn.kernels.fused import runs as runs_in_one_kernel
+from pararnn.kernels.graphs import Graphs, is_capturing, run_steps
 from pararnn.kernels.operators import no_second_derivative
 from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Jacobi, Sequential, Solver, act_on_failure
-from pararnn.solvers.shooting import Holds, Progress, sequential_report
-from pararnn.tracing.mixing import Mixing
+from pararnn.solvers.shooting import Progress, sequential_report
+from pararnn.tracing.mixing import Mixing, Step
 
 _TF32 = 2.0**-11  # half the spacing at 1
 # Elements of all states up to which a GPU is done before Python has launched everything, and up to
 # which the memory that a graph keeps is small.
 _SMALL = 1 << 21
-
-
-Problem = tuple[Hashable, ...]  # direction, batch, time, where weights are
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,7 @@ class Plan:
         settings: What the user asked for; None to choose.
         memory: Where parallel evaluation failed, if it was chosen. Layers with equal equations
             share a plan; what tells them apart is where their weights are.
-        graphs: Whole calls of small problems as CUDA graphs, which assume that no iteration is
-            needed.
-        iterated: Where that was wrong.
+        graphs: Whole calls of small problems as CUDA graphs.
     """
 
     mixing: Mixing
@@ -49,7 +45,6 @@ class Plan:
     settings: Solver | None
     memory: Memory = field(default_factory=Memory)
     graphs: Graphs = field(default_factory=Graphs)
-    iterated: Memory = field(default_factory=Memory)
 
     def forward(
         self,
@@ -104,63 +99,76 @@ class Plan:
             )
         return text
 
-    def problem(self, direction: str, edges: Sequence[Tensor], batch: int, time: int) -> Problem:
-        """What tells problems apart: direction, shape and weights."""
-        kinds = zip(edges, self.mixing.step.by_rows, strict=True)
-        weights = [e.data_ptr() for e, by_rows in kinds if not by_rows]
-        return direction, batch, time, *weights[:1]
+    def call(
+        self,
+        direction: str,
+        run: Callable[[Sequence[Any], Way], list[Tensor]],
+        tensors: Sequence[Tensor | None],
+        count: int,
+        batch: int,
+        time: int,
+    ) -> list[Tensor]:
+        """`run(tensors, way)` in the way that fits the problem.
 
-    def settings_for(self, problem: Problem, batch: int, time: int, device: torch.device) -> Solver:
-        """The settings in force for a problem."""
+        Args:
+            direction: "forward" or "backward".
+            run: Solves the problem.
+            tensors: What it reads: edges, initial states and others.
+            count: Of the edges.
+            batch: Sequences.
+            time: Steps.
+        """
+        edges, initial = tensors[:count], tensors[count]
+        assert initial is not None
+        device, settings = initial.device, self.chosen(batch, time, initial.device.type)
+        step = self.mixing.step if direction == "forward" else self.mixing.adjoint.step
+        if self.settings is None and not isinstance(settings, Sequential) and settles(step, device):
+            way = Way(replace(settings, max_iterations=1), settle=True)
+            if batch * time * initial[0].numel() > _SMALL or is_capturing(device):
+                return run(tensors, way)
+            return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
+        kinds = zip(edges, self.mixing.step.by_rows, strict=True)
+        weights = [e.data_ptr() for e, by_rows in kinds if not by_rows and e is not None]
+        problem = (direction, batch, time, *weights[:1])
         if self.memory.avoids(problem) or is_capturing(device):
-            return Sequential()
-        return self.chosen(batch, time, device.type)
+            settings = Sequential()
+        return run(tensors, Way(settings, problem=problem))
 
     def solve(
-        self,
-        chain: Chain,
-        settings: Solver,
-        dtype: torch.dtype,
-        problem: Problem,
-        holds: Holds,
+        self, chain: Chain, way: Way, dtype: torch.dtype
     ) -> tuple[list[Tensor], Progress | None]:
         """Solve a problem whose states are kept in `dtype`; see `Chain.solve`."""
+        settings = way.settings
         tolerance = settings.tolerance_for(dtype)
         if settings.tolerance is None and _rounds(chain.initial):
             tolerance = max(tolerance, _TF32)
         # Jacobi shrinks the residual by the same factor again and again, Newton ever faster.
         give_up = self.settings is None and isinstance(settings, Jacobi)
-        found, progress = chain.solve(settings, tolerance, run_steps, give_up, holds)
+        found, progress = chain.solve(settings, tolerance, run_steps, give_up, way.settle)
         if self.settings is None and progress is not None and not progress.all_converged:
-            self.memory.failed(problem)
+            self.memory.failed(way.problem)
         return found, progress
 
-    def call(
-        self,
-        run: Callable[[Sequence[Any], Holds], list[Tensor]],
-        tensors: Sequence[Tensor | None],
-        problem: Problem,
-        settings: Solver,
-        size: int,
-    ) -> list[Tensor]:
-        """`run(tensors, bool)`, or what a graph says that is the same.
 
-        Args:
-            run: Solves the problem.
-            tensors: What it reads.
-            problem: See `problem`.
-            settings: In force.
-            size: Elements of all states.
-        """
-        device = next(t.device for t in tensors if t is not None)
-        small = size <= _SMALL and not isinstance(settings, Sequential)
-        if small and captures(device) and not self.iterated.avoids(problem):
-            form = (*problem[:3], settings)
-            found = self.graphs.call(form, run, tensors)
-            if found is not None:
-                return found
-            self.iterated.failed(problem)
-        return run(tensors, bool)
+@dataclass(frozen=True)
+class Way:
+    """How one problem is solved.
+
+    Attributes:
+        settings: In force.
+        settle: One sweep, after which the device decides by itself which sequences to run step by
+            step: in one kernel that takes little, and nobody waits for an answer.
+        problem: What tells problems apart: direction, shape and weights.
+    """
+
+    settings: Solver
+    settle: bool = False
+    problem: Hashable = None
+
+
+def settles(step: Step, device: torch.device) -> bool:
+    """Whether running a step many times takes so little that a device had better not be asked."""
+    return device.type == "cuda" and runs_in_one_kernel(step.module)
 
 
 def _rounds(x: Tensor) -> bool:
@@ -209,19 +217,16 @@ def _mixing(
 ) -> list[Tensor]:
     chosen, count = _plans[plan], len(edges)
     dtype = chosen.state_dtype(edges, initial)
-    problem = chosen.problem("forward", edges, batch, time)
-    settings = chosen.settings_for(problem, batch, time, initial.device)
 
-    def run(tensors: Sequence[Any], holds: Holds) -> list[Tensor]:
+    def run(tensors: Sequence[Any], way: Way) -> list[Tensor]:
         edges, (initial, starts) = tensors[:count], tensors[count:]
         with torch.autocast(initial.device.type, enabled=False):
             chain = chosen.forward(edges, initial, starts, batch, time)
-            states, progress = chosen.solve(chain, settings, dtype, problem, holds)
+            states, progress = chosen.solve(chain, way, dtype)
         report = sequential_report(batch, initial.device) if progress is None else progress.report()
         return [*(s.to(dtype) for s in states), report]
 
-    size = batch * time * initial[0].numel()
-    found = chosen.call(run, [*edges, initial, starts], problem, settings, size)
+    found = chosen.call("forward", run, [*edges, initial, starts], count, batch, time)
     if chosen.settings is not None:
         act_on_failure(found[-1], chosen.settings, dtype)
     return found
@@ -239,10 +244,8 @@ def _mixing_backward(
 ) -> list[Tensor]:
     chosen, mixing, count = _plans[plan], _plans[plan].mixing, len(edges)
     kept_in, components = chosen.state_dtype(edges, initial), len(states)
-    problem = chosen.problem("backward", edges, batch, time)
-    settings = chosen.settings_for(problem, batch, time, initial.device)
 
-    def run(tensors: Sequence[Any], holds: Holds) -> list[Tensor]:
+    def run(tensors: Sequence[Any], way: Way) -> list[Tensor]:
         edges, (initial, starts) = tensors[:count], tensors[count : count + 2]
         states, grad_states = tensors[count + 2 :][:components], tensors[-components:]
         with torch.autocast(initial.device.type, enabled=False):
@@ -255,10 +258,10 @@ def _mixing_backward(
             ]
             fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
             chain = Backward(**fields, before=before, grad_states=grads)
-            if isinstance(settings, Sequential):
+            if isinstance(way.settings, Sequential):
                 found, gradients = chain.solve_in_pieces(run_steps)
             else:
-                found, _ = chosen.solve(chain, settings, kept_in, problem, holds)
+                found, _ = chosen.solve(chain, way, kept_in)
                 gradients = chain.gradients(found)
             shaped = [
                 g.reshape(edges[i].shape).to(edges[i].dtype)
@@ -266,9 +269,8 @@ def _mixing_backward(
             ]
             return [*shaped, chain.initial_gradient(found).to(initial.dtype)]
 
-    size = batch * time * initial[0].numel()
     tensors = [*edges, initial, starts, *states, *grad_states]
-    return chosen.call(run, tensors, problem, settings, size)
+    return chosen.call("backward", run, tensors, count, batch, time)
 
 
 def _fake_mixing(

@@ -42,11 +42,13 @@ class Form:
         double: Computes in float64, else in float32.
         begins: Whether states are replaced before some steps.
         keep: Whether the states after all steps are written, or those after the last alone.
+        redo: Whether some sequences are left as they are.
     """
 
     double: bool
     begins: bool
     keep: bool
+    redo: bool = False
 
 
 def width(products: Products) -> int:
@@ -127,6 +129,7 @@ class _Steps:
         if self.form.begins:
             names += [f"fresh{i}_channel" for i in self.components]
         names += [f"edge{e}" for e in self.fixed] + (["weights"] if self.products.weights else [])
+        names += ["settled"] if self.form.redo else []
         names += [f"{kind}{i}" for kind in ("initial", "ends") for i in self.components]
         return [*names, "given", "batch", "time", "chunk", "first", "reverse"]
 
@@ -144,6 +147,9 @@ class _Steps:
             out("count = tl.minimum(chunk, time - begin)")
             out("first = tl.where(reverse > 0, count - 1, tl.minimum(first, count - 1))")
             out("steps = tl.where(reverse > 0, count, count - first)")
+            if self.form.redo:
+                out("steps = tl.where(tl.load(settled + row % given % batch) != 0, 0, steps)")
+            out("last = tl.maximum(steps - 1, 0)")
             out("direction = tl.cast(1 - 2 * reverse, tl.int64)")
             out("position = tl.cast(begin + first, tl.int64)")
             out("sequence = tl.cast(row % given % batch, tl.int64)")
@@ -191,7 +197,7 @@ class _Steps:
     def load(self, step: str) -> None:
         """What a step reads, or the last one if there are not so many."""
         out = self.out
-        out(f"ahead = tl.cast(tl.minimum({step}, steps - 1), tl.int64)")
+        out(f"ahead = tl.cast(tl.minimum({step}, last), tl.int64)")
         for n, place in enumerate(self.products.drives):
             at = _at(place, f"edge{place.edge}_at + ahead * edge{place.edge}_next")
             out(f"u{n} = tl.load({at}, mask=inside, other=0)")

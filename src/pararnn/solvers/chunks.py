@@ -222,6 +222,19 @@ def in_blocks(tensors: Sequence[Tensor], moves: Sequence[bool]) -> Iterator[list
 Swept = tuple[list[Tensor], list[Tensor]]
 
 
+@dataclass(frozen=True)
+class Redo:
+    """Some sequences once more, step by step.
+
+    Attributes:
+        states: What was found, components (batch, time, hidden), to be written into.
+        settled: Boolean (batch,): sequences whose states stay as they are.
+    """
+
+    states: Sequence[Tensor]
+    settled: Tensor
+
+
 class Run(Protocol):
     """Steps through chunks."""
 
@@ -232,6 +245,7 @@ class Run(Protocol):
         first: int = 0,
         copies: int = 1,
         keep: bool = True,
+        redo: Redo | None = None,
     ) -> Swept:
         """Run the steps of all chunks.
 
@@ -242,6 +256,7 @@ class Run(Protocol):
             copies: Every row is run so many times, from other states.
             keep: Whether the states after all steps are wanted; only from the first step on, and
                 without copies.
+            redo: Run these sequences alone, in one chunk.
 
         Returns:
             The states after all steps, components (batch, time, hidden), none unless `keep`; and
@@ -257,14 +272,19 @@ def run_steps(
     first: int = 0,
     copies: int = 1,
     keep: bool = True,
+    redo: Redo | None = None,
 ) -> Swept:
     """See `Run`: one PyTorch operation after the other."""
-    return swept(chunks, run_rows(chunks.rows, state, first, copies), keep)
+    return swept(chunks, run_rows(chunks.rows, state, first, copies), keep, redo)
 
 
-def swept(chunks: Chunks, history: Sequence[Tensor], keep: bool) -> Swept:
+def swept(chunks: Chunks, history: Sequence[Tensor], keep: bool, redo: Redo | None) -> Swept:
     """What `Run` returns, from components (steps, rows, hidden)."""
-    return [chunks.cut.join(h) for h in history] if keep else [], [h[-1] for h in history]
+    states = [chunks.cut.join(h) for h in history] if keep else []
+    if redo is not None:
+        for old, new in zip(redo.states, states, strict=True):
+            torch.where(redo.settled[:, None, None], old, new, out=old)
+    return states, [h[-1] for h in history]
 
 
 def run_rows(rows: Rows, state: Sequence[Tensor], first: int = 0, copies: int = 1) -> list[Tensor]:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pararnn.solvers.chunks import Chunks, Cut, Groups, Run, in_blocks, states_before
+from pararnn.solvers.chunks import Chunks, Cut, Groups, Redo, Run, in_blocks, states_before
 from pararnn.solvers.settings import Sequential, Solver
-from pararnn.solvers.shooting import WARM_UP, Holds, Progress, shoot
+from pararnn.solvers.shooting import WARM_UP, Progress, shoot
 from pararnn.tracing.mixing import Mixing
 
 _PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
@@ -83,7 +83,7 @@ class Chain(abc.ABC):
         tolerance: float,
         run: Run,
         give_up: bool = False,
-        holds: Holds = bool,
+        settle: bool = False,
     ) -> tuple[list[Tensor], Progress | None]:
         """Evaluate it.
 
@@ -92,7 +92,8 @@ class Chain(abc.ABC):
             tolerance: The tolerance that holds.
             run: Steps through chunks.
             give_up: See `shoot`.
-            holds: See `shoot`.
+            settle: Sweep once and, without asking the device, run the sequences step by step that
+                did not converge.
 
         Returns:
             Components (batch, time, hidden) after every step, and how it went: None if there is one
@@ -123,11 +124,13 @@ class Chain(abc.ABC):
             tolerance,
             self.relative,
             give_up,
-            holds,
+            (lambda _: True) if settle else bool,
         )
+        if settle:
+            whole = self.chunks(Cut(self.batch, self.time, self.time, self.backwards))
+            run(whole, start.unbind(1), redo=Redo(states, progress.converged))
         if not progress.all_converged:
-            whole, _ = self.solve(Sequential(), tolerance, run)
-            return whole, progress
+            return self.solve(Sequential(), tolerance, run)[0], progress
         return states, progress
 
     def _adjoint_edges(

@@ -211,10 +211,6 @@ def solve_adjoint(
     return gradients
 
 
-Holds = Callable[[Tensor], bool]
-"""Whether a truth value on the device is true: `bool` waits for it; others may know or assume."""
-
-
 @dataclass(frozen=True)
 class Progress:
     """How an iteration went, for every sequence.
@@ -248,7 +244,7 @@ def shoot(
     tolerance: float,
     relative: bool = False,
     give_up: bool = False,
-    holds: Holds = bool,
+    holds: Callable[[Tensor], bool] = bool,
 ) -> Progress:
     """Iterate until every chunk ends where the next one starts.
 
@@ -263,7 +259,7 @@ def shoot(
             no natural scale; else every entry against its own size, or 1 if that is larger.
         give_up: Stop once the residual, shrinking as it did, will not reach the tolerance in the
             iterations that are left.
-        holds: Answers whether all have converged.
+        holds: Whether all have converged, from the answer on the device: `bool` waits for it.
 
     Returns:
         How it went. The last sweep was from first states that are as far from consistent as the

@@ -3,7 +3,8 @@
     python benchmarks/mixing.py [--device cuda] [--sizes 4,4096,64 ...] [--no-loop]
 
 The three share their weights (default initialisation, which forgets) and are compared before they
-are timed. Times are medians, float32; sizes are batch, time, hidden. On a GPU TF32 is off for all.
+are timed. Times are medians, float32; sizes are batch, time, hidden. On a GPU TF32 is off for all,
+and forward and backward are also timed as one CUDA graph, without Python.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 import pararnn
+from pararnn.kernels.graphs import captured
 from pararnn.testing import assert_close, loop
 
 CPU_SIZES = ["4,4096,64", "1,4096,16", "1,1024,64", "16,1024,64", "64,512,64", "4,512,512"]
@@ -67,11 +69,18 @@ def row(batch: int, steps: int, hidden: int, device: torch.device, with_loop: bo
         with torch.no_grad():
             forward[name] = milliseconds(lambda run=run: run(x), device)
         both[name] = milliseconds(lambda a=(run, module): forward_backward(*a), device)
+    in_graph = {}
+    for name, arguments in runs.items() if device.type == "cuda" else ():
+        replay = captured(lambda a=arguments: forward_backward(*a))
+        in_graph[name] = milliseconds(replay, device)
     report = rnn.report
     cells = [f"{batch} | {steps} | {hidden}"]
     cells += [f"{forward[n]:.2f} / {both[n]:.2f}" if n in both else "-" for n in ("RNN", "nn.GRU")]
     cells.append(f"{forward['loop']:.0f} / {both['loop']:.0f}" if with_loop else "-")
     cells.append(f"{both['nn.GRU'] / both['RNN']:.1f} x")
+    if in_graph:
+        cells.append(f"{in_graph['RNN']:.2f}, {in_graph['nn.GRU']:.2f}")
+        cells.append(f"{in_graph['nn.GRU'] / in_graph['RNN']:.1f} x")
     cells.append(f"{both['loop'] / both['RNN']:.1f} x" if with_loop else "-")
     cells.append(f"{report.chunks} | {report.iterations} | {report.residual:.0e}")
     return "| " + " | ".join(cells) + " |"
@@ -88,11 +97,13 @@ def main() -> None:
     on = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{on}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32,")
     print("forward / forward+backward in milliseconds.\n")
-    print(
+    graph = "in a CUDA graph: RNN, nn.GRU | against nn.GRU | " if device.type == "cuda" else ""
+    header = (
         "| batch | time | hidden | RNN(nn.GRUCell) | nn.GRU | plain loop | against nn.GRU | "
-        "against the loop | chunks | iterations | residual |"
+        f"{graph}against the loop | chunks | iterations | residual |"
     )
-    print("|" + "---|" * 11)
+    print(header)
+    print("|" + "---|" * (header.count("|") - 1))
     for size in options.sizes or (GPU_SIZES if device.type == "cuda" else CPU_SIZES):
         batch, steps, hidden = map(int, size.split(","))
         print(row(batch, steps, hidden, device, not options.no_loop), flush=True)

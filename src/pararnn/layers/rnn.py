@@ -235,7 +235,7 @@ class RNN(nn.Module):
         last: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs for x (batch, time, *features), and the components after the last steps."""
-        first = torch.stack(parts, 1)
+        first = torch.stack(parts, 1) if len(parts) > 1 else parts[0].unsqueeze(1)
         tensors = [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
         try:
             states, report = evaluation.run(tensors, [x], first, starts)

@@ -58,7 +58,8 @@ def row(batch: int, steps: int, hidden: int, device: torch.device, with_loop: bo
 
     def forward_backward(run: Callable[..., Any], module: nn.Module) -> list[torch.Tensor]:
         y = run(x)[0]
-        return [y, *torch.autograd.grad(y, [x, *module.parameters()], cotangent)]
+        grads = torch.autograd.grad(y, [x, *module.parameters()], cotangent)
+        return [y.detach(), *grads]  # a graph of autograd kept alive cannot be captured
 
     reference = forward_backward(*runs["nn.GRU"])
     for name, arguments in runs.items():

@@ -1,6 +1,8 @@
 """What tracing finds: structure, names, when to trace again, and what has no parallel form."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import pararnn
 from pararnn import RNN, Newton, TraceError
 from pararnn.testing import loop
 from pararnn.tracing.capture import resolve
+from pararnn.tracing.recorder import Recorder
 
 from .cells import CELLS, Cell, make_cell
 from .compare import assert_same, outcome, random_state
@@ -381,3 +384,19 @@ def test_integer_input():
     expected, expected_last = loop(cell, x, state)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(last, expected_last, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: pararnn.cells.ParaGRUCell(4, 6), lambda: nn.GRUCell(4, 6)]
+)
+def test_a_cell_that_is_gone_is_forgotten(make):
+    """And nothing that was recorded lives on, with which a CUDA graph could not be captured."""
+    cell = make()
+    rnn = RNN(cell)
+    rnn(torch.randn(2, 5, 4))[0].sum().backward()
+    gc.collect()
+    assert not any(type(o) is Recorder for o in gc.get_objects())
+    parameters = [weakref.ref(p) for p in cell.parameters()]
+    del rnn, cell
+    gc.collect()
+    assert not any(p() is not None for p in parameters)

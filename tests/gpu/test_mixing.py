@@ -67,12 +67,12 @@ def test_graphs_outlive_inference_mode():
         rnn = RNN(nn.GRUCell(6, hidden)).cuda()
         with torch.no_grad():
             rnn.cell.bias_hh[hidden : 2 * hidden] = bias  # keeps states for long
-        x = torch.randn(2, 1500, 6, device="cuda", requires_grad=True)
+        x = torch.randn(2, 700, 6, device="cuda", requires_grad=True)
         with torch.inference_mode():
             rnn(x)
         for _ in range(3):
             compare(rnn, x, rtol=3e-5)
-            compare(rnn, x, torch.rand(2, 1500, device="cuda") < 0.002, rtol=3e-5)
+        compare(rnn, x, torch.rand(2, 700, device="cuda") < 0.004, rtol=3e-5)
 
 
 @pytest.mark.parametrize("bias", [0.0, 4.0])

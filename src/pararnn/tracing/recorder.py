@@ -55,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._outdated: set[int] = set()
+        self._saved: list[Tensor] = []
         self._unpacked: Tensor | None = None
         self._inputs = {_storage(tensor): name for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
@@ -68,10 +69,22 @@ class Recorder(TorchDispatchMode):
         self._grad = torch.is_grad_enabled()
         return super().__enter__()
 
-    def unpack(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> int:
+        """Keep a tensor that autograd saves; there it would be part of a cycle nothing frees."""
+        self._saved.append(tensor)
+        return len(self._saved) - 1
+
+    def unpack(self, number: int) -> Tensor:
         """Note that autograd takes a saved tensor, of which it makes an alias first."""
-        self._unpacked = tensor
-        return tensor
+        self._unpacked = self._saved[number]
+        return self._unpacked
+
+    def forget(self) -> None:
+        """Let go of all tensors: autograd holds on to this recorder, whose hooks it calls."""
+        self._saved.clear()
+        self._nodes.clear()
+        self._alive.clear()
+        self.constants = []
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that made `tensor`; a tensor from outside becomes a constant."""
@@ -262,15 +275,18 @@ def _run(
     function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, Tensor], recorder: Recorder
 ) -> tuple[fx.Graph, list[Tensor]]:
     # Tensors are saved as they are: activation checkpointing around us would drop and count them.
-    as_they_are = torch.autograd.graph.saved_tensors_hooks(lambda t: t, recorder.unpack)
-    with as_they_are, recorder:
-        try:
-            results = function(*inputs.values())
-        except RuntimeError as error:
-            _refuse_nested(error, recorder.subject)
-            raise
-    recorder.graph.output(tuple(recorder.node_of(r) for r in results))
-    return recorder.graph, recorder.constants
+    as_they_are = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
+    try:
+        with as_they_are, recorder:
+            try:
+                results = function(*inputs.values())
+            except RuntimeError as error:
+                _refuse_nested(error, recorder.subject)
+                raise
+        recorder.graph.output(tuple(recorder.node_of(r) for r in results))
+        return recorder.graph, recorder.constants
+    finally:
+        recorder.forget()
 
 
 def _refuse_nested(error: RuntimeError, subject: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -36,7 +36,7 @@ class _Kernel:
     warps: int
 
 
-_known: weakref.WeakKeyDictionary[fx.GraphModule, dict[Hashable, _Kernel | str]] = (
+_known: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple[Any, ...], _Kernel | str]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -46,9 +46,12 @@ def reasons(module: fx.GraphModule) -> list[str]:
     return [k for k in _known.get(module, {}).values() if isinstance(k, str)]
 
 
-def runs(module: fx.GraphModule) -> bool:
-    """Whether a step is known to run in one kernel, in all forms in which it was tried."""
-    return bool(_known.get(module)) and not reasons(module)
+def runs(module: fx.GraphModule, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether a step of so many channels is known to run in one kernel, whatever was tried."""
+    kernels = [
+        k for (_, h, t, *_), k in _known.get(module, {}).items() if (h, t) == (hidden, dtype)
+    ]
+    return bool(kernels) and not any(isinstance(k, str) for k in kernels)
 
 
 def run_steps(
@@ -102,14 +105,14 @@ def _out_of_resources() -> type[Exception]:
     return OutOfResources
 
 
-def _key(chunks: Chunks, state: Sequence[Tensor], form: Form) -> Hashable:
+def _key(chunks: Chunks, state: Sequence[Tensor], form: Form) -> tuple[Any, ...]:
     """What a kernel is generated for."""
     edges = [
         (e.shape[2:], e.stride()[2:], e.dtype) if by_rows else (e.shape, e.stride(), e.dtype)
         for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
     ]
     like = state[0]
-    return len(state), like.shape[1], like.device, form, *edges
+    return len(state), like.shape[1], like.dtype, like.device, form, *edges
 
 
 def _kernel(chunks: Chunks, state: Sequence[Tensor], form: Form) -> _Kernel | str:

@@ -122,7 +122,11 @@ class Plan:
         assert initial is not None
         device, settings = initial.device, self.chosen(batch, time, initial.device.type)
         step = self.mixing.step if direction == "forward" else self.mixing.adjoint.step
-        if self.settings is None and not isinstance(settings, Sequential) and settles(step, device):
+        if (
+            self.settings is None
+            and not isinstance(settings, Sequential)
+            and settles(step, initial)
+        ):
             way = Way(replace(settings, max_iterations=1), settle=True)
             if batch * time * initial[0].numel() > _SMALL or is_capturing(device):
                 return run(tensors, way)
@@ -166,9 +170,12 @@ class Way:
     problem: Hashable = None
 
 
-def settles(step: Step, device: torch.device) -> bool:
+def settles(step: Step, initial: Tensor) -> bool:
     """Whether running a step many times takes so little that a device had better not be asked."""
-    return device.type == "cuda" and runs_in_one_kernel(step.module)
+    double = initial.dtype is torch.float64
+    dtype = torch.float64 if double else torch.float32
+    on_gpu = initial.device.type == "cuda"
+    return on_gpu and runs_in_one_kernel(step.module, initial.shape[-1], dtype)
 
 
 def _rounds(x: Tensor) -> bool:

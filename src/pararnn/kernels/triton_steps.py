@@ -95,6 +95,7 @@ class _Steps:
                 return plain.term(op, args)
             # What a step makes of the channels beyond the last may be anything.
             factors = f"tl.where(inside, {args[0]}, 0.0)" if self.padded else args[0]
+            # Reshaped to three axes at once, Triton would lay products out like the state.
             terms = f"tl.reshape({factors}, {tiles})[None, :, :] * {args[1]}"
             return f"tl.sum(tl.sum({terms}, axis=1), axis=1)"
 

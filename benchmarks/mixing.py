@@ -70,11 +70,11 @@ def row(batch: int, steps: int, hidden: int, device: torch.device, with_loop: bo
         with torch.no_grad():
             forward[name] = milliseconds(lambda run=run: run(x), device)
         both[name] = milliseconds(lambda a=(run, module): forward_backward(*a), device)
+    report = rnn.report  # of a call from Python
     in_graph = {}
     for name, arguments in runs.items() if device.type == "cuda" else ():
         replay = captured(lambda a=arguments: forward_backward(*a))
         in_graph[name] = milliseconds(replay, device)
-    report = rnn.report
     cells = [f"{batch} | {steps} | {hidden}"]
     cells += [f"{forward[n]:.2f} / {both[n]:.2f}" if n in both else "-" for n in ("RNN", "nn.GRU")]
     cells.append(f"{forward['loop']:.0f} / {both['loop']:.0f}" if with_loop else "-")

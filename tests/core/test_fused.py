@@ -12,7 +12,7 @@ from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
 from pararnn.kernels import mixing as mixing_operator
-from pararnn.solvers.chunks import Chunks, Cut, Redo
+from pararnn.solvers.chunks import Chunks, Cut, Redo, Sweep
 from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.mixing import Step
@@ -125,10 +125,10 @@ def compare(chunks, state, dtype, copies=1, run=fused.run_steps, **options):
 
     Where float32 loses accuracy one operation after the other, so may one kernel.
     """
-    options |= {"copies": copies}
-    exact = one_by_one(doubled(chunks), [s.double() for s in state], **options)
-    expected = one_by_one(chunks, state, **options)
-    found = run(chunks, state, **options)
+    sweep = Sweep(copies=copies, **options)
+    exact = one_by_one(doubled(chunks), [s.double() for s in state], sweep)
+    expected = one_by_one(chunks, state, sweep)
+    found = run(chunks, state, sweep)
     assert all(s.is_contiguous() for s in found[0])
     if chunks.cut.chunks == 1:
         exact, expected, found = exact[:1], expected[:1], found[:1]
@@ -188,7 +188,7 @@ def test_sequences_that_are_run_again(begins, backwards):
     found = {}
     for run in (one_by_one, fused.run_steps):
         found[run] = [torch.ones(5, 4, of.hidden, dtype=dtype) for _ in state]
-        run(chunks, state, redo=Redo(found[run], settled))
+        run(chunks, state, Sweep(redo=Redo(found[run], settled)))
     expected, _ = one_by_one(chunks, state)
     for a, b, e in zip(*found.values(), expected, strict=True):
         e[settled] = 1.0
@@ -230,7 +230,7 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
 
 def _step_of(cell, gates, past):
     """What a cell of PyTorch makes of the products of its input with its weights."""
-    wide = type(cell)(len(gates), len(past[0]), cell.bias is True, dtype=gates.dtype)
+    wide = type(cell)(len(gates), len(past[0]), cell.bias, dtype=gates.dtype)
     wide.load_state_dict(
         cell.state_dict() | {"weight_ih": torch.eye(len(gates), dtype=gates.dtype)}
     )

@@ -2,48 +2,31 @@
 
 import json
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from training.conftest import sentences
-from training.launch import SETTINGS, Launch, curve
+from training.launch import HERE, SETTINGS, Launch, curve, needs_proc, trainings, with_text
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-    pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
+    # With gloo the same is tested without GPUs, in training/test_many_processes.py.
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL joins GPUs: needs two of them"),
+    needs_proc,
 ]
 
 STEPS = 40
 ON_GPUS = ["cuda" if word == "cpu" else word for word in SETTINGS]
-TRAINING = Path(__file__).parents[1] / "training"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gpus")
-    (path / "text").mkdir()
-    for number in range(6):
-        (path / f"text/{number}.txt").write_text(sentences(number))
-    return path
+    return with_text(tmp_path_factory.mktemp("gpus"))
 
 
 @pytest.fixture(scope="module")
 def launch(folder):
-    """Starts `torchrun ... pararnn.cli train`; what still runs at the end is stopped."""
-    launches = []
-
-    def start(num_processes, *arguments):
-        launches.append(
-            Launch(num_processes, "-m", "pararnn.cli", "train", *arguments, folder=folder)
-        )
-        return launches[-1]
-
-    yield start
-    for started in launches:
-        started.end()
+    with trainings(folder) as start:
+        yield start
 
 
 def start_new(launch, name):
@@ -100,11 +83,8 @@ def test_a_signal_to_one_saves_and_stops_all(folder, whole, launch):
 
 def test_every_architecture_in_parts(folder):
     """Equal to whole models, compiled too, from the first values on."""
-    launched = Launch(2, str(TRAINING / "sharded_steps.py"), "cuda", folder=folder)
-    try:
+    with Launch(2, HERE / "sharded_steps.py", "cuda", folder=folder) as launched:
         printed = launched.wait(240)
-    finally:
-        launched.end()
     assert "all equal" in printed
 
 
@@ -112,11 +92,8 @@ def test_train_benchmark(folder):
     sizes = "--width 64 --layers 2 --vocab-size 256 --batch-size 2 --sequence-length 64".split()
     models = ["--architectures", "paragru", "transformer", "--out", "table"]
     command = ["-m", "pararnn.cli", "bench", "train", *sizes, *models]
-    launched = Launch(2, *command, folder=folder)
-    try:
+    with Launch(2, *command, folder=folder) as launched:
         printed = launched.wait(240)
-    finally:
-        launched.end()
     assert printed.count("train architecture=") == 2
     rows = json.loads((folder / "table/train.json").read_text())["rows"]
     assert [row["processes"] for row in rows] == [2, 2]

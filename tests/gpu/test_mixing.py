@@ -139,12 +139,12 @@ def test_fused_steps_equal_the_loop(fused_only, name, solver):
     compare(rnn, x, torch.rand(3, 300, device="cuda") < 0.02)
 
 
-def on_device(chunks, state, **options):
+def on_device(chunks, state, sweep):
     move = lambda tensors: [t.cuda() for t in tensors]  # noqa: E731
     begins = None if chunks.begins is None else chunks.begins.cuda()
     edges, fresh = move(chunks.edges), move(chunks.fresh)
     cuda = Chunks(chunks.step, chunks.cut, edges, begins, fresh, chunks.reverse)
-    return fused.run_steps(cuda, move(state), **options)
+    return fused.run_steps(cuda, move(state), sweep)
 
 
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])

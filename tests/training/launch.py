@@ -6,7 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import pytest
+
+from .conftest import sentences
 
 SETTINGS = """--data text --device cpu --checkpoint-every 5 --architecture.width 16
 --architecture.num-layers 2 --architecture.num-heads 2 --text.sequence-length 32
@@ -15,8 +20,15 @@ MEASURED = ("step", "loss", "z_loss", "bits_per_byte", "grad_norm", "learning_ra
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
+HERE = Path(__file__).parent
+# They are needed to kill one of them. Elsewhere runs of one process are tested.
+needs_proc = pytest.mark.skipif(
+    sys.platform != "linux", reason="finds torchrun's processes in /proc, which only Linux has"
+)
+
+
 class Launch:
-    """`torchrun --nproc-per-node N` of this Python, with one thread per process."""
+    """`torchrun --nproc-per-node N` of this Python, with one thread per process; a context."""
 
     def __init__(self, num_processes, *arguments, folder):
         environment = {
@@ -58,12 +70,36 @@ class Launch:
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
-    def end(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """Stop what still runs: torchrun takes its processes with it."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         with self.process:
             pass
+
+
+def with_text(folder):
+    """The folder, with text for `SETTINGS`."""
+    (folder / "text").mkdir()
+    for number in range(6):
+        (folder / f"text/{number}.txt").write_text(sentences(number))
+    return folder
+
+
+@contextmanager
+def trainings(folder):
+    """Starts `torchrun ... pararnn.cli train`; what still runs at the end is stopped."""
+    with ExitStack() as stack:
+
+        def start(num_processes, *arguments, script=None):
+            command = ["-m", "pararnn.cli"] if script is None else [HERE / script]
+            launched = Launch(num_processes, *command, "train", *arguments, folder=folder)
+            return stack.enter_context(launched)
+
+        yield start
 
 
 def records(run):

@@ -5,8 +5,6 @@ import json
 import random
 import shutil
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,38 +17,22 @@ from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer, named_state
 from pararnn.training.text import Codec
 
-from .conftest import sentences
-from .launch import SETTINGS, Launch, curve, records
+from .launch import HERE, SETTINGS, Launch, curve, needs_proc, records, trainings, with_text
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="finds torchrun's processes in /proc, which only Linux has"
-)
+pytestmark = needs_proc
 
 STEPS = 40
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("processes")
-    (path / "text").mkdir()
-    for number in range(6):
-        (path / f"text/{number}.txt").write_text(sentences(number))
-    return path
+    return with_text(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
 def launch(folder):
-    """Starts `torchrun ... pararnn.cli train`; what still runs at the end is stopped."""
-    launches = []
-
-    def start(num_processes, *arguments, script=None):
-        command = ["-m", "pararnn.cli"] if script is None else [Path(__file__).with_name(script)]
-        launches.append(Launch(num_processes, *command, "train", *arguments, folder=folder))
-        return launches[-1]
-
-    yield start
-    for started in launches:
-        started.end()
+    with trainings(folder) as start:
+        yield start
 
 
 def start_new(launch, name, num_processes=2, **options):
@@ -162,23 +144,16 @@ def test_a_kill_inside_a_checkpoint_is_told_by_all_others_at_once(folder, launch
 
 
 def test_every_architecture_in_parts(folder):
-    script = Path(__file__).with_name("sharded_steps.py")
-    launched = Launch(2, str(script), folder=folder)
-    try:
+    with Launch(2, HERE / "sharded_steps.py", folder=folder) as launched:
         printed = launched.wait()
-    finally:
-        launched.end()
     assert "all equal" in printed
 
 
 def test_train_benchmark_in_parts(folder):
     sizes = "--width 16 --layers 2 --vocab-size 256 --batch-size 2 --sequence-length 16".split()
     command = ["bench", "train", "--device", "cpu", "--architectures", "paragru", "--out", "table"]
-    launched = Launch(2, "-m", "pararnn.cli", *command, *sizes, folder=folder)
-    try:
+    with Launch(2, "-m", "pararnn.cli", *command, *sizes, folder=folder) as launched:
         printed = launched.wait()
-    finally:
-        launched.end()
     assert printed.count("train architecture=paragru") == 1
     (row,) = json.loads((folder / "table/train.json").read_text())["rows"]
     assert (row["processes"], row["batch"]) == (2, 2)

@@ -16,7 +16,7 @@ from pararnn.kernels.lowering import NotLowered
 from pararnn.kernels.triton_backend import on_device
 from pararnn.kernels.triton_build import load
 from pararnn.kernels.triton_steps import Form, source, width
-from pararnn.solvers.chunks import Chunks, Redo, Swept
+from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
 
@@ -54,14 +54,7 @@ def runs(module: fx.GraphModule, hidden: int, dtype: torch.dtype) -> bool:
     return bool(kernels) and not any(isinstance(k, str) for k in kernels)
 
 
-def run_steps(
-    chunks: Chunks,
-    state: Sequence[Tensor],
-    first: int = 0,
-    copies: int = 1,
-    keep: bool = True,
-    redo: Redo | None = None,
-) -> Swept:
+def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
     """See `pararnn.solvers.chunks.Run`: in one kernel, on a GPU or in Triton's interpreter.
 
     Raises:
@@ -69,7 +62,8 @@ def run_steps(
             large; the message says what.
     """
     known = _known.setdefault(chunks.step.module, {})
-    form = Form(state[0].dtype is torch.float64, chunks.begins is not None, keep, redo is not None)
+    redo, begins = sweep.redo, chunks.begins is not None
+    form = Form(state[0].dtype is torch.float64, begins, sweep.keep, redo is not None)
     key = _key(chunks, state, form)
     if key not in known:
         known[key] = _kernel(chunks, state, form)
@@ -78,7 +72,7 @@ def run_steps(
         raise NotFused(kernel)
     cut, (rows, hidden) = chunks.cut, state[0].shape
     states: Sequence[Tensor] = []
-    if keep:
+    if sweep.keep:
         states = [s.new_empty(cut.batch, cut.time, hidden) for s in state]
     if redo is not None:
         states = redo.states
@@ -87,8 +81,8 @@ def run_steps(
     arguments |= {f"ends{i}": e for i, e in enumerate(ends)}
     if redo is not None:
         arguments["settled"] = redo.settled.view(torch.uint8)
-    arguments |= {"given": rows // copies, "batch": cut.batch, "time": cut.time}
-    arguments |= {"chunk": cut.chunk, "first": first, "reverse": int(chunks.reverse)}
+    arguments |= {"given": rows // sweep.copies, "batch": cut.batch, "time": cut.time}
+    arguments |= {"chunk": cut.chunk, "first": sweep.first, "reverse": int(chunks.reverse)}
     grid = (rows, kernel.products.groups)
     with on_device(state[0]):
         try:
@@ -173,7 +167,7 @@ def _over_time(name: str, tensor: Tensor, backwards: bool) -> dict[str, Any]:
 
 
 def _blocks(products: Products, edges: Sequence[Tensor]) -> Tensor:
-    """The blocks of the weights as the kernel reads them: (blocks, groups, result, factor)."""
+    """The blocks of the weights (blocks, groups, result, factor) in memory as `TILE` wants them."""
     size, padding = products.size, width(products) - products.size
     found = torch.stack(
         [

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from pararnn.kernels import fused
 from pararnn.solvers import chunks as plain
-from pararnn.solvers.chunks import Chunks, Redo, Rows, Swept
+from pararnn.solvers.chunks import WHOLE, Chunks, Rows, Sweep, Swept
 
 _STEPS = 128  # of a sweep in one graph; longer sweeps replay it
 _GRAPHS = 16  # kept per step, or plan
@@ -58,44 +58,30 @@ def is_capturing(device: torch.device) -> bool:
 _here = threading.local()
 
 
-def run_steps(
-    chunks: Chunks,
-    state: Sequence[Tensor],
-    first: int = 0,
-    copies: int = 1,
-    keep: bool = True,
-    redo: Redo | None = None,
-) -> Swept:
+def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
     """See `pararnn.solvers.chunks.Run`: on a GPU in one kernel, or by CUDA graphs."""
     device = state[0].device
     if device.type != "cuda":
-        return plain.run_steps(chunks, state, first, copies, keep, redo)
+        return plain.run_steps(chunks, state, sweep)
     with torch.cuda.device(device):
         try:
-            return fused.run_steps(chunks, state, first, copies, keep, redo)
+            return fused.run_steps(chunks, state, sweep)
         except fused.NotFused:  # `fused.reasons` says why
-            return replayed(chunks, state, first, copies, keep, redo)
+            return replayed(chunks, state, sweep)
 
 
-def replayed(
-    chunks: Chunks,
-    state: Sequence[Tensor],
-    first: int = 0,
-    copies: int = 1,
-    keep: bool = True,
-    redo: Redo | None = None,
-) -> Swept:
+def replayed(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
     """See `pararnn.solvers.chunks.Run`: by CUDA graphs, or as one where one is captured."""
     rows = chunks.rows
-    if is_capturing(state[0].device) or rows.steps - first == 1:
-        return plain.run_steps(chunks, state, first, copies, keep, redo)
+    if is_capturing(state[0].device) or rows.steps - sweep.first == 1:
+        return plain.run_steps(chunks, state, sweep)
     pieces: list[list[Tensor]] = []
-    for begin in range(first, rows.steps, _STEPS):
+    for begin in range(sweep.first, rows.steps, _STEPS):
         piece = rows.piece(begin, min(begin + _STEPS, rows.steps))
-        pieces.append(_replayed(piece, state, copies))
+        pieces.append(_replayed(piece, state, sweep.copies))
         state = [p[-1] for p in pieces[-1]]
     whole = pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
-    return plain.swept(chunks, whole, keep, redo)
+    return plain.swept(chunks, whole, sweep)
 
 
 _Function = Callable[[Sequence[Any]], list[Tensor]]

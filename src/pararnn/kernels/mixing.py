@@ -103,23 +103,24 @@ class Plan:
         self,
         direction: str,
         run: Callable[[Sequence[Any], Way], list[Tensor]],
-        tensors: Sequence[Tensor | None],
-        count: int,
+        edges: Sequence[Tensor],
+        initial: Tensor,
+        others: Sequence[Tensor | None],
         batch: int,
         time: int,
     ) -> list[Tensor]:
-        """`run(tensors, way)` in the way that fits the problem.
+        """`run([*edges, initial, *others], way)` in the way that fits the problem.
 
         Args:
             direction: "forward" or "backward".
             run: Solves the problem.
-            tensors: What it reads: edges, initial states and others.
-            count: Of the edges.
+            edges: Of the recurrence.
+            initial: Initial states.
+            others: What else it reads.
             batch: Sequences.
             time: Steps.
         """
-        edges, initial = tensors[:count], tensors[count]
-        assert initial is not None
+        tensors = [*edges, initial, *others]
         device, settings = initial.device, self.chosen(batch, time, initial.device.type)
         step = self.mixing.step if direction == "forward" else self.mixing.adjoint.step
         if (
@@ -132,7 +133,7 @@ class Plan:
                 return run(tensors, way)
             return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
         kinds = zip(edges, self.mixing.step.by_rows, strict=True)
-        weights = [e.data_ptr() for e, by_rows in kinds if not by_rows and e is not None]
+        weights = [e.data_ptr() for e, by_rows in kinds if not by_rows]
         problem = (direction, batch, time, *weights[:1])
         if self.memory.avoids(problem) or is_capturing(device):
             settings = Sequential()
@@ -233,7 +234,7 @@ def _mixing(
         report = sequential_report(batch, initial.device) if progress is None else progress.report()
         return [*(s.to(dtype) for s in states), report]
 
-    found = chosen.call("forward", run, [*edges, initial, starts], count, batch, time)
+    found = chosen.call("forward", run, edges, initial, [starts], batch, time)
     if chosen.settings is not None:
         act_on_failure(found[-1], chosen.settings, dtype)
     return found
@@ -276,8 +277,8 @@ def _mixing_backward(
             ]
             return [*shaped, chain.initial_gradient(found).to(initial.dtype)]
 
-    tensors = [*edges, initial, starts, *states, *grad_states]
-    return chosen.call("backward", run, tensors, count, batch, time)
+    others = [starts, *states, *grad_states]
+    return chosen.call("backward", run, edges, initial, others, batch, time)
 
 
 def _fake_mixing(

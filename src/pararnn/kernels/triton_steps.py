@@ -87,7 +87,6 @@ class _Steps:
 
     def language(self) -> printing.Language:
         plain = language_of(self.variant, self.used)
-
         tiles = f"({width(self.products) // TILE}, {TILE})"
 
         def term(op: str, args: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -235,55 +234,44 @@ class Redo:
     settled: Tensor
 
 
-class Run(Protocol):
-    """Steps through chunks."""
+@dataclass(frozen=True)
+class Sweep:
+    """Which steps of chunks are run, and what of them is wanted.
 
-    def __call__(
-        self,
-        chunks: Chunks,
-        state: Sequence[Tensor],
-        first: int = 0,
-        copies: int = 1,
-        keep: bool = True,
-        redo: Redo | None = None,
-    ) -> Swept:
-        """Run the steps of all chunks.
+    Attributes:
+        first: Steps left out, of every chunk the first.
+        copies: Every row is run so many times, from other states.
+        keep: Whether the states after all steps are wanted; only from the first step on, and
+            without copies.
+        redo: Run these sequences alone, in one chunk.
+    """
 
-        Args:
-            chunks: What to run.
-            state: Components (copies * rows, hidden) before the first of these steps.
-            first: Steps left out, of every chunk the first.
-            copies: Every row is run so many times, from other states.
-            keep: Whether the states after all steps are wanted; only from the first step on, and
-                without copies.
-            redo: Run these sequences alone, in one chunk.
-
-        Returns:
-            The states after all steps, components (batch, time, hidden), none unless `keep`; and
-            after the last step of every chunk, components (copies * rows, hidden), of the last
-            chunk anything.
-        """
-        ...
+    first: int = 0
+    copies: int = 1
+    keep: bool = True
+    redo: Redo | None = None
 
 
-def run_steps(
-    chunks: Chunks,
-    state: Sequence[Tensor],
-    first: int = 0,
-    copies: int = 1,
-    keep: bool = True,
-    redo: Redo | None = None,
-) -> Swept:
+WHOLE = Sweep()
+Run = Callable[[Chunks, Sequence[Tensor], Sweep], Swept]
+"""Runs steps of all chunks from the states before them, components (copies * rows, hidden).
+
+Returns the states after all steps, components (batch, time, hidden), none unless they are kept; and
+after the last step of every chunk, components (copies * rows, hidden), of the last chunk anything.
+"""
+
+
+def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
     """See `Run`: one PyTorch operation after the other."""
-    return swept(chunks, run_rows(chunks.rows, state, first, copies), keep, redo)
+    return swept(chunks, run_rows(chunks.rows, state, sweep.first, sweep.copies), sweep)
 
 
-def swept(chunks: Chunks, history: Sequence[Tensor], keep: bool, redo: Redo | None) -> Swept:
+def swept(chunks: Chunks, history: Sequence[Tensor], sweep: Sweep) -> Swept:
     """What `Run` returns, from components (steps, rows, hidden)."""
-    states = [chunks.cut.join(h) for h in history] if keep else []
-    if redo is not None:
-        for old, new in zip(redo.states, states, strict=True):
-            torch.where(redo.settled[:, None, None], old, new, out=old)
+    states = [chunks.cut.join(h) for h in history] if sweep.keep else []
+    if sweep.redo is not None:
+        for old, new in zip(sweep.redo.states, states, strict=True):
+            torch.where(sweep.redo.settled[:, None, None], old, new, out=old)
     return states, [h[-1] for h in history]
 
 

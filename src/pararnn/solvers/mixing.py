@@ -18,7 +18,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pararnn.solvers.chunks import Chunks, Cut, Groups, Redo, Run, in_blocks, states_before
+from pararnn.solvers.chunks import (
+    WHOLE,
+    Chunks,
+    Cut,
+    Groups,
+    Redo,
+    Run,
+    Sweep,
+    in_blocks,
+    states_before,
+)
 from pararnn.solvers.settings import Sequential, Solver
 from pararnn.solvers.shooting import WARM_UP, Progress, shoot
 from pararnn.tracing.mixing import Mixing
@@ -73,10 +83,6 @@ class Chain(abc.ABC):
             run: Steps through chunks.
         """
 
-    def fixed(self) -> list[Tensor]:
-        """The edges without rows."""
-        return [e for e, r in zip(self.edges, self.mixing.step.by_rows, strict=True) if not r]
-
     def solve(
         self,
         settings: Solver,
@@ -103,17 +109,18 @@ class Chain(abc.ABC):
         cut = Cut(self.batch, self.time, min(settings.chunk, self.time), self.backwards)
         chunks, start = self.chunks(cut), self.first()
         if cut.chunks == 1:
-            return run(chunks, start.unbind(1))[0], None
+            return run(chunks, start.unbind(1), WHOLE)[0], None
         groups = Groups(cut, self.mixing.num_components, self.group)
         everywhere = start.repeat(cut.chunks, 1, 1).unbind(1)
-        _, warm = run(chunks, everywhere, first=max(0, cut.chunk - WARM_UP), keep=False)
+        last = Sweep(first=max(0, cut.chunk - WARM_UP), keep=False)
+        _, warm = run(chunks, everywhere, last)
         guess = torch.cat([groups.vectors(everywhere)[:, :1], groups.vectors(warm)[:, :-1]], 1)
         first: list[Tensor] = []
         states: list[Tensor] = []
 
         def sweep(guess: Tensor) -> Tensor:
             first[:] = groups.rows(guess)
-            states[:], ends = run(chunks, first)
+            states[:], ends = run(chunks, first, WHOLE)
             return groups.vectors(ends)
 
         progress = shoot(
@@ -128,7 +135,7 @@ class Chain(abc.ABC):
         )
         if settle:
             whole = self.chunks(Cut(self.batch, self.time, self.time, self.backwards))
-            run(whole, start.unbind(1), redo=Redo(states, progress.converged))
+            run(whole, start.unbind(1), Sweep(redo=Redo(states, progress.converged)))
         if not progress.all_converged:
             return self.solve(Sequential(), tolerance, run)[0], progress
         return states, progress
@@ -175,8 +182,8 @@ class Chain(abc.ABC):
         cut = linear.cut
         groups = Groups(cut, self.mixing.num_components, self.group)
         basis = groups.basis(self.first().new_empty(cut.chunks * cut.batch, self.mixing.hidden))
-        copies = self.mixing.num_components * self.group
-        return groups.images(run(linear, basis, copies=copies, keep=False)[1])
+        every = Sweep(copies=self.mixing.num_components * self.group, keep=False)
+        return groups.images(run(linear, basis, every)[1])
 
 
 class Forward(Chain):

@@ -94,7 +94,8 @@ def steps_of(cell, dtype, direction, cut, strided=False):
             for _ in range(2)
         )
         flat = [e.flatten(0, 1) if k.by_rows else e for e, k in zip(edges, of.edges, strict=True)]
-        found, adjoint = of.adjoint.edges(before, flat, grads), of.adjoint
+        adjoint = of.adjoint
+        found = adjoint.part.module(*adjoint.part_arguments(before, flat, grads))
         edges = [
             found[i].unflatten(0, rows) if adjoint.by_rows[i] else found[i]
             for i in adjoint.step_edges

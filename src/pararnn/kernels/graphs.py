@@ -6,7 +6,8 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -15,17 +16,23 @@ from pararnn.kernels import fused
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import WHOLE, Chunks, Rows, Sweep, Swept
 
+# Elements up to which a GPU is done before Python has launched everything, and up to which the
+# memory that graphs keep is small.
+SMALL = 1 << 22
 _STEPS = 128  # of a sweep in one graph; longer sweeps replay it
-_GRAPHS = 16  # kept per step, or plan
+_GRAPHS = 16  # kept per step, plan or layer
+_FORMS = 256  # remembered as met once
+_TOGETHER = 1 << 16  # elements; of several tensors in one launch a multiprocessor copies so many
 
 
-def captured(run: Callable[[], Any]) -> Callable[[], None]:
+def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None) -> Replay:
     """The same work as a CUDA graph, which Python launches in one call.
 
     It is run twice before, to compile and to allocate, on a stream of its own.
 
     Args:
         run: Enqueues work on the current stream; reads and writes the same tensors in every call.
+        beside: A graph to share memory with; the two must never run at the same time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -36,16 +43,30 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        pool = None if beside is None else beside.pool()
+        # other threads (that pin memory, or watch collectives) may go on meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             kept = run()
     finally:
         _here.prepares = False
+    return Replay(graph, kept)
 
-    def replay() -> None:
-        graph.replay()
-        _ = kept  # the memory that the graph writes to
 
-    return replay
+@dataclass(frozen=True)
+class Replay:
+    """Runs a CUDA graph.
+
+    Attributes:
+        graph: The graph.
+        kept: The memory that it writes to.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    kept: Any
+
+    def __call__(self) -> None:
+        """Enqueue it on the current stream."""
+        self.graph.replay()
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -92,62 +113,95 @@ class Graphs:
 
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._met: OrderedDict[Hashable, None] = OrderedDict()
 
     def call(
         self, form: Hashable, function: _Function, tensors: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """The results of `function(tensors)`.
+        """The results of `function(tensors)`, from the second call in a form on by a graph.
 
         Args:
             form: What tells functions apart, beside the forms of tensors.
             function: Reads these tensors only, returns new ones, and does not wait for the device.
             tensors: Arguments on one device.
         """
-        given = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        given = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
         device = next(t.device for t in tensors if t is not None)
-        key = (form, _context(device), *given)
+        context = _context(device)
+        key = (form, context, *given)
         with _lock:
-            if key not in self._known:
+            graph = self._known.get(key)
+            if graph is None and key in self._met:
                 with torch.inference_mode(False), torch.no_grad():  # its tensors outlive the mode
-                    self._known[key] = _Graph(function, tensors)
-                if len(self._known) > _GRAPHS:
-                    self._known.popitem(last=False)
-            self._known.move_to_end(key)
-            return self._known[key](tensors)
+                    graph = _put(self._known, key, _Graph(function, tensors, context), _GRAPHS)
+            if graph is not None:
+                self._known.move_to_end(key)
+                return graph(tensors)
+            _put(self._met, key, None, _FORMS)
+        return function(tensors)
 
 
 _lock = threading.Lock()  # what is enqueued for one call must not mix with that for another
+_Value = TypeVar("_Value")
+
+
+def _put(into: OrderedDict[Hashable, _Value], key: Hashable, value: _Value, most: int) -> _Value:
+    """Add to a dictionary that forgets the oldest."""
+    into[key] = value
+    if len(into) > most:
+        into.popitem(last=False)
+    return value
 
 
 def _context(device: torch.device) -> Hashable:
     """What else a graph depends on: precision, and the stream, on which its tensors are used."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return torch.get_float32_matmul_precision(), stream
+    return torch.get_float32_matmul_precision(), device, stream
+
+
+_firsts: dict[Hashable, torch.cuda.CUDAGraph] = {}
+"""Per context the graph whose memory all others share: on one stream they run one by one."""
 
 
 class _Graph:
-    """A function of tensors of certain shapes as a CUDA graph, with tensors of its own."""
+    """A function of tensors of certain forms as a CUDA graph, with tensors of its own."""
 
-    def __init__(self, function: _Function, tensors: Sequence[Tensor | None]) -> None:
-        own = [None if t is None else t.clone(memory_format=_CONTIGUOUS) for t in tensors]
-        self.inputs = [t for t in own if t is not None]
-        self.outputs: list[Tensor] = []
-
-        def run() -> list[Tensor]:
-            self.outputs = function(own)
-            return self.outputs
-
-        self.replay = captured(run)
+    def __init__(
+        self, function: _Function, tensors: Sequence[Tensor | None], context: Hashable
+    ) -> None:
+        own = [None if t is None else t.clone() for t in tensors]
+        self._replay = captured(lambda: function(own), _firsts.get(context))
+        _firsts.setdefault(context, self._replay.graph)
+        self._inputs = [t for t in own if t is not None]
+        self._outputs: list[Tensor] = self._replay.kept
+        self._into = _alike(self._inputs, [t for t in tensors if t is not None])
+        self._out = _alike(self._outputs, [torch.empty_like(o) for o in self._outputs])
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        torch._foreach_copy_(self.inputs, [t for t in tensors if t is not None])
-        self.replay()
-        results = [torch.empty_like(o, memory_format=_CONTIGUOUS) for o in self.outputs]
-        torch._foreach_copy_(results, self.outputs)
+        _copy(self._into, self._inputs, [t for t in tensors if t is not None])
+        self._replay()
+        results = [torch.empty_like(o) for o in self._outputs]
+        _copy(self._out, results, self._outputs)
         return results
 
 
-_CONTIGUOUS = torch.contiguous_format
+def _alike(to: Sequence[Tensor], source: Sequence[Tensor]) -> list[list[int]]:
+    """Which pairs of tensors one launch copies well: small, of one type and laid out alike."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, (a, b) in enumerate(zip(to, source, strict=True)):
+        together = a.stride() == b.stride() and a.numel() <= _TOGETHER
+        groups.setdefault((a.dtype, b.dtype) if together else i, []).append(i)
+    return list(groups.values())
+
+
+def _copy(groups: list[list[int]], to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    for group in groups:
+        if len(group) == 1:
+            to[group[0]].copy_(source[group[0]])
+        else:
+            torch._foreach_copy_([to[i] for i in group], [source[i] for i in group])
+
+
 _sweeps: weakref.WeakKeyDictionary[fx.GraphModule, Graphs] = weakref.WeakKeyDictionary()
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pararnn.kernels.fused import runs as runs_in_one_kernel
-from pararnn.kernels.graphs import Graphs, is_capturing, run_steps
+from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_steps
 from pararnn.kernels.operators import no_second_derivative
+from pararnn.kernels.pointwise import run as run_module
 from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Jacobi, Sequential, Solver, act_on_failure
@@ -22,9 +23,6 @@ from pararnn.solvers.shooting import Progress, sequential_report
 from pararnn.tracing.mixing import Mixing, Step
 
 _TF32 = 2.0**-11  # half the spacing at 1
-# Elements of all states up to which a GPU is done before Python has launched everything, and up to
-# which the memory that a graph keeps is small.
-_SMALL = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,8 @@ class Plan:
         double = any(t.dtype is torch.float64 for t in (*edges, initial))
         dtype = torch.float64 if double else torch.float32
         edges = [e.to(dtype) if e.is_floating_point() else e for e in edges]
-        return Forward(self.mixing, self.group, edges, initial.to(dtype), starts, batch, time)
+        initial = initial.to(dtype)
+        return Forward(self.mixing, self.group, edges, initial, starts, batch, time, run_module)
 
     def state_dtype(self, edges: Sequence[Tensor], initial: Tensor) -> torch.dtype:
         """The type in which states are kept: that of the edges with rows, which are as large."""
@@ -99,6 +98,11 @@ class Plan:
             )
         return text
 
+    def settles(self, initial: Tensor, with_gradients: bool) -> bool:
+        """Whether no call waits for the device, see `Way.settle`."""
+        steps = [self.mixing.step, self.mixing.adjoint.step][: 1 + with_gradients]
+        return self.settings is None and all(_is_fast(step, initial) for step in steps)
+
     def call(
         self,
         direction: str,
@@ -126,10 +130,10 @@ class Plan:
         if (
             self.settings is None
             and not isinstance(settings, Sequential)
-            and settles(step, initial)
+            and _is_fast(step, initial)
         ):
             way = Way(replace(settings, max_iterations=1), settle=True)
-            if batch * time * initial[0].numel() > _SMALL or is_capturing(device):
+            if batch * time * initial[0].numel() > SMALL or is_capturing(device):
                 return run(tensors, way)
             return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
         kinds = zip(edges, self.mixing.step.by_rows, strict=True)
@@ -171,7 +175,7 @@ class Way:
     problem: Hashable = None
 
 
-def settles(step: Step, initial: Tensor) -> bool:
+def _is_fast(step: Step, initial: Tensor) -> bool:
     """Whether running a step many times takes so little that a device had better not be asked."""
     double = initial.dtype is torch.float64
     dtype = torch.float64 if double else torch.float32

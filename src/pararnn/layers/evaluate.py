@@ -15,6 +15,7 @@ from pararnn.kernels import mixing, operators
 from pararnn.kernels.c_build import find_compiler
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton_build import interpreted
+from pararnn.layers.replayed import Call
 from pararnn.solvers.automatic import coupling
 from pararnn.solvers.settings import Newton, Sequential, Solver
 from pararnn.tracing.derivatives import Recurrence
@@ -145,6 +146,7 @@ class Evaluation:
         features: tuple[int, ...],
     ) -> None:
         self.traced = traced
+        self.input_part = traced.input_part
         self.solver = solver
         self.choice = choice
         self.features = features
@@ -199,20 +201,67 @@ class Evaluation:
         Returns:
             One (batch, time, hidden) per component, and the values of the report.
         """
-        edges = self._edges(tensors, inputs)
-        if self.traced.layout is None:
-            batch, time = inputs[0].shape[:2]
-            *states, report = torch.ops.pararnn.mixing(
-                edges, initial, starts, batch, time, self.plan
-            )
-            return states, report
-        count = self.traced.layout.num_drive_sources
-        *states, report = torch.ops.pararnn.recurrence(
-            edges[:count], edges[count:], initial, starts, self.plan
-        )
+        given = [*tensors, *inputs, initial, starts]
+        time = inputs[0].shape[1]
+        tracked = any(t is not None and t.requires_grad for t in given)
+        gradients = tracked and torch.is_grad_enabled()
+        call = None
+        if not torch.compiler.is_compiling() and time > 1 and self._never_waits(initial, gradients):
+            call = Call.now(self, len(tensors), given)
+        if call is not None:
+            *states, report = call(given)
+        else:
+            edges = self.edges(tensors, inputs)
+            *states, report = self.solve(edges, initial, starts, time)
         return states, report
 
-    def _edges(self, tensors: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def solve(
+        self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
+    ) -> list[Tensor]:
+        """See `replayed.Layer`."""
+        layout = self.traced.layout
+        if layout is None:
+            batch = len(initial) if starts is None else len(starts)
+            return torch.ops.pararnn.mixing(edges, initial, starts, batch, time, self.plan)
+        count = layout.num_drive_sources
+        return torch.ops.pararnn.recurrence(
+            edges[:count], edges[count:], initial, starts, self.plan
+        )
+
+    def solve_adjoint(
+        self,
+        edges: Sequence[Tensor],
+        initial: Tensor,
+        starts: Tensor | None,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """See `replayed.Layer`."""
+        layout = self.traced.layout
+        if layout is None:
+            assert self.mixing_plan is not None
+            batch, time = states[0].shape[:2]
+            *found, of_initial = torch.ops.pararnn.mixing_backward(
+                edges, initial, starts, batch, time, states, grad_states, self.plan
+            )
+            numbers = self.mixing_plan.mixing.differentiable
+            return dict(zip(numbers, found, strict=True)), of_initial
+        count = layout.num_drive_sources
+        *found, of_initial = torch.ops.pararnn.recurrence_backward(
+            edges[:count], edges[count:], initial, starts, states, grad_states, self.plan
+        )
+        return dict(enumerate(found)), of_initial
+
+    def _never_waits(self, initial: Tensor, with_gradients: bool) -> bool:
+        """Whether the device is never asked anything."""
+        if self.solver is not None:
+            return False
+        if self.mixing_plan is None:
+            return self.choice.name == "triton"
+        return self.mixing_plan.settles(initial, with_gradients)
+
+    def edges(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """See `replayed.Layer`."""
         batch, time = inputs[0].shape[:2]
         time_first = inputs[0].stride(0) < inputs[0].stride(1)
         if self.mixing_plan is not None and inputs[0].device.type == "cpu":
@@ -222,7 +271,7 @@ class Evaluation:
         flat = [i.reshape(batch * time, *i.shape[2:]) for i in ordered]
         edges = []
         for value, by_rows in zip(
-            self.traced.input_part(tensors, *flat), self.traced.by_rows, strict=True
+            self.input_part(list(tensors), *flat), self.traced.by_rows, strict=True
         ):
             if by_rows:
                 value = value.unflatten(0, sizes)

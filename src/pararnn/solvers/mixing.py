@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pararnn.solvers.chunks import (
     WHOLE,
@@ -36,6 +36,9 @@ from pararnn.tracing.mixing import Mixing
 _PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
 _SHORTEST_PIECE = 16  # steps
 
+RunModule = Callable[[fx.GraphModule, Sequence[Tensor]], Sequence[Tensor]]
+"""Runs a module on tensors of any strides; it was recorded on contiguous ones."""
+
 
 @dataclass(frozen=True)
 class Chain(abc.ABC):
@@ -49,6 +52,7 @@ class Chain(abc.ABC):
         starts: As in `Problem`.
         batch: Sequences.
         time: Steps.
+        run_module: Runs modules of operations for all times at once.
     """
 
     mixing: Mixing
@@ -58,6 +62,7 @@ class Chain(abc.ABC):
     starts: Tensor | None
     batch: int
     time: int
+    run_module: RunModule
 
     relative = False
     backwards = False
@@ -157,7 +162,10 @@ class Chain(abc.ABC):
         grad_states = _zeros(before) if grad_states is None else grad_states
         moves = [True] * count + list(self.mixing.step.by_rows) + [True] * count
         blocks = [
-            adjoint.edges(now[:count], now[count:-count], now[-count:])
+            self.run_module(
+                adjoint.part.module,
+                adjoint.part_arguments(now[:count], now[count:-count], now[-count:]),
+            )
             for now in in_blocks([*before, *edges, *grad_states], moves)
         ]
         return [
@@ -260,7 +268,8 @@ class Backward(Chain):
         adjoint = self.mixing.adjoint
         moves = [True] * len(after) + list(adjoint.by_rows)
         blocks = [
-            adjoint.gradients(*now) for now in in_blocks([*after, *self.adjoint_edges], moves)
+            self.run_module(adjoint.gradients, now)
+            for now in in_blocks([*after, *self.adjoint_edges], moves)
         ]
         by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
         return [

@@ -96,19 +96,19 @@ class Adjoint:
     step_edges: tuple[int, ...]
     gradients: fx.GraphModule
 
-    def edges(
+    def part_arguments(
         self, before: Sequence[Tensor], edges: Sequence[Tensor], grad_states: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """The edges, for any rows at once.
+    ) -> list[Tensor]:
+        """What `part.module` computes the edges from, for any rows at once.
 
         Args:
             before: The state before each step, components (rows, hidden).
             edges: Those of the recurrence.
             grad_states: The gradient of the state after it from outside, components (rows, hidden).
         """
-        fixed = [edges[int(name.removeprefix("edge_"))].contiguous() for name in self.part.names]
+        fixed = [edges[int(name.removeprefix("edge_"))] for name in self.part.names]
         moving = (*before, *(edges[i] for i in self.moving), *grad_states)
-        return self.part(fixed, *(m.contiguous() for m in moving))
+        return [*fixed, *self.part.constants, *moving]
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ class InputPart(nn.Module):
         self.names = names
         self.constants = constants
         self.module = module_of(graph)
+        self.is_random = any(map(is_random, graph.nodes))
 
     def forward(self, tensors: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         return self.module(*tensors, *self.constants, *inputs)

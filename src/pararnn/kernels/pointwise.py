@@ -1,0 +1,336 @@
+"""Operations on each element, those that stand side by side as one generated Triton kernel.
+
+What an adjoint needs for all times at once, its edges and the gradients, is some products and a
+dozen operations on each element between them. One after the other these would read and write
+memory a dozen times; in one kernel they do so once.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from pararnn.kernels import printing
+from pararnn.kernels.lowering import NotLowered, lower
+from pararnn.kernels.triton_backend import on_device
+from pararnn.kernels.triton_build import load
+from pararnn.kernels.triton_module import Lines, Variant, language_of, varies, wrapped
+from pararnn.tracing.expressions import Expression, Operand, leaf, make
+from pararnn.tracing.operations import UnknownOperation, express, is_pointwise, operation_name
+
+_BLOCK = 1024  # elements of a program
+_PARTS = 128  # of a long sum: two short ones have more to do at a time
+_LONG = 4096  # rows
+_FORMS = 64  # kept per module
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+def run(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Run a module of operations; see `pararnn.solvers.mixing.RunModule`."""
+    if tensors[0].device.type != "cuda":
+        return module(*(t.contiguous() for t in tensors))
+    form = tuple((t.shape, t.dtype, t.device) for t in tensors)
+    known = _known.setdefault(module, OrderedDict())
+    if form not in known:
+        known[form] = fused(module, tensors)
+        if len(known) > _FORMS:
+            known.popitem(last=False)
+    return known[form](*tensors)
+
+
+_known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, Function]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def fused(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Function:
+    """The same function for tensors of these shapes, with few kernels.
+
+    Arguments may have any strides; what is not an operation on each element gets them contiguous.
+    """
+    try:
+        values = _Shapes(module).of(tensors)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return lambda *given: module(*(t.contiguous() for t in given))
+    return _Fusion(module.graph, values).module()
+
+
+class _Shapes(fx.Interpreter):
+    """Finds what the nodes of a graph would be, without computing anything."""
+
+    def of(self, tensors: Sequence[Tensor]) -> dict[fx.Node, Any]:
+        self.found: dict[fx.Node, Any] = {}
+        self.run(*(torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors))
+        return self.found
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.found[n] = super().run_node(n)
+        return self.found[n]
+
+
+@dataclass
+class _Cluster:
+    """Operations on each element of tensors of one shape.
+
+    Attributes:
+        shape: Theirs.
+        nodes: The operations, in order.
+    """
+
+    shape: torch.Size
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+class _Fusion:
+    """Puts the operations of a graph in an order in which clusters are whole.
+
+    Stage by stage first comes what has been waiting for the clusters of the stage before, then the
+    clusters, of which none waits for another.
+    """
+
+    def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
+        self.old, self.values = graph, values
+        floating = [v.dtype for v in values.values() if _is_tensor(v) and v.is_floating_point()]
+        self.dtype = torch.float64 if torch.float64 in floating else torch.float32
+        self.stages: dict[fx.Node, int] = {}
+        self.clusters: dict[tuple[int, torch.Size], _Cluster] = {}
+        self.of: dict[fx.Node, _Cluster] = {}
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self.place(node)
+            else:
+                self.stages[node] = 0
+        for cluster in self.clusters.values():
+            if len(cluster.nodes) == 1:
+                del self.of[cluster.nodes[0]]
+        self.new = fx.Graph()
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.contiguous: dict[fx.Node, fx.Node] = {}
+
+    def place(self, node: fx.Node) -> None:
+        """Find the stage of an operation, and its cluster if it is one on each element."""
+        shape = self.values[node].shape if self.fits(node) else None
+        stage = 0
+        for operand in node.all_input_nodes:
+            cluster = self.of.get(operand)
+            later = cluster is not None and cluster.shape != shape
+            stage = max(stage, self.stages[operand] + later)
+        self.stages[node] = stage
+        if shape is not None:
+            cluster = self.clusters.setdefault((stage, shape), _Cluster(shape))
+            cluster.nodes.append(node)
+            self.of[node] = cluster
+
+    def fits(self, node: fx.Node) -> bool:
+        """Whether a kernel can do an operation."""
+        value = self.values[node]
+        operands = [self.values[n] for n in node.all_input_nodes]
+        if (
+            not hasattr(node.target, "_schema")
+            or not is_pointwise(node.target)
+            or not _is_tensor(value)
+            or value.dim() < 2
+            or not all(_is_tensor(v) and v.dtype in (self.dtype, torch.bool) for v in operands)
+            or value.dtype not in (self.dtype, torch.bool)
+        ):
+            return False
+        try:
+            names = {n: self.leaf(n, i) for i, n in enumerate(node.all_input_nodes)}
+            expression = self.express(node, names)
+            lower([expression])
+        except (UnknownOperation, NotLowered):
+            return False
+        return isinstance(expression, Expression)
+
+    def leaf(self, node: fx.Node, index: int) -> Operand:
+        """What stands for a tensor in a kernel."""
+        made = leaf("drive", index)
+        return make("ne", made, 0.0) if self.values[node].dtype is torch.bool else made
+
+    def express(self, node: fx.Node, operands: dict[fx.Node, Operand]) -> Any:
+        """What an operation computes."""
+        pick = lambda a: operands[a] if isinstance(a, fx.Node) else a  # noqa: E731
+        args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
+        return express(node.target, args, kwargs, self.dtype)
+
+    def module(self) -> fx.GraphModule:
+        """The function."""
+        nodes = list(self.old.nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                self.made[node] = self.new.placeholder(str(node.target))
+        for stage in range(max(self.stages.values()) + 1):
+            for node in nodes:
+                waits = self.stages[node] == stage and node.op == "call_function"
+                if waits and node not in self.of and node not in self.made:
+                    self.made[node] = self.copied(node)
+            for (at, _), cluster in self.clusters.items():
+                if at == stage and len(cluster.nodes) > 1:
+                    self.generate(cluster)
+        (results,) = next(n for n in nodes if n.op == "output").args
+        self.new.output(tree_map(lambda a: self.made.get(a, a), results))
+        return fx.GraphModule(torch.nn.Module(), self.new)
+
+    def copied(self, node: fx.Node) -> fx.Node:
+        """An operation as it is."""
+        if operation_of(node) == "sum" and len(node.args) > 1 and node.args[1] == [0]:
+            (summed,) = node.all_input_nodes
+            long = self.values[summed].dim() > 1 and len(self.values[summed]) >= _LONG
+            if long and not node.kwargs:
+                keep = bool(node.args[2]) if len(node.args) > 2 else False
+                return self.new.call_function(sum_of_rows, (self.as_recorded(summed), keep))
+        return self.new.node_copy(node, self.as_recorded)
+
+    def as_recorded(self, node: fx.Node) -> fx.Node:
+        """A value, contiguous if it was given."""
+        if node.op != "placeholder":
+            return self.made[node]
+        if node not in self.contiguous:
+            call = self.new.call_method("contiguous", (self.made[node],))
+            self.contiguous[node] = call
+        return self.contiguous[node]
+
+    def generate(self, cluster: _Cluster) -> None:
+        """The kernel of a cluster, and what it returns."""
+        inputs: list[fx.Node] = []
+        expressions: dict[fx.Node, Operand] = {}
+        for node in cluster.nodes:
+            for operand in node.all_input_nodes:
+                if operand not in expressions:
+                    expressions[operand] = self.leaf(operand, len(inputs))
+                    inputs.append(operand)
+            expressions[node] = self.express(node, expressions)
+        users = {n: [u for u in n.users if self.of.get(u) is not cluster] for n in cluster.nodes}
+        joined = self.joined(cluster, [u for found in users.values() for u in found])
+        alone = [n for n, found in users.items() if any(u not in joined for u in found)]
+        buffers = [*([n] for n in alone), *joined.values()]
+        roots = [[expressions[n] for n in buffer] for buffer in buffers]
+        kinds = [self.values[buffer[0]].dtype for buffer in buffers]
+        kernel = _kernel(cluster.shape, roots, kinds, len(inputs), self.dtype)
+        call = self.new.call_function(kernel, tuple(self.made[n] for n in inputs))
+        for i, node in enumerate([*alone, *joined]):
+            self.made[node] = self.new.call_function(operator.getitem, (call, i))
+
+    def joined(self, cluster: _Cluster, users: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """Concatenations of results of a cluster, which can be written in place."""
+        last = len(cluster.shape) - 1
+        found = {}
+        for user in users:
+            if operation_of(user) == "cat" and user.args[1:] in ((last,), (-1,)):
+                parts: Any = user.args[0]
+                kinds = {self.values[part].dtype for part in parts}
+                if len(kinds) == 1 and all(self.of.get(part) is cluster for part in parts):
+                    found[user] = list(parts)
+        return found
+
+
+def operation_of(node: fx.Node) -> str:
+    """The name of the aten operation of a node."""
+    return operation_name(node.target) if hasattr(node.target, "_schema") else ""
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def sum_of_rows(x: Tensor, keepdim: bool) -> Tensor:
+    """`x.sum(0, keepdim)`."""
+    size = len(x) // _PARTS
+    parts = x[: size * _PARTS].unflatten(0, (_PARTS, size)).sum(1)
+    return torch.cat([parts, x[size * _PARTS :]]).sum(0, keepdim)
+
+
+def _kernel(
+    shape: torch.Size,
+    roots: Sequence[Sequence[Operand]],
+    kinds: Sequence[torch.dtype],
+    count: int,
+    dtype: torch.dtype,
+) -> Callable[..., list[Tensor]]:
+    """A function of `count` tensors.
+
+    Args:
+        shape: Of all values.
+        roots: What is computed, side by side in one tensor per list.
+        kinds: Types of these.
+        count: Arguments, the leaves `drive`.
+        dtype: Of the arithmetic.
+    """
+    size, rows = shape[-1], math.prod(shape[:-1])
+    flat = [root for buffer in roots for root in buffer]
+    booleans = [kind is torch.bool for kind, b in zip(kinds, roots, strict=True) for _ in b]
+    module = load(_source(size, flat, booleans, count, dtype is torch.float64))
+    columns = min(_BLOCK, 1 << (size - 1).bit_length())
+    grid = (-(-rows // (_BLOCK // columns)), -(-size // columns))
+
+    def fused_operations(*tensors: Tensor) -> list[Tensor]:
+        results = [
+            tensors[0].new_empty((*shape[:-1], size * len(buffer)), dtype=kind)
+            for buffer, kind in zip(roots, kinds, strict=True)
+        ]
+        arguments: list[Any] = []
+        for tensor in tensors:
+            x = tensor.expand(shape).reshape(rows, size)
+            arguments += [_as_bytes(x), *x.stride()]
+        for result, buffer in zip(results, roots, strict=True):
+            flat = _as_bytes(result).view(rows, -1)
+            for i, _ in enumerate(buffer):
+                arguments += [flat[:, i * size :], flat.stride(0)]
+        with on_device(tensors[0]):
+            module.run[grid](*arguments, rows)
+        return results
+
+    return fused_operations
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype is torch.bool else x
+
+
+def _source(
+    size: int, roots: Sequence[Operand], booleans: Sequence[bool], count: int, double: bool
+) -> str:
+    """The module with the kernel `run`."""
+    variant, used, out = Variant("double" if double else "single", "none", 1), set[str](), Lines()
+    lines, values = printing.statements(language_of(variant, used), roots, {})
+    columns = min(_BLOCK, 1 << (size - 1).bit_length())
+    names = [f"drive{i}_{part}" for i in range(count) for part in ("at", "row", "column")]
+    names += [f"result{i}_{part}" for i, _ in enumerate(roots) for part in ("at", "row")]
+    out('"""Generated by ParaRNN from operations on each element."""')
+    out()
+    out("import triton")
+    out("import triton.language as tl")
+    if used:
+        out()
+        out(f"from pararnn.kernels.triton_functions import {', '.join(sorted(used))}")
+    out()
+    out()
+    out('@triton.jit(do_not_specialize=["rows"])')
+    out("def run(")
+    for line in wrapped([*names, "rows"]):
+        out(f"    {line}")
+    with out.block("):"):
+        out(f"first = tl.cast(tl.program_id(0), tl.int64) * {_BLOCK // columns}")
+        out(f"row = first + tl.arange(0, {_BLOCK // columns})[:, None]")
+        out(f"column = tl.program_id(1) * {columns} + tl.arange(0, {columns})[None, :]")
+        out(f"inside = (row < rows) & (column < {size})")
+        for i in range(count):
+            at = f"drive{i}_at + row * drive{i}_row + column * drive{i}_column"
+            out(f"drive{i} = tl.load({at}, mask=inside, other=0).to({variant.real})")
+        for line in lines:
+            out(line)
+        for i, (root, value, boolean) in enumerate(zip(roots, values, booleans, strict=True)):
+            value = value if varies(root) else f"tl.zeros_like(drive0) + {value}"
+            value = f"({value}).to(tl.uint8)" if boolean else value
+            out(f"tl.store(result{i}_at + row * result{i}_row + column, {value}, mask=inside)")
+    return "\n".join(out.lines) + "\n"

@@ -1,0 +1,183 @@
+"""A layer's call as a CUDA graph in each direction, from its inputs to all their gradients.
+
+Small problems are done on a GPU before Python has launched what they consist of. What the input
+part computes is not kept from the forward pass for the backward one but computed again, within the
+graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from pararnn.kernels.graphs import SMALL, Graphs, is_capturing
+from pararnn.tracing.partition import InputPart
+
+_DEVICE = "cuda"
+
+
+class Layer(Protocol):
+    """A traced step as its input part and what solves the recurrence."""
+
+    input_part: InputPart
+    plan: str
+
+    def edges(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What the input part computes from the tensors that it reads and the inputs."""
+
+    def solve(
+        self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
+    ) -> list[Tensor]:
+        """The states, and the values of the report."""
+
+    def solve_adjoint(
+        self,
+        edges: Sequence[Tensor],
+        initial: Tensor,
+        starts: Tensor | None,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+    ) -> tuple[Mapping[int, Tensor], Tensor]:
+        """Gradients by the number of the edge, and that of the initial states."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a layer.
+
+    Attributes:
+        layer: The layer.
+        count: Tensors that the input part reads; they are followed by the inputs, the initial
+            states and the starts.
+        autocast: Whether it is on, and to which type.
+    """
+
+    layer: Layer
+    count: int
+    autocast: tuple[bool, torch.dtype]
+
+    @classmethod
+    def now(cls, layer: Layer, count: int, given: Sequence[Tensor | None]) -> Call | None:
+        """A call that is worth a graph, if it is one.
+
+        Nothing may happen between the calls that the next one would not repeat, and the tensors
+        must be no more than that.
+        """
+        tensors = [t for t in given if t is not None]
+        device = tensors[-1].device
+        if (
+            device.type != _DEVICE
+            or sum(t.numel() for t in tensors) > SMALL
+            or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+            or is_capturing(device)
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or layer.input_part.is_random
+        ):
+            return None
+        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        return cls(layer, count, autocast)
+
+    def __call__(self, given: Sequence[Tensor | None]) -> list[Tensor]:
+        """The states, and the values of the report."""
+        return list(_Replayed.apply(self, *given))
+
+    def replayed(self, given: Sequence[Tensor | None]) -> list[Tensor]:
+        """The same, without a graph of autograd."""
+        return self._graphs.call(("forward", *self._form), self._forward, given)
+
+    def gradients(
+        self,
+        given: Sequence[Tensor | None],
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients of what was given, where they are needed."""
+        count, total = len(states), len(given)
+        needed = tuple(needed)
+
+        def run(tensors: Sequence[Any]) -> list[Tensor]:
+            own, states = tensors[:total], tensors[total : total + count]
+            # cuBLAS warns where a thread, here one of autograd's, launches nothing else before it
+            states[0].new_zeros(1)
+            if not torch.is_grad_enabled():
+                pairs = zip(own, needed, strict=True)
+                own = [None if t is None else t.detach().requires_grad_(n) for t, n in pairs]
+            return self._gradients(own, states, tensors[total + count :], needed)
+
+        tensors = [*given, *states, *grad_states]
+        if torch.is_grad_enabled():
+            found = run(tensors)  # so that whoever asks for gradients of these is told
+        else:
+            found = self._graphs.call(("backward", needed, *self._form), run, tensors)
+        remaining = iter(found)
+        return [next(remaining) if n else None for n in needed]
+
+    @property
+    def _form(self) -> tuple[Any, ...]:
+        constants = tuple(map(id, self.layer.input_part.constants))
+        return self.layer.plan, constants, self.count, self.autocast
+
+    @property
+    def _graphs(self) -> Graphs:
+        return _graphs.setdefault(self.layer.input_part.module, Graphs())
+
+    def _edges(self, given: Sequence[Any]) -> list[Tensor]:
+        enabled, dtype = self.autocast
+        kind = given[-2].device.type
+        # without a cache: what is cast while a graph is captured is memory of that graph
+        with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+            return self.layer.edges(given[: self.count], given[self.count : -2])
+
+    def _forward(self, given: Sequence[Any]) -> list[Tensor]:
+        *_, initial, starts = given
+        return self.layer.solve(self._edges(given), initial, starts, given[self.count].shape[1])
+
+    def _gradients(
+        self,
+        given: Sequence[Any],
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        with_graph = torch.is_grad_enabled()
+        *rest, initial, starts = given
+        with torch.enable_grad():
+            edges = self._edges(given)
+        plain = edges if with_graph else [e.detach() for e in edges]
+        found, of_initial = self.layer.solve_adjoint(plain, initial, starts, states, grad_states)
+        used = [i for i in found if edges[i].requires_grad]
+        wanted = [t for t, n in zip(rest, needed, strict=False) if n]
+        gradients = torch.autograd.grad(
+            [edges[i] for i in used],
+            wanted,
+            [found[i] for i in used],
+            create_graph=with_graph,
+            materialize_grads=True,
+        )
+        return [*gradients, of_initial] if needed[-2] else list(gradients)
+
+
+_graphs: weakref.WeakKeyDictionary[fx.GraphModule, Graphs] = weakref.WeakKeyDictionary()
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, *given: Tensor | None) -> tuple[Tensor, ...]:
+        found = tuple(call.replayed(given))
+        ctx.call, ctx.count = call, len(given)
+        ctx.mark_non_differentiable(found[-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given, *found[:-1])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        given, states = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        return None, *ctx.call.gradients(given, states, grads[:-1], ctx.needs_input_grad[1:])

@@ -1,0 +1,96 @@
+"""Operations on each element in generated kernels, in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import nn
+
+from pararnn import RNN
+from pararnn.kernels import pointwise
+from pararnn.testing import assert_close
+
+from .conftest import needs_triton
+from .test_fused import CELLS, INPUT, make
+
+pytestmark = needs_triton
+
+RTOL = {torch.float64: 1e-12, torch.float32: 3e-5}
+
+
+class Choosy(nn.Module):
+    """Truth values, halves of channels, and rows against channels."""
+
+    input_size, hidden_size, num_components = INPUT, 6, 1
+
+    def __init__(self):
+        super().__init__()
+        self.input = nn.Linear(INPUT, 6)
+        self.weight = nn.Parameter(torch.randn(6, 6) * 0.4)
+
+    def forward(self, x, h):
+        u = self.input(x)
+        left, right = (h @ self.weight).chunk(2, 1)
+        mixed = torch.cat([torch.where(u[:, :3] > 0, left.tanh(), left * 0.5), right.sigmoid()], 1)
+        return mixed * u[:, :1].cos() + 0.1 * h.clamp(-1, 1)
+
+
+def modules(cell):
+    """The modules that run for all times at once, with arguments at random: strides too."""
+    of = RNN(cell).evaluation().traced.mixing
+    adjoint, rows, dtype = of.adjoint, 37, of.dtype
+    state = lambda: [torch.rand(rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]  # noqa: E731
+    edges = [
+        torch.randn(*([rows] if e.by_rows else []), *e.shape).mul(0.5).to(e.dtype) for e in of.edges
+    ]
+    grads = [g[:1, :1].expand(rows, of.hidden) for g in state()]
+    arguments = [apart(t) for t in adjoint.part_arguments(state(), edges, grads)]
+    yield adjoint.part.module, arguments
+    found = adjoint.part.module(*(a.contiguous() for a in arguments))
+    yield adjoint.gradients, [apart(t) for t in (*state(), *found)]
+
+
+def apart(x):
+    """The same, cut from something larger."""
+    if x.dim() < 2 or 0 in x.stride():
+        return x
+    return torch.cat([x, torch.full_like(x, 3)], -1)[..., : x.shape[-1]]
+
+
+def nodes(function, name):
+    return [n for n in function.graph.nodes if name in str(n.target)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [*CELLS, "choosy"])
+def test_equals_operations(monkeypatch, name, dtype):
+    monkeypatch.setattr(pointwise, "_LONG", 8)
+    monkeypatch.setattr(pointwise, "_PARTS", 5)
+    cell = Choosy().to(dtype) if name == "choosy" else make(name, dtype)
+    for i, (module, arguments) in enumerate(modules(cell)):
+        exact = [a.double().contiguous() if a.is_floating_point() else a for a in arguments]
+        expected, function = module(*exact), pointwise.fused(module, arguments)
+        assert i == 0 or nodes(function, "fused_operations")
+        found = function(*arguments)
+        for n, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+            assert actual.dtype is (dtype if reference.is_floating_point() else reference.dtype)
+            if not reference.any():  # what autograd made for a part that has no gradient
+                assert not actual.any()
+                continue
+            assert_close(f"{n} of {i}", actual.double(), reference.double(), rtol=RTOL[dtype])
+
+
+def test_what_is_joined_is_written_in_place():
+    """A GRU: one kernel in each module, none to put gates side by side."""
+    for module, arguments in modules(make("gru", torch.float32)):
+        function = pointwise.fused(module, arguments)
+        assert len(nodes(function, "fused_operations")) == 1
+        assert not nodes(function, "cat")
+        assert not nodes(function, "sigmoid")
+
+
+@pytest.mark.parametrize("rows", [1, 128, 300])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_sums_of_rows(rows, keepdim):
+    x = torch.randn(rows, 5, dtype=torch.float64)
+    found = pointwise.sum_of_rows(x, keepdim)
+    assert found.shape == x.sum(0, keepdim).shape
+    assert_close("sum", found, x.sum(0, keepdim), rtol=1e-12)

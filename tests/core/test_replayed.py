@@ -1,0 +1,110 @@
+"""A layer's call as one function of tensors in each direction, as CUDA graphs replay it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import pararnn
+from pararnn.cells import ParaLSTMCell
+from pararnn.kernels.graphs import Graphs
+from pararnn.layers import replayed
+from pararnn.layers.evaluate import Evaluation
+from pararnn.testing import assert_close
+
+CELLS = {
+    "gru": lambda: nn.GRUCell(5, 6),
+    "lstm": lambda: nn.LSTMCell(5, 6),
+    "paralstm": lambda: ParaLSTMCell(5, 6),
+}
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in its input part."""
+
+    input_size = hidden_size = 4
+
+    def forward(self, x, h):
+        return torch.tanh(0.5 * h + nn.functional.dropout(x, 0.5))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls go the way of CUDA graphs, without graphs; the forms of all of them."""
+    seen = []
+
+    def call(self, form, function, tensors):
+        seen.append(form)
+        with torch.no_grad():
+            return function([None if t is None else t.detach().clone() for t in tensors])
+
+    monkeypatch.setattr(Graphs, "call", call)
+    monkeypatch.setattr(replayed, "_DEVICE", "cpu")
+    monkeypatch.setattr(Evaluation, "_never_waits", lambda *_: True)
+    monkeypatch.setattr(Evaluation, "prefers_cell", lambda *_: False)
+    return seen
+
+
+def results(rnn, x, state, inputs, resets=None):
+    torch.manual_seed(1)
+    y, last = rnn(x, state, resets)
+    outputs = [y, *(last if isinstance(last, tuple) else (last,))]
+    cotangents = [torch.randn_like(o) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, inputs, cotangents)]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+def test_values_and_gradients(request, name, frozen, begins):
+    torch.manual_seed(0)
+    rnn = pararnn.RNN(CELLS[name]().double())
+    x = torch.randn(3, 40, 5, dtype=torch.float64, requires_grad=not frozen)
+    parts = [
+        torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+        for _ in range(rnn.num_components)
+    ]
+    state = parts[0] if len(parts) == 1 else tuple(parts)
+    inputs = [*parts, *([] if frozen else [x]), *rnn.parameters()]
+    resets = torch.rand(3, 40) < 0.1 if begins else None
+    expected = results(rnn, x, state, inputs, resets)
+    calls = request.getfixturevalue("calls")
+    found = results(rnn, x, state, inputs, resets)
+    assert [form[0] for form in calls] == ["forward", "backward"]
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        assert_close(f"tensor {i}", actual, reference, rtol=1e-10)
+
+
+def test_autocast_holds_in_both_directions(request):
+    rnn = pararnn.RNN(ParaLSTMCell(5, 6))
+    x, inputs = torch.randn(2, 30, 5, requires_grad=True), list(rnn.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = results(rnn, x, None, [x, *inputs])
+        calls = request.getfixturevalue("calls")
+        found = results(rnn, x, None, [x, *inputs])
+    assert calls
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        assert actual.dtype is reference.dtype
+        assert_close(f"tensor {i}", actual, reference, rtol=1e-2)
+
+
+def test_gradients_of_gradients_are_refused(calls):
+    rnn = pararnn.RNN(nn.GRUCell(5, 6))
+    x = torch.randn(2, 30, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rnn(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradient of a gradient"):
+        gradient.sum().backward()
+    assert [form[0] for form in calls] == ["forward"]
+
+
+def test_random_numbers_are_not_drawn_twice(calls):
+    pararnn.RNN(Noisy())(torch.randn(2, 30, 4))
+    assert not calls
+
+
+def test_a_recording_sees_everything(calls):
+    """As when a cell that is traced has such a layer inside."""
+    rnn = pararnn.RNN(nn.GRUCell(5, 6))
+    with FlopCounterMode(display=False):
+        rnn(torch.randn(2, 30, 5))
+    assert not calls

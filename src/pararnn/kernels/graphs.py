@@ -16,8 +16,8 @@ from pararnn.kernels import fused
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import WHOLE, Chunks, Rows, Sweep, Swept
 
-# Elements up to which a GPU is done before Python has launched everything, and up to which the
-# memory that graphs keep is small.
+# Elements of a tensor up to which a GPU is done before Python has launched everything, and up to
+# which the memory that graphs keep is small.
 SMALL = 1 << 22
 _STEPS = 128  # of a sweep in one graph; longer sweeps replay it
 _GRAPHS = 16  # kept per step, plan or layer

@@ -7,6 +7,7 @@ graph.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,16 +64,17 @@ class Call:
 
     @classmethod
     def now(cls, layer: Layer, count: int, given: Sequence[Tensor | None]) -> Call | None:
-        """A call that is worth a graph, if it is one.
-
-        Nothing may happen between the calls that the next one would not repeat, and the tensors
-        must be no more than that.
-        """
+        """A call of a small problem, if a graph repeats all that such a call does."""
         tensors = [t for t in given if t is not None]
         device = tensors[-1].device
+        if device.type != _DEVICE:
+            return None
+        x, initial = given[count], given[-2]
+        assert x is not None
+        assert initial is not None
+        states = math.prod(x.shape[:2]) * initial[0].numel()
         if (
-            device.type != _DEVICE
-            or sum(t.numel() for t in tensors) > SMALL
+            max(states, *(t.numel() for t in tensors)) > SMALL
             or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
             or is_capturing(device)
             or torch._C._len_torch_dispatch_stack()

@@ -10,7 +10,7 @@ from pararnn.cells import ParaLSTMCell
 from pararnn.kernels.graphs import Graphs
 from pararnn.layers import replayed
 from pararnn.layers.evaluate import Evaluation
-from pararnn.testing import assert_close
+from pararnn.testing import assert_close, loop
 
 CELLS = {
     "gru": lambda: nn.GRUCell(5, 6),
@@ -26,6 +26,19 @@ class Noisy(nn.Module):
 
     def forward(self, x, h):
         return torch.tanh(0.5 * h + nn.functional.dropout(x, 0.5))
+
+
+class Scaled(nn.Module):
+    """Has a list of numbers that is neither parameter nor buffer."""
+
+    input_size = hidden_size = 4
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factors = [torch.full((4,), factor)]
+
+    def forward(self, x, h):
+        return torch.tanh(0.5 * h + x * self.factors[0])
 
 
 @pytest.fixture
@@ -73,6 +86,25 @@ def test_values_and_gradients(request, name, frozen, begins):
     assert [form[0] for form in calls] == ["forward", "backward"]
     for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
         assert_close(f"tensor {i}", actual, reference, rtol=1e-10)
+
+
+def test_only_the_state_has_a_gradient(request):
+    rnn = pararnn.RNN(nn.GRUCell(5, 6)).requires_grad_(False)
+    x, state = torch.randn(2, 30, 5), torch.randn(2, 6, requires_grad=True)
+    expected = results(rnn, x, state, [state])
+    calls = request.getfixturevalue("calls")
+    for actual, reference in zip(results(rnn, x, state, [state]), expected, strict=True):
+        assert_close("tensor", actual, reference, rtol=1e-5)
+    assert [form[0] for form in calls] == ["forward", "backward"]
+
+
+def test_constants_are_those_of_the_layer(calls):
+    """Also where another layer does the same with others."""
+    layers = [pararnn.RNN(Scaled(factor)) for factor in (2.0, 3.0)]
+    x, zeros = torch.randn(2, 30, 4), torch.zeros(2, 4)
+    for layer in layers:
+        assert_close("y", layer(x)[0], loop(layer.cell, x, zeros)[0], rtol=1e-5)
+    assert len(calls) == 2
 
 
 def test_autocast_holds_in_both_directions(request):

@@ -36,9 +36,9 @@ def replays(monkeypatch):
 def compare(rnn, x, resets=None, rtol=3e-5):
     """Values and gradients against the loop in float64."""
     cell = rnn.cell
-    exact = type(cell)(cell.input_size, cell.hidden_size).double().cuda()
+    exact = type(cell)(cell.input_size, cell.hidden_size).double().to(x.device)
     exact.load_state_dict(cell.state_dict())
-    zeros = torch.zeros(len(x), cell.hidden_size, dtype=torch.float64, device="cuda")
+    zeros = torch.zeros(len(x), cell.hidden_size, dtype=torch.float64, device=x.device)
     state = zeros if rnn.num_components == 1 else (zeros,) * rnn.num_components
     x64 = x.detach().double().requires_grad_()
     y, _ = rnn(x, None, resets)
@@ -138,3 +138,12 @@ def test_many_shapes_are_not_captured():
         x = torch.randn(2, steps, 6, device="cuda", requires_grad=True)
         rnn(x)[0].sum().backward()
     assert not replayed._graphs[rnn.evaluation().input_part.module]._known
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", CELLS)
+def test_another_device_than_the_current_one(replays, name):
+    rnn = RNN(CELLS[name](6, 16)).to("cuda:1")
+    for _ in range(5):
+        compare(rnn, torch.randn(2, 300, 6, device="cuda:1", requires_grad=True))
+    assert replays.count("backward") >= 3

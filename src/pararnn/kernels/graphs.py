@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -129,7 +130,7 @@ class Graphs:
         device = next(t.device for t in tensors if t is not None)
         context = _context(device)
         key = (form, context, *given)
-        with _lock:
+        with _lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             graph = self._known.get(key)
             if graph is None and key in self._met:
                 with torch.inference_mode(False), torch.no_grad():  # its tensors outlive the mode

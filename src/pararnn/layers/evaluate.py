@@ -201,17 +201,18 @@ class Evaluation:
         Returns:
             One (batch, time, hidden) per component, and the values of the report.
         """
-        given = [*tensors, *inputs, initial, starts]
+        fixed = [*tensors, *self.input_part.constants]
+        given = [*fixed, *inputs, initial, starts]
         time = inputs[0].shape[1]
         tracked = any(t is not None and t.requires_grad for t in given)
         gradients = tracked and torch.is_grad_enabled()
         call = None
         if not torch.compiler.is_compiling() and time > 1 and self._never_waits(initial, gradients):
-            call = Call.now(self, len(tensors), given)
+            call = Call.now(self, len(fixed), given)
         if call is not None:
             *states, report = call(given)
         else:
-            edges = self.edges(tensors, inputs)
+            edges = self.edges(fixed, inputs)
             *states, report = self.solve(edges, initial, starts, time)
         return states, report
 
@@ -260,7 +261,7 @@ class Evaluation:
             return self.choice.name == "triton"
         return self.mixing_plan.settles(initial, with_gradients)
 
-    def edges(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def edges(self, fixed: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """See `replayed.Layer`."""
         batch, time = inputs[0].shape[:2]
         time_first = inputs[0].stride(0) < inputs[0].stride(1)
@@ -271,7 +272,7 @@ class Evaluation:
         flat = [i.reshape(batch * time, *i.shape[2:]) for i in ordered]
         edges = []
         for value, by_rows in zip(
-            self.input_part(list(tensors), *flat), self.traced.by_rows, strict=True
+            self.input_part.module(*fixed, *flat), self.traced.by_rows, strict=True
         ):
             if by_rows:
                 value = value.unflatten(0, sizes)

@@ -28,8 +28,8 @@ class Layer(Protocol):
     input_part: InputPart
     plan: str
 
-    def edges(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What the input part computes from the tensors that it reads and the inputs."""
+    def edges(self, fixed: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What the input part computes from the tensors and constants that it reads and inputs."""
 
     def solve(
         self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
@@ -53,8 +53,8 @@ class Call:
 
     Attributes:
         layer: The layer.
-        count: Tensors that the input part reads; they are followed by the inputs, the initial
-            states and the starts.
+        count: Tensors and constants that the input part reads; they are followed by the inputs,
+            the initial states and the starts.
         autocast: Whether it is on, and to which type.
     """
 
@@ -123,8 +123,7 @@ class Call:
 
     @property
     def _form(self) -> tuple[Any, ...]:
-        constants = tuple(map(id, self.layer.input_part.constants))
-        return self.layer.plan, constants, self.count, self.autocast
+        return self.layer.plan, self.count, self.autocast
 
     @property
     def _graphs(self) -> Graphs:
@@ -156,17 +155,20 @@ class Call:
         found, of_initial = self.layer.solve_adjoint(plain, initial, starts, states, grad_states)
         used = [i for i in found if edges[i].requires_grad]
         wanted = [t for t, n in zip(rest, needed, strict=False) if n]
-        gradients = torch.autograd.grad(
-            [edges[i] for i in used],
-            wanted,
-            [found[i] for i in used],
-            create_graph=with_graph,
-            materialize_grads=True,
-        )
+        gradients: Sequence[Tensor] = ()
+        if wanted:
+            gradients = torch.autograd.grad(
+                [edges[i] for i in used],
+                wanted,
+                [found[i] for i in used],
+                create_graph=with_graph,
+                materialize_grads=True,
+            )
         return [*gradients, of_initial] if needed[-2] else list(gradients)
 
 
 _graphs: weakref.WeakKeyDictionary[fx.GraphModule, Graphs] = weakref.WeakKeyDictionary()
+"""By the module of the input part, which equal layers share."""
 
 
 class _Replayed(torch.autograd.Function):

@@ -10,7 +10,8 @@ Held-out text is evaluated in pieces of a sequence's length, each from its begin
 models; ours also with the state carried along.
 
 What is done is kept in --out: a model found there is not trained again, and a run that was stopped
-goes on. --learning-rate is for trying another rate on some --architectures.
+goes on. --learning-rate and --attention-every are for trying another rate, or hybrid stacks, with
+some --architectures in another --out.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def settings(architecture: str, options: argparse.Namespace) -> TrainConfig:
             num_layers=options.layers * (2 if architecture == "mamba2" else 1),
             num_heads=max(1, inside // HEAD) if baseline else theirs.num_heads,
             initializer_std=0.02,
+            attention_every=0 if baseline else options.attention_every,
         ),
         text=TextConfig(
             sequence_length=options.sequence_length,
@@ -125,8 +127,10 @@ def row(config: TrainConfig) -> dict[str, Any]:
         return found.bits_per_byte
 
     last = [record["bits_per_byte"] for record in records[-max(1, len(records) // 20) :]]
+    every = config.architecture.attention_every
+    carries = config.model.startswith("para") and not every
     return {
-        "architecture": config.model,
+        "architecture": config.model + (f" + attention every {every}" if every else ""),
         "parameters": sum(p.numel() for p in model.parameters()),
         "learning_rate": config.optimizer.learning_rate,
         "tokens": stored.steps * stored.text.batch_size * chunk,
@@ -134,7 +138,7 @@ def row(config: TrainConfig) -> dict[str, Any]:
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records),
         "train": statistics.mean(last),
         "validation": bits_per_byte(carry=False),
-        "carried": bits_per_byte(carry=True) if config.model.startswith("para") else None,
+        "carried": bits_per_byte(carry=True) if carries else None,
         "text": text.description,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "compiled": stored.execution.compile,
@@ -175,6 +179,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=7, help="blocks; Mamba2 has twice as many")
     parser.add_argument("--learning-rate", type=float, help="peak, instead of the paper's")
+    parser.add_argument("--attention-every", type=int, default=0, help="blocks, of ours; 0: none")
     parser.add_argument("--validation-tokens", type=int, default=1_048_576)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -186,7 +191,7 @@ def main() -> None:
         missing = missing_kernels(architecture)
         if missing and choose_device(options.device).type == "cuda":
             skipped.append(f"{architecture}: not trained ({missing}).")
-        elif architecture not in {row["architecture"] for row in rows}:
+        elif architecture not in {row["architecture"].split()[0] for row in rows}:
             release()
             rows.append(row(settings(architecture, options)))
             results.write_text(json.dumps(rows, indent=1) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pararnn.data.errors import RunError
+from pararnn.models import CELLS
 from pararnn.models.architectures import check_architecture
 
 DEFAULT_STEPS = 500
@@ -25,12 +26,16 @@ class ArchitectureConfig:
     """Heads of attention, of Mamba2, or of a cell's input projection; must divide the width."""
     conv_kernel: int = 4
     """Steps that the causal convolution sees; the transformer has none."""
+    attention_every: int = 0
+    """Attention in the place of the cell in every so manyth block; 0 for none."""
     initializer_std: float = 0.07
     """Standard deviation of linear and embedding weights at the start."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads", "conv_kernel"):
             _require(getattr(self, name) >= 1, f"architecture.{name}", getattr(self, name), ">= 1")
+        every = self.attention_every
+        _require(every >= 0, "architecture.attention_every", every, ">= 0")
         divides = self.width % self.num_heads == 0
         _require(divides, "architecture.num_heads", self.num_heads, f"a divisor of {self.width}")
         positive = self.initializer_std > 0
@@ -159,6 +164,9 @@ class TrainConfig:
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
         _require(self.seed >= 0, "seed", self.seed, ">= 0")
         check_architecture(self.model)
+        every = self.architecture.attention_every
+        fits = not every or self.model in CELLS
+        _require(fits, "architecture.attention_every", every, f"0 for {self.model}")
 
 
 MAY_CHANGE = (
@@ -240,9 +248,12 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
         ValueError: A field is missing, unknown or holds something else than it should.
     """
     hints = typing.get_type_hints(kind)
-    if not isinstance(values, dict) or set(values) != set(hints):
+    if not isinstance(values, dict) or not set(hints) - _NEW <= set(values) <= set(hints):
         raise ValueError(f"the fields of {kind.__name__} are not {', '.join(hints)}")
     return kind(**{name: _restore(hints[name], name, value) for name, value in values.items()})
+
+
+_NEW = {"attention_every"}  # fields that runs may have begun without
 
 
 def _restore(hint: Any, name: str, value: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from pararnn.data import TokenSplit
 from pararnn.models import ParaRNNCache, ParaRNNForCausalLM
 from pararnn.models.causal_loss import CausalLoss
+from pararnn.models.configuration import ATTENTION
 from pararnn.models.loss import IGNORED
 from pararnn.training.text import Codec
 
@@ -57,7 +58,7 @@ def evaluate(
 
     The text is cut into up to 64 streams that are evaluated side by side; the first tokens of a
     stream are predicted without what came before the cut. A ParaRNN model carries its state through
-    a stream; the baselines begin every chunk anew.
+    a stream; the baselines, and stacks with attention in them, begin every chunk anew.
 
     Args:
         model: Trained on such tokens.
@@ -70,7 +71,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     inputs, targets = _streams(split, limit)
-    measure = _carrying(model) if carry and isinstance(model, ParaRNNForCausalLM) else _anew(model)
+    carries = isinstance(model, ParaRNNForCausalLM) and ATTENTION not in model.config.mixers
+    measure = _carrying(model) if carry and carries else _anew(model)
     total, count = 0.0, 0
     for start in range(0, inputs.shape[1], chunk):
         part = inputs[:, start : start + chunk]
@@ -91,7 +93,7 @@ def evaluate(
 _Measure = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _carrying(model: ParaRNNForCausalLM) -> _Measure:
+def _carrying(model: PreTrainedModel) -> _Measure:
     """Cross-entropy of chunk after chunk."""
     cache = ParaRNNCache()
 

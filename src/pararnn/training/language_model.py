@@ -1,5 +1,7 @@
 """The language model of a run: building it, and continuing a text."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -31,10 +33,17 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
         max_length=config.text.sequence_length,
     )
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), codec.separator)
-    ours = {"backend": config.backend, "z_loss_weight": config.optimizer.z_loss_weight}
-    return outline(
-        make_config(config.model, shape, **special, **(ours if config.model in CELLS else {}))
-    )
+    ours: dict[str, Any] = {}
+    if config.model in CELLS:
+        ours = {"backend": config.backend, "z_loss_weight": config.optimizer.z_loss_weight}
+        ours["mixers"] = mixers(config.model, size.num_layers, size.attention_every)
+    return outline(make_config(config.model, shape, **special, **ours))
+
+
+def mixers(cell: str, num_layers: int, attention_every: int) -> list[str]:
+    """What mixes over time in each block: the cell, or attention in every so manyth."""
+    period = attention_every or num_layers + 1
+    return [ATTENTION if block % period == 0 else cell for block in range(1, num_layers + 1)]
 
 
 def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -80,6 +80,19 @@ def test_evaluation_of_one_stream_is_the_mean_loss(model, chunk, split_of):
     assert model.training
 
 
+def test_stacks_with_attention_begin_every_chunk_anew(split_of):
+    shape = ParaRNNConfig(
+        vocab_size=256,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_heads=2,
+        mixers=["paragru", "attention"],
+    )
+    model, split = ParaRNNForCausalLM(shape), split_of(1500)
+    anew, carried = (evaluate(model, split, Codec(), chunk=64, carry=c).loss for c in (False, True))
+    assert carried == anew
+
+
 @pytest.mark.parametrize("num_bytes", [2, 3, 2049, 4097, 10_001])
 def test_every_byte_is_predicted_once(model, num_bytes, split_of):
     assert evaluate(model, split_of(num_bytes), Codec()).num_tokens == num_bytes - 1
@@ -92,7 +105,7 @@ def test_evaluation_of_a_part(model, split_of):
 
 
 @pytest.mark.parametrize("cell", ["paragru", "paralstm"])
-def test_step_by_step_builtis_the_same_model(cell):
+def test_step_by_step_is_the_same_model(cell):
     shape = ParaRNNConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_heads=2, cell=cell)
     model = ParaRNNForCausalLM(shape).double()
     loop = step_by_step(model)
@@ -106,7 +119,7 @@ def test_step_by_step_builtis_the_same_model(cell):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-8, atol=1e-12, msg=name)
 
 
-def test_comparison_leaves_the_builtalone(model):
+def test_comparison_leaves_the_model_alone(model):
     before = [p.clone() for p in model.parameters()]
 
     def prepare(copied):

@@ -38,6 +38,11 @@ from pararnn.training.optimizer import build_optimizer, is_matrix, learning_rate
         (lambda: OptimizerConfig(beta2=1.0), "optimizer.beta2 is 1.0; .* from 0 to below 1"),
         (lambda: TextConfig(global_batch_size=0), "text.global_batch_size is 0; it must be >= 1"),
         (lambda: ExecutionConfig(profile_steps=-1), "execution.profile_steps is -1; .* >= 0"),
+        (lambda: ArchitectureConfig(attention_every=-1), "attention_every is -1; it must be >= 0"),
+        (
+            lambda: TrainConfig(model="mamba2", architecture=ArchitectureConfig(attention_every=2)),
+            "attention_every is 2; it must be 0 for mamba2",
+        ),
         (lambda: ScheduleConfig(length=0), "schedule.length is 0; it must be >= 1"),
     ],
 )
@@ -55,6 +60,12 @@ def test_wrong_values_are_refused(make, message):
 )
 def test_settings_survive_json(config):
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_settings_from_before_attention_every():
+    stored = to_dict(TrainConfig())
+    del stored["architecture"]["attention_every"]
+    assert from_dict(TrainConfig, stored) == TrainConfig()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,13 @@ from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import train_flops_per_token
 from pararnn.training import RunError, RunFolder, metrics, report, saving, train, trainer
 from pararnn.training.checkpoints import CheckpointError, complete
-from pararnn.training.config import ExecutionConfig, OptimizerConfig, ScheduleConfig, TextConfig
+from pararnn.training.config import (
+    ArchitectureConfig,
+    ExecutionConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TextConfig,
+)
 from pararnn.training.language_model import build_model
 from pararnn.training.optimizer import build_optimizer
 from pararnn.training.parallel import Processes
@@ -297,6 +303,16 @@ def test_every_architecture_trains_under_the_same_command(make_config, monkeypat
     assert ("cannot keep documents apart" in printed) == (model == "mamba2")
     assert ("run step by step: " in printed) == (model in CELLS)
     assert "Sample:\ndef " in printed
+
+
+def test_attention_takes_the_place_of_some_cells(make_config, capsys):
+    shape = ArchitectureConfig(width=16, num_layers=5, num_heads=2, attention_every=2)
+    config = make_config(steps=2, architecture=shape)
+    train(config)
+    newest = max((config.out / "checkpoints").glob("step-*"))
+    mixers = ParaRNNForCausalLM.from_pretrained(newest).config.mixers
+    assert mixers == ["paragru", "attention", "paragru", "attention", "paragru"]
+    assert "Sample:\ndef " in capsys.readouterr().out
 
 
 def test_how_steps_are_computed_does_not_change_the_curve(make_config):

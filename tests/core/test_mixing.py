@@ -204,6 +204,34 @@ def rerun_graphs(monkeypatch):
     monkeypatch.setattr(graphs, "captured", Rerun)
 
 
+def test_graphs_of_forms_that_come_again(monkeypatch, rerun_graphs):
+    """Which one is new when more forms take turns than there may be graphs."""
+    monkeypatch.setattr(graphs, "_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "_UNUSED", 10)
+    made, cached = [], graphs.Graphs()
+
+    class Counted(graphs._Graph):
+        def __init__(self, function, tensors, context):
+            made.append(len(tensors[0]))
+            super().__init__(function, tensors, context)
+
+    monkeypatch.setattr(graphs, "_Graph", Counted)
+
+    def call(size):
+        x = torch.randn(size)
+        (y,) = cached.call("double", lambda tensors: [tensors[0] * 2], [x])
+        assert torch.equal(y, x * 2)
+
+    for _ in range(3):
+        for size in (1, 2, 3):
+            call(size)
+    assert made == [1, 2]  # at their second call; then all places are taken
+    for _ in range(9):
+        call(2)
+    call(3)
+    assert made == [1, 2, 3]  # in the place of one that was not used for ten calls
+
+
 @pytest.mark.parametrize("solver", [Newton(chunk=7), Jacobi(chunk=10), Sequential()])
 def test_sweeps_by_graphs(monkeypatch, rerun_graphs, solver):
     monkeypatch.setattr(graphs, "_STEPS", 4)

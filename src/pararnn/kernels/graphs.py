@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +21,8 @@ from pararnn.solvers.chunks import WHOLE, Chunks, Rows, Sweep, Swept
 # which the memory that graphs keep is small.
 SMALL = 1 << 22
 _STEPS = 128  # of a sweep in one graph; longer sweeps replay it
-_GRAPHS = 16  # kept per step, plan or layer
+_GRAPHS = 64  # kept per step, plan or layer
+_UNUSED = 1024  # calls of others after which a graph makes room for a new one
 _FORMS = 256  # remembered as met once
 _TOGETHER = 1 << 16  # elements; of several tensors in one launch a multiprocessor copies so many
 
@@ -110,11 +111,12 @@ _Function = Callable[[Sequence[Any]], list[Tensor]]
 
 
 class Graphs:
-    """CUDA graphs of the latest forms in which some functions of tensors were called."""
+    """CUDA graphs of forms in which some functions of tensors are called again and again."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._known: OrderedDict[Hashable, _Graph] = OrderedDict()  # the latest used comes last
         self._met: OrderedDict[Hashable, None] = OrderedDict()
+        self._calls = 0
 
     def call(
         self, form: Hashable, function: _Function, tensors: Sequence[Tensor | None]
@@ -131,27 +133,35 @@ class Graphs:
         context = _context(device)
         key = (form, context, *given)
         with _lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._calls += 1
             graph = self._known.get(key)
-            if graph is None and key in self._met:
+            if graph is None and key in self._met and self._has_room():
                 with torch.inference_mode(False), torch.no_grad():  # its tensors outlive the mode
-                    graph = _put(self._known, key, _Graph(function, tensors, context), _GRAPHS)
+                    graph = self._known[key] = _Graph(function, tensors, context)
             if graph is not None:
                 self._known.move_to_end(key)
+                graph.used = self._calls
                 return graph(tensors)
-            _put(self._met, key, None, _FORMS)
+            self._met[key] = None
+            if len(self._met) > _FORMS:
+                self._met.popitem(last=False)
         return function(tensors)
+
+    def _has_room(self) -> bool:
+        """Whether there may be one more, if need be in the place of one that nobody uses.
+
+        So more forms in turn than there may be graphs do not make a graph at every call.
+        """
+        if len(self._known) < _GRAPHS:
+            return True
+        oldest = next(iter(self._known.values()))
+        if self._calls - oldest.used < _UNUSED:
+            return False
+        self._known.popitem(last=False)
+        return True
 
 
 _lock = threading.Lock()  # what is enqueued for one call must not mix with that for another
-_Value = TypeVar("_Value")
-
-
-def _put(into: OrderedDict[Hashable, _Value], key: Hashable, value: _Value, most: int) -> _Value:
-    """Add to a dictionary that forgets the oldest."""
-    into[key] = value
-    if len(into) > most:
-        into.popitem(last=False)
-    return value
 
 
 def _context(device: torch.device) -> Hashable:
@@ -175,6 +185,7 @@ class _Graph:
         _firsts.setdefault(context, self._replay.graph)
         self._inputs = [t for t in own if t is not None]
         self._outputs: list[Tensor] = self._replay.kept
+        self.used = 0
         self._into = _alike(self._inputs, [t for t in tensors if t is not None])
         self._out = _alike(self._outputs, [torch.empty_like(o) for o in self._outputs])
 

@@ -219,7 +219,7 @@ class Evaluation:
     def solve(
         self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
     ) -> list[Tensor]:
-        """See `replayed.Layer`."""
+        """The states, and the values of the report."""
         layout = self.traced.layout
         if layout is None:
             batch = len(initial) if starts is None else len(starts)
@@ -237,7 +237,7 @@ class Evaluation:
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """See `replayed.Layer`."""
+        """The gradients of edges, by their numbers, and of the initial states."""
         layout = self.traced.layout
         if layout is None:
             assert self.mixing_plan is not None
@@ -262,7 +262,7 @@ class Evaluation:
         return self.mixing_plan.settles(initial, with_gradients)
 
     def edges(self, fixed: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """See `replayed.Layer`."""
+        """What the input part computes from the tensors and constants that it reads, and inputs."""
         batch, time = inputs[0].shape[:2]
         time_first = inputs[0].stride(0) < inputs[0].stride(1)
         if self.mixing_plan is not None and inputs[0].device.type == "cpu":

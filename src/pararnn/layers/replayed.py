@@ -9,42 +9,19 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from pararnn.kernels.graphs import SMALL, Graphs, is_capturing
-from pararnn.tracing.partition import InputPart
+
+if TYPE_CHECKING:
+    from pararnn.layers.evaluate import Evaluation
 
 _DEVICE = "cuda"
-
-
-class Layer(Protocol):
-    """A traced step as its input part and what solves the recurrence."""
-
-    input_part: InputPart
-    plan: str
-
-    def edges(self, fixed: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What the input part computes from the tensors and constants that it reads and inputs."""
-
-    def solve(
-        self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
-    ) -> list[Tensor]:
-        """The states, and the values of the report."""
-
-    def solve_adjoint(
-        self,
-        edges: Sequence[Tensor],
-        initial: Tensor,
-        starts: Tensor | None,
-        states: Sequence[Tensor],
-        grad_states: Sequence[Tensor | None],
-    ) -> tuple[Mapping[int, Tensor], Tensor]:
-        """Gradients by the number of the edge, and that of the initial states."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +35,12 @@ class Call:
         autocast: Whether it is on, and to which type.
     """
 
-    layer: Layer
+    layer: Evaluation
     count: int
     autocast: tuple[bool, torch.dtype]
 
     @classmethod
-    def now(cls, layer: Layer, count: int, given: Sequence[Tensor | None]) -> Call | None:
+    def now(cls, layer: Evaluation, count: int, given: Sequence[Tensor | None]) -> Call | None:
         """A call of a small problem, if a graph repeats all that such a call does."""
         tensors = [t for t in given if t is not None]
         device = tensors[-1].device

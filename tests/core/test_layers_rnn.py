@@ -208,3 +208,40 @@ def test_rows_do_not_mix(rnn, example):
     assert torch.equal(y[0], changed[0])
     assert torch.equal(y[2], changed[2])
     assert not torch.equal(y[1], changed[1])
+
+
+def test_a_cell_that_changes_between_calls_is_seen():
+    """Whatever it is: a number, a weight, its type, a part of it."""
+
+    class Layered(nn.Module):
+        input_size = hidden_size = 4
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = nn.Linear(4, 4), 0.5
+            self.recurrent = nn.Parameter(torch.rand(4))
+
+        def forward(self, x, h):
+            return torch.tanh(self.inner(x) * self.scale + self.recurrent * h)
+
+    cell = Layered()
+    rnn, x = RNN(cell), torch.randn(2, 20, 4)
+
+    def shrink():
+        cell.recurrent.data = cell.recurrent.data.double()
+        cell.inner.double()
+
+    changes = [
+        lambda: setattr(cell, "scale", 2.0),
+        lambda: setattr(cell, "recurrent", nn.Parameter(torch.rand(4))),
+        lambda: setattr(cell.inner, "bias", None),
+        lambda: setattr(cell, "inner", nn.Sequential(nn.Linear(4, 4), nn.Tanh())),
+        shrink,
+    ]
+    rnn(x)
+    for change in changes:
+        change()
+        own = x.to(cell.recurrent.dtype)
+        for _ in range(2):
+            expected, _ = loop(cell, own, own.new_zeros(2, 4))
+            assert_close("y", rnn(own)[0], expected, rtol=1e-5)

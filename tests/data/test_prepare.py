@@ -13,6 +13,7 @@ import time
 import pytest
 
 from pararnn.data import PrepareConfig, open_tokens, prepare, units
+from pararnn.data.files import alone_in
 from pararnn.data.sources import DatasetReader
 from pararnn.training import RunError
 
@@ -41,6 +42,15 @@ def test_settings_and_sources_must_stay(texts, make):
     with pytest.raises(RunError, match="the source files were changed since"):
         make(texts)
     assert contents(texts.parent / "tokens") == before
+
+
+def test_two_at_a_time_in_one_folder_are_refused(texts, make, tmp_path):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    with alone_in(folder), pytest.raises(RunError, match=f"another process is writing to {folder}"):
+        make(texts)
+    assert not contents(folder)
+    assert make(texts).train.num_documents
 
 
 def test_finished_folder_is_left_alone(texts, make, capsys):

@@ -1,8 +1,18 @@
 """Writing files so that a crash leaves the old content or the new, nothing between."""
 
+import contextlib
+import errno
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from pararnn.data.errors import RunError
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment] # see above
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -14,6 +24,32 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from entering the same folder, where the system has such locks.
+
+    A lock ends with its process, however that ends, and leaves no file behind.
+
+    Raises:
+        RunError: Another process is in it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunError(
+                    f"another process is writing to {folder}; wait for it, or name another folder."
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:

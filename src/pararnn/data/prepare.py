@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pararnn.data.config import PrepareConfig, settings_of
 from pararnn.data.errors import RunError
-from pararnn.data.files import write_atomically
+from pararnn.data.files import alone_in, write_atomically
 from pararnn.data.parts import smallest_dtype
 from pararnn.data.progress import Progress, is_finished, remove_work, start_or_continue
 from pararnn.data.shards import FORMAT, INDEX, TOKENIZER, VERSION
@@ -63,6 +63,15 @@ def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
     readers = find_readers(config.sources, config.text_field, config.held_out)
     fingerprint = json.dumps([reader.fingerprint() for reader in readers])
     source_sha256 = hashlib.sha256(fingerprint.encode()).hexdigest()
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        return _write(config, folder, workers, readers, source_sha256)
+
+
+def _write(
+    config: PrepareConfig, folder: Path, workers: int, readers: list[Reader], source_sha256: str
+) -> int | None:
     settings = settings_of(config)
     if is_finished(folder, settings, source_sha256):
         print(f"{folder} is finished already; nothing to do.")

@@ -78,7 +78,8 @@ class RNN(nn.Module):
         self._given = {name: size for name, size in given.items() if size is not None}
         choose_backend(backend)
         self._evaluation: Evaluation | None = None
-        self._signature: tuple[object, ...] | None = None
+        self._signature: tuple[object, ...] = ()
+        self._latest: tuple[Snapshot, torch.dtype, torch.device] | None = None
         self._report: Tensor | int | None = None  # a number of rows: they went step by step
         input_size = getattr(cell, "input_size", None)
         if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
@@ -153,7 +154,7 @@ class RNN(nn.Module):
         starts, last = _starts(x, resets, cu_seqlens)
         parts = self._parts(state, sequences, x)
         if last is None and self._prefers_cell(evaluation, x, parts, x.shape[1]):
-            inputs = x.transpose(0, 1).contiguous().unbind(0)
+            inputs = x.unbind(1) if len(x) == 1 else x.transpose(0, 1).contiguous().unbind(0)
             outputs, final = self._run_cell(evaluation, inputs, parts, starts)
             y = torch.stack(outputs, 1)
         else:
@@ -198,7 +199,7 @@ class RNN(nn.Module):
         one_call = isinstance(self.cell, nn.RNNCellBase) and not torch.is_grad_enabled()
         return (
             not torch.compiler.is_compiling()
-            and evaluation.prefers_cell(len(x), time, x.device.type, one_call)
+            and evaluation.prefers_cell(x.shape[0], time, x.device.type, one_call)
             and own not in _HALF
             and (x.dtype is own or not x.is_floating_point())
             and all(p.dtype is own for p in parts)
@@ -223,7 +224,7 @@ class RNN(nn.Module):
             parts = tuple([p.contiguous() for p in parts])  # as when it was traced
             parts = cell(x_t, parts) if as_tuple else (cell(x_t, parts[0]),)
             outputs.append(parts[0])
-        self._report = len(inputs[0])
+        self._report = inputs[0].shape[0]
         return outputs, parts
 
     def _evaluate(
@@ -273,13 +274,31 @@ class RNN(nn.Module):
                     f"state must be a tensor or a tuple of tensors, got {_describe(state)}"
                     f"{'' if part is state else f' with {_describe(part)} in it'}."
                 )
-        if torch.compiler.is_compiling() and self._evaluation is not None:
+        if self._evaluation is not None and (
+            torch.compiler.is_compiling() or self._is_as_before(self._evaluation, x, step)
+        ):
             return self._evaluation
         if self._hidden_size is None and not _has_size(self.cell) and state is not None:
             self._hidden_size = (state[0] if isinstance(state, tuple) else state).shape[-1]
         if self._num_components is None and isinstance(state, tuple):
             self._num_components = len(state)
         return self._prepare(self._features(x, step), x.dtype, x.device, snapshot(self.cell))
+
+    def _is_as_before(self, evaluation: Evaluation, x: Tensor, step: bool) -> bool:
+        """Whether x and the layer are like those of the call before."""
+        if self._latest is None:
+            return False
+        now, dtype, device = self._latest
+        lead = 1 if step else 2
+        return (
+            x.dim() == lead + evaluation.feature_axes
+            and x.shape[lead:] == evaluation.features
+            and x.dtype is dtype
+            and x.device == device
+            and 0 not in x.shape
+            and self._signature[-2:] == (self.backend, self.solver)
+            and now.is_current()
+        )
 
     def _features(self, x: Tensor, step: bool) -> tuple[int, ...]:
         """The shape of one input, after a check of x: a sequence, or with `step` one time."""
@@ -334,6 +353,7 @@ class RNN(nn.Module):
             choice = choose_backend(self.backend, traced, device, self.solver)
             self._evaluation = Evaluation(traced, choice, self.solver, features)
             self._signature = signature
+        self._latest = now, dtype, device
         return self._evaluation
 
     def _check_claim(self, traced: Traced) -> None:
@@ -445,7 +465,8 @@ class RNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is traced belongs to this process; a copy traces again."""
-        return {**self.__dict__, "_evaluation": None, "_signature": None, "_report": None}
+        own = dict.fromkeys(("_evaluation", "_latest", "_report"))
+        return {**self.__dict__, **own, "_signature": ()}
 
 
 def _check_cell(cell: object) -> None:

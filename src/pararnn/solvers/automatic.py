@@ -61,6 +61,7 @@ def automatic(entries: int, work: int, batch: int, time: int, device: str) -> So
     return method(chunk=chunk, max_iterations=most)
 
 
+@functools.lru_cache(maxsize=1024)
 def prefers_cell(work: int, batch: int, time: int, device: str, one_call: bool) -> bool:
     """Whether a loop over the cell itself is the fastest.
 

@@ -58,10 +58,14 @@ class Snapshot:
         tensors: Parameters, buffers and plain tensor attributes, by qualified name.
         fingerprint: Everything that a graph of the cell depends on besides x: names, shapes and
             types of the tensors, and the numbers and texts among the attributes.
+        stores: The dictionaries of the cell's modules, and what is in them.
+        kinds: Shapes and types of the tensors.
     """
 
     tensors: dict[str, Tensor]
     fingerprint: tuple[object, ...]
+    stores: list[tuple[dict[str, Any], list[Any]]]
+    kinds: list[tuple[torch.Size, torch.dtype]]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,13 +78,22 @@ class Snapshot:
         """Where the first tensor is."""
         return next((t.device for t in self.tensors.values()), torch.device("cpu"))
 
+    def is_current(self) -> bool:
+        """Whether the cell still holds the very same things; quicker than another look."""
+        return [(t.shape, t.dtype) for t in self.tensors.values()] == self.kinds and all(
+            len(store) == len(values) and all(map(operator.is_, store.values(), values))
+            for store, values in self.stores
+        )
+
 
 def snapshot(cell: nn.Module) -> Snapshot:
     """Look at a cell's tensors and settings as they are now."""
     tensors: dict[str, Tensor] = {}
     settings: list[object] = []
     seen: set[int] = set()
+    stores = []
     for prefix, module in cell.named_modules():
+        stores += [module._parameters, module._buffers, module._modules, vars(module)]
         for store in (module._parameters, module._buffers, vars(module)):
             for name, value in store.items():
                 if name in _MODULE_OWN:
@@ -93,7 +106,9 @@ def snapshot(cell: nn.Module) -> Snapshot:
                         settings.append((full, value.shape, value.dtype))
                 elif isinstance(value, (bool, int, float, str)):
                     settings.append((prefix, name, value))
-    return Snapshot(tensors, tuple(settings))
+    held = [(store, list(store.values())) for store in stores]
+    kinds = [(tensor.shape, tensor.dtype) for tensor in tensors.values()]
+    return Snapshot(tensors, tuple(settings), held, kinds)
 
 
 def resolve(cell: nn.Module, name: str) -> Tensor:

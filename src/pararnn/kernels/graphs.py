@@ -30,28 +30,35 @@ _TOGETHER = 1 << 16  # elements; of several tensors in one launch a multiprocess
 def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None) -> Replay:
     """The same work as a CUDA graph, which Python launches in one call.
 
-    It is run twice before, to compile and to allocate, on a stream of its own.
+    It is run twice before, to compile and to allocate. Graphs are captured on one stream for all
+    that run on the current one: what they share, memory and cuBLAS's workspace, goes by streams.
+    (PyTorch's default is one stream for all, of the first device.)
 
     Args:
         run: Enqueues work on the current stream; reads and writes the same tensors in every call.
         beside: A graph to share memory with; the two must never run at the same time.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current = torch.cuda.current_stream()
+    place = current.device, current.cuda_stream
+    stream = _streams.get(place) or _streams.setdefault(place, torch.cuda.Stream())
+    stream.wait_stream(current)
     _here.prepares = True
     try:
         with torch.cuda.stream(stream):
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = None if beside is None else beside.pool()
         # other threads (that pin memory, or watch collectives) may go on meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             kept = run()
     finally:
         _here.prepares = False
     return Replay(graph, kept)
+
+
+_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
 
 @dataclass(frozen=True)

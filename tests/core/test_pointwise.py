@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from pararnn import RNN
+from pararnn import RNN, Jacobi
+from pararnn.kernels import mixing as operator
 from pararnn.kernels import pointwise
-from pararnn.testing import assert_close
+from pararnn.testing import assert_close, loop
 
+from .compare import assert_same, outcome, random_state
 from .conftest import needs_triton
 from .test_fused import CELLS, INPUT, make
 
@@ -87,10 +89,34 @@ def test_what_is_joined_is_written_in_place():
         assert not nodes(function, "sigmoid")
 
 
-@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_serves_any_number_of_rows():
+    for module, arguments in modules(make("lstm", torch.float64)):
+        function = pointwise.fused(module, arguments)
+        less = [a[:11] if a.shape[0] == 37 else a for a in arguments]
+        for actual, expected in zip(function(*less), module(*less), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("keepdim", [False, True])
-def test_sums_of_rows(rows, keepdim):
+def test_sums_of_rows(monkeypatch, rows, keepdim):
+    monkeypatch.setattr(pointwise, "_LONG", 8)
+    monkeypatch.setattr(pointwise, "_PARTS", 7)
     x = torch.randn(rows, 5, dtype=torch.float64)
     found = pointwise.sum_of_rows(x, keepdim)
     assert found.shape == x.sum(0, keepdim).shape
     assert_close("sum", found, x.sum(0, keepdim), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "slstm", "choosy"])
+def test_gradients_of_a_layer(monkeypatch, name):
+    """All of it, with resets."""
+    monkeypatch.setattr(operator, "run_module", lambda m, given: pointwise.fused(m, given)(*given))
+    torch.manual_seed(3)
+    cell = Choosy().double() if name == "choosy" else make(name, torch.float64)
+    rnn = RNN(cell, solver=Jacobi(chunk=16))
+    x = torch.randn(2, 40, cell.input_size, dtype=torch.float64)
+    state = random_state(rnn.num_components, 2, rnn.hidden_size)
+    resets = torch.rand(2, 40) < 0.1
+    expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
+    assert_same(outcome(lambda x, s: rnn(x, s, resets), cell, x, state), expected, 1e-10)

@@ -39,7 +39,8 @@ def run(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Run a module of operations; see `pararnn.solvers.mixing.RunModule`."""
     if tensors[0].device.type != "cuda":
         return module(*(t.contiguous() for t in tensors))
-    form = tuple((t.shape, t.dtype, t.device) for t in tensors)
+    rows = max(t.shape[0] for t in tensors)  # any number of these is served by one function
+    form = tuple((t.shape[0] == rows or t.shape[0], t.shape[1:], t.dtype) for t in tensors)
     known = _known.setdefault(module, OrderedDict())
     if form not in known:
         known[form] = fused(module, tensors)
@@ -54,7 +55,7 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, Function
 
 
 def fused(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Function:
-    """The same function for tensors of these shapes, with few kernels.
+    """The same function for tensors of these shapes, and with any number of rows, with few kernels.
 
     Arguments may have any strides; what is not an operation on each element gets them contiguous.
     """
@@ -105,11 +106,10 @@ class _Fusion:
         self.stages: dict[fx.Node, int] = {}
         self.clusters: dict[tuple[int, torch.Size], _Cluster] = {}
         self.of: dict[fx.Node, _Cluster] = {}
-        for node in graph.nodes:
-            if node.op == "call_function":
-                self.place(node)
-            else:
-                self.stages[node] = 0
+        self.operations = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+        self.stages.update({n: 0 for n in graph.nodes if n.op == "placeholder"})
+        for node in self.operations:
+            self.place(node)
         for cluster in self.clusters.values():
             if len(cluster.nodes) == 1:
                 del self.of[cluster.nodes[0]]
@@ -142,6 +142,7 @@ class _Fusion:
             or value.dim() < 2
             or not all(_is_tensor(v) and v.dtype in (self.dtype, torch.bool) for v in operands)
             or value.dtype not in (self.dtype, torch.bool)
+            or all(v.shape != value.shape for v in operands)
         ):
             return False
         try:
@@ -165,28 +166,26 @@ class _Fusion:
 
     def module(self) -> fx.GraphModule:
         """The function."""
-        nodes = list(self.old.nodes)
-        for node in nodes:
+        for node in self.old.nodes:
             if node.op == "placeholder":
                 self.made[node] = self.new.placeholder(str(node.target))
         for stage in range(max(self.stages.values()) + 1):
-            for node in nodes:
-                waits = self.stages[node] == stage and node.op == "call_function"
-                if waits and node not in self.of and node not in self.made:
+            for node in self.operations:
+                alone = node not in self.of and node not in self.made
+                if alone and self.stages[node] == stage:
                     self.made[node] = self.copied(node)
             for (at, _), cluster in self.clusters.items():
                 if at == stage and len(cluster.nodes) > 1:
                     self.generate(cluster)
-        (results,) = next(n for n in nodes if n.op == "output").args
-        self.new.output(tree_map(lambda a: self.made.get(a, a), results))
+        (results,) = next(n for n in self.old.nodes if n.op == "output").args
+        self.new.output(fx.map_arg(results, self.as_recorded))
         return fx.GraphModule(torch.nn.Module(), self.new)
 
     def copied(self, node: fx.Node) -> fx.Node:
         """An operation as it is."""
         if operation_of(node) == "sum" and len(node.args) > 1 and node.args[1] == [0]:
             (summed,) = node.all_input_nodes
-            long = self.values[summed].dim() > 1 and len(self.values[summed]) >= _LONG
-            if long and not node.kwargs:
+            if self.values[summed].dim() > 1 and not node.kwargs:
                 keep = bool(node.args[2]) if len(node.args) > 2 else False
                 return self.new.call_function(sum_of_rows, (self.as_recorded(summed), keep))
         return self.new.node_copy(node, self.as_recorded)
@@ -216,7 +215,9 @@ class _Fusion:
         buffers = [*([n] for n in alone), *joined.values()]
         roots = [[expressions[n] for n in buffer] for buffer in buffers]
         kinds = [self.values[buffer[0]].dtype for buffer in buffers]
-        kernel = _kernel(cluster.shape, roots, kinds, len(inputs), self.dtype)
+        whole = next(i for i, n in enumerate(inputs) if self.values[n].shape == cluster.shape)
+        size = cluster.shape[-1]
+        kernel = _kernel(size, whole, roots, kinds, len(inputs), self.dtype)
         call = self.new.call_function(kernel, tuple(self.made[n] for n in inputs))
         for i, node in enumerate([*alone, *joined]):
             self.made[node] = self.new.call_function(operator.getitem, (call, i))
@@ -245,13 +246,16 @@ def _is_tensor(value: Any) -> bool:
 
 def sum_of_rows(x: Tensor, keepdim: bool) -> Tensor:
     """`x.sum(0, keepdim)`."""
+    if len(x) < _LONG:
+        return x.sum(0, keepdim)
     size = len(x) // _PARTS
     parts = x[: size * _PARTS].unflatten(0, (_PARTS, size)).sum(1)
     return torch.cat([parts, x[size * _PARTS :]]).sum(0, keepdim)
 
 
 def _kernel(
-    shape: torch.Size,
+    size: int,
+    whole: int,
     roots: Sequence[Sequence[Operand]],
     kinds: Sequence[torch.dtype],
     count: int,
@@ -260,20 +264,21 @@ def _kernel(
     """A function of `count` tensors.
 
     Args:
-        shape: Of all values.
+        size: The last axis of all values.
+        whole: Which argument has the shape of all values.
         roots: What is computed, side by side in one tensor per list.
         kinds: Types of these.
         count: Arguments, the leaves `drive`.
         dtype: Of the arithmetic.
     """
-    size, rows = shape[-1], math.prod(shape[:-1])
     flat = [root for buffer in roots for root in buffer]
     booleans = [kind is torch.bool for kind, b in zip(kinds, roots, strict=True) for _ in b]
     module = load(_source(size, flat, booleans, count, dtype is torch.float64))
-    columns = min(_BLOCK, 1 << (size - 1).bit_length())
-    grid = (-(-rows // (_BLOCK // columns)), -(-size // columns))
+    columns = _columns(size)
 
     def fused_operations(*tensors: Tensor) -> list[Tensor]:
+        shape = tensors[whole].shape
+        rows = math.prod(shape[:-1])
         results = [
             tensors[0].new_empty((*shape[:-1], size * len(buffer)), dtype=kind)
             for buffer, kind in zip(roots, kinds, strict=True)
@@ -283,14 +288,20 @@ def _kernel(
             x = tensor.expand(shape).reshape(rows, size)
             arguments += [_as_bytes(x), *x.stride()]
         for result, buffer in zip(results, roots, strict=True):
-            flat = _as_bytes(result).view(rows, -1)
+            side_by_side = _as_bytes(result).view(rows, -1)
             for i, _ in enumerate(buffer):
-                arguments += [flat[:, i * size :], flat.stride(0)]
+                arguments += [side_by_side[:, i * size :], side_by_side.stride(0)]
+        grid = (-(-rows // (_BLOCK // columns)), -(-size // columns))
         with on_device(tensors[0]):
             module.run[grid](*arguments, rows)
         return results
 
     return fused_operations
+
+
+def _columns(size: int) -> int:
+    """Of the block of a program, a power of two."""
+    return min(_BLOCK, 1 << (size - 1).bit_length())
 
 
 def _as_bytes(x: Tensor) -> Tensor:
@@ -303,7 +314,7 @@ def _source(
     """The module with the kernel `run`."""
     variant, used, out = Variant("double" if double else "single", "none", 1), set[str](), Lines()
     lines, values = printing.statements(language_of(variant, used), roots, {})
-    columns = min(_BLOCK, 1 << (size - 1).bit_length())
+    columns = _columns(size)
     names = [f"drive{i}_{part}" for i in range(count) for part in ("at", "row", "column")]
     names += [f"result{i}_{part}" for i, _ in enumerate(roots) for part in ("at", "row")]
     out('"""Generated by ParaRNN from operations on each element."""')

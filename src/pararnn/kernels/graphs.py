@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,7 @@ def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None)
     place = current.device, current.cuda_stream
     stream = _streams.get(place) or _streams.setdefault(place, torch.cuda.Stream())
     stream.wait_stream(current)
-    _here.prepares = True
-    try:
+    with _as_captured():
         with torch.cuda.stream(stream):
             for _ in range(2):
                 run()
@@ -53,8 +52,6 @@ def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None)
         # other threads (that pin memory, or watch collectives) may go on meanwhile
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             kept = run()
-    finally:
-        _here.prepares = False
     return Replay(graph, kept)
 
 
@@ -86,6 +83,17 @@ def is_capturing(device: torch.device) -> bool:
 
 
 _here = threading.local()
+
+
+@contextmanager
+def _as_captured() -> Iterator[None]:
+    """What runs inside takes the way that it takes in a graph, and makes none of its own."""
+    before = getattr(_here, "prepares", False)
+    _here.prepares = True
+    try:
+        yield
+    finally:
+        _here.prepares = before
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
@@ -152,7 +160,8 @@ class Graphs:
             self._met[key] = None
             if len(self._met) > _FORMS:
                 self._met.popitem(last=False)
-        return function(tensors)
+        with _as_captured():
+            return function(tensors)
 
     def _has_room(self) -> bool:
         """Whether there may be one more, if need be in the place of one that nobody uses.

@@ -204,10 +204,8 @@ class Evaluation:
         fixed = [*tensors, *self.input_part.constants]
         given = [*fixed, *inputs, initial, starts]
         time = inputs[0].shape[1]
-        tracked = any(t is not None and t.requires_grad for t in given)
-        gradients = tracked and torch.is_grad_enabled()
         call = None
-        if not torch.compiler.is_compiling() and time > 1 and self._never_waits(initial, gradients):
+        if not torch.compiler.is_compiling() and time > 1 and self._never_waits(given, initial):
             call = Call.now(self, len(fixed), given)
         if call is not None:
             *states, report = call(given)
@@ -253,13 +251,14 @@ class Evaluation:
         )
         return dict(enumerate(found)), of_initial
 
-    def _never_waits(self, initial: Tensor, with_gradients: bool) -> bool:
+    def _never_waits(self, given: Sequence[Tensor | None], initial: Tensor) -> bool:
         """Whether the device is never asked anything."""
         if self.solver is not None:
             return False
         if self.mixing_plan is None:
             return self.choice.name == "triton"
-        return self.mixing_plan.settles(initial, with_gradients)
+        tracked = any(t is not None and t.requires_grad for t in given)
+        return self.mixing_plan.settles(initial, tracked and torch.is_grad_enabled())
 
     def edges(self, fixed: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """What the input part computes from the tensors and constants that it reads, and inputs."""

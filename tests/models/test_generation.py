@@ -9,8 +9,17 @@ from transformers import GenerationConfig
 
 from pararnn.models import generation
 from pararnn.models.generation import Decoder, generate
+from pararnn.testing import assert_close
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8, 9]]
+
+
+@pytest.mark.parametrize("size", [1, 17, 1024, 1025, 50432])
+def test_the_largest_score_in_parts(size):
+    scores = torch.randn(3, size)
+    scores[1] = -torch.inf
+    scores[1, size // 2] = -1e30
+    assert torch.equal(generation.largest(scores), scores.argmax(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("kernel", [1, 4])
@@ -128,6 +137,23 @@ def test_the_captured_step_equals_transformers(make_model, tokens, cell, compile
     ]
     assert samples[0] == samples[1]
     assert samples[0] != samples[2]
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("cell", "kernel"), [("paragru", 4), ("paralstm", 2), ("slstm", 1)])
+def test_a_compiled_step_leaves_the_same_states(make_model, cell, kernel, device):
+    """For one text, whose products with weights are kernels of our own, interpreted on a CPU."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "conv_kernel": kernel}
+    model = make_model(cell=cell, **sizes).float().to(device)
+    decoders = [Decoder(model, 1, compiled=compiled) for compiled in (False, True)]
+    tokens = [decoder.generate(PROMPTS[:1], max_new_tokens=12) for decoder in decoders]
+    assert tokens[0] == tokens[1]
+    if kernel > 1:
+        assert_close("windows", decoders[1]._windows, decoders[0]._windows, rtol=1e-5)
+    states = [generation._recurrent(decoder._layers) for decoder in decoders]
+    for i, (expected, found) in enumerate(zip(*states, strict=True)):
+        assert_close(f"state {i}", found, expected, rtol=1e-5)
 
 
 def test_end_of_text(make_model, monkeypatch):

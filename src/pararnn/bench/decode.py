@@ -17,7 +17,7 @@ from pararnn.kernels.graphs import captured
 from pararnn.models import ParaRNNForCausalLM
 from pararnn.models.architectures import missing_kernels
 from pararnn.models.flops import multiplied_parameters
-from pararnn.models.generation import DECODING, Decoder
+from pararnn.models.generation import Decoder, decoding_options, largest
 
 _STEPS = 16  # timed together
 
@@ -112,12 +112,12 @@ def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Call
     @torch.no_grad()
     def step() -> None:
         output = model(input_ids=tokens, use_cache=True, **{name: cache})
-        tokens.copy_(output.logits[:, -1:].argmax(-1))
+        tokens.copy_(largest(output.logits[:, -1]))
 
     step()  # the cache makes its tensors
     if model.device.type != "cuda":
         return step
-    return captured(torch.compile(step, dynamic=False, options=DECODING))
+    return captured(torch.compile(step, dynamic=False, options=decoding_options()))
 
 
 def _repeated(step: Callable[[], None]) -> Callable[[], None]:

@@ -202,7 +202,7 @@ class TritonBackend:
         """
         kind = (kernel, problem.hidden, *constants.values())
         begin = time.perf_counter() if kind not in self._compiled else None
-        overlap = _overlaps(problem.initial.device)
+        overlap = overlaps(problem.initial.device)
         constants = constants | {"PDL": overlap}
         more = {"launch_pdl": True} if overlap and follows else {}
         kernel[(programs,)](**arguments, **constants, num_warps=warps, **more)
@@ -249,7 +249,7 @@ def _launch(problem: Problem, settings: Solver, work: Work, adjoint: bool) -> La
 
 
 @functools.cache
-def _overlaps(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
     """Whether a kernel may start before the one that it depends on has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 

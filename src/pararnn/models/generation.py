@@ -7,20 +7,22 @@ and replayed; elsewhere the same function is called.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pararnn.kernels.graphs import captured
 from pararnn.models.cache import LayerState, ParaRNNCache, State, map_state
 from pararnn.models.configuration import ATTENTION
+from pararnn.models.convolution import advance_windows
 from pararnn.models.modeling import ParaRNNForCausalLM
 
 _STEPS_BETWEEN_CHECKS = 32  # whether all have ended: only then does the host wait for the device
-DECODING: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
-"""For `torch.compile` of a step: it then writes products of a matrix and a vector itself."""
+_PART = 1024  # scores that one processor looks at
 _LEAST_NOISE = 2.0**-25  # exponential noise may be drawn as 0, for all below 2**-24
 
 
@@ -95,17 +97,18 @@ class Decoder:
         self._noise = torch.ones(batch_size, model.config.vocab_size, device=device)
         self._generator: torch.Generator | None = None
         self._layers: list[LayerState] = []
-        self._run: Callable[[], None] = self._advance
+        self._windows = torch.empty(0)
+        self._next: Callable[[], tuple[list[Tensor], list[Tensor]]] = self._advance
         if compiled:
-            self._run = torch.compile(
-                self._advance, fullgraph=True, dynamic=False, options=DECODING
+            self._next = torch.compile(
+                self._advance, fullgraph=True, dynamic=False, options=decoding_options()
             )
+        self._run: Callable[[], None] = self._replace
 
     @property
     def state_bytes(self) -> int:
         """Size of the states of all blocks and texts; 0 before the first call."""
-        parts = [(layer.window, *_components(layer.recurrent)) for layer in self._layers]
-        return sum(tensor.nbytes for part in parts for tensor in part)
+        return self._windows.nbytes + sum(tensor.nbytes for tensor in _recurrent(self._layers))
 
     def generate(
         self,
@@ -150,9 +153,11 @@ class Decoder:
         if temperature > 0:
             self._generator = torch.Generator(self.model.device).manual_seed(seed)
         output = self.model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        layers = output.cache_params.layers
         if not self._layers:
-            self._prepare(output.cache_params.layers)
-        _copy(self._layers, output.cache_params.layers)
+            self._prepare(layers)
+        self._windows.copy_(_windows(layers))
+        torch._foreach_copy_(_recurrent(self._layers), _recurrent(layers))
         self._draw()
         self._choose(output.logits)
 
@@ -190,15 +195,26 @@ class Decoder:
 
     def _prepare(self, layers: list[LayerState]) -> None:
         """Make the states' tensors and the graph; what its first runs leave is overwritten."""
-        self._layers = [layer.map(torch.zeros_like) for layer in layers]
+        self._windows = torch.zeros_like(_windows(layers))
+        self._layers = [
+            LayerState(window, map_state(torch.zeros_like, layer.recurrent))
+            for window, layer in zip(self._windows, layers, strict=True)
+        ]
         self._run = _captured(self._run, self.model.device)
         self._ended.zero_()
 
-    def _advance(self) -> None:
+    def _replace(self) -> None:
+        """Take a step; states are copied together, for those of one block are small."""
+        newest, recurrent = self._next()
+        advance_windows(self._windows, newest)
+        torch._foreach_copy_(_recurrent(self._layers), recurrent)
+
+    def _advance(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Choose the next tokens; returns what is new in the windows, and the new states."""
         cache = ParaRNNCache(list(self._layers), 1)
         output = self.model(input_ids=self.tokens, cache_params=cache, use_cache=True)
-        _copy(self._layers, cache.layers)
         self._choose(output.logits)
+        return [layer.window[:, -1:] for layer in cache.layers], _recurrent(cache.layers)
 
     def _draw(self) -> None:
         """New noise; outside the graph, so that the seed of every call counts."""
@@ -212,19 +228,39 @@ class Decoder:
         """
         gumbel = -self._noise.clamp_min(_LEAST_NOISE).log()
         scores = logits[:, -1] + self._temperature * gumbel
-        chosen = scores.argmax(dim=-1, keepdim=True)
+        chosen = largest(scores)
         self.tokens.copy_(torch.where(self._ended, self.tokens, chosen))
         self._ended.logical_or_(self.tokens == self._end)
 
 
+def largest(scores: Tensor) -> Tensor:
+    """`scores.argmax(-1, keepdim=True)` in two stages, for one takes a long row one processor."""
+    size = min(_PART, scores.shape[-1])
+    parts = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf).unflatten(-1, (-1, size))
+    values, indices = parts.max(-1)
+    best = values.argmax(-1, keepdim=True)
+    return best * size + indices.gather(-1, best)
+
+
+def _windows(layers: list[LayerState]) -> Tensor:
+    return torch.stack([layer.window for layer in layers])
+
+
+def _recurrent(layers: list[LayerState]) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in _components(layer.recurrent)]
+
+
+def decoding_options() -> dict[str, Any]:
+    """For `torch.compile` of a step: products with one vector by `kernels.matvec`, if it runs."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from pararnn.kernels.matvec_fusion import FuseMatvecs
+
+    return {"post_grad_custom_post_pass": FuseMatvecs()}
+
+
 def _components(state: State) -> tuple[Tensor, ...]:
     return (state,) if isinstance(state, Tensor) else state
-
-
-def _copy(targets: list[LayerState], sources: list[LayerState]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.window.copy_(source.window)
-        map_state(lambda t, s: t.copy_(s), target.recurrent, source.recurrent)
 
 
 def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -1,0 +1,315 @@
+"""A pass of PyTorch's compiler: products with one vector take in what computes the vector.
+
+For steps of generation. Products of matrices with the same vector become one `pararnn::matvec`,
+with the operations on each element, and means, that lead from other tensors to the vector. Their
+results are not rounded on the way, as they are not elsewhere in what the compiler fuses.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch.utils._pytree import tree_map
+
+from pararnn.kernels import matvec
+from pararnn.kernels.lowering import NotLowered, lower
+from pararnn.kernels.matvec import MOST_INNER, Vector, source
+from pararnn.kernels.triton_build import interpreted
+from pararnn.tracing.expressions import Expression, Operand, leaf
+from pararnn.tracing.operations import (
+    UnknownOperation,
+    express,
+    is_pointwise,
+    named_arguments,
+)
+
+aten = torch.ops.aten
+_MOVES = frozenset(
+    (
+        aten.reshape.default,
+        aten.view.default,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    )
+)
+_CONVERT = torch.ops.prims.convert_element_type.default
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LEAST_INNER = 16
+_MOST_MATRICES = 8
+
+
+@dataclass
+class _Group:
+    """Products with one vector, or one per head.
+
+    Attributes:
+        nodes: The products.
+        matrices: Theirs.
+    """
+
+    nodes: list[fx.Node] = field(default_factory=list)
+    matrices: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def vector(self) -> fx.Node:
+        """What they are multiplied with, before it got its shape."""
+        return _unshaped(self.nodes[0].args[0])
+
+    @property
+    def heads(self) -> int:
+        """Number of vectors."""
+        shape = _value(self.matrices[0]).shape
+        return shape[0] if len(shape) == 3 else 1
+
+
+class FuseMatvecs(CustomGraphPass):
+    """The pass; see the module."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite a graph in place."""
+        _cut_before_joining(graph)
+        for group in _groups(graph):
+            _fuse(graph, group)
+            stable_topological_sort(graph)
+
+    def uuid(self) -> bytes:
+        """Changes with the text of this file and of the kernel's."""
+        return get_hash_for_files((__file__, matvec.__file__))
+
+
+def _cut_before_joining(graph: fx.Graph) -> None:
+    """What is cut out of a concatenation is cut out of the part that it lies in."""
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        joined, axis, first, last, step = _cut(node)
+        while joined.target is aten.slice.Tensor and _cut(joined)[1] == axis and step == 1:
+            joined, _, offset, _, step = _cut(joined)
+            first, last = first + offset, last + offset
+        if joined.target is not aten.cat.default or step != 1:
+            continue
+        concatenation = _arguments(joined)
+        for part in concatenation["tensors"] if concatenation["dim"] == axis else ():
+            size = _value(part).shape[axis]
+            if first >= 0 and last <= size:
+                with graph.inserting_before(node):
+                    new = _call(graph, aten.slice.Tensor, part, axis, first, last)
+                node.replace_all_uses_with(new)
+                break
+            first, last = first - size, last - size
+    for node in reversed(graph.nodes):
+        if node.target in (aten.slice.Tensor, aten.cat.default) and not node.users:
+            graph.erase_node(node)
+
+
+def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int, int]:
+    """What is cut by a slice, along which axis, from where to where, and in which steps."""
+    given = _arguments(node)
+    size = _value(given["self"]).shape[given["dim"]]
+    first, last, _ = slice(given["start"], given["end"]).indices(size)
+    return given["self"], given["dim"], first, last, given["step"]
+
+
+def _groups(graph: fx.Graph) -> list[_Group]:
+    found: dict[tuple[Any, ...], list[_Group]] = {}
+    for node in graph.nodes:
+        if node.target not in (aten.mm.default, aten.bmm.default):
+            continue
+        x: Any
+        x, transposed = node.args
+        matrix = _transposed(transposed)
+        if matrix is None or not _serves(x, matrix):
+            continue
+        value = _value(matrix)
+        key = (_unshaped(x), value.shape, value.dtype)
+        groups = found.setdefault(key, [])
+        if not groups or len(groups[-1].nodes) == _MOST_MATRICES:
+            groups.append(_Group())
+        groups[-1].nodes.append(node)
+        groups[-1].matrices.append(matrix)
+    return [group for groups in found.values() for group in groups]
+
+
+def _serves(x: fx.Node, matrix: fx.Node) -> bool:
+    value = _value(matrix)
+    return (
+        _value(x).shape[-2] == 1
+        and _LEAST_INNER <= value.shape[-1] <= MOST_INNER
+        and value.is_contiguous()
+        and value.dtype in _TYPES
+        and (value.device.type == "cuda" or interpreted())
+        and _unshaped(matrix).op == "placeholder"
+    )
+
+
+class _Region:
+    """What a product can take in.
+
+    Attributes:
+        inside: The operations, in order; none if the vector is given.
+        leaves: What they are computed from.
+    """
+
+    def __init__(self, graph: fx.Graph, group: _Group) -> None:
+        self.group = group
+        self.size = _value(group.vector).numel()
+        before = _ancestors(group.vector)
+        found: set[fx.Node] = set()
+        for node in reversed(graph.nodes):
+            if node not in before:
+                continue
+            users = [user for user in node.users if user in before]
+            wanted = node is group.vector or (users and all(user in found for user in users))
+            if wanted and self._takes(node):
+                found.add(node)
+        self.inside = [node for node in graph.nodes if node in found]
+        operands = [o for node in self.inside for o in node.all_input_nodes if o not in found]
+        self.leaves = list(dict.fromkeys(operands or [group.vector]))
+
+    def _takes(self, node: fx.Node) -> bool:
+        """Whether the kernel can compute a node: a vector, or one number for all."""
+        tensors = [node, *node.all_input_nodes]
+        if node.op != "call_function" or len(tensors) == 1:
+            return False
+        values = [_value(n) for n in tensors]
+        if not all(
+            isinstance(v, Tensor) and v.dtype in _TYPES and v.numel() in (self.size, 1)
+            for v in values
+        ):
+            return False
+        if node.target in _MOVES:
+            return _unshaped(node) is not node
+        if node.target is aten.mean.dim:
+            return self.group.heads == 1 and values[0].numel() == 1 < values[1].numel()
+        if node.target is _CONVERT:
+            return True
+        if not hasattr(node.target, "_schema") or not is_pointwise(node.target):
+            return False
+        try:
+            operands: dict[fx.Node, Operand] = {
+                n: leaf("drive", i) for i, n in enumerate(node.all_input_nodes)
+            }
+            expression = _express(node, operands)
+            lower([expression])
+        except (UnknownOperation, NotLowered):
+            return False
+        return isinstance(expression, Expression)
+
+    def vector(self, stored: Sequence[fx.Node]) -> Vector:
+        """How the vector and what is stored are computed."""
+        expressions: dict[fx.Node, Operand] = {
+            n: leaf("drive", i) for i, n in enumerate(self.leaves)
+        }
+        means: list[Operand] = []
+        for node in self.inside:
+            if node.target in _MOVES or node.target is _CONVERT:
+                expressions[node] = expressions[node.all_input_nodes[0]]
+            elif node.target is aten.mean.dim:
+                expressions[node] = leaf("drive", len(self.leaves) + len(means))
+                means.append(expressions[node.all_input_nodes[0]])
+            else:
+                expressions[node] = _express(node, expressions)
+        return Vector(
+            tuple(_value(n).numel() > 1 for n in self.leaves),
+            tuple(means),
+            expressions[self.group.vector],
+            tuple(expressions[n] for n in stored),
+        )
+
+
+def _express(node: fx.Node, operands: dict[fx.Node, Operand]) -> Operand:
+    pick = lambda a: operands[a] if isinstance(a, fx.Node) else a  # noqa: E731
+    args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
+    return express(node.target, args, kwargs, torch.float32)
+
+
+def _fuse(graph: fx.Graph, group: _Group) -> None:
+    """Put `pararnn::matvec` in the place of a group."""
+    region = _Region(graph, group)
+    inside = {*region.inside, *group.nodes}
+    stored = [
+        node
+        for node in region.inside
+        if _value(node).numel() == region.size and not all(_only_for(u, inside) for u in node.users)
+    ]
+    text = source(region.vector(stored), len(group.nodes))
+    shape = [group.heads, *_value(group.matrices[0]).shape[-2:]]
+    kinds = [str(_value(node).dtype).removeprefix("torch.") for node in stored]
+    with graph.inserting_before(group.nodes[0]):
+        flat = [_shaped(graph, n, [_value(n).numel()]) for n in region.leaves]
+        matrices = [_shaped(graph, m, shape) for m in group.matrices]
+        results = _call(graph, torch.ops.pararnn.matvec.default, flat, matrices, kinds, text)
+        products, *kept = (
+            _call(graph, operator.getitem, results, i) for i in range(1 + len(kinds))
+        )
+        chosen = [_call(graph, aten.select.int, products, 0, i) for i in range(len(matrices))]
+        for old, new in zip([*group.nodes, *stored], [*chosen, *kept], strict=True):
+            new = _shaped(graph, new, list(_value(old).shape))
+            old.replace_all_uses_with(new, lambda user: user not in inside)
+    for node in group.nodes:
+        graph.erase_node(node)
+
+
+def _shaped(graph: fx.Graph, node: fx.Node, shape: list[int]) -> fx.Node:
+    return _call(graph, aten.reshape.default, node, shape)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A new node, with what its value looks like."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, _value))
+    return node
+
+
+def _only_for(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a node is inside, or a new shape for such only."""
+    if node in inside:
+        return True
+    return node.target in _MOVES and all(_only_for(user, inside) for user in node.users)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and what it depends on."""
+    found, waiting = {node}, [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def _transposed(node: Any) -> fx.Node | None:
+    """The matrix that a node is the transpose of."""
+    if node.target is not aten.permute.default:
+        return None
+    axes = list(range(_value(node).dim()))
+    return node.args[0] if list(node.args[1]) == [*axes[:-2], axes[-1], axes[-2]] else None
+
+
+def _unshaped(node: Any) -> fx.Node:
+    """What has the same elements in the same order as a node."""
+    while node.target in _MOVES:
+        (given,) = node.all_input_nodes
+        if node.target is aten.permute.default:
+            axes: Any = node.args[1]
+            moved = [axis for axis in axes if _value(given).shape[axis] != 1]
+            if moved != sorted(moved):
+                break
+        node = given
+    return node
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    target: Any = node.target
+    return named_arguments(target, node.args, node.kwargs)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")

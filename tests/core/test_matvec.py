@@ -1,0 +1,160 @@
+"""Products with one vector that take in what computes it: compiled functions against float64."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if sys.platform != "linux":
+    pytest.skip("Triton exists for Linux only", allow_module_level=True)
+
+
+from pararnn.kernels.matvec import _launch
+from pararnn.kernels.matvec_fusion import FuseMatvecs
+from pararnn.testing import assert_close
+
+pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
+
+RTOL = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+class Counted(FuseMatvecs):
+    """Counts the products of a graph, fused and left."""
+
+    def __call__(self, graph):
+        super().__call__(graph)
+        names = [str(node.target) for node in graph.nodes]
+        self.fused = names.count("pararnn.matvec.default")
+        self.left = names.count("aten.mm.default") + names.count("aten.bmm.default")
+
+    def uuid(self):
+        return None
+
+
+def residual_norm(x, other, weight, scale, w1, w2):
+    """What is normed is wanted too."""
+    x = scale * x + other
+    y = F.rms_norm(x, x.shape[-1:], weight, 1e-5)
+    return F.linear(y, w1), F.linear(y, w2), x
+
+
+def gated(x, gate, w):
+    return F.linear(F.silu(gate) * x, w)
+
+
+def given(x, w):
+    return F.linear(x, w)
+
+
+def heads(window, u, taps, w):
+    """A convolution over time, and a block of the matrix for every head."""
+    inputs = torch.cat([window, u], 1)
+    y = sum(inputs[:, k : k + 1] * taps[k] for k in range(len(taps)))
+    count, _, inner = w.shape
+    y = F.silu(y).view(1, count, inner).transpose(0, 1)
+    return torch.bmm(y, w.mT).transpose(0, 1).flatten(), inputs[:, 1:]
+
+
+def several_shapes(x, w1, w2):
+    y = torch.tanh(x) + 0.5
+    return F.linear(y, w1), F.linear(y, w2), y.exp()
+
+
+def used_on_the_way(x, w):
+    """A value that leads to another that the vector is computed from."""
+    a = torch.sigmoid(x) * 2
+    return F.linear(a * torch.cumsum(a, -1), w), a
+
+
+def mean_used(x, w):
+    mean = x.pow(2).mean(-1, keepdim=True)
+    return F.linear(x * torch.rsqrt(mean + 1.0), w), mean
+
+
+def many(x, *weights):
+    y = x.relu()
+    return [F.linear(y, w) for w in weights]
+
+
+def cuts(a, b, w):
+    joined = torch.cat([a, b], 1)
+    late = joined[:, 1:]
+    return F.linear(late[:, -1:], w), joined[:, ::2], joined[:, 2:4], late[:, ::2][:, 1:]
+
+
+CASES = {
+    "residual_norm": (residual_norm, [(1, 1, 48)] * 2 + [(48,)] * 2 + [(37, 48)] * 2, 1),
+    "gated": (gated, [(1, 88), (1, 88), (21, 88)], 1),
+    "given": (given, [(1, 64), (5, 64)], 1),
+    "large": (given, [(1, 16384), (3, 16384)], 1),
+    "heads": (heads, [(1, 3, 96), (1, 1, 96), (4, 96), (3, 20, 32)], 1),
+    "several_shapes": (several_shapes, [(1, 1, 40), (9, 40), (11, 40)], 2),
+    "used_on_the_way": (used_on_the_way, [(1, 40), (9, 40)], 1),
+    "mean_used": (mean_used, [(1, 1, 40), (9, 40)], 1),
+    "cuts": (cuts, [(1, 3, 40), (1, 2, 40), (9, 40)], 1),
+    "many": (many, [(1, 33)] + [(7, 33)] * 11, 2),
+}
+
+
+def run(function, arguments):
+    """The results of a compiled function, and the pass."""
+    torch.compiler.reset()
+    fusion = Counted()
+    options = {"post_grad_custom_post_pass": fusion}
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    return compiled(*arguments), fusion
+
+
+def compare(function, arguments, rtol):
+    actual, fusion = run(function, arguments)
+    expected = function(*(a.double().cpu() for a in arguments))
+    if isinstance(expected, torch.Tensor):
+        actual, expected = [actual], [expected]
+    for index, (ours, exact) in enumerate(zip(actual, expected, strict=True)):
+        assert ours.shape == exact.shape
+        assert_close(f"result {index}", ours.double().cpu(), exact, rtol=rtol)
+    return fusion
+
+
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_float64(case, dtype):
+    function, shapes, products = CASES[case]
+    arguments = [torch.randn(shape).to(dtype) for shape in shapes]
+    with torch.no_grad():
+        fusion = compare(function, arguments, RTOL[dtype])
+    assert (fusion.fused, fusion.left) == (products, 0)
+
+
+@pytest.mark.parametrize("shapes", [[(2, 64), (5, 64)], [(1, 8), (5, 8)], [(1, 16400), (2, 16400)]])
+def test_what_does_not_fit_is_left(shapes):
+    """Two rows, a short vector and one too long for a program."""
+    with torch.no_grad():
+        fusion = compare(given, [torch.randn(shape) for shape in shapes], 2e-6)
+    assert fusion.fused == 0
+
+
+def test_double_is_left():
+    with torch.no_grad():
+        fusion = compare(given, [torch.randn(1, 64).double(), torch.randn(5, 64).double()], 1e-12)
+    assert fusion.fused == 0
+
+
+def test_products_of_results_are_left():
+    """Only matrices that are arguments lie as they must."""
+    arguments = [torch.randn(1, 32), torch.randn(5, 32)]
+    with torch.no_grad():
+        fusion = compare(lambda x, w: F.linear(x, w * 2), arguments, 2e-6)
+    assert fusion.fused == 0
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("inner", [17, 512, 2048, 5632, 16384])
+@pytest.mark.parametrize("rows", [1, 333, 2048, 50432])
+def test_launches_have_all_rows_and_fit(rows, inner, heads):
+    for processors in (1, 132):
+        launch = _launch(rows, 2, heads, inner, processors)
+        assert launch.block >= inner
+        assert launch.rows * launch.block <= max(launch.block, 64 * 32 * launch.warps)
+        assert 1 <= launch.programs <= -(-rows // launch.rows) * 2

@@ -1,0 +1,15 @@
+"""Products with one vector, with Triton compiled for the GPU."""
+
+import pytest
+from core.test_matvec import (  # noqa: F401
+    test_double_is_left,
+    test_equals_float64,
+    test_products_of_results_are_left,
+    test_what_does_not_fit_is_left,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("on_the_gpu"),
+    pytest.mark.filterwarnings("default"),  # the compiler's own are errors to it
+]

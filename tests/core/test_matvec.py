@@ -1,5 +1,6 @@
 """Products with one vector that take in what computes it: compiled functions against float64."""
 
+import itertools
 import sys
 
 import pytest
@@ -153,8 +154,8 @@ def test_products_of_results_are_left():
 @pytest.mark.parametrize("inner", [17, 512, 2048, 5632, 16384])
 @pytest.mark.parametrize("rows", [1, 333, 2048, 50432])
 def test_launches_have_all_rows_and_fit(rows, inner, heads):
-    for processors in (1, 132):
-        launch = _launch(rows, 2, heads, inner, processors)
+    for itemsize, processors in itertools.product((2, 4), (1, 132)):
+        launch = _launch(rows, 2, heads, inner, itemsize, processors)
         assert launch.block >= inner
-        assert launch.rows * launch.block <= max(launch.block, 64 * 32 * launch.warps)
+        assert launch.rows * launch.block * itemsize <= 128 * 32 * launch.warps
         assert 1 <= launch.programs <= -(-rows // launch.rows) * 2

@@ -3,7 +3,8 @@
 A step of generation reads every weight once, for one vector: its time is that of reading them, as
 long as the memory is never idle. So a program loads its first rows of weights before it waits for
 the kernel before it; and every program computes the whole vector, in registers, so that no kernel
-of a few thousand numbers stands between two products.
+of a few thousand numbers stands between two products. No kernel may write weights while others run:
+a step of generation reads them only, and a CUDA graph waits for what was launched before it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pararnn.kernels.triton_module import Lines, Variant, language_of, wrapped
 from pararnn.tracing.expressions import Operand
 
 MOST_INNER = 2**14  # elements of a vector: a program holds it in registers
-_ELEMENTS = 64  # of a tile for every thread
+_BYTES = 128  # of a tile for every thread
 _THREADS = 512  # per multiprocessor
 _REGISTERS = 128  # of a thread: as many as there are for those
 
@@ -138,7 +139,9 @@ class _Launch:
     warps: int
 
 
-def _launch(rows: int, matrices: int, heads: int, inner: int, processors: int) -> _Launch:
+def _launch(
+    rows: int, matrices: int, heads: int, inner: int, itemsize: int, processors: int
+) -> _Launch:
     """As many programs as the device runs at a time, so that no multiprocessor has more to read.
 
     Of tiles that share the rows equally well the largest: more is on its way at a time.
@@ -155,7 +158,7 @@ def _launch(rows: int, matrices: int, heads: int, inner: int, processors: int) -
         programs = -(-launch.programs * heads // processors)
         return programs * -(-tiles // launch.programs) * launch.rows
 
-    largest = max(1, _ELEMENTS * 32 * warps // block)
+    largest = max(1, _BYTES * 32 * warps // (block * itemsize))
     return min((launch(largest >> i) for i in range(largest.bit_length())), key=longest)
 
 
@@ -185,10 +188,11 @@ def _run(
         The products, shape (matrices, heads, rows), and what is stored, shape (heads * inner,).
     """
     results = _fake(leaves, matrices, kinds, source)
-    heads, rows, inner = matrices[0].shape
-    launch = _launch(rows, len(matrices), heads, inner, _processors(matrices[0].device))
-    pdl = overlaps(matrices[0].device)
-    with on_device(matrices[0]):
+    first, (heads, rows, inner) = matrices[0], matrices[0].shape
+    processors = _processors(first.device)
+    launch = _launch(rows, len(matrices), heads, inner, first.itemsize, processors)
+    pdl = overlaps(first.device)
+    with on_device(first):
         load(source).run[launch.programs, heads](
             *(leaf.contiguous() for leaf in leaves),
             *(matrix.contiguous() for matrix in matrices),

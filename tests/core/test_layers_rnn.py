@@ -105,6 +105,60 @@ def test_compile_fullgraph(name, backend):
     assert_same(outcome(compiled, rnn.cell, x, state), expected, 1e-13)
 
 
+class SaysNothing(nn.Module):
+    """A cell that tells no sizes, as most are written at first; two components."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(5, 14)
+
+    def forward(self, x, state):
+        h, c = state
+        gate, new = self.project(x).chunk(2, -1)
+        z = torch.sigmoid(gate + h)
+        c = (1 - z) * c + z * torch.tanh(new)
+        return torch.tanh(c), c
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids="dynamic={}".format)
+@pytest.mark.parametrize("knows", ["nothing", "hidden_size"])
+def test_compile_before_any_call(knows, dynamic):
+    """What is known when the compiler comes is traced then and there, outside of its graph."""
+    cell = SaysNothing().double()
+    x, state = torch.randn(3, 12, 5, dtype=torch.float64), random_state(2, 3, 7)
+    if knows == "hidden_size":
+        cell.hidden_size, state = 7, None
+    rnn = RNN(cell)
+    torch._dynamo.reset()
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    cotangent = torch.randn(3, 12, 7, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad(layer(x, state)[0], list(cell.parameters()), cotangent)
+        for layer in (compiled, rnn)
+    )
+    for gradient, same in zip(found, expected, strict=True):
+        assert_close("gradient", gradient, same, rtol=1e-13)
+
+
+def test_compile_says_what_is_wrong_with_a_cell():
+    cell = SaysNothing()
+    cell.hidden_size = 6  # its gates have 7
+    torch._dynamo.reset()
+    compiled = torch.compile(RNN(cell), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="must match the size"):
+        compiled(torch.randn(3, 12, 5))
+
+
+def test_components_are_found_at_the_first_call():
+    cell = SaysNothing()
+    cell.hidden_size = 7
+    rnn = RNN(cell)
+    with pytest.raises(TypeError, match="does not say how many tensors its state has; call"):
+        rnn.num_components  # noqa: B018 # raises
+    _, state = rnn(torch.randn(3, 12, 5))
+    assert rnn.num_components == len(state) == 2
+
+
 @pytest.fixture
 def process_group():
     with socket.socket() as probe:

@@ -2,13 +2,33 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from pararnn.models import CELLS
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.config import ExecutionConfig
 from pararnn.training.initial import blocks
 from pararnn.training.parallel import Processes
 from pararnn.training.sharding import lay_out
+
+
+class OwnCell(nn.Module):
+    """Somebody's cell, which does not say the size of its input."""
+
+    def __init__(self, input_size, hidden_size, num_heads):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.project = nn.Linear(input_size, hidden_size)
+
+    def forward(self, x, h):
+        return torch.tanh(0.5 * h + self.project(x))
+
+
+@pytest.fixture(params=["paragru", "paralstm", "own"])
+def cell(request, monkeypatch):
+    monkeypatch.setitem(CELLS, "own", OwnCell)
+    return request.param
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's own are errors to it

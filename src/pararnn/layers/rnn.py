@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,6 +86,7 @@ class RNN(nn.Module):
         if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
             now = snapshot(cell)
             if now.device.type != "meta":  # without values; traced when they are there
+                self._learn_sizes(None, None)
                 self._prepare((input_size,), now.dtype, now.device, now)
 
     @property
@@ -103,10 +105,13 @@ class RNN(nn.Module):
     @property
     def num_components(self) -> int:
         """Tensors in the state."""
-        if self._num_components is None:
-            own = getattr(self.cell, "num_components", None)
-            self._num_components = own if isinstance(own, int) else self._find_components()
-        return self._num_components
+        count = self._num_components or getattr(self.cell, "num_components", None)
+        if not isinstance(count, int):
+            raise TypeError(
+                f"{type(self.cell).__name__} does not say how many tensors its state has; call "
+                "the layer once, or set self.num_components = ... in the cell."
+            )
+        return count
 
     @property
     def report(self) -> SolveReport | None:
@@ -274,15 +279,51 @@ class RNN(nn.Module):
                     f"state must be a tensor or a tuple of tensors, got {_describe(state)}"
                     f"{'' if part is state else f' with {_describe(part)} in it'}."
                 )
-        if self._evaluation is not None and (
-            torch.compiler.is_compiling() or self._is_as_before(self._evaluation, x, step)
-        ):
+        lead = 1 if step else 2
+        first = state[0] if isinstance(state, tuple) else state
+        width = None if first is None or not first.dim() else operator.index(first.shape[-1])
+        count = None if state is None else len(state) if isinstance(state, tuple) else 1
+        if torch.compiler.is_compiling():
+            if not self._is_traced():
+                features = tuple([operator.index(size) for size in x.shape[lead:]])
+                self._trace_for_compiler(features, x.dtype, x.device, width, count)
+            return self.evaluation()
+        if self._evaluation is not None and self._is_as_before(self._evaluation, x, step):
             return self._evaluation
-        if self._hidden_size is None and not _has_size(self.cell) and state is not None:
-            self._hidden_size = (state[0] if isinstance(state, tuple) else state).shape[-1]
-        if self._num_components is None and isinstance(state, tuple):
-            self._num_components = len(state)
+        self._learn_sizes(width, count)
         return self._prepare(self._features(x, step), x.dtype, x.device, snapshot(self.cell))
+
+    def _learn_sizes(self, width: int | None, count: int | None) -> None:
+        """Take sizes that the layer was not given from the cell, or from those of a state."""
+        if self._hidden_size is None and not _has_size(self.cell):
+            self._hidden_size = width
+        if self._num_components is None:
+            own = getattr(self.cell, "num_components", None)
+            self._num_components = own if isinstance(own, int) else count
+
+    def _is_traced(self) -> bool:
+        return self._evaluation is not None
+
+    def _trace_for_compiler(
+        self,
+        features: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        width: int | None,
+        count: int | None,
+    ) -> bool:
+        """Trace a cell that did not say the size of its input when the layer was made."""
+        self._learn_sizes(width, count)
+        input_size = getattr(self.cell, "input_size", None)
+        known = (input_size,) if isinstance(input_size, int) else features
+        self._prepare(known, dtype, device, snapshot(self.cell))
+        return True
+
+    # The compiler calls these as they are and takes what they return as constants, as it does with
+    # what torch.compiler.assume_constant_result marks, which would import it (2 s)
+    for _function in (_is_traced, _trace_for_compiler):
+        vars(_function)["_dynamo_marked_constant"] = True
+    del _function
 
     def _is_as_before(self, evaluation: Evaluation, x: Tensor, step: bool) -> bool:
         """Whether x and the layer are like those of the call before."""
@@ -334,7 +375,9 @@ class RNN(nn.Module):
         kind = now.dtype if dtype.is_floating_point else dtype
         signature = (features, kind, device, now.fingerprint, self.backend, self.solver)
         if self._evaluation is None or signature != self._signature:
-            components = self.num_components
+            if self._num_components is None:
+                self._num_components = self._find_components(features, kind)
+            components = self._num_components
             try:
                 traced = trace(
                     cell_subject(self.cell),
@@ -395,17 +438,14 @@ class RNN(nn.Module):
                 hints.append(f"{option}={size} was passed to RNN and {name} {says}; leave it out?")
         return " ".join(hints)
 
-    def _find_components(self) -> int:
+    def _find_components(self, features: tuple[int, ...], kind: torch.dtype) -> int:
         """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""
         size, now = self.hidden_size, snapshot(self.cell)
         device = now.device
-        features = getattr(self.cell, "input_size", None)
-        if not isinstance(features, int):
-            return 1
-        x = torch.zeros(_TRIAL_ROWS, features, dtype=now.dtype, device=device)
+        x = torch.zeros(_TRIAL_ROWS, *features, dtype=kind, device=device)
         failures: list[str] = []
         for count in range(1, _MOST_COMPONENTS + 1):
-            zeros = tuple(x.new_zeros(_TRIAL_ROWS, size) for _ in range(count))
+            zeros = (torch.zeros(_TRIAL_ROWS, size, dtype=now.dtype, device=device),) * count
             try:
                 with (
                     torch.no_grad(),
@@ -420,11 +460,11 @@ class RNN(nn.Module):
             if whole and all(isinstance(p, Tensor) and p.shape == zeros[0].shape for p in parts):
                 return count
             failures.append(f"returned {_describe(new)}")
-        name = type(self.cell).__name__
+        name, shape = type(self.cell).__name__, ", ".join(map(str, ("N", *features)))
         seen = [f"with {n} it {f}" for n, f in enumerate(failures, 1)]
         shown = f"it {failures[0]}" if len(set(failures)) == 1 else "; ".join(seen[:3])
         raise TypeError(
-            f"{name}.forward(x, state) was tried on x of shape (N, {features}) and 1 to "
+            f"{name}.forward(x, state) was tried on x of shape ({shape}) and 1 to "
             f"{_MOST_COMPONENTS} state tensors of shape (N, {size}) with N = {_TRIAL_ROWS}, and "
             f"never returned the new state in the same form: {shown}. "
             + (

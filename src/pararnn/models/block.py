@@ -63,6 +63,8 @@ class ParaRNNMixer(nn.Module):
         self.conv = CausalConvolution(size, config.conv_kernel)
         recurrence = CELLS[cell](size, size, num_heads=config.num_heads, **config.cell_options)
         _keep_own_initialisation(recurrence)
+        if not hasattr(recurrence, "input_size"):
+            recurrence.input_size = size  # type: ignore[assignment] # so that it is traced at once
         self.rnn = RNN(recurrence, backend=config.backend)
         self.norm = GatedRMSNorm(size, eps=config.rms_norm_eps)
         self.out_proj = ResidualProjection(size, config.hidden_size, bias=False)

@@ -5,13 +5,14 @@
 ParaGRU, ParaLSTM, Transformer and Mamba2 with about 24 million parameters, trained by
 `pararnn train` on the source of Python's standard library, or on any text, byte by byte, in the
 same order: bfloat16, blocks compiled on a GPU. Peak learning rates, weight decay and z-loss are
-those of the paper's 400M models (Danieli et al. 2025, C.1) and were not searched for this size.
+those of the paper's 400M models (Danieli et al. 2025, C.1). --max-timescale 0 gives ours the
+paper's gates of zero bias as well.
 Held-out text is evaluated in pieces of a sequence's length, each from its beginning, for all
 models; ours also with the state carried along.
 
 What is done is kept in --out: a model found there is not trained again, and a run that was stopped
-goes on. --learning-rate and --attention-every are for trying another rate, or hybrid stacks, with
-some --architectures in another --out.
+goes on. --learning-rate, --max-timescale and --attention-every are for trying another rate, other
+gates at the start, or hybrid stacks, with some --architectures in another --out.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def settings(architecture: str, options: argparse.Namespace) -> TrainConfig:
             num_heads=max(1, inside // HEAD) if baseline else theirs.num_heads,
             initializer_std=0.02,
             attention_every=0 if baseline else options.attention_every,
+            max_timescale=options.max_timescale or None,
         ),
         text=TextConfig(
             sequence_length=options.sequence_length,
@@ -179,6 +181,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=7, help="blocks; Mamba2 has twice as many")
     parser.add_argument("--learning-rate", type=float, help="peak, instead of the paper's")
+    parser.add_argument(
+        "--max-timescale",
+        type=float,
+        default=ArchitectureConfig.max_timescale,
+        help="steps over which ours forget at first; 0: biases of zero, as in the paper",
+    )
     parser.add_argument("--attention-every", type=int, default=0, help="blocks, of ours; 0: none")
     parser.add_argument("--validation-tokens", type=int, default=1_048_576)
     parser.add_argument("--device", default="auto")

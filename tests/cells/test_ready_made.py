@@ -146,6 +146,62 @@ def test_heads_start_with_blocks_of_norm_like_a_full_matrix():
     assert not cell.bias.any()
 
 
+FORGETTING = [
+    cell for cell in vars(cells).values() if isinstance(cell, type) and getattr(cell, "keeps", None)
+]
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 8])
+@pytest.mark.parametrize("make_cell", FORGETTING)
+def test_timescales_are_what_the_cell_forgets_over(make_cell, num_heads):
+    """Where nothing else acts on the state, a step keeps 1 - 1 / timescale of its memory."""
+    cell = make_cell(8, 8, num_heads=num_heads, max_timescale=100.0).double()
+    with torch.no_grad():
+        for name, parameter in cell.named_parameters():
+            if name != "bias":
+                parameter.zero_()
+    x, state = torch.zeros(1, 8).double(), torch.zeros(cell.num_components, 1, 8).double()
+
+    def memory(before):
+        after = cell(x, tuple(before) if cell.num_components > 1 else before[0])
+        return after[1] if cell.num_components > 1 else after
+
+    jacobian = torch.func.jacrev(memory)(state)[0, :, min(1, cell.num_components - 1), 0]
+    timescales = 1 / (1 - jacobian.diagonal())
+    expected = 2 * 50 ** torch.linspace(0, 1, 8).double()
+    assert_close("timescales", timescales.sort().values, expected, rtol=1e-5)
+    if num_heads == 2:
+        assert_close("of a head", timescales[:4], expected[::2], rtol=1e-5)
+
+
+def test_without_timescales_biases_are_zero_as_in_the_paper():
+    assert not cells.ParaGRUCell(8, 8).bias.any()
+
+
+def test_timescales_are_set_again_and_reach_the_layers():
+    layer = pararnn.ParaLSTM(6, 8, num_layers=2, bidirectional=True, max_timescale=50.0)
+    expected = cells.ParaLSTMCell(8, 8, max_timescale=50.0).bias
+    for part in layer.layers:
+        assert torch.equal(part.cell.bias, expected)
+        with torch.no_grad():
+            part.cell.bias.zero_()
+        part.cell.reset_parameters()
+        assert torch.equal(part.cell.bias, expected)
+
+
+@pytest.mark.parametrize(
+    ("make_cell", "options", "message"),
+    [
+        (cells.DiagonalElmanCell, {}, "DiagonalElmanCell has no gate that keeps the state"),
+        (cells.ParaGRUCell, {"bias": False}, "sets biases, but bias=False"),
+        (cells.ParaGRUCell, {"max_timescale": 1}, "max_timescale is 1; give at least 2 steps"),
+    ],
+)
+def test_timescales_that_cannot_be(make_cell, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_cell(8, 8, **{"max_timescale": 64.0} | options)
+
+
 @pytest.mark.parametrize("backend", ["c", "torch"])
 @pytest.mark.parametrize("seed", [1, 15, 21, 26])
 def test_an_overshoot_does_not_hide_what_is_wrong(backend, seed):

@@ -7,10 +7,13 @@ from torch import nn
 from pararnn.models import CELLS, ParaRNNConfig
 from pararnn.models.architectures import BASELINES, Shape, make_config
 from pararnn.models.causal_loss import CausalLoss
-from pararnn.training.config import ExecutionConfig
+from pararnn.training.config import ArchitectureConfig, ExecutionConfig
 from pararnn.training.initial import blocks, is_empty, outline, start
+from pararnn.training.language_model import build_model, outline_model
 from pararnn.training.parallel import Processes
+from pararnn.training.presets import preset_config
 from pararnn.training.sharding import lay_out
+from pararnn.training.text import Codec
 
 HERE = Processes(0, 1, torch.device("cpu"))
 
@@ -51,6 +54,28 @@ def test_all_parts_get_values_which_the_seed_decides(architecture):
     assert random > len(blocks(model))
     tokens = torch.randint(64, (2, 9))
     assert loss.train()(tokens, tokens)[0].isfinite()
+
+
+@pytest.mark.parametrize("cell", ["paragru", "slstm", "elman"])
+def test_gates_begin_with_the_timescales_of_the_settings(cell, make_config):
+    config = make_config(
+        model=cell, architecture=ArchitectureConfig(width=16, num_layers=2, num_heads=2)
+    )
+    assert config.architecture.max_timescale == 1024
+    options = {"max_timescale": 1024.0} if CELLS[cell].keeps else {}
+    expected = CELLS[cell](16, 16, num_heads=2, **options).bias
+    model = build_model(config, Codec())
+    for block in model.model.layers:
+        assert torch.equal(block.mixer.rnn.cell.bias, expected)
+    assert bool(expected.any()) == bool(options)
+
+
+def test_presets_begin_as_in_the_paper():
+    config = preset_config("paragru", "400m")
+    model = outline_model(config, Codec())
+    cell = model.model.layers[0].mixer.rnn.cell
+    assert cell.max_timescale is None
+    assert config.architecture.max_timescale is None
 
 
 def test_blocks_differ_and_are_initialised_as_transformers_does():

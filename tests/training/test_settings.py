@@ -43,6 +43,7 @@ from pararnn.training.optimizer import build_optimizer, is_matrix, learning_rate
             lambda: TrainConfig(model="mamba2", architecture=ArchitectureConfig(attention_every=2)),
             "attention_every is 2; it must be 0 for mamba2",
         ),
+        (lambda: ArchitectureConfig(max_timescale=1.5), "max_timescale is 1.5; it must be >= 2"),
         (lambda: ScheduleConfig(length=0), "schedule.length is 0; it must be >= 1"),
     ],
 )

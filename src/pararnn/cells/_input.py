@@ -49,6 +49,25 @@ def init_projection_(weight: Tensor, bias: Tensor | None) -> None:
         nn.init.zeros_(bias)
 
 
+@torch.no_grad()
+def init_timescales_(bias: Tensor, sign: int, longest: float, num_heads: int) -> None:
+    """Biases of a gate that keeps `1 - 1 / timescale` of the state: from 2 steps to the longest.
+
+    Evenly in the logarithm, over the whole range in every head, as state space models choose their
+    time steps (Gu et al. 2022, arXiv 2206.12037); uniform times (Tallec and Ollivier 2018,
+    arXiv 1804.11188) leave few short ones.
+
+    Args:
+        bias: Shape (hidden_size,).
+        sign: 1 when the open gate keeps the state, -1 when the shut one does.
+        longest: In steps, at least 2.
+        num_heads: Heads, whose channels stand side by side.
+    """
+    share = torch.linspace(0, 1, len(bias), device=bias.device).reshape(-1, num_heads).T.flatten()
+    timescale = 2 * (longest / 2) ** share
+    bias.copy_(sign * torch.log(timescale - 1))
+
+
 def init_diagonal_(weight: Tensor) -> None:
     """Xavier Gaussian: the entries of a square matrix of which this is the diagonal."""
     nn.init.normal_(weight, std=1.0 / math.sqrt(weight.shape[-1]))

@@ -25,6 +25,7 @@ class DiagonalLSTMCell(DiagonalCell):
     num_components = 2
     num_gates = num_diagonals = 4
     num_peepholes = 3
+    keeps = (1, 1)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: D102
         h, c = state

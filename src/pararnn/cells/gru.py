@@ -18,6 +18,7 @@ class ParaGRUCell(DiagonalCell):
     """One step of the paper's GRU; arguments and shapes are those of `DiagonalCell`."""
 
     num_gates = num_diagonals = 3
+    keeps = (0, -1)
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:  # noqa: D102
         h = state

@@ -17,6 +17,7 @@ class ForgetGateCell(DiagonalCell):
     """One step of JANET; arguments and shapes are those of `DiagonalCell`."""
 
     num_gates = num_diagonals = 2
+    keeps = (0, 1)
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:  # noqa: D102
         h = state

@@ -25,6 +25,7 @@ class ParaLSTMCell(DiagonalCell):
     num_components = 2
     num_gates = num_diagonals = 3
     num_peepholes = 2
+    keeps = (0, 1)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: D102
         h, c = state

@@ -17,6 +17,7 @@ class MinimalGatedCell(DiagonalCell):
     """One step of a minimal gated unit; arguments and shapes are those of `DiagonalCell`."""
 
     num_gates = num_diagonals = 2
+    keeps = (0, -1)
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:  # noqa: D102
         h = state

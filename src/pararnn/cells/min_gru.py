@@ -19,6 +19,7 @@ class MinGRUCell(DiagonalCell):
     """
 
     num_gates, num_diagonals = 2, 0
+    keeps = (0, -1)
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:  # noqa: D102
         x_z, x_h = self.inputs(x)

@@ -28,6 +28,7 @@ class SLSTMCell(DiagonalCell):
 
     num_components = 4
     num_gates = num_diagonals = 4
+    keeps = (1, 1)
 
     def forward(self, x: Tensor, state: State) -> State:  # noqa: D102
         h, c, n, m = state

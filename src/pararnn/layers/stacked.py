@@ -206,6 +206,7 @@ class ParaRNNStack(StackedRNN):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        max_timescale: float | None = None,
     ) -> None:
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
@@ -216,7 +217,14 @@ class ParaRNNStack(StackedRNN):
         for i in range(num_layers * directions):
             size = input_size if i < directions else hidden_size * directions
             cell = type(self).make_cell(
-                size, hidden_size, bias, num_heads, max_recurrent_weight, device, dtype
+                size,
+                hidden_size,
+                bias,
+                num_heads,
+                max_recurrent_weight,
+                device,
+                dtype,
+                max_timescale=max_timescale,
             )
             layers.append(RNN(cell, solver=solver, backend=backend))
         super().__init__(
@@ -242,6 +250,7 @@ class ParaGRU(ParaRNNStack):
         backend: See `RNN`.
         device: Where to make the parameters.
         dtype: Their type.
+        max_timescale: Longest time of forgetting at the start, in steps; see the cell.
 
     Unlike `nn.GRU`, the recurrent weights are diagonal: every channel sees its own past, channels
     mix in the input projection. Weights of an `nn.GRU` do not fit in.

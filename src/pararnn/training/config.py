@@ -30,6 +30,9 @@ class ArchitectureConfig:
     """Attention in the place of the cell in every so manyth block; 0 for none."""
     initializer_std: float = 0.07
     """Standard deviation of linear and embedding weights at the start."""
+    max_timescale: float | None = 1024.0
+    """Longest time, in steps, over which channels of a cell forget at the start, where a gate
+    decides it; None for biases of zero, as in the paper."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads", "conv_kernel"):
@@ -40,6 +43,8 @@ class ArchitectureConfig:
         _require(divides, "architecture.num_heads", self.num_heads, f"a divisor of {self.width}")
         positive = self.initializer_std > 0
         _require(positive, "architecture.initializer_std", self.initializer_std, "> 0")
+        time = self.max_timescale
+        _require(time is None or time >= 2, "architecture.max_timescale", time, ">= 2")
 
 
 @dataclass(kw_only=True)

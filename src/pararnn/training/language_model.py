@@ -37,6 +37,8 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
     if config.model in CELLS:
         ours = {"backend": config.backend, "z_loss_weight": config.optimizer.z_loss_weight}
         ours["mixers"] = mixers(config.model, size.num_layers, size.attention_every)
+        if getattr(CELLS[config.model], "keeps", None):
+            ours["cell_options"] = {"max_timescale": size.max_timescale}
     return outline(make_config(config.model, shape, **special, **ours))
 
 

@@ -33,6 +33,7 @@ def preset_config(model: str, size: str) -> TrainConfig:
             num_layers=chosen.num_layers,
             num_heads=chosen.num_heads,
             initializer_std=0.02,
+            max_timescale=None,
         ),
         text=TextConfig(
             sequence_length=SEQUENCE_LENGTH,

@@ -4,6 +4,11 @@
 """
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +139,23 @@ def test_source_is_deterministic_and_shows_the_equations():
     assert first == second
     assert "z = sigmoid(a_z * h + x_z)" in first.split('"""')[1]
     assert all(f"def {kernel}(" in first for kernel in ("sweep", "correct", "refine"))
+
+
+def test_kernels_compile_for_an_h100_side_by_side(tmp_path):
+    """All of a direction before the first of them is launched; a GPU is not needed for that."""
+    settings = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+    }
+    script = Path(__file__).with_name("compiled_for_gpu.py")
+    command = [sys.executable, str(script)]
+    printed = subprocess.run(command, env=settings, capture_output=True, text=True, check=True)
+    found = json.loads(printed.stdout)
+    direction = ["sweep", "correct", "refine"]
+    assert found["launched"] == [*direction, *direction, "total"]
+    assert found["together"] == [3, 3, 0]
+    assert found["compiled"] == 7
 
 
 def test_triton_without_a_gpu_says_how(monkeypatch):

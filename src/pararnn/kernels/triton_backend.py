@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pararnn.kernels.lowering import lower
-from pararnn.kernels.triton_build import load
+from pararnn.kernels.triton_build import compile_together, load
 from pararnn.kernels.triton_module import Precision, Starts, Variant
 from pararnn.kernels.triton_plan import Launch, Work, block_of, plan_launch
 from pararnn.kernels.triton_source import adjoint_source, forward_source
@@ -21,6 +22,36 @@ from pararnn.solvers.problem import Problem, with_rows
 from pararnn.solvers.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import topological
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch of a kernel.
+
+    Attributes:
+        kernel: Which one.
+        programs: Their number.
+        warps: Of each.
+        arguments: By name.
+        constants: Those that are compiled in.
+        follows: Whether it waits by itself for the kernel launched before.
+    """
+
+    kernel: Any
+    programs: int
+    warps: int
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    follows: bool = False
+
+    def launch(self, overlap: bool, warmup: bool = False) -> None:
+        """Run it, or only compile it; with `overlap` before the kernel before it has ended."""
+        more = {"launch_pdl": True} if overlap and self.follows else {}
+        given = self.arguments | self.constants | {"PDL": overlap, "num_warps": self.warps} | more
+        if warmup:
+            self.kernel.warmup(**given, grid=(self.programs,))
+        else:
+            self.kernel[(self.programs,)](**given)
 
 
 class TritonBackend:
@@ -72,11 +103,14 @@ class TritonBackend:
         )
         report = drive.new_empty((self.parts(problem), 4), dtype=torch.float64)
         arguments |= {"report": report} | _sizes(problem, launch)
+        most = min(settings.max_iterations or launch.chunks, launch.chunks)
+        more = {"tolerance": tolerance, "damping": settings.damping}
         with on_device(drive):
-            self._sweep(module, problem, launch, arguments, {"limit": tolerance})
-            most = min(settings.max_iterations or launch.chunks, launch.chunks)
-            more = {"tolerance": tolerance, "damping": settings.damping}
-            self._finish(module, problem, launch, arguments, more, most, refine={"most": most})
+            sweep = self._sweep(module, problem, launch, arguments, {"limit": tolerance})
+            rest = self._finish(
+                module, problem, launch, arguments, more, most, refine={"most": most}
+            )
+            self._run(problem, [sweep, *rest])
         return states, report
 
     def solve_adjoint(
@@ -117,8 +151,11 @@ class TritonBackend:
         arguments |= _boundaries(problem, launch, ("incoming", "outgoing", "products"))
         arguments |= _sizes(problem, launch)
         with on_device(drive):
-            self._sweep(module, problem, launch, arguments, {"limit": tolerance})
-            self._finish(module, problem, launch, arguments, {"tolerance": tolerance}, chunks)
+            sweep = self._sweep(module, problem, launch, arguments, {"limit": tolerance})
+            more = {"tolerance": tolerance}
+            self._run(
+                problem, [sweep, *self._finish(module, problem, launch, arguments, more, chunks)]
+            )
             grad_coefficients = self._total(problem, sums)
         return grad_coefficients, grad_initial.sum(1) if starts == "own" else grad_initial
 
@@ -129,12 +166,12 @@ class TritonBackend:
         launch: Launch,
         arguments: dict[str, Any],
         more: dict[str, Any],
-    ) -> None:
+    ) -> Call:
         """First guesses, and most of the results."""
         constants = {"MANY": launch.chunks > 1, "BLOCK": launch.block, "DISTANCE": launch.distance}
         given = arguments | more | {"warm": launch.warm}
         programs = self.parts(problem) * launch.chunks
-        self._run(problem, module.sweep, programs, launch.warps, given, constants)
+        return Call(module.sweep, programs, launch.warps, given, constants)
 
     def _finish(
         self,
@@ -145,24 +182,24 @@ class TritonBackend:
         more: dict[str, Any],
         most: int,
         refine: dict[str, Any] | None = None,
-    ) -> None:
+    ) -> Iterator[Call]:
         """The kernels that return at once where nothing is wrong."""
         if launch.chunks == 1:
             return
-        parts, run = self.parts(problem), functools.partial(self._run, problem, follows=True)
-        corrected = launch.corrected and most > 1
+        parts, corrected = self.parts(problem), launch.corrected and most > 1
         report = {"report": arguments.pop("report")} if "report" in arguments else {}
         guess, ends = (n for n in ("guess", "ends", "incoming", "outgoing") if n in arguments)
         given = arguments | more
         given |= {f"{n}2": torch.empty_like(arguments[n]) for n in (guess, ends)}
-        constants = {"GROUP": launch.group, "BLOCK": launch.block}
+        shape = {"GROUP": launch.group, "BLOCK": launch.block}
         if corrected:
-            distance = {"DISTANCE": launch.distance}
+            constants = shape | {"DISTANCE": launch.distance}
             programs = parts * launch.chunks
-            run(module.correct, programs, launch.warps, given, constants | distance)
-        given |= report | (refine or {}) | {"target": torch.empty_like(arguments[guess])}
-        constants |= {"CORRECTED": corrected, "ROWS": launch.rows}
-        run(module.refine, parts, launch.group * launch.warps, given, constants)
+            yield Call(module.correct, programs, launch.warps, given, constants, follows=True)
+        given = given | report | (refine or {}) | {"target": torch.empty_like(arguments[guess])}
+        constants = shape | {"CORRECTED": corrected, "ROWS": launch.rows}
+        warps = launch.group * launch.warps
+        yield Call(module.refine, parts, warps, given, constants, follows=True)
 
     def _total(self, problem: Problem, sums: Tensor) -> Tensor:
         """Gradients of coefficients, summed over rows and chunks."""
@@ -176,38 +213,21 @@ class TritonBackend:
             given = {"sums": sums, "result": result, "rows": rows, "width": width}
             constants = {"ROWS": 32, "BLOCK": 32}
             programs = -(-width // 32)
-            self._run(problem, total, programs, 4, given, constants, follows=True)
+            self._run(problem, [Call(total, programs, 4, given, constants, follows=True)])
         return result
 
-    def _run(
-        self,
-        problem: Problem,
-        kernel: Any,
-        programs: int,
-        warps: int,
-        arguments: dict[str, Any],
-        constants: dict[str, Any],
-        follows: bool = False,
-    ) -> None:
-        """Launch a kernel; the first launch of its kind compiles it.
-
-        Args:
-            problem: What is solved.
-            kernel: Which one.
-            programs: Their number.
-            warps: Of each.
-            arguments: By name.
-            constants: Those that are compiled in.
-            follows: Whether it waits by itself for the kernel launched before.
-        """
-        kind = (kernel, problem.hidden, *constants.values())
-        begin = time.perf_counter() if kind not in self._compiled else None
+    def _run(self, problem: Problem, calls: Sequence[Call]) -> None:
+        """Launch kernels one after another; those of a new kind are compiled before, together."""
+        kinds = [(c.kernel, problem.hidden, *c.constants.values()) for c in calls]
         overlap = overlaps(problem.initial.device)
-        constants = constants | {"PDL": overlap}
-        more = {"launch_pdl": True} if overlap and follows else {}
-        kernel[(programs,)](**arguments, **constants, num_warps=warps, **more)
-        if begin is not None:
-            self._compiled.add(kind)
+        launches = [functools.partial(call.launch, overlap) for call in calls]
+        new = [run for run, kind in zip(launches, kinds, strict=True) if kind not in self._compiled]
+        begin = time.perf_counter()
+        compile_together(new)
+        for launch in launches:
+            launch()
+        if new:
+            self._compiled.update(kinds)
             self.compile_s += time.perf_counter() - begin
 
     def _module(self, direction: str, variant: Variant) -> ModuleType:

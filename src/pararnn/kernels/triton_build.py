@@ -7,6 +7,8 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -39,6 +41,22 @@ def load(source: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def compile_together(launches: Sequence[Callable[..., None]]) -> None:
+    """Compile kernels at the same time; most of it happens without holding Python's lock.
+
+    Args:
+        launches: Each compiles what it would run when called with `warmup=True`.
+    """
+    import triton  # which a machine without a GPU need not have
+
+    mode = getattr(triton, "AsyncCompileMode", None)  # older ones have none
+    if len(launches) < 2 or mode is None or interpreted():
+        return
+    with ThreadPoolExecutor(len(launches)) as pool, mode(pool):
+        for launch in launches:
+            launch(warmup=True)
 
 
 def _written(source: str, name: str) -> Path:

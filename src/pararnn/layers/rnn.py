@@ -279,18 +279,14 @@ class RNN(nn.Module):
                     f"state must be a tensor or a tuple of tensors, got {_describe(state)}"
                     f"{'' if part is state else f' with {_describe(part)} in it'}."
                 )
-        lead = 1 if step else 2
-        first = state[0] if isinstance(state, tuple) else state
-        width = None if first is None or not first.dim() else operator.index(first.shape[-1])
-        count = None if state is None else len(state) if isinstance(state, tuple) else 1
         if torch.compiler.is_compiling():
             if not self._is_traced():
-                features = tuple([operator.index(size) for size in x.shape[lead:]])
-                self._trace_for_compiler(features, x.dtype, x.device, width, count)
+                features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
+                self._trace_for_compiler(features, x.dtype, x.device, *_sizes(state))
             return self.evaluation()
         if self._evaluation is not None and self._is_as_before(self._evaluation, x, step):
             return self._evaluation
-        self._learn_sizes(width, count)
+        self._learn_sizes(*_sizes(state))
         return self._prepare(self._features(x, step), x.dtype, x.device, snapshot(self.cell))
 
     def _learn_sizes(self, width: int | None, count: int | None) -> None:
@@ -507,6 +503,15 @@ class RNN(nn.Module):
         """What is traced belongs to this process; a copy traces again."""
         own = dict.fromkeys(("_evaluation", "_latest", "_report"))
         return {**self.__dict__, **own, "_signature": ()}
+
+
+def _sizes(state: State | None) -> tuple[int | None, int | None]:
+    """Channels and components of a state; numbers also where the compiler has symbols for them."""
+    parts = state if isinstance(state, tuple) else () if state is None else (state,)
+    if not parts:
+        return None, None
+    first, count = parts[0], len(parts)
+    return operator.index(first.shape[-1]) if first.dim() else None, count
 
 
 def _check_cell(cell: object) -> None:

@@ -75,7 +75,7 @@ def _backward(
 ) -> Tensor:
     inputs, targets = batch[:, :-1], batch[:, 1:]
     resets = inputs == model.model.config.bos_token_id
-    # Ours costs as much either way, and its blocks are compiled once instead of twice
+    # Ours in any case: compiled blocks would be compiled again for the first batch without
     apart = model.knows_resets or (model.separates_documents and bool(resets.any()))
     device = processes.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):

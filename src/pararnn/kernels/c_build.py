@@ -102,7 +102,7 @@ def _compile(compiler: str, source: str, openmp: str, library: Path) -> None:
     command = shlex.split(compiler)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         file, compiled, linked = (str(Path(folder, f"kernel.{end}")) for end in ("c", "o", "so"))
-        Path(file).write_text(source)
+        Path(file).write_text(source, encoding="utf-8")
         for tuning in (["-march=native"], ["-mcpu=native"], []):
             build = [*command, *_FLAGS, openmp, *tuning, "-c", file, "-o", compiled]
             done = subprocess.run(build, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from pararnn.tracing.expressions import (
     leaf,
     topological,
 )
+
+# Not with "_" in front: __linux_ would become a macro of C
+_PLAIN = re.compile("[A-Za-z][A-Za-z0-9_]*", re.ASCII).fullmatch
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
 BINARY |= {"ge": ">=", "eq": "==", "ne": "!=", "logical_and": "&", "logical_or": "|"}
@@ -64,7 +68,7 @@ def statements(
             variables[node] = f"{node.op}{node.args[0]}"
             continue
         name = f"{names[node]}_" if node in names else f"t{len(variables)}"
-        name = name if name not in taken and name.isidentifier() else f"t{len(variables)}"
+        name = name if name not in taken and _PLAIN(name) else f"t{len(variables)}"
         taken.add(name)
         term = language.term(node.op, list(map(show, node.args)))
         lines.append(language.declaration(name, term, is_boolean(node)))

@@ -65,10 +65,12 @@ def _written(source: str, name: str) -> Path:
     for folder in folders:
         file = folder / name
         try:
-            if file.exists() and file.read_text() == source:
+            if file.exists() and file.read_text(encoding="utf-8") == source:
                 return file
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".py", delete=False) as new:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=folder, suffix=".py", encoding="utf-8", delete=False
+            ) as new:
                 new.write(source)
             os.replace(new.name, file)
         except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,7 +21,8 @@ def name_nodes(
     Args:
         graph: Nodes carry `meta["line"]`, their line in `function`.
         function: The user's step; when its source is not to be had, nothing is named.
-        attributes: Names for placeholders.
+        attributes: Names for placeholders; what no identifier can have becomes "_", so that none
+            leaves the comments of generated code.
         state: Position of the state among the function's parameters.
     """
     states = [n for n in graph.nodes if n.op == "placeholder" and n.target.startswith("state_")]
@@ -28,7 +30,7 @@ def name_nodes(
         node.meta["name"] = name
     for node in graph.nodes:
         if node.op == "placeholder" and node.target in attributes:
-            node.meta["name"] = attributes[node.target].replace(".", "_")
+            node.meta["name"] = re.sub(r"\W", "_", attributes[node.target])
     for (first, last), names, in_order in _assignments(function):
         inside = [n for n in graph.nodes if first <= n.meta.get("line", 0) <= last]
         values = [n for n in inside if not n.name.startswith("detach")]

@@ -240,8 +240,7 @@ def input_part(parts: Partition, outputs: Sequence[Output]) -> InputPart:
     own = [n for n in sources if n in needed and n.op == "placeholder" and n not in given]
     constants = [n for n in sources if n in needed and n.op == "get_attr"]
     index = {f"attribute_{i}": name for i, name in enumerate(capture.attributes)}
-    inputs = {n: index[n.target].replace(".", "_") for n in own}
-    inputs |= {n: str(n.target) for n in constants} | {n: str(n.target) for n in given}
+    inputs = {n: str(n.target) for n in (*own, *constants, *given)}  # never a name of the user's
     body = [n for n in capture.graph.nodes if n in needed and n.op == "call_function"]
     graph, new = copy_graph(parts, body, inputs, given[0])
     rows = graph.call_function(aten.sym_size.int, (new[given[0]], 0))

@@ -2,7 +2,7 @@
 
 import torch
 
-from pararnn.testing import assert_close
+from pararnn.testing import assert_close, loop
 
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -40,6 +40,23 @@ def outcome(run, module, x, state, seed=1):
     for (name, tensor), gradient in zip(inputs.items(), found, strict=True):
         values[f"gradient of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
     return {name: v.detach() for name, v in values.items()}
+
+
+def one_by_one(cell, lengths):
+    """A loop over sequences packed one after another, as `run` of `outcome`."""
+
+    def run(x, state):
+        outputs, lasts = [], []
+        for i, part in enumerate(x.split(lengths, 1)):
+            last = tuple(s[i : i + 1] for s in as_tuple(state))
+            if part.shape[1]:
+                y, last = loop(cell, part, last if isinstance(state, tuple) else last[0])
+                outputs.append(y)
+            lasts.append(as_tuple(last))
+        last = tuple(torch.cat(c) for c in zip(*lasts, strict=True))
+        return torch.cat(outputs, 1), last if isinstance(state, tuple) else last[0]
+
+    return run
 
 
 def assert_same(actual, expected, rtol, zero=(), label=""):

@@ -9,7 +9,7 @@ from pararnn import RNN, Newton
 from pararnn.testing import assert_close, check_cell, loop
 
 from .cells import CELLS, make_cell
-from .compare import RTOL, as_tuple, assert_same, outcome, random_state
+from .compare import RTOL, as_tuple, assert_same, one_by_one, outcome, random_state
 
 DISCONTINUOUS = {"unusual"}  # rounding an input may change its states by anything
 
@@ -104,20 +104,12 @@ def test_whole_equals_steps(name, backend):
 @pytest.mark.parametrize("chunk", [4, "auto"], ids="chunk={}".format)
 def test_packed_equals_one_by_one(name, backend, chunk):
     rnn = layer(name, backend, chunk=chunk)
-    lengths = [1, 9, 2, 14, 5]
+    lengths = [0, 1, 9, 0, 0, 2, 14, 5, 0]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     x, _ = data(rnn, batch=1, time=sum(lengths))
     state = random_state(rnn.num_components, len(lengths), rnn.hidden_size)
 
-    def one_by_one(x, state):
-        outputs, lasts = [], []
-        for i, part in enumerate(x.split(lengths, 1)):
-            y, last = loop(rnn.cell, part, joined([s[i : i + 1] for s in split(state)]))
-            outputs.append(y)
-            lasts.append(as_tuple(last))
-        return torch.cat(outputs, 1), joined([torch.cat(c) for c in zip(*lasts, strict=True)])
-
-    expected = outcome(one_by_one, rnn.cell, x, state)
+    expected = outcome(one_by_one(rnn.cell, lengths), rnn.cell, x, state)
     actual = outcome(lambda x, s: rnn(x, s, cu_seqlens=bounds), rnn.cell, x, state)
     assert_same(actual, expected, 1e-12)
 

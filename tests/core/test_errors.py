@@ -38,7 +38,7 @@ CALLS = {
         ValueError,
         "x has shape (3, 2, 4); pass (time, batch, 5)",
     ),
-    "no time": (lambda: layer()(zeros(2, 0, 5)), ValueError, "batch and time must be at least 1"),
+    "no time": (lambda: layer()(zeros(2, 0, 5)), ValueError, "time must be at least 1"),
     "state is one tensor": (
         lambda: layer()(zeros(2, 3, 5), zeros(2, 7)),
         ValueError,
@@ -71,10 +71,15 @@ CALLS = {
         ValueError,
         "cu_seqlens must rise from 0 to the number of steps 3",
     ),
-    "cu_seqlens with an empty sequence": (
-        lambda: layer()(zeros(1, 3, 5), cu_seqlens=torch.tensor([0, 2, 2, 3])),
+    "cu_seqlens that fall": (
+        lambda: layer()(zeros(1, 3, 5), cu_seqlens=torch.tensor([0, 2, 1, 3])),
         ValueError,
         "cu_seqlens must rise",
+    ),
+    "cu_seqlens of no sequence": (
+        lambda: layer()(zeros(1, 3, 5), cu_seqlens=torch.tensor([0])),
+        ValueError,
+        "cu_seqlens has shape (1,); pass boundaries (0, ..., time), one more than there are",
     ),
     "x of another type": (
         lambda: RNN(nn.GRUCell(5, 7))(zeros(2, 3, 5, dtype=torch.float64)),

@@ -15,7 +15,7 @@ from pararnn import RNN, Newton
 from pararnn.testing import assert_close, loop
 
 from .cells import make_cell
-from .compare import as_tuple, assert_same, outcome, random_state
+from .compare import as_tuple, assert_same, one_by_one, outcome, random_state
 
 
 @pytest.fixture(params=["paralstm", "surroundings"])
@@ -103,6 +103,24 @@ def test_compile_fullgraph(name, backend):
     torch._dynamo.reset()
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
     assert_same(outcome(compiled, rnn.cell, x, state), expected, 1e-13)
+
+
+@pytest.mark.parametrize("name", ["paralstm", "lstm"])
+def test_compile_packed(name):
+    """Values of boundaries are checked on the device; sequences without steps among them."""
+    cell = nn.LSTMCell(5, 7).double() if name == "lstm" else make_cell(name)
+    rnn = RNN(cell, solver=Newton(chunk=5))
+    lengths = [0, 5, 0, 7, 0]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    x, state = torch.randn(1, 12, 5, dtype=torch.float64), random_state(2, 5, 7)
+    torch._dynamo.reset()
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    actual = outcome(lambda x, s: compiled(x, s, cu_seqlens=bounds), rnn.cell, x, state)
+    assert_same(actual, outcome(one_by_one(cell, lengths), rnn.cell, x, state), 1e-12)
+    for wrong in ([0, 5, 4, 12, 12, 12], [1, 5, 5, 12, 12, 12], [0, 5, 5, 11, 11, 11]):
+        for layer, error in ((rnn, ValueError), (compiled, RuntimeError)):
+            with pytest.raises(error, match="cu_seqlens must rise from 0 to the number of"):
+                layer(x, state, cu_seqlens=torch.tensor(wrong))
 
 
 class SaysNothing(nn.Module):

@@ -18,7 +18,7 @@ from pararnn.kernels.triton_backend import TritonBackend
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell
-from .compare import RTOL, as_tuple, assert_same, outcome, random_state
+from .compare import RTOL, as_tuple, assert_same, one_by_one, outcome, random_state
 from .conftest import needs_triton
 
 pytestmark = needs_triton
@@ -69,19 +69,12 @@ def test_lengths_and_chunks(time, chunk):
 @pytest.mark.parametrize("chunk", [4, 40], ids="chunk={}".format)
 def test_packed_equals_one_by_one(chunk):
     rnn = layer("heads", chunk=chunk)
-    lengths = [1, 6, 2, 5]
+    lengths = [0, 1, 6, 0, 2, 5, 0]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     x, _ = data(rnn, batch=1, time=sum(lengths))
     state = random_state(2, len(lengths), rnn.hidden_size)
 
-    def one_by_one(x, state):
-        parts = []
-        for i, part in enumerate(x.split(lengths, 1)):
-            parts.append(loop(rnn.cell, part, tuple(s[i : i + 1] for s in state)))
-        outputs, lasts = zip(*parts, strict=True)
-        return torch.cat(outputs, 1), tuple(torch.cat(c) for c in zip(*lasts, strict=True))
-
-    expected = outcome(one_by_one, rnn.cell, x, state)
+    expected = outcome(one_by_one(rnn.cell, lengths), rnn.cell, x, state)
     actual = outcome(lambda x, s: rnn(x, s, cu_seqlens=bounds), rnn.cell, x, state)
     assert_same(actual, expected, 1e-12)
 

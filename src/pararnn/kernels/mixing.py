@@ -228,6 +228,8 @@ def _mixing(
     plan: str,
 ) -> list[Tensor]:
     chosen, count = _plans[plan], len(edges)
+    if batch == 0:
+        return _fake_mixing(edges, initial, starts, batch, time, plan)
     dtype = chosen.state_dtype(edges, initial)
 
     def run(tensors: Sequence[Any], way: Way) -> list[Tensor]:
@@ -255,6 +257,8 @@ def _mixing_backward(
     plan: str,
 ) -> list[Tensor]:
     chosen, mixing, count = _plans[plan], _plans[plan].mixing, len(edges)
+    if batch == 0:
+        return [torch.zeros_like(t) for t in (*(edges[i] for i in mixing.differentiable), initial)]
     kept_in, components = chosen.state_dtype(edges, initial), len(states)
 
     def run(tensors: Sequence[Any], way: Way) -> list[Tensor]:
@@ -321,10 +325,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
-    edges, (initial, starts, *states) = (
-        ctx.saved_tensors[: ctx.count],
-        ctx.saved_tensors[ctx.count :],
-    )
+    saved = ctx.saved_tensors  # once: checkpointing computes them anew for every look
+    edges, (initial, starts, *states) = saved[: ctx.count], saved[ctx.count :]
     *found, initial_gradient = torch.ops.pararnn.mixing_backward(
         edges, initial, starts, ctx.batch, ctx.time, states, list(grads[:-1]), ctx.plan
     )

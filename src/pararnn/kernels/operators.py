@@ -93,6 +93,8 @@ def _recurrence(
     name: str,
 ) -> list[Tensor]:
     backend, _, settings = _plans[name]
+    if drives[0].shape[0] == 0:
+        return _fake_recurrence(drives, coefficients, initial, starts, name)
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
         states, report = backend.solve(problem, settings)
@@ -110,6 +112,8 @@ def _recurrence_backward(
     name: str,
 ) -> list[Tensor]:
     backend, layout, settings = _plans[name]
+    if drives[0].shape[0] == 0:
+        return [torch.zeros_like(t) for t in (*drives, *coefficients, initial)]
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
         grad_drives = [_for_slots(backend, d, i, layout.drives) for i, d in enumerate(drives)]

@@ -144,6 +144,8 @@ class TritonBackend:
         make = functools.partial(drive.new_empty, dtype=problem.dtype)
         rows = (batch, chunks) if starts == "own" else (problem.initial.shape[0],)
         grad_initial = make((*rows, components, hidden))
+        if starts == "packed":  # a sequence without steps starts nowhere
+            grad_initial.zero_()
         sums = drive.new_empty(
             (batch, chunks, self.recurrence.num_coefficients, hidden), dtype=torch.float64
         )

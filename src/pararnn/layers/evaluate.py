@@ -220,7 +220,7 @@ class Evaluation:
         """The states, and the values of the report."""
         layout = self.traced.layout
         if layout is None:
-            batch = len(initial) if starts is None else len(starts)
+            batch = (initial if starts is None else starts).shape[0]
             return torch.ops.pararnn.mixing(edges, initial, starts, batch, time, self.plan)
         count = layout.num_drive_sources
         return torch.ops.pararnn.recurrence(

@@ -160,5 +160,6 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        given, states = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: checkpointing computes them anew for every look
+        given, states = saved[: ctx.count], saved[ctx.count :]
         return None, *ctx.call.gradients(given, states, grads[:-1], ctx.needs_input_grad[1:])

@@ -138,7 +138,8 @@ class RNN(nn.Module):
             resets: Boolean, (batch, time) laid out like x: where true, the state before this step
                 is the initial state.
             cu_seqlens: Boundaries (0, ..., time) of sequences packed one after another into x of
-                batch 1; `state` then has one row per sequence, and so has the returned state.
+                batch 1; `state` then has one row per sequence, and so has the returned state. A
+                sequence may have no steps: its state stays as it is.
 
         Returns:
             The outputs (the state's first component) at all times, laid out like x, and the state
@@ -155,7 +156,7 @@ class RNN(nn.Module):
         elif not self.batch_first:
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
-        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = num_sequences(x.shape[0], cu_seqlens)
         starts, last = _starts(x, resets, cu_seqlens)
         parts = self._parts(state, sequences, x)
         if last is None and self._prefers_cell(evaluation, x, parts, x.shape[1]):
@@ -186,7 +187,7 @@ class RNN(nn.Module):
         if single:
             x_t = x_t.unsqueeze(0)
             state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
-        parts = self._parts(state, len(x_t), x_t)
+        parts = self._parts(state, x_t.shape[0], x_t)
         if self._prefers_cell(evaluation, x_t, parts, 1):
             (y,), final = self._run_cell(evaluation, [x_t], parts)
         else:
@@ -204,6 +205,7 @@ class RNN(nn.Module):
         one_call = isinstance(self.cell, nn.RNNCellBase) and not torch.is_grad_enabled()
         return (
             not torch.compiler.is_compiling()
+            and x.shape[0] > 0
             and evaluation.prefers_cell(x.shape[0], time, x.device.type, one_call)
             and own not in _HALF
             and (x.dtype is own or not x.is_floating_point())
@@ -249,10 +251,14 @@ class RNN(nn.Module):
             self._refuse_types(error, x.dtype)
             raise
         if not torch.compiler.is_compiling():
-            self._report = report.detach()
+            self._report = report.detach() if len(report) else None
         dtype = x.dtype if x.is_floating_point() else states[0].dtype
-        final = ((s[:, -1] if last is None else s[0, last]).to(dtype) for s in states)
-        return states[0].to(dtype), tuple(final)
+        if last is None:
+            final = [s[:, -1] for s in states]
+        else:  # a sequence without steps ends where it began
+            pairs = zip(states, parts, strict=True)
+            final = [torch.where((last < 0).unsqueeze(1), p, s[0, last]) for s, p in pairs]
+        return states[0].to(dtype), tuple(f.to(dtype) for f in final)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"batch_first={self.batch_first}, backend={self.backend!r}"
@@ -360,8 +366,9 @@ class RNN(nn.Module):
                 f"x has shape {tuple(x.shape)}; pass {layout}, {expected}), or (time, {expected}) "
                 "for a single sequence."
             )
-        if 0 in x.shape:
-            raise ValueError(f"x has shape {tuple(x.shape)}; batch and time must be at least 1.")
+        lone = x.dim() == len(known) + 1
+        if not step and x.shape[0 if lone or not self.batch_first else 1] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}; time must be at least 1.")
         return known
 
     def _prepare(
@@ -550,10 +557,27 @@ def _map(state: State | None, function: Any) -> State | None:
     return tuple(function(s) for s in state) if isinstance(state, tuple) else function(state)
 
 
+def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    """How many initial states there are."""
+    if cu_seqlens is None:
+        return batch
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {_describe(cu_seqlens)}.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; pass boundaries (0, ..., time), one "
+            "more than there are sequences."
+        )
+    return cu_seqlens.shape[0] - 1
+
+
 def _starts(
     x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which initial state begins where (see `Problem.starts`), and each sequence's last step."""
+    """Which initial state begins where (see `Problem.starts`), and each sequence's last step.
+
+    That is -1 for a sequence without steps.
+    """
     batch, time = x.shape[:2]
     if resets is not None and cu_seqlens is not None:
         raise ValueError("pass resets or cu_seqlens, not both.")
@@ -568,15 +592,15 @@ def _starts(
         return torch.where(resets.to(x.device) | begin, rows, -1).contiguous(), None
     if cu_seqlens is None:
         return None, None
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a tensor, got {_describe(cu_seqlens)}.")
     ends = cu_seqlens.to(x.device).long()
-    lengths = ends[1:] - ends[:-1]
-    if batch != 1 or ends[0] != 0 or ends[-1] != time or (lengths < 1).any():
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of steps {time} of an x of batch 1 (here "
-            f"{batch}), got {cu_seqlens.tolist()}."
-        )
-    starts = torch.full((1, time), -1, dtype=torch.int32, device=x.device)
-    starts[0, ends[:-1]] = torch.arange(len(lengths), dtype=torch.int32, device=x.device)
-    return starts, ends[1:] - 1
+    begins, ends = ends[:-1], ends[1:]
+    valid = (begins[0] == 0) & (ends[-1] == time) & (begins <= ends).all()
+    wanted = f"cu_seqlens must rise from 0 to the number of steps {time} of an x of batch 1"
+    if torch.compiler.is_compiling() and batch == 1:
+        torch._assert_async(valid, f"{wanted}.")
+    elif batch != 1 or not valid:
+        raise ValueError(f"{wanted} (here {batch}), got {cu_seqlens.tolist()}.")
+    steps = torch.arange(time, device=x.device)
+    rows = torch.searchsorted(ends, steps, right=True)  # the sequence that a step belongs to
+    starts = torch.where(begins[rows] == steps, rows, -1).int()
+    return starts.unsqueeze(0), torch.where(begins < ends, ends - 1, -1)

@@ -102,10 +102,10 @@ def _check(parts: tuple[Tensor, ...], drives: tuple[Tensor, ...]) -> None:
         raise ValueError("drives is empty; pass at least one tensor (batch, time, ...).")
     batch, time = drives[0].shape[:2] if drives[0].dim() >= 2 else (0, 0)
     for i, drive in enumerate(drives):
-        if drive.dim() < 2 or drive.shape[:2] != (batch, time) or 0 in drive.shape:
+        if drive.dim() < 2 or drive.shape[:2] != (batch, time) or time == 0:
             raise ValueError(
                 f"drive {i} has shape {tuple(drive.shape)}; all drives must be (batch, time, ...) "
-                "with the same batch and time, both at least 1."
+                "with the same batch and time, time at least 1."
             )
     for i, part in enumerate(parts):
         if part.dim() != 2 or part.shape[0] != batch or part.shape != parts[0].shape:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
-from pararnn.layers.rnn import RNN, State
+from pararnn.layers.rnn import RNN, State, num_sequences
 from pararnn.solvers.settings import Solver
 
 
@@ -122,7 +122,7 @@ class StackedRNN(nn.Module):
         simply the last one first; it is its own inverse, and `resets` hold for both directions.
         """
         directions = 2 if self.bidirectional else 1
-        firsts = self._split(state, x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        firsts = self._split(state, num_sequences(x.shape[0], cu_seqlens))
         lasts: list[State] = []
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
 

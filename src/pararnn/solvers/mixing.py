@@ -322,9 +322,10 @@ class Backward(Chain):
         if len(self.initial) == self.batch:
             begins = (self.starts >= 0)[:, :, None, None]
             return torch.where(begins, adjoint, 0.0).sum(1)
-        rows = len(self.initial)
-        order = torch.where(self.starts[0] < 0, rows, self.starts[0]).argsort()[:rows]
-        return adjoint[0, order]
+        begins = (self.starts[0] >= 0)[:, None, None]  # of a row of `initial` there is one, or none
+        rows = self.starts[0].long().clamp_min(0)
+        zeros = torch.zeros_like(self.initial)
+        return zeros.index_add(0, rows, torch.where(begins, adjoint[0], 0.0))
 
     def _ends(self) -> Tensor:
         """Boolean (batch, time): the next step, if there is one, starts afresh."""

@@ -28,7 +28,7 @@ class Problem:
         starts: int32 (batch, time): the row of `initial` that replaces the state before a step, or
             -1; None when row b starts at time 0 from `initial[b]` and nowhere else. Time 0 always
             starts. Either there is a row of `initial` for every row of the batch and row b starts
-            from that alone, or the batch is 1 and every row of `initial` starts once.
+            from that alone, or the batch is 1 and no row of `initial` starts twice.
         chunk: Steps per chunk, for solvers that cut time into equal ones.
     """
 

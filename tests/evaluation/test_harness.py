@@ -94,6 +94,19 @@ def test_byte_tokenizer():
     assert padded["attention_mask"] == [[1, 1, 1], [0, 1, 1]]
 
 
+@pytest.mark.parametrize("device", [None, "cpu", "auto", torch.device("cpu")])
+def test_devices(model_folder, device):
+    assert HarnessModel(model_folder, device=device, dtype="float64").model.dtype is torch.float64
+    with pytest.raises(RunError, match="device 'gpu' is not one of PyTorch's"):
+        HarnessModel(model_folder, device="gpu")
+
+
+def test_a_model_in_memory_keeps_its_type(model):
+    assert HarnessModel(model.double(), device="cpu").model.dtype is torch.float64
+    with pytest.raises(TypeError, match=r"a model in memory has a type; pass model.to\(dtype\)"):
+        HarnessModel(model, dtype="float64")
+
+
 @pytest.fixture
 def model_folder(model, tmp_path):
     with quiet_transformers():

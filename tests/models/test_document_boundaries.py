@@ -71,10 +71,14 @@ def test_right_padding_needs_no_cache(make_model, tokens):
     model = make_model()
     mask = torch.ones_like(tokens)
     mask[0, 7:] = 0
-    output = model(tokens, attention_mask=mask, use_cache=False)
-    torch.testing.assert_close(output.logits[0, :7], model(tokens[:1, :7]).logits[0], **EXACT)
-    with pytest.raises(ValueError, match="pad on the left, or pass use_cache=False"):
-        model(tokens, attention_mask=mask)
+    expected = model(tokens[:1, :7]).logits[0]
+    for asked in (False, None):
+        output = model(tokens, attention_mask=mask, use_cache=asked)
+        torch.testing.assert_close(output.logits[0, :7], expected, **EXACT)
+        assert output.cache_params is None
+    for wish in ({"use_cache": True}, {"cache_params": ParaRNNCache()}):
+        with pytest.raises(ValueError, match="pad on the left, or pass use_cache=False"):
+            model(tokens, attention_mask=mask, **wish)
 
 
 @pytest.mark.parametrize("starts", [(0, 3, 4, 9), (5,), (10,), (1, 2)])
@@ -113,7 +117,7 @@ def test_padding_and_documents_together(make_model, tokens):
 
 def test_wrong_shapes_are_refused(make_model, tokens):
     model = make_model()
-    with pytest.raises(ValueError, match=r"resets has 5 steps but the input has 11"):
+    with pytest.raises(ValueError, match=r"resets has shape \(3, 5\) but the input has 11"):
         model(tokens, resets=torch.zeros(3, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 5\); pass \(batch, 11\)"):
         model(tokens, attention_mask=torch.ones(3, 5))

@@ -42,6 +42,7 @@ class ModelSize:
             width=width,
             num_layers=self.num_layers or chosen.num_layers,
             num_heads=math.gcd(chosen.num_heads, width),
+            state_size=chosen.state_size,
             max_length=max_length,
         )
         return make_config(architecture, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,8 @@ import pararnn.models  # noqa: F401 # registers the architecture
 from pararnn.data.errors import RunError
 from pararnn.evaluation.tokenizer import ByteTokenizer
 from pararnn.training.checkpoints import newest_checkpoint
+from pararnn.training.language_model import to_device
+from pararnn.training.parallel import choose_device
 from pararnn.training.run_folder import RunFolder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -28,12 +31,15 @@ class HarnessModel(HFLM):
             as `save_pretrained` writes it; or a model.
         tokenizer: Folder of a tokenizer, or one in memory; None for the one in the model's folder,
             or for bytes when the vocabulary has 256 entries.
-        device: A torch device; None for CUDA when there is one, else the CPU.
+        device: A torch device; None for where a model in memory is, and else for CUDA when there is
+            one, or the CPU.
         options: As `lm_eval.models.huggingface.HFLM`: `batch_size`, `dtype`, `max_length`, ...
             `max_length` cuts contexts on the left; 16,384 when the model has no limit of its own.
 
     Raises:
-        RunError: The folder holds neither a run nor a model, or no tokenizer fits.
+        RunError: The folder holds neither a run nor a model, no tokenizer fits, or there is no such
+            device.
+        TypeError: `dtype` with a model in memory, which has one.
     """
 
     _DEFAULT_MAX_LENGTH = 16_384
@@ -43,11 +49,16 @@ class HarnessModel(HFLM):
         self,
         pretrained: str | Path | PreTrainedModel,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
+        place = choose_device("auto" if device is None else str(device))
         if not isinstance(pretrained, PreTrainedModel):
             pretrained = str(_model_folder(Path(pretrained)))
+        elif "dtype" in options:
+            raise TypeError("a model in memory has a type; pass model.to(dtype), without dtype.")
+        elif device is not None:
+            to_device(pretrained, place)
         if isinstance(tokenizer, Path):
             tokenizer = str(tokenizer)
         if tokenizer is None:
@@ -55,7 +66,7 @@ class HarnessModel(HFLM):
         if isinstance(tokenizer, ByteTokenizer):
             options.setdefault("add_bos_token", True)
         options.setdefault("backend", "causal")
-        super().__init__(pretrained, tokenizer=tokenizer, device=device, **options)
+        super().__init__(pretrained, tokenizer=tokenizer, device=str(place), **options)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts; the harness itself puts the first token before them."""

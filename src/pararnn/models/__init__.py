@@ -1,6 +1,7 @@
 """Language models built on `pararnn.RNN`, as transformers models."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pararnn.models import presets as presets
 from pararnn.models.cache import LayerState as LayerState
@@ -16,3 +17,5 @@ from pararnn.models.modeling import ParaRNNPreTrainedModel as ParaRNNPreTrainedM
 AutoConfig.register(ParaRNNConfig.model_type, ParaRNNConfig, exist_ok=True)
 AutoModel.register(ParaRNNConfig, ParaRNNModel, exist_ok=True)
 AutoModelForCausalLM.register(ParaRNNConfig, ParaRNNForCausalLM, exist_ok=True)
+# Trainer's label smoothing and the pipelines look for the class by name: what shifts its labels
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ParaRNNConfig.model_type] = ParaRNNForCausalLM.__name__

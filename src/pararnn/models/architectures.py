@@ -27,6 +27,7 @@ class Shape:
         num_layers: Blocks.
         num_heads: Heads: of a cell's input projection, of attention, of Mamba2's state.
         initializer_range: Standard deviation of linear and embedding weights.
+        state_size: Entries that Mamba2 remembers per channel.
         conv_kernel: Steps that a causal convolution sees, where there is one.
         max_length: Steps that attention must reach; the others have no limit.
     """
@@ -36,6 +37,7 @@ class Shape:
     num_layers: int
     num_heads: int
     initializer_range: float = 0.02
+    state_size: int = 128
     conv_kernel: int = 4
     max_length: int = 2048
 
@@ -66,6 +68,7 @@ def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
         num_heads=shape.num_heads,
         head_dim=2 * shape.width // shape.num_heads,
         n_groups=1,
+        state_size=shape.state_size,
         conv_kernel=shape.conv_kernel,
         initializer_range=shape.initializer_range,
         tie_word_embeddings=False,

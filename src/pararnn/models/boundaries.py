@@ -1,5 +1,8 @@
 """Where sequences begin inside a batch: documents packed into one row, and padding before a row."""
 
+from __future__ import annotations
+
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,26 +24,65 @@ class Boundaries:
     document: Tensor
     real: Tensor | None
 
-    def check_can_continue(self) -> None:
-        """Raise ValueError when a sequence ends in padding, so that nothing can follow it."""
+    def ends_in_padding(self) -> bool:
+        """Whether some sequence ends in padding, so that nothing can follow it."""
         if self.real is None:
-            return
+            return False
         real = self.real.squeeze(-1)
-        if (real.any(1) & ~real[:, -1]).any():
-            raise ValueError(
-                "attention_mask is 0 at the end of some sequence, so the cache would hold padding; "
-                "pad on the left, or pass use_cache=False."
-            )
+        return bool((real.any(1) & ~real[:, -1]).any())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """The ways in which a caller says where documents begin; any of them may be None.
+
+    Attributes:
+        resets: Shape (batch, time), True at the first token of every document.
+        position_ids: Shape (batch, time) or (1, time): a document begins where they do not rise by
+            one, and where the first of a call that goes on from a cache is 0.
+        seq_idx: Shape (batch, time): a document begins where it changes.
+        cu_seq_lens_q: Shape (documents + 1,), 0 first and the number of tokens last, of documents
+            packed one after another into the only row.
+    """
+
+    resets: Tensor | None = None
+    position_ids: Tensor | None = None
+    seq_idx: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+
+    def starts(self, batch: int, time: int, num_past: int) -> list[Tensor]:
+        """Where documents begin, each (batch, time); none where nothing begins.
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        found = []
+        if self.position_ids is not None:
+            positions = _rows("position_ids", self.position_ids, batch, time)
+            first = (positions[:, :1] == 0) & (num_past > 0)
+            later = positions[:, 1:] != positions[:, :-1] + 1
+            found.append(torch.cat([first, later], 1))
+        if self.seq_idx is not None:
+            index = _rows("seq_idx", self.seq_idx, batch, time)
+            changes = index[:, 1:] != index[:, :-1]
+            found.append(torch.cat([torch.zeros_like(changes[:, :1]), changes], 1))
+        if self.cu_seq_lens_q is not None:
+            found.append(_cut(self.cu_seq_lens_q, batch, time))
+        found = [f for f in found if torch.compiler.is_compiling() or f.any()]
+        if self.resets is not None:
+            found.append(_rows("resets", self.resets, batch, time).bool())
+        return found
 
 
 def find_boundaries(
-    attention_mask: Tensor | None, resets: Tensor | None, time: int, num_past: int
+    documents: Documents, attention_mask: Tensor | None, batch: int, time: int, num_past: int
 ) -> Boundaries | None:
     """Combine padding and document boundaries.
 
     Args:
+        documents: Where they begin.
         attention_mask: Shape (batch, time) or (batch, num_past + time), 0 at padding.
-        resets: Shape (batch, time), bool.
+        batch: Rows of this call.
         time: Tokens of this call.
         num_past: Tokens of earlier calls.
 
@@ -48,21 +90,55 @@ def find_boundaries(
         None when there is nothing to reset or to mask.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: A shape does not fit, or padding lies between two tokens.
     """
-    if resets is not None and resets.shape[1] != time:
+    starts = documents.starts(batch, time, num_past)
+    real = None
+    if attention_mask is not None:
+        real, first_real = _padding(attention_mask, batch, time, num_past)
+        if real.all():
+            real, first_real = None, first_real & (num_past > 0)
+            starts += [first_real] if first_real.any() else []
+        else:
+            starts = [s & real for s in starts] + [first_real]
+    if not starts:
+        return None
+    resets = functools.reduce(torch.logical_or, starts)
+    return Boundaries(resets, resets.cumsum(1), None if real is None else real.unsqueeze(-1))
+
+
+def _rows(name: str, tensor: Tensor, batch: int, time: int) -> Tensor:
+    """A row for every sequence of the batch; one may stand for all."""
+    if tensor.dim() != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != time:
         raise ValueError(
-            f"resets has {resets.shape[1]} steps but the input has {time}; pass shape "
-            f"({resets.shape[0]}, {time})."
+            f"{name} has shape {tuple(tensor.shape)} but the input has {time} steps; pass shape "
+            f"({batch}, {time})."
         )
-    if attention_mask is None:
-        return None if resets is None else _boundaries(resets.bool(), None)
-    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (time, time + num_past):
+    return tensor.expand(batch, -1)
+
+
+def _cut(ends: Tensor, batch: int, time: int) -> Tensor:
+    """Starts of documents that lie one after another in the only row, the first left out."""
+    fits = batch == 1 and ends.dim() == 1 and len(ends) > 1 and ends[0] == 0 and ends[-1] == time
+    if not fits or (ends.diff() < 0).any():
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; pass (batch, {time})"
+            f"cu_seq_lens_q must rise from 0 to the number of tokens {time} of an only row (here "
+            f"there are {batch}), got {ends.tolist()}."
+        )
+    starts = torch.zeros(1, time + 1, dtype=torch.bool, device=ends.device)
+    starts[0, ends[1:-1].long()] = True
+    return starts[:, :time] & (torch.arange(time, device=ends.device) > 0)
+
+
+def _padding(attention_mask: Tensor, batch: int, time: int, num_past: int) -> tuple[Tensor, Tensor]:
+    """What is no padding, and the first such token of a sequence that padding precedes."""
+    shape = attention_mask.shape
+    if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (time, time + num_past):
+        raise ValueError(
+            f"attention_mask has shape {tuple(shape)}; pass (batch, {time})"
             + (f" or (batch, {time + num_past})." if num_past else ".")
         )
-    real = attention_mask.bool()
+    real = attention_mask.bool().expand(batch, -1)
     before = real[:, -time - 1 : -1]
     if before.shape[1] < time:
         first = torch.full_like(real[:, :1], num_past > 0)
@@ -74,8 +150,4 @@ def find_boundaries(
             "attention_mask has padding between two tokens of a sequence; padding goes before or "
             "after all of them."
         )
-    return _boundaries(first_real if resets is None else first_real | resets.bool(), real)
-
-
-def _boundaries(resets: Tensor, real: Tensor | None) -> Boundaries:
-    return Boundaries(resets, resets.cumsum(1), None if real is None else real.unsqueeze(-1))
+    return real, first_real

@@ -128,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         counted = targets != IGNORED
         share = counted.to(exact) / counted.sum().clamp_min(1)
-        chosen = targets.clamp_min(0)
+        chosen = targets.where(counted, 0)
         differentiate = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if differentiate else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if differentiate else None

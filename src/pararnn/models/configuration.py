@@ -38,7 +38,7 @@ class ParaRNNConfig(PreTrainedConfig):
         initializer_range: Standard deviation of linear and embedding weights; the projections back
             to the residual stream get it divided by the square root of their number.
         z_loss_weight: Weight of the mean squared log-partition in the loss.
-        use_cache: Return a cache outside training.
+        use_cache: Return a cache outside training, unless a sequence ends in padding.
         tie_word_embeddings: Use the embedding as output projection.
 
     Raises:
@@ -46,6 +46,7 @@ class ParaRNNConfig(PreTrainedConfig):
     """
 
     model_type = "pararnn"
+    keys_to_ignore_at_inference = ["cache_params", "cross_entropy", "z_loss"]  # noqa: RUF012 # theirs
 
     def __init__(
         self,

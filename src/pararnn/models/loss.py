@@ -5,12 +5,15 @@ from torch import Tensor
 IGNORED = -100
 
 
-def language_model_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def language_model_loss(
+    logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy and mean squared log-partition over the targets that count.
 
     Args:
         logits: Shape (..., vocab_size), float32.
         targets: Shape (...), int64; -100 marks a position that does not count.
+        num_items: Divide the sums by this instead: the targets of all micro-batches of a step.
 
     Returns:
         Cross-entropy in nats per token, and the z-loss (PaLM, arXiv 2204.02311, section 5) before
@@ -18,8 +21,10 @@ def language_model_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     """
     counted = targets != IGNORED
     log_partition = logits.logsumexp(-1)
-    chosen = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    count = counted.sum().clamp_min(1)
+    chosen = logits.gather(-1, targets.where(counted, 0).unsqueeze(-1)).squeeze(-1)
+    count = counted.sum().clamp_min(1) if num_items is None else num_items
+    if isinstance(count, Tensor):
+        count = count.to(logits.device)
     cross_entropy = ((log_partition - chosen) * counted).sum() / count
     z_loss = (log_partition.square() * counted).sum() / count
     return cross_entropy, z_loss

@@ -10,8 +10,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from pararnn.models.arguments import num_new_tokens, refuse_others
 from pararnn.models.block import ParaRNNBlock, initialises_itself
-from pararnn.models.boundaries import find_boundaries
+from pararnn.models.boundaries import Boundaries, Documents, find_boundaries
 from pararnn.models.cache import ParaRNNCache
 from pararnn.models.configuration import ParaRNNConfig
 from pararnn.models.convolution import CausalConvolution
@@ -44,7 +45,8 @@ class ParaRNNCausalLMOutput(ModelOutput):
         cache_params: State after the last token, when `use_cache`.
         hidden_states: Input of every block and the result, when asked for.
         cross_entropy: The part of the loss that measures the model, in nats per token.
-        z_loss: Mean squared log-partition, before its weight.
+        z_loss: Mean squared log-partition, before its weight; both are sums over
+            `num_items_in_batch` when that is given.
     """
 
     loss: Tensor | None = None
@@ -62,7 +64,7 @@ class ParaRNNPreTrainedModel(PreTrainedModel):
     config_class = ParaRNNConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True
     _no_split_modules = ["ParaRNNBlock"]  # noqa: RUF012 # transformers' own declaration
     _is_stateful = True
 
@@ -114,9 +116,12 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache_params: ParaRNNCache | None = None,
         resets: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -128,30 +133,37 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             input_ids: Shape (batch, time), int64; or give `inputs_embeds`.
             attention_mask: Shape (batch, time), or over the tokens of the cache as well; 0 at
                 padding. Padding goes to the left when a cache is returned.
+            position_ids: Shape (batch, time) or (1, time); they say no more than where documents
+                begin, see `Documents`.
             inputs_embeds: Shape (batch, time, hidden_size).
-            cache_params: State to go on from; updated in place.
+            cache_params: State to go on from; updated in place, unless `use_cache` is False.
             resets: Shape (batch, time), True at the first token of every document.
-            use_cache: Return the state after the last token; None for the configuration's
-                `use_cache` outside training and no cache in it.
+            seq_idx: Shape (batch, time), the number of the document of every token.
+            cu_seq_lens_q: Ends of the documents that lie one after another in an only row.
+            use_cache: Return the state after the last token. None: if a cache is passed, or outside
+                training if the configuration's `use_cache` says so and no sequence ends in padding.
             output_hidden_states: Return the input of every block.
             return_dict: Return an object instead of a tuple.
-            kwargs: Ignored; transformers passes arguments for other architectures.
+            kwargs: Other arguments of transformers, see `refuse_others`.
 
         Raises:
-            ValueError: Both or neither of the two inputs, a mask or resets of the wrong shape, or
-                padding on the right with a cache.
+            TypeError: An argument that has no meaning here.
+            ValueError: Both or neither of the two inputs, a shape that does not fit, padding on the
+                right with a cache, or a cache under reentrant activation checkpointing.
         """
+        refuse_others(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+        num_past = 0 if cache_params is None else cache_params.num_tokens
+        documents = Documents(
+            resets=resets, position_ids=position_ids, seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q
+        )
+        batch, time = x.shape[:2]
+        boundaries = find_boundaries(documents, attention_mask, batch, time, num_past)
+        use_cache = self._makes_cache(use_cache, cache_params, boundaries)
         if use_cache and cache_params is None:
             cache_params = ParaRNNCache()
-        num_past = 0 if cache_params is None else cache_params.num_tokens
-        boundaries = find_boundaries(attention_mask, resets, x.shape[1], num_past)
-        if use_cache and boundaries is not None:
-            boundaries.check_can_continue()
         past = cache_params.layers if cache_params is not None else []
         states: list = list(past) or [None] * len(self.layers)
         inputs = []
@@ -172,6 +184,32 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             hidden_states=(*inputs, x) if wants_hidden else None,
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _makes_cache(
+        self, asked: bool | None, given: ParaRNNCache | None, boundaries: Boundaries | None
+    ) -> bool:
+        """Whether this call returns a cache."""
+        wanted = (given is not None) if asked is None else asked
+        if (wanted or given is not None) and self._checkpoints_reentrantly():
+            raise ValueError(
+                "gradients do not reach a cache through reentrant activation checkpointing; pass "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or no cache.'
+            )
+        if not wanted and (asked is False or self.training or not self.config.use_cache):
+            return False
+        in_padding = boundaries is not None and boundaries.ends_in_padding()
+        if wanted and in_padding:
+            raise ValueError(
+                "attention_mask is 0 at the end of some sequence, so the cache would hold padding; "
+                "pad on the left, or pass use_cache=False."
+            )
+        return not in_padding
+
+    def _checkpoints_reentrantly(self) -> bool:
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return False
+        options = getattr(self._gradient_checkpointing_func, "keywords", {})
+        return options.get("use_reentrant", True)
 
 
 class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
@@ -201,36 +239,43 @@ class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
         input_ids: LongTensor,
         cache_params: ParaRNNCache | None = None,
         resets: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # transformers looks for the name
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         num_past = 0 if cache_params is None else cache_params.num_tokens
-        if is_first_iteration and num_past:
-            kwargs["next_sequence_length"] = _num_new_tokens(input_ids, num_past)
+        goes_on = num_past > 0 and not is_first_iteration
+        if num_past and is_first_iteration:
+            text = input_ids if inputs_embeds is None else inputs_embeds
+            along = (text, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+            kwargs["next_sequence_length"] = num_new_tokens(along, num_past)
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc] # its narrow protocol
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        if num_past and not is_first_iteration:
-            inputs.pop("attention_mask", None)
-        return {
-            **inputs,
-            "cache_params": cache_params,
-            "resets": resets if is_first_iteration or not num_past else None,
-        }
+        for name in ("attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q"):
+            if goes_on:  # padding and documents lie behind
+                inputs.pop(name, None)
+        return {**inputs, "cache_params": cache_params, "resets": None if goes_on else resets}
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache_params: ParaRNNCache | None = None,
         resets: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> tuple | ParaRNNCausalLMOutput:
         """Predict the next token at every step; further arguments as `ParaRNNModel.forward`.
@@ -238,35 +283,49 @@ class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
         Args:
             input_ids: Shape (batch, time), int64.
             attention_mask: 0 at padding.
+            position_ids: Documents begin where they restart.
             inputs_embeds: Shape (batch, time, hidden_size), instead of `input_ids`.
             cache_params: State to go on from; updated in place.
             resets: Shape (batch, time), True at the first token of every document.
+            seq_idx: Shape (batch, time), the number of the document of every token.
+            cu_seq_lens_q: Ends of the documents that lie one after another in an only row.
             labels: Shape (batch, time), the inputs themselves: shifted here; -100 does not count.
-            shift_labels: Shape (batch, time), already shifted: what each step must predict.
             use_cache: Return the state after the last token.
             output_hidden_states: Return the input of every block.
             return_dict: Return an object instead of a tuple.
             logits_to_keep: Compute only so many last logits (0 for all), or those at these indices;
-                labels need all of them.
-            kwargs: Ignored.
+                without labels.
+            num_items_in_batch: Divide the sums over targets by this; None for their number.
+            kwargs: `shift_labels`, shape (batch, time), what each step must predict, instead of
+                `labels` (transformers takes every argument by name with "label" in it for one that
+                a batch must have); others as `ParaRNNModel.forward`.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             cache_params=cache_params,
             resets=resets,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if shift_labels is not None and not all_logits:
+            raise ValueError("labels need all logits; leave logits_to_keep out.")
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
         loss = cross_entropy = z_loss = None
         if shift_labels is not None:
-            cross_entropy, z_loss = language_model_loss(logits, shift_labels)
+            targets = shift_labels.to(logits.device)
+            cross_entropy, z_loss = language_model_loss(logits, targets, num_items_in_batch)
             loss = cross_entropy + self.config.z_loss_weight * z_loss
         output = ParaRNNCausalLMOutput(
             loss=loss,
@@ -281,14 +340,3 @@ class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
 
 def _wants_dict(config: ParaRNNConfig, return_dict: bool | None) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
-
-
-def _num_new_tokens(input_ids: LongTensor, num_past: int) -> int:
-    """Tokens after those of a cache that the caller hands in, given the whole text."""
-    num_new = input_ids.shape[1] - num_past
-    if num_new < 1:
-        raise ValueError(
-            f"the cache has seen {num_past} tokens but input_ids has only {input_ids.shape[1]}; "
-            "pass the whole text, at least one token longer than the cache."
-        )
-    return num_new

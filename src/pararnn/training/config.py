@@ -24,6 +24,8 @@ class ArchitectureConfig:
     """Blocks."""
     num_heads: int = 4
     """Heads of attention, of Mamba2, or of a cell's input projection; must divide the width."""
+    state_size: int = 128
+    """Entries that Mamba2 remembers per channel."""
     conv_kernel: int = 4
     """Steps that the causal convolution sees; the transformer has none."""
     attention_every: int = 0
@@ -35,7 +37,7 @@ class ArchitectureConfig:
     decides it; None for biases of zero, as in the paper."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_layers", "num_heads", "conv_kernel"):
+        for name in ("width", "num_layers", "num_heads", "state_size", "conv_kernel"):
             _require(getattr(self, name) >= 1, f"architecture.{name}", getattr(self, name), ">= 1")
         every = self.attention_every
         _require(every >= 0, "architecture.attention_every", every, ">= 0")

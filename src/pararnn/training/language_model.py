@@ -28,6 +28,7 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
         width=size.width,
         num_layers=size.num_layers,
         num_heads=size.num_heads,
+        state_size=size.state_size,
         initializer_range=size.initializer_std,
         conv_kernel=size.conv_kernel,
         max_length=config.text.sequence_length,

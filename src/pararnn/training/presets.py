@@ -32,6 +32,7 @@ def preset_config(model: str, size: str) -> TrainConfig:
             width=chosen.width,
             num_layers=chosen.num_layers,
             num_heads=chosen.num_heads,
+            state_size=chosen.state_size,
             initializer_std=0.02,
             max_timescale=None,
         ),

@@ -17,6 +17,21 @@ def random_state(num_components, *shape, dtype=torch.float64):
     return parts if num_components > 1 else parts[0]
 
 
+def joined(parts):
+    return tuple(parts) if len(parts) > 1 else parts[0]
+
+
+def with_resets(run, resets):
+    """`run` of x and one tuple: the state before the first step, then what resets restart from."""
+
+    def both(x, state):
+        half = len(state) // 2
+        first, fresh = joined(state[:half]), joined(state[half:])
+        return run(x, first, resets, reset_state=fresh)
+
+    return both
+
+
 def outcome(run, module, x, state, seed=1):
     """Run `run(x, state) -> (y, state)` and its backward with random cotangents.
 

@@ -9,7 +9,16 @@ from pararnn import RNN, Newton
 from pararnn.testing import assert_close, check_cell, loop
 
 from .cells import CELLS, make_cell
-from .compare import RTOL, as_tuple, assert_same, one_by_one, outcome, random_state
+from .compare import (
+    RTOL,
+    as_tuple,
+    assert_same,
+    joined,
+    one_by_one,
+    outcome,
+    random_state,
+    with_resets,
+)
 
 DISCONTINUOUS = {"unusual"}  # rounding an input may change its states by anything
 
@@ -31,10 +40,6 @@ def data(rnn, batch=3, time=31, dtype=torch.float64):
 
 def split(state):
     return state if isinstance(state, tuple) else (state,)
-
-
-def joined(parts):
-    return tuple(parts) if len(parts) > 1 else parts[0]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, "auto"], ids="chunk={}".format)
@@ -68,9 +73,43 @@ def test_resets_equal_loop(name, backend, chunk):
     x, state = data(rnn)
     resets = torch.rand(x.shape[:2]) < 0.15
     resets[0, 0] = resets[1, -1] = resets[2, 6:9] = True
-    expected = outcome(lambda x, s: loop(rnn.cell, x, s, resets), rnn.cell, x, state)
-    actual = outcome(lambda x, s: rnn(x, s, resets), rnn.cell, x, state)
-    assert_same(actual, expected, 1e-12)
+    both = (*split(state), *split(data(rnn)[1]))
+    run_loop = with_resets(functools.partial(loop, rnn.cell), resets)
+    expected = outcome(run_loop, rnn.cell, x, both)
+    assert_same(outcome(with_resets(rnn, resets), rnn.cell, x, both), expected, 1e-12)
+
+
+def test_resets_restart_from_zeros(name, backend):
+    """From one step on nothing of the carried state is left, in value and gradient."""
+    rnn = layer(name, backend, chunk=7)
+    x, state = data(rnn)
+    resets = torch.zeros(3, 31, dtype=torch.bool)
+    resets[0, 0] = resets[1, 12] = resets[2, 30] = True
+    first = tuple(s.requires_grad_() for s in split(state))
+    y, _ = rnn(x, joined(first), resets)
+    expected = torch.cat([rnn(x[:1])[0][0], rnn(x[1:2, 12:])[0][0], rnn(x[2:, 30:])[0][0]])
+    assert_close("y", torch.cat([y[0], y[1, 12:], y[2, 30:]]), expected, rtol=1e-12)
+    y[1, :12].sum().backward(retain_graph=True)
+    assert all(s.grad[1].any() and not s.grad[[0, 2]].any() for s in first[:1])
+    for s in first:
+        s.grad = None
+    (y[0].sum() + y[1, 12:].sum() + y[2, 30:].sum()).backward()
+    assert not any(s.grad.any() for s in first)
+
+
+def test_one_reset_state_for_all_sequences(backend):
+    rnn = layer("paralstm", backend, chunk=7)
+    x, state = data(rnn)
+    resets = torch.rand(x.shape[:2]) < 0.15
+    fresh = [torch.randn(rnn.hidden_size, dtype=x.dtype, requires_grad=True) for _ in range(2)]
+    every = tuple(f.detach().expand(3, -1).clone().requires_grad_() for f in fresh)
+    y, _ = rnn(x, state, resets, reset_state=tuple(fresh))
+    expected, _ = rnn(x, state, resets, reset_state=every)
+    assert_close("y", y, expected, rtol=1e-12)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for f, e in zip(fresh, every, strict=True):
+        assert_close("gradient", f.grad, e.grad.sum(0), rtol=1e-12)
 
 
 def test_whole_equals_two_parts(name, backend):

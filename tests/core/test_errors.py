@@ -66,6 +66,27 @@ CALLS = {
         ValueError,
         "pass resets or cu_seqlens, not both",
     ),
+    "reset_state of another batch": (
+        lambda: layer()(
+            zeros(2, 3, 5),
+            resets=zeros(2, 3, dtype=torch.bool),
+            reset_state=(zeros(4, 7), zeros(4, 7)),
+        ),
+        ValueError,
+        "reset_state has shape (4, 7) but x needs (2, 7)",
+    ),
+    "reset_state and cu_seqlens": (
+        lambda: layer()(
+            zeros(1, 3, 5), cu_seqlens=torch.tensor([0, 3]), reset_state=(zeros(7), zeros(7))
+        ),
+        ValueError,
+        "with cu_seqlens every sequence starts from its own row of state",
+    ),
+    "reset_state is a number": (
+        lambda: layer()(zeros(1, 3, 5), reset_state=0.0),
+        TypeError,
+        "reset_state must be a tensor or a tuple of tensors, got a float",
+    ),
     "cu_seqlens too short": (
         lambda: layer()(zeros(1, 3, 5), cu_seqlens=torch.tensor([0, 2])),
         ValueError,

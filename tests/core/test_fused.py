@@ -17,7 +17,7 @@ from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.mixing import Step
 
-from .compare import assert_same, outcome, random_state
+from .compare import as_tuple, assert_same, outcome, random_state, with_resets
 from .conftest import needs_triton
 from .test_mixing import INPUT, MIXING, Heads, Normed, Partly
 
@@ -250,10 +250,14 @@ def test_whole_solve_equals_loop(monkeypatch, name, solver, reset):
     rnn = RNN(cell, solver=solver)
     x = torch.randn(2, 10, INPUT, dtype=torch.float64)
     state = random_state(rnn.num_components, 2, rnn.hidden_size)
-    resets = torch.rand(2, 10) < 0.2 if reset else None
-    expected = outcome(functools.partial(loop, cell, resets=resets), cell, x, state)
-    actual = outcome(functools.partial(rnn, resets=resets), cell, x, state)
-    assert_same(actual, expected, 1e-10)
+    if not reset:
+        expected = outcome(functools.partial(loop, cell), cell, x, state)
+        return assert_same(outcome(rnn, cell, x, state), expected, 1e-10)
+    resets = torch.rand(2, 10) < 0.2
+    resets[:, 0] = torch.tensor([False, True])
+    both = (*as_tuple(state), *as_tuple(random_state(rnn.num_components, 2, rnn.hidden_size)))
+    expected = outcome(with_resets(functools.partial(loop, cell), resets), cell, x, both)
+    assert_same(outcome(with_resets(rnn, resets), cell, x, both), expected, 1e-10)
 
 
 def test_first_read_in_inference_mode(monkeypatch):

@@ -15,7 +15,7 @@ from pararnn.solvers import automatic, shooting
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell
-from .compare import as_tuple, assert_same, one_by_one, outcome, random_state
+from .compare import as_tuple, assert_same, one_by_one, outcome, random_state, with_resets
 
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-5}
 INPUT, HIDDEN = 5, 6
@@ -128,10 +128,9 @@ def test_resets_equal_loop(name, solver):
     cell = make(name)
     rnn = RNN(cell, solver=solver)
     x, state = data(rnn)
-    resets = starts()
-    expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
-    actual = outcome(lambda x, s: rnn(x, s, resets), cell, x, state)
-    assert_same(actual, expected, RTOL[torch.float64])
+    resets, both = starts(), (*as_tuple(state), *as_tuple(data(rnn)[1]))
+    expected = outcome(with_resets(functools.partial(loop, cell), resets), cell, x, both)
+    assert_same(outcome(with_resets(rnn, resets), cell, x, both), expected, RTOL[torch.float64])
 
 
 @pytest.mark.parametrize("solver", [*(c(chunk=4) for c in COUPLINGS), Sequential()])
@@ -278,8 +277,11 @@ def test_pieces_of_the_sequential_backward(monkeypatch, pieces, reset):
     rnn = RNN(cell, solver=Sequential())
     x, state = data(rnn)
     resets = starts() if reset else None
-    expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
-    assert_same(outcome(lambda x, s: rnn(x, s, resets), cell, x, state), expected, 1e-12)
+    both = (*as_tuple(state), *as_tuple(data(rnn)[1]))
+    unused = () if reset else ("first[2]", "first[3]")
+    expected = outcome(with_resets(functools.partial(loop, cell), resets), cell, x, both)
+    actual = outcome(with_resets(rnn, resets), cell, x, both)
+    assert_same(actual, expected, 1e-12, [f"gradient of {name}" for name in unused])
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
@@ -310,7 +312,7 @@ def test_chunks_are_coupled_by_their_tangents(monkeypatch, name, chunk):
 
         def end(*components, part=part, replaced=replaced, b=b):
             given = components if len(components) > 1 else components[0]
-            fresh = tuple(s[b : b + 1] for s in as_tuple(state))
+            fresh = tuple(torch.zeros_like(s[b : b + 1]) for s in as_tuple(state))
             for t in range(part.shape[1]):
                 if replaced[0, t]:
                     given = fresh if len(components) > 1 else fresh[0]
@@ -490,6 +492,9 @@ def test_few_steps_are_those_of_the_cell(kind, grad):
             assert_close("y", y, expected, rtol=1e-6)
             for a, e in zip(as_tuple(last), as_tuple(end), strict=True):
                 assert_close("state", a, e, rtol=1e-6)
+        fresh = rnn(x)[1]
+        y, _ = rnn(x, state, resets, reset_state=fresh)
+        assert_close("y", y, loop(cell, x, state, resets, fresh)[0], rtol=1e-6)
         y, last = rnn.step(x[:, 0], state)
     assert_close("step", y, loop(cell, x[:, :1], state)[0][:, 0], rtol=1e-6)
     assert (rnn.report.status, rnn.report.chunks, len(rnn.report)) == ("sequential", 1, 3)

@@ -18,7 +18,7 @@ from pararnn.kernels.triton_backend import TritonBackend
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell
-from .compare import RTOL, as_tuple, assert_same, one_by_one, outcome, random_state
+from .compare import RTOL, as_tuple, assert_same, one_by_one, outcome, random_state, with_resets
 from .conftest import needs_triton
 
 pytestmark = needs_triton
@@ -51,9 +51,11 @@ def test_resets_equal_loop(name):
     rnn = layer(name)
     x, state = data(rnn)
     resets = torch.rand(x.shape[:2]) < 0.15
-    resets[0, 0] = resets[1, -1] = resets[1, 6:9] = True
-    expected = outcome(lambda x, s: loop(rnn.cell, x, s, resets), rnn.cell, x, state)
-    assert_same(outcome(lambda x, s: rnn(x, s, resets), rnn.cell, x, state), expected, 1e-12)
+    resets[1, -1] = resets[1, 6:9] = True
+    resets[:, 0] = torch.tensor([True, False])
+    both = (*as_tuple(state), *as_tuple(data(rnn)[1]))
+    expected = outcome(with_resets(functools.partial(loop, rnn.cell), resets), rnn.cell, x, both)
+    assert_same(outcome(with_resets(rnn, resets), rnn.cell, x, both), expected, 1e-12)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 40], ids="chunk={}".format)

@@ -84,6 +84,26 @@ def test_resets_equal_separate_sequences(kind, bidirectional):
     y, _ = layer(x, None, resets)
     apart = torch.cat([layer(x[:, :4])[0], layer(x[:, 4:])[0]], 1)
     assert_close("y", y, apart, rtol=1e-12)
+    count = len(layer.layers)
+    carried, fresh = torch.randn(2, count, 1, 8, dtype=torch.float64)
+    state, reset_state = (s if kind == "gru" else (s, s / 2) for s in (carried, fresh[:, 0]))
+    resets[0, 0] = True  # for layers that run backwards, after their last step
+    y, last = layer(x, state, resets, reset_state=reset_state)
+    backwards = (torch.arange(count) % 2 == 1).view(count, 1, 1) & torch.tensor(bidirectional)
+    early = fresh
+    late = torch.where(backwards, carried, fresh)
+    early, late = (s if kind == "gru" else (s, s / 2) for s in (early, late))
+    (one, end), (two, begin) = layer(x[:, :4], early), layer(x[:, 4:], late)
+    assert_close("y", y, torch.cat([one, two], 1), rtol=1e-12)
+    expected = torch.where(backwards, first_of(end), first_of(begin))
+    assert_close("last", first_of(last), expected, rtol=1e-12)
+
+
+def test_resets_with_a_packed_sequence_are_refused(kind):
+    layer = LAYERS[kind][0](6, 8)
+    packed = pack_sequence([torch.randn(3, 6)])
+    with pytest.raises(ValueError, match="says itself where sequences begin"):
+        layer(packed, resets=torch.zeros(1, 3, dtype=torch.bool))
 
 
 def test_cu_seqlens_equal_separate_sequences(kind):

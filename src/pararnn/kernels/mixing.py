@@ -275,15 +275,15 @@ def _mixing_backward(
             fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
             chain = Backward(**fields, before=before, grad_states=grads)
             if isinstance(way.settings, Sequential):
-                found, gradients = chain.solve_in_pieces(run_steps)
+                of_initial, gradients = chain.solve_in_pieces(run_steps)
             else:
                 found, _ = chosen.solve(chain, way, kept_in)
-                gradients = chain.gradients(found)
+                of_initial, gradients = chain.initial_gradient(found), chain.gradients(found)
             shaped = [
                 g.reshape(edges[i].shape).to(edges[i].dtype)
                 for i, g in zip(mixing.differentiable, gradients, strict=True)
             ]
-            return [*shaped, chain.initial_gradient(found).to(initial.dtype)]
+            return [*shaped, of_initial.to(initial.dtype)]
 
     others = [starts, *states, *grad_states]
     return chosen.call("backward", run, edges, initial, others, batch, time)

@@ -170,10 +170,10 @@ def _restart(problem: Problem, j: int, before: list[Tensor]) -> tuple[list[Tenso
 def _add_initial(problem: Problem, target: Tensor, j: int, adjoint: list[Tensor]) -> None:
     """Add the adjoint before every start to the gradient of its initial state."""
     assert problem.starts is not None
-    rows = problem.starts[:, j :: problem.chunk]
-    for b, k in (rows >= 0).nonzero().tolist():
-        for i, value in enumerate(adjoint):
-            target[k, int(rows[b, k]), i] += value[b, k]
+    rows = problem.starts[:, j :: problem.chunk].long()
+    b, k = (rows >= 0).nonzero(as_tuple=True)
+    for i, value in enumerate(adjoint):
+        target[:, :, i].index_put_((k, rows[b, k]), value[b, k], accumulate=True)
 
 
 def _padded(x: Tensor, chunks: int) -> Tensor:

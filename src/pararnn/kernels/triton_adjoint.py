@@ -124,11 +124,12 @@ class Adjoint(Module):
             out(f"s{i} = {value}")
 
     def restarted(self, step: str, couple: bool, store: bool) -> None:
-        """Where a sequence starts, the adjoint goes to its initial state and no further."""
+        """Where a sequence starts anew, the adjoint goes to its initial state and no further."""
         out, there = self.out, f"only({self.exists(step)}, fresh)"
+        out("fresh = start >= batch  # not the first state of a row, see `run_chunk`")
         for i in self.components:
-            if store and self.variant.starts == "own":
-                out(f"own{i} += tl.where({there}, before{i}, 0.0)")
+            if store and self.variant.starts == "resets":
+                out(f"restarts{i} += tl.where({there}, before{i}, 0.0)")
             elif store:
                 out(f"tl.store(grad_initial + start_at + {i} * hidden, before{i}, mask={there})")
             out(f"before{i} = tl.where(fresh, 0.0, before{i})")
@@ -174,22 +175,21 @@ class Adjoint(Module):
         out = self.out
         for c in self.coefficients:
             self.zeros(f"sum{c}", "tl.float64")
-        if self.variant.starts == "own":
+        if self.variant.starts == "resets":
             for i in self.components:
-                self.zeros(f"own{i}")
+                self.zeros(f"restarts{i}")
         self.loop("0", high, couple=False, store=True)
         mask = "here" if self.wide else "inside"
         for c in self.coefficients:
             at = f"((b * chunks + k) * {len(self.coefficients)} + {c}) * hidden + d"
             out(f"tl.store(sums + {at}, sum{c}, mask={mask})")
+        row = "(b + 0 * k)" if self.wide else "b"  # the first has the shape of a group
         for i in self.components:
-            if self.variant.starts == "own":
-                at = self.boundary("grad_initial", i)
-                out(f"tl.store({at}, own{i}, mask={mask})")
-            elif not self.starts:
-                row = "(b + 0 * k)" if self.wide else "b"  # the first has the shape of a group
-                at = f"grad_initial + ({row} * {len(self.components)} + {i}) * hidden + d"
-                out(f"tl.store({at}, s{i}, mask=only({mask}, first == 0))")
+            at = f"grad_initial + ({row} * {len(self.components)} + {i}) * hidden + d"
+            out(f"tl.store({at}, s{i}, mask=only({mask}, first == 0))")
+            if self.variant.starts == "resets":
+                at = self.boundary("grad_initial", i, "k + batch")
+                out(f"tl.store({at}, restarts{i}, mask={mask})")
 
     def sweep(self) -> None:
         out, unroll = self.out, self.unroll

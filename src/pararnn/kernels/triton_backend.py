@@ -142,8 +142,8 @@ class TritonBackend:
         for m, gradient in enumerate(grad_drives):
             arguments |= _in_heads("grad_drive", m, gradient)
         make = functools.partial(drive.new_empty, dtype=problem.dtype)
-        rows = (batch, chunks) if starts == "own" else (problem.initial.shape[0],)
-        grad_initial = make((*rows, components, hidden))
+        rows = batch * (1 + chunks) if starts == "resets" else problem.initial.shape[0]
+        grad_initial = make((rows, components, hidden))
         if starts == "packed":  # a sequence without steps starts nowhere
             grad_initial.zero_()
         sums = drive.new_empty(
@@ -159,7 +159,10 @@ class TritonBackend:
                 problem, [sweep, *self._finish(module, problem, launch, arguments, more, chunks)]
             )
             grad_coefficients = self._total(problem, sums)
-        return grad_coefficients, grad_initial.sum(1) if starts == "own" else grad_initial
+        if starts == "resets":  # of first states, then of what chunks restarted from
+            restarts = grad_initial[batch:].unflatten(0, (batch, chunks)).sum(1)
+            grad_initial = torch.cat([grad_initial[:batch], restarts])
+        return grad_coefficients, grad_initial
 
     def _sweep(
         self,
@@ -285,7 +288,7 @@ def _precision(problem: Problem) -> Precision:
 def _starts(problem: Problem) -> Starts:
     if problem.starts is None:
         return "none"
-    return "own" if problem.initial.shape[0] == problem.batch else "packed"
+    return "resets" if problem.initial.shape[0] == 2 * problem.batch else "packed"
 
 
 def _batch_first(tensors: Sequence[Tensor]) -> bool:

@@ -14,7 +14,7 @@ from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import Operand, literal, topological
 
 Precision = Literal["half", "single", "double"]
-Starts = Literal["none", "own", "packed"]
+Starts = Literal["none", "resets", "packed"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Variant:
     Attributes:
         precision: "double" computes in float64, the others in float32; "half" is for results in
             half precision and uses the hardware's tanh.
-        starts: Whether sequences start inside: nowhere; each row of the batch from its own initial
-            state; or sequences packed into one row, each from its own.
+        starts: Whether sequences start inside: nowhere; by resets, from a second initial state of
+            each row of the batch; or as sequences packed into one row, each from its own.
         unroll: Steps whose inputs are loaded ahead.
         wide_unroll: The same in `refine`, whose programs have many warps.
         fixed: Whether strides over time are compiled in: with them, addresses take far fewer

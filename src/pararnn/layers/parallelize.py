@@ -122,9 +122,11 @@ class Parallelized(StackedRNN):
         hx: State | None = None,
         resets: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        *,
+        reset_state: State | None = None,
     ) -> tuple[Any, State]:
-        """As `forward` of the original; `resets` and `cu_seqlens` as of `StackedRNN`."""
-        return super().forward(input, hx, resets, cu_seqlens)
+        """As `forward` of the original; what it does not have, as of `StackedRNN`."""
+        return super().forward(input, hx, resets, cu_seqlens, reset_state=reset_state)
 
     def __getattr__(self, name: str) -> Any:
         """A parameter by the name that the original has for it."""
@@ -146,7 +148,7 @@ class Parallelized(StackedRNN):
         padding = time < begins
         where = left.gather(1, torch.where(padding, time, time - begins))
         backwards = torch.where(padding, time, begins + left.shape[1] - 1 - time)
-        y, last = self._run(packed.data[where], state, time <= begins, None, backwards)
+        y, last = self._run(packed.data[where], None, time <= begins, None, state, backwards)
         return packed._replace(data=y[~padding][where[~padding].argsort()]), last
 
 

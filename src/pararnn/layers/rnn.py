@@ -127,6 +127,8 @@ class RNN(nn.Module):
         state: State | None = None,
         resets: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        *,
+        reset_state: State | None = None,
     ) -> tuple[Tensor, State]:
         """Evaluate the cell at all times.
 
@@ -136,17 +138,22 @@ class RNN(nn.Module):
             state: State before the first step: (batch, hidden_size), or a tuple of them; without
                 batch axis for a single sequence; zeros when None.
             resets: Boolean, (batch, time) laid out like x: where true, the state before this step
-                is the initial state.
+                is `reset_state`, at the first step too.
             cu_seqlens: Boundaries (0, ..., time) of sequences packed one after another into x of
                 batch 1; `state` then has one row per sequence, and so has the returned state. A
                 sequence may have no steps: its state stays as it is.
+            reset_state: What resets restart from, like `state`, or (hidden_size,) for all
+                sequences; zeros when None.
 
         Returns:
             The outputs (the state's first component) at all times, laid out like x, and the state
             after the last step, like `state`. Both have the type of x.
 
-        Gradients: exact at the solution; they reach x, `state` and the cell's parameters.
+        Gradients: exact at the solution; they reach x, `state`, `reset_state` (the sum over all
+            restarts) and the cell's parameters.
         """
+        _check_tensors("state", state)
+        _check_tensors("reset_state", reset_state)
         evaluation = self._evaluation_for(x, state)
         single = x.dim() == evaluation.feature_axes + 1
         if single:
@@ -158,12 +165,24 @@ class RNN(nn.Module):
             resets = None if resets is None else resets.transpose(0, 1)
         sequences = num_sequences(x.shape[0], cu_seqlens)
         starts, last = _starts(x, resets, cu_seqlens)
-        parts = self._parts(state, sequences, x)
-        if last is None and self._prefers_cell(evaluation, x, parts, x.shape[1]):
+        parts = self._parts("state", state, sequences, x)
+        fresh: tuple[Tensor, ...] = ()
+        if cu_seqlens is not None and reset_state is not None:
+            raise ValueError(
+                "reset_state is what resets restart from; with cu_seqlens every sequence starts "
+                "from its own row of state."
+            )
+        if resets is not None:
+            batch = x.shape[0]
+            every = _map(reset_state, lambda s: s.expand(batch, -1) if s.dim() == 1 else s)
+            fresh = self._parts("reset_state", every, batch, x)
+        if last is None and self._prefers_cell(evaluation, x, (*parts, *fresh), x.shape[1]):
             inputs = x.unbind(1) if len(x) == 1 else x.transpose(0, 1).contiguous().unbind(0)
-            outputs, final = self._run_cell(evaluation, inputs, parts, starts)
+            outputs, final = self._run_cell(evaluation, inputs, parts, resets, fresh)
             y = torch.stack(outputs, 1)
         else:
+            if fresh:  # as `Problem.starts` has it
+                parts = tuple(torch.cat(pair) for pair in zip(parts, fresh, strict=True))
             y, final = self._evaluate(evaluation, x, parts, starts, last)
         if single:
             y = y.squeeze(0)
@@ -182,12 +201,13 @@ class RNN(nn.Module):
         Returns:
             The output, and the state after the step.
         """
+        _check_tensors("state", state)
         evaluation = self._evaluation_for(x_t, state, step=True)
         single = x_t.dim() == evaluation.feature_axes
         if single:
             x_t = x_t.unsqueeze(0)
             state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
-        parts = self._parts(state, x_t.shape[0], x_t)
+        parts = self._parts("state", state, x_t.shape[0], x_t)
         if self._prefers_cell(evaluation, x_t, parts, 1):
             (y,), final = self._run_cell(evaluation, [x_t], parts)
         else:
@@ -218,15 +238,16 @@ class RNN(nn.Module):
         evaluation: Evaluation,
         inputs: Sequence[Tensor],
         parts: tuple[Tensor, ...],
-        starts: Tensor | None = None,
+        resets: Tensor | None = None,
+        fresh: tuple[Tensor, ...] = (),
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Outputs of the cell itself for every time, and the components after the last."""
-        as_tuple, first, outputs = evaluation.traced.capture.is_tuple, parts, []
+        as_tuple, outputs = evaluation.traced.capture.is_tuple, []
         cell = self.cell
-        begins = None if starts is None else (starts >= 0).unsqueeze(-1).unbind(1)
+        begins = None if resets is None else resets.to(parts[0].device).unsqueeze(-1).unbind(1)
         for t, x_t in enumerate(inputs):
-            if begins is not None and t:
-                pairs = zip(first, parts, strict=True)
+            if begins is not None:
+                pairs = zip(fresh, parts, strict=True)
                 parts = tuple(torch.where(begins[t], f, p) for f, p in pairs)
             parts = tuple([p.contiguous() for p in parts])  # as when it was traced
             parts = cell(x_t, parts) if as_tuple else (cell(x_t, parts[0]),)
@@ -279,12 +300,6 @@ class RNN(nn.Module):
     def _evaluation_for(self, x: Tensor, state: State | None, step: bool = False) -> Evaluation:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {_describe(x)}; use torch.as_tensor(x).")
-        for part in state if isinstance(state, tuple) else () if state is None else (state,):
-            if not isinstance(part, Tensor):
-                raise TypeError(
-                    f"state must be a tensor or a tuple of tensors, got {_describe(state)}"
-                    f"{'' if part is state else f' with {_describe(part)} in it'}."
-                )
         if torch.compiler.is_compiling():
             if not self._is_traced():
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
@@ -477,7 +492,7 @@ class RNN(nn.Module):
             )
         )
 
-    def _parts(self, state: State | None, rows: int, x: Tensor) -> tuple[Tensor, ...]:
+    def _parts(self, name: str, state: State | None, rows: int, x: Tensor) -> tuple[Tensor, ...]:
         """The components of a state, after a check; of none the zeros."""
         size, count = self.hidden_size, self.num_components
         if state is None:
@@ -487,15 +502,15 @@ class RNN(nn.Module):
         if len(parts) != count or isinstance(state, tuple) != (count > 1):
             wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
             seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
-            raise ValueError(f"state must be {wanted} of shape ({rows}, {size}), got {seen}.")
+            raise ValueError(f"{name} must be {wanted} of shape ({rows}, {size}), got {seen}.")
         for part in parts:
             if tuple(part.shape) != (rows, size):
                 raise ValueError(
-                    f"state has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
+                    f"{name} has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
                     "(rows, hidden_size), or None for zeros."
                 )
             if part.device != x.device:
-                raise ValueError(f"state is on {part.device} but x is on {x.device}; move one.")
+                raise ValueError(f"{name} is on {part.device} but x is on {x.device}; move one.")
         return parts
 
     def _apply(self, fn: Any, recurse: bool = True) -> RNN:
@@ -510,6 +525,15 @@ class RNN(nn.Module):
         """What is traced belongs to this process; a copy traces again."""
         own = dict.fromkeys(("_evaluation", "_latest", "_report"))
         return {**self.__dict__, **own, "_signature": ()}
+
+
+def _check_tensors(name: str, state: State | None) -> None:
+    for part in state if isinstance(state, tuple) else () if state is None else (state,):
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor or a tuple of tensors, got {_describe(state)}"
+                f"{'' if part is state else f' with {_describe(part)} in it'}."
+            )
 
 
 def _sizes(state: State | None) -> tuple[int | None, int | None]:
@@ -589,7 +613,8 @@ def _starts(
             )
         rows = torch.arange(batch, dtype=torch.int32, device=x.device).unsqueeze(1)
         begin = torch.arange(time, device=x.device) == 0
-        return torch.where(resets.to(x.device) | begin, rows, -1).contiguous(), None
+        others = torch.where(begin, rows, -1)
+        return torch.where(resets.to(x.device), batch + rows, others).contiguous(), None
     if cu_seqlens is None:
         return None, None
     ends = cu_seqlens.to(x.device).long()

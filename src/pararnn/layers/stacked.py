@@ -46,6 +46,8 @@ class StackedRNN(nn.Module):
         state: State | None = None,
         resets: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        *,
+        reset_state: State | None = None,
     ) -> tuple[Any, State]:
         """Evaluate all layers at all times.
 
@@ -54,15 +56,23 @@ class StackedRNN(nn.Module):
                 (time, input_size) for a single sequence, or a `PackedSequence`.
             state: (num_layers * directions, batch, hidden_size), a pair of them for an LSTM;
                 without batch axis for a single sequence; zeros when None.
-            resets: Boolean, laid out like x: where true, the state before this step is the
-                initial state.
+            resets: Boolean, laid out like x: where true, another sequence begins with this step,
+                and the state before it is `reset_state`; backwards in time, that before the step
+                before it.
             cu_seqlens: Boundaries of sequences packed into an x of batch 1; see `RNN.forward`.
+            reset_state: What resets restart from, like `state`, or without batch axis for all
+                sequences; zeros when None.
 
         Returns:
             The last layer's outputs (both directions side by side), laid out like x, and the last
             states, like `state`.
         """
         if isinstance(x, PackedSequence):
+            if not (resets is None and cu_seqlens is None and reset_state is None):
+                raise ValueError(
+                    "x is a PackedSequence, which says itself where sequences begin; pass a tensor "
+                    "with resets, reset_state or cu_seqlens."
+                )
             return self._packed(x, state)
         if not isinstance(x, Tensor):
             raise TypeError(
@@ -83,7 +93,7 @@ class StackedRNN(nn.Module):
         elif not self.batch_first:
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
-        y, last = self._run(x, state, resets, cu_seqlens)
+        y, last = self._run(x, state, resets, cu_seqlens, reset_state)
         if single:
             y = y.squeeze(0)
             last = _each(last, lambda s: s.squeeze(1) if cu_seqlens is None else s)
@@ -114,6 +124,7 @@ class StackedRNN(nn.Module):
         state: State | None,
         resets: Tensor | None,
         cu_seqlens: Tensor | None,
+        reset_state: State | None = None,
         backwards: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """All layers on x (batch, time, size).
@@ -122,7 +133,9 @@ class StackedRNN(nn.Module):
         simply the last one first; it is its own inverse, and `resets` hold for both directions.
         """
         directions = 2 if self.bidirectional else 1
-        firsts = self._split(state, num_sequences(x.shape[0], cu_seqlens))
+        batch = x.shape[0]
+        firsts = self._split("state", state, num_sequences(batch, cu_seqlens))
+        fresh = self._split("reset_state", _each(reset_state, _for_all(batch)), batch)
         lasts: list[State] = []
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
 
@@ -130,15 +143,15 @@ class StackedRNN(nn.Module):
             return steps.flip(1) if backwards is None else steps[rows, backwards]
 
         for i in range(0, len(self.layers), directions):
-            y, last = self.layers[i](x, firsts[i], resets, cu_seqlens)
+            y, last = self.layers[i](x, firsts[i], resets, cu_seqlens, reset_state=fresh[i])
             lasts.append(last)
             if self.bidirectional:
                 turned = resets
-                if resets is not None and backwards is None:
-                    turned = resets.roll(-1, 1).flip(1)
+                if resets is not None and backwards is None:  # nothing begins after the last step
+                    turned = F.pad(resets[:, 1:], (0, 1)).flip(1)
                 ends = None if cu_seqlens is None else cu_seqlens[-1] - cu_seqlens.flip(0)
                 first = firsts[i + 1] if ends is None else _each(firsts[i + 1], lambda s: s.flip(0))
-                z, last = self.layers[i + 1](turn(x), first, turned, ends)
+                z, last = self.layers[i + 1](turn(x), first, turned, ends, reset_state=fresh[i + 1])
                 lasts.append(last if ends is None else _each(last, lambda s: s.flip(0)))
                 y = torch.cat([y, turn(z)], -1)
             last_layer = i + directions == len(self.layers)
@@ -147,7 +160,7 @@ class StackedRNN(nn.Module):
             return x, tuple(torch.stack(s) for s in zip(*lasts, strict=True))
         return x, torch.stack([s for s in lasts if isinstance(s, Tensor)])
 
-    def _split(self, state: State | None, rows: int) -> list[State | None]:
+    def _split(self, name: str, state: State | None, rows: int) -> list[State | None]:
         """One state per layer and direction."""
         if state is None:
             return [None] * len(self.layers)
@@ -160,11 +173,11 @@ class StackedRNN(nn.Module):
             seen = type(state).__name__
             if isinstance(state, (tuple, list)):
                 seen += f" of {', '.join(type(p).__name__ for p in state)}"
-            raise TypeError(f"state must be {wanted} of shape {shape}, got a {seen}.")
+            raise TypeError(f"{name} must be {wanted} of shape {shape}, got a {seen}.")
         for part in parts:
             if tuple(part.shape) != shape:
                 raise ValueError(
-                    f"state has shape {tuple(part.shape)}; pass {shape}: (layers x directions, "
+                    f"{name} has shape {tuple(part.shape)}; pass {shape}: (layers x directions, "
                     "batch, hidden_size), or None for zeros."
                 )
         if isinstance(state, tuple):
@@ -271,6 +284,11 @@ class ParaLSTM(ParaRNNStack):
     """
 
     make_cell = ParaLSTMCell
+
+
+def _for_all(rows: int) -> Callable[[Tensor], Tensor]:
+    """Gives every row a state that has no batch axis."""
+    return lambda s: s.unsqueeze(1).expand(-1, rows, -1) if s.dim() == 2 else s
 
 
 def _each(state: Any, function: Callable[[Tensor], Tensor]) -> Any:

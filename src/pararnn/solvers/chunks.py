@@ -40,6 +40,10 @@ class Cut:
         x = x.transpose(0, 1)
         if self.chunks == 1:
             return x
+        if x.stride(0) == 0:  # the same at all times: not copied for each
+            return (
+                torch.cat([x[0]] * self.chunks).unsqueeze(0).expand(self.chunk, *[-1] * x[0].dim())
+            )
         at = torch.arange(self.chunks * self.chunk, device=x.device).clamp_max(self.time - 1)
         at = at.view(self.chunks, self.chunk).T.flatten()
         at = self.time - 1 - at if self.backwards else at

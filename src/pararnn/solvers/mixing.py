@@ -71,6 +71,16 @@ class Chain(abc.ABC):
     def first(self) -> Tensor:
         """What it starts from, (batch, components, hidden)."""
 
+    @property
+    def restarts(self) -> bool:
+        """Whether sequences start by resets, from one state for each; else they are packed."""
+        return len(self.initial) == 2 * self.batch
+
+    def begins(self) -> Tensor:
+        """Boolean (batch, time): a sequence starts, other than from the first state of its row."""
+        assert self.starts is not None
+        return self.starts >= self.batch
+
     @abc.abstractmethod
     def chunks(self, cut: Cut) -> Chunks:
         """The same, cut."""
@@ -209,8 +219,11 @@ class Forward(Chain):
         """Where states are replaced and by what, as in `Chunks`."""
         if self.starts is None:
             return None, ()
-        fresh = self.initial[self.starts.long().clamp_min(0)].unbind(2)
-        return (self.starts >= 0).unsqueeze(-1), fresh
+        if self.restarts:
+            fresh = self.initial[self.batch :].unsqueeze(1).expand(-1, self.time, -1, -1)
+        else:
+            fresh = self.initial[self.starts.long().clamp_min(0)]
+        return self.begins().unsqueeze(-1), fresh.unbind(2)
 
     def tangents(
         self, cut: Cut, first: Sequence[Tensor], states: Sequence[Tensor], run: Run
@@ -277,32 +290,31 @@ class Backward(Chain):
             for parts, moves in zip(zip(*blocks, strict=True), by_rows, strict=True)
         ]
 
-    def solve_in_pieces(self, run: Run) -> tuple[list[Tensor], list[Tensor]]:
+    def solve_in_pieces(self, run: Run) -> tuple[Tensor, list[Tensor]]:
         """Step by step, with little memory besides the result: so many steps at a time.
 
         Returns:
-            The solution, of which `initial_gradient` needs the first step alone if sequences start
-            nowhere else, and the gradients of the differentiable edges.
+            The gradients of the initial states and of the differentiable edges.
         """
         size = max(_SHORTEST_PIECE, _PIECE // (self.batch * self.mixing.hidden))
-        pieces, incoming = [], self.incoming
+        pieces, incoming, of_initial = [], self.incoming, torch.zeros_like(self.initial)
         for begin in reversed(range(0, self.time, size)):
             piece = self._piece(begin, min(begin + size, self.time), incoming)
             found, _ = piece.solve(Sequential(), 0.0, run)
-            pieces.append((found, piece.gradients(found)))
+            pieces.append(piece.gradients(found))
             incoming = torch.stack([f[:, 0] for f in found], 1)
-        solutions, gradients = zip(*reversed(pieces), strict=True)
-        solutions = solutions[:1] if self.starts is None else solutions
+            if begin == 0 or self.starts is not None:
+                of_initial += piece.initial_gradient(found)
         by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
-        return [torch.cat(parts, 1) for parts in zip(*solutions, strict=True)], [
+        return of_initial, [
             torch.cat(parts, 1) if moves else _sum(parts)
-            for parts, moves in zip(zip(*gradients, strict=True), by_rows, strict=True)
+            for parts, moves in zip(zip(*reversed(pieces), strict=True), by_rows, strict=True)
         ]
 
     def _piece(self, begin: int, end: int, incoming: Tensor | None) -> Backward:
         starts = self.starts
         if starts is not None and incoming is not None and end < self.time:
-            incoming = torch.where(starts[:, end, None, None] >= 0, 0.0, incoming)
+            incoming = torch.where(self.begins()[:, end, None, None], 0.0, incoming)
         by_rows = self.mixing.step.by_rows
         return replace(
             self,
@@ -316,21 +328,22 @@ class Backward(Chain):
 
     def initial_gradient(self, found: Sequence[Tensor]) -> Tensor:
         """The gradient of the initial states, from the solution: what reaches a start is theirs."""
-        adjoint = torch.stack(list(found), 2)
         if self.starts is None:
-            return adjoint[:, 0]
-        if len(self.initial) == self.batch:
-            begins = (self.starts >= 0)[:, :, None, None]
-            return torch.where(begins, adjoint, 0.0).sum(1)
-        begins = (self.starts[0] >= 0)[:, None, None]  # of a row of `initial` there is one, or none
-        rows = self.starts[0].long().clamp_min(0)
-        zeros = torch.zeros_like(self.initial)
-        return zeros.index_add(0, rows, torch.where(begins, adjoint[0], 0.0))
+            return torch.stack([f[:, 0] for f in found], 1)
+        if self.restarts:
+            first, begins = self.starts[:, :1], self.begins().unsqueeze(-1)
+            carried = (first >= 0) & (first < self.batch)
+            rows = [torch.where(carried, f[:, 0], 0.0) for f in found]
+            again = [torch.where(begins, f, 0.0).sum(1) for f in found]
+            return torch.cat([torch.stack(rows, 1), torch.stack(again, 1)])
+        adjoint = torch.stack([f[0] for f in found], 1)
+        gradient = adjoint.new_zeros(len(self.initial) + 1, *adjoint.shape[1:])
+        gradient[self.starts[0].long()] = adjoint  # -1: the last row
+        return gradient[:-1]
 
     def _ends(self) -> Tensor:
         """Boolean (batch, time): the next step, if there is one, starts afresh."""
-        assert self.starts is not None
-        begins = self.starts >= 0
+        begins = self.begins()
         return torch.cat([begins[:, 1:], torch.zeros_like(begins[:, :1])], 1)
 
     def first(self) -> Tensor:

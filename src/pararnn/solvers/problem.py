@@ -27,8 +27,9 @@ class Problem:
         initial: Initial states, (rows, components, hidden).
         starts: int32 (batch, time): the row of `initial` that replaces the state before a step, or
             -1; None when row b starts at time 0 from `initial[b]` and nowhere else. Time 0 always
-            starts. Either there is a row of `initial` for every row of the batch and row b starts
-            from that alone, or the batch is 1 and no row of `initial` starts twice.
+            starts. Either `initial` has two rows for every row b of the batch, and b starts at time
+            0 from row b or batch + b, later from batch + b alone, any number of times (resets); or
+            the batch is 1 and no row of `initial` starts twice (packed sequences).
         chunk: Steps per chunk, for solvers that cut time into equal ones.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,9 @@ def check_cell(
 ) -> CellCheck:
     """Compare a cell on every backend with the step-by-step loop, in float64.
 
-    Outputs, the final state and the gradients of x, the initial state and every parameter are
-    compared, for random inputs, states, resets and cotangents. The cell itself is left alone.
+    Outputs, the final state and the gradients of x, the first state, the reset state and every
+    parameter are compared, for random inputs, states, resets and cotangents. The cell itself is
+    left alone.
 
     Args:
         cell: The cell.
@@ -79,16 +81,18 @@ def check_cell(
     probe(x)
     traced = probe.evaluation().traced
     _refuse_random(traced)
-    first = [draw(batch, probe.hidden_size) for _ in range(probe.num_components)]
+    count = probe.num_components
+    states = [draw(batch, probe.hidden_size) for _ in range(2 * count)]  # first, then after resets
     resets = torch.rand(batch, time, generator=generator) < 0.1
-    cotangents = [draw(batch, time, probe.hidden_size), *(draw(*f.shape) for f in first)]
+    cotangents = [draw(batch, time, probe.hidden_size), *(draw(*s.shape) for s in states[:count])]
     as_tuple = traced.capture.is_tuple
-    expected = _everything(cell, lambda *a: loop(cell, *a), x, first, resets, cotangents, as_tuple)
+    run = functools.partial(loop, cell)
+    expected = _everything(cell, run, x, states, resets, cotangents, as_tuple)
     errors: dict[str, float] = {}
     for backend in _possible(probe):
         for chunk in (1, 7, time):
             rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk), **options)
-            actual = _everything(cell, rnn, x, first, resets, cotangents, as_tuple)
+            actual = _everything(cell, rnn, x, states, resets, cotangents, as_tuple)
             label = f"{backend}, chunk={chunk}"
             errors[label] = max(
                 _compare(f"{name} ({label})", actual[name], expected[name], rtol)
@@ -117,19 +121,22 @@ def _everything(
     cell: nn.Module,
     run: Any,
     x: Tensor,
-    first: list[Tensor],
+    states: list[Tensor],
     resets: Tensor,
     cotangents: list[Tensor],
     as_tuple: bool,
 ) -> dict[str, Tensor]:
     """Values and gradients by name."""
     x = x.clone().requires_grad_()
-    first = [f.clone().requires_grad_() for f in first]
-    y, last = run(x, tuple(first) if as_tuple else first[0], resets)
+    states = [s.clone().requires_grad_() for s in states]
+    first, again = states[: len(states) // 2], states[len(states) // 2 :]
+    pack = lambda parts: tuple(parts) if as_tuple else parts[0]  # noqa: E731
+    y, last = run(x, pack(first), resets, reset_state=pack(again))
     lasts = last if as_tuple else (last,)
     total = sum((v * c).sum() for v, c in zip((y, *lasts), cotangents, strict=True))
     parameters = {n: p for n, p in cell.named_parameters() if p.requires_grad}
     inputs = {"x": x} | {f"state[{i}]": f for i, f in enumerate(first)} | parameters
+    inputs |= {f"reset_state[{i}]": a for i, a in enumerate(again)}
     found = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
     values = {"output": y} | {f"last state[{i}]": v for i, v in enumerate(lasts)}
     gradients = {

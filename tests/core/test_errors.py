@@ -220,9 +220,9 @@ def test_components_that_cannot_be_found():
 def no_compiler(monkeypatch):
     monkeypatch.setattr(c_build, "find_compiler", lambda: None)
     monkeypatch.setattr(evaluate, "find_compiler", lambda: None)
-    evaluate._warn_missing.cache_clear()
+    evaluate._warn_slow.cache_clear()
     yield
-    evaluate._warn_missing.cache_clear()
+    evaluate._warn_slow.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -247,14 +247,14 @@ def test_compiler_that_fails(fresh_cache, monkeypatch, tmp_path):
     script.chmod(0o755)
     monkeypatch.setattr(c_build, "find_compiler", lambda: str(script))
     with pytest.raises(c_build.CompilerError, match="the disk is on fire"):
-        c_build.load("int main(void) { return 0; }")
+        c_build.load("int main(void) { return 0; }", ["main"])
 
 
 def test_compiled_once_and_kept(fresh_cache):
     source = "int answer(void) { return 42; }"
-    assert c_build.load(source).answer() == 42
+    assert c_build.load(source, ["answer"]).answer() == 42
     (library,) = fresh_cache.glob("*.so")
     stamp = library.stat().st_mtime_ns
-    assert c_build.load(source).answer() == 42
+    assert c_build.load(source, ["answer"]).answer() == 42
     assert library.stat().st_mtime_ns == stamp
     assert next(fresh_cache.glob("*.c")).read_text() == source

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import time
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from pararnn.kernels.c_build import load
+from pararnn.kernels.c_build import CompilerError, load
 from pararnn.kernels.c_source import MAX_BLOCK, SIZES, c_source
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.shooting import Gradients, ShootingBackend
@@ -28,14 +27,30 @@ class CBackend(ShootingBackend):
 
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
+        self._libraries: dict[bool, ctypes.CDLL] = {}
+        self._obstacles: dict[bool, str] = {}
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def library(self, double: bool) -> ctypes.CDLL:
-        """The compiled functions for one type."""
-        begin = time.perf_counter()
-        loaded = load(self.source(double))
-        self.compile_s += time.perf_counter() - begin
-        return loaded
+        """The compiled functions for one type.
+
+        Raises:
+            CompilerError: They cannot be built here.
+        """
+        if double not in self._libraries:
+            begin = time.perf_counter()
+            loaded = load(self.source(double), ("forward", "tangent", "backward"))
+            self.compile_s += time.perf_counter() - begin
+            self._libraries[double] = loaded
+        return self._libraries[double]
+
+    def obstacle(self, double: bool) -> str | None:
+        """Why the functions for one type cannot be built, which is tried once."""
+        if double not in self._libraries and double not in self._obstacles:
+            try:
+                self.library(double)
+            except CompilerError as error:
+                self._obstacles[double] = str(error)
+        return self._obstacles.get(double)
 
     def source(self, double: bool = False) -> str:
         """The generated C."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from pararnn.kernels.lowering import NotLowered
 from pararnn.kernels.triton_backend import on_device
-from pararnn.kernels.triton_build import load
+from pararnn.kernels.triton_build import load, missing
 from pararnn.kernels.triton_steps import Form, source, width
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.mixing import Edge
@@ -111,9 +110,10 @@ def _key(chunks: Chunks, state: Sequence[Tensor], form: Form) -> tuple[Any, ...]
 
 def _kernel(chunks: Chunks, state: Sequence[Tensor], form: Form) -> _Kernel | str:
     """The kernel, or why there is none."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton was not found (it comes with PyTorch for GPUs)"
     like, kinds, strides = state[0], [], []
+    obstacle = missing(like.device.type)
+    if obstacle is not None:
+        return obstacle
     if like.dtype not in (torch.float32, torch.float64):
         return f"the state is of type {like.dtype}"
     for edge, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True):

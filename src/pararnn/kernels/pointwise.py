@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from pararnn.kernels import printing
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton_backend import on_device
-from pararnn.kernels.triton_build import load
+from pararnn.kernels.triton_build import load, missing
 from pararnn.kernels.triton_module import Lines, Variant, language_of, module_text, varies, wrapped
 from pararnn.tracing.expressions import Expression, Operand, leaf, make
 from pararnn.tracing.operations import UnknownOperation, express, is_pointwise, operation_name
@@ -37,7 +37,8 @@ Function = Callable[..., Sequence[Tensor]]
 
 def run(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Run a module of operations; see `pararnn.solvers.mixing.RunModule`."""
-    if tensors[0].device.type != "cuda":
+    kind = tensors[0].device.type
+    if kind != "cuda" or missing(kind):
         return module(*(t.contiguous() for t in tensors))
     rows = max(t.shape[0] for t in tensors)  # any number of these is served by one function
     form = tuple((t.shape[0] == rows or t.shape[0], t.shape[1:], t.dtype) for t in tensors)

@@ -1,18 +1,21 @@
-"""Writes generated Triton to the cache folder and imports it from there."""
+"""Makes modules from generated Triton, and compiles their kernels."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
+import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.abc import InspectLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
-from pararnn.kernels.c_build import cache_folders
+_lock = threading.Lock()
 
 
 def interpreted() -> bool:
@@ -20,17 +23,57 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def load(source: str) -> ModuleType:
-    """Import generated source; Triton reads the text of its functions from the file.
+@functools.cache
+def missing(device: str) -> str | None:
+    """What keeps Triton from building kernels for devices of a kind, whatever the kernel."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton was not found (it comes with PyTorch for GPUs)"
+    if device != "cuda" or interpreted():
+        return None
+    from triton.runtime import driver  # which a machine without a GPU need not have
 
-    Raises:
-        OSError: No folder to write to; the message names them.
+    try:  # this compiles a program of its own
+        driver.active.get_current_target()
+    except (
+        RuntimeError,
+        OSError,
+        ImportError,
+        AssertionError,
+        subprocess.SubprocessError,
+    ) as error:
+        return f"Triton does not work with this GPU: {type(error).__name__}: {error}"
+    return None
+
+
+class _Generated(InspectLoader):
+    """Gives a module its text, and others too: Triton reads the text of its functions.
+
+    No file is read or written, so nobody can put something else in its place.
     """
+
+    def __init__(self, source: str, file: str) -> None:
+        self._source = source
+        self._file = file
+
+    def get_source(self, fullname: str) -> str:
+        return self._source
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self._source, self._file, "exec")
+
+
+def load(source: str) -> ModuleType:
+    """The module of generated source."""
     name = f"pararnn_{hashlib.sha256(source.encode()).hexdigest()[:24]}"
-    if name in sys.modules:
+    with _lock:
+        if name not in sys.modules:
+            _imported(name, source)
         return sys.modules[name]
-    file = _written(source, f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, file)
+
+
+def _imported(name: str, source: str) -> None:
+    file = str(Path(__file__).with_name("generated") / f"{name}.py")  # there is none
+    spec = importlib.util.spec_from_loader(name, _Generated(source, file), origin=file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,7 +83,6 @@ def load(source: str) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
-    return module
 
 
 def compile_together(launches: Sequence[Callable[..., None]]) -> None:
@@ -57,25 +99,3 @@ def compile_together(launches: Sequence[Callable[..., None]]) -> None:
     with ThreadPoolExecutor(len(launches)) as pool, mode(pool):
         for launch in launches:
             launch(warmup=True)
-
-
-def _written(source: str, name: str) -> Path:
-    """The file with this text, from the cache or new."""
-    folders = cache_folders()
-    for folder in folders:
-        file = folder / name
-        try:
-            if file.exists() and file.read_text(encoding="utf-8") == source:
-                return file
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=folder, suffix=".py", encoding="utf-8", delete=False
-            ) as new:
-                new.write(source)
-            os.replace(new.name, file)
-        except OSError:
-            continue
-        return file
-    raise OSError(
-        f"cannot write generated kernels to {' or '.join(map(str, folders))}; set PARARNN_CACHE."
-    )

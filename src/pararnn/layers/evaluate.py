@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor
 
 from pararnn.kernels import mixing, operators
+from pararnn.kernels.c_backend import CBackend
 from pararnn.kernels.c_build import find_compiler
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton_build import interpreted
+from pararnn.kernels.triton_build import missing as triton_missing
 from pararnn.layers.replayed import Call
 from pararnn.solvers.automatic import coupling
 from pararnn.solvers.settings import Newton, Sequential, Solver
@@ -26,10 +27,17 @@ NAMES = ("auto", *operators.BACKENDS)
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """A backend and why it was taken."""
+    """A backend and why it was taken.
+
+    Attributes:
+        name: Of the backend.
+        reason: In words.
+        automatic: Whether PyTorch operations take its place if its kernels cannot be built.
+    """
 
     name: str
     reason: str
+    automatic: bool = False
 
 
 def choose_backend(
@@ -68,16 +76,23 @@ def choose_backend(
         or _lowering_obstacle(traced.recurrence)
         or _OBSTACLES[chosen](device)
     )
-    if obstacle is None:
-        return BackendChoice(chosen, "asked for" if name == chosen else _REASONS[chosen])
+    missing = None if obstacle else _missing(chosen, device)
+    if obstacle is None and missing is None:
+        if name == chosen:
+            return BackendChoice(chosen, "asked for")
+        return BackendChoice(chosen, _REASONS[chosen], automatic=True)
     if name == chosen:
         raise ValueError(
-            f"backend={name!r} cannot run {traced.subject.name} here: {obstacle}. Use "
+            f"backend={name!r} cannot run {traced.subject.name} here: {obstacle or missing}. Use "
             "backend='torch', or backend='auto' to choose."
         )
-    if "found" in obstacle:
-        _warn_missing(obstacle)
-    return BackendChoice("torch", f"generated kernels are not possible: {obstacle}")
+    if missing:
+        _warn_slow(missing)
+    return _without_kernels(str(obstacle or missing))
+
+
+def _without_kernels(why: str) -> BackendChoice:
+    return BackendChoice("torch", f"generated kernels are not possible: {why.splitlines()[0]}")
 
 
 def _solver_obstacle(backend: str, solver: Solver | None) -> str | None:
@@ -97,8 +112,6 @@ def _lowering_obstacle(recurrence: Recurrence) -> str | None:
 def _c_obstacle(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device}"
-    if find_compiler() is None:
-        return "no C compiler was found (looked for $CC, cc, gcc, clang)"
     return None
 
 
@@ -107,9 +120,14 @@ def _triton_obstacle(device: torch.device) -> str | None:
         return "the tensors are on the CPU, where Triton runs with TRITON_INTERPRET=1 only"
     if device.type not in ("cpu", "cuda"):
         return f"the tensors are on {device}"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton was not found (it comes with PyTorch for GPUs)"
     return None
+
+
+def _missing(backend: str, device: torch.device) -> str | None:
+    """What this machine lacks for any kernels of a backend."""
+    if backend == "triton":
+        return triton_missing(device.type)
+    return None if find_compiler() else "no C compiler was found (looked for $CC, cc, gcc, clang)"
 
 
 _OBSTACLES = {"c": _c_obstacle, "triton": _triton_obstacle}
@@ -119,11 +137,11 @@ _REASONS = {
 }
 
 
-@functools.lru_cache(maxsize=2)
-def _warn_missing(what: str) -> None:
+@functools.lru_cache(maxsize=8)
+def _warn_slow(why: str) -> None:
     warnings.warn(
         f"pararnn evaluates with PyTorch operations, several times slower than generated kernels: "
-        f"{what}. Install it, or pass backend='torch' to agree.",
+        f"{why}\nInstall or mend what that needs, or pass backend='torch' to agree.",
         stacklevel=2,
     )
 
@@ -152,11 +170,9 @@ class Evaluation:
         self.features = features
         self.feature_axes = len(features)
         self.mixing_plan: mixing.Plan | None
-        if traced.recurrence is not None and traced.layout is not None:
+        if traced.recurrence is not None:
             self.mixing_plan = None
-            self.plan = operators.plan(
-                traced.recurrence, traced.layout, choice.name, solver or Newton()
-            )
+            self.plan = self._plan()
         else:
             assert traced.mixing is not None
             self.plan = mixing.plan(traced.mixing, traced.group, solver)
@@ -223,9 +239,30 @@ class Evaluation:
             batch = (initial if starts is None else starts).shape[0]
             return torch.ops.pararnn.mixing(edges, initial, starts, batch, time, self.plan)
         count = layout.num_drive_sources
+        if self.choice.automatic:
+            self._build(any(t.dtype is torch.float64 for t in (*edges, initial)))
         return torch.ops.pararnn.recurrence(
             edges[:count], edges[count:], initial, starts, self.plan
         )
+
+    def _build(self, double: bool) -> None:
+        """Have the kernels of one type; where that fails, go on with PyTorch operations."""
+        backend = operators.backend_of(self.plan)
+        obstacle = backend.obstacle(double) if isinstance(backend, CBackend) else None
+        if obstacle is not None:
+            _warn_slow(obstacle)
+            self.choice = _without_kernels(obstacle)
+            self.plan = self._plan()
+
+    # The compiler calls it as it is, and then reads which plan there is
+    vars(_build)["_dynamo_marked_constant"] = True
+
+    def _plan(self) -> str:
+        traced = self.traced
+        assert traced.recurrence is not None
+        assert traced.layout is not None
+        settings = self.solver or Newton()
+        return operators.plan(traced.recurrence, traced.layout, self.choice.name, settings)
 
     def solve_adjoint(
         self,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import pararnn
 from pararnn import RNN, TraceError
@@ -161,6 +162,21 @@ def test_rows_of_integers_that_mix():
         (lambda: RNN(Pair())(X, torch.zeros(2, 3)), ValueError, r"2 tensors of shape \(2, 3\)"),
         (lambda: RNN(Cell()).step(X), ValueError, r"x_t has shape \(2, 6, 4\); pass one time"),
         (lambda: RNN(Cell())(X[:1], cu_seqlens=[0, 6]), TypeError, "cu_seqlens must be a tensor"),
+        (
+            lambda: RNN(Cell())(X[:1], cu_seqlens=torch.tensor([0.0, 6.0])),
+            TypeError,
+            "cu_seqlens must be integers, got torch.float32",
+        ),
+        (
+            lambda: RNN(Cell())(X[:1], resets=[[True] * 6]),
+            TypeError,
+            "resets must be a tensor of booleans, got a list of 1",
+        ),
+        (
+            lambda: RNN(Cell())(pack_sequence([X[0]])),
+            TypeError,
+            "got a PackedSequence of 4; put .* and pass cu_seqlens",
+        ),
         (lambda: pararnn.ParaGRU(4, 3)(X.numpy()), TypeError, "PackedSequence, got a ndarray"),
         (lambda: pararnn.ParaLSTM(4, 3)(X, [X, X]), TypeError, "got a list of"),
         (lambda: pararnn.scan(Cell(), torch.zeros(2, 4), X.numpy()), TypeError, "got a ndarray"),

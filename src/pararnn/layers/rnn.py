@@ -154,6 +154,8 @@ class RNN(nn.Module):
         """
         _check_tensors("state", state)
         _check_tensors("reset_state", reset_state)
+        if not (resets is None or isinstance(resets, Tensor)):
+            raise TypeError(f"resets must be a tensor of booleans, got {_describe(resets)}.")
         evaluation = self._evaluation_for(x, state)
         single = x.dim() == evaluation.feature_axes + 1
         if single:
@@ -299,7 +301,10 @@ class RNN(nn.Module):
 
     def _evaluation_for(self, x: Tensor, state: State | None, step: bool = False) -> Evaluation:
         if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {_describe(x)}; use torch.as_tensor(x).")
+            way = "use torch.as_tensor(x)"
+            if isinstance(x, nn.utils.rnn.PackedSequence):
+                way = "put the sequences one after another and pass cu_seqlens"
+            raise TypeError(f"x must be a tensor, got {_describe(x)}; {way}.")
         if torch.compiler.is_compiling():
             if not self._is_traced():
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
@@ -587,6 +592,8 @@ def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
         return batch
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got {_describe(cu_seqlens)}.")
+    if cu_seqlens.is_floating_point():
+        raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}.")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; pass boundaries (0, ..., time), one "

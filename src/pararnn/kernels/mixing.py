@@ -20,7 +20,8 @@ from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Jacobi, Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
-from pararnn.tracing.mixing import Mixing, Step
+from pararnn.tracing.mixing import Mixing, Step, arithmetic
+from pararnn.tracing.recorder import is_differentiable
 
 _TF32 = 2.0**-11  # half the spacing at 1
 
@@ -53,18 +54,17 @@ class Plan:
         time: int,
     ) -> Forward:
         """The problem, in the type of the arithmetic."""
-        double = any(t.dtype is torch.float64 for t in (*edges, initial))
-        dtype = torch.float64 if double else torch.float32
-        edges = [e.to(dtype) if e.is_floating_point() else e for e in edges]
+        dtype = arithmetic(t.dtype for t in (*edges, initial))
+        edges = [_in_type(e, dtype) for e in edges]
         initial = initial.to(dtype)
         return Forward(self.mixing, self.group, edges, initial, starts, batch, time, run_module)
 
     def state_dtype(self, edges: Sequence[Tensor], initial: Tensor) -> torch.dtype:
         """The type in which states are kept: that of the edges with rows, which are as large."""
-        if any(t.dtype is torch.float64 for t in (*edges, initial)):
+        if arithmetic(t.dtype for t in (*edges, initial)) is torch.float64:
             return torch.float64
         kinds = zip(edges, self.mixing.step.by_rows, strict=True)
-        moving = [e.dtype for e, r in kinds if r and e.is_floating_point()]
+        moving = [e.dtype.to_real() for e, r in kinds if r and is_differentiable(e.dtype)]
         return functools.reduce(torch.promote_types, moving or [initial.dtype])
 
     def chosen(self, batch: int, time: int, device: str) -> Solver:
@@ -173,6 +173,13 @@ class Way:
     settings: Solver
     settle: bool = False
     problem: Hashable = None
+
+
+def _in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the type of the arithmetic, if it has one of its own."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _is_fast(step: Step, initial: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pararnn.tracing.names import name_nodes
-from pararnn.tracing.recorder import TraceError, aten, record, show_place
+from pararnn.tracing.recorder import TraceError, aten, is_differentiable, record, show_place
 
 # Two numbers of rows: an integer that differs between their graphs is linear in the number of rows.
 ROWS = (3, 5)
@@ -213,7 +213,7 @@ def record_rows(
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if dtype.is_floating_point:
+    if is_differentiable(dtype):
         # Not a leaf: autograd itself would refuse a write into one, without naming the line.
         return torch.rand(shape, dtype=dtype, device=device).requires_grad_().clone()
     return torch.zeros(shape, dtype=dtype, device=device)

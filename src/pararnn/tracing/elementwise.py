@@ -167,6 +167,9 @@ class Reader:
     def evaluate(self, node: fx.Node) -> Any:
         """The value of a node, or a list of them where it makes several."""
         func = node.target
+        for value in (node, *node.all_input_nodes):
+            if value.meta.get("dtype", torch.float32).is_complex:
+                raise NotElementwise("complex numbers have two parts")
         if not hasattr(func, "_schema"):  # operator.getitem
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
         fill = creation_value(func, node.args)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType
 
@@ -30,7 +30,7 @@ from pararnn.tracing.partition import (
     partition,
     recurrent_module,
 )
-from pararnn.tracing.recorder import aten, record
+from pararnn.tracing.recorder import aten, is_differentiable, record
 
 _SUBJECT = "the derivative of the cell"
 _HALF = (torch.float16, torch.bfloat16)
@@ -53,7 +53,7 @@ class Edge:
     def example(self, rows: int, device: torch.device) -> Tensor:
         """Random numbers like it."""
         shape = (rows, *self.shape) if self.by_rows else self.shape
-        if self.dtype.is_floating_point:
+        if is_differentiable(self.dtype):
             return torch.rand(shape, dtype=self.dtype, device=device)
         return torch.zeros(shape, dtype=self.dtype, device=device)
 
@@ -121,6 +121,7 @@ class Mixing:
         num_components: Tensors in the state.
         hidden: Channels of each.
         device: Where it was traced.
+        dtype: The type of the arithmetic it was traced in, float32 or float64.
     """
 
     step: Step
@@ -128,17 +129,13 @@ class Mixing:
     num_components: int
     hidden: int
     device: torch.device
+    dtype: torch.dtype
 
     @functools.cached_property
     def key(self) -> str:
         """Equal keys, equal functions."""
-        return f"{self.step.module.code}{self.edges}{self.num_components} {self.hidden}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that it was traced in."""
-        double = any(e.dtype is torch.float64 for e in self.edges)
-        return torch.float64 if double else torch.float32
+        sizes = f"{self.num_components} {self.hidden} {self.dtype}"
+        return f"{self.step.module.code}{self.edges}{sizes}"
 
     @functools.cached_property
     def work(self) -> int:
@@ -155,7 +152,7 @@ class Mixing:
     @functools.cached_property
     def differentiable(self) -> tuple[int, ...]:
         """Which edges have a gradient."""
-        return tuple(i for i, e in enumerate(self.edges) if e.dtype.is_floating_point)
+        return tuple(i for i, e in enumerate(self.edges) if is_differentiable(e.dtype))
 
 
 def mixing(parts: Partition, module: fx.GraphModule, device: torch.device) -> Mixing:
@@ -174,9 +171,17 @@ def mixing(parts: Partition, module: fx.GraphModule, device: torch.device) -> Mi
         shape = tuple(node.meta["shape"][1:] if by_rows else node.meta["shape"])
         edges.append(Edge(shape, torch.float32 if dtype in _HALF else dtype, by_rows))
     step = Step(module_of(_direct(graph)), tuple(e.by_rows for e in edges))
+    captured = parts.capture
+    dtype = arithmetic((captured.dtype, *(e.dtype for e in edges)))
     return Mixing(
-        step, tuple(edges), parts.capture.num_components, parts.capture.hidden_size, device
+        step, tuple(edges), captured.num_components, captured.hidden_size, device, dtype
     )
+
+
+def arithmetic(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The type in which numbers of some types are computed: float64 if one is as wide."""
+    double = not {torch.float64, torch.complex128}.isdisjoint(dtypes)
+    return torch.float64 if double else torch.float32
 
 
 @contextlib.contextmanager
@@ -231,7 +236,9 @@ def _adjoint(of: Mixing) -> Adjoint:
     def at(rows: int) -> tuple[fx.Graph, list[Tensor]]:
         given = {name: kind.example(rows, of.device) for name, kind in kinds.items()}
         for name, tensor in given.items():
-            tensor.requires_grad_(tensor.is_floating_point() and not name.startswith("state"))
+            tensor.requires_grad_(
+                is_differentiable(tensor.dtype) and not name.startswith("state")
+            )
         return record(run, given, _SUBJECT)
 
     graph, constants = record_rows(at, _SUBJECT)

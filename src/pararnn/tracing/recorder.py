@@ -76,8 +76,9 @@ class Recorder(TorchDispatchMode):
 
     def unpack(self, number: int) -> Tensor:
         """Note that autograd takes a saved tensor, of which it makes an alias first."""
-        self._unpacked = self._saved[number]
-        return self._unpacked
+        saved = self._saved[number]
+        self._unpacked = _inside(saved)
+        return saved
 
     def forget(self) -> None:
         """Let go of all tensors: autograd holds on to this recorder, whose hooks it calls."""
@@ -131,12 +132,27 @@ class Recorder(TorchDispatchMode):
                     part.meta.update(origin)
                     self._bind(item, part)
         elif isinstance(result, Tensor):
-            if self._grad and not torch.is_grad_enabled() and result.is_floating_point():
+            if self._grad and not torch.is_grad_enabled() and is_differentiable(result.dtype):
+                keeps = func._schema.is_mutable and args[0].requires_grad
+                old = self.node_of(args[0]) if keeps else None
                 self._bind(result, node)
-                node = self.graph.call_function(aten.detach.default, (node,))
-                node.meta.update(origin)
+                node = self._without_history(node, old)
             self._bind(result, node)
         return result
+
+    def _without_history(self, new: fx.Node, old: fx.Node | None) -> fx.Node:
+        """The value of `new`; its gradient goes to `old`, which it was written over, or nowhere."""
+
+        def call(func: Any, *args: fx.Node) -> fx.Node:
+            node = self.graph.call_function(func, args)
+            node.meta.update(new.meta)
+            return node
+
+        value = call(aten.detach.default, new)
+        if old is None:
+            return value
+        nothing = call(aten.sub.Tensor, old, call(aten.detach.default, old))
+        return call(aten.add.Tensor, value, nothing)
 
     def _note_variables(self, frame: FrameType | None) -> None:
         for name, value in () if frame is None else frame.f_locals.items():
@@ -214,6 +230,11 @@ def _find_frames(
     return (inside if line and inside and not place else place), line, frame
 
 
+def is_differentiable(dtype: torch.dtype) -> bool:
+    """Whether autograd knows gradients of numbers of a type."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -251,7 +272,7 @@ def record(
 ) -> tuple[fx.Graph, list[Tensor]]:
     """Run `function(*inputs)` and write down its operations.
 
-    Functions that write into tensors are recorded in their functional form.
+    Functions that write into tensors through views are recorded in their functional form.
 
     Returns:
         The graph, whose output is the tuple of results, and the constants it refers to as
@@ -260,15 +281,51 @@ def record(
     try:
         return _run(function, inputs, Recorder(inputs, subject, focus, labels))
     except NeedsFunctionalization:
-        copies = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+        copies = {
+            name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            for name, tensor in inputs.items()
+        }
     try:
         recorder = Recorder(copies, subject, focus, labels)
-        return _run(torch.func.functionalize(function), copies, recorder)
+        return _run(_functional(function), copies, recorder)
     except NeedsFunctionalization:
         raise TraceError(
             f"{subject} writes into a tensor in a way that cannot be followed; use operations "
             "that return a new tensor."
         ) from None
+
+
+def _functional(function: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
+    """The same function for a recorder below PyTorch's functionalization, which removes writes.
+
+    Autograd is above it, so that what it writes into views is seen without writes as well, which
+    `torch.func.functionalize` hides from it.
+    """
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        torch._enable_functionalization(reapply_views=True)
+        try:
+            wrapped = [torch._to_functional_tensor(tensor) for tensor in inputs]
+            for tensor, wrapper in zip(inputs, wrapped, strict=True):
+                torch._mirror_autograd_meta_to(tensor, wrapper)
+            results = [_inside(result) for result in function(*wrapped)]
+            current = [_inside(wrapper) for wrapper in wrapped]
+        finally:
+            torch._disable_functionalization()
+        for tensor, now in zip(inputs, current, strict=True):
+            if now is not tensor:
+                tensor.copy_(now)  # so that the write is refused
+        return results
+
+    return run
+
+
+def _inside(tensor: Tensor) -> Tensor:
+    """What a wrapper of functionalization holds now; any other tensor as it is."""
+    if not torch._is_functional_tensor(tensor):
+        return tensor
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor)
 
 
 def _run(

@@ -22,7 +22,7 @@ from pararnn.tracing.partition import (
     partition,
     recurrent_module,
 )
-from pararnn.tracing.recorder import TraceError
+from pararnn.tracing.recorder import TraceError, is_differentiable
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _check_rows(
             if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
                 raise _mixes_state(name)
             changes = [
-                r and e.is_floating_point() for e, r in zip(given, traced.by_rows, strict=True)
+                r and is_differentiable(e.dtype) for e, r in zip(given, traced.by_rows, strict=True)
             ]
             moved = (_with_other(e, row) if c else e for e, c in zip(given, changes, strict=True))
             others = module(*state, *moved)
@@ -225,12 +225,12 @@ def _equal_beside(a: Tensor, b: Tensor, row: int) -> bool:
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if dtype.is_floating_point:
-        return torch.rand(shape, device=device).to(dtype)
+    if is_differentiable(dtype):
+        return torch.rand(shape, dtype=dtype, device=device)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.device.type == "meta" or not a.is_floating_point():
+    if a.device.type == "meta" or not is_differentiable(a.dtype):
         return a.device.type == "meta" or torch.equal(a, b)
     return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)

@@ -20,7 +20,7 @@ from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Jacobi, Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
-from pararnn.tracing.mixing import Mixing, Step, arithmetic
+from pararnn.tracing.mixing import Mixing, Step, arithmetic, in_type
 from pararnn.tracing.recorder import is_differentiable
 
 _TF32 = 2.0**-11  # half the spacing at 1
@@ -55,7 +55,7 @@ class Plan:
     ) -> Forward:
         """The problem, in the type of the arithmetic."""
         dtype = arithmetic(t.dtype for t in (*edges, initial))
-        edges = [_in_type(e, dtype) for e in edges]
+        edges = [in_type(e, dtype) for e in edges]
         initial = initial.to(dtype)
         return Forward(self.mixing, self.group, edges, initial, starts, batch, time, run_module)
 
@@ -173,13 +173,6 @@ class Way:
     settings: Solver
     settle: bool = False
     problem: Hashable = None
-
-
-def _in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in the type of the arithmetic, if it has one of its own."""
-    if tensor.is_complex():
-        return tensor.to(dtype.to_complex())
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _is_fast(step: Step, initial: Tensor) -> bool:

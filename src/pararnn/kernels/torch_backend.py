@@ -11,7 +11,6 @@ from torch import Tensor
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.shooting import Gradients, ShootingBackend
 from pararnn.tracing.derivatives import Recurrence, torch_function, torch_source
-from pararnn.tracing.expressions import Expression, leaf
 
 # Below about this many elements per operation its launch costs more than its arithmetic.
 _ELEMENTS_PER_LAUNCH = 32768
@@ -25,27 +24,26 @@ class TorchBackend(ShootingBackend):
 
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
-        inputs = _leaves(recurrence)
-        self.step = torch_function(recurrence.step, inputs)
+        self.step = torch_function(recurrence.step, recurrence.leaves)
 
     @functools.cached_property
     def step_with_jacobian(self) -> Callable[..., tuple[Tensor, ...]]:
         """New components, then the Jacobian row by row."""
         rows = [entry for row in self.recurrence.jacobian for entry in row]
-        return torch_function([*self.recurrence.step, *rows], _leaves(self.recurrence))
+        return torch_function([*self.recurrence.step, *rows], self.recurrence.leaves)
 
     @functools.cached_property
     def vjp(self) -> Callable[..., tuple[Tensor, ...]]:
         """Gradients of states, drives and coefficients."""
-        adjoints = [leaf("adjoint", i) for i in range(self.recurrence.num_components)]
-        return torch_function(self.recurrence.vjp, [*_leaves(self.recurrence), *adjoints])
+        leaves = [*self.recurrence.leaves, *self.recurrence.adjoints]
+        return torch_function(self.recurrence.vjp, leaves)
 
     def source(self) -> str:
         """The generated Python."""
-        adjoints = [leaf("adjoint", i) for i in range(self.recurrence.num_components)]
-        inputs = _leaves(self.recurrence)
+        inputs = self.recurrence.leaves
         step = torch_source(self.recurrence.step, inputs, "step")
-        return f"{step}\n{torch_source(self.recurrence.vjp, [*inputs, *adjoints], 'vjp')}"
+        vjp = torch_source(self.recurrence.vjp, [*inputs, *self.recurrence.adjoints], "vjp")
+        return f"{step}\n{vjp}"
 
     def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
         """As many chunks as keep every operation near the size at which its launch pays."""
@@ -149,12 +147,6 @@ class TorchBackend(ShootingBackend):
             first = problem.first_states().unsqueeze(1).unbind(2)
             before = [torch.cat([f, e], 1) for f, e in zip(first, ends, strict=True)]
         return _restart(problem, j, before)
-
-
-def _leaves(recurrence: Recurrence) -> list[Expression]:
-    counts = (recurrence.num_components, recurrence.num_drives, recurrence.num_coefficients)
-    kinds = ("state", "drive", "coefficient")
-    return [leaf(kind, i) for kind, count in zip(kinds, counts, strict=True) for i in range(count)]
 
 
 def _restart(problem: Problem, j: int, before: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:

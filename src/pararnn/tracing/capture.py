@@ -180,7 +180,7 @@ def capture(
             examples[f"x_{i}"] = _example((rows, *features), kind, device)
         for i in range(num_components):
             examples[f"state_{i}"] = _example((rows, hidden_size), dtype, device)
-        return _run(subject, examples, len(inputs), is_tuple, (rows, hidden_size))
+        return record_step(subject, examples, len(inputs), is_tuple, (rows, hidden_size))
 
     graph, constants = record_rows(run, subject.name)
     names = {f"attribute_{i}": name for i, name in enumerate(subject.tensors)}
@@ -219,13 +219,15 @@ def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _run(
+def record_step(
     subject: Subject,
     examples: dict[str, Tensor],
     num_inputs: int,
     is_tuple: bool,
     shape: tuple[int, int],
+    values: dict[fx.Node, Tensor] | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
+    """Write down one step on some examples: its tensors, inputs and components of the state."""
     own = len(subject.tensors)
     num_components = len(examples) - own - num_inputs
 
@@ -246,7 +248,7 @@ def _run(
         labels |= {f"x_{i}": "x" if num_inputs == 1 else f"drive {i}" for i in range(num_inputs)}
         for i in range(num_components):
             labels[f"state_{i}"] = f"component {i} of its state" if is_tuple else "its state"
-        return record(step, examples, subject.name, focus, labels)
+        return record(step, examples, subject.name, focus, labels, values)
 
 
 def _checked(

@@ -55,6 +55,21 @@ class Recurrence:
         return f"{sizes}\n{serialize(self.step)}"
 
     @functools.cached_property
+    def leaves(self) -> list[Expression]:
+        """The components of the state, drives and coefficients: what `step` is a function of."""
+        counts = {
+            "state": self.num_components,
+            "drive": self.num_drives,
+            "coefficient": self.num_coefficients,
+        }
+        return [leaf(kind, i) for kind, count in counts.items() for i in range(count)]
+
+    @functools.cached_property
+    def adjoints(self) -> list[Expression]:
+        """What `vjp` is a function of besides."""
+        return [leaf("adjoint", i) for i in range(self.num_components)]
+
+    @functools.cached_property
     def jacobian(self) -> tuple[tuple[Operand, ...], ...]:
         """`jacobian[i][j]`: derivative of new component i in old component j."""
         return self._derivatives[0]
@@ -73,13 +88,7 @@ def _derive(
     recurrence: Recurrence,
 ) -> tuple[tuple[tuple[Operand, ...], ...], tuple[Operand, ...]]:
     components = recurrence.num_components
-    counts = {
-        "state": components,
-        "drive": recurrence.num_drives,
-        "coefficient": recurrence.num_coefficients,
-        "adjoint": components,
-    }
-    leaves = [leaf(kind, i) for kind, count in counts.items() for i in range(count)]
+    leaves = [*recurrence.leaves, *recurrence.adjoints]
     function = torch_function(recurrence.step, leaves)
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
@@ -93,11 +102,10 @@ def _derive(
     # On the CPU, where autograd runs in this thread and the recorder sees who calls it.
     with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         inputs = {
-            f"{kind}_{i}": torch.full(
-                (1,), 0.5, dtype=torch.float64, requires_grad=kind != "adjoint"
+            f"{node.op}_{node.args[0]}": torch.full(
+                (1,), 0.5, dtype=torch.float64, requires_grad=node.op != "adjoint"
             )
-            for kind, count in counts.items()
-            for i in range(count)
+            for node in leaves
         }
         graph, constants = record(run, inputs, "the derivative")
     operands = _read(graph, dict(zip(inputs, leaves, strict=True)), constants)

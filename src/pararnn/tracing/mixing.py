@@ -184,6 +184,13 @@ def arithmetic(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the type of the arithmetic, if it has one of its own."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 @contextlib.contextmanager
 def recording(device: torch.device) -> Iterator[None]:
     """The modes in which autograd's operations are recorded."""

@@ -25,7 +25,15 @@ class TraceError(ValueError):
 
 
 class NeedsFunctionalization(Exception):
-    """A write is seen through another view; record again through `torch.func.functionalize`."""
+    """A write is seen through another view, so that there has to be a functional form.
+
+    Attributes:
+        write: What wrote, and where.
+    """
+
+    def __init__(self, write: str) -> None:
+        super().__init__(write)
+        self.write = write
 
 
 class Recorder(TorchDispatchMode):
@@ -55,6 +63,7 @@ class Recorder(TorchDispatchMode):
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._outdated: set[int] = set()
+        self._latest_write = ""
         self._saved: list[Tensor] = []
         self._unpacked: Tensor | None = None
         self._inputs = {_storage(tensor): name for name, tensor in inputs.items()}
@@ -80,6 +89,10 @@ class Recorder(TorchDispatchMode):
         self._unpacked = _inside(saved)
         return saved
 
+    def values(self) -> dict[fx.Node, Tensor]:
+        """The tensors that are known, by their nodes; one that was written to has its last one."""
+        return {self._nodes[id(tensor)]: tensor for tensor in self._alive}
+
     def forget(self) -> None:
         """Let go of all tensors: autograd holds on to this recorder, whose hooks it calls."""
         self._saved.clear()
@@ -90,7 +103,7 @@ class Recorder(TorchDispatchMode):
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that made `tensor`; a tensor from outside becomes a constant."""
         if id(tensor) in self._outdated:
-            raise NeedsFunctionalization
+            raise NeedsFunctionalization(self._latest_write)
         if id(tensor) not in self._nodes:
             node = self.graph.create_node("get_attr", f"constant_{len(self.constants)}")
             self.constants.append(tensor)
@@ -123,6 +136,9 @@ class Recorder(TorchDispatchMode):
         if pure is aten.copy.default:  # it has no derivative in this form
             source = self._cast(args[1], result.dtype, origin)
             pure, args, kwargs = aten.expand.default, (source, list(result.shape)), {}
+        elif pure is aten.empty_like.default:  # it depends on nothing but the shape
+            kinds = {"dtype": result.dtype, "device": result.device}
+            pure, args, kwargs = aten.empty.memory_format, (list(result.shape),), kinds
         node = self.graph.call_function(pure, tree_map(to_node, args), tree_map(to_node, kwargs))
         node.meta.update(origin)
         if isinstance(result, (tuple, list)):
@@ -179,8 +195,9 @@ class Recorder(TorchDispatchMode):
         """The operation that computes what `func` writes; views of the old value are outdated."""
         packet, overload = str(func).removeprefix("aten.").split(".")
         pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+        self._latest_write = f"the operation {packet} at {show_place(place)}"
         if pure is None or not packet.endswith("_"):
-            raise NeedsFunctionalization
+            raise NeedsFunctionalization(self._latest_write)
         written = args[0]
         if _storage(written) in self._inputs:
             raise TraceError(
@@ -269,18 +286,30 @@ def record(
     subject: str,
     focus: CodeType | None = None,
     labels: Mapping[str, str] | None = None,
+    values: dict[fx.Node, Tensor] | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
     """Run `function(*inputs)` and write down its operations.
 
     Functions that write into tensors through views are recorded in their functional form.
+
+    Args:
+        function: What to record.
+        inputs: See `Recorder`.
+        subject: See `Recorder`.
+        focus: See `Recorder`.
+        labels: See `Recorder`.
+        values: To be filled with the tensors that nodes stand for, with the history they got,
+            which a functional form has not.
 
     Returns:
         The graph, whose output is the tuple of results, and the constants it refers to as
         `constant_0`, `constant_1` and so on.
     """
     try:
-        return _run(function, inputs, Recorder(inputs, subject, focus, labels))
+        return _run(function, inputs, Recorder(inputs, subject, focus, labels), values)
     except NeedsFunctionalization:
+        if values is not None:
+            raise
         copies = {
             name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
             for name, tensor in inputs.items()
@@ -329,7 +358,10 @@ def _inside(tensor: Tensor) -> Tensor:
 
 
 def _run(
-    function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, Tensor], recorder: Recorder
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Mapping[str, Tensor],
+    recorder: Recorder,
+    values: dict[fx.Node, Tensor] | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
     # Tensors are saved as they are: activation checkpointing around us would drop and count them.
     as_they_are = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
@@ -341,6 +373,8 @@ def _run(
                 _refuse_nested(error, recorder.subject)
                 raise
         recorder.graph.output(tuple(recorder.node_of(r) for r in results))
+        if values is not None:
+            values.update(recorder.values())
         return recorder.graph, recorder.constants
     finally:
         recorder.forget()

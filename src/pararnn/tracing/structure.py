@@ -13,6 +13,7 @@ from pararnn.tracing.capture import ROWS, Capture, Subject, capture
 from pararnn.tracing.dependencies import group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
+from pararnn.tracing.gradients import check_gradients
 from pararnn.tracing.mixing import Mixing, mixing
 from pararnn.tracing.partition import (
     AsItIs,
@@ -112,6 +113,7 @@ def trace(
         )
         traced = _elementwise_or_not(subject, parts, device)
         _check_rows(traced, inputs, dtype, device)
+    check_gradients(traced, inputs, device)
     return traced
 
 

@@ -1,5 +1,6 @@
 """A comparison that cannot pass by accident."""
 
+import torch
 from torch import Tensor
 
 
@@ -26,9 +27,10 @@ def assert_close(
     assert same, f"{name}: {actual.shape} {actual.dtype} vs {expected.shape} {expected.dtype}"
     assert expected.isfinite().all(), f"{name}: the reference is not finite"
     assert actual.isfinite().all(), f"{name}: not finite, but the reference is"
-    scale = expected.double().abs().amax()
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    scale = expected.to(wide).abs().amax()
     assert scale > 0, f"{name}: the reference is all zero, so the comparison proves nothing"
-    worst = (actual.double() - expected.double()).abs().amax()
+    worst = (actual.to(wide) - expected.to(wide)).abs().amax()
     allowed = atol + rtol * scale
     assert worst <= allowed, f"{name}: max error {worst:.3g}, allowed {allowed:.3g}"
     return float(worst / scale)

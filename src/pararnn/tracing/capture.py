@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from pararnn.tracing.names import name_nodes
-from pararnn.tracing.recorder import TraceError, aten, is_differentiable, record, show_place
+from pararnn.tracing.recorder import (
+    Look,
+    TraceError,
+    aten,
+    is_differentiable,
+    record,
+    show_place,
+)
 
 # Two numbers of rows: an integer that differs between their graphs is linear in the number of rows.
 ROWS = (3, 5)
@@ -225,7 +232,7 @@ def record_step(
     num_inputs: int,
     is_tuple: bool,
     shape: tuple[int, int],
-    values: dict[fx.Node, Tensor] | None = None,
+    look: Look | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
     """Write down one step on some examples: its tensors, inputs and components of the state."""
     own = len(subject.tensors)
@@ -248,7 +255,7 @@ def record_step(
         labels |= {f"x_{i}": "x" if num_inputs == 1 else f"drive {i}" for i in range(num_inputs)}
         for i in range(num_components):
             labels[f"state_{i}"] = f"component {i} of its state" if is_tuple else "its state"
-        return record(step, examples, subject.name, focus, labels, values)
+        return record(step, examples, subject.name, focus, labels, look)
 
 
 def _checked(

@@ -28,6 +28,11 @@ _LEAST = 1e-3  # what gradients are compared relative to, at least, of the large
 _MOST_KNOWN = 4096
 _known: dict[int, None] = {}
 
+
+class _NoGradient(RuntimeError):
+    """Autograd refuses the step itself, so that there is nothing to compare with."""
+
+
 Inputs = Sequence[tuple[Sequence[int], torch.dtype]]
 
 
@@ -54,7 +59,10 @@ def check_gradients(traced: Traced, inputs: Inputs, device: torch.device) -> Non
     except (RuntimeError, TypeError, ValueError):
         agrees = False  # float64 does not go with tensors that it makes itself
     if not agrees:
-        difference = _differing(traced, inputs, device, traced.capture.dtype)
+        try:
+            difference = _differing(traced, inputs, device, traced.capture.dtype)
+        except _NoGradient:
+            difference = None
         if difference is not None:
             raise _refusal(traced, inputs, device, difference)
     _known[key] = None
@@ -72,9 +80,7 @@ def _key(traced: Traced) -> int:
     return hash((step.key, code, places, kinds, function, capture.dtype, capture.hidden_size))
 
 
-def _refusal(
-    traced: Traced, inputs: Inputs, device: torch.device, difference: str
-) -> TraceError:
+def _refusal(traced: Traced, inputs: Inputs, device: torch.device, difference: str) -> TraceError:
     from pararnn.tracing.lost import find  # rarely needed
 
     example = draw(traced, inputs, device, traced.capture.dtype)
@@ -177,9 +183,7 @@ def _differing(
     return next(iter(differing(expected, found, tolerance)), None)
 
 
-def differing(
-    expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float
-) -> list[str]:
+def differing(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> list[str]:
     """The names under which two tensors differ where both are finite."""
     apart, sizes = {}, {}
     for name, reference in expected.items():
@@ -200,7 +204,10 @@ def _of_the_step(traced: Traced, example: Example, device: torch.device) -> dict
         state: Any = example.state if is_tuple else example.state[0]
         new = traced.subject.step(example.tensors, example.inputs, state)
         new = tuple(new) if is_tuple else (new,)
-        grads = gradients(new, example.total, [t for _, t in example.sources])
+        try:
+            grads = gradients(new, example.total, [t for _, t in example.sources])
+        except RuntimeError as error:
+            raise _NoGradient from error
     return _named(example, new, grads)
 
 
@@ -225,9 +232,7 @@ def _of_the_trace(
     return _named(example, new, [*of_state, *found])
 
 
-def _named(
-    example: Example, new: Sequence[Tensor], grads: Sequence[Tensor]
-) -> dict[str, Tensor]:
+def _named(example: Example, new: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, Tensor]:
     values = {f"component {i} of the new state": n.detach() for i, n in enumerate(new)}
     for (name, _), gradient in zip(example.sources, grads, strict=True):
         values[f"the gradient of {name}"] = gradient
@@ -246,7 +251,8 @@ def _elementwise(
     terms: list[list[Tensor]],
 ) -> Results:
     recurrence, layout = traced.recurrence, traced.layout
-    assert recurrence is not None and layout is not None
+    assert recurrence is not None
+    assert layout is not None
     count, of_edges = layout.num_drive_sources, [torch.zeros_like(e) for e in edges]
 
     def places(of: list[Tensor]) -> list[Tensor]:
@@ -287,7 +293,9 @@ def gradients(
     outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
     """Gradients of the inputs; zeros for those that have no influence."""
-    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    pairs = [
+        (o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad
+    ]
     found: Sequence[Tensor | None] = [None] * len(inputs)
     if pairs and inputs:
         roots, grads = zip(*pairs, strict=True)
@@ -319,7 +327,7 @@ class Runner:
     def call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """The result of one operation."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        kind = kwargs.get("dtype")
+        kind: Any = kwargs.get("dtype")
         if self.dtype is not None and kind is not None and is_differentiable(kind):
             wide = self.dtype.to_complex() if kind.is_complex else self.dtype
             kwargs = {**kwargs, "dtype": wide}

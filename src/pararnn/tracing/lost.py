@@ -49,21 +49,21 @@ def _lost_by_recording(traced: Traced, example: Example) -> fx.Node | None:
     given = {f"attribute_{i}": tensor for i, tensor in enumerate(own.values())}
     given |= {f"x_{i}": x for i, x in enumerate(example.inputs)}
     given |= {f"state_{i}": s for i, s in enumerate(example.state)}
-    values: dict[fx.Node, Tensor] = {}
-    shape = (ROWS[0], capture.hidden_size)
-    graph, constants = record_step(
-        traced.subject, given, len(example.inputs), capture.is_tuple, shape, values
-    )
-    found = _values(graph, given | {f"constant_{i}": c for i, c in enumerate(constants)})
     sources = [t for _, t in example.sources]
-    for node, value in values.items():
-        if node.op == "call_function" and is_differentiable(value.dtype):
-            pair = (found[node], value)
-            if not torch.allclose(*pair, rtol=_TOLERANCE, equal_nan=True):
-                return node
-            if _differ(*([*_pulled([v], sources)] for v in pair)):
-                return node
-    return None
+    lost: list[fx.Node] = []
+
+    def look(graph: fx.Graph, constants: list[Tensor], values: dict[fx.Node, Tensor]) -> None:
+        found = _values(graph, given | {f"constant_{i}": c for i, c in enumerate(constants)})
+        for node, value in values.items():
+            if node.op == "call_function" and is_differentiable(value.dtype):
+                same = torch.allclose(found[node], value, rtol=_TOLERANCE, equal_nan=True)
+                if not same or _differ(*(_pulled([v], sources) for v in (value, found[node]))):
+                    lost.append(node)
+                    return
+
+    shape = (ROWS[0], capture.hidden_size)
+    record_step(traced.subject, given, len(example.inputs), capture.is_tuple, shape, look)
+    return lost[0] if lost else None
 
 
 def _values(graph: fx.Graph, given: dict[str, Tensor]) -> dict[fx.Node, Any]:
@@ -118,7 +118,9 @@ def _both_ways(
 
 def _pulled(values: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of a fixed mixture of all entries of some values."""
-    weights = [torch.arange(1.0, v.numel() + 1, device=v.device).cos().view(v.shape) for v in values]
+    weights = [
+        torch.arange(1.0, v.numel() + 1, device=v.device).cos().view(v.shape) for v in values
+    ]
     return gradients(values, weights, sources)
 
 

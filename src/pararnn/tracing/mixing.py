@@ -173,9 +173,7 @@ def mixing(parts: Partition, module: fx.GraphModule, device: torch.device) -> Mi
     step = Step(module_of(_direct(graph)), tuple(e.by_rows for e in edges))
     captured = parts.capture
     dtype = arithmetic((captured.dtype, *(e.dtype for e in edges)))
-    return Mixing(
-        step, tuple(edges), captured.num_components, captured.hidden_size, device, dtype
-    )
+    return Mixing(step, tuple(edges), captured.num_components, captured.hidden_size, device, dtype)
 
 
 def arithmetic(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -204,7 +202,7 @@ def recording(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _vjp(
+def vjp(
     outputs: Sequence[Tensor], adjoints: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
     """Gradients of the inputs. Grad mode stays on, in which PyTorch's rules are operations."""
@@ -238,14 +236,12 @@ def _adjoint(of: Mixing) -> Adjoint:
         grads, after = flat[len(moving) : -count], flat[-count:]
         adjoints = [a + g for a, g in zip(after, grads, strict=True)]
         new = of.step.module(*before, *(edges[i] for i in range(len(of.edges))))
-        return _vjp(new, adjoints, [*before, *(edges[i] for i in of.differentiable)])
+        return vjp(new, adjoints, [*before, *(edges[i] for i in of.differentiable)])
 
     def at(rows: int) -> tuple[fx.Graph, list[Tensor]]:
         given = {name: kind.example(rows, of.device) for name, kind in kinds.items()}
         for name, tensor in given.items():
-            tensor.requires_grad_(
-                is_differentiable(tensor.dtype) and not name.startswith("state")
-            )
+            tensor.requires_grad_(is_differentiable(tensor.dtype) and not name.startswith("state"))
         return record(run, given, _SUBJECT)
 
     graph, constants = record_rows(at, _SUBJECT)

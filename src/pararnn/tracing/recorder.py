@@ -280,13 +280,17 @@ def show_place(place: tuple[str, int] | None) -> str:
     return "an unknown line" if place is None else f"{place[0]}:{place[1]}"
 
 
+Look = Callable[[fx.Graph, list[Tensor], dict[fx.Node, Tensor]], None]
+"""Takes a graph, its constants, and the tensors that its nodes stand for."""
+
+
 def record(
     function: Callable[..., Sequence[Tensor]],
     inputs: Mapping[str, Tensor],
     subject: str,
     focus: CodeType | None = None,
     labels: Mapping[str, str] | None = None,
-    values: dict[fx.Node, Tensor] | None = None,
+    look: Look | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
     """Run `function(*inputs)` and write down its operations.
 
@@ -298,17 +302,17 @@ def record(
         subject: See `Recorder`.
         focus: See `Recorder`.
         labels: See `Recorder`.
-        values: To be filled with the tensors that nodes stand for, with the history they got,
-            which a functional form has not.
+        look: Called with what was recorded while its tensors still have the history they got;
+            a functional form, whose tensors have none, is not tried then.
 
     Returns:
         The graph, whose output is the tuple of results, and the constants it refers to as
         `constant_0`, `constant_1` and so on.
     """
     try:
-        return _run(function, inputs, Recorder(inputs, subject, focus, labels), values)
+        return _run(function, inputs, Recorder(inputs, subject, focus, labels), look)
     except NeedsFunctionalization:
-        if values is not None:
+        if look is not None:
             raise
         copies = {
             name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
@@ -336,7 +340,7 @@ def _functional(function: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequ
         try:
             wrapped = [torch._to_functional_tensor(tensor) for tensor in inputs]
             for tensor, wrapper in zip(inputs, wrapped, strict=True):
-                torch._mirror_autograd_meta_to(tensor, wrapper)
+                torch._mirror_autograd_meta_to(tensor, wrapper)  # type: ignore[attr-defined]
             results = [_inside(result) for result in function(*wrapped)]
             current = [_inside(wrapper) for wrapper in wrapped]
         finally:
@@ -361,7 +365,7 @@ def _run(
     function: Callable[..., Sequence[Tensor]],
     inputs: Mapping[str, Tensor],
     recorder: Recorder,
-    values: dict[fx.Node, Tensor] | None = None,
+    look: Look | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
     # Tensors are saved as they are: activation checkpointing around us would drop and count them.
     as_they_are = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
@@ -373,8 +377,8 @@ def _run(
                 _refuse_nested(error, recorder.subject)
                 raise
         recorder.graph.output(tuple(recorder.node_of(r) for r in results))
-        if values is not None:
-            values.update(recorder.values())
+        if look is not None:
+            look(recorder.graph, recorder.constants, recorder.values())
         return recorder.graph, recorder.constants
     finally:
         recorder.forget()
@@ -394,9 +398,4 @@ def _refuse_nested(error: RuntimeError, subject: str) -> None:
         raise TraceError(
             f"{subject} calls torch.func.grad, vjp, jacrev or hessian at {place}, which cannot be "
             "traced; use torch.autograd.grad(..., create_graph=True) or torch.func.jvp."
-        ) from error
-    if "functorch transform" in str(error):
-        raise TraceError(
-            f"{subject} takes derivatives at {place} and also writes into a tensor through a view, "
-            "which cannot be traced together; compute new tensors instead of writing."
         ) from error

@@ -86,7 +86,7 @@ def test_damaged_shard_is_named(name, damage, message, texts, make):
     [
         ("{", "index.json is damaged"),
         ("[]", "index.json is damaged"),
-        ('{"format": "pararnn-tokens", "version": 1}', "index.json is damaged"),
+        ('{"format": "pararnn-tokens", "version": 2}', "index.json is damaged"),
         ('{"format": "pararnn-tokens", "version": 9}', "format pararnn-tokens 9, but"),
     ],
 )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pararnn.data.corpus import find_sources, prepare_corpus, read_documents
+from pararnn.data.corpus import prepare_corpus, read_documents
+from pararnn.data.finding import find_files
 from pararnn.training import RunError
 from pararnn.training.data import Batches, WindowOrder, Windows
 from pararnn.training.text import flat_bytes
@@ -15,11 +16,11 @@ from .conftest import sentences
 
 
 def test_standard_library_is_found():
-    sources = find_sources(None)
+    sources, _ = find_files(None)
     names = {source.name for source in sources}
     assert {"json/decoder.py", "dataclasses.py"} <= names
     assert all(name.endswith(".py") and "site-packages" not in name for name in names)
-    assert [s.name for s in sources] == [s.name for s in find_sources(None)]
+    assert [s.name for s in sources] == [s.name for s in find_files(None)[0]]
 
 
 def test_files_are_split_by_name(text_folder, tmp_path):
@@ -74,7 +75,13 @@ def test_files_that_are_no_text_are_skipped_in_a_folder(text_folder, tmp_path):
     (text_folder / ".hidden").write_text("not read")
     corpus = prepare_corpus(text_folder, tmp_path / "data", held_out=0.3)
     assert (corpus.num_files, corpus.num_skipped) == (8, 2)
-    assert b"not read" not in read_documents(text_folder)
+    reasons = {"binary", "not UTF-8", "empty", "hidden"}
+    assert {reason: entry["count"] for reason, entry in corpus.skipped.items()} == dict.fromkeys(
+        reasons, 1
+    )
+    texts, skipped = read_documents(text_folder)
+    assert b"not read" not in texts
+    assert skipped.reasons == corpus.skipped
 
 
 REFUSED = {

@@ -8,6 +8,8 @@ import tyro
 
 from pararnn.cli.arguments import parse
 from pararnn.data import PrepareConfig, TokenDataset, open_tokens, prepare
+from pararnn.data.config import OnError
+from pararnn.data.skipped import printable
 
 
 @dataclass(kw_only=True)
@@ -15,8 +17,8 @@ class PrepareArguments:
     """Write the tokens of texts as checksummed shards. A stopped run goes on when called again."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE...")]
-    """Text files, folders of them, .jsonl or .jsonl.gz files, datasets:NAME[:CONFIG], or the
-    recipe slimpajama-no-books."""
+    """Text files, folders of them, files of JSON rows (.jsonl, .ndjson, .json), all of these also
+    as .gz, .bz2, .xz or .zst; datasets:NAME[:CONFIG]; or the recipe slimpajama-no-books."""
     out: Path
     """Folder to write: new, or one of an earlier call with the same settings."""
     tokenizer: str = PrepareConfig.tokenizer
@@ -25,7 +27,10 @@ class PrepareArguments:
     held_out: float = PrepareConfig.held_out
     """Share of the documents kept for validation; of the lines, when there is one text only."""
     text_field: str = PrepareConfig.text_field
-    """Field of JSON lines and datasets that holds the text."""
+    """Field of JSON rows and datasets that holds the text."""
+    on_error: OnError = PrepareConfig.on_error
+    """What becomes of lines without a text, and of files in a folder that cannot be read: stop, or
+    skip to leave them out and count them."""
     workers: int | None = None
     """Processes; None for one per core."""
 
@@ -41,6 +46,7 @@ class PrepareArguments:
             tokenizer=self.tokenizer,
             held_out=self.held_out,
             text_field=self.text_field,
+            on_error=self.on_error,
         )
 
 
@@ -77,10 +83,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _describe(data: TokenDataset) -> str:
-    lines = [f"{data.folder}: vocabulary of {data.vocab_size:,} tokens; all checksums are right"]
+    folder = printable(data.folder)
+    lines = [f"{folder}: vocabulary of {data.vocab_size:,} tokens; all checksums are right"]
     for name, split in (("train", data.train), ("validation", data.validation)):
         lines.append(
             f"  {name}: {split.num_tokens:,} tokens; documents: {split.num_documents:,}; bytes of "
             f"text: {split.num_bytes:,}; shards: {len(split.shards):,}"
         )
+    lines += [f"  skipped: {line}" for line in data.skipped.describe()]
     return "\n".join(lines)

@@ -104,4 +104,7 @@ def _run_tasks(parsed: EvalArguments) -> int:
 
 def _split(data: Path, codec: Codec, folder: Path) -> TokenSplit:
     """The documents under a path, written into a folder as tokens."""
-    return flat_split(read_documents(data), codec, folder)
+    texts, skipped = read_documents(data)
+    for line in skipped.describe():
+        print(f"skipped: {line}")
+    return flat_split(texts, codec, folder)

@@ -8,19 +8,24 @@ the beginning of the held-out bytes is a sample of all of them.
 
 import hashlib
 import json
-import os
-import sysconfig
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pararnn.data.errors import RunError
 from pararnn.data.files import digest, write_atomically
+from pararnn.data.finding import SourceFile, find_files
+from pararnn.data.reading import (
+    DOCUMENT,
+    Kind,
+    UnusableError,
+    kind_of,
+    read_text,
+    refuse_rows,
+)
+from pararnn.data.skipped import EMPTY, Skip, Skipped
 
-DOCUMENT = 0
-"""The byte before every document, and the token that ends generated text."""
 SPLITS = ("train", "validation")
-SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,9 @@ class Corpus:
         num_train_bytes: Text bytes of `train`, without the separators.
         num_validation_bytes: The same of `validation`.
         num_files: Files used.
-        num_skipped: Files of the folder that are not UTF-8 text.
+        num_skipped: Files of the folder that are left out.
         sha256: Digest of both files together.
+        skipped: Why they are, as `Skipped` has it.
     """
 
     train: Path
@@ -44,19 +50,7 @@ class Corpus:
     num_files: int
     num_skipped: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One file of the source, with its name inside it."""
-
-    path: Path
-    name: str
-
-    @property
-    def position(self) -> float:
-        """A number from 0 to 1 that depends on the name alone."""
-        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big") / 2**64
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def prepare_corpus(data: Path | None, folder: Path, held_out: float) -> Corpus:
@@ -72,9 +66,9 @@ def prepare_corpus(data: Path | None, folder: Path, held_out: float) -> Corpus:
     """
     index = folder / "files.json"
     if not index.exists():
-        sources = find_sources(data)
+        files, skipped = find_files(data)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_corpus(sources, folder, held_out, single=data is not None and data.is_file())
+        _write_corpus(_read_all(data, files, skipped), skipped, folder, held_out)
     stored = json.loads(index.read_text())["corpus"]
     paths = {name: folder / stored.pop(name) for name in SPLITS}
     if _digest(folder) != stored["sha256"]:
@@ -85,91 +79,61 @@ def prepare_corpus(data: Path | None, folder: Path, held_out: float) -> Corpus:
     return Corpus(**paths, **stored)
 
 
-def find_sources(data: Path | None) -> list[_Source]:
-    """The files of a data path in the order of their hash.
-
-    Raises:
-        RunError: The path is missing or holds no file.
-    """
-    if data is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        sources = [s for s in _walk(root) if s.path.suffix == ".py"]
-        if not sources:
-            raise RunError(f"no Python source in {root}; name a text file with --data PATH.")
-    elif data.is_file():
-        sources = [_Source(data, data.name)]
-    elif data.is_dir():
-        sources = list(_walk(data))
-        if not sources:
-            raise RunError(f"data folder {data} holds no files; put text files into it.")
-    else:
-        raise RunError(f"data path {data} does not exist; give a text file or a folder.")
-    return sorted(sources, key=lambda source: (source.position, source.name))
-
-
-def _walk(root: Path) -> Iterator[_Source]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if f not in SKIPPED_FOLDERS and not f.startswith(".")]
-        for name in files:
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield _Source(path, path.relative_to(root).as_posix())
-
-
-def read_text(path: Path) -> bytes:
-    """The bytes of a UTF-8 text file.
-
-    Raises:
-        RunError: It is not text, or may not be read.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}.") from error
-    zero = content.find(DOCUMENT)
-    if zero >= 0:
-        raise RunError(f"{path} is a binary file (zero byte at offset {zero}); give UTF-8 text.")
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        raise RunError(
-            f"{path} is not UTF-8 text (byte 0x{content[error.start]:02x} at offset "
-            f"{error.start}); convert it, for example: iconv -f latin1 -t utf-8."
-        ) from error
-    return content
-
-
-def read_documents(data: Path) -> list[bytes]:
-    """The texts of all files under a path.
+def read_documents(data: Path) -> tuple[list[bytes], Skipped]:
+    """The texts of all files under a path, and what is left out of it.
 
     Raises:
         RunError: The path is missing, empty or not text.
     """
-    texts, _ = _read_all(find_sources(data), strict=data.is_file())
-    return [text for _, text in texts]
+    files, skipped = find_files(data)
+    return [text for _, text in _read_all(data, files, skipped)], skipped
 
 
-def _read_all(sources: list[_Source], strict: bool) -> tuple[list[tuple[_Source, bytes]], int]:
-    """Texts that are not empty, and how many files were not text; strict raises for those."""
-    texts, skipped, first_error = [], 0, None
-    for source in sources:
+def _read_all(data: Path | None, files: list[SourceFile], skipped: Skipped) -> "_Texts":
+    """Texts that are not empty; the other files are counted, or raise when the user named them."""
+    texts, first_error = [], None
+    for file in files:
         try:
-            text = read_text(source.path)
-        except RunError as error:
-            if strict:
+            text = _read(file.path)
+        except UnusableError as error:
+            if file.named or not error.by_kind:
                 raise
-            skipped, first_error = skipped + 1, first_error or error
+            first_error = first_error or error
+            skipped.add(Skip(str(file.path), error.reason))
         else:
-            texts += [(source, text)] if text else []
+            if text:
+                texts.append((file, text))
+            else:
+                skipped.add(Skip(str(file.path), EMPTY))
     if not texts:
-        reason = first_error or "every file is empty"
-        where = sources[0].path if len(sources) == 1 else sources[0].path.parent
-        raise RunError(f"no text in {where}: {reason}. Give a UTF-8 text file with some content.")
-    return texts, skipped
+        only_empty = set(skipped.reasons) == {EMPTY}
+        counted = "every file is empty" if only_empty else "; ".join(skipped.describe())
+        raise RunError(
+            f"no text in {data}: {first_error or counted}. Give a UTF-8 text file with some "
+            "content."
+        )
+    return texts
 
 
-def _write_corpus(sources: list[_Source], folder: Path, held_out: float, single: bool) -> None:
-    texts, skipped = _read_all(sources, strict=single)
+def _read(path: Path) -> bytes:
+    """The text of a file.
+
+    Raises:
+        UnusableError: It is none, or rows of texts.
+    """
+    if kind_of(path.name) is not Kind.TEXT:
+        raise UnusableError(
+            f"{path} holds rows of JSON; prepare their texts first: pararnn data prepare {path} "
+            "--out FOLDER, and name that folder",
+            "JSON, which pararnn data prepare reads",
+            by_kind=True,
+        )
+    text = read_text(path)
+    refuse_rows(path, text, "text")
+    return text
+
+
+def _write_corpus(texts: "_Texts", skipped: Skipped, folder: Path, held_out: float) -> None:
     split = _split_bytes(texts[0], held_out) if len(texts) == 1 else _split_files(texts, held_out)
     for name, part in zip(SPLITS, split, strict=True):
         flat = b"".join(_document(text) for _, text in part) + bytes([DOCUMENT])
@@ -180,8 +144,9 @@ def _write_corpus(sources: list[_Source], folder: Path, held_out: float, single:
         num_train_bytes=sum(len(text) for _, text in split[0]),
         num_validation_bytes=sum(len(text) for _, text in split[1]),
         num_files=len(texts),
-        num_skipped=skipped,
+        num_skipped=skipped.total,
         sha256=_digest(folder),
+        skipped=skipped.reasons,
     )
     listing = {
         name: [source.name for source, _ in part] for name, part in zip(SPLITS, split, strict=True)
@@ -199,7 +164,7 @@ def _document(text: bytes) -> bytes:
     return bytes([DOCUMENT]) + text
 
 
-_Texts = list[tuple[_Source, bytes]]
+_Texts = list[tuple[SourceFile, bytes]]
 
 
 def _split_files(texts: _Texts, held_out: float) -> tuple[_Texts, _Texts]:
@@ -209,7 +174,7 @@ def _split_files(texts: _Texts, held_out: float) -> tuple[_Texts, _Texts]:
     return texts[count:], texts[:count]
 
 
-def _split_bytes(text: tuple[_Source, bytes], held_out: float) -> tuple[_Texts, _Texts]:
+def _split_bytes(text: tuple[SourceFile, bytes], held_out: float) -> tuple[_Texts, _Texts]:
     """The last lines of a single file are held out."""
     source, content = text
     cut = int(len(content) * (1 - held_out))

@@ -7,9 +7,10 @@ import numpy as np
 
 from pararnn.data.config import PrepareConfig
 from pararnn.data.errors import RunError
+from pararnn.data.index import SPLITS
 from pararnn.data.parts import Part, read_part, read_tokens, smallest_dtype
 from pararnn.data.progress import Progress
-from pararnn.data.shards import SPLITS, write_shard
+from pararnn.data.shards import write_shard
 from pararnn.data.tokenization import Tokenization
 
 
@@ -59,7 +60,8 @@ class Merger:
         self.progress.num_units += len(parts)
         self.progress.next = parts[-1].next
         self.progress.source_bytes += sum(part.source_bytes for part in parts)
-        self.progress.num_skipped += sum(part.num_skipped for part in parts)
+        for part in parts:
+            self.progress.skipped.update(part.skipped)
 
     def _write_shard(
         self, split: str, paths: list[Path], parts: list[Part], masks: list[np.ndarray], last: bool

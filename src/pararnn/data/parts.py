@@ -1,7 +1,10 @@
 """What one process makes of one block: a file of its tokens, from which shards are written."""
 
+import contextlib
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from pararnn.data.documents import Block
+from pararnn.data.documents import Block, Document
+from pararnn.data.errors import RunError
 from pararnn.data.files import write_atomically
-from pararnn.data.tokenization import Tokenization, load_tokenizer
+from pararnn.data.skipped import EMPTY, Skip, Skipped
+from pararnn.data.tokenization import Tokenization, first_line, load_tokenizer
+
+DAMAGE = (
+    *(ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What reading a damaged part raises."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class Part:
         positions: Per document, from 0 to 1; below the share, it is held out.
         num_tokens: Per document, with its separator.
         num_bytes: Per document, of its text.
-        num_skipped: Documents left out because they are not text or hold the separator.
+        skipped: What is left out.
         source_bytes: Size of the block in the source.
         next: Where the reader of the source goes on.
     """
@@ -30,7 +41,7 @@ class Part:
     positions: np.ndarray
     num_tokens: np.ndarray
     num_bytes: np.ndarray
-    num_skipped: int
+    skipped: Skipped
     source_bytes: int
     next: Any
 
@@ -45,14 +56,16 @@ def write_part(path: Path, block: Block, tokenizer: Path | None) -> None:
     """
     tokenization = load_tokenizer(tokenizer)
     dtype = smallest_dtype(tokenization)
-    pieces, rows, num_skipped = [np.empty(0, dtype)], [], 0
-    for position, tokens, num_bytes in _encoded(block, tokenization):
-        if tokens is None:
-            num_skipped += 1
+    pieces, rows, skipped = [np.empty(0, dtype)], [], Skipped()
+    for document in block.content.documents():
+        encoded = _encoded(document, tokenization)
+        if isinstance(encoded, Skip):
+            skipped.add(encoded)
         else:
+            position, tokens, num_bytes = encoded
             rows.append((position, len(tokens) + 1, num_bytes))
             pieces += [np.array([tokenization.separator], dtype), tokens.astype(dtype)]
-    facts = {"num_skipped": num_skipped, "source_bytes": block.num_bytes, "next": block.next}
+    facts = {"skipped": skipped.reasons, "source_bytes": block.num_bytes, "next": block.next}
     content = io.BytesIO()
     np.savez(
         content,
@@ -71,26 +84,60 @@ def smallest_dtype(tokenization: Tokenization) -> np.dtype:
 
 
 def _encoded(
-    block: Block, tokenization: Tokenization
-) -> Iterator[tuple[float, np.ndarray | None, int]]:
-    """Position, tokens and bytes of documents that are not empty; no tokens for those to skip."""
-    for document in block.content.documents():
-        if document.text is None:
-            yield document.position, None, 0
-        elif document.text:
-            tokens = tokenization.encode(document.text)
-            usable = not (tokens == tokenization.separator).any()
-            yield document.position, tokens if usable else None, len(document.text)
+    document: Document | Skip, tokenization: Tokenization
+) -> tuple[float, np.ndarray, int] | Skip:
+    """Position, tokens and bytes of a document, or why it is left out."""
+    if isinstance(document, Skip):
+        return document
+    if not document.text:
+        return Skip(document.name, EMPTY)
+    tokens = tokenization.encode(document.text)
+    if (tokens == tokenization.separator).any():
+        return Skip(document.name, "holds the separator of documents")
+    return document.position, tokens, len(document.text)
 
 
 def read_part(path: Path) -> Part:
-    """All of a part but its tokens."""
-    with np.load(path) as stored:
+    """All of a part but its tokens.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    with _opened(path) as stored:
         facts = json.loads(str(stored["facts"]))
-        return Part(stored["positions"], stored["num_tokens"], stored["num_bytes"], **facts)
+        skipped = Skipped(facts.pop("skipped"))
+        positions, num_tokens, num_bytes = (
+            stored[name] for name in ("positions", "num_tokens", "num_bytes")
+        )
+        if not len(positions) == len(num_tokens) == len(num_bytes):
+            raise ValueError("documents are missing")
+        return Part(positions, num_tokens, num_bytes, skipped=skipped, **facts)
 
 
 def read_tokens(path: Path) -> np.ndarray:
-    """The tokens of a part, document after document, each with its separator before it."""
-    with np.load(path) as stored:
-        return stored["tokens"]
+    """The tokens of a part, document after document, each with its separator before it.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    with _opened(path) as stored:
+        tokens = stored["tokens"]
+        if len(tokens) != stored["num_tokens"].sum():
+            raise ValueError("tokens are missing")
+        return tokens
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with np.load(path) as stored:
+            yield stored
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{path} is damaged ({first_line(error)}); delete this file, and the same command makes it "
+        "anew."
+    )

@@ -6,30 +6,34 @@ and are deleted. So the result is the same for any number of processes and howev
 was stopped.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from pararnn.data.config import PrepareConfig, settings_of
+from pararnn.data.documents import Document
 from pararnn.data.errors import RunError
-from pararnn.data.files import alone_in, write_atomically
+from pararnn.data.files import alone_in
+from pararnn.data.index import TOKENIZER, Index, write_index
 from pararnn.data.parts import smallest_dtype
 from pararnn.data.progress import Progress, is_finished, remove_work, start_or_continue
-from pararnn.data.shards import FORMAT, INDEX, TOKENIZER, VERSION
+from pararnn.data.skipped import printable
 from pararnn.data.sources import Reader, find_readers, is_dataset
-from pararnn.data.tokenization import BYTES, load_tokenizer, save_tokenizer
+from pararnn.data.tokenization import BYTES, check_files, digests, load_tokenizer, save_tokenizer
 from pararnn.data.units import Units
 
 SAMPLE_BYTES = 64 << 20
 """Text that a tokenizer is trained on, in equal shares of the files of lines and datasets."""
 
 
-def prepare(config: PrepareConfig, folder: Path, workers: int | None = None) -> int | None:
+def prepare(
+    config: PrepareConfig, folder: str | os.PathLike[str], workers: int | None = None
+) -> int | None:
     """Write token data that `open_tokens` reads, or go on where an earlier call stopped.
 
     Args:
@@ -44,9 +48,15 @@ def prepare(config: PrepareConfig, folder: Path, workers: int | None = None) -> 
     Raises:
         RunError: A source cannot be read, the folder cannot be written or holds something else.
     """
+    folder = Path(folder)
     _check_apart(config, folder)
     try:
         return _prepare(config, folder, workers or _num_cores())
+    except MemoryError as error:
+        raise RunError(
+            "the memory does not suffice for a document or a list of JSON, which are held whole; "
+            "cut them, or continue with the same command and fewer --workers."
+        ) from error
     except BrokenProcessPool as error:
         raise RunError(
             "a worker process was killed, perhaps for want of memory; continue with the same "
@@ -60,26 +70,27 @@ def prepare(config: PrepareConfig, folder: Path, workers: int | None = None) -> 
 
 
 def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
-    readers = find_readers(config.sources, config.text_field, config.held_out)
+    readers, skipped = find_readers(
+        config.sources, config.text_field, config.held_out, config.skip_errors
+    )
     fingerprint = json.dumps([reader.fingerprint() for reader in readers])
     source_sha256 = hashlib.sha256(fingerprint.encode()).hexdigest()
     if not folder.exists():
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
-        return _write(config, folder, workers, readers, source_sha256)
+        start = Progress(settings_of(config), source_sha256, skipped=skipped)
+        return _write(config, folder, workers, readers, start)
 
 
 def _write(
-    config: PrepareConfig, folder: Path, workers: int, readers: list[Reader], source_sha256: str
+    config: PrepareConfig, folder: Path, workers: int, readers: list[Reader], start: Progress
 ) -> int | None:
-    settings = settings_of(config)
-    if is_finished(folder, settings, source_sha256):
-        print(f"{folder} is finished already; nothing to do.")
+    if is_finished(folder, start):
+        print(f"{printable(folder)} is finished already; nothing to do.")
         remove_work(folder)
         return None
-    progress = start_or_continue(folder, settings, source_sha256)
-    tokenizer = _tokenizer_folder(config, folder, readers)
-    load_tokenizer.cache_clear()  # of an earlier call with the same folder
+    progress = start_or_continue(folder, start)
+    tokenizer = _tokenizer_folder(config, folder, readers, progress)
     units = Units(config, folder, readers, progress, tokenizer)
     stopped_by = units.tokenize(workers)
     if stopped_by is not None:
@@ -107,13 +118,20 @@ def _check_apart(config: PrepareConfig, folder: Path) -> None:
             )
 
 
-def _tokenizer_folder(config: PrepareConfig, folder: Path, readers: list[Reader]) -> Path | None:
+def _tokenizer_folder(
+    config: PrepareConfig, folder: Path, readers: list[Reader], progress: Progress
+) -> Path | None:
+    """The folder of the tokenizer, which is made unless it is there; None for bytes."""
     if config.tokenizer == BYTES:
         return None
     path = folder / TOKENIZER
-    if not path.exists():
-        print(f"Tokenizer: {config.tokenizer}, saved as {path}", flush=True)
+    if not progress.tokenizer_files:
+        print(f"Tokenizer: {config.tokenizer}, saved as {printable(path)}", flush=True)
+        shutil.rmtree(path, ignore_errors=True)
         save_tokenizer(config.tokenizer, _sample(config, readers), path)
+        progress.tokenizer_files = digests(path)
+        progress.save(folder)
+    check_files(path, progress.tokenizer_files)
     return path
 
 
@@ -132,7 +150,7 @@ def _sample(config: PrepareConfig, readers: list[Reader]) -> Iterator[str]:
 def _texts(reader: Reader, held_out: float, unit_bytes: int) -> Iterator[bytes]:
     for block in reader.blocks(None, unit_bytes):
         for document in block.content.documents():
-            if document.text and document.position >= held_out:
+            if isinstance(document, Document) and document.position >= held_out:
                 yield document.text
 
 
@@ -140,19 +158,15 @@ def _write_index(
     folder: Path, config: PrepareConfig, progress: Progress, tokenizer: Path | None
 ) -> None:
     tokenization = load_tokenizer(tokenizer)
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "tokenizer": config.tokenizer,
-        "vocab_size": tokenization.vocab_size,
-        "separator": tokenization.separator,
-        "dtype": smallest_dtype(tokenization).name,
-        "splits": {
-            name: [dataclasses.asdict(shard) for shard in shards]
-            for name, shards in progress.shards.items()
-        },
-        "num_skipped": progress.num_skipped,
-        "settings": progress.settings,
-        "source_sha256": progress.source_sha256,
-    }
-    write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    index = Index(
+        tokenizer=config.tokenizer,
+        tokenizer_files=progress.tokenizer_files,
+        vocab_size=tokenization.vocab_size,
+        separator=tokenization.separator,
+        dtype=smallest_dtype(tokenization).name,
+        splits=progress.shards,
+        skipped=progress.skipped,
+        settings=progress.settings,
+        source_sha256=progress.source_sha256,
+    )
+    write_index(folder, index)

@@ -1,7 +1,6 @@
 """What is prepared so far, stored so that a stopped run goes on where it was."""
 
 import dataclasses
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +8,27 @@ from typing import Any
 
 from pararnn.data.config import changes
 from pararnn.data.errors import RunError
-from pararnn.data.files import write_atomically
-from pararnn.data.shards import INDEX, SPLITS, TOKENIZER, Shard, read_index
-
-PROGRESS, PARTS = "progress.json", "parts"
+from pararnn.data.index import (
+    INDEX,
+    PARTS,
+    PROGRESS,
+    SPLITS,
+    TOKENIZER,
+    Shard,
+    check_seal,
+    damaged,
+    digest_of,
+    is_prepared,
+    natural,
+    read_index,
+    read_sealed,
+    stored_files,
+    stored_shards,
+    stored_skipped,
+    typed,
+    write_sealed,
+)
+from pararnn.data.skipped import Skipped
 
 
 @dataclass
@@ -25,7 +41,8 @@ class Progress:
         num_units: Units that are in shards.
         next: Where reading goes on after them.
         source_bytes: Bytes of the source in them.
-        num_skipped: Documents of them that were left out.
+        skipped: What is left out of the folders, and of those units.
+        tokenizer_files: Digests of the tokenizer's files by name, once there are some.
         shards: Shards of each split.
     """
 
@@ -34,16 +51,18 @@ class Progress:
     num_units: int = 0
     next: Any = None
     source_bytes: int = 0
-    num_skipped: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
     shards: dict[str, list[Shard]] = field(default_factory=lambda: {name: [] for name in SPLITS})
 
     def save(self, folder: Path) -> None:
         """Replace the stored one."""
-        content = json.dumps(dataclasses.asdict(self), indent=1)
-        write_atomically(folder / PROGRESS, content.encode())
+        write_sealed(
+            folder / PROGRESS, {**dataclasses.asdict(self), "skipped": self.skipped.reasons}
+        )
 
 
-def is_finished(folder: Path, settings: dict[str, Any], source_sha256: str) -> bool:
+def is_finished(folder: Path, wanted: Progress) -> bool:
     """Whether the folder holds the whole result already.
 
     Raises:
@@ -52,20 +71,19 @@ def is_finished(folder: Path, settings: dict[str, Any], source_sha256: str) -> b
     if not (folder / INDEX).exists():
         return False
     index = read_index(folder)
-    stored = Progress(index.get("settings", {}), index.get("source_sha256", ""))
-    if difference := _difference(folder, stored, Progress(settings, source_sha256)):
+    stored = Progress(index.settings, index.source_sha256)
+    if difference := _difference(folder, stored, wanted):
         raise RunError(difference)
     return True
 
 
-def start_or_continue(folder: Path, settings: dict[str, Any], source_sha256: str) -> Progress:
+def start_or_continue(folder: Path, wanted: Progress) -> Progress:
     """The progress in a folder, or its beginning in a new one or one where nothing is made yet.
 
     Raises:
         RunError: The folder holds something else, or progress with other settings or sources.
     """
     path = folder / PROGRESS
-    wanted = Progress(settings, source_sha256)
     if path.exists():
         progress = _read(path)
         difference = _difference(folder, progress, wanted)
@@ -74,6 +92,11 @@ def start_or_continue(folder: Path, settings: dict[str, Any], source_sha256: str
         if progress.num_units or any(folder.glob(f"{PARTS}/*.npz")):
             raise RunError(difference)
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    elif (folder / PARTS).exists() or is_prepared(folder):
+        raise RunError(
+            f"{folder} holds token data, but neither {INDEX} nor {PROGRESS}; restore one of them "
+            "from a copy, or name a new folder with --out."
+        )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(
             f"{folder} is a file or a folder with other content; name a new folder with --out."
@@ -90,12 +113,23 @@ def remove_work(folder: Path) -> None:
 
 
 def _read(path: Path) -> Progress:
+    values = read_sealed(path)
     try:
-        stored = json.loads(path.read_bytes())
-        shards = {name: [Shard(**s) for s in stored["shards"][name]] for name in SPLITS}
-        return Progress(**{**stored, "shards": shards})
-    except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path} is damaged; delete {path.parent} and start anew.") from error
+        splits = typed(values.get("shards"), dict, "shards")
+        progress = Progress(
+            settings=typed(values.get("settings"), dict, "settings"),
+            source_sha256=digest_of(values.get("source_sha256"), "source_sha256"),
+            num_units=natural(values.get("num_units"), "num_units"),
+            next=values.get("next"),
+            source_bytes=natural(values.get("source_bytes"), "source_bytes"),
+            skipped=stored_skipped(values.get("skipped")),
+            tokenizer_files=stored_files(values.get("tokenizer_files")),
+            shards={name: stored_shards(splits.get(name), name) for name in SPLITS},
+        )
+        check_seal(values)
+    except ValueError as error:
+        raise damaged(path, f"is damaged ({error})") from error
+    return progress
 
 
 def _difference(folder: Path, stored: Progress, wanted: Progress) -> str | None:

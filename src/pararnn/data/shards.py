@@ -1,44 +1,22 @@
-"""Token data on disk: flat files of integers, an index with their checksums, and reading them.
+"""Token data on disk: flat files of integers, and reading them.
 
 Every document is stored as the separator and its tokens, and one last separator ends a split.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pararnn.data.errors import RunError
-from pararnn.data.files import digest, sync_folder
-
-FORMAT, VERSION = "pararnn-tokens", 1
-SPLITS = ("train", "validation")
-INDEX, TOKENIZER = "index.json", "tokenizer"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One flat file.
-
-    Attributes:
-        file: Its name in the folder.
-        num_tokens: Tokens in it, with separators.
-        num_bytes: Bytes of the text that they stand for.
-        num_documents: Documents in it.
-        sha256: Digest of the file.
-    """
-
-    file: str
-    num_tokens: int
-    num_bytes: int
-    num_documents: int
-    sha256: str
+from pararnn.data.files import sync_folder
+from pararnn.data.index import INDEX, SPLITS, TOKENIZER, Index, Shard, damaged, read_index
+from pararnn.data.skipped import Skipped
+from pararnn.data.tokenization import BYTES, check_files, load_tokenizer
 
 
 class TokenSplit:
@@ -92,69 +70,49 @@ class TokenDataset:
         vocab_size: Tokens are below it.
         separator: Token before every document and at the end of a split.
         tokenizer: Folder for `AutoTokenizer.from_pretrained`; None when tokens are bytes.
+        tokenizer_files: Digests of the files in it, by name.
         sha256: Digest of all shards together.
         train: Tokens to train on.
         validation: Held-out tokens.
+        skipped: What of the sources is left out.
     """
 
     folder: Path
     vocab_size: int
     separator: int
     tokenizer: Path | None
+    tokenizer_files: dict[str, str]
     sha256: str
     train: TokenSplit
     validation: TokenSplit
+    skipped: Skipped
 
 
-def open_tokens(folder: Path) -> TokenDataset:
-    """Open prepared data, after comparing every shard with its checksum.
+def open_tokens(folder: str | os.PathLike[str]) -> TokenDataset:
+    """Open prepared data, after comparing every file with its checksum and with the others.
 
     Raises:
-        RunError: There is none, it is not finished, or a shard is damaged or missing.
+        RunError: There is none, it is not finished, or a file is damaged or missing.
     """
+    folder = Path(folder)
     index = read_index(folder)
-    try:
-        splits = {name: [Shard(**shard) for shard in index["splits"][name]] for name in SPLITS}
-        dtype = stored_dtype(index["dtype"])
-        tokenizer = None if index["tokenizer"] == "bytes" else folder / TOKENIZER
-        vocab_size, separator = int(index["vocab_size"]), int(index["separator"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged_index(folder) from error
-    shards = [shard for name in SPLITS for shard in splits[name]]
-    _verify(folder, shards, dtype)
+    dtype = stored_dtype(index.dtype)
+    _verify(folder, index, dtype)
+    tokenizer = None if index.tokenizer == BYTES else folder / TOKENIZER
+    if tokenizer is not None:
+        check_files(tokenizer, index.tokenizer_files)
+    _compare_with_tokenizer(folder, index, tokenizer)
+    digests = [shard.sha256 for name in SPLITS for shard in index.splits[name]]
     return TokenDataset(
         folder=folder,
-        vocab_size=vocab_size,
-        separator=separator,
+        vocab_size=index.vocab_size,
+        separator=index.separator,
         tokenizer=tokenizer,
-        sha256=hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest(),
-        **{name: TokenSplit(folder, splits[name], dtype) for name in SPLITS},
+        tokenizer_files=index.tokenizer_files,
+        sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
+        skipped=index.skipped,
+        **{name: TokenSplit(folder, index.splits[name], dtype) for name in SPLITS},
     )
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The content of `index.json`.
-
-    Raises:
-        RunError: It is missing, damaged or of another version.
-    """
-    path = folder / INDEX
-    if not path.is_file():
-        raise RunError(
-            f"{folder} holds no prepared data (no {INDEX}); prepare it with: pararnn data prepare "
-            f"SOURCE --out {folder}"
-        )
-    try:
-        index = json.loads(path.read_bytes())
-        kind, version = index["format"], index["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged_index(folder) from error
-    if (kind, version) != (FORMAT, VERSION):
-        raise RunError(
-            f"{path} is of format {kind} {version}, but this version of pararnn reads {FORMAT} "
-            f"{VERSION}; prepare the data anew."
-        )
-    return index
 
 
 def write_shard(
@@ -181,28 +139,53 @@ def stored_dtype(name: str) -> np.dtype:
     return np.dtype(name).newbyteorder("<")
 
 
-def _verify(folder: Path, shards: list[Shard], dtype: np.dtype) -> None:
-    def check(shard: Shard) -> None:
+def _verify(folder: Path, index: Index, dtype: np.dtype) -> None:
+    def check(shard: Shard, ends_split: bool) -> None:
         path = folder / shard.file
-        expected = shard.num_tokens * dtype.itemsize
         try:
-            size = path.stat().st_size
-            if size != expected:
-                raise _damaged(path, f"has {size} bytes instead of {expected}")
-            if digest(path) != shard.sha256:
-                raise _damaged(path, f"does not have the checksum that {INDEX} states")
+            _check_shard(path, shard, index, dtype, ends_split)
         except FileNotFoundError as error:
-            raise _damaged(path, "is missing") from error
+            raise damaged(path, "is missing") from error
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror}.") from error
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(check, shards))
+        for shards in index.splits.values():
+            list(pool.map(check, shards, [shard is shards[-1] for shard in shards]))
 
 
-def _damaged(path: Path, how: str) -> RunError:
-    return RunError(f"{path} {how}; restore it from a copy, or prepare the data anew.")
+def _check_shard(path: Path, shard: Shard, index: Index, dtype: np.dtype, ends_split: bool) -> None:
+    """Compare a shard with the index: its size, checksum, tokens and documents."""
+    expected = shard.num_tokens * dtype.itemsize
+    size = path.stat().st_size
+    if not path.is_file():
+        raise damaged(path, "is no file")
+    if size != expected:
+        raise damaged(path, f"has {size} bytes instead of {expected}")
+    sha256, largest, separators = hashlib.sha256(), 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+            tokens = np.frombuffer(block, dtype)
+            largest = max(largest, int(tokens.max()))
+            separators += int(np.count_nonzero(tokens == index.separator))
+    if sha256.hexdigest() != shard.sha256:
+        raise damaged(path, f"does not have the checksum that {INDEX} states")
+    if largest >= index.vocab_size:
+        raise damaged(path, f"holds token {largest} of a vocabulary of {index.vocab_size}")
+    if separators != shard.num_documents + ends_split:
+        raise damaged(
+            path,
+            f"holds {separators} separators (token {index.separator}), which does not fit the "
+            f"{shard.num_documents} documents that {INDEX} states",
+        )
 
 
-def _damaged_index(folder: Path) -> RunError:
-    return _damaged(folder / INDEX, "is damaged")
+def _compare_with_tokenizer(folder: Path, index: Index, tokenizer: Path | None) -> None:
+    tokenization = load_tokenizer(tokenizer)
+    for name in ("vocab_size", "separator"):
+        stated, found = getattr(index, name), getattr(tokenization, name)
+        if stated != found:
+            raise damaged(
+                folder / INDEX, f"states {name} {stated}, but that of the tokenizer is {found}"
+            )

@@ -1,21 +1,41 @@
 """From what the user names to readers that cut it into blocks, always at the same places."""
 
-import gzip
+import codecs
 import io
-import zlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pararnn.data.corpus import find_sources
-from pararnn.data.documents import Block, CutText, Lines, Rows, TextFile, Texts, text_of
+from pararnn.data.documents import (
+    Block,
+    CutText,
+    Lines,
+    Nothing,
+    Rows,
+    Texts,
+    skip_or_stop,
+    stopped,
+    text_of,
+)
 from pararnn.data.errors import RunError
+from pararnn.data.finding import SourceFile, find_files
+from pararnn.data.reading import (
+    READ_ERRORS,
+    Kind,
+    UnusableError,
+    kind_of,
+    open_content,
+    uncompressed,
+    unreadable,
+)
 from pararnn.data.recipes import RECIPES
+from pararnn.data.skipped import Skipped
 from pararnn.data.tokenization import first_line
 
 DATASET = "datasets:"
-LINES = (".jsonl", ".jsonl.gz")
 
 
 class Reader(Protocol):
@@ -32,19 +52,28 @@ class Reader(Protocol):
         """Blocks of about unit_bytes from the `next` of an earlier one; None for the beginning."""
 
 
-def find_readers(sources: tuple[str, ...], text_field: str, held_out: float) -> list[Reader]:
-    """Readers of all sources: first the text files, then JSON lines, then datasets.
+def find_readers(
+    sources: tuple[str, ...], text_field: str, held_out: float, skip_errors: bool
+) -> tuple[list[Reader], Skipped]:
+    """Readers of all sources: first the text files, then rows, then datasets; what is left out.
 
     Raises:
-        RunError: A source is missing or holds no file.
+        RunError: A source is missing or holds no file, or two hold the same one.
     """
-    files = [file for source in sources if not is_dataset(source) for file in _files(Path(source))]
-    texts = [file for file in files if not file.name.endswith(LINES)]
-    readers: list[Reader] = [TextReader(texts)] if texts else []
-    readers += [LineReader(f.path, f.name, text_field) for f in files if f.name.endswith(LINES)]
-    readers += [DatasetReader(source, text_field) for source in sources if is_dataset(source)]
-    alone = len(texts) == len(files) == 1 and len(readers) == 1
-    return [CutReader(texts[0], held_out)] if alone else readers
+    files, skipped = _find(sources, skip_errors)
+    kinds = [kind_of(file.name) for file in files]
+    texts = [f for f, kind in zip(files, kinds, strict=True) if kind is Kind.TEXT]
+    readers: list[Reader] = [TextReader(texts, text_field, skip_errors)] if texts else []
+    for file, kind in zip(files, kinds, strict=True):
+        if kind is Kind.LINES:
+            readers.append(LineReader(file, text_field, skip_errors))
+        elif kind is Kind.JSON:
+            readers.append(JsonReader(file, text_field, skip_errors))
+    datasets = [source for source in sources if is_dataset(source)]
+    readers += [DatasetReader(source, text_field, skip_errors) for source in datasets]
+    if len(readers) == len(files) == len(texts) == 1:
+        return [CutReader(texts[0], text_field, held_out)], skipped
+    return readers, skipped
 
 
 def is_dataset(source: str) -> bool:
@@ -52,22 +81,44 @@ def is_dataset(source: str) -> bool:
     return source.startswith(DATASET) or source in RECIPES
 
 
-def _files(path: Path) -> Iterator[TextFile]:
+def _find(sources: tuple[str, ...], skip_errors: bool) -> tuple[list[SourceFile], Skipped]:
+    """The files of all sources, none of them twice."""
+    files: dict[str, SourceFile] = {}
+    skipped = Skipped()
+    for source in sources:
+        if is_dataset(source):
+            continue
+        for file in _files(Path(source), skip_errors, skipped):
+            other = files.setdefault(os.path.realpath(file.path), file)
+            if other is not file:
+                raise RunError(
+                    f"{file.path} belongs to two of the sources ({other.path} is the same file); "
+                    "name it once."
+                )
+    return list(files.values()), skipped
+
+
+def _files(path: Path, skip_errors: bool, skipped: Skipped) -> list[SourceFile]:
     if not path.exists():
         raise RunError(
             f"there is no file or folder {path}. A dataset is written datasets:{path}; the recipes "
             f"are {', '.join(RECIPES)}."
         )
-    named = path.is_file()
-    for source in find_sources(path):
-        yield TextFile(source.path, source.name, source.path.stat().st_size, named)
+    try:
+        files, left_out = find_files(path, skip_errors=skip_errors)
+    except UnusableError as error:
+        raise error if path.is_file() else stopped(error, "such files") from error
+    skipped.update(left_out)
+    return files
 
 
 @dataclass(frozen=True)
 class TextReader:
     """Files that are one document each."""
 
-    files: list[TextFile]
+    files: list[SourceFile]
+    text_field: str
+    skip_errors: bool
 
     @property
     def size(self) -> int:
@@ -84,7 +135,8 @@ class TextReader:
         for index in range(first, len(self.files)):
             size += self.files[index].size
             if size >= unit_bytes or index == len(self.files) - 1:
-                yield Block(Texts(tuple(self.files[first : index + 1])), size, index + 1)
+                files = tuple(self.files[first : index + 1])
+                yield Block(Texts(files, self.text_field, self.skip_errors), size, index + 1)
                 first, size = index + 1, 0
 
 
@@ -92,7 +144,8 @@ class TextReader:
 class CutReader:
     """A single text file, whose last lines are held out."""
 
-    file: TextFile
+    file: SourceFile
+    text_field: str
     held_out: float
 
     @property
@@ -107,44 +160,173 @@ class CutReader:
     def blocks(self, start: int | None, unit_bytes: int) -> Iterator[Block]:
         """The whole file, once."""
         if start is None:
-            yield Block(CutText(self.file, self.held_out), self.file.size, 1)
+            content = CutText(self.file, self.text_field, self.held_out)
+            yield Block(content, self.file.size, 1)
 
 
 @dataclass(frozen=True)
 class LineReader:
-    """A file of JSON lines, plain or compressed by gzip."""
+    """A file of JSON lines."""
 
-    path: Path
-    name: str
+    file: SourceFile
     text_field: str
+    skip_errors: bool
 
     @property
     def size(self) -> int | None:
         """Bytes of the file, unless it is compressed."""
-        return None if self.name.endswith(".gz") else self.path.stat().st_size
+        return self.file.size if uncompressed(self.file.name) == self.file.name else None
 
     def fingerprint(self) -> list[Any]:
         """Name, size and time."""
-        return [self.name, *_stamp(self.path)]
+        return [self.file.name, *_stamp(self.file.path)]
 
     def blocks(self, start: list[int] | None, unit_bytes: int) -> Iterator[Block]:
-        """From a byte and the number of the line there."""
-        name = self.name.removesuffix(".gz")
+        """From a byte and the number of the line there; what can be read of a damaged file."""
         offset, line = start or (0, 1)
+        if offset < 0:  # where a damaged file ended
+            return
+        lines: list[bytes] = []
+        size, problem = 0, None
         try:
-            with self._open() as file:
-                file.seek(offset)
-                while lines := file.readlines(unit_bytes):
-                    content = Lines(self.path, name, line, b"".join(lines), self.text_field)
-                    offset, line = offset + len(content.content), line + len(lines)
-                    yield Block(content, len(content.content), [offset, line])
-        except (OSError, EOFError, zlib.error) as error:
-            raise RunError(f"cannot read {self.path} after line {line - 1}: {error}.") from error
+            with open_content(self.file.path) as file:
+                _pass_over(file, offset)
+                for content in file:
+                    lines.append(content)
+                    size += len(content)
+                    if size >= unit_bytes:
+                        offset += size
+                        yield self._block(lines, line, offset)
+                        line, lines, size = line + len(lines), [], 0
+        except READ_ERRORS as error:
+            problem = unreadable(self.file.path, error, f" after line {line + len(lines) - 1}")
+        except UnusableError as error:
+            problem = error
+        if lines:
+            yield self._block(lines, line, offset + size)
+        if problem is not None:
+            yield Block(Nothing(skip_or_stop(self.file, problem, self.skip_errors)), 0, [-1, 0])
 
-    def _open(self) -> io.BufferedReader:
-        if self.name.endswith(".gz"):
-            return io.BufferedReader(gzip.open(self.path))
-        return self.path.open("rb")
+    def _block(self, lines: list[bytes], first: int, end: int) -> Block:
+        content, name = b"".join(lines), uncompressed(self.file.name)
+        documents = Lines(self.file.path, name, first, content, self.text_field, self.skip_errors)
+        return Block(documents, len(content), [end, first + len(lines)])
+
+
+@dataclass(frozen=True)
+class JsonReader:
+    """A file of JSON: objects line by line, or a list of objects, or one object.
+
+    A list is read whole.
+    """
+
+    file: SourceFile
+    text_field: str
+    skip_errors: bool
+
+    @property
+    def size(self) -> int | None:
+        """As that of lines."""
+        return self._lines.size
+
+    def fingerprint(self) -> list[Any]:
+        """Name, size and time."""
+        return self._lines.fingerprint()
+
+    def blocks(self, start: Any, unit_bytes: int) -> Iterator[Block]:
+        """From a row's number, or as `LineReader` has it."""
+        try:
+            if self._is_lines():
+                yield from self._lines.blocks(start, unit_bytes)
+                return
+            rows = self._rows()
+        except UnusableError as error:
+            if start is None:
+                yield Block(Nothing(skip_or_stop(self.file, error, self.skip_errors)), 0, 0)
+            return
+        yield from self._blocks(rows, start or 0, unit_bytes)
+
+    @property
+    def _lines(self) -> LineReader:
+        return LineReader(self.file, self.text_field, self.skip_errors)
+
+    def _is_lines(self) -> bool:
+        """Whether there are several lines, and one of the first two is an object."""
+        try:
+            with open_content(self.file.path) as file:
+                lines = filter(bytes.strip, file)
+                first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
+                if not first.lstrip().startswith(b"{"):
+                    return False
+                second = next(lines, b"")
+        except READ_ERRORS as error:
+            raise unreadable(self.file.path, error) from error
+        return bool(second) and any(isinstance(_parsed(line), dict) for line in (first, second))
+
+    def _rows(self) -> list[Any]:
+        """The rows of a file that holds one value.
+
+        Raises:
+            UnusableError: It holds something else.
+        """
+        path, field = self.file.path, f'"{self.text_field}"'
+        try:
+            with open_content(path) as file:
+                content = file.read()
+        except READ_ERRORS as error:
+            raise unreadable(path, error) from error
+        if field.encode() not in content and json.dumps(self.text_field).encode() not in content:
+            raise UnusableError(
+                f"{path} holds no row with a field {field}; name the one that holds the text with "
+                "--text-field.",
+                f"JSON without a field {field}",
+                by_kind=True,
+            )
+        value = _parsed(content)
+        if value is None:
+            raise UnusableError(
+                f"{path} is neither a list of rows in JSON nor a row in every line; correct it.",
+                "damaged JSON",
+                by_kind=False,
+            )
+        return value if isinstance(value, list) else [value]
+
+    def _blocks(self, rows: list[Any], first: int, unit_bytes: int) -> Iterator[Block]:
+        """The rows as lines."""
+        name, size = uncompressed(self.file.name), 0
+        lines: list[bytes] = []
+        for number, row in enumerate(rows[first:], first + 1):
+            lines.append(json.dumps(row).encode())
+            size += len(lines[-1])
+            if size >= unit_bytes or number == len(rows):
+                content = Lines(
+                    self.file.path,
+                    name,
+                    number - len(lines) + 1,
+                    b"\n".join(lines),
+                    self.text_field,
+                    self.skip_errors,
+                    unit="row",
+                )
+                yield Block(content, size, number)
+                lines, size = [], 0
+
+
+def _parsed(content: bytes) -> Any:
+    """The value of a JSON text; None where it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _pass_over(file: io.BufferedIOBase, count: int) -> None:
+    """Go to a byte."""
+    if file.seekable():
+        file.seek(count)
+        return
+    while count:
+        count -= len(file.read(min(count, 1 << 20))) or count
 
 
 @dataclass(frozen=True)
@@ -153,6 +335,7 @@ class DatasetReader:
 
     source: str
     text_field: str
+    skip_errors: bool
     size: None = field(default=None, init=False)
 
     def fingerprint(self) -> list[Any]:
@@ -166,12 +349,13 @@ class DatasetReader:
         number, state = start or (0, None)
         if state is not None:
             rows.load_state_dict(state)
-        texts: list[tuple[int, str]] = []
+        texts: list[tuple[int, str | None]] = []
         size = 0
         for row in _stream(rows, name):
-            if keep(row) and (text := self._text(row, f"row {number} of {name}")):
+            if keep(row):
+                text = self._text(row, f"row {number} of {name}")
                 texts.append((number, text))
-                size += len(text)
+                size += len(text or "")
             number += 1
             if size >= unit_bytes:
                 yield Block(Rows(name, tuple(texts)), size, [number, rows.state_dict()])
@@ -186,13 +370,14 @@ class DatasetReader:
         return self.source.removeprefix(DATASET), lambda row: True
 
     def _text(self, row: dict[str, Any], where: str) -> str | None:
+        """The text; None for a row without one."""
         text = text_of(row, self.text_field, where)
-        if not isinstance(text, str | None):
-            raise RunError(
-                f"{where} holds {type(text).__name__} as {self.text_field!r}; name a field of "
-                "strings with --text-field."
-            )
-        return text
+        if isinstance(text, str | None) or self.skip_errors:
+            return text if isinstance(text, str) else None
+        raise RunError(
+            f"{where} holds {type(text).__name__} as {self.text_field!r}; name a field of strings "
+            "with --text-field. Or leave out such rows with --on-error skip."
+        )
 
 
 def _load(name: str) -> Any:

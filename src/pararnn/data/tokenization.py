@@ -2,20 +2,31 @@
 
 import functools
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from pararnn.data.corpus import DOCUMENT
 from pararnn.data.errors import RunError
-from pararnn.data.files import sync_file, sync_folder
+from pararnn.data.files import digest, sync_file, sync_folder
+from pararnn.data.reading import DOCUMENT
 
 BYTES, TRAIN = "bytes", "train:"
 SEPARATOR = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
 """The bytes and the separator."""
+LARGEST_VOCABULARY = 1 << 20
+TOKENIZER_FILES = frozenset(
+    {
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("added_tokens.json", "chat_template.jinja", "normalizer.json"),
+        *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tiktoken.model"),
+        *("spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model"),
+    }
+)
+"""What a tokenizer of transformers consists of; nothing else is taken from its folder."""
 
 
 class Tokenization(Protocol):
@@ -81,10 +92,11 @@ def vocabulary_to_train(tokenizer: str) -> int | None:
     if not tokenizer.startswith(TRAIN):
         return None
     size = tokenizer.removeprefix(TRAIN)
-    if not size.isdecimal() or int(size) < SMALLEST_VOCABULARY:
+    fits = size.isdecimal() and len(size) < 10
+    if not fits or not SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY:
         raise ValueError(
-            f"tokenizer is {tokenizer!r}; write {TRAIN}VOCAB_SIZE with at least "
-            f"{SMALLEST_VOCABULARY}."
+            f"tokenizer is {tokenizer[:40]!r}; write {TRAIN}VOCAB_SIZE with at least "
+            f"{SMALLEST_VOCABULARY} and at most {LARGEST_VOCABULARY:,}."
         )
     return int(size)
 
@@ -107,33 +119,103 @@ def save_tokenizer(tokenizer: str, sample: Iterator[str], folder: Path) -> None:
             f"tokenizer {tokenizer} has no eos token to separate documents with; set its "
             "eos_token, save it with save_pretrained(FOLDER), and pass --tokenizer FOLDER."
         )
+    vocab_size = Transformers(made).vocab_size
+    if vocab_size > LARGEST_VOCABULARY:
+        raise RunError(
+            f"tokenizer {tokenizer} has a vocabulary of {vocab_size:,} tokens; at most "
+            f"{LARGEST_VOCABULARY:,} can be used."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        made.save_pretrained(temporary)
+        names = {path.name for path in Path(temporary).iterdir() if path.is_file()}
+        if unknown := sorted(names - TOKENIZER_FILES):
+            raise RunError(
+                f"tokenizer {tokenizer} consists of files that are not known here "
+                f"({', '.join(unknown)}); give one that has a tokenizer.json."
+            )
+        copy_tokenizer(Path(temporary), folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files, and nothing else that is beside them, into a new folder.
+
+    The folder appears when it is whole.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    made.save_pretrained(temporary)
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            sync_file(path)
+    temporary.mkdir()
+    add_tokenizer(source, temporary)
+    sync_folder(temporary)
     temporary.replace(folder)
     sync_folder(folder.parent)
 
 
-@functools.lru_cache(maxsize=1)
+def add_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files, and nothing else that is beside them, into a folder.
+
+    Raises:
+        FileExistsError: The folder has a file of that name.
+    """
+    for name in _files_in(source):
+        with (source / name).open("rb") as content, (folder / name).open("xb") as copy:
+            shutil.copyfileobj(content, copy)
+        sync_file(folder / name)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of a tokenizer's files, by name."""
+    return {name: digest(folder / name) for name in _files_in(folder)}
+
+
+def check_files(folder: Path, expected: dict[str, str]) -> None:
+    """Compare a tokenizer's files with their digests.
+
+    Raises:
+        RunError: One is missing, too many, or not as it was.
+    """
+    found = digests(folder)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            how = "does not have its checksum" if name in found else "is missing or is no file"
+            raise RunError(
+                f"{folder / name} {how if name in expected else 'was added to the tokenizer'}; "
+                f"{'restore it from a copy' if name in expected else 'remove it'}, or prepare the "
+                "data anew."
+            )
+
+
 def load_tokenizer(folder: Path | None) -> Tokenization:
     """The tokenizer of a folder of prepared data; None for bytes."""
-    return Bytes() if folder is None else Transformers(_from_transformers(str(folder)))
+    return Bytes() if folder is None else _load(folder, _stamps(folder))
 
 
-def first_line(error: Exception) -> str:
-    """The beginning of a message that may be long."""
-    return str(error).partition("\n")[0]
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path, stamps: tuple[Any, ...]) -> Tokenization:
+    """As its files were when they had these times."""
+    return Transformers(_from_transformers(str(folder)))
+
+
+def _stamps(folder: Path) -> tuple[Any, ...]:
+    status = [(folder / name).stat() for name in _files_in(folder)]
+    return tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in status)
+
+
+def _files_in(folder: Path) -> list[str]:
+    """The names of a tokenizer's files that a folder has."""
+    return [name for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()]
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of a message that may be long, or what kind of error it is."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _from_transformers(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes of the libraries behind it
         raise RunError(
             f"cannot load the tokenizer {name}: {first_line(error)} Give {BYTES}, "
             f"{TRAIN}VOCAB_SIZE, or a folder or name that AutoTokenizer.from_pretrained takes."

@@ -11,9 +11,10 @@ from tqdm import tqdm  # type: ignore[import-untyped] # has none
 
 from pararnn.data.config import PrepareConfig
 from pararnn.data.documents import Block
+from pararnn.data.index import PARTS
 from pararnn.data.merging import Merger
 from pararnn.data.parts import read_part, write_part
-from pararnn.data.progress import PARTS, Progress
+from pararnn.data.progress import Progress
 from pararnn.data.signals import StopSignals
 from pararnn.data.sources import Reader
 from pararnn.data.tokenization import load_tokenizer
@@ -44,7 +45,7 @@ class Units:
         self.merger = Merger(config, folder, progress, load_tokenizer(tokenizer))
         self.parts = folder / PARTS
         self.parts.mkdir(exist_ok=True)
-        self.finished = {int(path.stem) for path in self.parts.glob("*.npz")}
+        self.finished = {int(path.stem) for path in self.parts.glob("[0-9]" * 8 + ".npz")}
         self.num_found = progress.num_units
 
     def tokenize(self, workers: int) -> int | None:

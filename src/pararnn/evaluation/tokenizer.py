@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from pararnn.data.corpus import DOCUMENT
+from pararnn.data.reading import DOCUMENT
 
 
 class ByteTokenizer(PreTrainedTokenizer):

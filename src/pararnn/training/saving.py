@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
+from pararnn.data.tokenization import add_tokenizer
 from pararnn.training.checkpoints import (
     PROGRESS,
     STATE,
@@ -38,7 +39,7 @@ class CheckpointWriter:
         run: Identity of the run, stored and compared when reading.
         keep: Last checkpoints to keep.
         processes: That hold the tensors.
-        tokenizer: Folder whose files go beside the model; None for bytes.
+        tokenizer: Folder of the tokenizer, which goes beside the model; None for bytes.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class CheckpointWriter:
             with quiet_transformers():
                 model.save_pretrained(temporary, state_dict=whole)
             if self.tokenizer is not None:
-                shutil.copytree(self.tokenizer, temporary, dirs_exist_ok=True)
+                add_tokenizer(self.tokenizer, temporary)
             (temporary / PROGRESS).write_text(json.dumps(progress))
             complete(temporary, step, self.run)
             prune(self.folder, self.keep)

@@ -1,6 +1,5 @@
 """What a run trains on: a text that it reads itself, or prepared token data."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +8,12 @@ import torch
 from torch import Tensor
 
 from pararnn.data import TokenSplit, open_tokens
-from pararnn.data.corpus import Corpus, find_sources, prepare_corpus
-from pararnn.data.shards import INDEX, TOKENIZER, Shard, stored_dtype, write_shard
-from pararnn.data.tokenization import Tokenization, load_tokenizer
+from pararnn.data.corpus import Corpus, prepare_corpus
+from pararnn.data.finding import find_files
+from pararnn.data.index import TOKENIZER, Shard, is_prepared
+from pararnn.data.shards import TokenDataset, stored_dtype, write_shard
+from pararnn.data.skipped import Skipped
+from pararnn.data.tokenization import Tokenization, check_files, copy_tokenizer, load_tokenizer
 from pararnn.training.config import TrainConfig
 from pararnn.training.run_folder import RunFolder
 
@@ -80,13 +82,8 @@ class Codec:
 
 def check_text(data: Path | None) -> None:
     """Raise RunError where there is no text, before anything is written."""
-    if not is_prepared(data):
-        find_sources(data)
-
-
-def is_prepared(data: Path | None) -> bool:
-    """Whether a path is a folder that `pararnn data prepare` wrote."""
-    return data is not None and (data / INDEX).is_file()
+    if data is None or not is_prepared(data):
+        find_files(data)
 
 
 def open_text(config: TrainConfig, run: RunFolder) -> Text:
@@ -98,14 +95,7 @@ def open_text(config: TrainConfig, run: RunFolder) -> Text:
     if config.data is None or not is_prepared(config.data):
         return _from_corpus(config, prepare_corpus(config.data, run.data, config.text.held_out))
     dataset = open_tokens(config.data)
-    codec = open_codec(run)
-    if dataset.tokenizer is not None and codec.tokenizer is None:
-        run.data.mkdir(parents=True, exist_ok=True)
-        temporary = run.data / f".{TOKENIZER}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(dataset.tokenizer, temporary)
-        temporary.replace(run.data / TOKENIZER)
-        codec = open_codec(run)
+    codec = _copied_codec(dataset, run)
     train, held_out = dataset.train, dataset.validation
     return Text(
         train,
@@ -115,6 +105,17 @@ def open_text(config: TrainConfig, run: RunFolder) -> Text:
         f"{config.data}: {train.num_documents:,} documents, {train.num_tokens:,} {codec.unit} to "
         f"train on, {held_out.num_tokens:,} held out",
     )
+
+
+def _copied_codec(dataset: TokenDataset, run: RunFolder) -> Codec:
+    """The tokenizer of prepared data, copied into a run; of a run that has one, compared."""
+    if dataset.tokenizer is not None:
+        folder = run.data / TOKENIZER
+        if not folder.exists():
+            run.data.mkdir(parents=True, exist_ok=True)
+            copy_tokenizer(dataset.tokenizer, folder)
+        check_files(folder, dataset.tokenizer_files)
+    return open_codec(run)
 
 
 def open_codec(run: RunFolder) -> Codec:
@@ -140,7 +141,8 @@ def flat_split(texts: list[bytes], codec: Codec, folder: Path) -> TokenSplit:
 
 def _from_corpus(config: TrainConfig, corpus: Corpus) -> Text:
     source = "Python's standard library" if config.data is None else str(config.data)
-    skipped = f" ({corpus.num_skipped} that are not UTF-8 text skipped)" * bool(corpus.num_skipped)
+    reasons = "; ".join(Skipped(corpus.skipped).describe())
+    skipped = f" (skipped: {reasons})" if corpus.skipped else ""
     return Text(
         flat_bytes(corpus.train),
         flat_bytes(corpus.validation),

@@ -1,0 +1,63 @@
+"""What is left out of a source: by reason, how much it is and the first of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FIRST = 5
+"""Names that are kept for each reason."""
+EMPTY, HIDDEN = "empty", "hidden"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something that is left out.
+
+    Attributes:
+        name: A file, a folder (with / at its end), or a line or row of a file.
+        reason: A few words that others of its kind are counted under.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Skipped:
+    """Everything that is left out.
+
+    Attributes:
+        reasons: JSON values: for each reason, the count and the first names.
+    """
+
+    reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, skip: Skip) -> None:
+        """Count one more."""
+        self.update(Skipped({skip.reason: {"count": 1, "first": [printable(skip.name)]}}))
+
+    def update(self, later: "Skipped") -> None:
+        """Count all that others left out after this."""
+        for reason, more in later.reasons.items():
+            here = self.reasons.setdefault(reason, {"count": 0, "first": []})
+            here["count"] += more["count"]
+            here["first"] = [*here["first"], *more["first"]][:FIRST]
+
+    @property
+    def total(self) -> int:
+        """How much it is, without what is hidden or empty."""
+        reasons = set(self.reasons) - {EMPTY, HIDDEN}
+        return sum(self.reasons[reason]["count"] for reason in reasons)
+
+    def describe(self) -> list[str]:
+        """A line for each reason."""
+        return [f"{reason}: {_listed(**entry)}" for reason, entry in self.reasons.items()]
+
+
+def printable(text: object) -> str:
+    """A name with what is no UTF-8 in it written as escapes."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
+def _listed(count: int, first: list[str]) -> str:
+    more = f" and {count - len(first):,} more" if count > len(first) else ""
+    return f"{count:,} ({', '.join(first)}{more})"

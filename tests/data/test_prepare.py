@@ -100,9 +100,7 @@ def test_settings_may_change_before_anything_is_made(lines, make, tmp_path, monk
 def test_damaged_progress(texts, make, tmp_path):
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens/progress.json").write_text("{")
-    with pytest.raises(
-        RunError, match=r"progress.json is damaged .* or delete .*tokens and s"
-    ):
+    with pytest.raises(RunError, match=r"progress.json is damaged .* or delete .*tokens and s"):
         make(texts)
 
 

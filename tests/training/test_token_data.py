@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 from pararnn.cli.main import main
 from pararnn.data import PrepareConfig, open_tokens, prepare
 from pararnn.models import CausalLoss
-from pararnn.training import RunFolder
+from pararnn.training import RunFolder, TrainConfig
 from pararnn.training.text import open_codec
 
 TINY = """--device cpu
@@ -98,6 +99,59 @@ def test_damaged_data_stops_the_run_before_it_begins(tokens, capsys):
     assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 1
     assert "does not have the checksum" in capsys.readouterr().err
     assert not (tokens.folder.parent / "run").exists()
+
+
+def test_of_a_tokenizer_only_its_own_files_are_copied(tokens):
+    """What else is beside them in data of others could be read as a part of a checkpoint."""
+    foreign = (".metadata", "model.safetensors", "config.json", "progress.json", "modeling.py")
+    for name in foreign:
+        (tokens.tokenizer / name).write_text("{}")
+    (tokens.tokenizer / "state").mkdir()
+    (tokens.tokenizer / "state/.metadata").write_text("code")
+    assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 0
+    run = RunFolder(tokens.folder.parent / "run")
+    own = set(tokens.tokenizer_files)
+    assert {path.name for path in (run.data / "tokenizer").iterdir()} == own
+    checkpoint = run.checkpoints / "step-00000004"
+    assert own < {path.name for path in checkpoint.iterdir()}
+    assert not (checkpoint / "modeling.py").exists()
+    assert (checkpoint / "state/.metadata").read_bytes() != b"code"
+    for name in ("config.json", "model.safetensors"):
+        assert (checkpoint / name).read_bytes() != b"{}"
+
+
+def test_a_changed_tokenizer_of_a_run_is_refused(tokens, capsys):
+    assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 0
+    path = tokens.folder.parent / "run/data/tokenizer/tokenizer_config.json"
+    path.write_text(path.read_text().replace("<|endoftext|>", "a"))
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", "run", "--steps", "6"]) == 1
+    assert "tokenizer_config.json does not have its checksum" in capsys.readouterr().err
+
+
+def test_data_that_is_not_finished_stops_the_run_before_it_begins(tokens, capsys):
+    index = tokens.folder / "index.json"
+    index.rename(tokens.folder / "progress.json")
+    capsys.readouterr()
+    assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 1
+    assert "is not finished (no index.json); call the same pararnn data" in capsys.readouterr().err
+    (tokens.folder / "progress.json").unlink()
+    assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 1
+    assert "index.json is missing; restore it" in capsys.readouterr().err
+    assert not (tokens.folder.parent / "run").exists()
+
+
+def test_prepared_data_is_no_text_to_evaluate(tokens, capsys):
+    assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 0
+    capsys.readouterr()
+    assert main(["eval", "run", "--device", "cpu", "--data", "tokens"]) == 1
+    assert "tokens holds prepared tokens, not texts" in capsys.readouterr().err
+
+
+def test_paths_may_be_text(tokens):
+    config = TrainConfig(data="tokens", out="run")
+    assert (config.data, config.out) == (Path("tokens"), Path("run"))
+    assert RunFolder("run").data == Path("run/data")
 
 
 def test_size_is_a_starting_point(tokens, capsys):

@@ -39,6 +39,9 @@ class PrepareConfig:
         object.__setattr__(self, "sources", tuple(os.fspath(source) for source in sources))
         if not self.sources:
             raise ValueError("no source is given; name a text file, a folder or a dataset.")
+        for source in self.sources:
+            if self.sources.count(source) > 1:
+                raise ValueError(f"the source {source} is named twice; name it once.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be between 0 and 1.")
         if self.unit_bytes < 1 or self.units_per_shard < 1:

@@ -10,7 +10,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pararnn.data.errors import RunError
 from pararnn.data.files import digest, write_atomically
@@ -50,7 +49,7 @@ class Corpus:
     num_files: int
     num_skipped: int
     sha256: str
-    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: dict = field(default_factory=dict)
 
 
 def prepare_corpus(data: Path | None, folder: Path, held_out: float) -> Corpus:

@@ -129,15 +129,16 @@ def read_tokens(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise _damaged(path, "it is no file")
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             yield stored
     except DAMAGE as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, first_line(error)) from error
 
 
-def _damaged(path: Path, error: Exception) -> RunError:
+def _damaged(path: Path, how: str) -> RunError:
     return RunError(
-        f"{path} is damaged ({first_line(error)}); delete this file, and the same command makes it "
-        "anew."
+        f"{path} is damaged ({how}); delete this file, and the same command makes it anew."
     )

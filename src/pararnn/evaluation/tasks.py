@@ -18,7 +18,7 @@ def run_tasks(
     model: HarnessModel,
     tasks: Sequence[str],
     *,
-    task_folder: Path | None = None,
+    task_folder: str | Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def run_tasks(
     Raises:
         RunError: A task is unknown, the folder does not exist, or a task's data cannot be had.
     """
-    if task_folder is not None and not task_folder.is_dir():
+    if task_folder is not None and not Path(task_folder).is_dir():
         raise RunError(f"{task_folder} is no folder; name one that holds the tasks' YAML files.")
     manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
     for name in tasks:

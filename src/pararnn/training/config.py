@@ -166,6 +166,7 @@ class TrainConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
+        self.data, self.out = (p if p is None else Path(p) for p in (self.data, self.out))
         _require(self.steps >= 1, "steps", self.steps, ">= 1")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")

@@ -18,8 +18,8 @@ class RunFolder:
         path: The folder itself.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.validation = path / "validation.jsonl"
@@ -59,7 +59,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
+    def open(cls, path: str | Path) -> "RunFolder":
         """The run in a folder.
 
         Raises:

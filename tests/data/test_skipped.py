@@ -1,0 +1,356 @@
+"""Nothing is left out silently, and rows are never read as text with their markup."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pararnn.cli import main
+from pararnn.data import PrepareConfig, open_tokens, prepare
+from pararnn.data.corpus import prepare_corpus
+from pararnn.data.reading import open_content
+from pararnn.training import RunError
+
+from .conftest import byte_texts, sentence
+
+SENTENCES = [sentence(n) for n in range(30)]
+ROWS = [{"text": text} for text in SENTENCES]
+
+
+def zstd(content):
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(content)
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def lines_of(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def all_texts(data):
+    train, validation = byte_texts(data)
+    return sorted(train + validation)
+
+
+def reasons(data):
+    return {reason: entry["count"] for reason, entry in data.skipped.reasons.items()}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("kind", ["lines", "list", "texts"])
+def test_compressed_sources(kind, suffix, tmp_path, make):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    compress = COMPRESS[suffix]
+    if kind == "texts":
+        for number, text in enumerate(SENTENCES):
+            (folder / f"{number}.txt{suffix}").write_bytes(compress(text.encode()))
+    else:
+        content = lines_of(ROWS) if kind == "lines" else json.dumps(ROWS).encode()
+        parts = compress(content[:100]) + compress(content[100:])  # as parallel compressors do
+        (folder / f"rows.{'jsonl' if kind == 'lines' else 'json'}{suffix}").write_bytes(parts)
+    data = make(folder, units_per_shard=2)
+    assert all_texts(data) == sorted(SENTENCES)
+    assert not data.skipped.reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.JSONL", lines_of(ROWS)),
+        ("rows.ndjson", lines_of(ROWS)),
+        ("rows.json", lines_of(ROWS)),
+        ("rows.Json.GZ", gzip.compress(lines_of(ROWS))),
+        ("rows.json", json.dumps(ROWS).encode()),
+        ("rows.json", json.dumps(ROWS, indent=2).encode()),
+        ("rows.json", b"\xef\xbb\xbf" + lines_of(ROWS)),
+        ("rows.jsonl", b"\xef\xbb\xbf" + lines_of(ROWS).replace(b"\n", b"\r\n")),
+    ],
+)
+def test_rows_are_read_as_rows(name, content, tmp_path, make):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    assert all_texts(make(folder)) == sorted(SENTENCES)
+    assert all_texts(make(folder / name, name="named")) == sorted(SENTENCES)
+
+
+def test_one_row_in_a_file_is_a_document(tmp_path, make):
+    for number, row in enumerate(ROWS):
+        (tmp_path / f"{number}.json").write_text(json.dumps(row, indent=number % 2 or None))
+    names = [tmp_path / f"{number}.json" for number in range(30)]
+    assert all_texts(make(*names)) == sorted(SENTENCES)
+
+
+def test_a_list_is_continued_at_its_row(tmp_path, make, monkeypatch):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    whole = make(tmp_path / "rows.json", name="whole", units_per_shard=2)
+    calls = []
+
+    def stop(merger, paths):
+        calls.append(paths)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pararnn.data.units.Merger.merge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "rows.json", units_per_shard=2)
+    again = make(tmp_path / "rows.json", units_per_shard=2)
+    assert calls
+    assert again.sha256 == whole.sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "reason"),
+    [
+        ("a.zip", b"PK", r"a.zip is an archive.*unpack it", "archive or compression that is not"),
+        ("a.tar.gz", b"", r"a.tar.gz is an archive", "archive or compression that is not read"),
+        ("a.csv", b"text\nhere", r"a.csv holds rows of a kind that is not read", "table that is"),
+        ("a.Parquet", b"PAR1", r"a.Parquet holds rows.*datasets:FOLDER", "table that is not read"),
+        ("a.json", b'{"name": 1}', 'holds no row with a field "text"', 'JSON without a field "te'),
+        ("a.json", b"[]", 'holds no row with a field "text"', 'JSON without a field "text"'),
+        ("a.txt", "Grüße".encode("utf-16"), "is UTF-16 text; convert it", "not UTF-8"),
+        ("a.txt", b"a\0", "is a binary file", "binary"),
+    ],
+)
+def test_other_files_are_refused_by_name_and_counted_in_a_folder(
+    name, content, message, reason, texts, make, tmp_path
+):
+    (texts / name).write_bytes(content)
+    data = make(texts)
+    assert all_texts(data) == sorted(SENTENCES)
+    ((found, entry),) = data.skipped.reasons.items()
+    assert found.startswith(reason)
+    assert entry == {"count": 1, "first": [str(texts / name)]}
+    with pytest.raises(RunError, match=message):
+        make(tmp_path / "texts/0.txt", texts / name, name="named")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lines_of(ROWS),
+        json.dumps(ROWS).encode(),
+        json.dumps(ROWS[0], indent=1).encode(),
+        b"  " + gzip.compress(lines_of(ROWS)),
+    ],
+)
+def test_rows_under_another_name_are_no_text(content, texts, make, tmp_path):
+    path = texts / "part-0"
+    path.write_bytes(content)
+    if content.startswith(b"  "):  # compressed
+        path = path.rename(texts / "part-0.gz")
+        path.write_bytes(content[2:])
+    with pytest.raises(RunError, match=r"part-0.* looks like rows of JSON.*--on-error skip"):
+        make(texts)
+    with pytest.raises(RunError, match=r"part-0.* looks like rows of JSON with a field 'text'"):
+        make(path, name="alone")
+    data = make(texts, name="skip", on_error="skip")
+    assert reasons(data) == {"rows under the name of a text": 1}
+    assert all_texts(data) == sorted(SENTENCES)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".gz", ".zst", ".csv"])
+def test_training_on_a_text_refuses_rows_and_archives(suffix, texts, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(COMPRESS.get(suffix, bytes)(lines_of(ROWS)))
+    with pytest.raises(RunError, match=r"rows.*(prepare their texts first|looks like rows|JSON l)"):
+        prepare_corpus(path, tmp_path / "out", held_out=0.1)
+    (texts / "rows.jsonl").write_bytes(lines_of(ROWS))
+    corpus = prepare_corpus(texts, tmp_path / "folder", held_out=0.1)
+    assert corpus.num_files == 30
+    assert list(corpus.skipped) == ["JSON, which pararnn data prepare reads"]
+
+
+def test_on_error_skip_leaves_broken_lines_out(lines, make, tmp_path, capsys):
+    good = lines.read_bytes().splitlines(keepends=True)
+    deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+    bad = [b'{"text": "cut\n', b'{"text": null}\n', b'{"text": "\xff"}\n', b"[1]\n", deep, b"{}\n"]
+    lines.write_bytes(b"".join([*good[:10], *bad, *good[10:]]))
+    with pytest.raises(RunError, match=r"line 11 is not JSON .*leave out such lines with --on-err"):
+        make(lines)
+    first = make(lines, on_error="skip")  # goes on in the same folder
+    assert all_texts(first) == sorted(SENTENCES)
+    entry = {"count": 6, "first": [f"{lines} line {n}" for n in range(11, 16)]}
+    assert first.skipped.reasons == {"line without a text that can be read": entry}
+    whole = make(lines, on_error="skip", name="two", workers=2)
+    assert whole.skipped.reasons == first.skipped.reasons
+    assert whole.sha256 == first.sha256
+    capsys.readouterr()
+    command = ["data", "prepare", str(lines), "--out", str(tmp_path / "three"), "--workers", "1"]
+    assert main([*command, "--on-error", "skip"]) == 0
+    printed = capsys.readouterr().out
+    assert f"skipped: line without a text that can be read: 6 ({lines} line 11, " in printed
+    assert f"{lines} line 15 and 1 more)" in printed
+    assert json.loads((tmp_path / "three/index.json").read_text())["num_skipped"] == 6
+
+
+def test_deep_lines_are_a_message(lines, make):
+    lines.write_bytes(b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n" + lines.read_bytes())
+    with pytest.raises(RunError, match=r"rows.jsonl line 1 is nested too deeply; correct or"):
+        make(lines)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_cut_file_keeps_what_can_be_read(suffix, texts, make):
+    path = texts / f"rows.jsonl{suffix}"
+    path.write_bytes(COMPRESS[suffix](lines_of(ROWS[:5]) * 400)[:-9])
+    with pytest.raises(RunError, match=r"cannot read .*after line \d+: .*damaged or cut off.*skip"):
+        make(texts, unit_bytes=10**6)
+    data = make(texts, unit_bytes=10**6, on_error="skip")
+    assert data.skipped.reasons == {"damaged compression": {"count": 1, "first": [str(path)]}}
+    assert set(SENTENCES) <= set(all_texts(data))
+    path.write_bytes(b"")
+    with pytest.raises(RunError, match=r"cannot read .*: it is compressed, but empty"):
+        make(path, name="empty")
+
+
+def test_a_damaged_list_is_refused(texts, make):
+    (texts / "rows.json").write_text(json.dumps(ROWS)[:-30])
+    with pytest.raises(RunError, match=r"rows.json is neither a list of rows in JSON nor a row in"):
+        make(texts)
+    assert reasons(make(texts, on_error="skip")) == {"damaged JSON": 1}
+
+
+def test_zstd_without_its_package(texts, make, monkeypatch):
+    (texts / "rows.jsonl.zst").write_bytes(zstd(lines_of(ROWS)))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(RunError, match=r"zst needs the package zstandard.*--on-error skip"):
+        make(texts)
+    (reason,) = make(texts, on_error="skip").skipped.reasons
+    assert "zstandard is not installed" in reason
+
+
+def test_unreadable_files_are_named_as_such(texts, make, monkeypatch):
+    def refuse(number):
+        def open_it(path):
+            if path.name == "0.txt":
+                raise OSError(number, os.strerror(number), str(path))
+            return open_content(path)
+
+        monkeypatch.setattr("pararnn.data.reading.open_content", open_it)
+
+    refuse(13)
+    with pytest.raises(RunError, match=r"cannot read .*0.txt: Permission denied; make it readable"):
+        make(texts)
+    with pytest.raises(RunError, match=r"cannot read .*0.txt: Permission denied"):
+        prepare_corpus(texts, texts.parent / "corpus", held_out=0.1)
+    assert reasons(make(texts, on_error="skip")) == {"no permission to read": 1}
+    refuse(5)
+    with pytest.raises(
+        RunError, match=r"cannot read .*0.txt: Input/output error; .*the disk. Or l"
+    ):
+        make(texts, name="disk")
+    assert reasons(make(texts, name="disk", on_error="skip")) == {"cannot be read": 1}
+    with pytest.raises(RunError, match=r"0.txt: Input/output error"):
+        make(texts / "0.txt", texts / "3.txt", name="named", on_error="skip")
+
+
+def test_a_folder_that_cannot_be_entered(texts, make, monkeypatch):
+    walk = os.walk
+
+    def refuse(root, onerror):
+        for folder, folders, files in walk(root):
+            if folder.endswith("more"):
+                onerror(PermissionError(13, "Permission denied", folder))
+            else:
+                yield folder, folders, files
+
+    monkeypatch.setattr("os.walk", refuse)
+    with pytest.raises(RunError, match=r"cannot read .*more: Permission denied.*--on-error skip"):
+        make(texts)
+    data = make(texts, on_error="skip")
+    assert data.skipped.reasons == {
+        "no permission to read": {"count": 1, "first": [str(texts / "more")]}
+    }
+
+
+def test_links_and_what_is_no_file(texts, make, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/key.txt").write_text("a secret")
+    (texts / "leaves.txt").symlink_to(tmp_path / "secret/key.txt")
+    (texts / "folder").symlink_to(tmp_path / "secret")
+    (texts / "again").symlink_to(texts / "more")
+    (texts / "twice.txt").symlink_to(texts / "0.txt")
+    (texts / "broken.txt").symlink_to(texts / "gone.txt")
+    (texts / ".store").mkdir()
+    (texts / ".store/content").write_text("kept in the folder")
+    (texts / "kept.txt").symlink_to(".store/content")
+    os.mkfifo(texts / "pipe")
+    data = make(texts)
+    assert all_texts(data) == sorted([*SENTENCES, "kept in the folder"])
+    assert reasons(data) == {
+        "link that leaves the folder": 2,
+        "link to a folder": 1,
+        "link to another of the files": 1,
+        "broken link": 1,
+        "hidden": 1,
+        "no file but a pipe, a socket or a device": 1,
+    }
+    (texts / "linked").symlink_to(tmp_path / "secret/key.txt")
+    with pytest.raises(RunError, match="neither a file nor a folder"):
+        make(texts / "pipe", name="pipe")
+
+
+def test_prepared_tokens_are_no_text(texts, make, tmp_path):
+    folder = make(texts).folder
+    for damage in (lambda: None, (folder / "index.json").unlink):
+        damage()
+        with pytest.raises(RunError, match="holds prepared tokens, not texts"):
+            make(folder, name="other")
+        with pytest.raises(RunError, match="holds prepared tokens, not texts"):
+            prepare_corpus(folder, tmp_path / "corpus", held_out=0.1)
+    folder.rename(texts / "inside")
+    assert reasons(make(texts, name="outside")) == {"prepared tokens": 1}
+
+
+def test_the_same_file_twice_is_refused(texts, make):
+    """It could be trained on under one name and held out under the other."""
+    with pytest.raises(RunError, match=r"0.txt belongs to two of the sources .* name it once"):
+        make(texts, texts / "0.txt")
+    with pytest.raises(ValueError, match="is named twice"):
+        PrepareConfig(sources=("datasets:a", "datasets:a"))
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for number, text in enumerate(SENTENCES):
+        (folder / os.fsdecode(b"n\xff%d.txt" % number)).write_text(text)
+    (folder / os.fsdecode(b"\xfe.png")).write_bytes(b"\0")
+    arguments = ["-m", "pararnn.cli", "data", "prepare", os.fsencode(folder), "--workers", "1"]
+    out = os.fsencode(tmp_path) + b"/out\xff"
+    done = subprocess.run(
+        [sys.executable, *arguments, "--out", out, "--held-out", "0.2"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"skipped: binary: 1 (" in done.stdout
+    assert rb"caf\udce9/\udcfe.png" in done.stdout
+    assert all_texts(open_tokens(os.fsdecode(out))) == sorted(SENTENCES)
+
+
+def test_byte_order_marks_and_line_ends(tmp_path, make):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst\r\nline")
+    (tmp_path / "b.txt").write_bytes(b"second")
+    assert all_texts(make(tmp_path / "a.txt", tmp_path / "b.txt")) == ["first\r\nline", "second"]
+
+
+def test_paths_may_be_text(texts, tmp_path):
+    for sources in (str(texts), texts, [texts], (str(texts),)):
+        config = PrepareConfig(sources=sources)
+        assert config.sources == (str(texts),)
+    assert prepare(config, str(tmp_path / "out"), workers=1) is None
+    assert open_tokens(str(tmp_path / "out")).train.num_documents == 29
+
+
+def test_on_error_is_checked():
+    with pytest.raises(ValueError, match='on_error is \'ignore\'; it must be "stop" or "skip"'):
+        PrepareConfig(sources="a", on_error="ignore")

@@ -14,6 +14,7 @@ from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
 from pararnn.tracing.structure import Traced, trace
+from pararnn.tracing.watch import Annealed, Watched
 
 State = Tensor | tuple[Tensor, ...]
 _STRUCTURES = ("elementwise", "heads", "dense")  # each includes those before it
@@ -80,7 +81,9 @@ class RNN(nn.Module):
         choose_backend(backend)
         self._evaluation: Evaluation | None = None
         self._signature: tuple[object, ...] = ()
-        self._latest: tuple[Snapshot, torch.dtype, torch.device] | None = None
+        self._latest: tuple[torch.dtype, torch.device] | None = None
+        self._watched: Watched | None = None
+        self._annealed = Annealed()
         self._report: Tensor | int | None = None  # a number of rows: they went step by step
         input_size = getattr(cell, "input_size", None)
         if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
@@ -349,9 +352,9 @@ class RNN(nn.Module):
 
     def _is_as_before(self, evaluation: Evaluation, x: Tensor, step: bool) -> bool:
         """Whether x and the layer are like those of the call before."""
-        if self._latest is None:
+        if self._latest is None or self._watched is None:
             return False
-        now, dtype, device = self._latest
+        dtype, device = self._latest
         lead = 1 if step else 2
         return (
             x.dim() == lead + evaluation.feature_axes
@@ -360,7 +363,7 @@ class RNN(nn.Module):
             and x.device == device
             and 0 not in x.shape
             and self._signature[-2:] == (self.backend, self.solver)
-            and now.is_current()
+            and self._watched.is_current(self._modules["cell"])
         )
 
     def _features(self, x: Tensor, step: bool) -> tuple[int, ...]:
@@ -396,8 +399,8 @@ class RNN(nn.Module):
     ) -> Evaluation:
         """The evaluation for such inputs; the cell is traced again when anything has changed."""
         kind = now.dtype if dtype.is_floating_point else dtype
-        signature = (features, kind, device, now.fingerprint, self.backend, self.solver)
-        if self._evaluation is None or signature != self._signature:
+        signature = (features, kind, now.dtype, device, self.backend, self.solver)
+        if self._evaluation is None or signature != self._signature or self._has_changed():
             if self._num_components is None:
                 self._num_components = self._find_components(features, kind)
             components = self._num_components
@@ -418,9 +421,17 @@ class RNN(nn.Module):
             self._check_claim(traced)
             choice = choose_backend(self.backend, traced, device, self.solver)
             self._evaluation = Evaluation(traced, choice, self.solver, features)
+            self._watched = Watched(self.cell, traced.capture.ran, _tensors_of)
             self._signature = signature
-        self._latest = now, dtype, device
+        self._latest = dtype, device
         return self._evaluation
+
+    def _has_changed(self) -> bool:
+        """Whether the cell is no longer what was traced."""
+        change = self._watched.change(self.cell) if self._watched is not None else None
+        if change is not None:
+            self._annealed.note(type(self.cell).__name__, change)
+        return change is not None
 
     def _check_claim(self, traced: Traced) -> None:
         """Refuse a claim that says less than what is there; one that says more is only cautious."""
@@ -528,7 +539,7 @@ class RNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is traced belongs to this process; a copy traces again."""
-        own = dict.fromkeys(("_evaluation", "_latest", "_report"))
+        own = dict.fromkeys(("_evaluation", "_latest", "_watched", "_report"))
         return {**self.__dict__, **own, "_signature": ()}
 
 
@@ -574,6 +585,10 @@ def _describe(state: Any) -> str:
     if isinstance(state, (tuple, list)):
         return f"a {type(state).__name__} of {len(state)}"
     return f"a {type(state).__name__}"
+
+
+def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:
+    return snapshot(cell).tensors
 
 
 def _has_size(cell: nn.Module) -> bool:

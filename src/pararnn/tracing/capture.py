@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from pararnn.tracing.names import name_nodes
+from pararnn.tracing.ran import Ran
 from pararnn.tracing.recorder import (
     Look,
     TraceError,
@@ -42,6 +44,7 @@ class Capture:
         hidden_size: Channels of each component.
         dtype: The type the cell was traced in.
         subject: What messages call the cell.
+        ran: The code that ran.
     """
 
     graph: fx.Graph
@@ -52,9 +55,7 @@ class Capture:
     hidden_size: int
     dtype: torch.dtype
     subject: str
-
-
-_MODULE_OWN = frozenset(vars(nn.Module())) - {"training"}
+    ran: Ran = field(default_factory=Ran)
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,9 @@ class Snapshot:
 
     Attributes:
         tensors: Parameters, buffers and plain tensor attributes, by qualified name.
-        fingerprint: Everything that a graph of the cell depends on besides x: names, shapes and
-            types of the tensors, and the numbers and texts among the attributes.
-        stores: The dictionaries of the cell's modules, and what is in them.
-        kinds: Shapes and types of the tensors.
     """
 
     tensors: dict[str, Tensor]
-    fingerprint: tuple[object, ...]
-    stores: list[tuple[dict[str, Any], list[Any]]]
-    kinds: list[tuple[torch.Size, torch.dtype]]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,37 +79,18 @@ class Snapshot:
         """Where the first tensor is."""
         return next((t.device for t in self.tensors.values()), torch.device("cpu"))
 
-    def is_current(self) -> bool:
-        """Whether the cell still holds the very same things; quicker than another look."""
-        return [(t.shape, t.dtype) for t in self.tensors.values()] == self.kinds and all(
-            len(store) == len(values) and all(map(operator.is_, store.values(), values))
-            for store, values in self.stores
-        )
-
 
 def snapshot(cell: nn.Module) -> Snapshot:
-    """Look at a cell's tensors and settings as they are now."""
+    """Look at a cell's tensors as they are now."""
     tensors: dict[str, Tensor] = {}
-    settings: list[object] = []
     seen: set[int] = set()
-    stores = []
     for prefix, module in cell.named_modules():
-        stores += [module._parameters, module._buffers, module._modules, vars(module)]
         for store in (module._parameters, module._buffers, vars(module)):
             for name, value in store.items():
-                if name in _MODULE_OWN:
-                    continue
-                if isinstance(value, Tensor):
-                    if id(value) not in seen:
-                        seen.add(id(value))
-                        full = f"{prefix}.{name}" if prefix else name
-                        tensors[full] = value
-                        settings.append((full, value.shape, value.dtype))
-                elif isinstance(value, (bool, int, float, str)):
-                    settings.append((prefix, name, value))
-    held = [(store, list(store.values())) for store in stores]
-    kinds = [(tensor.shape, tensor.dtype) for tensor in tensors.values()]
-    return Snapshot(tensors, tuple(settings), held, kinds)
+                if isinstance(value, Tensor) and id(value) not in seen and "." not in name:
+                    seen.add(id(value))
+                    tensors[f"{prefix}.{name}" if prefix else name] = value
+    return Snapshot(tensors)
 
 
 def resolve(cell: nn.Module, name: str) -> Tensor:
@@ -180,6 +155,7 @@ def capture(
     Raises:
         TraceError: The step does something that has no parallel form; the message names the line.
     """
+    ran = Ran()
 
     def run(rows: int) -> tuple[fx.Graph, list[Tensor]]:
         examples = {f"attribute_{i}": tensor for i, tensor in enumerate(subject.tensors.values())}
@@ -187,7 +163,8 @@ def capture(
             examples[f"x_{i}"] = _example((rows, *features), kind, device)
         for i in range(num_components):
             examples[f"state_{i}"] = _example((rows, hidden_size), dtype, device)
-        return record_step(subject, examples, len(inputs), is_tuple, (rows, hidden_size))
+        with ran.noting() if rows == ROWS[0] else nullcontext():
+            return record_step(subject, examples, len(inputs), is_tuple, (rows, hidden_size))
 
     graph, constants = record_rows(run, subject.name)
     names = {f"attribute_{i}": name for i, name in enumerate(subject.tensors)}
@@ -201,6 +178,7 @@ def capture(
         hidden_size,
         dtype,
         subject.name,
+        ran,
     )
 
 

@@ -1,0 +1,115 @@
+"""Which Python a step ran, and the names that it may have read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+import torch
+
+_PATHS = sysconfig.get_paths()
+_LIBRARY = (
+    *(str(p) + os.sep for p in (Path(torch.__file__).parent, Path(__file__).parents[1])),
+    "<frozen",
+)
+_PYTHON = tuple({_PATHS[kind] + os.sep for kind in ("stdlib", "platstdlib")})
+_PACKAGES = tuple({_PATHS[kind] + os.sep for kind in ("purelib", "platlib")})
+# With one of these a program reads attributes whose names it computes.
+_BY_COMPUTED_NAME = frozenset(
+    "getattr vars dir __dict__ __slots__ __getattribute__ attrgetter methodcaller eval exec "
+    "globals locals getattr_static __reduce_ex__".split()
+)
+
+
+class Ran:
+    """The user's code that ran, and code of Python's own library that it called.
+
+    Attributes:
+        codes: By identity, with the globals that each saw.
+        names: What this code names, and all of Python's own that ran: globals, attributes, keys.
+    """
+
+    def __init__(self) -> None:
+        self.codes: dict[int, tuple[CodeType, dict[str, Any]]] = {}
+        self.names: set[str] = set()
+        self._pythons: dict[int, CodeType] = {}
+        self._computes_names = False
+
+    def reads(self, name: str) -> bool:
+        """Whether this code may have read an attribute of this name."""
+        return self._computes_names or name in self.names
+
+    def globals(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """The globals that the user's code names, module by module."""
+        found: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+        for code, seen in self.codes.values():
+            if is_the_users(code.co_filename):
+                named = dict.fromkeys(n for n in _names(code) if n in seen)
+                found.setdefault(id(seen), (seen, {}))[1].update(named)
+        return [(seen, list(names)) for seen, names in found.values()]
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what runs in this thread; another profiler waits meanwhile."""
+        before = sys.getprofile()
+        sys.setprofile(self._note)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            if callable(before):
+                sys.setprofile(before)
+            elif before is not None:
+                before.enable()  # cProfile's, up to Python 3.11
+            names = {n for code, _ in self.codes.values() for n in _names(code)}
+            self._computes_names = not names.isdisjoint(_BY_COMPUTED_NAME)
+            self.names = names.union(*map(_names, self._pythons.values()))
+
+    def _note(self, frame: FrameType, event: str, _argument: Any) -> None:
+        code = frame.f_code
+        if event != "call" or id(code) in self.codes:
+            return
+        if _is_pythons(code.co_filename):
+            self._pythons[id(code)] = code
+            caller = frame.f_back
+            if caller is None or id(caller.f_code) not in self.codes:
+                return
+        elif not is_the_users(code.co_filename):
+            return
+        self.codes[id(code)] = code, frame.f_globals
+
+
+def is_the_users(filename: str) -> bool:
+    """Whether code of this file is neither PyTorch's nor Python's nor this package's."""
+    return not filename.startswith(_LIBRARY) and not _is_pythons(filename)
+
+
+def _is_pythons(filename: str) -> bool:
+    return filename.startswith(_PYTHON) and not filename.startswith(_PACKAGES)
+
+
+def has_users_code(value: type | ModuleType) -> bool:
+    """Whether a class or module is neither PyTorch's nor Python's nor this package's."""
+    module = value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
+    file = getattr(module, "__file__", None)
+    if file is None:  # built in, or made by hand
+        return module is None or module.__name__ not in sys.builtin_module_names
+    return is_the_users(file)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Names and texts in some code, that of functions within it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from (c for c in constant if isinstance(c, str))
+        elif isinstance(constant, CodeType):
+            yield from _names(constant)

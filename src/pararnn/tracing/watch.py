@@ -1,0 +1,493 @@
+"""What a trace depends on, and a quick look at whether it is still the same.
+
+A trace holds as long as all that the step's Python read is what it was. A look follows what can be
+reached from the step: attributes, containers, hooks, classes, globals, closures; of objects what
+the code that ran names. The quick look, at every call, compares by identity what containers hold.
+Where it finds a difference, the slow one compares by value, so that another tuple of equal numbers
+is no other step.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+import types
+import warnings
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pararnn.tracing.ran import Ran, has_users_code
+
+_MODULE_OWN = frozenset(vars(nn.Module())) - {"training"}
+_STORES = ("_parameters", "_buffers")
+_HOOKS = tuple(n for n in _MODULE_OWN if "hooks" in n and "state_dict" not in n)
+_HOOKS_OF_ALL = {
+    name: value
+    for name, value in vars(torch.nn.modules.module).items()
+    if name.startswith("_global") and isinstance(value, dict)
+}
+_PLAIN = (type(None), bool, int, str, bytes, range, type(...), torch.dtype, torch.device)
+_NUMBERS = (float, complex)
+_SILENT = frozenset(("__dict__", "__weakref__", "__doc__", "__annotations__", "__module__"))
+_MOST = 2000  # objects that are looked into; those beyond are known by identity
+_OFTEN = 8
+_NOTHING = object()
+
+
+class Same:
+    """Stands for an object that is compared by identity."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class Change(NamedTuple):
+    """A value that is not what it was, by where it is ("self.options['leak']")."""
+
+    place: str
+    old: object
+    new: object
+
+
+class Watched:
+    """All that a trace depends on.
+
+    Args:
+        step: What was traced: a cell, or a function.
+        ran: What ran then.
+        tensors_of: The tensors of a step that the trace takes anew at every call, by name.
+    """
+
+    def __init__(
+        self, step: Any, ran: Ran, tensors_of: Callable[[Any], Mapping[str, Tensor]]
+    ) -> None:
+        self.step, self.ran, self.tensors_of = step, ran, tensors_of
+        self._look = _Look(step, ran, tensors_of(step))
+
+    def is_current(self, step: Any) -> bool:
+        """Whether all is the very same; a quick look, which may say no although nothing changed."""
+        return step is self.step and self._look.quick.is_current()
+
+    def change(self, step: Any) -> Change | None:
+        """The first value that is not what it was when the step was traced, if there is one."""
+        if step is not self.step:
+            return Change("the cell", self.step, step)
+        old, look = self._look.facts, _Look(step, self.ran, self.tensors_of(step))
+        if look.facts == old:
+            self._look = look
+            return None
+        new = look.facts
+        place = next(p for p in (*new, *old) if new.get(p, _NOTHING) != old.get(p, _NOTHING))
+        return Change(place, old.get(place), new.get(place))
+
+
+class Annealed:
+    """Warns of a number that changes again and again, for which a step is traced every time."""
+
+    def __init__(self) -> None:
+        self._times: Counter[str] = Counter()
+
+    def note(self, subject: str, change: Change) -> None:
+        """Count a change, and warn once."""
+        if not all(_is_number(fact) for fact in (change.old, change.new)):
+            return
+        self._times[change.place] += 1
+        if self._times[change.place] == _OFTEN:
+            name = change.place.rpartition(".")[2]
+            warnings.warn(
+                f"{subject} has been traced anew {_OFTEN} times because the number {change.place} "
+                "changed, and its kernels are compiled anew. Keep it as a tensor that changes "
+                f"in place: self.register_buffer({name!r}, torch.tensor(...)), then "
+                f"self.{name}.fill_(...).",
+                stacklevel=2,
+            )
+
+
+class _Look:
+    """One look at everything."""
+
+    def __init__(self, step: Any, ran: Ran, tensors: Mapping[str, Tensor]) -> None:
+        self.ran = ran
+        self.facts: dict[str, object] = {}
+        self.quick = _Quick()
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        self._with_grad = ran.reads("requires_grad")
+        self._seen: dict[int, str] = {}
+        self._queue: deque[tuple[str, Any]] = deque()
+        self._alive = [step, tensors]  # so that an identity stays one
+        self.value("self" if isinstance(step, nn.Module) else "step", step)
+        for name, hooks in _HOOKS_OF_ALL.items():
+            self.hooks(name, hooks)
+        for module, names in ran.globals():
+            self.named(str(module.get("__name__")), module, names, whole=False)
+        while self._queue:
+            self.look_into(*self._queue.popleft())
+        self.quick.hold()
+
+    def fact(self, place: str, value: object) -> None:
+        while place in self.facts:  # of two classes with one name
+            place += "'"
+        self.facts[place] = value
+
+    def value(self, place: str, value: Any) -> None:
+        """Note a value; what has parts is looked into later, what is near first."""
+        if type(value) in _PLAIN:
+            self.fact(place, (type(value), value))
+        elif isinstance(value, _NUMBERS):
+            self.fact(place, (type(value), repr(value)))  # -0.0 is not 0.0, and NaN is NaN
+        elif isinstance(value, Tensor):
+            self.tensor(place, value)
+        elif id(value) in self._seen:
+            self.fact(place, ("the same as", self._seen[id(value)]))
+        elif len(self._seen) < _MOST:
+            self.see(place, value)
+            self._queue.append((place, value))
+        else:
+            self.fact(place, Same(value))
+
+    def see(self, place: str, value: Any) -> bool:
+        """Whether this is the first time."""
+        new = id(value) not in self._seen
+        if new:
+            self._seen[id(value)] = place
+            self._alive.append(value)
+        return new
+
+    def look_into(self, place: str, value: Any) -> None:
+        if isinstance(value, type):
+            self.class_of(place, value)
+            return
+        looks = (look for kinds, look in _LOOKS if isinstance(value, kinds))
+        next(looks, _Look.other)(self, place, value)
+
+    def tensor(self, place: str, tensor: Tensor) -> None:
+        """A tensor by its name, or one that is a constant of the trace by identity."""
+        name = self._names.get(id(tensor))
+        kind = (tensor.shape, tensor.dtype, self._with_grad and tensor.requires_grad)
+        self.fact(place, (name or Same(tensor), kind))
+        self.quick.tied |= name is not None and place != f"self.{name}"
+
+    def module(self, place: str, module: nn.Module) -> None:
+        """A module's class, hooks, stores and attributes."""
+        own = vars(module)
+        for name in _HOOKS:
+            if isinstance(own.get(name), dict):
+                self.hooks(f"{place}.{name}", own[name])
+        for name in _STORES:
+            self.tensors(place, own[name])
+        for name, part in self.quick.dictionary(own["_modules"], is_named=True).items():
+            self.value(f"{place}.{name}", part)
+        known = [n for n in own if n not in _MODULE_OWN]
+        if not _is_pytorchs(type(module)):
+            known = [n for n in known if n == "forward" or self.ran.reads(n)]
+        self.named(place, own, known)
+        self.quick.read(own, [n for n in own if n in _HOOKS or n in (*_STORES, "_modules")])
+        self.type_of(place, module)
+
+    def tensors(self, place: str, store: dict[str, Tensor | None]) -> None:
+        """Parameters or buffers: those that the trace takes at every call may be others then."""
+        constant = [n for n, t in store.items() if t is not None and id(t) not in self._names]
+        self.quick.tensors(store, self._with_grad)
+        self.quick.read(store, constant)
+        for name, tensor in store.items():
+            self.value(f"{place}.{name}", tensor)
+
+    def hooks(self, place: str, hooks: dict[int, Any]) -> None:
+        """Hooks, in their order; the numbers that are their keys mean nothing."""
+        for number, hook in enumerate(self.quick.dictionary(hooks).values()):
+            self.value(f"{place}[{number}]", hook)
+
+    def dictionary(self, place: str, values: Mapping[Any, Any]) -> None:
+        self.fact(place, (type(values), len(values)))
+        is_named = all(type(key) is str for key in values)
+        self.quick.dictionary(values, is_named)
+        for number, (key, value) in enumerate(values.items()):
+            if is_named:
+                self.value(f"{place}[{key!r}]", value)
+            else:
+                self.value(f"key {number} of {place}", key)
+                self.value(f"{place}[{number}]", value)
+        self.attributes(place, values)
+
+    def sequence(self, place: str, values: Any) -> None:
+        self.fact(place, (type(values), len(values)))
+        self.quick.sequence(values)
+        for number, value in enumerate(values):
+            self.value(f"{place}[{number}]", value)
+        self.attributes(place, values)
+
+    def function(self, place: str, function: types.FunctionType) -> None:
+        """A function by its code and, if that ran, by what it brings along."""
+        code = function.__code__
+        self.fact(place, Same(code))
+        if id(code) not in self.ran.codes:
+            return
+        self.quick.readers.append((_OF_FUNCTION, function))
+        self.value(f"{place}.__defaults__", function.__defaults__)
+        self.value(f"{place}.__kwdefaults__", function.__kwdefaults__)
+        cells = function.__closure__ or ()
+        self.quick.readers.append((_contents, cells))
+        for name, content in zip(code.co_freevars, _contents(cells), strict=True):
+            self.value(f"{place}.{name}", content)
+        self.attributes(place, function)
+
+    def method(self, place: str, method: types.MethodType) -> None:
+        self.value(f"{place}.__func__", method.__func__)
+        self.value(f"{place}.__self__", method.__self__)
+
+    def partial(self, place: str, partial: functools.partial[Any]) -> None:
+        self.fact(place, type(partial))
+        self.value(f"{place}.func", partial.func)
+        self.value(f"{place}.args", partial.args)
+        self.value(f"{place}.keywords", partial.keywords)
+        self.attributes(place, partial)
+
+    def python_module(self, place: str, module: types.ModuleType) -> None:
+        self.fact(place, Same(module))
+        if has_users_code(module):
+            inside = vars(module)
+            self.named(place, inside, [n for n in inside if n in self.ran.names], whole=False)
+
+    def reference(self, place: str, reference: weakref.ReferenceType[Any]) -> None:
+        self.value(f"{place}()", reference())
+
+    def constant(self, place: str, value: object) -> None:
+        self.fact(place, Same(value))
+
+    def text_or_number(self, place: str, value: Any) -> None:
+        """Of a subclass of Python's own."""
+        base = next(b for b in (int, str, bytes) if isinstance(value, b))
+        self.fact(place, (type(value), base.__repr__(value)))
+        self.attributes(place, value)
+
+    def other(self, place: str, value: Any) -> None:
+        """An array by its content, an object by its attributes; what has neither by identity."""
+        content = _content(value)
+        if content is not None:
+            kind = getattr(value, "shape", None), str(getattr(value, "dtype", None))
+            self.fact(place, (type(value), kind, content))
+            self.quick.contents.append((value, content))
+        elif isinstance(getattr(value, "__dict__", None), dict) or _slots(type(value)):
+            self.fact(place, type(value) if has_users_code(type(value)) else Same(value))
+            self.attributes(place, value)
+            self.type_of(place, value)
+        else:
+            self.fact(place, Same(value))
+
+    def attributes(self, place: str, value: Any) -> None:
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict) and own and self.see(f"{place}.__dict__", own):
+            self.named(place, own, [n for n in own if self.ran.reads(n)])
+        slots = [n for n in _slots(type(value)) if self.ran.reads(n)]
+        if slots:
+            read = functools.partial(_of_slots, slots)
+            self.quick.readers.append((read, value))
+            for name, held in zip(slots, read(value), strict=True):
+                self.value(f"{place}.{name}", held)
+
+    def type_of(self, place: str, value: Any) -> None:
+        self.quick.objects.append(value)
+        self.class_of(f"type({place})", type(value))
+
+    def class_of(self, place: str, kind: type) -> None:
+        """A class, and what those of the user's among its bases define."""
+        self.fact(place, Same(kind))
+        for base in kind.__mro__:
+            if has_users_code(base) and self.see(base.__name__, vars(base)):
+                own = [n for n in vars(base) if self.reads_of_class(n)]
+                self.named(base.__name__, vars(base), own)
+
+    def reads_of_class(self, name: str) -> bool:
+        """Whether what ran may have taken this from a class; operators name nothing."""
+        by_operator = name == "forward" or (name[:2] == "__" and name not in _SILENT)
+        return by_operator or self.ran.reads(name)
+
+    def named(
+        self, place: str, values: Mapping[str, Any], names: list[str], whole: bool = True
+    ) -> None:
+        """Some values of many; with `whole` no other names may appear."""
+        if whole:
+            self.quick.names(values)
+        self.quick.read(values, names)
+        for name in names:
+            self.value(f"{place}.{name}", _function_of(values[name]))
+
+
+class _Quick:
+    """What containers hold, to be compared by identity."""
+
+    def __init__(self) -> None:
+        self.objects: list[object] = []
+        self.readers: list[tuple[Callable[[Any], Iterable[object]], Any]] = []
+        self.contents: list[tuple[Any, bytes]] = []
+        self.tied = False  # whether something else holds a tensor of a module's
+        self._empty: list[Any] = []
+        self._sized: list[Any] = []
+        self._named: list[Mapping[str, Any]] = []
+        self._stores: list[dict[str, Tensor | None]] = []
+        self._with_grad = False
+
+    def read(self, values: Mapping[str, Any], names: list[str]) -> None:
+        if names:
+            self.readers.append((operator.itemgetter(names[0], *names), values))
+
+    def names(self, values: Mapping[str, Any]) -> None:
+        self._named.append(values)
+        self._sized.append(values)
+
+    def dictionary(self, values: Mapping[Any, Any], is_named: bool = False) -> Mapping[Any, Any]:
+        if not values:
+            self._empty.append(values)
+        elif is_named:
+            self.names(values)
+            self.readers.append((_values, values))
+        else:
+            self._sized.append(values)
+            self.readers.append((_items, values))
+        return values
+
+    def sequence(self, values: Any) -> None:
+        if not values:
+            self._empty.append(values)
+        elif not isinstance(values, (tuple, frozenset)):
+            self._sized.append(values)
+            self.readers.append((iter, values))
+
+    def tensors(self, store: dict[str, Tensor | None], with_grad: bool) -> None:
+        self._with_grad = with_grad
+        if store:
+            self.names(store)
+            self._stores.append(store)
+        else:
+            self._empty.append(store)
+
+    def hold(self) -> None:
+        self._lengths = list(map(len, self._sized))
+        self._keys = list(chain.from_iterable(self._named))
+        self._values = list(self._read())
+        self._types = list(map(type, self.objects))
+        self._tensors = self._read_tensors()
+        self._kinds = self._kinds_of(self._tensors)
+
+    def _read(self) -> Iterable[object]:
+        return chain.from_iterable([read(values) for read, values in self.readers])
+
+    def _read_tensors(self) -> list[Tensor | None]:
+        return list(chain.from_iterable([store.values() for store in self._stores]))
+
+    def _kinds_of(self, tensors: list[Tensor | None]) -> list[object]:
+        kinds: list[object] = [None if t is None else (t.shape, t.dtype) for t in tensors]
+        if self._with_grad:
+            kinds += [None if t is None else t.requires_grad for t in tensors]
+        return kinds
+
+    def is_current(self) -> bool:
+        """Whether all is as it was held, except that tensors may be others of the same kinds."""
+        try:
+            return (
+                not any(self._empty)
+                and list(map(len, self._sized)) == self._lengths
+                and list(chain.from_iterable(self._named)) == self._keys
+                and list(map(type, self.objects)) == self._types
+                and all(map(operator.is_, self._read(), self._values))
+                and self._are_alike(self._read_tensors())
+                and all(_content(value) == content for value, content in self.contents)
+            )
+        except (KeyError, RuntimeError):  # one is gone, or changes while it is read
+            return False
+
+    def _are_alike(self, tensors: list[Tensor | None]) -> bool:
+        if self._kinds_of(tensors) != self._kinds:
+            return False
+        if all(map(operator.is_, tensors, self._tensors)):
+            return True
+        each = [t for t in tensors if t is not None]
+        before = sum(t is not None for t in self._tensors)
+        return not self.tied and len(set(map(id, each))) == len(each) == before
+
+
+_OF_FUNCTION = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_LOOKS: list[tuple[Any, Callable[[_Look, str, Any], None]]] = [
+    (nn.Module, _Look.module),
+    ((dict, types.MappingProxyType), _Look.dictionary),
+    ((tuple, list, deque, set, frozenset), _Look.sequence),
+    (types.FunctionType, _Look.function),
+    (types.MethodType, _Look.method),
+    (functools.partial, _Look.partial),
+    (types.ModuleType, _Look.python_module),
+    (weakref.ReferenceType, _Look.reference),
+    (enum.Enum, _Look.constant),
+    ((int, str, bytes), _Look.text_or_number),
+]
+
+
+def _is_number(fact: object) -> bool:
+    return isinstance(fact, tuple) and fact[0] in (int, float)
+
+
+def _values(values: Mapping[Any, Any]) -> Iterable[object]:
+    return values.values()
+
+
+def _items(values: Mapping[Any, Any]) -> Iterable[object]:
+    return chain(values, values.values())
+
+
+def _contents(cells: tuple[types.CellType, ...]) -> list[object]:
+    return [_content_of(cell) for cell in cells]
+
+
+def _content_of(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that has no value yet
+        return _NOTHING
+
+
+def _of_slots(names: list[str], value: object) -> list[object]:
+    return [getattr(value, name, _NOTHING) for name in names]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    """The attributes that a class keeps without a dictionary."""
+    found = (vars(base).get("__slots__", ()) for base in kind.__mro__)
+    names = chain.from_iterable((s,) if isinstance(s, str) else s for s in found)
+    return tuple(n for n in names if n not in _SILENT)
+
+
+def _content(value: Any) -> bytes | None:
+    """The bytes of an array, or None."""
+    try:
+        return memoryview(value).tobytes()
+    except (TypeError, ValueError, BufferError):
+        return None
+
+
+def _is_pytorchs(kind: type) -> bool:
+    """Whether code that is not the user's reads attributes of such a module."""
+    bases = (b for b in kind.__mro__ if b is not nn.Module and issubclass(b, nn.Module))
+    return not all(map(has_users_code, bases))
+
+
+def _function_of(value: Any) -> Any:
+    """What a class keeps of a method or a property."""
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, functools.cached_property):
+        return value.func
+    return value.__func__ if isinstance(value, (classmethod, staticmethod)) else value

@@ -1,0 +1,353 @@
+"""A cell that changes after its first call is evaluated as it is then."""
+
+import collections
+import cProfile
+import dataclasses
+import functools
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from pararnn import RNN, Newton
+from pararnn.testing import loop
+
+from .compare import assert_same, outcome
+
+SCALE = 0.5
+SETTINGS = types.SimpleNamespace(shift=0.1, deeper={"list": [0.2]})
+
+
+def shifted(h, by=(0.1,)):
+    return h + by[0] * SETTINGS.shift + SETTINGS.deeper["list"][0]
+
+
+def make_activation(scale):
+    return lambda h: torch.tanh(scale * h)
+
+
+@dataclasses.dataclass
+class Options:
+    leak: float = 0.5
+    terms: list = dataclasses.field(default_factory=lambda: [0.1, 0.2])
+    other: object = None
+
+
+class Slotted:
+    __slots__ = ("gain",)
+
+    def __init__(self, gain):
+        self.gain = gain
+
+    def __call__(self, h):
+        return self.gain * h
+
+
+class Scaled(nn.Module):
+    """A parametrisation, and a module to swap in."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return self.by * x
+
+
+class Cell(nn.Module):
+    input_size, hidden_size = 3, 4
+    offset, offsets = 0.1, (0.1, 0.2)
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(3, 4)
+        self.decay = nn.Parameter(torch.rand(4))
+        self.register_buffer("floor", torch.rand(4))
+        self.act = nn.Sequential(nn.Tanh(), nn.LayerNorm(4, elementwise_affine=False))
+        self.act.eps = 0.0
+        self.mix, self.gain, self.mode = (0.5, 0.5), 0.7, "tanh"
+        self.options = {"leak": 0.5, "inner": {"terms": [0.1, 0.2]}}
+        self.nested = Options(other=types.SimpleNamespace(weight=0.3))
+        self.queue = collections.deque([0.1, 0.2])
+        self.chosen = {"a", "b"}
+        self.slotted = Slotted(0.4)
+        self.squash = make_activation(0.9)
+        self.partial = functools.partial(torch.mul, other=0.6)
+        self.array = np.array([0.1, 0.2])
+        self.held = [torch.rand(4).double(), self.decay]
+        self.dropout = nn.Dropout(0.0)
+
+    @property
+    def computed(self):
+        return self.gain * self.offset
+
+    def forward(self, x, h):
+        u = self.project(x) + self.computed + self.offsets[1] + SCALE
+        v = self.mix[0] * h + self.options["leak"] * self.options["inner"]["terms"][1] * u
+        v = v + self.nested.leak * self.nested.terms[-1] * self.nested.other.weight
+        v = v + self.queue[0] + ("a" in self.chosen) * 0.3 + self.slotted(self.decay * h)
+        v = shifted(v) + self.squash(h) + self.partial(self.floor) + float(self.array[1])
+        v = v + self.held[0] * 0.1 + self.held[1] * 0.1
+        v = self.dropout(v) + (0.2 if self.training else 0.1)
+        if "extra" in self.options:
+            v = v - 0.3
+        return self.helper(self.act(v) if self.mode == "tanh" else torch.sin(v))
+
+    def helper(self, h):
+        return 0.9 * h
+
+
+def put(owner, name, value):
+    """A change that sets an attribute, of the cell's by path."""
+
+    def change(cell, number):
+        *path, last = name.split(".")
+        of = functools.reduce(getattr, path, owner or cell)
+        setattr(of, last, value(number) if callable(value) else value)
+
+    return change
+
+
+def when(possible, change):
+    """A change that is left out where earlier ones have made it impossible."""
+    return lambda cell, number: change(cell, number) if possible(cell) else None
+
+
+def simple(cell, number, x, h):
+    return torch.tanh(cell.project(x) + number * cell.decay * h)
+
+
+def hook(cell, number):
+    cell.project.register_forward_hook(lambda m, x, y: y * number)
+
+
+def add_merged_adapter(cell, number):
+    cell.project.weight.data = cell.project.weight.data + number
+
+
+CHANGES = {
+    "attribute": put(None, "gain", float),
+    "mode": put(None, "mode", "sin"),
+    "tuple": put(None, "mix", lambda n: (n, 0.5)),
+    "dictionary": lambda c, n: c.options.update(leak=n),
+    "list in dictionaries": lambda c, n: c.options["inner"]["terms"].__setitem__(1, n),
+    "another key": lambda c, n: c.options.update(extra=True),
+    "dataclass": put(None, "nested.leak", float),
+    "list in a dataclass": lambda c, n: c.nested.terms.append(n),
+    "namespace in a dataclass": put(None, "nested.other.weight", float),
+    "another dataclass": put(None, "nested", lambda n: Options(n, [n], c0().nested.other)),
+    "deque": lambda c, n: c.queue.appendleft(n),
+    "set": lambda c, n: c.chosen.discard("a"),
+    "slots": put(None, "slotted.gain", float),
+    "closure": put(None, "squash", make_activation),
+    "inside a closure": lambda c, n: setattr(c.squash.__closure__[0], "cell_contents", n),
+    "partial": put(None, "partial", lambda n: functools.partial(torch.mul, other=n)),
+    "inside a partial": lambda c, n: c.partial.keywords.update(other=n),
+    "array": lambda c, n: c.array.__setitem__(1, n),
+    "tensor in a list": lambda c, n: c.held.__setitem__(0, torch.full((4,), n).double()),
+    "tensor in a list, in place": lambda c, n: c.held[0].fill_(n),
+    "parameter that a list holds": put(
+        None, "decay", lambda n: nn.Parameter(torch.full((4,), n).double())
+    ),
+    "buffer": put(None, "floor", lambda n: torch.full((4,), n).double()),
+    "parameter in place": lambda c, n: c.project.weight.data.mul_(n),
+    "parameter's data": add_merged_adapter,
+    "submodule": put(None, "act", lambda n: nn.Sigmoid()),
+    "module in a submodule": when(
+        lambda c: isinstance(c.act, nn.Sequential),
+        lambda c, n: c.act.__setitem__(0, nn.Softplus(beta=abs(n))),
+    ),
+    "user's submodule": put(None, "act", Scaled),
+    "setting of PyTorch's module": when(
+        lambda c: isinstance(c.act, nn.Sequential), lambda c, n: setattr(c.act[1], "eps", abs(n))
+    ),
+    "class of the cell": lambda c, n: setattr(c, "__class__", Other),
+    "class attribute": put(Cell, "offset", float),
+    "tuple of the class": put(Cell, "offsets", lambda n: (0.0, n)),
+    "method": put(Cell, "helper", lambda n: lambda self, h: n * h),
+    "forward": put(Cell, "forward", lambda n: functools.partialmethod(simple, n)),
+    "property": put(Cell, "computed", lambda n: property(lambda self: n)),
+    "method of an object's class": put(Slotted, "__call__", lambda n: lambda self, h: n * h),
+    "global": lambda c, n: globals().update(SCALE=n),
+    "namespace among globals": put(SETTINGS, "shift", float),
+    "list among globals": lambda c, n: SETTINGS.deeper["list"].__setitem__(0, n),
+    "default of a function": lambda c, n: setattr(shifted, "__defaults__", ((n,),)),
+    "function": lambda c, n: globals().update(shifted=lambda h: h * n),
+    "forward hook": hook,
+    "forward hook on the cell": lambda c, n: c.register_forward_hook(lambda m, x, y: y * n),
+    "forward pre-hook": lambda c, n: c.register_forward_pre_hook(lambda m, x: (x[0] * n, x[1])),
+    "hook of all modules": lambda c, n: nn.modules.module.register_module_forward_hook(
+        lambda m, x, y: y * n if isinstance(m, nn.Linear) else None
+    ),
+    "hook is gone": lambda c, n: c.project._forward_hooks.clear(),
+    "parametrisation": lambda c, n: parametrize.register_parametrization(
+        c.project, "weight", Scaled(n)
+    ),
+    "setting of a parametrisation": when(
+        lambda c: parametrize.is_parametrized(c.project, "weight"),
+        lambda c, n: setattr(c.project.parametrizations.weight[0], "by", n),
+    ),
+    "weight norm": when(
+        lambda c: c.project.bias is not None and not parametrize.is_parametrized(c.project, "bias"),
+        lambda c, n: parametrizations.weight_norm(c.project, "bias", dim=None),
+    ),
+    "no bias": when(
+        lambda c: not parametrize.is_parametrized(c.project, "bias"),
+        put(None, "project.bias", None),
+    ),
+    "evaluation": lambda c, n: c.eval(),
+    "training": lambda c, n: c.train(),
+    "frozen": lambda c, n: c.requires_grad_(False),
+    "single precision and back": lambda c, n: c.float().double(),
+    "forward of the instance": lambda c, n: setattr(c, "forward", lambda x, h: simple(c, -n, x, h)),
+}
+
+
+WITHOUT_EFFECT = {"hook is gone", "setting of a parametrisation", "training", "frozen"}
+WITHOUT_EFFECT |= {"weight norm", "single precision and back"}
+
+
+class Other(Cell):
+    offset = -0.4
+
+
+def c0():
+    return Cell()
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """What changes touch outside of the cell is put back."""
+    restore = _outside()
+    yield
+    restore()
+
+
+def _outside():
+    module = globals()
+    kept = {n: module[n] for n in ("SCALE", "shifted")}
+    kept_classes = {k: dict(vars(k)) for k in (Cell, Slotted)}
+    shift, deeper, defaults = SETTINGS.shift, SETTINGS.deeper["list"][0], shifted.__defaults__
+    everywhere = nn.modules.module._global_forward_hooks
+
+    def restore():
+        module.update(kept)
+        for kind, own in kept_classes.items():
+            for name in ("offset", "offsets", "helper", "forward", "computed", "__call__"):
+                if name in own:
+                    setattr(kind, name, own[name])
+        SETTINGS.shift, SETTINGS.deeper["list"][0] = shift, deeper
+        kept["shifted"].__defaults__ = defaults
+        everywhere.clear()
+
+    return restore
+
+
+def check(rnn, label=""):
+    """Compare a layer with the loop, whose values are returned."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    state = torch.randn(2, 4, dtype=torch.float64)
+    expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
+    assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-10, label=f"{label}: ")
+    return expected["y"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each(change, restored):
+    rnn = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3))
+    before = check(rnn)
+    CHANGES[change](rnn.cell, 0.35)
+    changed = not torch.equal(check(rnn, change), before)
+    assert changed == (change not in WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put(None, "mix", lambda n: (0.5, 0.5)),
+        put(None, "options", lambda n: {"leak": 0.5, "inner": {"terms": [0.1, 0.2]}}),
+        put(None, "squash", lambda n: make_activation(0.9)),
+        put(None, "unread", float),
+        put(None, "nested.unread", float),
+        lambda c, n: c.project.weight.data.mul_(n),
+        put(None, "decay", lambda n: nn.Parameter(torch.rand(4).double())),
+        lambda c, n: c.eval().train(),
+    ],
+)
+def test_not_traced_again_for_equal_values_or_what_is_not_read(change):
+    cell = Cell().double()
+    cell.held.pop()  # the parameter
+    cell.held.append(0.3)
+    rnn = RNN(cell, backend="torch", solver=Newton(chunk=3))
+    before = rnn.evaluation()
+    for number in (0.2, 0.3):
+        change(cell, number)
+        check(rnn)
+        assert rnn.evaluation() is before
+
+
+def test_another_cell_in_the_layer():
+    rnn = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3))
+    check(rnn)
+    rnn.cell = Other().double()
+    check(rnn)
+
+
+def test_a_number_that_changes_at_every_call_is_warned_of():
+    rnn = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3))
+
+    def anneal(steps):
+        for step in steps:
+            rnn.cell.gain = 1 / (2 + step)
+            check(rnn)
+
+    anneal(range(7))
+    with pytest.warns(UserWarning, match=r"the number self\.gain changed.*register_buffer\('gain'"):
+        anneal([7])
+    anneal([8, 9])
+
+
+def test_a_profiler_goes_on_after_a_trace():
+    profiler = cProfile.Profile()
+    with profiler:
+        RNN(Cell())
+        make_activation(0.1)
+    names = {
+        code.co_name for code in (e.code for e in profiler.getstats()) if hasattr(code, "co_name")
+    }
+    assert "make_activation" in names
+    seen = []
+    sys.setprofile(lambda *event: seen.append(event))
+    try:
+        RNN(Cell())
+        assert sys.getprofile() is not None
+    finally:
+        sys.setprofile(None)
+
+
+@settings(max_examples=10)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(CHANGES)), st.sampled_from((0.2, -0.6, 1.1))),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_many(changes):
+    restore = _outside()
+    try:
+        torch.manual_seed(0)
+        rnn = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3))
+        check(rnn)
+        for change, number in changes:
+            CHANGES[change](rnn.cell, number)
+            check(rnn, f"{change} {number}")
+    finally:
+        restore()

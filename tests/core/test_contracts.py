@@ -1,9 +1,11 @@
 """The table: every cell, on every backend, keeps every contract."""
 
+import copy
 import functools
 
 import pytest
 import torch
+from torch import nn
 
 from pararnn import RNN, Newton
 from pararnn.testing import assert_close, check_cell, loop
@@ -77,6 +79,53 @@ def test_resets_equal_loop(name, backend, chunk):
     run_loop = with_resets(functools.partial(loop, rnn.cell), resets)
     expected = outcome(run_loop, rnn.cell, x, both)
     assert_same(outcome(with_resets(rnn, resets), rnn.cell, x, both), expected, 1e-12)
+
+
+class Leaky(nn.Module):
+    """As large as its inputs, whatever their size; channels forget fast and slowly."""
+
+    input_size, hidden_size, num_components = 4, 4, 2
+
+    def __init__(self, mixes):
+        super().__init__()
+        self.decay = nn.Parameter(torch.tensor([0.3, 0.9, 0.99, 0.999]))
+        self.mix = nn.Parameter(torch.randn(4, 4) * 0.02) if mixes else None
+
+    def forward(self, x, state):
+        h, c = state
+        c = self.decay * c + 1e-4 * x
+        new = self.decay * h + (1 - self.decay) * x + c
+        return (new if self.mix is None else new + h @ self.mix), c
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-30, 1e6], ids="size={}".format)
+def test_states_of_any_size(any_backend, size):
+    compare_in_size(Leaky(False), any_backend, size)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-30, 1e6], ids="size={}".format)
+def test_states_of_any_size_that_mix(size):
+    compare_in_size(Leaky(True), "torch", size)
+
+
+def compare_in_size(cell, backend, size):
+    """Relative to the largest of each component; the second is 1e-4 times the first."""
+    rnn = RNN(cell, backend=backend, solver=Newton(chunk=40))
+    x = torch.randn(2, 150, 4) * size
+    state = tuple(torch.randn(2, 4) * size * factor for factor in (1, 1e-4))
+    actual = outcome(rnn, cell, x, state)
+    assert rnn.report.status == "converged"
+    exact = copy.deepcopy(cell).double()
+    run = functools.partial(loop, exact)
+    expected = outcome(run, exact, x.double(), tuple(s.double() for s in state))
+    assert_same(actual, {n: v.float() for n, v in expected.items()}, 1e-5)
+
+
+def test_zeros_converge(any_backend):
+    rnn = RNN(Leaky(False), backend=any_backend, solver=Newton(chunk=9))
+    y, _ = rnn(torch.zeros(1, 40, 4))
+    assert not y.any()
+    assert (rnn.report.status, rnn.report.residual) == ("converged", 0.0)
 
 
 def test_resets_restart_from_zeros(name, backend):

@@ -10,7 +10,6 @@ class Adjoint(Module):
 
     boundaries = ("incoming", "outgoing", "products")
     beside, has_one = "{k} + 1", "{k} + 1 < chunks"
-    measures = ("gaps", "sizes")
 
     def source(self) -> str:
         recurrence, count = self.recurrence, self.recurrence.num_components
@@ -214,7 +213,11 @@ class Adjoint(Module):
             with out.block("else:"):
                 self.run_chunk("length")
 
-    def measure(self, suffix: str) -> None:
+    def nothing_measured(self, suffix: str, shape: str) -> None:
+        for name in ("gaps", "sizes"):
+            self.out(f"{name}{suffix} = tl.zeros({shape}, {self.real})")
+
+    def measure(self, part: int, suffix: str) -> None:
         out, gaps, sizes = self.out, f"gaps{suffix}", f"sizes{suffix}"
         out("apart = tl.where(e == s, 0.0, magnitude(e - s))")
         out(f"{gaps} = tl.maximum({gaps}, apart)")
@@ -292,8 +295,7 @@ class Adjoint(Module):
                     out("here = (k < last) & inside[None, :]")
                     out("first = k * chunk")
                     self.pointers()
-                    self.zeros("gaps")
-                    self.zeros("sizes")
+                    self.nothing_measured("", "[GROUP, BLOCK]")
                     self.gaps("k", "here", "d", "", "outgoing", "incoming")
                     out("kept_at = stored + (b * chunks + k) * tiles + tile")
                     out("kept = tl.load(kept_at, mask=k < last, other=1)")

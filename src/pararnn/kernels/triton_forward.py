@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pararnn.kernels.triton_module import SIZES, Module
+from pararnn.solvers.shooting import SMALL
 
 
 class Forward(Module):
@@ -12,7 +13,6 @@ class Forward(Module):
 
     boundaries = ("guess", "ends", "tangents")
     beside, has_one = "{k} - 1", "{k} > 0"
-    measures = ("gaps",)
 
     def source(self) -> str:
         step = self.recurrence.step
@@ -119,13 +119,32 @@ class Forward(Module):
         for n, value in enumerate(values):
             self.out(f"tl.store(part + {n}, tl.cast({value}, tl.float64))")
 
-    def measure(self, suffix: str) -> None:
-        out, gaps = self.out, f"gaps{suffix}"
+    def nothing_measured(self, suffix: str, shape: str) -> None:
+        for i in self.components:
+            self.out(f"gaps{i}{suffix} = tl.zeros([BLOCK], {self.real})")
+            self.out(f"sizes{i}{suffix} = tl.zeros([BLOCK], {self.real})")
+
+    def measure(self, part: int, suffix: str) -> None:
+        out, gaps, sizes = self.out, f"gaps{part}{suffix}", f"sizes{part}{suffix}"
         out("apart = magnitude(magnitude(e - s) / tl.maximum(tl.abs(e), 1.0))")
-        out(f"{gaps} = tl.maximum({gaps}, tl.where(e == s, 0.0, apart))")
+        out(f"{gaps} = tl.maximum({gaps}, tl.max(tl.where(e == s, 0.0, apart), axis=0))")
+        out(f"{sizes} = tl.maximum({sizes}, tl.max(tl.where(e == e, tl.abs(e), 0.0), axis=0))")
+
+    def residual(self, name: str, suffix: str) -> None:
+        """See `shooting.state_residual`."""
+        parts = [f"gaps{i}{suffix} / {self.scale(f'sizes{i}{suffix}')}" for i in self.components]
+        most = parts[0]
+        for part in parts[1:]:
+            most = f"tl.maximum({most}, {part})"
+        self.out(f"{name} = tl.max({most})")
+
+    def scale(self, sizes: str) -> str:
+        """What residuals below 1 of a channel count relative to."""
+        tiny = 2.0**-1022 if self.variant.precision == "double" else 2.0**-126
+        return f"tl.minimum(tl.maximum({SMALL} * {sizes}, {tiny}), 1.0)"
 
     def judge(self) -> None:
-        self.out("residual = tl.max(gaps_all)")
+        self.residual("residual", "_all")
         self.out("wrong = tl.where(residual <= tolerance, 0, 1)")
 
     def correct(self) -> None:
@@ -144,8 +163,12 @@ class Forward(Module):
             with out.block("for n in range(tl.maximum(low, 1), k + 1):"):
                 self.newton("n", "1.0 - damping")
             out("far = tl.zeros([BLOCK], tl.float32)")
+            out("ended = (every[:, None] + 1 < chunks) & inside[None, :]")
             for i in self.components:
-                out(f"size = tl.maximum(tl.abs(from{i}), 1.0)")
+                at = self.boundary("ends", i, "every[:, None]", "channels[None, :]")
+                out(f"e = tl.load({at}, mask=ended, other=0.0)")
+                out("sizes = tl.max(tl.where(e == e, tl.abs(e), 0.0), axis=0)")
+                out(f"size = tl.maximum(tl.abs(from{i}), {self.scale('sizes')})")
                 out(f"apart = tl.where(delta{i} == 0.0, 0.0, magnitude(delta{i} / size))")
                 out("far = tl.maximum(far, apart.to(tl.float32))")
             out("kept = tl.load(stored + (b * chunks + k) * tiles + tile)")
@@ -180,18 +203,18 @@ class Forward(Module):
             with out.block("if wrong > 0:"):
                 out("rows = tl.arange(0, GROUP)[:, None]")
                 out(f"residual = tl.full([], 0.0, {self.real})")
+                for i in self.components:  # of the chunks before the group
+                    out(f"earlier{i} = tl.zeros([BLOCK], {self.real})")
                 with out.block("for g in range(0, chunks, GROUP):"):
                     out("k = g + rows")
                     out("last = tl.minimum(g + GROUP, chunks)")
                     out("here = (k < last) & inside[None, :]")
                     out("first = k * chunk")
                     self.pointers()
-                    self.zeros("gaps")
-                    self.gaps("k", "here", "d", "", "ends", "guess")
+                    self.measure_group("")
                     out("kept_at = stored + (b * chunks + k) * tiles + tile")
                     out("kept = tl.load(kept_at, mask=k < last, other=1)")
                     out("unwritten = tl.max(1 - kept) * (0 if CORRECTED else 1)")
-                    out("now = tl.max(gaps)")
                     out("seen = now")
                     out("sweeps = tl.full([], 1 if CORRECTED else 0, tl.int32)")
                     out("allowed = sweeps + last - g")
@@ -216,16 +239,24 @@ class Forward(Module):
                             self.save("tangents", "g", (f"{i}{j}" for i, j in self.pairs))
                         self.save("ends", "s", parts)
                         out("tl.debug_barrier()")
-                        self.zeros("gaps")
-                        self.gaps("k", "here", "d", " & (k > g)", "ends", "guess")
-                        out("now = tl.max(gaps)")
+                        self.measure_group(" & (k > g)")
                         out("unwritten = unwritten * 0")
                         out("sweeps += 1")
                         out("iterations = tl.maximum(iterations, tl.minimum(sweeps + 1, most))")
                         out("status = tl.where(sweeps < most, status, 2)")
                         out("seen = tl.where(sweeps < most, now, seen)")
                     out("residual = tl.maximum(residual, seen)")
+                    for i in self.components:
+                        out(f"earlier{i} = sizes{i}")
             self.write_report(("iterations", "residual", "status", "chunks"))
+
+    def measure_group(self, more: str) -> None:
+        """`now`: how far the chunks of a group are from fitting together."""
+        self.nothing_measured("", "[BLOCK]")
+        for i in self.components:
+            self.out(f"sizes{i} = earlier{i}")
+        self.gaps("k", "here", "d", more, "ends", "guess")
+        self.residual("now", "")
 
     def fold(self) -> None:
         """Into `target`, the starts of a group one after another; its first starts exactly."""

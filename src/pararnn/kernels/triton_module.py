@@ -129,7 +129,6 @@ class Module(abc.ABC):
     boundaries: tuple[str, str, str]  # first guesses, ends, and what couples them
     beside: str  # the chunk that a chunk starts from
     has_one: str  # whether there is one
-    measures: tuple[str, ...]  # what `measure` raises
 
     def __init__(self, recurrence: Recurrence, variant: Variant) -> None:
         self.recurrence, self.variant = recurrence, variant
@@ -420,21 +419,20 @@ class Module(abc.ABC):
     def gaps(
         self, k: str, here: str, d: str, more: str, ends: str, guess: str, suffix: str = ""
     ) -> None:
-        """Raise `gaps` to how far chunks start from where the chunks beside them end."""
+        """Take the distances of the starts of chunks from the ends of those beside them."""
         out = self.out
         mask = f"{here} & ({self.has_one.format(k=k)}){more}"
         for i in self.components:
             end = self.boundary(ends, i, self.beside.format(k=k), d)
             out(f"e = tl.load({end}, mask={mask}, other=0.0)")
             out(f"s = tl.load({self.boundary(guess, i, k, d)}, mask={mask}, other=0.0)")
-            self.measure(suffix)
+            self.measure(i, suffix)
 
     def verdict(self, guess: str, ends: str, stored: bool) -> None:
         """`wrong`: whether anything is, in any chunk of these channels."""
         out = self.out
         out("across = channels[None, :]")
-        for name in self.measures:
-            out(f"{name}_all = tl.zeros([ROWS, BLOCK], {self.real})")
+        self.nothing_measured("_all", "[ROWS, BLOCK]")
         out("lacking = tl.zeros([ROWS, 1], tl.int32)")
         with out.block("for g in range(0, chunks, ROWS):"):
             out("every = g + tl.arange(0, ROWS)[:, None]")
@@ -460,8 +458,12 @@ class Module(abc.ABC):
         """`wrong`, from what `measure` found."""
 
     @abc.abstractmethod
-    def measure(self, suffix: str) -> None:
-        """Raise `gaps` by the distance of ends `e` and guesses `s`."""
+    def nothing_measured(self, suffix: str, shape: str) -> None:
+        """Before the first `measure`; `shape` is that of its tensors."""
+
+    @abc.abstractmethod
+    def measure(self, part: int, suffix: str) -> None:
+        """Take the distance of ends `e` and guesses `s` of a component."""
 
     def newton(self, chunk: str, coupling: str) -> None:
         """`from` and `delta`: the corrected start of a chunk, and by how much it is corrected.

@@ -30,7 +30,13 @@ from pararnn.solvers.chunks import (
     states_before,
 )
 from pararnn.solvers.settings import Sequential, Solver
-from pararnn.solvers.shooting import WARM_UP, Progress, shoot
+from pararnn.solvers.shooting import (
+    WARM_UP,
+    Progress,
+    adjoint_residual,
+    shoot,
+    state_residual,
+)
 from pararnn.tracing.mixing import Mixing
 
 _PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
@@ -64,7 +70,6 @@ class Chain(abc.ABC):
     time: int
     run_module: RunModule
 
-    relative = False
     backwards = False
 
     @abc.abstractmethod
@@ -84,6 +89,10 @@ class Chain(abc.ABC):
     @abc.abstractmethod
     def chunks(self, cut: Cut) -> Chunks:
         """The same, cut."""
+
+    @abc.abstractmethod
+    def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
+        """The residual of each sequence, see `shoot`."""
 
     @abc.abstractmethod
     def tangents(
@@ -144,7 +153,7 @@ class Chain(abc.ABC):
             guess,
             settings,
             tolerance,
-            self.relative,
+            self.residual,
             give_up,
             (lambda _: True) if settle else bool,
         )
@@ -215,6 +224,10 @@ class Forward(Chain):
         """See `Chain.chunks`."""
         return Chunks(self.mixing.step, cut, self.edges, *self._begins())
 
+    def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
+        """See `Chain.residual`."""
+        return state_residual(ends, starts, self.group)
+
     def _begins(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """Where states are replaced and by what, as in `Chunks`."""
         if self.starts is None:
@@ -259,7 +272,6 @@ class Backward(Chain):
     grad_states: Sequence[Tensor]
     incoming: Tensor | None = None
 
-    relative = True
     backwards = True
 
     @functools.cached_property
@@ -355,6 +367,10 @@ class Backward(Chain):
     def chunks(self, cut: Cut) -> Chunks:
         """See `Chain.chunks`."""
         return self._cut(cut, self.adjoint_edges)
+
+    def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
+        """See `Chain.residual`."""
+        return adjoint_residual(ends, starts)
 
     def _cut(self, cut: Cut, edges: Sequence[Tensor]) -> Chunks:
         begins = None if self.starts is None else self._ends().unsqueeze(-1)

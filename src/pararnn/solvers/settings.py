@@ -44,8 +44,11 @@ class Solver:
 
     Args:
         tolerance: Converged when every state at a chunk end agrees with the guess that the next
-            chunk was computed from to this, relative to its size where that is above 1. None: 1e-13
-            in float64, 1e-6 in float32, and half the spacing at 1 in half precision.
+            chunk was computed from to this, relative to its size where that is above 1, and to 4
+            times the largest of its channel where all of these are below 1/4, down to the smallest
+            normal number. Adjoints: relative to the largest of their channel. Where channels mix,
+            for channel read component of a group. None: 1e-13 in float64, 1e-6 in float32, and half
+            the spacing at 1 in half precision.
         max_iterations: Iterations before the rest is evaluated step by step; None for as many as
             there are chunks, after which nothing is left.
         chunk: Steps per chunk, or "auto" to choose from shape, device and backend.
@@ -186,7 +189,7 @@ class SolveReport:
 
     @property
     def residual(self) -> float:
-        """Largest disagreement at a chunk end, relative to the state's size where above 1.
+        """Largest disagreement at a chunk end, relative as `Solver.tolerance` says.
 
         Infinite if iterations overflowed before the solve was completed step by step; NaN only if
         the states themselves are.

@@ -26,6 +26,9 @@ from pararnn.solvers.settings import COMPLETED, CONVERGED, SEQUENTIAL, Solver
 from pararnn.tracing.derivatives import Recurrence
 
 WARM_UP = 64  # steps that the first guess looks back; gates that forget more slowly need Newton
+# The residual of a channel whose states are below 1 / SMALL counts relative to SMALL times the
+# largest of them: near 1 rounding needs what that leaves.
+SMALL = 4.0
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ def solve_adjoint(
     limit = min(WARM_UP, problem.chunk)
     out = backend.backward(problem, states, grad_states, zeros, None, limit).flip(1)
     guess = torch.cat([zeros[:, :1], out[:, :-1]], 1)
-    if not shoot(sweep, tangents, guess, settings, tolerance, relative=True).all_converged:
+    if not shoot(sweep, tangents, guess, settings, tolerance, adjoint_residual).all_converged:
         whole = problem.in_one_chunk()
         return solve_adjoint(backend, whole, settings, tolerance, states, grad_states, grad_drives)
     return gradients
@@ -236,13 +239,36 @@ class Progress:
         return torch.stack([self.iterations, self.residual.double(), status.double(), count], 1)
 
 
+def state_residual(ends: Tensor, starts: Tensor, size: int = 1) -> Tensor:
+    """How far chunks of each sequence end from where the next start; NaN where one of them is.
+
+    Every entry against its own size, or 1 if that is larger; where all of a component are small,
+    against these. An entry that overshoots never hides what is wrong elsewhere.
+
+    Args:
+        ends: (batch, chunks, components, hidden), or vectors (batch, chunks, n, groups).
+        starts: Likewise.
+        size: Channels of a group.
+    """
+    apart = torch.where(ends == starts, 0.0, (ends - starts).abs() / ends.abs().clamp_min(1.0))
+    apart, largest = (x.unflatten(2, (-1, size)).amax((1, 3)) for x in (apart, ends.abs()))
+    scale = (SMALL * largest).clamp(torch.finfo(ends.dtype).tiny, 1.0)
+    return (apart / scale).amax((1, 2))
+
+
+def adjoint_residual(ends: Tensor, starts: Tensor) -> Tensor:
+    """The same of adjoints, which are linear, whatever their size: against a group's largest."""
+    apart = (ends - starts).abs() / ends.abs().amax((1, 2), keepdim=True)
+    return torch.where(ends == starts, 0.0, apart).amax((1, 2, 3))
+
+
 def shoot(
     sweep: Callable[[Tensor], Tensor],
     tangents: Callable[[Tensor], Tensor],
     guess: Tensor,
     settings: Solver,
     tolerance: float,
-    relative: bool = False,
+    residual_of: Callable[[Tensor, Tensor], Tensor] = state_residual,
     give_up: bool = False,
     holds: Callable[[Tensor], bool] = bool,
 ) -> Progress:
@@ -255,8 +281,8 @@ def shoot(
         guess: First states; those of the first chunk are exact.
         settings: Coupling, damping, iterations.
         tolerance: The tolerance that holds.
-        relative: Adjoints: measure the residual of a channel against its largest end, for they have
-            no natural scale; else every entry against its own size, or 1 if that is larger.
+        residual_of: The residual of each sequence, from the ends of all chunks but the last and the
+            starts of those that follow.
         give_up: Stop once the residual, shrinking as it did, will not reach the tolerance in the
             iterations that are left.
         holds: Whether all have converged, from the answer on the device: `bool` waits for it.
@@ -271,7 +297,7 @@ def shoot(
     largest: list[float] = []
     for iteration in range(1, most + 1):
         ends = sweep(guess)
-        residual = _residual(ends[:, :-1], guess[:, 1:], relative)
+        residual = residual_of(ends[:, :-1], guess[:, 1:])
         converged = residual <= tolerance
         iterations = torch.where(converged, iterations.clamp_max(iteration), iterations)
         if holds(converged.all()):
@@ -303,16 +329,6 @@ def _coupling(kind: str, tangents: Callable[[Tensor], Tensor], guess: Tensor) ->
     if kind == "diagonal":
         return tangents(guess).diagonal(dim1=2, dim2=3).transpose(2, 3)
     return (torch.ones_like if kind == "identity" else torch.zeros_like)(guess)
-
-
-def _residual(ends: Tensor, starts: Tensor, relative: bool) -> Tensor:
-    """How far chunks of each sequence end from where the next start; NaN where one of them is.
-
-    Never against the largest of all: an entry that overshoots would hide what is wrong elsewhere.
-    """
-    scale = ends.abs().amax((1, 2), keepdim=True) if relative else ends.abs().clamp_min(1.0)
-    apart = (ends - starts).abs() / scale
-    return torch.where(ends == starts, 0.0, apart).amax((1, 2, 3))
 
 
 def newton_update(ends: Tensor, guess: Tensor, coupling: Tensor, damping: float) -> Tensor:

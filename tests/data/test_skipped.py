@@ -354,3 +354,20 @@ def test_paths_may_be_text(texts, tmp_path):
 def test_on_error_is_checked():
     with pytest.raises(ValueError, match='on_error is \'ignore\'; it must be "stop" or "skip"'):
         PrepareConfig(sources="a", on_error="ignore")
+
+
+def test_rows_of_a_dataset_without_a_text(tmp_path, make):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    rows = [*ROWS[:15], {"text": None}, {"text": ""}, *ROWS[15:]]
+    (tmp_path / "set/a.jsonl").write_bytes(lines_of(rows))
+    source = f"datasets:{tmp_path}/set"
+    data = make(source)
+    assert all_texts(data) == sorted(SENTENCES)
+    assert data.skipped.reasons == {
+        "row without a text": {"count": 1, "first": [f"row 15 of {tmp_path}/set"]},
+        "empty": {"count": 1, "first": [f"row 16 of {tmp_path}/set"]},
+    }
+    (tmp_path / "set/a.jsonl").write_bytes(lines_of([{"text": 1}, {"text": 2}]))
+    with pytest.raises(RunError, match=r"row 0 of .* holds int as 'text'.*--on-error skip"):
+        make(source, name="numbers")

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pararnn.data import PrepareConfig
+from pararnn.data import PrepareConfig, tokenization
 from pararnn.training import RunError
 
 from .conftest import contents, documents, sentence
@@ -114,7 +114,65 @@ def test_not_a_tokenizer(texts, make, tmp_path):
         make(texts, tokenizer=str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("tokenizer", ["train:", "train:many", "train:256", "train:-300"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    ["train:", "train:many", "train:256", "train:-300", "train:1000000000", "train:" + "9" * 30],
+)
 def test_wrong_vocabulary(tokenizer):
-    with pytest.raises(ValueError, match="write train:VOCAB_SIZE with at least 257"):
+    with pytest.raises(
+        ValueError, match="write train:VOCAB_SIZE with at least 257 and at most 1,0"
+    ):
         PrepareConfig(sources=("a",), tokenizer=tokenizer)
+
+
+def test_a_vocabulary_that_no_model_could_have(texts, make, tmp_path):
+    folder = word_tokenizer(tmp_path / "words", eos_token="</s>")
+    path = tmp_path / "words/tokenizer.json"
+    path.write_text(path.read_text().replace("70000", "1000000000"))
+    with pytest.raises(RunError, match=r"vocabulary of 1,000,000,001 tokens; at most 1,048,576"):
+        make(texts, tokenizer=folder)
+
+
+def test_files_that_are_not_known_are_refused(texts, make, monkeypatch):
+    known = tokenization.TOKENIZER_FILES - {"tokenizer_config.json"}
+    monkeypatch.setattr(tokenization, "TOKENIZER_FILES", known)
+    with pytest.raises(RunError, match=r"files that are not known here \(tokenizer_config.json\)"):
+        make(texts, tokenizer="train:300")
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(texts, make, tmp_path):
+    folder = tmp_path / "words"
+    word_tokenizer(folder, eos_token="</s>")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(RunError, match="cannot load the tokenizer"):
+        make(texts, tokenizer=str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_is_loaded_anew_when_its_files_change(tmp_path):
+    folder = tmp_path / "words"
+    word_tokenizer(folder, eos_token="</s>")
+    first = tokenization.load_tokenizer(folder)
+    assert tokenization.load_tokenizer(folder) is first
+    word_tokenizer(folder, eos_token="gate")
+    assert (first.separator, tokenization.load_tokenizer(folder).separator) == (1, 2)
+
+
+def test_a_tokenizer_changed_between_two_calls_is_refused(texts, make, tmp_path, monkeypatch):
+    """One that is found by its path could be another when a stopped run goes on."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pararnn.data.units.Merger.merge_last", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(texts, tokenizer="train:300")
+    path = tmp_path / "tokens/tokenizer/tokenizer_config.json"
+    path.write_text(path.read_text().replace("<|endoftext|>", "a"))
+    with pytest.raises(
+        RunError, match=r"tokenizer_config.json does not have its checksum; restore"
+    ):
+        make(texts, tokenizer="train:300")

@@ -37,7 +37,7 @@ class Corpus:
         num_train_bytes: Text bytes of `train`, without the separators.
         num_validation_bytes: The same of `validation`.
         num_files: Files used.
-        num_skipped: Files of the folder that are left out.
+        num_skipped: Files of the folder that are left out, but for hidden and empty ones.
         sha256: Digest of both files together.
         skipped: Why they are, as `Skipped` has it.
     """
@@ -92,18 +92,19 @@ def _read_all(data: Path | None, files: list[SourceFile], skipped: Skipped) -> "
     """Texts that are not empty; the other files are counted, or raise when the user named them."""
     texts, first_error = [], None
     for file in files:
+        name = file.name if data is None else str(file.path)
         try:
             text = _read(file.path)
         except UnusableError as error:
             if file.named or not error.by_kind:
                 raise
             first_error = first_error or error
-            skipped.add(Skip(str(file.path), error.reason))
+            skipped.add(Skip(name, error.reason))
         else:
             if text:
                 texts.append((file, text))
             else:
-                skipped.add(Skip(str(file.path), EMPTY))
+                skipped.add(Skip(name, EMPTY))
     if not texts:
         only_empty = set(skipped.reasons) == {EMPTY}
         counted = "every file is empty" if only_empty else "; ".join(skipped.describe())
@@ -143,7 +144,7 @@ def _write_corpus(texts: "_Texts", skipped: Skipped, folder: Path, held_out: flo
         num_train_bytes=sum(len(text) for _, text in split[0]),
         num_validation_bytes=sum(len(text) for _, text in split[1]),
         num_files=len(texts),
-        num_skipped=skipped.total,
+        num_skipped=skipped.lost.total,
         sha256=_digest(folder),
         skipped=skipped.reasons,
     )

@@ -72,7 +72,7 @@ class Index:
 def write_index(folder: Path, index: Index) -> None:
     """Write `index.json`; the folder is finished then."""
     values = dataclasses.asdict(index)
-    values |= {"skipped": index.skipped.reasons, "num_skipped": index.skipped.total}
+    values |= {"skipped": index.skipped.reasons, "num_skipped": index.skipped.lost.total}
     write_sealed(folder / INDEX, values)
 
 

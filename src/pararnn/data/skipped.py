@@ -43,10 +43,14 @@ class Skipped:
             here["first"] = [*here["first"], *more["first"]][:FIRST]
 
     @property
+    def lost(self) -> "Skipped":
+        """Without what is hidden or empty."""
+        return Skipped({r: e for r, e in self.reasons.items() if r not in (EMPTY, HIDDEN)})
+
+    @property
     def total(self) -> int:
-        """How much it is, without what is hidden or empty."""
-        reasons = set(self.reasons) - {EMPTY, HIDDEN}
-        return sum(self.reasons[reason]["count"] for reason in reasons)
+        """How much it is."""
+        return sum(entry["count"] for entry in self.reasons.values())
 
     def describe(self) -> list[str]:
         """A line for each reason."""

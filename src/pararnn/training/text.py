@@ -141,8 +141,8 @@ def flat_split(texts: list[bytes], codec: Codec, folder: Path) -> TokenSplit:
 
 def _from_corpus(config: TrainConfig, corpus: Corpus) -> Text:
     source = "Python's standard library" if config.data is None else str(config.data)
-    reasons = "; ".join(Skipped(corpus.skipped).describe())
-    skipped = f" (skipped: {reasons})" if corpus.skipped else ""
+    lost = Skipped(corpus.skipped).lost.describe()
+    skipped = f" (skipped: {'; '.join(lost)})" if lost else ""
     return Text(
         flat_bytes(corpus.train),
         flat_bytes(corpus.validation),

@@ -212,6 +212,7 @@ def _iterations(
         tried = Evaluation(evaluation.traced, choice, solver, evaluation.features)
         with torch.no_grad():
             _, values = tried.run(tensors, [x], first, None)
+        assert values is not None
         return SolveReport(values)
 
     residuals, needed = {}, {}

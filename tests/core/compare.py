@@ -57,6 +57,14 @@ def outcome(run, module, x, state, seed=1):
     return {name: v.detach() for name, v in values.items()}
 
 
+def twice(run, x, state):
+    """A gradient by x, and the gradient of that, of `run(x, state) -> (y, state)`."""
+    x = x.detach().clone().requires_grad_()
+    (once,) = torch.autograd.grad(run(x, state)[0].sin().sum(), x, create_graph=True)
+    (again,) = torch.autograd.grad(once.sin().sum(), x)
+    return {"once": once.detach(), "twice": again}
+
+
 def one_by_one(cell, lengths):
     """A loop over sequences packed one after another, as `run` of `outcome`."""
 

@@ -15,7 +15,7 @@ from pararnn import RNN, Newton
 from pararnn.testing import assert_close, loop
 
 from .cells import make_cell
-from .compare import as_tuple, assert_same, one_by_one, outcome, random_state
+from .compare import as_tuple, assert_same, one_by_one, outcome, random_state, twice
 
 
 @pytest.fixture(params=["paralstm", "surroundings"])
@@ -203,12 +203,9 @@ def test_distributed_data_parallel(rnn, example):
         assert_close(name, parameter.grad, expected[name], rtol=1e-14)
 
 
-def test_gradient_of_gradient_is_refused(rnn, example):
+def test_gradient_of_gradient_equals_loop(rnn, example):
     x, state = example
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(rnn(x, state)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"gradient of a gradient .* is not available"):
-        gradient.square().sum().backward()
+    assert_same(twice(rnn, x, state), twice(functools.partial(loop, rnn.cell), x, state), 1e-10)
 
 
 def test_gradcheck(rnn, example):

@@ -15,7 +15,15 @@ from pararnn.solvers import automatic, shooting
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell
-from .compare import as_tuple, assert_same, one_by_one, outcome, random_state, with_resets
+from .compare import (
+    as_tuple,
+    assert_same,
+    one_by_one,
+    outcome,
+    random_state,
+    twice,
+    with_resets,
+)
 
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-5}
 INPUT, HIDDEN = 5, 6
@@ -618,13 +626,13 @@ def test_operators_keep_their_promises():
     )
 
 
-def test_gradient_of_a_gradient_is_refused():
-    rnn = RNN(make("gru"), solver=Newton(chunk=8))
-    x, _ = data(rnn)
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(rnn(x)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="the gradient of a gradient"):
-        gradient.square().sum().backward()
+@pytest.mark.parametrize("solver", [Newton(chunk=8), Jacobi(chunk=8), Sequential(), None])
+def test_gradient_of_a_gradient_equals_loop(solver):
+    """Whatever solves: a second derivative goes step by step."""
+    rnn = RNN(make("gru"), solver=solver)
+    x, state = data(rnn)
+    expected = twice(functools.partial(loop, rnn.cell), x, state)
+    assert_same(twice(rnn, x, state), expected, RTOL[torch.float64])
 
 
 @pytest.mark.parametrize("solver", [Newton(chunk=1), Jacobi(chunk=8), None])

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pararnn.kernels.fused import runs as runs_in_one_kernel
 from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_steps
-from pararnn.kernels.operators import no_second_derivative
+from pararnn.kernels.operators import gradients_of_loop, no_second_derivative, refuse_tangents
 from pararnn.kernels.pointwise import run as run_module
+from pararnn.solvers import chunks as plain
 from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Jacobi, Sequential, Solver, act_on_failure
@@ -219,6 +220,22 @@ _library.define(
 # of the differentiable edges and of `initial`.
 
 
+def step_by_step(
+    edges: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    batch: int,
+    time: int,
+    plan: str,
+) -> list[Tensor]:
+    """The states by PyTorch operations, which can be differentiated in every way."""
+    chosen = _plans[plan]
+    with torch.autocast(initial.device.type, enabled=False):
+        chain = chosen.forward(edges, initial, starts, batch, time)
+        states, _ = chain.solve(Sequential(), 0.0, plain.run_steps)
+    return [s.to(chosen.state_dtype(edges, initial)) for s in states]
+
+
 def _mixing(
     edges: Sequence[Tensor],
     initial: Tensor,
@@ -227,6 +244,7 @@ def _mixing(
     time: int,
     plan: str,
 ) -> list[Tensor]:
+    refuse_tangents()
     chosen, count = _plans[plan], len(edges)
     if batch == 0:
         return _fake_mixing(edges, initial, starts, batch, time, plan)
@@ -256,6 +274,7 @@ def _mixing_backward(
     grad_states: Sequence[Tensor | None],
     plan: str,
 ) -> list[Tensor]:
+    refuse_tangents()
     chosen, mixing, count = _plans[plan], _plans[plan].mixing, len(edges)
     if batch == 0:
         return [torch.zeros_like(t) for t in (*(edges[i] for i in mixing.differentiable), initial)]
@@ -327,6 +346,11 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     saved = ctx.saved_tensors  # once: checkpointing computes them anew for every look
     edges, (initial, starts, *states) = saved[: ctx.count], saved[ctx.count :]
+    if torch.is_grad_enabled():  # somebody will differentiate once more
+        given = (starts, ctx.batch, ctx.time, ctx.plan)
+        loop = lambda initial, *edges: step_by_step(edges, initial, *given)  # noqa: E731
+        of_initial, *of_edges = gradients_of_loop(loop, [initial, *edges], grads[:-1])
+        return of_edges, of_initial, None, None, None, None
     *found, initial_gradient = torch.ops.pararnn.mixing_backward(
         edges, initial, starts, ctx.batch, ctx.time, states, list(grads[:-1]), ctx.plan
     )

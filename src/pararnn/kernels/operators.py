@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pararnn.kernels.c_backend import CBackend
 from pararnn.kernels.torch_backend import TorchBackend
@@ -40,6 +42,12 @@ def plan(recurrence: Recurrence, layout: Layout, backend: str, settings: Solver)
         name = f"{key}-{backend}-{rest}"
         _plans[name] = (made, layout, settings)
     return name
+
+
+def plan_like(name: str, recurrence: Recurrence, layout: Layout) -> str:
+    """A plan for another recurrence, with the backend and settings of one."""
+    backend, _, settings = _plans[name]
+    return plan(recurrence, layout, backend.name, settings)
 
 
 def backend_of(name: str) -> Backend:
@@ -85,13 +93,99 @@ def _drives(backend: Backend, layout: Layout, sources: Sequence[Tensor]) -> list
     return drives if backend.takes_heads else [d.flatten(2) for d in drives]
 
 
-def _recurrence(
+def flat_problem(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    name: str,
+) -> Problem:
+    """The same in the type of the arithmetic, all drives (batch, time, hidden)."""
+    problem = _problem(drives, coefficients, initial, starts, name)
+    return replace(problem, drives=[d.flatten(2) for d in problem.drives]).converted()
+
+
+def step_by_step(
     drives: Sequence[Tensor],
     coefficients: Sequence[Tensor],
     initial: Tensor,
     starts: Tensor | None,
     name: str,
 ) -> list[Tensor]:
+    """The states by PyTorch operations, which can be differentiated in every way."""
+    kept_in = _problem(drives, coefficients, initial, starts, name).state_dtype
+    with torch.autocast(initial.device.type, enabled=False):
+        problem = flat_problem(drives, coefficients, initial, starts, name)
+        now: Sequence[Tensor] = problem.first_states().unbind(1)
+        history = []
+        steps = zip(*(d.unbind(1) for d in problem.drives), strict=True)
+        for t, given in enumerate(steps):
+            if starts is not None:
+                fresh = problem.initial[starts[:, t].long().clamp_min(0)].unbind(1)
+                begins = (starts[:, t] >= 0).unsqueeze(-1)
+                now = [torch.where(begins, f, n) for f, n in zip(fresh, now, strict=True)]
+            now = problem.recurrence.function(*now, *given, *problem.coefficients)
+            history.append(now)
+        return [torch.stack(h, 1).to(kept_in) for h in zip(*history, strict=True)]
+
+
+def gradients_of_loop(
+    loop: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of a loop's inputs, to be differentiated once more."""
+    # of one tensor given twice each has a gradient
+    own = [None if i is None else i.view_as(i) for i in inputs]
+    pairs = zip(loop(*own), grads, strict=True)
+    states, given = zip(*((s, g) for s, g in pairs if g is not None), strict=True)
+    wanted = [i for i in own if i is not None and i.requires_grad]
+    found = torch.autograd.grad(states, wanted, given, create_graph=True, allow_unused=True)
+    remaining = iter(found)
+    return [next(remaining) if i is not None and i.requires_grad else None for i in own]
+
+
+def refuse_tangents() -> None:
+    """Refuse what an operator would lose."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "pararnn: forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) do not pass "
+            "through an exported or compiled layer; call the layer itself."
+        )
+
+
+def _recurrence(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    plan: str,
+) -> list[Tensor]:
+    refuse_tangents()
+    return solve(drives, coefficients, initial, starts, plan)
+
+
+def _recurrence_backward(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    states: Sequence[Tensor],
+    grad_states: Sequence[Tensor | None],
+    plan: str,
+) -> list[Tensor]:
+    refuse_tangents()
+    return solve_adjoint(drives, coefficients, initial, starts, states, grad_states, plan)
+
+
+def solve(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    name: str,
+) -> list[Tensor]:
+    """What `pararnn::recurrence` does."""
     backend, _, settings = _plans[name]
     if drives[0].shape[0] == 0:
         return _fake_recurrence(drives, coefficients, initial, starts, name)
@@ -102,7 +196,7 @@ def _recurrence(
     return [*states, report]
 
 
-def _recurrence_backward(
+def solve_adjoint(
     drives: Sequence[Tensor],
     coefficients: Sequence[Tensor],
     initial: Tensor,
@@ -111,6 +205,7 @@ def _recurrence_backward(
     grad_states: Sequence[Tensor | None],
     name: str,
 ) -> list[Tensor]:
+    """What `pararnn::recurrence_backward` does."""
     backend, layout, settings = _plans[name]
     if drives[0].shape[0] == 0:
         return [torch.zeros_like(t) for t in (*drives, *coefficients, initial)]
@@ -193,11 +288,30 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     drives, saved = saved[:num_drives], saved[num_drives:]
     coefficients, saved = saved[:num_coefficients], saved[num_coefficients:]
     initial, starts, *states = saved
+    if torch.is_grad_enabled():  # somebody will differentiate once more
+        return _differentiable_backward(ctx, drives, coefficients, initial, starts, grads[:-1])
     found = torch.ops.pararnn.recurrence_backward(
         drives, coefficients, initial, starts, states, list(grads[:-1]), ctx.plan
     )
     split = num_drives + num_coefficients
     return found[:num_drives], found[num_drives:split], found[split], None, None
+
+
+def _differentiable_backward(
+    ctx: Any,
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    grads: Sequence[Tensor | None],
+) -> Any:
+    count = len(drives)
+
+    def loop(initial: Tensor, *sources: Tensor) -> list[Tensor]:
+        return step_by_step(sources[:count], sources[count:], initial, starts, ctx.plan)
+
+    of_initial, *found = gradients_of_loop(loop, [initial, *drives, *coefficients], grads)
+    return found[:count], found[count:], of_initial, None, None
 
 
 def no_second_derivative(ctx: Any, grads: Any) -> Any:

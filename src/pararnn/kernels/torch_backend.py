@@ -24,7 +24,7 @@ class TorchBackend(ShootingBackend):
 
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
-        self.step = torch_function(recurrence.step, recurrence.leaves)
+        self.step = recurrence.function
 
     @functools.cached_property
     def step_with_jacobian(self) -> Callable[..., tuple[Tensor, ...]]:

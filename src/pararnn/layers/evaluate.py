@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pararnn.kernels import mixing, operators
+from pararnn.kernels import mixing, operators, transforms
 from pararnn.kernels.c_backend import CBackend
 from pararnn.kernels.c_build import find_compiler
 from pararnn.kernels.lowering import NotLowered, lower
@@ -20,6 +20,7 @@ from pararnn.layers.replayed import Call
 from pararnn.solvers.automatic import coupling
 from pararnn.solvers.settings import Newton, Sequential, Solver
 from pararnn.tracing.derivatives import Recurrence
+from pararnn.tracing.modes import transformed
 from pararnn.tracing.structure import Traced
 
 NAMES = ("auto", *operators.BACKENDS)
@@ -205,7 +206,7 @@ class Evaluation:
         inputs: Sequence[Tensor],
         initial: Tensor,
         starts: Tensor | None,
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Evaluate at all times.
 
         Args:
@@ -215,11 +216,14 @@ class Evaluation:
             starts: See `Problem.starts`.
 
         Returns:
-            One (batch, time, hidden) per component, and the values of the report.
+            One (batch, time, hidden) per component, and the values of the report; there is none
+            under transforms, where the members of an ensemble have one each.
         """
         fixed = [*tensors, *self.input_part.constants]
         given = [*fixed, *inputs, initial, starts]
         time = inputs[0].shape[1]
+        if transformed():
+            return self._transformed(self.edges(fixed, inputs), initial, starts, time), None
         call = None
         if not torch.compiler.is_compiling() and time > 1 and self._never_waits(given, initial):
             call = Call.now(self, len(fixed), given)
@@ -239,13 +243,16 @@ class Evaluation:
             batch = (initial if starts is None else starts).shape[0]
             return torch.ops.pararnn.mixing(edges, initial, starts, batch, time, self.plan)
         count = layout.num_drive_sources
-        if self.choice.automatic:
-            self._build(any(t.dtype is torch.float64 for t in (*edges, initial)))
+        self._build(edges, initial)
         return torch.ops.pararnn.recurrence(
             edges[:count], edges[count:], initial, starts, self.plan
         )
 
-    def _build(self, double: bool) -> None:
+    def _build(self, edges: Sequence[Tensor], initial: Tensor) -> None:
+        if self.choice.automatic:
+            self._build_or_not(any(t.dtype is torch.float64 for t in (*edges, initial)))
+
+    def _build_or_not(self, double: bool) -> None:
         """Have the kernels of one type; where that fails, go on with PyTorch operations."""
         backend = operators.backend_of(self.plan)
         obstacle = backend.obstacle(double) if isinstance(backend, CBackend) else None
@@ -255,7 +262,7 @@ class Evaluation:
             self.plan = self._plan()
 
     # The compiler calls it as it is, and then reads which plan there is
-    vars(_build)["_dynamo_marked_constant"] = True
+    vars(_build_or_not)["_dynamo_marked_constant"] = True
 
     def _plan(self) -> str:
         traced = self.traced
@@ -263,6 +270,28 @@ class Evaluation:
         assert traced.layout is not None
         settings = self.solver or Newton()
         return operators.plan(traced.recurrence, traced.layout, self.choice.name, settings)
+
+    def step_by_step(
+        self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
+    ) -> list[Tensor]:
+        """The states, by operations that can be differentiated in every way."""
+        layout = self.traced.layout
+        if layout is None:
+            batch = (initial if starts is None else starts).shape[0]
+            return mixing.step_by_step(edges, initial, starts, batch, time, self.plan)
+        count = layout.num_drive_sources
+        return operators.step_by_step(edges[:count], edges[count:], initial, starts, self.plan)
+
+    def _transformed(
+        self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
+    ) -> list[Tensor]:
+        """The states under transforms."""
+        layout = self.traced.layout
+        if layout is None:
+            return self.step_by_step(edges, initial, starts, time)
+        count = layout.num_drive_sources
+        self._build(edges, initial)
+        return transforms.recurrence(edges[:count], edges[count:], initial, starts, self.plan)
 
     def solve_adjoint(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pararnn.kernels.graphs import SMALL, Graphs, is_capturing
+from pararnn.kernels.operators import gradients_of_loop
 
 if TYPE_CHECKING:
     from pararnn.layers.evaluate import Evaluation
@@ -78,6 +79,8 @@ class Call:
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """The gradients of what was given, where they are needed."""
+        if torch.is_grad_enabled():  # somebody will differentiate once more
+            return gradients_of_loop(self._loop, given, grad_states)
         count, total = len(states), len(given)
         needed = tuple(needed)
 
@@ -85,16 +88,12 @@ class Call:
             own, states = tensors[:total], tensors[total : total + count]
             # cuBLAS warns where a thread, here one of autograd's, launches nothing else before it
             states[0].new_zeros(1)
-            if not torch.is_grad_enabled():
-                pairs = zip(own, needed, strict=True)
-                own = [None if t is None else t.detach().requires_grad_(n) for t, n in pairs]
+            pairs = zip(own, needed, strict=True)
+            own = [None if t is None else t.detach().requires_grad_(n) for t, n in pairs]
             return self._gradients(own, states, tensors[total + count :], needed)
 
         tensors = [*given, *states, *grad_states]
-        if torch.is_grad_enabled():
-            found = run(tensors)  # so that whoever asks for gradients of these is told
-        else:
-            found = self._graphs.call(("backward", needed, *self._form), run, tensors)
+        found = self._graphs.call(("backward", needed, *self._form), run, tensors)
         remaining = iter(found)
         return [next(remaining) if n else None for n in needed]
 
@@ -117,6 +116,11 @@ class Call:
         *_, initial, starts = given
         return self.layer.solve(self._edges(given), initial, starts, given[self.count].shape[1])
 
+    def _loop(self, *given: Any) -> list[Tensor]:
+        *_, initial, starts = given
+        time = given[self.count].shape[1]
+        return self.layer.step_by_step(self._edges(given), initial, starts, time)
+
     def _gradients(
         self,
         given: Sequence[Any],
@@ -124,11 +128,10 @@ class Call:
         grad_states: Sequence[Tensor | None],
         needed: Sequence[bool],
     ) -> list[Tensor]:
-        with_graph = torch.is_grad_enabled()
         *rest, initial, starts = given
         with torch.enable_grad():
             edges = self._edges(given)
-        plain = edges if with_graph else [e.detach() for e in edges]
+        plain = [e.detach() for e in edges]
         found, of_initial = self.layer.solve_adjoint(plain, initial, starts, states, grad_states)
         used = [i for i in found if edges[i].requires_grad]
         wanted = [t for t, n in zip(rest, needed, strict=False) if n]
@@ -138,7 +141,6 @@ class Call:
                 [edges[i] for i in used],
                 wanted,
                 [found[i] for i in used],
-                create_graph=with_graph,
                 materialize_grads=True,
             )
         return [*gradients, of_initial] if needed[-2] else list(gradients)

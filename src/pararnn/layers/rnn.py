@@ -13,6 +13,7 @@ from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
+from pararnn.tracing.modes import transformed
 from pararnn.tracing.structure import Traced, trace
 from pararnn.tracing.watch import Annealed, Watched
 
@@ -230,6 +231,7 @@ class RNN(nn.Module):
         one_call = isinstance(self.cell, nn.RNNCellBase) and not torch.is_grad_enabled()
         return (
             not torch.compiler.is_compiling()
+            and not transformed()
             and x.shape[0] > 0
             and evaluation.prefers_cell(x.shape[0], time, x.device.type, one_call)
             and own not in _HALF
@@ -277,7 +279,7 @@ class RNN(nn.Module):
             self._refuse_types(error, x.dtype)
             raise
         if not torch.compiler.is_compiling():
-            self._report = report.detach() if len(report) else None
+            self._report = None if report is None or not len(report) else report.detach()
         dtype = x.dtype if x.is_floating_point() else states[0].dtype
         if last is None:
             final = [s[:, -1] for s in states]

@@ -77,6 +77,16 @@ class Problem:
         """The state before time 0, (batch, components, hidden)."""
         return self.initial if self.starts is None else self.initial[self.starts[:, 0].long()]
 
+    def states_before(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The states before all steps, components (batch, time, hidden), from those after."""
+        first = self.first_states().unsqueeze(1).unbind(2)
+        before = [torch.cat([f, s[:, :-1]], 1) for f, s in zip(first, states, strict=True)]
+        if self.starts is None:
+            return before
+        fresh = self.initial[self.starts.long().clamp_min(0)].unbind(2)
+        begins = (self.starts >= 0).unsqueeze(-1)
+        return [torch.where(begins, f, b) for f, b in zip(fresh, before, strict=True)]
+
     def converted(self) -> Problem:
         """The same problem with every tensor in the type of the arithmetic, last stride 1."""
         return replace(

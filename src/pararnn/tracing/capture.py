@@ -17,7 +17,6 @@ from pararnn.tracing.ran import Ran
 from pararnn.tracing.recorder import (
     Look,
     TraceError,
-    aten,
     is_differentiable,
     record,
     show_place,
@@ -328,7 +327,7 @@ def _rows_node(
 ) -> fx.Node:
     if (slope, offset) not in known:
         with graph.inserting_after(x):
-            node = graph.call_function(aten.sym_size.int, (x, 0))
+            node = graph.call_function(torch.Tensor.size, (x, 0))
         for function, value in ((operator.mul, slope), (operator.add, offset)):
             if value != (1 if function is operator.mul else 0):
                 with graph.inserting_after(node):
@@ -359,7 +358,7 @@ def shape_at(node: fx.Node, rows: int) -> tuple[int, ...]:
 
 def count_of(node: fx.Node, rows: int) -> int:
     """The value of a node that counts rows."""
-    if node.target is aten.sym_size.int:
+    if node.target is torch.Tensor.size:
         return rows
     count, number = node.args
     return node.target(count_of(count, rows), number)  # type: ignore

@@ -23,6 +23,7 @@ from pararnn.tracing.expressions import (
     serialize,
     topological,
 )
+from pararnn.tracing.modes import untransformed
 from pararnn.tracing.operations import creation_value, express
 from pararnn.tracing.recorder import aten, record
 
@@ -47,6 +48,11 @@ class Recurrence:
     def num_components(self) -> int:
         """Tensors in the state."""
         return len(self.step)
+
+    @functools.cached_property
+    def function(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The step on tensors: `(*states, *drives, *coefficients) -> states`."""
+        return torch_function(self.step, self.leaves)
 
     @functools.cached_property
     def key(self) -> str:
@@ -81,7 +87,7 @@ class Recurrence:
 
     @functools.cached_property
     def _derivatives(self) -> tuple[tuple[tuple[Operand, ...], ...], tuple[Operand, ...]]:
-        return _derive(self)
+        return untransformed(lambda: _derive(self))
 
 
 def _derive(

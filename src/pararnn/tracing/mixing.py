@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from pararnn.tracing.capture import Capture, record_rows
+from pararnn.tracing.modes import untransformed
 from pararnn.tracing.partition import (
     AsItIs,
     InputPart,
@@ -146,8 +147,7 @@ class Mixing:
     @functools.cached_property
     def adjoint(self) -> Adjoint:
         """The adjoint recurrence."""
-        with recording(self.device):
-            return _adjoint(self)
+        return untransformed(lambda: _adjoint(self))
 
     @functools.cached_property
     def differentiable(self) -> tuple[int, ...]:
@@ -220,6 +220,11 @@ def vjp(
 
 
 def _adjoint(of: Mixing) -> Adjoint:
+    with recording(of.device):
+        return _recorded_adjoint(of)
+
+
+def _recorded_adjoint(of: Mixing) -> Adjoint:
     count = of.num_components
     moving = tuple(i for i, e in enumerate(of.edges) if e.by_rows)
     fixed = [i for i, e in enumerate(of.edges) if not e.by_rows]

@@ -243,7 +243,7 @@ def input_part(parts: Partition, outputs: Sequence[Output]) -> InputPart:
     inputs = {n: str(n.target) for n in (*own, *constants, *given)}  # never a name of the user's
     body = [n for n in capture.graph.nodes if n in needed and n.op == "call_function"]
     graph, new = copy_graph(parts, body, inputs, given[0])
-    rows = graph.call_function(aten.sym_size.int, (new[given[0]], 0))
+    rows = graph.call_function(torch.Tensor.size, (new[given[0]], 0))
     graph.output(tuple(o.emit(graph, new[o.edge], rows) for o in outputs))
     if not rows.users:
         graph.erase_node(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.gradients import check_gradients
 from pararnn.tracing.mixing import Mixing, mixing
+from pararnn.tracing.modes import stand_in, transformed, untransformed
 from pararnn.tracing.partition import (
     AsItIs,
     InputPart,
@@ -106,6 +107,21 @@ def trace(
     Raises:
         TraceError: The step cannot be evaluated for all times; the message names the line.
     """
+    call = (inputs, hidden_size, num_components, is_tuple, dtype, device)
+    if transformed():
+        subject = replace(subject, tensors={n: stand_in(t) for n, t in subject.tensors.items()})
+    return untransformed(lambda: _trace(subject, *call))
+
+
+def _trace(
+    subject: Subject,
+    inputs: Sequence[tuple[Sequence[int], torch.dtype]],
+    hidden_size: int,
+    num_components: int,
+    is_tuple: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Traced:
     devices = [device] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.random.fork_rng(devices):
         parts = partition(

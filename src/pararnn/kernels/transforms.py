@@ -1,0 +1,265 @@
+"""Recurrences under PyTorch's transforms: those of `torch.func`, and forward-mode tangents.
+
+The operators know reverse mode only. Under a transform, elementwise recurrences are solved by the
+same kernels in functions that know the rest: an ensemble is more channels, and tangents follow a
+linear recurrence of their own. All other recurrences, and derivatives of gradients, go step by step
+in PyTorch operations, which every transform knows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pararnn.kernels import operators
+from pararnn.solvers.problem import Problem
+from pararnn.tracing.derivatives import Recurrence
+from pararnn.tracing.expressions import Operand, leaf, make
+from pararnn.tracing.structure import Layout
+
+
+def recurrence(
+    drives: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    initial: Tensor,
+    starts: Tensor | None,
+    plan: str,
+) -> list[Tensor]:
+    """The states; see `pararnn::recurrence`."""
+    if torch.compiler.is_compiling():  # which cannot look into what follows
+        return operators.step_by_step(drives, coefficients, initial, starts, plan)
+    return list(_Solve.apply(plan, len(drives), starts, initial, *drives, *coefficients))
+
+
+def _tracked(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule for tangents that further tangents pass through: PyTorch calls rules without."""
+
+    @functools.wraps(rule)
+    def tracked(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return rule(ctx, *tangents)
+
+    return tracked
+
+
+def _vjp(function: Callable[..., Any], *given: Any) -> tuple[Any, Callable[..., Any]]:
+    """Values of a function, and what takes adjoints of these back to its arguments."""
+    values, pull = torch.func.vjp(function, *given)[:2]
+    return values, pull
+
+
+def _without_tangents(ctx: Any) -> list[Any]:
+    """What was saved, without the tangents that a rule is asked for."""
+    saved = ctx.saved_tensors
+    return [t if t is None else forward_ad.unpack_dual(t).primal for t in saved]
+
+
+class _Solve(torch.autograd.Function):
+    """`(plan, number of drives, starts, initial, *drives, *coefficients) -> states`."""
+
+    @staticmethod
+    def forward(
+        plan: str, count: int, starts: Tensor | None, initial: Tensor, *sources: Tensor
+    ) -> tuple[Tensor, ...]:
+        found = operators.solve(sources[:count], sources[count:], initial, starts, plan)
+        return tuple(found[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan, ctx.count, *tensors = inputs
+        ctx.sources = len(tensors) - 2
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        starts, initial, *rest = ctx.saved_tensors
+        sources, states = rest[: ctx.sources], rest[ctx.sources :]
+        *found, of_initial = _Adjoint.apply(
+            ctx.plan, ctx.count, ctx.sources, starts, initial, *sources, *states, *grads
+        )
+        return None, None, None, of_initial, *found
+
+    @staticmethod
+    @_tracked
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        starts, initial, *rest = _without_tangents(ctx)
+        sources, states = rest[: ctx.sources], rest[ctx.sources :]
+        of_initial, *of_sources = _filled(tangents[3:], [initial, *sources])
+        problem, moved = (
+            operators.flat_problem(t[: ctx.count], t[ctx.count :], i, starts, ctx.plan)
+            for t, i in ((sources, initial), (of_sources, of_initial))
+        )
+        rows, offsets = _linear(problem, moved, states)
+        drives = torch.stack([*(entry for row in rows for entry in row), *offsets], 2)
+        plan = operators.plan_like(ctx.plan, *_linear_recurrence(len(states)))
+        found = _Solve.apply(plan, 1, starts, of_initial, drives.unsqueeze(3))
+        return tuple(f.to(s.dtype) for f, s in zip(found, states, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: str, count: int, *tensors: Any) -> Any:
+        size, dims = info.batch_size, in_dims[2:]
+        run = functools.partial(_Solve.apply, plan, count)
+        if dims[0] is not None:
+            return _one_by_one(run, size, dims, tensors)
+        starts, initial, *sources = tensors
+        axes = [2, *([3] * count), *([1] * (len(sources) - count))]
+        pairs = zip([initial, *sources], dims[1:], axes, strict=True)
+        states = run(starts, *(_joined(t, d, axis, size) for t, d, axis in pairs))
+        return tuple(s.unflatten(2, (size, -1)) for s in states), (2,) * len(states)
+
+
+class _Adjoint(torch.autograd.Function):
+    """`(plan, number of drives, of sources, starts, initial, *sources, *states, *their gradients)`.
+
+    Returns the gradients of the sources and of `initial`. What is derived from it takes the states
+    as what they are, functions of the rest.
+    """
+
+    @staticmethod
+    def forward(
+        plan: str, count: int, total: int, starts: Tensor | None, initial: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        sources, (states, grads) = rest[:total], _halves(rest[total:])
+        drives, coefficients = sources[:count], sources[count:]
+        found = operators.solve_adjoint(
+            drives, coefficients, initial, starts, states, list(grads), plan
+        )
+        # the tangents of views would have to be views
+        return tuple(f.clone() if f._is_view() else f for f in found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan, ctx.count, ctx.total, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gradients, given, skipped = _gradients_of_loop(ctx, ctx.saved_tensors)
+        of_initial, *found = _vjp(gradients, *given)[1](grads)
+        sources, of_grads = found[: ctx.total], found[ctx.total :]
+        return None, None, None, None, of_initial, *sources, *([None] * skipped), *of_grads
+
+    @staticmethod
+    @_tracked
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        gradients, given, skipped = _gradients_of_loop(ctx, _without_tangents(ctx))
+        of_given = list(tangents[4:])
+        del of_given[1 + ctx.total : 1 + ctx.total + skipped]
+        return _pushed(gradients, given, _filled(of_given, given))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: str, count: int, total: int, *tensors: Any) -> Any:
+        size, dims = info.batch_size, in_dims[3:]
+        run = functools.partial(_Adjoint.apply, plan, count, total)
+        if dims[0] is not None:
+            return _one_by_one(run, size, dims, tensors)
+        starts, initial, *rest = tensors
+        of_sources = [*([3] * count), *([1] * (total - count))]
+        axes = [2, *of_sources, *([2] * (len(rest) - total))]
+        pairs = zip([initial, *rest], dims[1:], axes, strict=True)
+        found = run(starts, *(_joined(t, d, axis, size) for t, d, axis in pairs))
+        axes = [*of_sources, 2]
+        apart = (f.unflatten(axis, (size, -1)) for f, axis in zip(found, axes, strict=True))
+        return tuple(apart), tuple(axes)
+
+
+def _filled(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """With zeros where there are none."""
+    pairs = zip(tangents, like, strict=True)
+    return [torch.zeros_like(x) if t is None else t for t, x in pairs]
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+
+
+def _joined(tensor: Tensor, dim: int | None, axis: int, size: int) -> Tensor:
+    """Members of an ensemble side by side along an axis of what each of them has."""
+    if dim is None:
+        shape = (*tensor.shape[:axis], size, *tensor.shape[axis:])
+        return tensor.unsqueeze(axis).expand(shape).flatten(axis, axis + 1)
+    return tensor.movedim(dim, axis).flatten(axis, axis + 1)
+
+
+def _one_by_one(
+    run: Callable[..., Sequence[Tensor]],
+    size: int,
+    dims: Sequence[int | None],
+    tensors: Sequence[Tensor | None],
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Members of an ensemble that begin at steps of their own, one after another."""
+    pairs = list(zip(tensors, dims, strict=True))
+    found = [
+        run(*(t if t is None or d is None else t.select(d, i) for t, d in pairs))
+        for i in range(size)
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+
+
+def _gradients_of_loop(
+    ctx: Any, saved: Sequence[Tensor]
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], int]:
+    """What `_Adjoint` computes, step by step, as a function; its arguments; states left out."""
+    starts, initial, *rest = saved
+    sources, (states, grads) = rest[: ctx.total], _halves(rest[ctx.total :])
+
+    def gradients(initial: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        def loop(initial: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
+            drives, coefficients = sources[: ctx.count], sources[ctx.count :]
+            return tuple(operators.step_by_step(drives, coefficients, initial, starts, ctx.plan))
+
+        _, pull = _vjp(loop, initial, *rest[: ctx.total])
+        of_initial, *of_sources = pull(rest[ctx.total :])
+        return (*of_sources, of_initial)
+
+    return gradients, [initial, *sources, *grads], len(states)
+
+
+def _pushed(
+    function: Callable[..., tuple[Tensor, ...]],
+    given: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Tangents by reverse mode alone: forward mode does not nest outside of `torch.func`."""
+    values, pull = _vjp(function, *given)
+    zeros = tuple(torch.zeros_like(v) for v in values)
+    (found,) = _vjp(lambda u: pull(u), zeros)[1](tuple(tangents))
+    return found
+
+
+def _linear(
+    problem: Problem, tangents: Problem, states: Sequence[Tensor]
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """What the tangents follow, for all times at once: rows of matrices, and offsets."""
+    before = problem.states_before([s.to(problem.dtype) for s in states])
+    shape, count = problem.drives[0].shape, len(before)
+    fixed = [c.expand(shape) for c in problem.coefficients]
+    new, pull = _vjp(problem.recurrence.function, *before, *problem.drives, *fixed)
+    moved = [*tangents.drives, *tangents.coefficients]
+    rows, offsets = [], []
+    for i in range(count):
+        found = pull(tuple(torch.full_like(n, float(i == j)) for j, n in enumerate(new)))
+        rows.append(list(found[:count]))
+        products = (f * m for f, m in zip(found[count:], moved, strict=True))
+        offsets.append(functools.reduce(torch.add, products))
+    return rows, offsets
+
+
+@functools.cache
+def _linear_recurrence(components: int) -> tuple[Recurrence, Layout]:
+    """`t_i = sum over j of J_ij t_j, + b_i`; its drives are the rows of J, then b."""
+    count, step = components**2, []
+    for i in range(components):
+        new: Operand = leaf("drive", count + i)
+        for j in range(components):
+            new = make("add", make("mul", leaf("drive", i * components + j), leaf("state", j)), new)
+        step.append(new)
+    places = tuple((0, slot) for slot in range(count + components))
+    return Recurrence(tuple(step), len(places), 0, {}), Layout(places, ())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pararnn import RNN, Newton
+from pararnn import RNN, ConvergenceError, Newton
 from pararnn.testing import assert_close, check_cell, loop
 
 from .cells import CELLS, make_cell
@@ -126,6 +126,36 @@ def test_zeros_converge(any_backend):
     y, _ = rnn(torch.zeros(1, 40, 4))
     assert not y.any()
     assert (rnn.report.status, rnn.report.residual) == ("converged", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "mixes"), [("torch", False), ("torch", True), ("c", False), ("triton", False)]
+)
+def test_a_backward_pass_that_does_not_converge(backend, mixes):
+    """On inputs of zeros the states are right at once, and their adjoints are not."""
+    cell = Leaky(mixes).double()
+    x = torch.zeros(2, 40, 4, dtype=torch.float64, requires_grad=True)
+    once = functools.partial(Newton, chunk=9, max_iterations=1)
+    grads = {}
+    for action in ("sequential", "warn", "raise"):
+        rnn = RNN(cell, backend=backend, solver=once(on_failure=action))
+        y, _ = rnn(x)
+        assert rnn.report.status == "converged"
+        run = functools.partial(torch.autograd.grad, (y * torch.arange(40.0)[:, None]).sum(), x)
+        if action == "sequential":
+            grads[action] = run()[0]
+        elif action == "warn":
+            with pytest.warns(UserWarning, match="step by step, since in the backward pass"):
+                grads[action] = run()[0]
+        else:
+            with pytest.raises(ConvergenceError, match="pass, 2 of 2 parts of the batch") as error:
+                run()
+            assert len(error.value.report) == 2
+            assert 1e-3 < error.value.report.residual < 2
+    assert torch.equal(grads["sequential"], grads["warn"])
+    enough = RNN(cell, backend=backend, solver=Newton(chunk=9, on_failure="raise"))
+    (found,) = torch.autograd.grad((enough(x)[0] * torch.arange(40.0)[:, None]).sum(), x)
+    assert_close("gradient", found, grads["sequential"], rtol=1e-12)
 
 
 def test_resets_restart_from_zeros(name, backend):

@@ -260,7 +260,7 @@ def _mixing(
 
     found = chosen.call("forward", run, edges, initial, [starts], batch, time)
     if chosen.settings is not None:
-        act_on_failure(found[-1], chosen.settings, dtype)
+        act_on_failure(found[-1], chosen.settings, chosen.settings.tolerance_for(dtype))
     return found
 
 
@@ -296,7 +296,10 @@ def _mixing_backward(
             if isinstance(way.settings, Sequential):
                 of_initial, gradients = chain.solve_in_pieces(run_steps)
             else:
-                found, _ = chosen.solve(chain, way, kept_in)
+                found, progress = chosen.solve(chain, way, kept_in)
+                if chosen.settings is not None and progress is not None:
+                    tolerance = chosen.settings.tolerance_for(kept_in)
+                    act_on_failure(progress.report(), chosen.settings, tolerance, backwards=True)
                 of_initial, gradients = chain.initial_gradient(found), chain.gradients(found)
             shaped = [
                 g.reshape(edges[i].shape).to(edges[i].dtype)

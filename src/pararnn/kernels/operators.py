@@ -192,7 +192,7 @@ def solve(
     with torch.autocast(initial.device.type, enabled=False):
         problem = _problem(drives, coefficients, initial, starts, name)
         states, report = backend.solve(problem, settings)
-        act_on_failure(report, settings, problem.state_dtype)
+        act_on_failure(report, settings, settings.tolerance_for(problem.state_dtype))
     return [*states, report]
 
 

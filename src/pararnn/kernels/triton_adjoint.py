@@ -227,6 +227,7 @@ class Adjoint(Module):
         """Adjoints have no natural scale: each channel's is its largest one at any boundary."""
         self.out("allowed = tolerance * tl.max(sizes_all, axis=0)[None, :]")
         self.out("wrong = tl.max(tl.where(gaps_all <= allowed, 0, 1))")
+        self.excess("_all")
 
     def correct(self) -> None:
         out, parts = self.out, [*map(str, self.components)]
@@ -271,15 +272,14 @@ class Adjoint(Module):
     def refine(self) -> None:
         out, parts = self.out, [*map(str, self.components)]
         arguments = [*self.inputs(), *self.boundaries, "incoming2", "outgoing2", "target", "stored"]
-        with self.kernel(
-            "refine",
-            [*arguments, *SIZES, "tolerance"],
-            ["CORRECTED", "GROUP", "ROWS", "BLOCK"],
-            wide=True,
-        ):
+        arguments += [*SIZES, "tolerance", *(["report", "most"] if self.variant.reports else [])]
+        with self.kernel("refine", arguments, ["CORRECTED", "GROUP", "ROWS", "BLOCK"], wide=True):
             self.verdict("incoming", "outgoing", stored=True)
+            self.reported("iterations = tl.full([], 1, tl.int32)", "seen = residual")
             with out.block("if wrong > 0:"), out.block("if CORRECTED:"):
                 self.verdict("incoming2", "outgoing2", stored=False)
+                self.reported("iterations += 1", "seen = tl.where(most > 1, residual, seen)")
+            self.reported("needed = iterations", "unsettled = seen")
             with out.block("if CORRECTED:"):
                 out("incoming = incoming2")
                 out("outgoing = outgoing2")
@@ -288,6 +288,7 @@ class Adjoint(Module):
                     self.first_state("initial")
                 out("rows = tl.arange(0, GROUP)[:, None]")
                 out("groups = tl.cdiv(chunks, GROUP)")
+                self.reported("unsettled = tl.where(iterations <= most, seen * 0.0, seen)")
                 with out.block("for group in range(0, groups):"):
                     out("g = (groups - 1 - group) * GROUP")
                     out("k = g + rows")
@@ -301,6 +302,8 @@ class Adjoint(Module):
                     out("kept = tl.load(kept_at, mask=k < last, other=1)")
                     out("unwritten = tl.max(1 - kept) * (0 if CORRECTED else 1)")
                     out("now = tl.maximum(tl.max(tl.where(gaps <= allowed, 0, 1)), unwritten)")
+                    self.excess("")
+                    self.reported("seen = residual")
                     out("sweeps = tl.full([], 0, tl.int32)")
                     with out.block("while (now > 0) & (sweeps < last - g):"):
                         for i in self.components:
@@ -321,6 +324,27 @@ class Adjoint(Module):
                         self.gaps("k", "here", "d", " & (k + 1 < last)", "outgoing", "incoming")
                         out("now = tl.max(tl.where(gaps <= allowed, 0, 1))")
                         out("sweeps += 1")
+                        self.excess("")
+                        self.reported(
+                            "seen = tl.where(iterations + sweeps <= most, residual, seen)",
+                            "needed = tl.maximum(needed, iterations + sweeps)",
+                        )
+                    most = "tl.where(iterations <= most, tl.maximum(unsettled, seen), unsettled)"
+                    self.reported(f"unsettled = {most}")
+            if self.variant.reports:
+                status = "tl.where(unsettled > 0.0, 2, 1)"
+                needed = "tl.minimum(needed, most)"
+                self.write_report((needed, "unsettled * tolerance", status, "chunks"))
+
+    def reported(self, *lines: str) -> None:
+        """Statements for a report, where there is one."""
+        for line in lines if self.variant.reports else ():
+            self.out(line)
+
+    def excess(self, suffix: str) -> None:
+        """`residual` of a report, in tolerances; 0 where it is within them."""
+        gaps = f"gaps{suffix}"
+        self.reported(f"residual = tl.max(tl.where({gaps} <= allowed, 0.0, {gaps} / allowed))")
 
     def fold(self) -> None:
         """Into `target`, the adjoints after each chunk of a group; the last one's is exact."""

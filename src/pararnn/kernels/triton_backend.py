@@ -19,7 +19,7 @@ from pararnn.kernels.triton_module import Precision, Starts, Variant
 from pararnn.kernels.triton_plan import Launch, Work, block_of, plan_launch
 from pararnn.kernels.triton_source import adjoint_source, forward_source
 from pararnn.solvers.problem import Problem, with_rows
-from pararnn.solvers.settings import Solver
+from pararnn.solvers.settings import Solver, act_on_failure
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import topological
 
@@ -131,7 +131,8 @@ class TritonBackend:
         strided = [*problem.drives, *grad_drives, *(g for g in grad_states if g is not None)]
         fixed = _batch_first(strided)
         unroll = (launch.unroll, launch.wide_unroll)
-        variant = Variant(_precision(problem), starts, *unroll, fixed, given)
+        reports = settings.on_failure != "sequential" and launch.chunks > 1
+        variant = Variant(_precision(problem), starts, *unroll, fixed, given, reports)
         module = self._module("adjoint", variant)
         drive, components = problem.drives[0], self.recurrence.num_components
         batch, hidden, chunks = problem.batch, problem.hidden, launch.chunks
@@ -154,10 +155,15 @@ class TritonBackend:
         arguments |= _sizes(problem, launch)
         with on_device(drive):
             sweep = self._sweep(module, problem, launch, arguments, {"limit": tolerance})
-            more = {"tolerance": tolerance}
-            self._run(
-                problem, [sweep, *self._finish(module, problem, launch, arguments, more, chunks)]
-            )
+            more, report = {"tolerance": tolerance}, None
+            if reports:
+                report = drive.new_empty((self.parts(problem), 4), dtype=torch.float64)
+            refine = {"report": report, "most": min(settings.max_iterations or chunks, chunks)}
+            refine = refine if reports else {}
+            rest = self._finish(module, problem, launch, arguments, more, chunks, refine)
+            self._run(problem, [sweep, *rest])
+            if report is not None:
+                act_on_failure(report, settings, tolerance, backwards=True)
             grad_coefficients = self._total(problem, sums)
         if starts == "resets":  # of first states, then of what chunks restarted from
             restarts = grad_initial[batch:].unflatten(0, (batch, chunks)).sum(1)

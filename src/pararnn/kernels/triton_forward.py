@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pararnn.kernels.triton_module import SIZES, Module
 from pararnn.solvers.shooting import SMALL
 
@@ -112,12 +110,6 @@ class Forward(Module):
             with out.block("else:"):
                 self.loop("0", "length", couple=False, store=True)
                 self.write_report(("1", "0.0", "0", "1"))
-
-    def write_report(self, values: Sequence[str]) -> None:
-        """The row of the report that belongs to this block of channels."""
-        self.out("part = report + (b * tiles + tile) * 4")
-        for n, value in enumerate(values):
-            self.out(f"tl.store(part + {n}, tl.cast({value}, tl.float64))")
 
     def nothing_measured(self, suffix: str, shape: str) -> None:
         for i in self.components:
@@ -243,8 +235,9 @@ class Forward(Module):
                         out("unwritten = unwritten * 0")
                         out("sweeps += 1")
                         out("iterations = tl.maximum(iterations, tl.minimum(sweeps + 1, most))")
-                        out("status = tl.where(sweeps < most, status, 2)")
                         out("seen = tl.where(sweeps < most, now, seen)")
+                        out("ended = (sweeps < most) | (seen <= tolerance)")
+                        out("status = tl.where(ended, status, 2)")
                     out("residual = tl.maximum(residual, seen)")
                     for i in self.components:
                         out(f"earlier{i} = sizes{i}")

@@ -31,6 +31,7 @@ class Variant:
         fixed: Whether strides over time are compiled in: with them, addresses take far fewer
             registers. Only where they do not depend on the batch, which may vary.
         gradients: For the adjoint: which components have a gradient from outside.
+        reports: For the adjoint: whether it says how it went.
     """
 
     precision: Precision
@@ -39,6 +40,7 @@ class Variant:
     wide_unroll: int = 1
     fixed: bool = True
     gradients: tuple[bool, ...] = ()
+    reports: bool = False
 
     @property
     def real(self) -> str:
@@ -260,6 +262,12 @@ class Module(abc.ABC):
     def exists(self, step: str) -> str:
         """Which entries exist at a step of the chunk."""
         return f"here & (first + {step} < time)" if self.wide else "inside"
+
+    def write_report(self, values: Sequence[str]) -> None:
+        """The row of the report that belongs to this block of channels."""
+        self.out("part = report + (b * tiles + tile) * 4")
+        for n, value in enumerate(values):
+            self.out(f"tl.store(part + {n}, tl.cast({value}, tl.float64))")
 
     def fill(self, name: str, identity: bool) -> None:
         """The identity, or zeros, as tangents."""

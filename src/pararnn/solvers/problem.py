@@ -149,7 +149,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Gradients of everything that went into a recurrence, from those of its states.
 
-        Those of the drives are written into `grad_drives`, which are laid out like the drives.
+        Those of the drives are written into `grad_drives`, which are laid out like the drives. What
+        does not converge is acted on as the settings ask.
 
         Returns:
             The gradients of the coefficients, (coefficients, hidden), and of the initial states,

@@ -15,16 +15,17 @@ _DEFAULT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 
 class ConvergenceError(RuntimeError):
-    """A solve with `on_failure="raise"` did not converge.
+    """A solve with `on_failure="raise"`, of the states or of their adjoints, did not converge.
 
     Attributes:
         report: How it went, by sequence.
     """
 
-    def __init__(self, report: SolveReport, tolerance: float) -> None:
+    def __init__(self, report: SolveReport, tolerance: float, backwards: bool = False) -> None:
         super().__init__(
-            f"{report.failures} after {report.iterations} iterations: the residual is "
-            f"{report.residual:.1e}, the tolerance {tolerance:.1e}. Allow more iterations or "
+            f"{'in the backward pass, ' if backwards else ''}{report.failures} after "
+            f"{report.iterations} iterations: the residual is {report.residual:.1e}, the tolerance "
+            f"{tolerance:.1e}. Allow more iterations or "
             "longer chunks, look at pararnn.diagnose(rnn, x), or take the sequential result with "
             'on_failure="sequential".'
         )
@@ -52,8 +53,9 @@ class Solver:
         max_iterations: Iterations before the rest is evaluated step by step; None for as many as
             there are chunks, after which nothing is left.
         chunk: Steps per chunk, or "auto" to choose from shape, device and backend.
-        on_failure: What to do after `max_iterations` without convergence: "sequential" evaluates
-            step by step, "warn" does that and warns, "raise" raises `ConvergenceError`.
+        on_failure: What to do after `max_iterations` without convergence, forwards or backwards:
+            "sequential" evaluates step by step, "warn" does that and warns, "raise" raises
+            `ConvergenceError`.
     """
 
     coupling: ClassVar[Literal["tangent", "diagonal", "identity", "zero"]]
@@ -164,7 +166,7 @@ SEQUENTIAL, CONVERGED, COMPLETED = range(3)
 
 @dataclass(frozen=True)
 class SolveReport:
-    """How the last forward pass of a layer went; reading a value waits for the device.
+    """How a solve went, as the last forward pass of a layer; reading a value waits for the device.
 
     `report[i]` is the report of part i alone, `len(report)` their number. The parts are the
     sequences of the batch, or with backend "triton" its tiles of sequences and channels.
@@ -223,15 +225,23 @@ class SolveReport:
         )
 
 
-def act_on_failure(values: Tensor, settings: Solver, dtype: torch.dtype) -> None:
+def act_on_failure(
+    values: Tensor, settings: Solver, tolerance: float, backwards: bool = False
+) -> None:
     """Warn or raise as the settings ask, if a report's values say that a part did not converge.
+
+    Args:
+        values: Of the report.
+        settings: Of the solve.
+        tolerance: The tolerance that held.
+        backwards: Whether it was the solve of the adjoints.
 
     Raises:
         ConvergenceError: With `on_failure="raise"`.
     """
     if settings.on_failure == "sequential" or not (values[:, 2] == COMPLETED).any():
         return
-    error = ConvergenceError(SolveReport(values), settings.tolerance_for(dtype))
+    error = ConvergenceError(SolveReport(values), tolerance, backwards)
     if settings.on_failure == "raise":
         raise error
     warnings.warn(f"evaluated step by step, since {error}", stacklevel=2)

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.settings import COMPLETED, CONVERGED, SEQUENTIAL, Solver
+from pararnn.solvers.settings import (
+    COMPLETED,
+    CONVERGED,
+    SEQUENTIAL,
+    Solver,
+    act_on_failure,
+)
 from pararnn.tracing.derivatives import Recurrence
 
 WARM_UP = 64  # steps that the first guess looks back; gates that forget more slowly need Newton
@@ -208,7 +214,9 @@ def solve_adjoint(
     limit = min(WARM_UP, problem.chunk)
     out = backend.backward(problem, states, grad_states, zeros, None, limit).flip(1)
     guess = torch.cat([zeros[:, :1], out[:, :-1]], 1)
-    if not shoot(sweep, tangents, guess, settings, tolerance, adjoint_residual).all_converged:
+    progress = shoot(sweep, tangents, guess, settings, tolerance, adjoint_residual)
+    if not progress.all_converged:
+        act_on_failure(progress.report(), settings, tolerance, backwards=True)
         whole = problem.in_one_chunk()
         return solve_adjoint(backend, whole, settings, tolerance, states, grad_states, grad_drives)
     return gradients

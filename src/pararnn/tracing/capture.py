@@ -157,7 +157,8 @@ def capture(
     ran = Ran()
 
     def run(rows: int) -> tuple[fx.Graph, list[Tensor]]:
-        examples = {f"attribute_{i}": tensor for i, tensor in enumerate(subject.tensors.values())}
+        own = map(recordable, subject.tensors.values())
+        examples = {f"attribute_{i}": tensor for i, tensor in enumerate(own)}
         for i, (features, kind) in enumerate(inputs):
             examples[f"x_{i}"] = _example((rows, *features), kind, device)
         for i in range(num_components):
@@ -194,6 +195,14 @@ def record_rows(
     _check_constants(graph, constants, others, subject)
     _mark_rows(graph, other)
     return graph, constants
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """A tensor that autograd takes: a copy of one that was made in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.no_grad():
+        return tensor.clone().requires_grad_(tensor.requires_grad)
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

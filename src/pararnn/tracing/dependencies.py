@@ -134,7 +134,7 @@ def _marks_after(node: fx.Node, marks: dict[fx.Node, Any], rows: int, by_rows: b
         return _of_rows(args[0], node, rows) if of_rows else args[0][args[1]]
     name = operation_name(func)
     tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-    if creation_value(func, args) is not None:
+    if creation_value(func, args) is not None or not tensors:
         return _everywhere(False, shape)
     if name in _MOVED and not any(isinstance(a, torch.dtype) for a in args):
         is_view = name in ("view", "_unsafe_view")
@@ -221,6 +221,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "bmm": lambda self, mat2: _product(self, mat2),
     "addmm": lambda self, mat1, mat2, **_: self | _product(mat1, mat2),
     "baddbmm": lambda self, batch1, batch2, **_: self | _product(batch1, batch2),
+    "embedding": lambda weight, indices, **_: indices.unsqueeze(-1) | weight.any(0),
     "mv": lambda self, vec: self.any(-1) | vec.any(),
     "addmv": lambda self, mat, vec, **_: self | mat.any(-1) | vec.any(),
     "log_sigmoid_forward": lambda self: (self, self),

@@ -204,6 +204,8 @@ class Reader:
         """An operation on each element by itself, slot by slot."""
         count = self.count(shape)
         tensors = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
+        if not all(map(is_value, tensors)):
+            raise NotElementwise("it computes with the number of rows")
         slots = {a: self.broadcast(a, shape) for a in tensors}
         results = []
         for j in range(count):

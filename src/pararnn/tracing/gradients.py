@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from pararnn.tracing.capture import ROWS
+from pararnn.tracing.capture import ROWS, recordable
 from pararnn.tracing.derivatives import torch_function
 from pararnn.tracing.mixing import arithmetic, in_type, recording
 from pararnn.tracing.recorder import TraceError, is_differentiable
@@ -155,7 +155,8 @@ def draw(
             copy += 0.1 * numbers(tensor.shape, tensor.dtype).detach().abs() * (copy == 0)
         return copy.requires_grad_(tensor.requires_grad)
 
-    capture, tensors = traced.capture, traced.subject.tensors
+    capture = traced.capture
+    tensors = {name: recordable(tensor) for name, tensor in traced.subject.tensors.items()}
     size = (ROWS[0], capture.hidden_size)
     given = tuple(numbers((ROWS[0], *features), kind) for features, kind in inputs)
     count = range(capture.num_components)

@@ -11,7 +11,8 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -370,7 +371,7 @@ def _run(
     # Tensors are saved as they are: activation checkpointing around us would drop and count them.
     as_they_are = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
     try:
-        with as_they_are, recorder:
+        with as_they_are, _OneHot(recorder.subject), recorder:
             try:
                 results = function(*inputs.values())
             except RuntimeError as error:
@@ -382,6 +383,31 @@ def _run(
         return recorder.graph, recorder.constants
     finally:
         recorder.forget()
+
+
+class _OneHot(TorchFunctionMode):
+    """Has `one_hot` look its rows up, since PyTorch's own reads the values first."""
+
+    def __init__(self, subject: str) -> None:
+        super().__init__()
+        self.subject = subject
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not nn.functional.one_hot:
+            return func(*args, **(kwargs or {}))
+        return self.look_up(*args, **(kwargs or {}))
+
+    def look_up(self, tensor: Tensor, num_classes: int = -1) -> Tensor:
+        """`torch.nn.functional.one_hot`; a class out of range is an error here too."""
+        if num_classes < 0:
+            raise TraceError(
+                f"{self.subject} calls one_hot without num_classes, which depends on the data "
+                "then; pass num_classes=..."
+            )
+        rows = torch.eye(num_classes, dtype=torch.int64, device=tensor.device)
+        return nn.functional.embedding(tensor, rows)
 
 
 def _refuse_nested(error: RuntimeError, subject: str) -> None:

@@ -129,7 +129,7 @@ def _trace(
         )
         traced = _elementwise_or_not(subject, parts, device)
         _check_rows(traced, inputs, dtype, device)
-    check_gradients(traced, inputs, device)
+        check_gradients(traced, inputs, device)
     return traced
 
 
@@ -193,7 +193,9 @@ def _check_rows(
             return traced.input_part(tensors, *x)
 
     with torch.no_grad():
-        given = edges(examples)
+        given, doubled = edges(examples), edges([torch.cat([x, x]) for x in examples])
+        if not traced.input_part.is_random and not _are_doubled(given, doubled, traced.by_rows):
+            raise _counts_rows(name)
         for row in range(ROWS[0]):
             results = zip(given, edges([_with_other(x, row) for x in examples]), strict=True)
             for (one, other), by_rows in zip(results, traced.by_rows, strict=True):
@@ -205,6 +207,9 @@ def _check_rows(
         size = (ROWS[0], traced.capture.hidden_size)
         state = [_random(size, dtype, device) for _ in range(traced.capture.num_components)]
         new = module(*state, *given)
+        twice = module(*(torch.cat([s, s]) for s in state), *_doubled(given, traced.by_rows))
+        if not _are_doubled(new, twice, [True] * len(new)):
+            raise _counts_rows(name)
         for row in range(ROWS[0]):
             others = module(*(_with_other(s, row) for s in state), *given)
             if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
@@ -227,6 +232,26 @@ def _mixes_x(name: str) -> TraceError:
         f"{name} mixes the rows of x (batch normalisation or a statistic over the batch?); every "
         "row must be computed on its own."
     )
+
+
+def _counts_rows(name: str) -> TraceError:
+    return TraceError(
+        f"{name} computes with the number of rows (len(x), x.shape[0], or numbers along the rows); "
+        "all times together are rows of one batch, so no value may depend on how many there are."
+    )
+
+
+def _doubled(values: Sequence[Tensor], by_rows: Sequence[bool]) -> list[Tensor]:
+    """Values for every row twice."""
+    return [torch.cat([v, v]) if r else v for v, r in zip(values, by_rows, strict=True)]
+
+
+def _are_doubled(
+    once: Sequence[Tensor], twice: Sequence[Tensor], by_rows: Sequence[bool]
+) -> bool:
+    """Whether values for every row twice are those for every row once, twice."""
+    pairs = zip(_doubled(once, by_rows), twice, strict=True)
+    return all(a.shape == b.shape and _equal(a, b) for a, b in pairs)
 
 
 def _with_other(x: Tensor, row: int) -> Tensor:

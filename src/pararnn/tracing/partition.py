@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pararnn.tracing.capture import Capture
-from pararnn.tracing.operations import MOVES, creation_value, operation_name
+from pararnn.tracing.operations import MOVES, creation_value, is_pointwise, operation_name
 from pararnn.tracing.recorder import TraceError, aten, show_place
 
 
@@ -23,8 +23,8 @@ class Partition:
     Attributes:
         capture: The whole graph.
         states: Placeholders of the state's components.
-        recurrent: Operations that depend on the state, in order; also those that move entries of
-            a value of the input part away from one row per sample along its first axis.
+        recurrent: Operations that depend on the state, in order; also those that cost little on
+            values of the input part without one row per sample along the first axis.
         edges: Values that the recurrent operations (or the result) take from the input part.
         results: The new components, nodes of either part.
     """
@@ -61,7 +61,7 @@ def partition(capture: Capture, draw_in: bool = False) -> Partition:
         taken = [a for n in recurrent for a in n.all_input_nodes] + list(results)
         edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
         odd = [n for n in edges if _lacks_rows(n, from_x)]
-        drawable = odd if draw_in else [n for n in odd if _only_moves(n)]
+        drawable = odd if draw_in else [n for n in odd if _costs_little(n)]
         if not drawable:
             break
         drawn.update(drawable)
@@ -102,13 +102,13 @@ def _lacks_rows(node: fx.Node, from_x: set[fx.Node]) -> bool:
     return (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows)
 
 
-def _only_moves(node: fx.Node) -> bool:
-    """Whether an operation only moves entries, or fills, so that it may as well run every step."""
+def _costs_little(node: fx.Node) -> bool:
+    """Whether an operation moves entries, fills, or computes each on its own: at every step too."""
     made_by: Any = node.args[0] if node.target is operator.getitem else node
-    if not hasattr(made_by.target, "_schema"):
+    if not hasattr(made_by.target, "_schema") or is_random(made_by):
         return False
     fills = creation_value(made_by.target, made_by.args) is not None
-    return fills or operation_name(made_by.target) in MOVES
+    return fills or operation_name(made_by.target) in MOVES or is_pointwise(made_by.target)
 
 
 def _is_input(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -221,6 +222,12 @@ class Recorder(TorchDispatchMode):
                 "`while`, `.item()` or `float()` on it), so its operations depend on the data; "
                 "use torch.where for a choice by element."
             )
+        if func.namespace == "quantized":
+            raise TraceError(
+                f"{self.subject} calls {func} at {show_place(place)}, a quantised operation with "
+                "packed weights, which cannot be traced. Keep the weights as integers in a buffer "
+                "and multiply with (integers * scale) in the step, or quantise other layers only."
+            )
         if self._grad and not torch.is_grad_enabled() and _inside_autograd_function():
             raise TraceError(
                 f"{self.subject} calls a torch.autograd.Function at {show_place(place)}; its "
@@ -371,7 +378,7 @@ def _run(
     # Tensors are saved as they are: activation checkpointing around us would drop and count them.
     as_they_are = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
     try:
-        with as_they_are, _OneHot(recorder.subject), recorder:
+        with as_they_are, _OneHot(recorder.subject), sdpa_kernel(SDPBackend.MATH), recorder:
             try:
                 results = function(*inputs.values())
             except RuntimeError as error:

@@ -246,9 +246,7 @@ def _doubled(values: Sequence[Tensor], by_rows: Sequence[bool]) -> list[Tensor]:
     return [torch.cat([v, v]) if r else v for v, r in zip(values, by_rows, strict=True)]
 
 
-def _are_doubled(
-    once: Sequence[Tensor], twice: Sequence[Tensor], by_rows: Sequence[bool]
-) -> bool:
+def _are_doubled(once: Sequence[Tensor], twice: Sequence[Tensor], by_rows: Sequence[bool]) -> bool:
     """Whether values for every row twice are those for every row once, twice."""
     pairs = zip(_doubled(once, by_rows), twice, strict=True)
     return all(a.shape == b.shape and _equal(a, b) for a, b in pairs)

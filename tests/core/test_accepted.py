@@ -1,0 +1,179 @@
+"""What cells write in their step besides arithmetic: factories, one_hot, attention, row counts."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pararnn
+from pararnn import RNN, Newton, TraceError
+from pararnn.testing import loop
+
+from .compare import assert_same, outcome, random_state
+
+
+class Cell(nn.Module):
+    """`step(self, x, h)` on a state of three slots of four."""
+
+    input_size, hidden_size, num_components = 5, 12, 1
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+        self.lin, self.rec, self.a = (
+            nn.Linear(5, 12),
+            nn.Linear(12, 12),
+            nn.Parameter(torch.rand(12)),
+        )
+        self.query, self.key, self.value = nn.Linear(5, 4), nn.Linear(4, 4, False), nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, bias=False, batch_first=True)
+        self.time_first = nn.MultiheadAttention(4, 2, bias=False)
+
+    def forward(self, x, h):
+        return self.step(self, x, h)
+
+
+def check(step, solver=None, backend="auto", rtol=1e-10):
+    torch.manual_seed(0)
+    cell = Cell(step).double()
+    x, state = torch.randn(2, 23, 5, dtype=torch.float64), random_state(1, 2, 12)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    used = {f"gradient of {n}" for n in ("x", "first[0]", "lin.weight")}
+    unused = {n for n, e in expected.items() if n.startswith("gradient") and not e.any()} - used
+    found = outcome(RNN(cell, solver=solver, backend=backend), cell, x, state)
+    assert_same(found, expected, rtol, unused)
+
+
+def straight_through(p, size):
+    return F.one_hot(p.argmax(-1), size) + p - p.detach()
+
+
+def attended(c, x, h, **options):
+    slots = h.view(-1, 3, 4)
+    read = F.scaled_dot_product_attention(
+        c.query(x).unsqueeze(1), c.key(slots), c.value(slots), **options
+    )
+    return torch.tanh((slots * 0.5 + read).flatten(1) + c.lin(x))
+
+
+def multihead(c, x, h, **options):
+    slots = h.view(-1, 3, 4)
+    read = c.attention(c.query(x).unsqueeze(1), slots, slots, **options)[0]
+    return torch.tanh((slots * 0.5 + read).flatten(1) + c.lin(x))
+
+
+def time_first(c, x, h):
+    slots = h.view(-1, 3, 4).transpose(0, 1)
+    read = c.time_first(c.query(x).unsqueeze(0), slots, slots)[0]
+    return torch.tanh((slots * 0.5 + read).transpose(0, 1).flatten(1) + c.lin(x))
+
+
+def over_drives(c, x, h):
+    memory = c.lin(x).view(-1, 3, 4)
+    read = F.scaled_dot_product_attention(h[:, None, :4], c.key(memory), c.value(memory))
+    return torch.tanh(h * 0.5 + read.repeat(1, 3, 1).flatten(1) + c.lin(x))
+
+
+STEPS = {
+    "eye": lambda c, x, h: torch.tanh(
+        h @ (c.rec.weight - c.rec.weight.T - 0.1 * torch.eye(12, dtype=h.dtype)) + c.lin(x)
+    ),
+    "arange": lambda c, x, h: torch.tanh(h / (1 + torch.arange(12)) + c.lin(x)),
+    "linspace": lambda c, x, h: torch.linspace(0, 0.9, 12) * h + torch.tanh(c.lin(x)),
+    "tril": lambda c, x, h: torch.tanh(h @ torch.ones(12, 12, dtype=h.dtype).tril() + c.lin(x)),
+    "numbers": lambda c, x, h: torch.tanh(h * torch.tensor([0.5, -0.5] * 6) + c.lin(x)),
+    "one_hot of the state": lambda c, x, h: straight_through((c.lin(x) + c.rec(h)).softmax(-1), 12),
+    "one_hot in groups": lambda c, x, h: straight_through(
+        (c.lin(x) + c.rec(h)).view(-1, 3, 4).softmax(-1), 4
+    ).flatten(1),
+    "attention": attended,
+    "attention with a mask": functools.partial(
+        attended, attn_mask=torch.tensor([[True, False, True]])
+    ),
+    "attention over drives": over_drives,
+    "multihead": multihead,
+    "multihead without weights": functools.partial(multihead, need_weights=False),
+    "multihead, time first": time_first,
+}
+
+
+@pytest.mark.parametrize("solver", [None, Newton(chunk=6)], ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_equals_the_loop(name, solver):
+    check(STEPS[name], solver)
+
+
+@pytest.mark.parametrize("backend", ["torch", "c"])
+def test_factories_are_coefficients(backend):
+    check(STEPS["arange"], backend=backend)
+    check(STEPS["linspace"], backend=backend)
+
+
+def test_one_hot_keeps_to_its_group():
+    cell = Cell(lambda c, x, h: straight_through((c.a * h).view(-1, 3, 4), 4).flatten(1) + c.lin(x))
+    assert RNN(cell).evaluation().traced.structure == "heads (size 4)"
+
+
+class Tokens(nn.Module):
+    hidden_size, num_components = 6, 1
+
+    def __init__(self, classes=6):
+        super().__init__()
+        self.classes, self.rec = classes, nn.Linear(6, 6)
+
+    def forward(self, x, h):
+        return torch.tanh(F.one_hot(x, self.classes) + self.rec(h))
+
+
+def test_one_hot_of_tokens():
+    cell, x = Tokens(), torch.randint(6, (2, 40))
+    y, _ = RNN(cell)(x)
+    torch.testing.assert_close(y, loop(cell, x, torch.zeros(2, 6))[0])
+    for wrong in (6, -1):
+        with pytest.raises(IndexError, match="out of range"):
+            RNN(cell)(torch.full((2, 40), wrong))
+    with pytest.raises(TraceError, match="one_hot without num_classes"):
+        RNN(Tokens(-1))(x)
+
+
+COUNTS = {
+    "arange": lambda c, x, h: torch.tanh(h + c.lin(x) * torch.arange(len(x))[:, None]),
+    "linspace": lambda c, x, h: torch.tanh(h * torch.linspace(0, 1, len(x))[:, None] + c.lin(x)),
+    "eye": lambda c, x, h: torch.tanh(h + c.lin(x) + torch.eye(len(x), 12)),
+    "cumsum": lambda c, x, h: torch.tanh(h * torch.ones(len(x), 1).cumsum(0) + c.lin(x)),
+    "drives by the count": lambda c, x, h: torch.tanh(h + c.lin(x) / len(x)),
+    "state by the count": lambda c, x, h: torch.tanh(h / len(x) + c.lin(x)),
+    "product by the count": lambda c, x, h: torch.tanh(c.rec(h) / len(x) + c.lin(x)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_depends_on_the_number_of_rows_is_refused(name):
+    with pytest.raises(TraceError, match="computes with the number of rows"):
+        RNN(Cell(COUNTS[name]))
+
+
+def test_made_in_inference_mode():
+    with torch.inference_mode():
+        for cell in (nn.GRUCell(5, 4), pararnn.cells.ParaGRUCell(5, 4)):
+            rnn, x = RNN(cell), torch.randn(2, 20, 5)
+            expected = loop(cell, x, torch.zeros(2, 4))[0]
+            torch.testing.assert_close(rnn(x)[0], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(rnn(x.clone())[0], expected, rtol=1e-4, atol=1e-5)
+        step = lambda h, u, a: torch.tanh(a * h + u)  # noqa: E731
+        pararnn.scan(step, torch.zeros(2, 5), x, torch.ones(5))
+    x, a = torch.randn(2, 20, 5), torch.ones(5, requires_grad=True)
+    pararnn.scan(step, torch.zeros(2, 5), x, a)[1].sum().backward()
+    assert a.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
+def test_quantised_layers_are_refused():
+    cell = torch.ao.quantization.quantize_dynamic(Cell(STEPS["eye"]), {nn.Linear})
+    cell.step = lambda c, x, h: torch.tanh(c.rec(h) + c.lin(x))
+    with pytest.raises(
+        TraceError, match=r"calls quantized\.linear_dynamic.* at .*accepted\.py:\d+"
+    ):
+        RNN(cell)

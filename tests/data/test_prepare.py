@@ -142,7 +142,7 @@ def test_a_dataset_is_continued_without_reading_it_again(lines, make, monkeypatc
     pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
     lines.rename(tmp_path / "set/a.jsonl")
-    reader = DatasetReader(f"datasets:{tmp_path}/set", "text", skip_errors=False)
+    reader = DatasetReader(f"datasets:{tmp_path}/set", "text")
     blocks = list(reader.blocks(None, 400))
     assert len(blocks) > 5
     for number, block in enumerate(blocks):
@@ -167,6 +167,8 @@ def start(tmp_path, texts, lines):
     (tmp_path / "prepare.py").write_text(SCRIPT)
     for number in range(300):
         (texts / f"more/{number}.txt").write_bytes(sentence(number).encode())
+    for number in range(7):
+        (texts / f"{number}.png").write_bytes(b"\0")
     processes = []
 
     def run(name, workers):
@@ -223,7 +225,9 @@ def test_killed_run_goes_on_to_equal_bytes(tmp_path, start):
     finish(whole)
     finish(start("killed", 2))
     assert contents(folder) == contents(tmp_path / "whole")
-    assert len(open_tokens(folder).train.shards) > 10
+    data = open_tokens(folder)
+    assert len(data.train.shards) > 10
+    assert data.skipped.reasons["binary"]["count"] == 7
 
 
 @pytest.mark.timeout(280)

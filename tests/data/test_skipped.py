@@ -2,10 +2,10 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
-import subprocess
 import sys
 
 import pytest
@@ -179,7 +179,7 @@ def test_on_error_skip_leaves_broken_lines_out(lines, make, tmp_path, capsys):
     assert all_texts(first) == sorted(SENTENCES)
     entry = {"count": 6, "first": [f"{lines} line {n}" for n in range(11, 16)]}
     assert first.skipped.reasons == {"line without a text that can be read": entry}
-    whole = make(lines, on_error="skip", name="two", workers=2)
+    whole = make(lines, on_error="skip", name="two")
     assert whole.skipped.reasons == first.skipped.reasons
     assert whole.sha256 == first.sha256
     capsys.readouterr()
@@ -318,23 +318,27 @@ def test_the_same_file_twice_is_refused(texts, make):
         PrepareConfig(sources=("datasets:a", "datasets:a"))
 
 
-def test_names_that_are_no_utf8(tmp_path):
+def test_names_that_are_no_utf8(tmp_path, monkeypatch):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     for number, text in enumerate(SENTENCES):
         (folder / os.fsdecode(b"n\xff%d.txt" % number)).write_text(text)
     (folder / os.fsdecode(b"\xfe.png")).write_bytes(b"\0")
-    arguments = ["-m", "pararnn.cli", "data", "prepare", os.fsencode(folder), "--workers", "1"]
-    out = os.fsencode(tmp_path) + b"/out\xff"
-    done = subprocess.run(
-        [sys.executable, *arguments, "--out", out, "--held-out", "0.2"],
-        capture_output=True,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"skipped: binary: 1 (" in done.stdout
-    assert rb"caf\udce9/\udcfe.png" in done.stdout
-    assert all_texts(open_tokens(os.fsdecode(out))) == sorted(SENTENCES)
+    out = str(tmp_path / os.fsdecode(b"out\xff"))
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, "utf-8"))
+    arguments = ["data", "prepare", str(folder), "--out", out, "--workers", "1"]
+    assert main([*arguments, "--held-out", "0.2"]) == 0
+    sys.stdout.flush()
+    assert b"skipped: binary: 1 (" in printed.getvalue()
+    assert rb"caf\udce9/\udcfe.png" in printed.getvalue()
+    assert all_texts(open_tokens(out)) == sorted(SENTENCES)
+
+
+def test_empty_files_are_counted(texts, make):
+    for name in ("a.txt", "b.jsonl"):
+        (texts / name).touch()
+    assert reasons(make(texts)) == {"empty": 2}
 
 
 def test_byte_order_marks_and_line_ends(tmp_path, make):

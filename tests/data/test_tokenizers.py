@@ -73,6 +73,14 @@ def test_from_a_folder(texts, make, tmp_path):
     assert AutoTokenizer.from_pretrained(data.tokenizer).eos_token_id == 1
 
 
+def test_another_tokenizer_in_the_same_folder_is_noticed(texts, make, tmp_path):
+    folder = word_tokenizer(tmp_path / "words", eos_token="</s>")
+    make(texts, tokenizer=folder)
+    word_tokenizer(tmp_path / "words", eos_token="gate")
+    with pytest.raises(RunError, match=r"would change files of the tokenizer from .* to "):
+        make(texts, tokenizer=folder)
+
+
 def test_from_another_prepared_folder(texts, make):
     first = make(texts, tokenizer="train:300")
     second = make(texts, name="again", tokenizer=str(first.tokenizer))

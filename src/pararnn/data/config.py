@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pararnn.data.sources import is_dataset
-from pararnn.data.tokenization import BYTES, vocabulary_to_train
+from pararnn.data.tokenization import BYTES, digests, vocabulary_to_train
 
 OnError = Literal["stop", "skip"]
 
@@ -62,13 +62,20 @@ def settings_of(config: PrepareConfig) -> dict[str, Any]:
     sources = [s if is_dataset(s) else str(Path(s).resolve()) for s in config.sources]
     settings = {**dataclasses.asdict(config), "sources": sources}
     del settings["on_error"]
+    if Path(config.tokenizer).is_dir():
+        settings["files of the tokenizer"] = digests(Path(config.tokenizer))
     return settings
 
 
 def changes(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The settings that differ, in words."""
     return [
-        f"{name} from {stored.get(name)} to {value}"
+        f"{name} from {_short(stored.get(name))} to {_short(value)}"
         for name, value in wanted.items()
         if stored.get(name) != value
     ]
+
+
+def _short(value: Any) -> str:
+    """The value, or its beginning."""
+    return str(value) if len(str(value)) < 200 else f"{str(value)[:200]}..."

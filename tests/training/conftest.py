@@ -2,6 +2,7 @@ import random
 
 import pytest
 
+from pararnn.training import report, train
 from pararnn.training.config import (
     ArchitectureConfig,
     OptimizerConfig,
@@ -48,3 +49,27 @@ def make_config(tmp_path, text_folder):
         return TrainConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a run of 6 steps, to be copied."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text"
+    text.mkdir()
+    for number in range(4):
+        (text / f"{number}.txt").write_text(sentences(number))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "SAMPLE_TOKENS", 2)
+        train(
+            TrainConfig(
+                data=text,
+                out=folder / "run",
+                steps=6,
+                checkpoint_every=3,
+                device="cpu",
+                architecture=ArchitectureConfig(width=8, num_layers=1, num_heads=1),
+                text=TextConfig(sequence_length=16, batch_size=2, validation_tokens=100),
+            )
+        )
+    return folder / "run"

@@ -21,6 +21,8 @@ from pararnn.training.checkpoints import (
 from pararnn.training.parallel import Processes
 from pararnn.training.saving import CheckpointWriter
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -132,7 +134,7 @@ def test_checkpoints_of_other_runs_are_passed_over(folder, model):
 def test_nothing_usable_is_an_error(folder):
     for path in folder.iterdir():
         flip_bit(path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"no usable checkpoint in .* Restore one"):
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint in .* restore one"):
         newest_checkpoint(folder, "mine")
 
 

@@ -117,8 +117,10 @@ def test_killed_stopped_and_resumed_processes_have_the_same_curve(folder, whole,
     stopped = launch(2, "--resume", "--out", "killed", script="slow_to_close.py")
     stopped.wait_for_step("killed", min(lost + 6, STEPS - 8))
     stopped.send(1, signal.SIGTERM)
-    printed = stopped.wait(succeeds=False)
+    stopped.send(1, signal.SIGTERM)  # as a terminal, torchrun and what runs it may all do
+    printed = stopped.wait()
     assert "SIGTERM at step" in printed
+    assert "Traceback" not in printed
     assert (
         "checkpoint saved. Continue with: torchrun --nproc-per-node 2 -m pararnn.cli train"
         in printed

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -178,17 +179,30 @@ def test_first_signal_is_noted_and_the_second_raises(interrupt_handler):
     assert signal.getsignal(signal.SIGINT) is interrupt_handler
 
 
-def test_after_an_error_of_one_among_many_the_first_signal_is_still_noted(interrupt_handler):
-    """`torchrun` sends it when another process fails; this one has yet to say why it ends."""
-    stop = StopSignals(after_errors=True)
-    with pytest.raises(ValueError, match="lost"), stop:
-        raise ValueError("lost")
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stop.received == signal.SIGINT
-    assert signal.getsignal(signal.SIGINT) is interrupt_handler
-    with StopSignals(after_errors=True):
+def test_one_among_many_notes_signals_until_it_has_said_why_it_ends(interrupt_handler):
+    """`torchrun` sends them when another process fails, and once more what a terminal has sent."""
+    with StopSignals(by_torchrun=True):
         pass
     assert signal.getsignal(signal.SIGINT) is interrupt_handler
+    failed, stopped = StopSignals(by_torchrun=True), StopSignals(by_torchrun=True)
+    with pytest.raises(ValueError, match="lost"), failed:
+        raise ValueError("lost")
+    os.kill(os.getpid(), signal.SIGINT)
+    assert failed.received == signal.SIGINT
+    with stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stopped.received == signal.SIGINT
+
+
+def test_a_thread_that_is_not_the_first_leaves_signals_alone(interrupt_handler):
+    def wait():
+        with StopSignals() as stop:
+            return stop.received, signal.getsignal(signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(wait).result() == (None, interrupt_handler)
 
 
 def test_environment_names_versions():

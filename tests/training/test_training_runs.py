@@ -67,6 +67,7 @@ def test_thirty_steps_lower_the_loss(make_config, capsys):
         assert part in printed
     names = {path.name for path in config.out.iterdir()}
     assert names == {
+        ".lock",
         "checkpoints",
         "config.json",
         "data",

@@ -10,8 +10,11 @@ from pararnn.cli.arguments import parse
 from pararnn.data import TokenSplit
 from pararnn.data.corpus import read_documents
 from pararnn.training import RunError, RunFolder, evaluate, load_trained
+from pararnn.training.advice import explained
 from pararnn.training.parallel import choose_device
+from pararnn.training.runs import identity_of
 from pararnn.training.text import Codec, flat_split, open_codec, open_text
+from pararnn.training.words import say
 
 _TASK_BATCH = 8  # requests side by side; their logits are kept whole
 
@@ -62,16 +65,17 @@ def run(arguments: list[str]) -> int:
     if parsed.tasks is not None:
         return _run_tasks(parsed)
     folder = RunFolder.open(parsed.run)
-    config, codec = folder.read_config(), open_codec(folder)
-    with tempfile.TemporaryDirectory() as temporary:
+    with explained(folder, training=False), tempfile.TemporaryDirectory() as temporary:
+        config, codec, owner = folder.read_config(), open_codec(folder), None
         if parsed.data is None:
-            split = open_text(config, folder).validation
+            text = open_text(config, folder)
+            split, owner = text.validation, identity_of(config, text)
         else:
             split = _split(parsed.data.expanduser(), codec, Path(temporary))
-        model = load_trained(folder, choose_device(parsed.device))
+        model = load_trained(folder, choose_device(parsed.device), owner)
         result = evaluate(model, split, codec, chunk=config.text.sequence_length)
     source = f"held-out {codec.unit}" if parsed.data is None else f"{codec.unit} of {parsed.data}"
-    print(
+    say(
         f"{result.bits_per_byte:.4f} bits per byte ({result.loss:.4f} nats, perplexity "
         f"{result.perplexity:.4f} per {codec.unit[:-1]}) on {result.num_tokens:,} {source}"
     )
@@ -96,9 +100,9 @@ def _run_tasks(parsed: EvalArguments) -> int:
         num_fewshot=parsed.num_fewshot,
         limit=parsed.limit,
     )
-    print(make_table(results))
+    say(make_table(results))
     if results.get("groups"):
-        print(make_table(results, "groups"))
+        say(make_table(results, "groups"))
     return 0
 
 
@@ -106,5 +110,5 @@ def _split(data: Path, codec: Codec, folder: Path) -> TokenSplit:
     """The documents under a path, written into a folder as tokens."""
     texts, skipped = read_documents(data)
     for line in skipped.describe():
-        print(f"skipped: {line}")
+        say(f"skipped: {line}")
     return flat_split(texts, codec, folder)

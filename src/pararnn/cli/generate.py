@@ -7,9 +7,11 @@ import tyro
 
 from pararnn.cli.arguments import parse
 from pararnn.training import RunError, RunFolder, load_trained
+from pararnn.training.advice import explained
 from pararnn.training.language_model import generate_text
 from pararnn.training.parallel import choose_device
 from pararnn.training.text import open_codec
+from pararnn.training.words import say
 
 
 @dataclass(kw_only=True)
@@ -42,14 +44,15 @@ def run(arguments: list[str]) -> int:
     if "\0" in parsed.prompt:
         raise RunError("the prompt holds a zero byte; a text has none.")
     folder = RunFolder.open(parsed.run)
-    model = load_trained(folder, choose_device(parsed.device))
-    text = generate_text(
-        model,
-        open_codec(folder),
-        parsed.prompt,
-        num_tokens=parsed.num_tokens,
-        temperature=parsed.temperature,
-        seed=parsed.seed,
-    )
-    print(text)
+    with explained(folder, training=False):
+        model = load_trained(folder, choose_device(parsed.device))
+        text = generate_text(
+            model,
+            open_codec(folder),
+            parsed.prompt,
+            num_tokens=parsed.num_tokens,
+            temperature=parsed.temperature,
+            seed=parsed.seed,
+        )
+    say(text)
     return 0

@@ -66,6 +66,13 @@ def _run(name: str, arguments: list[str]) -> int:
         return _fail(str(error), FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
+    except MemoryError:
+        return _fail(f"out of memory in {name}; give it less at once.", FAILED)
+    except RecursionError as error:
+        return _fail(f"{name} met something nested too deep ({error}).", FAILED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}.", FAILED)
 
 
 def _end_within(seconds: float) -> None:

@@ -10,6 +10,7 @@ from pararnn.cli.arguments import parse
 from pararnn.data.errors import OtherProcessError
 from pararnn.training import RunFolder, TrainConfig, train
 from pararnn.training.config import resolve
+from pararnn.training.parallel import num_processes
 from pararnn.training.presets import preset_config
 from pararnn.training.run_folder import config_json, latest_run
 
@@ -41,7 +42,9 @@ class TrainArguments:
 def run(arguments: list[str]) -> int:
     """Train; returns 0, or 128 and the number of the signal that stopped it.
 
-    Where another process has told the user what failed, 1 and no message.
+    One of several processes that a signal stopped returns 0: all has been saved and said, and
+    `torchrun` would take anything else for a failure and print a traceback. Where another process
+    has told the user what failed, 1 and no message.
     """
     parsed = parse(TrainArguments, "train", arguments)
     if parsed.resume:
@@ -59,4 +62,4 @@ def run(arguments: list[str]) -> int:
         result = train(parsed.config, resume=parsed.resume)
     except OtherProcessError:
         return 1
-    return 0 if result.stopped_by is None else 128 + result.stopped_by
+    return 0 if result.stopped_by is None or num_processes() > 1 else 128 + result.stopped_by

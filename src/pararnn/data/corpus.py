@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pararnn.data.errors import RunError
-from pararnn.data.files import digest, write_atomically
+from pararnn.data.files import digest, read_json, write_atomically
 from pararnn.data.finding import SourceFile, find_files
+from pararnn.data.index import stored_skipped
 from pararnn.data.reading import (
     DOCUMENT,
     Kind,
@@ -68,14 +69,24 @@ def prepare_corpus(data: Path | None, folder: Path, held_out: float) -> Corpus:
         files, skipped = find_files(data)
         folder.mkdir(parents=True, exist_ok=True)
         _write_corpus(_read_all(data, files, skipped), skipped, folder, held_out)
-    stored = json.loads(index.read_text())["corpus"]
-    paths = {name: folder / stored.pop(name) for name in SPLITS}
-    if _digest(folder) != stored["sha256"]:
-        raise RunError(
-            f"the prepared text in {folder} was changed or damaged; restore it from a copy, or "
-            "train anew with another --out."
-        )
-    return Corpus(**paths, **stored)
+    try:
+        stored = read_json(index)["corpus"]
+        paths = {name: folder / f"{name}.bin" for name in SPLITS}
+        corpus = Corpus(**{**stored, **paths})
+        stored_skipped(corpus.skipped)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _changed(index, "is damaged") from error
+    except OSError as error:
+        raise _changed(index, f"cannot be read: {error.strerror}") from error
+    if not all(type(v) is int for name, v in vars(corpus).items() if name.startswith("num_")):
+        raise _changed(index, "is damaged")
+    if _digest(folder) != corpus.sha256:
+        raise _changed(f"{folder}: train.bin, validation.bin or files.json", "was changed")
+    return corpus
+
+
+def _changed(path: Path | str, how: str) -> RunError:
+    return RunError(f"{path} {how}; restore it from a copy, or train anew with another --out.")
 
 
 def read_documents(data: Path) -> tuple[list[bytes], Skipped]:
@@ -137,7 +148,10 @@ def _write_corpus(texts: "_Texts", skipped: Skipped, folder: Path, held_out: flo
     split = _split_bytes(texts[0], held_out) if len(texts) == 1 else _split_files(texts, held_out)
     for name, part in zip(SPLITS, split, strict=True):
         flat = b"".join(_document(text) for _, text in part) + bytes([DOCUMENT])
-        write_atomically(folder / f"{name}.bin", flat)
+        path = folder / f"{name}.bin"
+        if path.exists() and path.read_bytes() != flat:
+            raise _changed(folder / "files.json", f"is missing, and {path} holds another text")
+        write_atomically(path, flat)
     corpus = Corpus(
         train=Path("train.bin"),
         validation=Path("validation.bin"),
@@ -156,7 +170,14 @@ def _write_corpus(texts: "_Texts", skipped: Skipped, folder: Path, held_out: flo
 
 
 def _digest(folder: Path) -> str:
-    digests = [digest(folder / f"{name}.bin") for name in SPLITS]
+    digests = []
+    for path in (folder / f"{name}.bin" for name in SPLITS):
+        try:
+            digests.append(digest(path))
+        except FileNotFoundError as error:
+            raise _changed(path, "is missing") from error
+        except OSError as error:
+            raise _changed(path, f"cannot be read: {error.strerror}") from error
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM ask a loop to stop after its step; a second one stops at once."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -8,21 +9,25 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Context in which `received` holds the first stop signal, None before it.
+    """Context in which `received` holds the last stop signal, None before it.
+
+    Outside the main thread, which alone may handle signals, there is none.
 
     Args:
-        after_errors: Go on noting it after an error has ended the block: for one of several
-            processes, which `torchrun` stops as soon as another has failed, maybe before this one
-            could say what it failed of.
+        by_torchrun: This is one of several processes. The same request may then come from the
+            terminal, from `torchrun` and from what runs that, so a second signal does not stop at
+            once; and signals are noted after the block where one was received or an error ended it,
+            for `torchrun` stops all as soon as one ends, maybe before this one could say why.
     """
 
-    def __init__(self, *, after_errors: bool = False) -> None:
-        self.after_errors = after_errors
+    def __init__(self, *, by_torchrun: bool = False) -> None:
+        self.by_torchrun = by_torchrun
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -31,12 +36,13 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None or not self.after_errors:
+        if not self.by_torchrun or (error is None and self.received is None):
             self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self._restore()
+        if not self.by_torchrun:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

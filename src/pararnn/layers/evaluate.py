@@ -26,6 +26,10 @@ from pararnn.tracing.structure import Traced
 NAMES = ("auto", *operators.BACKENDS)
 
 
+class BackendError(ValueError):
+    """A backend was named that does not exist or cannot do it."""
+
+
 @dataclass(frozen=True)
 class BackendChoice:
     """A backend and why it was taken.
@@ -56,15 +60,15 @@ def choose_backend(
         solver: What the user asked for.
 
     Raises:
-        ValueError: An unknown name, or a named backend that cannot do it; the message says why.
+        BackendError: An unknown name, or a named backend that cannot do it; the message says why.
     """
     if name not in NAMES:
-        raise ValueError(f"backend={name!r} is not known; choose one of {', '.join(NAMES)}.")
+        raise BackendError(f"backend={name!r} is not known; choose one of {', '.join(NAMES)}.")
     if traced is None or device is None:
         return BackendChoice(name, "")
     if traced.recurrence is None:
         if name in _OBSTACLES:
-            raise ValueError(
+            raise BackendError(
                 f"backend={name!r} evaluates elementwise cells and {traced.subject.name} is not "
                 f"one ({traced.reason}). Use backend='torch', or backend='auto' to choose."
             )
@@ -83,7 +87,7 @@ def choose_backend(
             return BackendChoice(chosen, "asked for")
         return BackendChoice(chosen, _REASONS[chosen], automatic=True)
     if name == chosen:
-        raise ValueError(
+        raise BackendError(
             f"backend={name!r} cannot run {traced.subject.name} here: {obstacle or missing}. Use "
             "backend='torch', or backend='auto' to choose."
         )

@@ -1,6 +1,7 @@
 """Settings of a training run: nested dataclasses, checked when made, stored as `config.json`."""
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pararnn.data.errors import RunError
+from pararnn.layers.evaluate import choose_backend
 from pararnn.models import CELLS
 from pararnn.models.architectures import check_architecture
 
@@ -43,10 +45,10 @@ class ArchitectureConfig:
         _require(every >= 0, "architecture.attention_every", every, ">= 0")
         divides = self.width % self.num_heads == 0
         _require(divides, "architecture.num_heads", self.num_heads, f"a divisor of {self.width}")
-        positive = self.initializer_std > 0
-        _require(positive, "architecture.initializer_std", self.initializer_std, "> 0")
-        time = self.max_timescale
-        _require(time is None or time >= 2, "architecture.max_timescale", time, ">= 2")
+        std, time = self.initializer_std, self.max_timescale
+        _require(0 < std < math.inf, "architecture.initializer_std", std, "> 0 and finite")
+        fits = time is None or 2 <= time < math.inf
+        _require(fits, "architecture.max_timescale", time, ">= 2 and finite")
 
 
 @dataclass(kw_only=True)
@@ -97,11 +99,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "max_grad_norm", "z_loss_weight"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), ">= 0")
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"optimizer.{name}", value, ">= 0 and finite")
         for name in ("beta1", "beta2"):
             beta = getattr(self, name)
             _require(0 <= beta < 1, f"optimizer.{name}", beta, "from 0 to below 1")
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "> 0")
+        rate = self.learning_rate
+        _require(0 < rate < math.inf, "optimizer.learning_rate", rate, "> 0 and finite")
 
 
 @dataclass(kw_only=True)
@@ -170,8 +174,9 @@ class TrainConfig:
         _require(self.steps >= 1, "steps", self.steps, ">= 1")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
-        _require(self.seed >= 0, "seed", self.seed, ">= 0")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to below 2**63")
         check_architecture(self.model)
+        choose_backend(self.backend)
         every = self.architecture.attention_every
         fits = not every or self.model in CELLS
         _require(fits, "architecture.attention_every", every, f"0 for {self.model}")
@@ -201,10 +206,17 @@ def resolve(config: TrainConfig, num_processes: int = 1) -> TrainConfig:
         )
     return dataclasses.replace(
         config,
-        data=None if config.data is None else config.data.expanduser().resolve(),
+        data=None if config.data is None else _absolute(config.data),
         text=dataclasses.replace(config.text, global_batch_size=per_step),
         schedule=dataclasses.replace(config.schedule, length=length),
     )
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().resolve()
+    except (RuntimeError, ValueError) as error:  # no such user, links in a circle, a zero byte
+        raise RunError(f"data path {str(path)!r} leads nowhere: {error}.") from error
 
 
 def check_resumable(stored: TrainConfig, wanted: TrainConfig) -> None:
@@ -256,8 +268,12 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
         ValueError: A field is missing, unknown or holds something else than it should.
     """
     hints = typing.get_type_hints(kind)
-    if not isinstance(values, dict) or not set(hints) - _NEW <= set(values) <= set(hints):
-        raise ValueError(f"the fields of {kind.__name__} are not {', '.join(hints)}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} is {repr(values)[:80]}, no object")
+    if missing := set(hints) - _NEW - set(values):
+        raise ValueError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")
+    if unknown := set(values) - set(hints):
+        raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
     return kind(**{name: _restore(hints[name], name, value) for name, value in values.items()})
 
 
@@ -272,11 +288,12 @@ def _restore(hint: Any, name: str, value: Any) -> Any:
         valid = value in options
     else:
         allowed = options if isinstance(hint, types.UnionType) else (hint,)
-        if value is not None and Path in allowed:
+        if isinstance(value, str) and Path in allowed:
             return Path(value)
-        valid = type(value) in allowed or (float in allowed and type(value) is int)
+        whole = float in allowed and type(value) is int and abs(value) < 2**53
+        valid = type(value) in allowed or whole
     if not valid:
-        raise ValueError(f"{name} is {value!r}")
+        raise ValueError(f"{name} is {repr(value)[:80]}")
     return value
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm  # type: ignore[import-untyped] # has none
 
-from pararnn.data.files import write_atomically
+from pararnn.data.files import free_name, write_atomically
+from pararnn.training.words import say
 
 
 class MetricsFile:
@@ -19,11 +20,20 @@ class MetricsFile:
     Args:
         path: The file.
         last_step: Steps that the run goes on from; lines after it are removed, as is a line that
-            a crash cut short.
+            a crash cut short. Where other lines are no records, the file is kept under another
+            name.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+        records, broken = _read_lines(path)
+        if broken:
+            aside = free_name(path.with_name(f"unusable-{path.name}"))
+            path.replace(aside)
+            say(
+                f"Set aside: {path} as {aside.name}, because {len(broken)} of its lines, the "
+                f"first being line {broken[0]}, are no records of steps; the others are kept."
+            )
+        kept = [record for record in records if record["step"] <= last_step]
         write_atomically(path, b"".join(_line(record) for record in kept))
         self._file = path.open("ab", buffering=0)
 
@@ -86,10 +96,23 @@ class StepLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole records of a file; none when it does not exist."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    return _read_lines(path)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Records, and the numbers of the lines that are none."""
+    records, broken = [], []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+        else:
+            broken.append(number)
+    return records, broken
 
 
 def plot_loss(metrics: Path, target: Path) -> bool:
@@ -98,7 +121,7 @@ def plot_loss(metrics: Path, target: Path) -> bool:
         return False
     from matplotlib.figure import Figure
 
-    records = read_metrics(metrics)
+    records = [r for r in read_metrics(metrics) if isinstance(r.get("bits_per_byte"), float)]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([r["step"] for r in records], [r["bits_per_byte"] for r in records], linewidth=1)

@@ -5,6 +5,7 @@ nothing of `torch.distributed` is used.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pararnn.data.errors import LostConnectionError, OtherProcessError, RunError
+from pararnn.training.words import say
 
 Result = TypeVar("Result")
 
@@ -44,7 +46,7 @@ class Processes:
     def print(self, text: str) -> None:
         """Print once for all processes."""
         if self.is_first:
-            print(text, flush=True)
+            say(text)
 
     def mean(self, values: list[float]) -> list[float]:
         """Mean of every value over all processes, the same on each."""
@@ -97,7 +99,12 @@ def join_processes(device: str) -> Iterator[Processes]:
         RunError: There is no such device for this process, or the environment is incomplete.
         LostConnectionError: Another process is gone.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    with _expected_warnings():
+        yield from _join(device)
+
+
+def _join(device: str) -> Iterator[Processes]:
+    count = num_processes()
     if count == 1:
         yield Processes(0, 1, choose_device(device))
         return
@@ -125,6 +132,17 @@ def join_processes(device: str) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Leave out what PyTorch says of things that are meant here."""
+    with warnings.catch_warnings():
+        # One process saves and loads alone.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        # A block's last state may be a view of its output; nobody writes into either.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        yield
+
+
 def lost_connection(error: BaseException | None) -> bool:
     """Whether PyTorch says by an error that another process is gone."""
     return isinstance(error, dist.DistError) or (
@@ -132,9 +150,14 @@ def lost_connection(error: BaseException | None) -> bool:
     )
 
 
+def num_processes() -> int:
+    """How many `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def train_command() -> str:
     """What starts as many processes on a machine as there are now."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if num_processes() == 1:
         return "pararnn train"
     per_machine = os.environ["LOCAL_WORLD_SIZE"]
     return f"torchrun --nproc-per-node {per_machine} -m pararnn.cli train"
@@ -154,6 +177,14 @@ def choose_device(name: str) -> torch.device:
         raise RunError(f"device {name!r} is not one of PyTorch's; use cpu or cuda.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunError(f"device {name!r} cannot be used: PyTorch sees no GPU. Use --device cpu.")
+    try:
+        if device.type != "cuda":  # there, every process takes its own first
+            torch.zeros((), device=device).item()
+        elif device.index is not None:
+            torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise RunError(f"device {name!r} cannot be used: {reason}. Use cpu or cuda.") from error
     return device
 
 

@@ -19,6 +19,7 @@ from pararnn.training.parallel import Processes
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.step import train_step
 from pararnn.training.text import Text
+from pararnn.training.words import say
 
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 300
@@ -54,7 +55,7 @@ def report(
         limit=config.text.validation_tokens,
         chunk=config.text.sequence_length,
     )
-    print(
+    say(
         f"Validation: {validation.bits_per_byte:.3f} bits per byte "
         f"({validation.loss:.4f} nats) on {validation.num_tokens:,} held-out {text.codec.unit}, "
         f"after {step} steps in {train_seconds:.0f} s"
@@ -70,14 +71,14 @@ def report(
     history.write(record)
     history.close()
     if alone and _loop_is_small(config, model):
-        print(_compare(config, text, model))
+        say(_compare(config, text, model))
     if plot_loss(run.metrics, run.plot):
-        print(f"Plot: {run.plot}")
+        say(f"Plot: {run.plot}")
     sample = generate_text(
         model, text.codec, SAMPLE_PROMPT, num_tokens=SAMPLE_TOKENS, seed=config.seed
     )
     write_atomically(run.sample, sample.encode())
-    print(f"Sample:\n{sample}")
+    say(f"Sample:\n{sample}")
     return validation
 
 

@@ -1,12 +1,20 @@
 """The folder of one training run: what it holds, how it is made and opened."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from pararnn.data.errors import RunError
-from pararnn.data.files import write_atomically
+from pararnn.data.files import read_json, write_atomically
 from pararnn.training.config import TrainConfig, from_dict, to_dict
+from pararnn.training.lock import LOCK, alone_in_run
+from pararnn.training.words import shell_word
 
 RUNS = Path("runs")
 
@@ -32,31 +40,64 @@ class RunFolder:
         self.sample = path / "sample.txt"
 
     @classmethod
-    def create(cls, config: TrainConfig) -> "RunFolder":
-        """Make the folder and write `config.json`.
+    def create(cls, config: TrainConfig, held: ExitStack) -> "RunFolder":
+        """Make the folder, lock it and write `config.json`.
+
+        What is left of a start that failed before its first checkpoint is replaced.
 
         Args:
             config: Resolved settings; without `out`, the next free runs/MODEL-NUMBER is taken.
+            held: Holds the lock from now on.
 
         Raises:
-            RunError: The folder holds a run or something else.
+            RunError: The folder holds a run or something else, is in use, or cannot be made.
         """
-        run = cls(_free_path(config.model) if config.out is None else config.out)
-        config = dataclasses.replace(config, out=run.path)
-        if run.config.exists():
-            raise RunError(
-                f"{run.path} already holds a run; continue it with --resume --out {run.path}, or "
-                "name another folder with --out."
-            )
-        if run.path.is_file():
-            raise RunError(f"{run.path} is a file; name a folder with --out.")
-        if run.path.is_dir() and any(not p.name.startswith(".") for p in run.path.iterdir()):
-            raise RunError(
-                f"{run.path} is not empty and holds no run; name another folder with --out."
-            )
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.write_config(config)
+        run = cls(config.out) if config.out is not None else cls(_make_free(config.model))
+        with _told(run.path):
+            run._check_free()
+            run.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone_in_run(run.path))
+            run._check_free()  # again: another process may just have begun here
+            run._clear()
+            run.write_config(dataclasses.replace(config, out=run.path))
         return run
+
+    def discard(self) -> None:
+        """Delete what a start has left that failed before its first checkpoint."""
+        if not self._holds_checkpoints():
+            self._clear()
+            with contextlib.suppress(OSError):
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.path.rmdir()  # fails where there is more
+
+    def _check_free(self) -> None:
+        """Raise RunError where a run would be lost, or other files."""
+        if any("\ud800" <= letter <= "\udfff" for letter in str(self.path)):
+            raise RunError(f"{str(self.path)!r} is not UTF-8; name another folder with --out.")
+        if self.config.is_file() and self._holds_checkpoints():
+            raise RunError(
+                f"{self.path} already holds a run; continue it with --resume --out "
+                f"{shell_word(self.path)}, or name another folder with --out."
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; name a folder with --out.")
+        if self.config.is_file():
+            self.read_config()  # or it is somebody else's
+        elif self.path.is_dir() and any(not name.startswith(".") for name in os.listdir(self.path)):
+            raise RunError(
+                f"{self.path} is not empty and holds no run; name another folder with --out."
+            )
+
+    def _holds_checkpoints(self) -> bool:
+        """Whether there is any, good or not."""
+        folder = self.checkpoints
+        return folder.is_dir() and any(not name.startswith(".") for name in os.listdir(folder))
+
+    def _clear(self) -> None:
+        for path in (self.data, self.checkpoints, self.tensorboard, self.profile):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.metrics, self.validation, self.environment, self.config):
+            path.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -80,7 +121,7 @@ class RunFolder:
             RunError: `config.json` is damaged or of another version.
         """
         try:
-            return from_dict(TrainConfig, json.loads(self.config.read_bytes()))
+            return from_dict(TrainConfig, read_json(self.config))
         except ValueError as error:
             raise RunError(
                 f"{self.config} cannot be read ({error}); it is damaged or of another version of "
@@ -109,8 +150,22 @@ def latest_run() -> Path:
     return max(configs, key=lambda path: path.stat().st_mtime).parent
 
 
-def _free_path(model: str) -> Path:
-    number = 1
-    while (path := RUNS / f"{model}-{number}").exists():
-        number += 1
-    return path
+def _make_free(model: str) -> Path:
+    """The next free folder below runs/; made here, so that no other process takes it."""
+    for number in itertools.count(1):
+        path = RUNS / f"{model}-{number}"
+        with _told(path), contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("numbers do not end")
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot make or write to {error.filename or path}: {error.strerror or error}. Put "
+            "that right, or name another folder with --out."
+        ) from error

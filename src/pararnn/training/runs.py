@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +14,9 @@ from pararnn.data.files import write_atomically
 from pararnn.models.architectures import missing_kernels
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import train_flops_per_token
+from pararnn.training.advice import explained, how_to_resume
 from pararnn.training.checkpoints import (
     Checkpoint,
-    CheckpointError,
     newest_checkpoint,
     quiet_transformers,
     set_aside,
@@ -28,13 +26,18 @@ from pararnn.training.data import Batches, WindowOrder, Windows
 from pararnn.training.environment import describe_environment
 from pararnn.training.evaluation import Evaluation
 from pararnn.training.language_model import outline_model, to_device
+from pararnn.training.lock import alone_in_run
 from pararnn.training.optimizer import build_optimizer
-from pararnn.training.parallel import Processes, join_processes, train_command
+from pararnn.training.parallel import (
+    Processes,
+    join_processes,
+)
 from pararnn.training.report import report
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.sharding import lay_out
-from pararnn.training.text import Text, check_text, open_text
+from pararnn.training.text import Text, check_text, check_tokenizer, open_codec, open_text
 from pararnn.training.trainer import Trainer
+from pararnn.training.words import say
 
 
 @dataclass(frozen=True)
@@ -65,99 +68,118 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     Raises:
         RunError: Something the user can put right.
     """
-    with join_processes(config.device) as processes:
-        open_run = _reopen if resume else _start
-        run, config = processes.on_first(lambda: open_run(resolve(config, processes.count)))
-        with _advice(run):
-            text, trainer = _prepare(config, run, processes, resume)
-            stopped_by = trainer.fit()
-        if stopped_by is not None:
-            name = signal.Signals(stopped_by).name
-            words = f"{name} at step {trainer.step}: checkpoint saved. {how_to_resume(run)}"
-            # All wait for it: when one of them ends by a signal, torchrun stops the first.
-            processes.on_first(lambda: print(words, flush=True))
-    step, seconds = trainer.step, trainer.train_seconds
-    del trainer  # its memory, for the model of the report
-    if stopped_by is not None or not processes.is_first:
-        return TrainResult(run, step, stopped_by, None)
-    with _advice(run):
-        model = load_trained(run, processes.device)
-        validation = report(config, run, text, model, step, seconds, alone=processes.count == 1)
-    return TrainResult(run, step, None, validation)
+    with ExitStack() as held:
+        with join_processes(config.device) as processes:
+            open_run = _reopen if resume else _start
+            run, config = processes.on_first(
+                lambda: open_run(resolve(config, processes.count), held)
+            )
+            with explained(run):
+                text, trainer = _prepare(config, run, processes, resume)
+                stopped_by = trainer.fit()
+            if stopped_by is not None:
+                name = signal.Signals(stopped_by).name
+                words = f"{name} at step {trainer.step}: checkpoint saved. {how_to_resume(run)}"
+                # All wait for it: when one of them ends by a signal, torchrun stops the first.
+                processes.on_first(lambda: say(words))
+        step, seconds = trainer.step, trainer.train_seconds
+        del trainer  # its memory, for the model of the report
+        if stopped_by is not None or not processes.is_first:
+            return TrainResult(run, step, stopped_by, None)
+        with explained(run):
+            model = load_trained(run, processes.device)
+            alone = processes.count == 1
+            validation = report(config, run, text, model, step, seconds, alone=alone)
+        return TrainResult(run, step, None, validation)
 
 
-@contextmanager
-def _advice(run: RunFolder) -> Iterator[None]:
-    """Errors of the disk say how to go on after they are put right."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} {how_to_resume(run)}") from error
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {run.path}: {error.strerror or error}. Make room or make it "
-            f"writable. {how_to_resume(run)}"
-        ) from error
-
-
-def how_to_resume(run: RunFolder) -> str:
-    """One sentence for whoever must continue a run."""
-    return f"Continue with: {train_command()} --resume --out {run.path}"
-
-
-def load_trained(run: RunFolder, device: torch.device) -> PreTrainedModel:
+def load_trained(run: RunFolder, device: torch.device, owner: str | None = None) -> PreTrainedModel:
     """The model of a run's last good checkpoint.
 
+    Args:
+        run: Where it is.
+        device: Where the model goes.
+        owner: `identity_of` that the checkpoint must have; None for any.
+
     Raises:
-        RunError: There is none.
+        RunError: There is none, or its tokenizer is not that of the run's data.
     """
-    checkpoint, problems = newest_checkpoint(run.checkpoints)
+    checkpoint, problems = newest_checkpoint(run.checkpoints, owner)
     if checkpoint is None:
         raise RunError(f"{run.path} holds no checkpoint yet. {how_to_resume(run)}")
     for problem in problems:
-        print(f"Skipped: {problem}. Using {checkpoint.path.name}.")
+        say(f"Skipped: {problem}. Using {checkpoint.path.name}.")
+    check_tokenizer(open_codec(run), checkpoint)
     with quiet_transformers():
-        return to_device(AutoModelForCausalLM.from_pretrained(checkpoint.path), device)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        return to_device(model, device)
 
 
-def _start(config: TrainConfig) -> tuple[RunFolder, TrainConfig]:
+def identity_of(config: TrainConfig, text: Text) -> str:
+    """What marks the checkpoints of a run: the settings that decide its curve, and its data."""
+    settings = json.dumps([identity(config), text.sha256], sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
+def _start(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, TrainConfig]:
     check_text(config.data)
-    run = RunFolder.create(config)
+    run = RunFolder.create(config, held)
     return run, run.read_config()
 
 
-def _reopen(config: TrainConfig) -> tuple[RunFolder, TrainConfig]:
+def _reopen(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, TrainConfig]:
     if config.out is None:
         raise RunError("name the run to resume with --out.")
     run = RunFolder.open(config.out)
-    check_resumable(run.read_config(), config)
-    run.write_config(config)
+    with explained(run):
+        held.enter_context(alone_in_run(run.path))
+        check_resumable(run.read_config(), config)
     return run, config
 
 
 def _prepare(
     config: TrainConfig, run: RunFolder, processes: Processes, resume: bool
 ) -> tuple[Text, Trainer]:
-    """Data, model and what trains it; a new run that has no data leaves no folder behind."""
+    """Data, model and what trains it; a new run that fails here leaves no folder behind."""
 
-    def prepare() -> Text:
-        try:
-            text = open_text(config, run)
-        except RunError:
-            if not resume:
-                shutil.rmtree(run.path, ignore_errors=True)
-            raise
+    def prepare() -> tuple[Text, Checkpoint | None]:
+        text = open_text(config, run)
+        checkpoint = _find_checkpoint(config, run, text) if resume else None
+        run.write_config(config)
         facts = describe_environment(processes.device, processes.count)
-        write_atomically(run.environment, facts.encode())
-        return text
+        write_atomically(run.environment, facts.encode(errors="backslashreplace"))
+        return text, checkpoint
 
-    text = processes.on_first(prepare)
-    model = CausalLoss(outline_model(config, text.codec), config.optimizer.z_loss_weight)
-    processes.print(_introduction(config, run, text, model, processes))
-    trainer = _build_trainer(config, run, text, model, processes)
-    if resume:
-        _load_newest(trainer)
+    try:
+        text, checkpoint = processes.on_first(prepare)
+        model = CausalLoss(outline_model(config, text.codec), config.optimizer.z_loss_weight)
+        processes.print(_introduction(config, run, text, model, processes))
+        trainer = _build_trainer(config, run, text, model, processes)
+    except BaseException:
+        if not resume and processes.is_first:
+            run.discard()
+        raise
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+        processes.print(f"Resumed at step {trainer.step} from {checkpoint.path}.")
+        if trainer.step >= trainer.config.steps:
+            processes.print("All steps are done; raise --steps to train further.")
+    elif resume:
+        processes.print("No checkpoint was saved yet; starting from step 0.")
     return text, trainer
+
+
+def _find_checkpoint(config: TrainConfig, run: RunFolder, text: Text) -> Checkpoint | None:
+    """The last good one of a run; damaged ones after it are renamed."""
+    checkpoint, problems = newest_checkpoint(run.checkpoints, identity_of(config, text))
+    if checkpoint is not None:
+        check_tokenizer(text.codec, checkpoint)
+        for problem in problems:
+            say(f"Set aside: {problem}.")
+        set_aside(run.checkpoints, checkpoint)
+    return checkpoint
 
 
 def _build_trainer(
@@ -167,35 +189,13 @@ def _build_trainer(
     windows = Windows(text.train, length)
     order = WindowOrder(len(windows), config.text.global_batch_size or batch_size, config.seed)
     batches = Batches(windows, order, batch_size, processes.rank, processes.count)
-    settings = json.dumps([identity(config), text.sha256], sort_keys=True)
-    owner = hashlib.sha256(settings.encode()).hexdigest()
+    owner = identity_of(config, text)
     flops = train_flops_per_token(model.model, length)
     per_byte = text.codec.tokens_per_byte(text.train)
     lay_out(model, config.execution, processes, config.seed)
     optimizer = build_optimizer(model.model, config.optimizer)
     torch.manual_seed(config.seed + processes.rank)  # each draws numbers of its own
     return Trainer(config, run, owner, model, optimizer, batches, processes, flops, per_byte)
-
-
-def _load_newest(trainer: Trainer) -> None:
-    processes, folder = trainer.processes, trainer.run.checkpoints
-
-    def find() -> Checkpoint | None:
-        checkpoint, problems = newest_checkpoint(folder, trainer.identity)
-        if checkpoint is not None:
-            for problem in problems:
-                print(f"Set aside: {problem}.")
-            set_aside(folder, checkpoint)
-        return checkpoint
-
-    checkpoint = processes.on_first(find)
-    if checkpoint is None:
-        processes.print("No checkpoint was saved yet; starting from step 0.")
-        return
-    trainer.load(checkpoint)
-    processes.print(f"Resumed at step {trainer.step} from {checkpoint.path}.")
-    if trainer.step >= trainer.config.steps:
-        processes.print("All steps are done; raise --steps to train further.")
 
 
 def _introduction(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -52,8 +51,6 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.run, self.keep, self.processes = folder, run, keep, processes
         self.tokenizer = tokenizer
-        # What PyTorch says when one process saves alone, as is meant here.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
 
@@ -151,7 +148,7 @@ class CheckpointWriter:
     def _failed(self, step: int, problem: BaseException) -> CheckpointError:
         kept = [path.name for path in list_checkpoints(self.folder)]
         return CheckpointError(
-            f"cannot save a checkpoint at step {step}: {_first_line(problem)}. Make room in "
+            f"cannot save a checkpoint at step {step}: {root_cause(problem)}. Make room in "
             f"{self.folder} or make it writable. "
             f"{f'Last good checkpoint: {kept[-1]}.' if kept else ''}".strip()
         )
@@ -162,8 +159,8 @@ def _upload(parts: Any) -> "Future[Any]":
     return getattr(parts, "upload_completion", parts)
 
 
-def _first_line(problem: BaseException) -> str:
-    """What went wrong, without the processes and tracebacks around it."""
+def root_cause(problem: BaseException) -> str:
+    """What went wrong, in one line, without the processes and tracebacks around it."""
     if isinstance(problem, CheckpointException) and problem.failures:
         problem, _ = next(iter(problem.failures.values()))
     cause: BaseException | None = problem

@@ -1,6 +1,5 @@
 """How a model is laid out before training: recomputation, compilation, shards over processes."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +43,6 @@ def lay_out(
     model, device = loss.model, processes.device
     loss.compiled = execution.compile
     mesh = init_device_mesh(device.type, (processes.count,)) if processes.count > 1 else None
-    # A block's last state may be a view of its output; nobody writes into either.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     parts = blocks(model)
     for index, block in enumerate(parts):
         if is_empty(block):

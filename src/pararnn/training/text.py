@@ -9,11 +9,20 @@ from torch import Tensor
 
 from pararnn.data import TokenSplit, open_tokens
 from pararnn.data.corpus import Corpus, prepare_corpus
+from pararnn.data.errors import RunError
 from pararnn.data.finding import find_files
 from pararnn.data.index import TOKENIZER, Shard, is_prepared
 from pararnn.data.shards import TokenDataset, stored_dtype, write_shard
 from pararnn.data.skipped import Skipped
-from pararnn.data.tokenization import Tokenization, check_files, copy_tokenizer, load_tokenizer
+from pararnn.data.tokenization import (
+    TOKENIZER_FILES,
+    Tokenization,
+    check_files,
+    copy_tokenizer,
+    digests,
+    load_tokenizer,
+)
+from pararnn.training.checkpoints import Checkpoint
 from pararnn.training.config import TrainConfig
 from pararnn.training.run_folder import RunFolder
 
@@ -122,6 +131,24 @@ def open_codec(run: RunFolder) -> Codec:
     """The tokenizer of a run."""
     folder = run.data / TOKENIZER
     return Codec(folder if folder.is_dir() else None)
+
+
+def check_tokenizer(codec: Codec, checkpoint: Checkpoint) -> None:
+    """Compare a run's tokenizer with the one that lies beside a model.
+
+    Raises:
+        RunError: A file is missing, too many, or another one.
+    """
+    expected = {name: value for name, value in checkpoint.files.items() if name in TOKENIZER_FILES}
+    found = {} if codec.tokenizer is None else digests(codec.tokenizer)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            there = checkpoint.path / name
+            remedy = f"restore it from {there}" if name in expected else "move it away"
+            raise RunError(
+                f"{checkpoint.path.parents[1] / 'data' / TOKENIZER / name} is not what the model "
+                f"was trained with; {remedy}."
+            )
 
 
 def flat_bytes(path: Path) -> TokenSplit:

@@ -4,16 +4,18 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pararnn.data.errors import RunError
 from pararnn.data.signals import StopSignals
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import peak_flops
-from pararnn.training.checkpoints import Checkpoint
+from pararnn.training.checkpoints import Checkpoint, CheckpointError
 from pararnn.training.config import TrainConfig
 from pararnn.training.data import Batches
 from pararnn.training.metrics import StepLog
@@ -21,7 +23,8 @@ from pararnn.training.optimizer import learning_rate, named_state
 from pararnn.training.parallel import Processes
 from pararnn.training.profiling import record_steps
 from pararnn.training.run_folder import RunFolder
-from pararnn.training.saving import CheckpointWriter
+from pararnn.training.saving import CheckpointWriter, root_cause
+from pararnn.training.state_index import StateReader
 from pararnn.training.step import StepResult, train_step
 from pararnn.training.text import open_codec
 
@@ -62,15 +65,22 @@ class Trainer:
         self._peak = None if peak is None else peak * self.processes.count
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint, of any number of processes."""
-        progress = checkpoint.read_progress()
-        known = self.processes.rank < progress["num_processes"]
-        same_device = self.processes.device.type == progress["device"]
-        random_state = self._random_state() if known and same_device else {}
-        state = self._state() | {"random": random_state}
-        dcp.load(state, checkpoint_id=checkpoint.state)
-        self.step, self.train_seconds = progress["step"], progress["train_seconds"]
-        self._set_random_state(random_state)
+        """Continue from a checkpoint, of any number of processes.
+
+        Raises:
+            CheckpointError: It is whole, but not what this trainer wrote.
+        """
+        try:
+            progress = checkpoint.read_progress()
+            known = self.processes.rank < progress["num_processes"]
+            same_device = self.processes.device.type == progress["device"]
+            random_state = self._random_state() if known and same_device else {}
+            state = self._state() | {"random": random_state}
+            dcp.load(state, storage_reader=StateReader(checkpoint.state))
+            self.step, self.train_seconds = checkpoint.step, float(progress["train_seconds"])
+            self._set_random_state(random_state)
+        except (ValueError, KeyError, TypeError, CheckpointException) as error:
+            self.processes.on_first(partial(_raise_unusable, checkpoint, error))
 
     def save(self) -> None:
         """Write a checkpoint in the background, and delete the oldest."""
@@ -117,7 +127,7 @@ class Trainer:
         config = self.config
         with ExitStack() as stack:
             # First, so that a signal does not cut off the ends of the others.
-            stop = stack.enter_context(StopSignals(after_errors=self.processes.count > 1))
+            stop = stack.enter_context(StopSignals(by_torchrun=self.processes.count > 1))
             stack.enter_context(self._writer)
             if self.step == 0:
                 self.save()
@@ -182,3 +192,10 @@ class Trainer:
             "new run with a lower --optimizer.learning-rate or a lower "
             "--optimizer.max-grad-norm."
         )
+
+
+def _raise_unusable(checkpoint: Checkpoint, error: BaseException) -> None:
+    raise CheckpointError(
+        f"{checkpoint.path} cannot be loaded: {root_cause(error)}. Its checksums are right, so "
+        "this run did not write it; move it away."
+    ) from error

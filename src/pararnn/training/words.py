@@ -1,0 +1,20 @@
+"""Words for the screen: on terminals of any encoding, and as commands for a shell."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+
+def say(text: str) -> None:
+    """Print at once; characters that the terminal does not know are written as escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shell_word(path: Path) -> str:
+    """A path as one word of a shell's command line."""
+    return shlex.quote(str(path))

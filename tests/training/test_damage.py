@@ -241,7 +241,7 @@ def change_value(place, trained, right, name, path, kind):
         else:
             part[key] = VALUES[kind]
 
-    told = (name, path[-1], "config.json and data/")
+    told = (name, name.rpartition("/")[2], path[-1], "config.json and data/")
     check(place, trained, right, lambda run: edit_json(run / name, path, change), told)
 
 

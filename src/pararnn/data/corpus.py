@@ -81,7 +81,9 @@ def prepare_corpus(data: Path | None, folder: Path, held_out: float) -> Corpus:
     if not all(type(v) is int for name, v in vars(corpus).items() if name.startswith("num_")):
         raise _changed(index, "is damaged")
     if _digest(folder) != corpus.sha256:
-        raise _changed(f"{folder}: train.bin, validation.bin or files.json", "was changed")
+        raise _changed(
+            f"{folder}: train.bin, validation.bin or files.json", "was changed or damaged"
+        )
     return corpus
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,9 @@ from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_steps
 from pararnn.kernels.operators import gradients_of_loop, no_second_derivative, refuse_tangents
 from pararnn.kernels.pointwise import run as run_module
 from pararnn.solvers import chunks as plain
-from pararnn.solvers.automatic import Memory, automatic, coupling, prefers_cell
+from pararnn.solvers.automatic import automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
-from pararnn.solvers.settings import Jacobi, Sequential, Solver, act_on_failure
+from pararnn.solvers.settings import Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
 from pararnn.tracing.mixing import Mixing, Step, arithmetic, in_type
 from pararnn.tracing.recorder import is_differentiable
@@ -35,15 +35,12 @@ class Plan:
         mixing: The recurrence.
         group: Channels that mix with each other.
         settings: What the user asked for; None to choose.
-        memory: Where parallel evaluation failed, if it was chosen. Layers with equal equations
-            share a plan; what tells them apart is where their weights are.
         graphs: Whole calls of small problems as CUDA graphs.
     """
 
     mixing: Mixing
     group: int
     settings: Solver | None
-    memory: Memory = field(default_factory=Memory)
     graphs: Graphs = field(default_factory=Graphs)
 
     def forward(
@@ -88,16 +85,10 @@ class Plan:
         if self.settings is not None:
             return repr(self.settings)
         entries = self.mixing.num_components * self.group
-        text = (
+        return (
             f"{coupling(entries).__name__}, with chunks chosen for every shape, or step by step "
             "where they do not pay"
         )
-        if len(self.memory):
-            text += (
-                f"; it did not converge lately for {len(self.memory)} problems (a shape, forwards "
-                "or backwards), which go step by step until it is tried again"
-            )
-        return text
 
     def settles(self, initial: Tensor, with_gradients: bool) -> bool:
         """Whether no call waits for the device, see `Way.settle`."""
@@ -128,21 +119,17 @@ class Plan:
         tensors = [*edges, initial, *others]
         device, settings = initial.device, self.chosen(batch, time, initial.device.type)
         step = self.mixing.step if direction == "forward" else self.mixing.adjoint.step
-        if (
-            self.settings is None
-            and not isinstance(settings, Sequential)
-            and _is_fast(step, initial)
-        ):
-            way = Way(replace(settings, max_iterations=1), settle=True)
-            if batch * time * initial[0].numel() > SMALL or is_capturing(device):
-                return run(tensors, way)
-            return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
-        kinds = zip(edges, self.mixing.step.by_rows, strict=True)
-        weights = [e.data_ptr() for e, by_rows in kinds if not by_rows]
-        problem = (direction, batch, time, *weights[:1])
-        if self.memory.avoids(problem) or is_capturing(device):
-            settings = Sequential()
-        return run(tensors, Way(settings, problem=problem))
+        if self.settings is not None or isinstance(settings, Sequential):
+            return run(tensors, Way(Sequential() if is_capturing(device) else settings))
+        if not _is_fast(step, initial):
+            found = run(tensors, Way(Sequential() if is_capturing(device) else settings))
+            if not _is_fast(step, initial):
+                return found
+        # known to be fast, perhaps since just now: what follows is the same in the first call
+        way = Way(replace(settings, max_iterations=1), settle=True)
+        if batch * time * initial[0].numel() > SMALL or is_capturing(device):
+            return run(tensors, way)
+        return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
 
     def solve(
         self, chain: Chain, way: Way, dtype: torch.dtype
@@ -152,12 +139,8 @@ class Plan:
         tolerance = settings.tolerance_for(dtype)
         if settings.tolerance is None and _rounds(chain.initial):
             tolerance = max(tolerance, _TF32)
-        # Jacobi shrinks the residual by the same factor again and again, Newton ever faster.
-        give_up = self.settings is None and isinstance(settings, Jacobi)
-        found, progress = chain.solve(settings, tolerance, run_steps, give_up, way.settle)
-        if self.settings is None and progress is not None and not progress.all_converged:
-            self.memory.failed(way.problem)
-        return found, progress
+        give_up = self.settings is None and not way.settle
+        return chain.solve(settings, tolerance, run_steps, give_up, way.settle)
 
 
 @dataclass(frozen=True)
@@ -168,12 +151,10 @@ class Way:
         settings: In force.
         settle: One sweep, after which the device decides by itself which sequences to run step by
             step: in one kernel that takes little, and nobody waits for an answer.
-        problem: What tells problems apart: direction, shape and weights.
     """
 
     settings: Solver
     settle: bool = False
-    problem: Hashable = None
 
 
 def _is_fast(step: Step, initial: Tensor) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from pararnn.solvers.settings import Jacobi, Newton, Sequential, Solver
@@ -24,8 +22,6 @@ _CALL_AGAINST_ONE = 192  # the same where the cell has all its launches in one c
 # launches), products are bound by arithmetic: one for all times, or for chunks, gains nothing, and
 # gates had better be kept than computed again.
 _BOUND_ROWS, _BOUND_WORK = 16, 12.0
-_RETRY_AFTER = 64  # calls step by step before parallel evaluation is tried again
-_REMEMBERED = 1024
 
 
 def coupling(entries: int) -> type[Newton | Jacobi]:
@@ -114,26 +110,3 @@ def prefers_cell(work: int, batch: int, time: int, device: str, one_call: bool) 
     bound = batch >= _BOUND_ROWS and batch * launches >= _BOUND_WORK
     cut = _Cut.of(_ARITHMETIC_AGAINST_ONE * work, batch, time, device)
     return few or bound or (one_call and cut.loop < _WORTH_AGAINST_ONE * cut.first)
-
-
-class Memory:
-    """Which problems parallel evaluation failed on lately."""
-
-    def __init__(self) -> None:
-        self._left: OrderedDict[Hashable, int] = OrderedDict()
-
-    def avoids(self, key: Hashable) -> bool:
-        """Whether to go step by step this time."""
-        left = self._left.pop(key, 0)
-        if left > 1:
-            self._left[key] = left - 1
-        return left > 0
-
-    def failed(self, key: Hashable) -> None:
-        """Parallel evaluation did not converge: avoid it for some calls."""
-        self._left[key] = _RETRY_AFTER
-        if len(self._left) > _REMEMBERED:
-            self._left.popitem(last=False)
-
-    def __len__(self) -> int:
-        return len(self._left)

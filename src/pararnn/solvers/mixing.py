@@ -32,6 +32,7 @@ from pararnn.solvers.chunks import (
 from pararnn.solvers.settings import Sequential, Solver
 from pararnn.solvers.shooting import (
     WARM_UP,
+    Contraction,
     Progress,
     adjoint_residual,
     shoot,
@@ -121,7 +122,7 @@ class Chain(abc.ABC):
             settings: With the chunks that hold.
             tolerance: The tolerance that holds.
             run: Steps through chunks.
-            give_up: See `shoot`.
+            give_up: Stop iterations that will not reach the tolerance.
             settle: Sweep once and, without asking the device, run the sequences step by step that
                 did not converge.
 
@@ -138,7 +139,14 @@ class Chain(abc.ABC):
         everywhere = start.repeat(cut.chunks, 1, 1).unbind(1)
         last = Sweep(first=max(0, cut.chunk - WARM_UP), keep=False)
         _, warm = run(chunks, everywhere, last)
-        guess = torch.cat([groups.vectors(everywhere)[:, :1], groups.vectors(warm)[:, :-1]], 1)
+        before, warmed = groups.vectors(everywhere), groups.vectors(warm)
+        guess = torch.cat([before[:, :1], warmed[:, :-1]], 1)
+        contraction = None
+        if give_up:
+            moved = torch.inf
+            if settings.coupling == "zero":
+                moved = float(self.residual(warmed[:, :-1], before[:, 1:]).amax())
+            contraction = Contraction(moved, min(1.0, WARM_UP / cut.chunk))
         first: list[Tensor] = []
         states: list[Tensor] = []
 
@@ -154,7 +162,7 @@ class Chain(abc.ABC):
             settings,
             tolerance,
             self.residual,
-            give_up,
+            contraction,
             (lambda _: True) if settle else bool,
         )
         if settle:

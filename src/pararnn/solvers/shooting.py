@@ -270,6 +270,31 @@ def adjoint_residual(ends: Tensor, starts: Tensor) -> Tensor:
     return torch.where(ends == starts, 0.0, apart).amax((1, 2, 3))
 
 
+@dataclass(frozen=True)
+class Contraction:
+    """Tells iterations that will not converge from others, by how they shrink the residual.
+
+    Attributes:
+        residual: The last one, at first that of the states that the warm-up started from, or
+            infinity.
+        part: Of a chunk, the steps since then: for how long the cell could forget.
+    """
+
+    residual: float
+    part: float
+
+    def is_hopeless(self, residual: float, left: int, tolerance: float, kind: str) -> bool:
+        """Whether the residual that follows will not be within the tolerance after `left` more.
+
+        Without tangents it shrinks by the same factor in every chunk; with them ever faster, once
+        it does.
+        """
+        if kind != "zero":
+            return not residual < self.residual
+        factor = min(1.0, residual / self.residual) if self.residual else 1.0
+        return not residual * factor ** (left / self.part) <= tolerance
+
+
 def shoot(
     sweep: Callable[[Tensor], Tensor],
     tangents: Callable[[Tensor], Tensor],
@@ -277,7 +302,7 @@ def shoot(
     settings: Solver,
     tolerance: float,
     residual_of: Callable[[Tensor, Tensor], Tensor] = state_residual,
-    give_up: bool = False,
+    contraction: Contraction | None = None,
     holds: Callable[[Tensor], bool] = bool,
 ) -> Progress:
     """Iterate until every chunk ends where the next one starts.
@@ -291,8 +316,8 @@ def shoot(
         tolerance: The tolerance that holds.
         residual_of: The residual of each sequence, from the ends of all chunks but the last and the
             starts of those that follow.
-        give_up: Stop once the residual, shrinking as it did, will not reach the tolerance in the
-            iterations that are left.
+        contraction: What is known of it before the first iteration, to stop once the residual will
+            not reach the tolerance in the iterations that are left; None not to.
         holds: Whether all have converged, from the answer on the device: `bool` waits for it.
 
     Returns:
@@ -302,7 +327,6 @@ def shoot(
     chunks = guess.shape[1]
     most = min(settings.max_iterations or chunks, chunks)
     iterations = guess.new_full(guess.shape[:1], most, dtype=torch.float64)
-    largest: list[float] = []
     for iteration in range(1, most + 1):
         ends = sweep(guess)
         residual = residual_of(ends[:, :-1], guess[:, 1:])
@@ -312,22 +336,16 @@ def shoot(
             return Progress(iterations, residual, converged, True, chunks)
         if iteration == chunks:  # every chunk has started from its exact state
             return Progress(iterations, residual, torch.ones_like(converged), True, chunks)
-        largest.append(float(residual.amax()) if give_up else 0.0)
-        if give_up and _hopeless(largest, most, tolerance):
-            iterations = torch.where(converged, iterations, iteration)
-            break
+        if contraction is not None:
+            now = float(residual.amax())
+            if contraction.is_hopeless(now, most - iteration, tolerance, settings.coupling):
+                iterations = torch.where(converged, iterations, iteration)
+                break
+            contraction = Contraction(now, 1.0)
         if iteration < most:
             coupling = _coupling(settings.coupling, tangents, guess)
             guess = newton_update(ends, guess, coupling, settings.damping)
     return Progress(iterations, residual, converged, False, chunks)
-
-
-def _hopeless(residuals: Sequence[float], most: int, tolerance: float) -> bool:
-    """Whether residuals that go on like the last two are above the tolerance after `most`."""
-    if len(residuals) < 2:
-        return False
-    before, now = residuals[-2:]
-    return not now * min(1.0, now / before) ** (most - len(residuals)) <= tolerance
 
 
 def _coupling(kind: str, tangents: Callable[[Tensor], Tensor], guess: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
 from pararnn.tracing.modes import transformed
+from pararnn.tracing.parametrised import computed, given
 from pararnn.tracing.structure import Traced, trace
 from pararnn.tracing.watch import Annealed, Watched
 
@@ -252,13 +254,14 @@ class RNN(nn.Module):
         as_tuple, outputs = evaluation.traced.capture.is_tuple, []
         cell = self.cell
         begins = None if resets is None else resets.to(parts[0].device).unsqueeze(-1).unbind(1)
-        for t, x_t in enumerate(inputs):
-            if begins is not None:
-                pairs = zip(fresh, parts, strict=True)
-                parts = tuple(torch.where(begins[t], f, p) for f, p in pairs)
-            parts = tuple([p.contiguous() for p in parts])  # as when it was traced
-            parts = cell(x_t, parts) if as_tuple else (cell(x_t, parts[0]),)
-            outputs.append(parts[0])
+        with parametrize.cached():
+            for t, x_t in enumerate(inputs):
+                if begins is not None:
+                    pairs = zip(fresh, parts, strict=True)
+                    parts = tuple(torch.where(begins[t], f, p) for f, p in pairs)
+                parts = tuple([p.contiguous() for p in parts])  # as when it was traced
+                parts = cell(x_t, parts) if as_tuple else (cell(x_t, parts[0]),)
+                outputs.append(parts[0])
         self._report = inputs[0].shape[0]
         return outputs, parts
 
@@ -486,6 +489,7 @@ class RNN(nn.Module):
                 with (
                     torch.no_grad(),
                     torch.random.fork_rng([device] if device.type == "cuda" else []),
+                    given(self.cell, computed(self.cell)),
                 ):
                     new = self.cell(x, zeros if count > 1 else zeros[0])
             except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pararnn.tracing.names import name_nodes
+from pararnn.tracing.parametrised import computed, given
 from pararnn.tracing.ran import Ran
 from pararnn.tracing.recorder import (
     Look,
@@ -122,11 +123,13 @@ class Subject:
 
 def cell_subject(cell: nn.Module) -> Subject:
     """A cell as something to capture."""
-    tensors = snapshot(cell).tensors
+    held, weights = snapshot(cell).tensors, computed(cell)
+    tensors = held | weights
 
     def step(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
-        swapped = {name: t for name, t in own.items() if t is not tensors[name]}
-        return torch.func.functional_call(cell, swapped, (*inputs, state))
+        swapped = {name: own[name] for name in held if own[name] is not held[name]}
+        with given(cell, {name: own[name] for name in weights}):
+            return torch.func.functional_call(cell, swapped, (*inputs, state))
 
     return Subject(step, inspect.unwrap(type(cell).forward), tensors, type(cell).__name__, 2)
 

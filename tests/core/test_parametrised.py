@@ -1,4 +1,4 @@
-"""Weights that parametrisations compute: once per call, with their gradients and what they write."""
+"""Weights that parametrisations compute: once per call, with gradients and what they write."""
 
 import functools
 

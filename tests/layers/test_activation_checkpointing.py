@@ -9,16 +9,17 @@ import pararnn
 from pararnn.testing import assert_close
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids="reentrant={}".format)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_traced_inside(backend):
+def test_traced_inside(backend, reentrant):
     rnn = pararnn.ParaGRU(4, 6, batch_first=True, backend=backend)
-    x = torch.randn(2, 9, 4)
+    x = torch.randn(2, 9, 4, requires_grad=True)
     rnn(x)[0].sum().backward()
     expected = [parameter.grad.clone() for parameter in rnn.parameters()]
     rnn.zero_grad()
     for module in rnn.modules():
         module.changed = True  # so that the cell is traced anew
-    checkpoint(lambda x: rnn(x)[0], x, use_reentrant=False).sum().backward()
+    checkpoint(lambda x: rnn(x)[0], x, use_reentrant=reentrant).sum().backward()
     for parameter, gradient in zip(rnn.parameters(), expected, strict=True):
         assert torch.equal(parameter.grad, gradient)
 

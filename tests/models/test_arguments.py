@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, GenerationConfig
+from transformers import DataCollatorWithFlattening, DynamicCache, GenerationConfig
 
 from pararnn.models import ParaRNNCache
 
@@ -173,10 +173,7 @@ def test_generation_goes_on_with_new_tokens_alone(model, tokens):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"past_key_values": ParaRNNCache()},
-            "no past_key_values=ParaRNNCache: the state .* cache_params",
-        ),
+        ({"past_key_values": DynamicCache()}, "a DynamicCache, .* pass the cache_params that it"),
         ({"output_attentions": True}, "output_attentions=bool: no attention weights are kept"),
         ({"atention_mask": 1}, r"takes no atention_mask=int: docs/models.md lists"),
     ],
@@ -191,14 +188,23 @@ def test_arguments_without_meaning_are_refused(make_model, tokens, given, messag
     [
         ({"position_ids": torch.arange(5)[None]}, r"position_ids has shape \(1, 5\) but .* 11"),
         ({"seq_idx": torch.zeros(2, 11)}, r"seq_idx has shape \(2, 11\)"),
-        ({"cu_seq_lens_q": torch.tensor([0, 11])}, r"of an only row \(here there are 3\)"),
-        ({"attention_mask": torch.ones(3, 1, 11, 11)}, r"shape \(3, 1, 11, 11\); pass \(batch, 11"),
+        ({"cu_seq_lens_q": torch.tensor([0, 11])}, r"of an only row, got shape \(2,\) and 3 rows"),
+        (
+            {"attention_mask": torch.ones(3, 1, 11, 11)},
+            r"shape \(3, 1, 11, 11\); pass \(3, 11\)\. The",
+        ),
         ({"labels": torch.ones(3, 11).long(), "logits_to_keep": 1}, "labels need all logits"),
+        ({"labels": torch.ones(1, 11).long()}, r"labels have shape \(1, 11\) .* for \(3, 11\)"),
     ],
 )
 def test_wrong_values_are_refused(make_model, tokens, given, message):
     with pytest.raises(ValueError, match=message):
         make_model()(tokens, **given)
+
+
+def test_one_text_without_a_batch_is_refused(make_model, tokens):
+    with pytest.raises(ValueError, match=r"shape \(11,\); pass \(batch, time\), input_ids\[None\]"):
+        make_model()(tokens[0])
 
 
 def test_arguments_without_effect(make_model, tokens):
@@ -208,3 +214,20 @@ def test_arguments_without_effect(make_model, tokens):
     assert torch.equal(model(tokens, **given, **off).logits, model(tokens).logits)
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         model(tokens, labels=torch.full_like(tokens, -1))
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "cu_seq_lens_q"])
+def test_compiled_as_one_graph(model, tokens, name):
+    """With boundaries, whose checks are then the device's."""
+    row = tokens[:1]
+    mask = (torch.arange(11) > 3)[None]
+    given = {name: mask if name == "attention_mask" else WAYS[name]}
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    real = mask[0] | (name != "attention_mask")
+    expected = model(row, **given).logits[:, real]
+    torch.testing.assert_close(compiled(row, **given).logits[:, real], expected, **EXACT)
+    if name == "attention_mask":
+        with pytest.raises(RuntimeError, match=r"pad on the left, or pass use_cache=False"):
+            compiled(row, attention_mask=mask.flip(1), use_cache=True)

@@ -119,7 +119,7 @@ def test_wrong_shapes_are_refused(make_model, tokens):
     model = make_model()
     with pytest.raises(ValueError, match=r"resets has shape \(3, 5\) but the input has 11"):
         model(tokens, resets=torch.zeros(3, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 5\); pass \(batch, 11\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 5\); pass \(3, 11\)"):
         model(tokens, attention_mask=torch.ones(3, 5))
     hole = torch.ones(3, 11)
     hole[1, 4] = 0

@@ -403,6 +403,12 @@ class RNN(nn.Module):
         self, features: tuple[int, ...], dtype: torch.dtype, device: torch.device, now: Snapshot
     ) -> Evaluation:
         """The evaluation for such inputs; the cell is traced again when anything has changed."""
+        if now.device.type == "meta" != device.type:
+            raise ValueError(
+                f"the parameters of {type(self.cell).__name__} have no values (device meta) but x "
+                f"is on {device}; load them there. Offloading to a CPU or disk does not work for a "
+                "cell: its parameters are read without a call of it."
+            )
         kind = now.dtype if dtype.is_floating_point else dtype
         signature = (features, kind, now.dtype, device, self.backend, self.solver)
         if self._evaluation is None or signature != self._signature or self._has_changed():

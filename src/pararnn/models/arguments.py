@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pararnn.models.cache import ParaRNNCache
+
 _WITHOUT_EFFECT = (
     "cache_position",  # the cache counts
     "cu_seq_lens_k",  # as cu_seq_lens_q
@@ -16,7 +18,6 @@ _WITHOUT_EFFECT = (
     "token_type_ids",
 )
 _INSTEAD = {
-    "past_key_values": "the state of this model is passed as cache_params",
     "output_attentions": "no attention weights are kept",
     "head_mask": "there are no heads to mask",
 }
@@ -33,6 +34,22 @@ def refuse_others(arguments: Mapping[str, Any]) -> None:
             continue
         why = _INSTEAD.get(name, "docs/models.md lists the arguments")
         raise TypeError(f"the forward pass takes no {name}={type(value).__name__}: {why}.")
+
+
+def pop_cache(given: object, arguments: dict[str, Any]) -> ParaRNNCache | None:
+    """The cache that was passed, as `cache_params` or by the name that most models have for it.
+
+    Raises:
+        TypeError: It is that of another model.
+    """
+    others = arguments.pop("past_key_values", None)
+    cache = others if given is None else given
+    if cache is None or isinstance(cache, ParaRNNCache):
+        return cache
+    raise TypeError(
+        f"the cache is a {type(cache).__name__}, but this model goes on from a ParaRNNCache; pass "
+        "the cache_params that it returned."
+    )
 
 
 def num_new_tokens(along: Sequence[Tensor | None], num_past: int) -> int:

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pararnn.layers.rnn import RNN
 from pararnn.models.attention import AttentionMixer, AttentionState
 from pararnn.models.boundaries import Boundaries
-from pararnn.models.cache import LayerState, State, map_state
+from pararnn.models.cache import LayerState
 from pararnn.models.cells import CELLS
 from pararnn.models.configuration import ATTENTION, ParaRNNConfig
 from pararnn.models.convolution import CausalConvolution
@@ -76,25 +76,11 @@ class ParaRNNMixer(nn.Module):
         u, gate = self.in_proj(x), self.gate_proj(x)
         if boundaries is not None and boundaries.real is not None:
             u = u * boundaries.real
-        u, window = self.conv(u, None if state is None else state.window, boundaries)
-        y, recurrent = self._recur(
-            F.silu(u), None if state is None else state.recurrent, boundaries
-        )
+        window, recurrent = (None, None) if state is None else (state.window, state.recurrent)
+        u, window = self.conv(u, window, boundaries)
+        resets = None if boundaries is None else boundaries.resets
+        y, recurrent = self.rnn(F.silu(u), recurrent, resets)
         return self.out_proj(self.norm(y, gate)), LayerState(window, recurrent)
-
-    def _recur(
-        self, u: Tensor, state: State | None, boundaries: Boundaries | None
-    ) -> tuple[Tensor, State]:
-        """Run the recurrence; after a boundary it starts anew, before one it goes on from state."""
-        if boundaries is None:
-            return self.rnn(u, state)
-        y, last = self.rnn(u, None, boundaries.resets)
-        if state is None:
-            return y, last
-        y_carried, last_carried = self.rnn(u, state)
-        carried = (boundaries.document == 0).unsqueeze(-1)
-        last = map_state(lambda a, b: torch.where(carried[:, -1], a, b), last_carried, last)
-        return torch.where(carried, y_carried, y), last
 
 
 class SwiGLU(nn.Module):

@@ -24,12 +24,12 @@ class Boundaries:
     document: Tensor
     real: Tensor | None
 
-    def ends_in_padding(self) -> bool:
-        """Whether some sequence ends in padding, so that nothing can follow it."""
+    def ends_in_padding(self) -> Tensor | None:
+        """Whether some sequence ends in padding, so that nothing can follow it; None without."""
         if self.real is None:
-            return False
+            return None
         real = self.real.squeeze(-1)
-        return bool((real.any(1) & ~real[:, -1]).any())
+        return (real.any(1) & ~real[:, -1]).any()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Documents:
             found.append(torch.cat([torch.zeros_like(changes[:, :1]), changes], 1))
         if self.cu_seq_lens_q is not None:
             found.append(_cut(self.cu_seq_lens_q, batch, time))
-        found = [f for f in found if torch.compiler.is_compiling() or f.any()]
+        found = [f for f in found if may_hold(f.any())]
         if self.resets is not None:
             found.append(_rows("resets", self.resets, batch, time).bool())
         return found
@@ -96,15 +96,28 @@ def find_boundaries(
     real = None
     if attention_mask is not None:
         real, first_real = _padding(attention_mask, batch, time, num_past)
-        if real.all():
-            real, first_real = None, first_real & (num_past > 0)
-            starts += [first_real] if first_real.any() else []
-        else:
+        if may_hold(~real.all()):
             starts = [s & real for s in starts] + [first_real]
+        else:
+            real = None
+            starts += [first_real] if num_past and first_real.any() else []
     if not starts:
         return None
     resets = functools.reduce(torch.logical_or, starts)
     return Boundaries(resets, resets.cumsum(1), None if real is None else real.unsqueeze(-1))
+
+
+def may_hold(condition: Tensor) -> bool:
+    """Whether a condition holds; while compiling nobody knows, and it may."""
+    return torch.compiler.is_compiling() or bool(condition)
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raise ValueError where a condition does not hold; compiled, the device says so."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
 
 
 def _rows(name: str, tensor: Tensor, batch: int, time: int) -> Tensor:
@@ -119,12 +132,10 @@ def _rows(name: str, tensor: Tensor, batch: int, time: int) -> Tensor:
 
 def _cut(ends: Tensor, batch: int, time: int) -> Tensor:
     """Starts of documents that lie one after another in the only row, the first left out."""
-    fits = batch == 1 and ends.dim() == 1 and len(ends) > 1 and ends[0] == 0 and ends[-1] == time
-    if not fits or (ends.diff() < 0).any():
-        raise ValueError(
-            f"cu_seq_lens_q must rise from 0 to the number of tokens {time} of an only row (here "
-            f"there are {batch}), got {ends.tolist()}."
-        )
+    wanted = f"cu_seq_lens_q must rise from 0 to the number of tokens {time} of an only row"
+    if batch != 1 or ends.dim() != 1 or len(ends) < 2:
+        raise ValueError(f"{wanted}, got shape {tuple(ends.shape)} and {batch} rows.")
+    require((ends[0] == 0) & (ends[-1] == time) & (ends.diff() >= 0).all(), f"{wanted}.")
     starts = torch.zeros(1, time + 1, dtype=torch.bool, device=ends.device)
     starts[0, ends[1:-1].long()] = True
     return starts[:, :time] & (torch.arange(time, device=ends.device) > 0)
@@ -134,9 +145,10 @@ def _padding(attention_mask: Tensor, batch: int, time: int, num_past: int) -> tu
     """What is no padding, and the first such token of a sequence that padding precedes."""
     shape = attention_mask.shape
     if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (time, time + num_past):
+        whole = f" or ({batch}, {time + num_past})" if num_past else ""
         raise ValueError(
-            f"attention_mask has shape {tuple(shape)}; pass (batch, {time})"
-            + (f" or (batch, {time + num_past})." if num_past else ".")
+            f"attention_mask has shape {tuple(shape)}; pass ({batch}, {time}){whole}. The cache "
+            f"has seen {num_past} tokens."
         )
     real = attention_mask.bool().expand(batch, -1)
     before = real[:, -time - 1 : -1]
@@ -145,9 +157,10 @@ def _padding(attention_mask: Tensor, batch: int, time: int, num_past: int) -> tu
         before = torch.cat([first, real[:, -time:-1]], dim=1)
     real = real[:, -time:]
     first_real = real & ~before
-    if (first_real.sum(1) + (before[:, 0] & (num_past > 0)) > 1).any():
-        raise ValueError(
-            "attention_mask has padding between two tokens of a sequence; padding goes before or "
-            "after all of them."
-        )
+    beginnings = first_real.sum(1) + (before[:, 0] & (num_past > 0))
+    require(
+        (beginnings <= 1).all(),
+        "attention_mask has padding between two tokens of a sequence; padding goes before or after "
+        "all of them.",
+    )
     return real, first_real

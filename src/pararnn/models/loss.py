@@ -18,7 +18,15 @@ def language_model_loss(
     Returns:
         Cross-entropy in nats per token, and the z-loss (PaLM, arXiv 2204.02311, section 5) before
         its weight: both scalars, 0 when no target counts.
+
+    Raises:
+        ValueError: As many targets as logits are needed.
     """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels have shape {tuple(targets.shape)} but there are logits for "
+            f"{tuple(logits.shape[:-1])}; pass one label per token."
+        )
     counted = targets != IGNORED
     log_partition = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets.where(counted, 0).unsqueeze(-1)).squeeze(-1)

@@ -10,9 +10,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from pararnn.models.arguments import num_new_tokens, refuse_others
+from pararnn.models.arguments import num_new_tokens, pop_cache, refuse_others
 from pararnn.models.block import ParaRNNBlock, initialises_itself
-from pararnn.models.boundaries import Boundaries, Documents, find_boundaries
+from pararnn.models.boundaries import Boundaries, Documents, find_boundaries, may_hold, require
 from pararnn.models.cache import ParaRNNCache
 from pararnn.models.configuration import ParaRNNConfig
 from pararnn.models.convolution import CausalConvolution
@@ -136,12 +136,14 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             position_ids: Shape (batch, time) or (1, time); they say no more than where documents
                 begin, see `Documents`.
             inputs_embeds: Shape (batch, time, hidden_size).
-            cache_params: State to go on from; updated in place, unless `use_cache` is False.
+            cache_params: State to go on from, also as `past_key_values`; updated in place, unless
+                `use_cache` is False.
             resets: Shape (batch, time), True at the first token of every document.
             seq_idx: Shape (batch, time), the number of the document of every token.
             cu_seq_lens_q: Ends of the documents that lie one after another in an only row.
             use_cache: Return the state after the last token. None: if a cache is passed, or outside
-                training if the configuration's `use_cache` says so and no sequence ends in padding.
+                training if the configuration's `use_cache` says so and no sequence ends in padding
+                (compiled, where nobody knows: if there is no padding).
             output_hidden_states: Return the input of every block.
             return_dict: Return an object instead of a tuple.
             kwargs: Other arguments of transformers, see `refuse_others`.
@@ -151,10 +153,16 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             ValueError: Both or neither of the two inputs, a shape that does not fit, padding on the
                 right with a cache, or a cache under reentrant activation checkpointing.
         """
-        refuse_others(kwargs)
+        cache_params = pop_cache(cache_params, kwargs)
+        refuse_others({"output_attentions": self.config.output_attentions, **kwargs})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3:
+            raise ValueError(
+                f"the input has shape {tuple(x.shape[:-1])}; pass (batch, time), input_ids[None] "
+                "for one text."
+            )
         num_past = 0 if cache_params is None else cache_params.num_tokens
         documents = Documents(
             resets=resets, position_ids=position_ids, seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q
@@ -197,13 +205,16 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             )
         if not wanted and (asked is False or self.training or not self.config.use_cache):
             return False
-        in_padding = boundaries is not None and boundaries.ends_in_padding()
-        if wanted and in_padding:
-            raise ValueError(
+        in_padding = None if boundaries is None else boundaries.ends_in_padding()
+        if in_padding is None:
+            return True
+        if wanted:
+            require(
+                ~in_padding,
                 "attention_mask is 0 at the end of some sequence, so the cache would hold padding; "
-                "pad on the left, or pass use_cache=False."
+                "pad on the left, or pass use_cache=False.",
             )
-        return not in_padding
+        return wanted or not may_hold(in_padding)
 
     def _checkpoints_reentrantly(self) -> bool:
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
@@ -258,7 +269,8 @@ class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
         for name in ("attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q"):
             if goes_on:  # padding and documents lie behind
                 inputs.pop(name, None)
-        return {**inputs, "cache_params": cache_params, "resets": None if goes_on else resets}
+        name = "past_key_values" if num_past else "cache_params"  # peft asks for the first
+        return {**inputs, name: cache_params, "resets": None if goes_on else resets}
 
     def forward(
         self,

@@ -275,8 +275,9 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _inside_autograd_function() -> bool:
+    """Whether what is recorded is in one; what records may be, as in reentrant checkpointing."""
     frame: FrameType | None = sys._getframe(3)
-    while frame is not None:
+    while frame is not None and frame.f_code is not _run.__code__:
         if frame.f_code.co_filename.endswith("torch/autograd/function.py"):
             return True
         frame = frame.f_back

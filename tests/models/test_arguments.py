@@ -171,6 +171,28 @@ def test_generation_goes_on_with_new_tokens_alone(model, tokens):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported with stateful"),
+        ({"prefill_chunk_size": 4}, "Cannot use prefill chunking without a cache"),
+        ({"guidance_scale": 1.5}, r"attention_mask has shape \(1, 2\); .* cache has seen 0 tokens"),
+        ({"attention_mask": (torch.arange(11) < 8)[None].long()}, "pad on the left"),
+    ],
+)
+def test_generation_that_is_refused(model, tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(tokens[:1], max_new_tokens=5, do_sample=False, pad_token_id=0, **options)
+
+
+def test_guidance(model, tokens):
+    """Without a cache it is that of transformers: both kinds of logits, mixed."""
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "use_cache": False}
+    found = model.generate(tokens, guidance_scale=1.5, **options)
+    scores, free = (model(t).logits[:, -1].log_softmax(-1) for t in (tokens, tokens[:, -1:]))
+    assert torch.equal(found[:, -1], (1.5 * (scores - free) + free).argmax(-1))
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"past_key_values": DynamicCache()}, "a DynamicCache, .* pass the cache_params that it"),

@@ -214,3 +214,11 @@ def test_a_cell_without_any_gradient():
 
 def test_dropout_of_the_input_is_drawn_alike():
     pararnn.RNN(Cell(lambda c, x, h: torch.tanh(c.rec(h) + F.dropout(c.lin(x), 0.5, True))))
+
+
+def test_where_new_tensors_are_by_default_changes_nothing():
+    cell = nn.GRUCell(3, 4)
+    with torch.device("meta"):
+        rnn = RNN(cell)
+    x = torch.randn(2, 70, 3)
+    assert torch.equal(rnn(x)[0], RNN(cell)(x)[0])

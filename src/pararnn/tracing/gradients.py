@@ -138,14 +138,14 @@ def draw(
             which gradients could hide.
         positive: States and inputs have no negative numbers.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def numbers(shape: Sequence[int], kind: torch.dtype) -> Tensor:
         if not is_differentiable(kind):
-            rows = torch.arange(shape[0]) % 2  # most tables have entries 0 and 1
+            rows = torch.arange(shape[0], device="cpu") % 2  # most tables have entries 0 and 1
             return rows.view(-1, *[1] * (len(shape) - 1)).expand(*shape).to(device, kind)
         wide = torch.complex128 if kind.is_complex else torch.float64
-        x = torch.rand(tuple(shape), generator=generator, dtype=wide)
+        x = torch.rand(tuple(shape), generator=generator, dtype=wide, device="cpu")
         x = in_type(x if positive else 2 * x - 1, dtype).to(device)
         return x.requires_grad_().clone()  # no leaf, into which autograd lets nobody write
 

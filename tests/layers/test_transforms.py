@@ -14,9 +14,11 @@ from torch.func import (
     jacfwd,
     jacrev,
     jvp,
+    linearize,
     stack_module_state,
     vmap,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import pararnn
@@ -206,6 +208,25 @@ def test_second_derivatives_of_autograd(pair):
         first = torch.autograd.grad(total, inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.sin().sum() for g in first), inputs)
         found.append((first, second))
+    assert_equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+def test_operations_that_are_recorded(pair):
+    """Who records what a transform does sees all of it."""
+    *layers, x, state, resets = pair
+    other, move, found = torch.randn_like(x), torch.randn_like(x), []
+
+    def waves(layer):
+        return lambda z: layer(z, state, resets)[0].sin()
+
+    def gradient(layer):
+        return grad(lambda z: waves(layer)(z).sum())
+
+    for layer in layers:
+        tangent = linearize(waves(layer), x)[1]
+        recorded = make_fx(vmap(gradient(layer)))(torch.stack([other, move]))
+        found.append((tangent(move), tangent(other), recorded(torch.stack([x, other]))))
     assert_equal(*found)
 
 

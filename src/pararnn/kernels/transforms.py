@@ -31,7 +31,8 @@ def recurrence(
     plan: str,
 ) -> list[Tensor]:
     """The states; see `pararnn::recurrence`."""
-    if torch.compiler.is_compiling():  # which cannot look into what follows
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        # who records operations, such as make_fx and linearize, cannot look into what follows
         return operators.step_by_step(drives, coefficients, initial, starts, plan)
     return list(_Solve.apply(plan, len(drives), starts, initial, *drives, *coefficients))
 

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import random
 import sys
 
 import pytest
@@ -375,3 +376,44 @@ def test_rows_of_a_dataset_without_a_text(tmp_path, make):
     (tmp_path / "set/a.jsonl").write_bytes(lines_of([{"text": 1}, {"text": 2}]))
     with pytest.raises(RunError, match=r"row 0 of .* holds int as 'text'.*--on-error skip"):
         make(source, name="numbers")
+
+
+def random_folder(folder, choose):
+    """Writes files of all kinds; returns their texts, and how much of them has none."""
+    texts, num_without = [], 0
+
+    def new_text():
+        texts.append(f"text {len(texts)} " + "é" * choose.randrange(30))
+        return texts[-1]
+
+    for number in range(choose.randrange(5, 15)):
+        suffix = choose.choice([".txt", "", ".jsonl", ".NDJSON", ".json", "list.json", ".bin"])
+        rows = [{"text": new_text()} for _ in range(choose.randrange(2, 20))]
+        if suffix in (".txt", ""):
+            del texts[-len(rows) :]
+            content = new_text().encode()
+        elif suffix == "list.json":
+            content = json.dumps(rows, indent=choose.choice([None, 1])).encode()
+        elif suffix == ".bin":
+            del texts[-len(rows) :]
+            content, num_without = b"\0", num_without + 1
+        else:
+            content, num_without = lines_of([*rows, {}]), num_without + 1
+        compression = choose.choice(["", *COMPRESS])
+        content = COMPRESS.get(compression, bytes)(content)
+        (folder / f"{number}{suffix}{compression}").write_bytes(content)
+    return texts, num_without
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_text_is_there_once_or_counted(seed, tmp_path, make):
+    choose = random.Random(seed)
+    (tmp_path / "source").mkdir()
+    texts, num_without = random_folder(tmp_path / "source", choose)
+    sizes = {
+        "unit_bytes": choose.choice([50, 300, 10**6]),
+        "units_per_shard": choose.choice([1, 3]),
+    }
+    data = make(tmp_path / "source", on_error="skip", held_out=0.4, **sizes)
+    assert all_texts(data) == sorted(texts)
+    assert data.skipped.total == num_without

@@ -68,7 +68,7 @@ class Transformers:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.separator = tokenizer.eos_token_id
-        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
     def encode(self, text: bytes) -> np.ndarray:
         """Tokens of the whole document, however long."""

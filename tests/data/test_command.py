@@ -1,5 +1,8 @@
 """`pararnn data` as it is called."""
 
+import io
+import sys
+
 import pytest
 
 from pararnn.cli import main
@@ -62,3 +65,12 @@ def test_misuse(arguments, message, texts, capsys):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert contents(texts.parent) == before
+
+
+def test_a_terminal_that_is_not_utf8(texts, monkeypatch):
+    (texts / "Grüße.png").write_bytes(b"\0")
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, "ascii"))
+    assert prepare() == 0
+    sys.stdout.flush()
+    assert rb"skipped: binary: 1 (texts/Gr\xfc\xdfe.png)" in printed.getvalue()

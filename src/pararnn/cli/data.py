@@ -9,7 +9,7 @@ import tyro
 from pararnn.cli.arguments import parse
 from pararnn.data import PrepareConfig, TokenDataset, open_tokens, prepare
 from pararnn.data.config import OnError
-from pararnn.data.skipped import printable
+from pararnn.data.words import say
 
 
 @dataclass(kw_only=True)
@@ -73,18 +73,17 @@ def run(arguments: list[str]) -> int:
     """Prepare or check; returns 0, or 128 and the number of the signal that stopped it."""
     command = parse(DataArguments, "data", arguments).command
     if isinstance(command, CheckArguments):
-        print(_describe(open_tokens(command.folder)))
+        say(_describe(open_tokens(command.folder)))
         return 0
     stopped_by = prepare(command.config(), command.out, command.workers)
     if stopped_by is not None:
         return 128 + stopped_by
-    print(_describe(open_tokens(command.out)))
+    say(_describe(open_tokens(command.out)))
     return 0
 
 
 def _describe(data: TokenDataset) -> str:
-    folder = printable(data.folder)
-    lines = [f"{folder}: vocabulary of {data.vocab_size:,} tokens; all checksums are right"]
+    lines = [f"{data.folder}: vocabulary of {data.vocab_size:,} tokens; all checksums are right"]
     for name, split in (("train", data.train), ("validation", data.validation)):
         lines.append(
             f"  {name}: {split.num_tokens:,} tokens; documents: {split.num_documents:,}; bytes of "

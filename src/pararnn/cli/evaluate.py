@@ -9,12 +9,12 @@ import tyro
 from pararnn.cli.arguments import parse
 from pararnn.data import TokenSplit
 from pararnn.data.corpus import read_documents
+from pararnn.data.words import say
 from pararnn.training import RunError, RunFolder, evaluate, load_trained
 from pararnn.training.advice import explained
 from pararnn.training.parallel import choose_device
 from pararnn.training.runs import identity_of
 from pararnn.training.text import Codec, flat_split, open_codec, open_text
-from pararnn.training.words import say
 
 _TASK_BATCH = 8  # requests side by side; their logits are kept whole
 

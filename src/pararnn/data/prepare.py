@@ -22,10 +22,10 @@ from pararnn.data.files import alone_in
 from pararnn.data.index import TOKENIZER, Index, write_index
 from pararnn.data.parts import smallest_dtype
 from pararnn.data.progress import Progress, is_finished, remove_work, start_or_continue
-from pararnn.data.skipped import printable
 from pararnn.data.sources import Reader, find_readers, is_dataset
 from pararnn.data.tokenization import BYTES, check_files, digests, load_tokenizer, save_tokenizer
 from pararnn.data.units import Units
+from pararnn.data.words import say
 
 SAMPLE_BYTES = 64 << 20
 """Text that a tokenizer is trained on, in equal shares of the files of lines and datasets."""
@@ -86,7 +86,7 @@ def _write(
     config: PrepareConfig, folder: Path, workers: int, readers: list[Reader], start: Progress
 ) -> int | None:
     if is_finished(folder, start):
-        print(f"{printable(folder)} is finished already; nothing to do.")
+        say(f"{folder} is finished already; nothing to do.")
         remove_work(folder)
         return None
     progress = start_or_continue(folder, start)
@@ -95,7 +95,7 @@ def _write(
     stopped_by = units.tokenize(workers)
     if stopped_by is not None:
         name = signal.Signals(stopped_by).name
-        print(f"Stopped by {name}; what is prepared is kept. Continue with the same command.")
+        say(f"Stopped by {name}; what is prepared is kept. Continue with the same command.")
         return stopped_by
     units.finish()
     _write_index(folder, config, progress, tokenizer)
@@ -126,7 +126,7 @@ def _tokenizer_folder(
         return None
     path = folder / TOKENIZER
     if not progress.tokenizer_files:
-        print(f"Tokenizer: {config.tokenizer}, saved as {printable(path)}", flush=True)
+        say(f"Tokenizer: {config.tokenizer}, saved as {path}")
         shutil.rmtree(path, ignore_errors=True)
         save_tokenizer(config.tokenizer, _sample(config, readers), path)
         progress.tokenizer_files = digests(path)

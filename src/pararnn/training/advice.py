@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import torch
 
 from pararnn.data.errors import RunError
+from pararnn.data.words import shell_word
 from pararnn.layers.evaluate import BackendError
 from pararnn.training.checkpoints import CheckpointError
 from pararnn.training.parallel import train_command
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.saving import root_cause
-from pararnn.training.words import shell_word
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pararnn.data.errors import RunError
-from pararnn.training.words import say
+from pararnn.data.words import say
 
 try:
     import fcntl

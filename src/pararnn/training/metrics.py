@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm  # type: ignore[import-untyped] # has none
 
 from pararnn.data.files import free_name, write_atomically
-from pararnn.training.words import say
+from pararnn.data.words import say
 
 
 class MetricsFile:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pararnn.data.errors import LostConnectionError, OtherProcessError, RunError
-from pararnn.training.words import say
+from pararnn.data.words import say
 
 Result = TypeVar("Result")
 

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pararnn.data.files import write_atomically
+from pararnn.data.words import say
 from pararnn.layers.rnn import RNN
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.training.comparison import compare_train_steps
@@ -19,7 +20,6 @@ from pararnn.training.parallel import Processes
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.step import train_step
 from pararnn.training.text import Text
-from pararnn.training.words import say
 
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 300

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pararnn.data.errors import RunError
 from pararnn.data.files import read_json, write_atomically
+from pararnn.data.words import shell_word
 from pararnn.training.config import TrainConfig, from_dict, to_dict
 from pararnn.training.lock import LOCK, alone_in_run
-from pararnn.training.words import shell_word
 
 RUNS = Path("runs")
 

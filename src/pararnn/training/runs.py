@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pararnn.data.errors import RunError
 from pararnn.data.files import write_atomically
+from pararnn.data.words import say
 from pararnn.models.architectures import missing_kernels
 from pararnn.models.causal_loss import CausalLoss
 from pararnn.models.flops import train_flops_per_token
@@ -37,7 +38,6 @@ from pararnn.training.run_folder import RunFolder
 from pararnn.training.sharding import lay_out
 from pararnn.training.text import Text, check_text, check_tokenizer, open_codec, open_text
 from pararnn.training.trainer import Trainer
-from pararnn.training.words import say
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
 """Layers as exported programs."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -43,3 +47,128 @@ def test_dynamic_batch_and_time(name, strict):
     for shape in ((5, 33, 3), (1, 7, 3)):
         x = torch.randn(shape)
         assert_close("y", program.module()(x), net(x), rtol=1e-5)
+
+
+def elsewhere(load, *values):
+    """What a process that has only imported the library prints."""
+    code = f"import sys, torch, pararnn; x = torch.linspace(-1, 1, 105).view(5, 7, 3); {load}"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, values)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.tensor(json.loads(done.stdout))
+
+
+X = torch.linspace(-1, 1, 105).view(5, 7, 3)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_runs_in_another_process(name, tmp_path):
+    net, program = exported(name)
+    torch.export.save(program, tmp_path / "net.pt2")
+    found = elsewhere(
+        "print(torch.export.load(sys.argv[1]).module()(x).tolist())", tmp_path / "net.pt2"
+    )
+    assert_close("y", found, net(X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["elementwise", "mixing"])
+def test_gradients_in_another_process(name, tmp_path):
+    net, program = exported(name)
+    torch.export.save(program, tmp_path / "net.pt2")
+    found = elsewhere(
+        "x.requires_grad_(); torch.export.load(sys.argv[1]).module()(x).sum().backward();"
+        "print(x.grad.tolist())",
+        tmp_path / "net.pt2",
+    )
+    x = X.clone().requires_grad_()
+    net(x).sum().backward()
+    assert_close("gradient", found, x.grad, rtol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`")
+@pytest.mark.parametrize("name", ["elementwise", "mixing"])
+def test_ahead_of_time_inductor(name, tmp_path):
+    """Compiled to a library, which another process loads."""
+    with torch.no_grad():
+        net, program = exported(name)
+        file = str(tmp_path / "net.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=file)
+    found = elsewhere("print(torch._inductor.aoti_load_package(sys.argv[1])(x).tolist())", file)
+    assert_close("y", found, net(X), rtol=1e-5)
+
+
+def call(content):
+    """Call an operator with a plan from a file."""
+    x = torch.zeros(1, 2, 1, 1, 3)
+    text = json.dumps({"pararnn": 1, **content})
+    return torch.ops.pararnn.recurrence([x], [], torch.zeros(1, 1, 3), None, text)
+
+
+def written(node):
+    """An elementwise plan whose step ends in a node."""
+    return {
+        "recurrence": {
+            "nodes": [["state", 0], ["drive", 0], node],
+            "step": [[2]],
+            "drives": 1,
+            "coefficients": 0,
+        },
+        "drives": [[0, 0]],
+        "coefficients": [],
+        "backend": "torch",
+        "solver": {"method": "Newton"},
+    }
+
+
+def test_a_written_plan_is_read():
+    states, _ = call(written(["add", [0], [1]]))
+    assert states.shape == (1, 2, 3)
+
+
+BAD = {
+    "a function of PyTorch": written(["load", "file"]),
+    "a name with code in it": written(["add(1, 2) or exit", [0], [1]]),
+    "a private name": written(["__class__", [0]]),
+    "a value that is nowhere": written(["add", [0], [9]]),
+    "a state that is nowhere": written(["state", 7]),
+    "a backend that is none": {**written(["add", [0], [1]]), "backend": "os"},
+    "a solver that is none": {**written(["add", [0], [1]]), "solver": {"method": "exec"}},
+    "no content": {},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_program_from_elsewhere_runs_nothing_but_operations(what):
+    with pytest.raises(ValueError, match="has a plan that cannot be read"):
+        call(BAD[what])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["aten.from_file.default", "aten.add_.Tensor", "os.system", "pararnn.matvec.default", ""],
+)
+def test_steps_from_elsewhere_call_operations_that_only_compute(name):
+    mixing = {
+        "nodes": [[name, [{"node": 0}], {}]],
+        "step": [{"node": 2}],
+        "edges": [[[3], "float32", True]],
+        "components": 1,
+        "hidden": 3,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    text = json.dumps({"pararnn": 1, "mixing": mixing, "group": 3, "solver": None})
+    with pytest.raises(ValueError, match="is no operation that only computes"):
+        torch.ops.pararnn.mixing([torch.zeros(1, 2, 3)], torch.zeros(1, 1, 3), None, 1, 2, text)
+
+
+def test_a_name_from_elsewhere_is_refused():
+    with pytest.raises(RuntimeError, match="no layer with the plan 'abc' in this process"):
+        torch.ops.pararnn.recurrence(
+            [torch.zeros(1, 2, 1, 1, 3)], [], torch.zeros(1, 1, 3), None, "abc"
+        )

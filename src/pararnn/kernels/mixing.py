@@ -16,6 +16,7 @@ from pararnn.kernels.fused import runs as runs_in_one_kernel
 from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_steps
 from pararnn.kernels.operators import gradients_of_loop, no_second_derivative, refuse_tangents
 from pararnn.kernels.pointwise import run as run_module
+from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.automatic import automatic, coupling, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
@@ -23,6 +24,7 @@ from pararnn.solvers.settings import Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
 from pararnn.tracing.mixing import Mixing, Step, arithmetic, in_type
 from pararnn.tracing.recorder import is_differentiable
+from pararnn.tracing.written import read_mixing, write_mixing
 
 _TF32 = 2.0**-11  # half the spacing at 1
 
@@ -42,6 +44,14 @@ class Plan:
     group: int
     settings: Solver | None
     graphs: Graphs = field(default_factory=Graphs)
+
+    def text(self) -> str:
+        """The same to be read in another process."""
+        return write(
+            mixing=write_mixing(self.mixing),
+            group=self.group,
+            solver=write_solver(self.settings),
+        )
 
     def forward(
         self,
@@ -171,21 +181,29 @@ def _rounds(x: Tensor) -> bool:
     return single and torch.get_float32_matmul_precision() != "highest"
 
 
-_plans: dict[str, Plan] = {}
-
-
-def plan(mixing: Mixing, group: int, settings: Solver | None) -> str:
+def plan(mixing: Mixing, group: int, settings: Solver | None) -> Name:
     """Register how to evaluate a recurrence; equal requests give the same name."""
     _ = mixing.adjoint  # now: inside an operator autograd is out of reach
     text = f"{mixing.key} {mixing.device} {group} {settings!r}"
     name = f"mixing-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    _plans.setdefault(name, Plan(mixing, group, settings))
-    return name
+    return _plans.add(name, lambda: Plan(mixing, group, settings))
 
 
 def plan_of(name: str) -> Plan:
-    """A registered plan."""
+    """A plan by its name or text."""
     return _plans[name]
+
+
+def _read(content: dict[str, Any]) -> Plan:
+    """The plan that `Plan.text` wrote."""
+    mixing, group = read_mixing(content["mixing"]), int(content["group"])
+    if group < 1 or mixing.hidden % group:
+        raise ValueError(f"{mixing.hidden} channels are no groups of {group}")
+    found: Plan = plan(mixing, group, read_solver(content["solver"])).plan
+    return found
+
+
+_plans = Registry(_read)
 
 
 _library = torch.library.Library("pararnn", "FRAGMENT")
@@ -210,7 +228,7 @@ def step_by_step(
     plan: str,
 ) -> list[Tensor]:
     """The states by PyTorch operations, which can be differentiated in every way."""
-    chosen = _plans[plan]
+    chosen = plan_of(plan)
     with torch.autocast(initial.device.type, enabled=False):
         chain = chosen.forward(edges, initial, starts, batch, time)
         states, _ = chain.solve(Sequential(), 0.0, plain.run_steps)
@@ -226,7 +244,7 @@ def _mixing(
     plan: str,
 ) -> list[Tensor]:
     refuse_tangents()
-    chosen, count = _plans[plan], len(edges)
+    chosen, count = plan_of(plan), len(edges)
     if batch == 0:
         return _fake_mixing(edges, initial, starts, batch, time, plan)
     dtype = chosen.state_dtype(edges, initial)
@@ -256,7 +274,7 @@ def _mixing_backward(
     plan: str,
 ) -> list[Tensor]:
     refuse_tangents()
-    chosen, mixing, count = _plans[plan], _plans[plan].mixing, len(edges)
+    chosen, mixing, count = plan_of(plan), plan_of(plan).mixing, len(edges)
     if batch == 0:
         return [torch.zeros_like(t) for t in (*(edges[i] for i in mixing.differentiable), initial)]
     kept_in, components = chosen.state_dtype(edges, initial), len(states)
@@ -300,7 +318,7 @@ def _fake_mixing(
     time: int,
     plan: str,
 ) -> list[Tensor]:
-    dtype = _plans[plan].state_dtype(edges, initial)
+    dtype = plan_of(plan).state_dtype(edges, initial)
     shape = (batch, time, initial.shape[2])
     states = [initial.new_empty(shape, dtype=dtype) for _ in range(initial.shape[1])]
     return [*states, initial.new_empty((batch, 4), dtype=torch.float64)]
@@ -316,12 +334,13 @@ def _fake_backward(
     grad_states: Sequence[Tensor | None],
     plan: str,
 ) -> list[Tensor]:
-    wanted = [edges[i] for i in _plans[plan].mixing.differentiable]
+    wanted = [edges[i] for i in plan_of(plan).mixing.differentiable]
     return [t.new_empty(t.shape) for t in (*wanted, initial)]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     edges, initial, starts, ctx.batch, ctx.time, ctx.plan = inputs
+    ctx.kept = plan_of(ctx.plan)  # which may outlive its layer
     ctx.count = len(edges)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*edges, initial, starts, *output[:-1])
@@ -339,7 +358,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
         edges, initial, starts, ctx.batch, ctx.time, states, list(grads[:-1]), ctx.plan
     )
     gradients: list[Tensor | None] = [None] * ctx.count
-    for i, gradient in zip(_plans[ctx.plan].mixing.differentiable, found, strict=True):
+    for i, gradient in zip(plan_of(ctx.plan).mixing.differentiable, found, strict=True):
         gradients[i] = gradient
     return gradients, initial_gradient, None, None, None, None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,46 +14,94 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pararnn.kernels.c_backend import CBackend
+from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.torch_backend import TorchBackend
 from pararnn.kernels.triton_backend import TritonBackend
 from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.settings import Solver, act_on_failure
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.structure import Layout
+from pararnn.tracing.written import read_recurrence, write_recurrence
 
 BACKENDS: dict[str, Callable[[Recurrence], Backend]] = {
     "torch": TorchBackend,
     "c": CBackend,
     "triton": TritonBackend,
 }
-_plans: dict[str, tuple[Backend, Layout, Solver]] = {}
-_backends: dict[tuple[str, str], Backend] = {}
+_backends: weakref.WeakValueDictionary[tuple[str, str], Backend] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def plan(recurrence: Recurrence, layout: Layout, backend: str, settings: Solver) -> str:
+@dataclass(frozen=True)
+class Plan:
+    """How an elementwise recurrence is evaluated.
+
+    Attributes:
+        backend: By whom.
+        layout: Where its drives and coefficients are.
+        settings: How it is solved.
+    """
+
+    backend: Backend
+    layout: Layout
+    settings: Solver
+
+    def text(self) -> str:
+        """The same to be read in another process."""
+        return write(
+            recurrence=write_recurrence(self.backend.recurrence),
+            drives=self.layout.drives,
+            coefficients=self.layout.coefficients,
+            backend=self.backend.name,
+            solver=write_solver(self.settings),
+        )
+
+
+def plan(recurrence: Recurrence, layout: Layout, backend: str, settings: Solver) -> Name:
     """Register how to evaluate a recurrence; equal requests give the same name."""
     key = hashlib.sha256(recurrence.key.encode()).hexdigest()[:16]
     _ = recurrence.vjp  # derived here: inside an operator autograd is out of reach
+    rest = hashlib.sha256(repr((layout, settings)).encode()).hexdigest()[:8]
+
+    def make() -> Plan:
+        made = _backends.get((key, backend))
+        if made is None:
+            made = _backends[key, backend] = BACKENDS[backend](recurrence)
+        return Plan(made, layout, settings)
+
     with _lock:
-        if (key, backend) not in _backends:
-            _backends[key, backend] = BACKENDS[backend](recurrence)
-        made = _backends[key, backend]
-        rest = hashlib.sha256(repr((layout, settings)).encode()).hexdigest()[:8]
-        name = f"{key}-{backend}-{rest}"
-        _plans[name] = (made, layout, settings)
-    return name
+        return _plans.add(f"{key}-{backend}-{rest}", make)
 
 
-def plan_like(name: str, recurrence: Recurrence, layout: Layout) -> str:
-    """A plan for another recurrence, with the backend and settings of one."""
-    backend, _, settings = _plans[name]
-    return plan(recurrence, layout, backend.name, settings)
+def plan_of(name: str) -> Plan:
+    """A plan by its name or text."""
+    return _plans[name]
+
+
+def _read(content: dict[str, Any]) -> Plan:
+    """The plan that `Plan.text` wrote."""
+    recurrence = read_recurrence(content["recurrence"])
+    places = [
+        tuple((int(source), int(slot)) for source, slot in content[kind])
+        for kind in ("drives", "coefficients")
+    ]
+    if [len(p) for p in places] != [recurrence.num_drives, recurrence.num_coefficients]:
+        raise ValueError("drives and coefficients are others than those of the recurrence")
+    if min((n for p in places for place in p for n in place), default=0) < 0:
+        raise ValueError("a drive or coefficient is nowhere")
+    settings = read_solver(content["solver"])
+    if settings is None or content["backend"] not in BACKENDS:
+        raise ValueError("there is no backend or solver")
+    found: Plan = plan(recurrence, Layout(*places), content["backend"], settings).plan
+    return found
+
+
+_plans = Registry(_read)
 
 
 def backend_of(name: str) -> Backend:
     """The backend of a registered plan."""
-    return _plans[name][0]
+    return _plans[name].backend
 
 
 _library = torch.library.Library("pararnn", "DEF")
@@ -77,7 +126,7 @@ def _problem(
     name: str,
 ) -> Problem:
     """The tensors as backends take them."""
-    backend, layout, _ = _plans[name]
+    backend, layout = plan_of(name).backend, plan_of(name).layout
     return Problem(
         backend.recurrence,
         _drives(backend, layout, drives),
@@ -186,7 +235,7 @@ def solve(
     name: str,
 ) -> list[Tensor]:
     """What `pararnn::recurrence` does."""
-    backend, _, settings = _plans[name]
+    backend, settings = plan_of(name).backend, plan_of(name).settings
     if drives[0].shape[0] == 0:
         return _fake_recurrence(drives, coefficients, initial, starts, name)
     with torch.autocast(initial.device.type, enabled=False):
@@ -206,7 +255,8 @@ def solve_adjoint(
     name: str,
 ) -> list[Tensor]:
     """What `pararnn::recurrence_backward` does."""
-    backend, layout, settings = _plans[name]
+    chosen = plan_of(name)
+    backend, layout, settings = chosen.backend, chosen.layout, chosen.settings
     if drives[0].shape[0] == 0:
         return [torch.zeros_like(t) for t in (*drives, *coefficients, initial)]
     with torch.autocast(initial.device.type, enabled=False):
@@ -256,7 +306,7 @@ def _fake_recurrence(
     states = [
         drives[0].new_empty(shape, dtype=problem.state_dtype) for _ in range(initial.shape[1])
     ]
-    parts = _plans[plan][0].parts(problem)
+    parts = plan_of(plan).backend.parts(problem)
     return [*states, initial.new_empty((parts, 4), dtype=torch.float64)]
 
 
@@ -269,7 +319,7 @@ def _fake_backward(
     grad_states: Sequence[Tensor | None],
     plan: str,
 ) -> list[Tensor]:
-    backend, layout, _ = _plans[plan]
+    backend, layout = plan_of(plan).backend, plan_of(plan).layout
     grad_drives = [_for_slots(backend, d, i, layout.drives) for i, d in enumerate(drives)]
     return [*grad_drives, *(t.new_empty(t.shape) for t in (*coefficients, initial))]
 
@@ -277,7 +327,7 @@ def _fake_backward(
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     drives, coefficients, initial, starts, name = inputs
     ctx.counts = (len(drives), len(coefficients))
-    ctx.plan = name
+    ctx.plan, ctx.kept = name, plan_of(name)  # which may outlive its layer
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*drives, *coefficients, initial, starts, *output[:-1])
 

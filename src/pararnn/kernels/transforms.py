@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from pararnn.kernels import operators
 from pararnn.solvers.problem import Problem
+from pararnn.solvers.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import Operand, leaf, make
 from pararnn.tracing.structure import Layout
@@ -98,7 +99,8 @@ class _Solve(torch.autograd.Function):
         )
         rows, offsets = _linear(problem, moved, states)
         drives = torch.stack([*(entry for row in rows for entry in row), *offsets], 2)
-        plan = operators.plan_like(ctx.plan, *_linear_recurrence(len(states)))
+        like = operators.plan_of(ctx.plan)
+        plan = _linear_plan(len(states), like.backend.name, like.settings)
         found = _Solve.apply(plan, 1, starts, of_initial, drives.unsqueeze(3))
         return tuple(f.to(s.dtype) for f, s in zip(found, states, strict=True))
 
@@ -253,8 +255,8 @@ def _linear(
     return rows, offsets
 
 
-@functools.cache
-def _linear_recurrence(components: int) -> tuple[Recurrence, Layout]:
+@functools.lru_cache(maxsize=32)
+def _linear_plan(components: int, backend: str, settings: Solver) -> str:
     """`t_i = sum over j of J_ij t_j, + b_i`; its drives are the rows of J, then b."""
     count, step = components**2, []
     for i in range(components):
@@ -263,4 +265,5 @@ def _linear_recurrence(components: int) -> tuple[Recurrence, Layout]:
             new = make("add", make("mul", leaf("drive", i * components + j), leaf("state", j)), new)
         step.append(new)
     places = tuple((0, slot) for slot in range(count + components))
-    return Recurrence(tuple(step), len(places), 0, {}), Layout(places, ())
+    recurrence = Recurrence(tuple(step), len(places), 0, {})
+    return operators.plan(recurrence, Layout(places, ()), backend, settings)

@@ -245,12 +245,20 @@ class Evaluation:
         layout = self.traced.layout
         if layout is None:
             batch = (initial if starts is None else starts).shape[0]
-            return torch.ops.pararnn.mixing(edges, initial, starts, batch, time, self.plan)
+            return torch.ops.pararnn.mixing(edges, initial, starts, batch, time, self._written())
         count = layout.num_drive_sources
         self._build(edges, initial)
         return torch.ops.pararnn.recurrence(
-            edges[:count], edges[count:], initial, starts, self.plan
+            edges[:count], edges[count:], initial, starts, self._written()
         )
+
+    def _written(self) -> str:
+        """The plan, by name, or as text in a program that may run without this layer."""
+        return self._text() if torch.compiler.is_compiling() else self.plan
+
+    def _text(self) -> str:
+        kind = operators if self.mixing_plan is None else mixing
+        return kind.plan_of(self.plan).text()
 
     def _build(self, edges: Sequence[Tensor], initial: Tensor) -> None:
         if self.choice.automatic:
@@ -265,8 +273,9 @@ class Evaluation:
             self.choice = _without_kernels(obstacle)
             self.plan = self._plan()
 
-    # The compiler calls it as it is, and then reads which plan there is
+    # The compiler calls these as they are
     vars(_build_or_not)["_dynamo_marked_constant"] = True
+    vars(_text)["_dynamo_marked_constant"] = True
 
     def _plan(self) -> str:
         traced = self.traced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,13 @@ def _evaluation(
     first = parts[0]
     inputs = [(tuple(d.shape[2:]), d.dtype) for d in drives]
     traced = trace(subject, inputs, first.shape[1], len(parts), is_tuple, first.dtype, first.device)
+    # `step` itself would keep the entry that is to go with it
+    traced.subject = replace(subject, step=_unknown, source=_unknown, tensors={})
     return Evaluation(traced, choose_backend(backend, traced, first.device, solver), solver, ())
+
+
+def _unknown(*_: Any) -> Any:
+    raise AssertionError("the step is not kept")
 
 
 def _check(parts: tuple[Tensor, ...], drives: tuple[Tensor, ...]) -> None:

@@ -24,7 +24,7 @@ from pararnn.tracing.expressions import (
     topological,
 )
 from pararnn.tracing.modes import untransformed
-from pararnn.tracing.operations import creation_value, express
+from pararnn.tracing.operations import creation_value, express, is_pointwise
 from pararnn.tracing.recorder import aten, record
 
 
@@ -163,6 +163,16 @@ _TORCH: dict[str, Callable[..., Any]] = {
     "detach": torch.Tensor.detach,
     "div_floor": functools.partial(torch.div, rounding_mode="floor"),
 }
+
+
+@functools.lru_cache(maxsize=1024)
+def is_operation(op: object) -> bool:
+    """Whether it is the name of something that `torch_callable` evaluates on each element."""
+    if not isinstance(op, str) or not op.isidentifier():
+        return False
+    packet = None if op.startswith("__") else getattr(aten, op, None)
+    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+    return op in _TORCH or any(is_pointwise(o) and not o._schema.is_mutable for o in overloads)
 
 
 def torch_callable(op: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 Scalar = float | int | bool | str | None
@@ -21,7 +22,7 @@ LEAVES = ("state", "drive", "coefficient", "adjoint", "weight")
 class Expression:
     """An operation and its operands; build it with `make`, never directly."""
 
-    __slots__ = ("args", "is_bool", "op")
+    __slots__ = ("__weakref__", "args", "is_bool", "op")
 
     def __init__(self, op: str, args: tuple[Operand, ...], is_bool: bool) -> None:
         self.op, self.args, self.is_bool = op, args, is_bool
@@ -94,7 +95,9 @@ _FOLD: dict[str, Callable[..., float]] = {
     "ne": operator.ne,
     "to_float": float,
 }
-_interned: dict[tuple[object, ...], Expression] = {}
+_interned: weakref.WeakValueDictionary[tuple[object, ...], Expression] = (
+    weakref.WeakValueDictionary()
+)  # as long as somebody has them
 
 
 def _identity_key(arg: Operand) -> object:
@@ -142,10 +145,11 @@ _LOGIC: dict[str, Callable[[Operand, bool], Operand]] = {
 def intern(op: str, args: tuple[Operand, ...]) -> Expression:
     """Return the one expression `op(*args)` as it stands."""
     key = (op, *map(_identity_key, args))
-    if key not in _interned:
+    known = _interned.get(key)
+    if known is None:
         is_bool = op in BOOLEAN or (op == "where" and is_boolean(args[1]) and is_boolean(args[2]))
-        _interned[key] = Expression(op, args, is_bool)
-    return _interned[key]
+        known = _interned[key] = Expression(op, args, is_bool)
+    return known
 
 
 def leaf(kind: str, index: int) -> Expression:

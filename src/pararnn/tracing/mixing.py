@@ -170,7 +170,7 @@ def mixing(parts: Partition, module: fx.GraphModule, device: torch.device) -> Mi
         dtype, by_rows = node.meta["dtype"], bool(node.meta["by_rows"])
         shape = tuple(node.meta["shape"][1:] if by_rows else node.meta["shape"])
         edges.append(Edge(shape, torch.float32 if dtype in _HALF else dtype, by_rows))
-    step = Step(module_of(_direct(graph)), tuple(e.by_rows for e in edges))
+    step = Step(module_of(direct(graph)), tuple(e.by_rows for e in edges))
     captured = parts.capture
     dtype = arithmetic((captured.dtype, *(e.dtype for e in edges)))
     return Mixing(step, tuple(edges), captured.num_components, captured.hidden_size, device, dtype)
@@ -277,16 +277,19 @@ def _without_unused(module: fx.GraphModule, count: int) -> tuple[fx.GraphModule,
     for node in edges:
         if not node.users:
             graph.erase_node(node)
-    return module_of(_direct(graph)), used
+    return module_of(direct(graph)), used
 
 
-def _direct(graph: fx.Graph) -> fx.Graph:
-    """The same calls by PyTorch's own functions, which take a third less time than operators."""
+def direct(graph: fx.Graph) -> fx.Graph:
+    """The same calls by PyTorch's own functions, which take a third less time than operators.
+
+    What was called before is in `meta["overload"]`.
+    """
     for node in graph.nodes:
         plain = not node.kwargs and None not in tree_leaves(node.args)
         if hasattr(node.target, "_schema") and plain:
             name = node.target._schema.name.removeprefix("aten::")
             function = getattr(torch, name, None)
             if isinstance(function, BuiltinFunctionType):
-                node.target = function
+                node.meta["overload"], node.target = node.target, function
     return graph

@@ -1,0 +1,93 @@
+"""Plans by the names that operators are called with."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
+
+from pararnn.solvers.settings import Jacobi, Newton, Picard, QuasiNewton, Sequential, Solver
+from pararnn.tracing.modes import apart
+
+_VERSION = 1
+_READ = 64  # plans of texts that are kept
+_METHODS = {m.__name__: m for m in (Newton, QuasiNewton, Picard, Jacobi, Sequential)}
+
+Plan = TypeVar("Plan")
+
+
+class Name(str):
+    """A name that keeps its plan: what holds the name, a layer, decides how long it lives."""
+
+    plan: Any
+
+
+class Registry(Generic[Plan]):
+    """Finds plans by name, or by text where a program runs that was exported or compiled.
+
+    Args:
+        read: Makes a plan of what `write` was given.
+    """
+
+    def __init__(self, read: Callable[[dict[str, Any]], Plan]) -> None:
+        self._read = read
+        self._alive: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
+        self._latest: OrderedDict[str, Plan] = OrderedDict()
+
+    def add(self, name: str, make: Callable[[], Plan]) -> Name:
+        """The name of a plan, made if there is none that is called so."""
+        plan = self._alive.get(name)
+        if plan is None:
+            plan = self._alive[name] = make()
+        kept = Name(name)
+        kept.plan = plan
+        return kept
+
+    def __getitem__(self, name: str) -> Plan:
+        found = self._alive.get(name)
+        if found is None:
+            found = self._alive[name] = self._latest[name] = apart(lambda: self._made(name))
+            if len(self._latest) > _READ:
+                self._latest.popitem(last=False)
+        return found
+
+    def _made(self, text: str) -> Plan:
+        if not text.startswith("{"):
+            raise RuntimeError(
+                f"pararnn: there is no layer with the plan {text!r} in this process; call the "
+                "layer, or export it by torch.export, which writes the plan into the program."
+            )
+        try:
+            content = json.loads(text)
+            if content.pop("pararnn") != _VERSION:
+                raise ValueError("another version wrote it")
+            return self._read(content)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"pararnn: the program has a plan that cannot be read ({type(error).__name__}: "
+                f"{error}); export it again with this version of pararnn."
+            ) from error
+
+
+def write(**content: Any) -> str:
+    """The text of a plan."""
+    return json.dumps({"pararnn": _VERSION, **content}, separators=(",", ":"))
+
+
+def write_solver(solver: Solver | None) -> dict[str, Any] | None:
+    """Settings in numbers and texts."""
+    if solver is None:
+        return None
+    given = {f.name: getattr(solver, f.name) for f in fields(solver) if f.init}
+    return {"method": type(solver).__name__, **given}
+
+
+def read_solver(content: dict[str, Any] | None) -> Solver | None:
+    """What `write_solver` wrote."""
+    if content is None:
+        return None
+    method = _METHODS[content["method"]]
+    return method(**{name: value for name, value in content.items() if name != "method"})

@@ -1,0 +1,196 @@
+"""Recurrences as text, so that an exported program can run where its cell was never traced.
+
+A text may come from anywhere: reading one makes nothing but operations of PyTorch that compute
+tensors from tensors, and runs none of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from pararnn.tracing.derivatives import Recurrence, is_operation
+from pararnn.tracing.expressions import LEAVES, Expression, Operand, intern, leaf, topological
+from pararnn.tracing.mixing import Edge, Mixing, Step, direct
+from pararnn.tracing.partition import module_of
+from pararnn.tracing.recorder import aten
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "neg")
+}
+_PLAIN["size"] = torch.Tensor.size
+_MAKERS = frozenset("arange empty eye full linspace ones scalar_tensor zeros".split())
+_KINDS = {
+    "dtype": torch.dtype,
+    "layout": torch.layout,
+    "memory_format": torch.memory_format,
+}
+
+
+def write_recurrence(of: Recurrence) -> dict[str, Any]:
+    """An elementwise recurrence in lists, numbers and texts."""
+    order = topological(of.step)
+    places = {node: i for i, node in enumerate(order)}
+
+    def show(operand: Operand) -> Any:
+        return [places[operand]] if isinstance(operand, Expression) else operand
+
+    nodes = [[node.op, *map(show, node.args)] for node in order]
+    return {
+        "nodes": nodes,
+        "step": [show(root) for root in of.step],
+        "drives": of.num_drives,
+        "coefficients": of.num_coefficients,
+    }
+
+
+def read_recurrence(text: dict[str, Any]) -> Recurrence:
+    """What `write_recurrence` wrote.
+
+    Raises:
+        ValueError: It did not write that.
+    """
+    counts = {
+        "state": len(text["step"]),
+        "drive": int(text["drives"]),
+        "coefficient": int(text["coefficients"]),
+    }
+    made: list[Expression] = []
+
+    def pick(operand: Any) -> Operand:
+        if isinstance(operand, list):
+            return made[_index(operand[0], len(made))]
+        if isinstance(operand, (dict, tuple)):
+            raise ValueError(f"{operand!r} is no operand")
+        return operand  # type: ignore[no-any-return]
+
+    for op, *args in text["nodes"]:
+        if op in LEAVES:
+            made.append(leaf(op, _index(args[0], counts.get(op, 0))))
+        elif is_operation(op):
+            made.append(intern(op, tuple(map(pick, args))))
+        else:
+            raise ValueError(f"{op!r} is no operation on each element")
+    return Recurrence(tuple(map(pick, text["step"])), counts["drive"], counts["coefficient"], {})
+
+
+def write_mixing(of: Mixing) -> dict[str, Any]:
+    """A recurrence whose channels mix in lists, numbers and texts."""
+    nodes = list(of.step.module.graph.nodes)
+    places = {node: i for i, node in enumerate(nodes)}
+    show = lambda value: _written(value, places)  # noqa: E731
+    (results,) = nodes[-1].args
+    return {
+        "nodes": [
+            [_name_of(n), show(n.args), show(dict(n.kwargs))]
+            for n in nodes
+            if n.op == "call_function"
+        ],
+        "step": show(results),
+        "edges": [[list(e.shape), str(e.dtype).split(".")[1], e.by_rows] for e in of.edges],
+        "components": of.num_components,
+        "hidden": of.hidden,
+        "device": of.device.type,
+        "dtype": str(of.dtype).split(".")[1],
+    }
+
+
+def read_mixing(text: dict[str, Any]) -> Mixing:
+    """What `write_mixing` wrote.
+
+    Raises:
+        ValueError: It did not write that.
+    """
+    edges = tuple(
+        Edge(tuple(map(int, shape)), _kind("dtype", dtype), bool(by_rows))
+        for shape, dtype, by_rows in text["edges"]
+    )
+    count, graph = int(text["components"]), fx.Graph()
+    made = [graph.placeholder(f"state_{i}") for i in range(count)]
+    made += [graph.placeholder(f"edge_{i}") for i in range(len(edges))]
+    for name, args, kwargs in text["nodes"]:
+        given = [_read(a, made) for a in args], {k: _read(a, made) for k, a in kwargs.items()}
+        made.append(graph.call_function(_operation(name), tuple(given[0]), given[1]))
+    results = _read(text["step"], made)
+    if len(results) != count or not all(isinstance(r, fx.Node) for r in results):
+        raise ValueError(f"{len(results)} results for {count} components")
+    graph.output(tuple(results))
+    step = Step(module_of(direct(graph)), tuple(e.by_rows for e in edges))
+    device, dtype = torch.device(text["device"]), _kind("dtype", text["dtype"])
+    return Mixing(step, edges, count, int(text["hidden"]), device, dtype)
+
+
+def _written(value: Any, places: dict[fx.Node, int]) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": places[value]}
+    if isinstance(value, (tuple, list)):
+        return [_written(v, places) for v in value]
+    if isinstance(value, dict):
+        return {k: _written(v, places) for k, v in value.items()}
+    if isinstance(value, slice):
+        return {"slice": _written([value.start, value.stop, value.step], places)}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    for kind, made in _KINDS.items():
+        if isinstance(value, made):
+            return {kind: str(value).split(".")[1]}
+    assert value is None or isinstance(value, (bool, int, float, str)), value
+    return value
+
+
+def _read(value: Any, made: Sequence[fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_read(v, made) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return made[_index(content, len(made))]
+    if kind == "slice":
+        return slice(*_read(content, made))
+    if kind == "complex":
+        return complex(*content)
+    if kind == "device":
+        return torch.device(content)
+    return _kind(kind, content)
+
+
+def _kind(kind: str, name: str) -> Any:
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if kind not in _KINDS or not isinstance(found, _KINDS[kind]):
+        raise ValueError(f"{name!r} is no {kind}")
+    return found
+
+
+def _index(value: Any, size: int) -> int:
+    if type(value) is not int or not 0 <= value < size:
+        raise ValueError(f"there is no {value!r} among {size}")
+    return value
+
+
+def _name_of(node: fx.Node) -> str:
+    target = node.meta.get("overload", node.target)
+    if hasattr(target, "_schema"):
+        return str(target)
+    return next(name for name, plain in _PLAIN.items() if plain is target)
+
+
+def _operation(name: str) -> Any:
+    """The operation of a name: on numbers, or one of aten that returns new tensors."""
+    if name in _PLAIN:
+        return _PLAIN[name]
+    space, packet, overload = (*name.split("."), "", "")[:3]
+    found = getattr(getattr(aten, packet, None), overload, None) if space == "aten" else None
+    takes_tensors = hasattr(found, "_schema") and any(
+        "Tensor" in str(a.type) for a in found._schema.arguments
+    )
+    if not (takes_tensors or packet in _MAKERS) or found._schema.is_mutable:
+        raise ValueError(f"{name!r} is no operation that only computes")
+    return found

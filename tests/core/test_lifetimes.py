@@ -1,0 +1,80 @@
+"""What is known of a layer goes with it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import pararnn
+from pararnn.kernels import mixing, operators
+from pararnn.tracing import expressions
+
+MAKE = {
+    "elementwise": lambda: pararnn.RNN(pararnn.cells.ParaLSTMCell(3, 5), backend="torch"),
+    "mixing": lambda: pararnn.RNN(nn.LSTMCell(3, 5), solver=pararnn.Newton(chunk=3)),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_plans_die_with_their_layer(name):
+    layer = MAKE[name]()
+    kind = operators if name == "elementwise" else mixing
+    plan = weakref.ref(kind.plan_of(layer.evaluation().plan))
+    text = str(layer.evaluation().plan)
+    other = MAKE[name]()  # layers that do the same share it
+    del layer
+    gc.collect()
+    assert plan() is kind.plan_of(text)
+    del other
+    gc.collect()
+    assert plan() is None
+    with pytest.raises(RuntimeError, match="there is no layer with the plan"):
+        kind.plan_of(text)
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backward_pass_may_outlive_its_layer(name, compiled):
+    layer, x = MAKE[name](), torch.randn(2, 7, 3, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x)[0].sum(), x)
+    run = layer
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(layer, backend="aot_eager")
+    y = run(x)[0].sum()
+    del layer, run
+    torch._dynamo.reset()
+    gc.collect()
+    y.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+class Odd(nn.Module):
+    """Multiplies by a number that no other cell has."""
+
+    input_size = hidden_size = 3
+
+    def forward(self, x, h):
+        return torch.tanh(0.123454321 * h + x)
+
+
+def test_expressions_die_with_what_uses_them():
+    find = lambda: [e for e in expressions._interned.values() if 0.123454321 in e.args]  # noqa: E731
+    layer = pararnn.RNN(Odd())
+    assert find()
+    del layer
+    gc.collect()
+    assert not find()
+
+
+def test_what_scan_knows_of_a_step_dies_with_it():
+    def step(h, d):
+        return torch.tanh(0.5 * h + d)
+
+    pararnn.scan(step, torch.zeros(2, 3), torch.randn(2, 5, 3))
+    gone = weakref.ref(step)
+    del step
+    gc.collect()
+    assert gone() is None

@@ -91,6 +91,7 @@ def test_gradients_in_another_process(name, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
 @pytest.mark.parametrize("name", ["elementwise", "mixing"])
 def test_ahead_of_time_inductor(name, tmp_path):
     """Compiled to a library, which another process loads."""

@@ -67,7 +67,7 @@ def read_recurrence(text: dict[str, Any]) -> Recurrence:
             return made[_index(operand[0], len(made))]
         if isinstance(operand, (dict, tuple)):
             raise ValueError(f"{operand!r} is no operand")
-        return operand  # type: ignore[no-any-return]
+        return operand
 
     for op, *args in text["nodes"]:
         if op in LEAVES:
@@ -188,9 +188,8 @@ def _operation(name: str) -> Any:
         return _PLAIN[name]
     space, packet, overload = (*name.split("."), "", "")[:3]
     found = getattr(getattr(aten, packet, None), overload, None) if space == "aten" else None
-    takes_tensors = hasattr(found, "_schema") and any(
-        "Tensor" in str(a.type) for a in found._schema.arguments
-    )
-    if not (takes_tensors or packet in _MAKERS) or found._schema.is_mutable:
+    schema = getattr(found, "_schema", None)
+    takes_tensors = schema is not None and any("Tensor" in str(a.type) for a in schema.arguments)
+    if schema is None or schema.is_mutable or not (takes_tensors or packet in _MAKERS):
         raise ValueError(f"{name!r} is no operation that only computes")
     return found

@@ -263,7 +263,17 @@ def test_a_folder_that_cannot_be_entered(texts, make, monkeypatch):
             else:
                 yield folder, folders, files
 
+    status = os.stat
+
+    def refuse_inside(path, *arguments, **options):
+        if str(path).startswith(f"{texts}/more/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return status(path, *arguments, **options)
+
     monkeypatch.setattr("os.walk", refuse)
+    monkeypatch.setattr("os.stat", refuse_inside)
+    with pytest.raises(RunError, match=r"cannot read .*1.txt: Permission denied; make it readable"):
+        make(texts / "more/1.txt", name="named")
     with pytest.raises(RunError, match=r"cannot read .*more: Permission denied.*--on-error skip"):
         make(texts)
     data = make(texts, on_error="skip")

@@ -6,6 +6,7 @@ A folder may come from anywhere: a name in it is taken only where it is the one 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,9 +96,12 @@ def read_index(folder: Path) -> Index:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether `pararnn data prepare` wrote a folder, finished or not, whole or damaged."""
+    """Whether `pararnn data prepare` wrote a folder, finished or not, whole or damaged.
+
+    False where it cannot be entered.
+    """
     shards = (folder / _shard_name(split, 0) for split in SPLITS)
-    return any(path.exists() for path in shards) or any(
+    return any(os.path.exists(path) for path in shards) or any(
         _is_ours(folder / name) for name in (INDEX, PROGRESS)
     )
 
@@ -285,7 +289,7 @@ def _shard_name(split: str, number: int) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
     try:
         with path.open("rb") as file:

@@ -9,7 +9,7 @@ from pararnn.data.documents import Block, stopped
 from pararnn.data.errors import RunError
 from pararnn.data.file_readers import CutReader, JsonReader, LineReader, TextReader
 from pararnn.data.finding import SourceFile, find_files
-from pararnn.data.reading import Kind, UnusableError, kind_of
+from pararnn.data.reading import Kind, UnusableError, kind_of, unreadable
 from pararnn.data.recipes import RECIPES
 from pararnn.data.skipped import Skipped
 from pararnn.data.streams import DATASET, DatasetReader
@@ -76,14 +76,19 @@ def _find(sources: tuple[str, ...], skip_errors: bool) -> tuple[list[SourceFile]
 
 
 def _files(path: Path, skip_errors: bool, skipped: Skipped) -> list[SourceFile]:
-    if not path.exists():
+    try:
+        path.stat()
+        files, left_out = find_files(path, skip_errors=skip_errors)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise RunError(
             f"there is no file or folder {path}. A dataset is written datasets:{path}; the recipes "
             f"are {', '.join(RECIPES)}."
-        )
-    try:
-        files, left_out = find_files(path, skip_errors=skip_errors)
+        ) from error
     except UnusableError as error:
-        raise error if path.is_file() else stopped(error, "such files") from error
+        if os.path.isdir(path):
+            raise stopped(error, "such files") from error
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from error
     skipped.update(left_out)
     return files

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pararnn import RNN
+from pararnn import RNN, Newton
 from pararnn.testing import loop
 
 from .compare import RTOL, assert_same, outcome, random_state
-from .operations import DOMAINS, OPERATIONS
+from .operations import DOMAINS, OPERATIONS, Operation
 
 GROUP = 3  # operations in one cell: compiling takes longer than running
 GROUPS = [OPERATIONS[i : i + GROUP] for i in range(0, len(OPERATIONS), GROUP)]
@@ -139,6 +139,43 @@ def test_special_values_through_c(name, dtype):
     for what, a, e in zip(("value", "gradient"), actual[i], expected[i], strict=True):
         difference = first_difference(u[keep], w[keep], a[keep], e[keep], rtol)
         assert difference is None, f"{what} of {name}: {difference}"
+
+
+NUMBERS = (
+    "sub true_div div_floor remainder fmod pow_tensor atan2 copysign hypot minimum maximum min_pair "
+    "max_pair fmin fmax clamp_tensor clamp_min_tensor where lt le gt ge eq ne mask_float logaddexp "
+    "logaddexp2 lerp lerp_tensor addcmul addcdiv xlogy mask_numbers masked_fill gelu logsigmoid silu"
+).split()
+
+
+def with_number(operation, first):
+    """An operation one of whose operands is a number that only tracing knows to be one."""
+
+    def function(u, w):
+        number = torch.full_like(u, 0.37)
+        domain = DOMAINS[operation.domain]
+        return operation.function(*((domain(number), w) if first else (domain(u), number))) + u
+
+    return Operation(operation.name, function)
+
+
+@pytest.mark.parametrize(("backend", "solver"), [("torch", Newton(chunk=2)), ("c", None)], ids=str)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("part", range(3))
+def test_a_number_as_an_operand(part, first, backend, solver):
+    table = {o.name: o for o in OPERATIONS}
+    chosen = [with_number(table[name], first) for name in NUMBERS[part::3]]
+    torch.manual_seed(part)
+    cell = Operations(chosen).double()
+    x = 3 * torch.rand(BATCH, TIME, cell.input_size, dtype=torch.float64) - 1.5
+    x[..., -1] = -1
+    state = random_state(cell.num_components, BATCH, HIDDEN)
+    rnn = RNN(cell, num_components=len(chosen), backend=backend, solver=solver)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    actual = outcome(rnn, cell, x, state)
+    for i, operation in enumerate(chosen):
+        parts = (own_part(values, i, len(chosen)) for values in (actual, expected))
+        assert_same(*parts, 1e-10, label=f"{operation.name}: ")
 
 
 def test_table_covers_enough():

@@ -175,6 +175,11 @@ def is_operation(op: object) -> bool:
     return op in _TORCH or any(is_pointwise(o) and not o._schema.is_mutable for o in overloads)
 
 
+_OF_TENSORS = frozenset(
+    "gelu gelu_tanh gelu_backward gelu_tanh_backward log_sigmoid log_sigmoid_backward".split()
+)
+
+
 def torch_callable(op: str) -> Callable[..., Any]:
     """What evaluates an operation of the expressions on tensors."""
     return _TORCH.get(op) or getattr(torch, op, None) or getattr(aten, op)
@@ -182,19 +187,26 @@ def torch_callable(op: str) -> Callable[..., Any]:
 
 def _takes_tensor(node: Expression, position: int) -> bool:
     """Whether PyTorch wants a tensor where a number would do for the expressions."""
+    if not isinstance(node.args[position], (int, float)):
+        return False
     if node.op == "where":  # of two numbers it would be of the default type
         return not any(isinstance(a, Expression) for a in node.args[1:])
-    if node.op in _TORCH or node.op in ("add", "sub", "mul", "div"):
+    if node.op == "clamp":
+        return position == 0 or any(isinstance(a, Expression) for a in node.args[1:])
+    if node.op in ("add", "sub", "mul", "div"):
         return False
-    return _is_always_tensor(node.op, position)
+    return position == 0 or node.op in _OF_TENSORS or _is_always_tensor(node.op, position)
 
 
 @functools.cache
 def _is_always_tensor(op: str, position: int) -> bool:
+    if op in _TORCH:
+        return False
     packet = getattr(aten, op)
     schemas = [getattr(packet, o)._schema.arguments for o in packet.overloads()]
-    kinds = [str(s[position].type) for s in schemas if position < len(s) and not s[-1].is_out]
-    return all(k == "Tensor" for k in kinds)
+    kinds = [[str(a.type) for a in s] for s in schemas if not s[-1].is_out]
+    at = [k[position] for k in kinds if "Tensor" in k and position < len(k)]
+    return all(k == "Tensor" for k in at)
 
 
 def torch_source(roots: Sequence[Operand], inputs: Sequence[Expression], name: str) -> str:

@@ -142,9 +142,10 @@ def test_special_values_through_c(name, dtype):
 
 
 NUMBERS = (
-    "sub true_div div_floor remainder fmod pow_tensor atan2 copysign hypot minimum maximum min_pair "
-    "max_pair fmin fmax clamp_tensor clamp_min_tensor where lt le gt ge eq ne mask_float logaddexp "
-    "logaddexp2 lerp lerp_tensor addcmul addcdiv xlogy mask_numbers masked_fill gelu logsigmoid silu"
+    "sub true_div div_floor remainder fmod pow_tensor atan2 copysign hypot minimum maximum "
+    "min_pair max_pair fmin fmax clamp_tensor clamp_min_tensor where lt le gt ge eq ne mask_float "
+    "logaddexp logaddexp2 lerp lerp_tensor addcmul addcdiv xlogy mask_numbers masked_fill gelu "
+    "logsigmoid silu"
 ).split()
 
 
@@ -159,10 +160,18 @@ def with_number(operation, first):
     return Operation(operation.name, function)
 
 
-@pytest.mark.parametrize(("backend", "solver"), [("torch", Newton(chunk=2)), ("c", None)], ids=str)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("part", range(3))
-def test_a_number_as_an_operand(part, first, backend, solver):
+def test_a_number_as_an_operand(part, first):
+    check_numbers(part, first, "torch", Newton(chunk=2))
+
+
+def test_a_number_as_an_operand_in_c():
+    """And components enough for names with two figures."""
+    check_numbers(0, True, "c", None)
+
+
+def check_numbers(part, first, backend, solver):
     table = {o.name: o for o in OPERATIONS}
     chosen = [with_number(table[name], first) for name in NUMBERS[part::3]]
     torch.manual_seed(part)

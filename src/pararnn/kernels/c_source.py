@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pararnn.kernels.printing import BINARY, Language, equations, lowered_names, statements
+from pararnn.kernels.printing import (
+    BINARY,
+    Language,
+    equations,
+    lowered_names,
+    pair,
+    statements,
+)
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import Expression, Operand, literal
 
@@ -171,30 +178,30 @@ class _Writer:
             )
             self.add("       n * sizeof(real));", 1)
         for i, j in pairs:
-            self.add(f"real g{i}{j}[{MAX_BLOCK}];", 1)
-            self.add(f"for (int64_t d = 0; d < n; d++) g{i}{j}[d] = C({int(i == j)});", 1)
+            self.add(f"real g{pair(i, j)}[{MAX_BLOCK}];", 1)
+            self.add(f"for (int64_t d = 0; d < n; d++) g{pair(i, j)}[d] = C({int(i == j)});", 1)
         self.add("for (int64_t t = t0; t < t1; t++) {", 1)
-        zeros = "\n      ".join(f"memset(g{i}{j}, 0, n * sizeof(real));" for i, j in pairs)
+        zeros = "\n      ".join(f"memset(g{pair(i, j)}, 0, n * sizeof(real));" for i, j in pairs)
         self.restart("s{i}", zeros)
         self.load_drives()
         self.loop()
         for i in self.components:
             self.add(f"const real state{i} = s{i}[d];", 3)
         for i, j in pairs:
-            self.add(f"const real old{i}{j} = g{i}{j}[d];", 3)
-            self.add(f"real jac{i}{j};", 3)
+            self.add(f"const real old{pair(i, j)} = g{pair(i, j)}[d];", 3)
+            self.add(f"real jac{pair(i, j)};", 3)
         self.locals(3)
         roots = [*self.recurrence.step, *(self.recurrence.jacobian[i][j] for i, j in pairs)]
-        results = [f"s{i}[d]" for i in self.components] + [f"jac{i}{j}" for i, j in pairs]
+        results = [f"s{i}[d]" for i in self.components] + [f"jac{pair(i, j)}" for i, j in pairs]
         self.lines += _body(roots, results, self.names, "      ")
         for i, j in pairs:
-            terms = " + ".join(f"jac{i}{m} * old{m}{j}" for m in self.components)
-            self.add(f"g{i}{j}[d] = {terms};", 3)
+            terms = " + ".join(f"jac{pair(i, m)} * old{pair(m, j)}" for m in self.components)
+            self.add(f"g{pair(i, j)}[d] = {terms};", 3)
         self.add("}", 2)
         self.add("}", 1)
         for i, j in pairs:
             at = f"((b * chunks + k) * {count * count} + {i * count + j}) * hidden + d0"
-            self.add(f"memcpy(tangents + {at}, g{i}{j}, n * sizeof(real));", 1)
+            self.add(f"memcpy(tangents + {at}, g{pair(i, j)}, n * sizeof(real));", 1)
         self.end("tangent")
 
     def backward(self) -> None:

@@ -86,6 +86,11 @@ def lowered_names(recurrence: Recurrence) -> dict[Expression, str]:
     }
 
 
+def pair(i: int, j: int) -> str:
+    """Two numbers in a name, so that those of (1, 11) and (11, 1) differ."""
+    return f"{i}{j}" if max(i, j) < 10 else f"{i}_{j}"
+
+
 def equations(recurrence: Recurrence) -> list[str]:
     """The step as mathematics, one line per named intermediate value and component."""
     names = dict(recurrence.names)

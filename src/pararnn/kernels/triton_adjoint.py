@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pararnn.kernels.printing import pair
 from pararnn.kernels.triton_module import SIZES, Module
 
 
@@ -100,9 +101,9 @@ class Adjoint(Module):
             values.append(f"s{i} + q{i}.to({real})" if i in self.gradients else f"s{i}")
         before = [f"before{i}" for i in self.components]
         if couple:
-            jacobian = [f"j{i}{j}" for i, j in self.coupled]
+            jacobian = [f"j{pair(i, j)}" for i, j in self.coupled]
             out(f"{', '.join([*before, *jacobian])} = adjoint_with_jacobian({', '.join(values)})")
-            entry = lambda i, j: f"j{i}{j}" if (i, j) in self.coupled else None  # noqa: E731
+            entry = lambda i, j: f"j{pair(i, j)}" if (i, j) in self.coupled else None  # noqa: E731
             self.move("g", [[entry(j, i) for j in self.components] for i in self.components], step)
         else:
             terms = [f"term{c}" for c in self.coefficients]
@@ -133,7 +134,7 @@ class Adjoint(Module):
                 out(f"tl.store(grad_initial + start_at + {i} * hidden, before{i}, mask={there})")
             out(f"before{i} = tl.where(fresh, 0.0, before{i})")
         for i, j in self.pairs if couple else ():
-            out(f"g{i}{j} = tl.where(fresh, 0.0, g{i}{j})")
+            out(f"g{pair(i, j)} = tl.where(fresh, 0.0, g{pair(i, j)})")
 
     def loop(self, low: str, high: str, couple: bool, store: bool) -> None:
         """Steps `high` - 1 down to `low`; the inputs of the first block are loaded already."""

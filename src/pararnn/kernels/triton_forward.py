@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pararnn.kernels.printing import pair
 from pararnn.kernels.triton_module import SIZES, Module
 from pararnn.solvers.shooting import SMALL
 
@@ -47,15 +48,15 @@ class Forward(Module):
             self.fresh(step)
             self.from_initial("s", step)
             for i, j in self.pairs if couple else ():
-                out(f"g{i}{j} = tl.where(fresh, 0.0, g{i}{j})")
+                out(f"g{pair(i, j)} = tl.where(fresh, 0.0, g{pair(i, j)})")
         values = [f"s{i}" for i in self.components]
         values += [f"u{m}.to({self.real})" for m in self.drives]
         values += [f"c{c}" for c in self.coefficients]
         new = [f"new{i}" for i in self.components]
         if couple:
-            jacobian = [f"j{i}{j}" for i, j in self.coupled]
+            jacobian = [f"j{pair(i, j)}" for i, j in self.coupled]
             out(f"{', '.join([*new, *jacobian])} = step_with_jacobian({', '.join(values)})")
-            entry = lambda i, j: f"j{i}{j}" if (i, j) in self.coupled else None  # noqa: E731
+            entry = lambda i, j: f"j{pair(i, j)}" if (i, j) in self.coupled else None  # noqa: E731
             self.move("g", [[entry(i, j) for j in self.components] for i in self.components], step)
         else:
             out(f"{', '.join(new)} = step({', '.join(values)})")
@@ -228,7 +229,7 @@ class Forward(Module):
                         with out.block("else:"):
                             self.fill("g", identity=True)
                             self.loop("0", "chunk", couple=True, store=True)
-                            self.save("tangents", "g", (f"{i}{j}" for i, j in self.pairs))
+                            self.save("tangents", "g", (f"{pair(i, j)}" for i, j in self.pairs))
                         self.save("ends", "s", parts)
                         out("tl.debug_barrier()")
                         self.measure_group(" & (k > g)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pararnn.kernels import printing
-from pararnn.kernels.printing import BINARY
+from pararnn.kernels.printing import BINARY, pair
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import Operand, literal, topological
 
@@ -274,7 +274,7 @@ class Module(abc.ABC):
         shape = "[GROUP, BLOCK]" if self.wide else "[BLOCK]"
         for i, j in self.pairs:
             value = float(identity and i == j)
-            self.out(f"{name}{i}{j} = tl.full({shape}, {value}, {self.real})")
+            self.out(f"{name}{pair(i, j)} = tl.full({shape}, {value}, {self.real})")
 
     def zeros(self, name: str, kind: str | None = None) -> None:
         """A tensor of zeros."""
@@ -300,17 +300,19 @@ class Module(abc.ABC):
         """Tangents `g` moved by a step, `g <- matrix g`; in groups only where the step exists."""
         names, sums = [], []
         for i, j in self.pairs:
-            terms = [f"{matrix[i][m]} * {entry}{m}{j}" for m in self.components if matrix[i][m]]
+            terms = [
+                f"{matrix[i][m]} * {entry}{pair(m, j)}" for m in self.components if matrix[i][m]
+            ]
             value = " + ".join(terms) or f"tl.zeros_like({entry}00)"
             if self.wide:
-                value = f"tl.where({self.exists(step)}, {value}, {entry}{i}{j})"
-            names.append(f"{entry}{i}{j}")
+                value = f"tl.where({self.exists(step)}, {value}, {entry}{pair(i, j)})"
+            names.append(f"{entry}{pair(i, j)}")
             sums.append(value)
         self.out(f"{', '.join(names)} = {', '.join(sums)}")
 
     def forgotten(self, exact: str) -> None:
         """Whether nothing is left of where the warm-up started; noted for the other kernels."""
-        sizes = " + ".join(f"magnitude(g{i}{j})" for i, j in self.pairs)
+        sizes = " + ".join(f"magnitude(g{pair(i, j)})" for i, j in self.pairs)
         self.out(f"left = tl.max(tl.where(inside, {sizes}, 0.0))")
         self.out(f"forgotten = ({exact}) | (left <= limit)")
         self.out("kept = tl.cast(forgotten, tl.int32)")
@@ -420,7 +422,7 @@ class Module(abc.ABC):
             run()
             self.fill("g", identity=False)
         self.save(ends, "s", parts)
-        self.save(tangents, "g", (f"{i}{j}" for i, j in self.pairs))
+        self.save(tangents, "g", (f"{pair(i, j)}" for i, j in self.pairs))
 
     # How far chunks are from fitting together, and what corrects them
 
@@ -483,9 +485,9 @@ class Module(abc.ABC):
         before = self.beside.format(k=chunk)
         for i, j in self.pairs:
             at = self.boundary(tangents, i * count + j, before, "channels")
-            out(f"t{i}{j} = bounded(tl.load({at}, mask=inside) * ({coupling}))")
+            out(f"t{pair(i, j)} = bounded(tl.load({at}, mask=inside) * ({coupling}))")
         for i in self.components:
-            moved = " + ".join(f"t{i}{j} * delta{j}" for j in self.components)
+            moved = " + ".join(f"t{pair(i, j)} * delta{j}" for j in self.components)
             at = self.boundary(guess, i, chunk, "channels")
             out(f"old{i} = tl.load({at}, mask=inside)")
             at = self.boundary(ends, i, before, "channels")

@@ -115,6 +115,13 @@ def test_a_list_is_continued_at_its_row(tmp_path, make, monkeypatch):
         ("a.csv", b"text\nhere", r"a.csv holds rows of a kind that is not read", "table that is"),
         ("a.Parquet", b"PAR1", r"a.Parquet holds rows.*datasets:FOLDER", "table that is not read"),
         ("a.json", b'{"name": 1}', 'holds no row with a field "text"', 'JSON without a field "te'),
+        (
+            "a.json",
+            b'{"a": {"text": 1}}',
+            'holds no row with a field "text"',
+            "JSON without a field",
+        ),
+        ("a.json", b"// not JSON", 'holds no row with a field "text"', "JSON without a field"),
         ("a.json", b"[]", 'holds no row with a field "text"', 'JSON without a field "text"'),
         ("a.txt", "Grüße".encode("utf-16"), "is UTF-16 text; convert it", "not UTF-8"),
         ("a.txt", b"a\0", "is a binary file", "binary"),
@@ -217,6 +224,16 @@ def test_a_damaged_list_is_refused(texts, make):
     with pytest.raises(RunError, match=r"rows.json is neither a list of rows in JSON nor a row in"):
         make(texts)
     assert reasons(make(texts, on_error="skip")) == {"damaged JSON": 1}
+
+
+def test_a_folder_without_texts_says_what_it_holds(tmp_path, make):
+    (tmp_path / "source").mkdir()
+    for name in ("a.zip", "b.txt", "c.dat"):
+        (tmp_path / "source" / name).write_bytes(b"\0")
+    with pytest.raises(
+        RunError, match=r"there is no text in .*Skipped: archive .*a.zip\); binary: 2"
+    ):
+        make(tmp_path / "source")
 
 
 def test_zstd_without_its_package(texts, make, monkeypatch):

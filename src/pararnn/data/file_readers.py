@@ -185,21 +185,22 @@ class JsonReader:
                 content = file.read()
         except READ_ERRORS as error:
             raise unreadable(path, error) from error
-        if field.encode() not in content and json.dumps(self.text_field).encode() not in content:
+        value = _parsed(content)
+        if value is None and field.encode() in content:
+            raise UnusableError(
+                f"{path} is neither a list of rows in JSON nor a row in every line; correct it.",
+                "damaged JSON",
+                by_kind=False,
+            )
+        rows = value if isinstance(value, list) else [value]
+        if not any(isinstance(row, dict) and self.text_field in row for row in rows):
             raise UnusableError(
                 f"{path} holds no row with a field {field}; name the one that holds the text with "
                 "--text-field.",
                 f"JSON without a field {field}",
                 by_kind=True,
             )
-        value = _parsed(content)
-        if value is None:
-            raise UnusableError(
-                f"{path} is neither a list of rows in JSON nor a row in every line; correct it.",
-                "damaged JSON",
-                by_kind=False,
-            )
-        return value if isinstance(value, list) else [value]
+        return rows
 
     def _blocks(self, rows: list[Any], first: int, unit_bytes: int) -> Iterator[Block]:
         """The rows as lines."""

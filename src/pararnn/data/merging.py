@@ -11,6 +11,7 @@ from pararnn.data.index import SPLITS
 from pararnn.data.parts import Part, read_part, read_tokens, smallest_dtype
 from pararnn.data.progress import Progress
 from pararnn.data.shards import write_shard
+from pararnn.data.skipped import Skipped
 from pararnn.data.tokenization import Tokenization
 
 
@@ -48,6 +49,7 @@ class Merger:
         parts = [read_part(path) for path in paths]
         positions = _positions(parts)
         held_out = positions < self.config.held_out
+        self._check_enough(parts)
         self._use_both_splits(positions, held_out)
         self._write(paths, parts, held_out, last=True)
 
@@ -87,8 +89,6 @@ class Merger:
         """However few documents there are, at least one is held out and one is not."""
         shards = self.progress.shards
         num_train, num_held_out = (sum(s.num_documents for s in shards[name]) for name in SPLITS)
-        if num_train + num_held_out + len(positions) < 2:
-            raise self._too_few(len(positions))
         if len(positions) and num_train + np.sum(~held_out) == 0:
             held_out[np.argmax(positions)] = False
         if len(positions) and num_held_out + np.sum(held_out) == 0:
@@ -100,12 +100,23 @@ class Merger:
                     "choose another share, and another folder with --out."
                 )
 
-    def _too_few(self, num_documents: int) -> RunError:
-        found = "only one document" if num_documents else "no text"
-        return RunError(
-            f"there is {found} in {', '.join(self.config.sources)}; at least two documents are "
-            "needed, one of them held out. Files that are not UTF-8, hidden files and empty "
-            "documents do not count. Name more sources, and another folder with --out."
+    def _check_enough(self, parts: list[Part]) -> None:
+        """Raise RunError where there are not two documents."""
+        count = sum(len(part.positions) for part in parts)
+        count += sum(
+            shard.num_documents for split in SPLITS for shard in self.progress.shards[split]
+        )
+        if count >= 2:
+            return
+        skipped = Skipped()
+        for more in (self.progress.skipped, *(part.skipped for part in parts)):
+            skipped.update(more)
+        left_out = f" Skipped: {'; '.join(skipped.describe())}." if skipped.reasons else ""
+        raise RunError(
+            f"there is {'only one document' if count else 'no text'} in "
+            f"{', '.join(self.config.sources)}; at least two documents are needed, one of them "
+            "held out. Files that are not UTF-8, hidden files and empty documents do not count."
+            f"{left_out} Name more sources, and another folder with --out."
         )
 
 

@@ -39,6 +39,12 @@ class Options:
     other: object = None
 
 
+class Defaults:
+    """Its objects have no attributes of their own."""
+
+    rate = 0.2
+
+
 class Slotted:
     __slots__ = ("gain",)
 
@@ -74,6 +80,7 @@ class Cell(nn.Module):
         self.mix, self.gain, self.mode = (0.5, 0.5), 0.7, "tanh"
         self.options = {"leak": 0.5, "inner": {"terms": [0.1, 0.2]}}
         self.nested = Options(other=types.SimpleNamespace(weight=0.3))
+        self.defaults, self.order = Defaults(), {"first": 0.1, "second": 0.3}
         self.queue = collections.deque([0.1, 0.2])
         self.chosen = {"a", "b"}
         self.slotted = Slotted(0.4)
@@ -95,6 +102,7 @@ class Cell(nn.Module):
         v = shifted(v) + self.squash(h) + self.partial(self.floor) + float(self.array[1])
         v = v + self.held[0] * 0.1 + self.held[1] * 0.1
         v = self.dropout(v) + (0.2 if self.training else 0.1)
+        v = v + self.defaults.rate * next(iter(self.order.values()))
         if "extra" in self.options:
             v = v - 0.3
         return self.helper(self.act(v) if self.mode == "tanh" else torch.sin(v))
@@ -142,6 +150,8 @@ CHANGES = {
     "list in a dataclass": lambda c, n: c.nested.terms.append(n),
     "namespace in a dataclass": put(None, "nested.other.weight", float),
     "another dataclass": put(None, "nested", lambda n: Options(n, [n], c0().nested.other)),
+    "attribute over one of an object's class": put(None, "defaults.rate", float),
+    "order of a dictionary": lambda c, n: c.order.update(first=c.order.pop("first")),
     "deque": lambda c, n: c.queue.appendleft(n),
     "set": lambda c, n: c.chosen.discard("a"),
     "slots": put(None, "slotted.gain", float),

@@ -213,8 +213,8 @@ class _Look:
             self.value(f"{place}[{number}]", hook)
 
     def dictionary(self, place: str, values: Mapping[Any, Any]) -> None:
-        self.fact(place, (type(values), len(values)))
         is_named = all(type(key) is str for key in values)
+        self.fact(place, (type(values), tuple(values) if is_named else len(values)))
         self.quick.dictionary(values, is_named)
         for number, (key, value) in enumerate(values.items()):
             if is_named:
@@ -291,7 +291,7 @@ class _Look:
 
     def attributes(self, place: str, value: Any) -> None:
         own = getattr(value, "__dict__", None)
-        if isinstance(own, dict) and own and self.see(f"{place}.__dict__", own):
+        if isinstance(own, dict) and self.see(f"{place}.__dict__", own):
             self.named(place, own, [n for n in own if self.ran.reads(n)])
         slots = [n for n in _slots(type(value)) if self.ran.reads(n)]
         if slots:

@@ -18,7 +18,7 @@ from pararnn.kernels.operators import gradients_of_loop, no_second_derivative, r
 from pararnn.kernels.pointwise import run as run_module
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.solvers import chunks as plain
-from pararnn.solvers.automatic import automatic, coupling, prefers_cell
+from pararnn.solvers.automatic import automatic, coupling, free_rows, prefers_cell
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
@@ -79,25 +79,33 @@ class Plan:
         """The settings in force, where all or the length of the chunks are to be chosen."""
         if self.settings is not None and self.settings.chunk != "auto":
             return self.settings
-        entries = self.mixing.num_components * self.group
-        found = automatic(entries, self.mixing.work, batch, time, device)
+        found = automatic(self.entries, self.free_rows(device), batch, time)
         if self.settings is None:
             return found
         return replace(self.settings, chunk=found.chunk)
 
     def prefers_cell(self, batch: int, time: int, device: str, one_call: bool) -> bool:
         """Whether to loop over the cell itself; see `automatic.prefers_cell`."""
-        work = self.mixing.work
-        return self.settings is None and prefers_cell(work, batch, time, device, one_call)
+        if self.settings is not None:
+            return False
+        return prefers_cell(self.entries, self.free_rows(device), batch, time, device, one_call)
+
+    @property
+    def entries(self) -> int:
+        """All components of the channels of one group."""
+        return self.mixing.num_components * self.group
+
+    def free_rows(self, device: str) -> float:
+        """See `automatic.free_rows`."""
+        return free_rows(self.mixing.work, self.mixing.launches, device)
 
     def describe(self) -> str:
         """How it is evaluated, in words."""
         if self.settings is not None:
             return repr(self.settings)
-        entries = self.mixing.num_components * self.group
         return (
-            f"{coupling(entries).__name__}, with chunks chosen for every shape, or step by step "
-            "where they do not pay"
+            f"{coupling(self.entries).__name__}, with chunks chosen for every shape, or step by "
+            "step where they do not pay"
         )
 
     def settles(self, initial: Tensor, with_gradients: bool) -> bool:

@@ -10,18 +10,19 @@ from pararnn.solvers.settings import Jacobi, Newton, Sequential, Solver
 from pararnn.solvers.shooting import WARM_UP
 
 _LARGEST_TANGENT = 8  # entries; a tangent costs as many sweeps
-# Multiplications that one step can do in the time that it takes to launch its operations.
-_FREE_WORK = {"cpu": 1 << 20, "cuda": 1 << 23}
-_WORTH = 1.25  # times as fast as the loop by the estimate, or it is not tried
-# The same where a step of the cell is one call: launches weigh less, and arithmetic so much more.
-_WORTH_AGAINST_ONE, _ARITHMETIC_AGAINST_ONE = 1.3, 4
+# Multiplications that can be done in the time that it takes to launch an operation, on a CPU; and
+# in the time of a step on a GPU, whose launches are one kernel or one graph.
+_FREE_WORK_OF_A_LAUNCH, _FREE_WORK_OF_A_STEP = 1 << 15, 1 << 23
+# Times as fast as the loop by the estimate, or it is not tried: what is tried in vain costs the
+# loop and this part of it.
+_WORTH = 2.0
+_ARITHMETIC_OF_ONE = 2  # where a step of the cell is one call: beside launches that weigh less
 _PATIENCE = 0.5  # of the loop's time by the estimate is allowed for iterations
 _CALL = 32  # steps bound by launches that a call over the recurrent part takes time for
 _CALL_AGAINST_ONE = 192  # the same where the cell has all its launches in one call
-# On a CPU, from so many rows on, of which every one is so much work (rows times work beside the
-# launches), products are bound by arithmetic: one for all times, or for chunks, gains nothing, and
-# gates had better be kept than computed again.
-_BOUND_ROWS, _BOUND_WORK = 16, 12.0
+# From so many rows on, beside those that are free and at least, a step without chunks had better
+# keep its gates than compute them again; in small heads gates weigh more, beside their products.
+_BOUND, _BOUND_ROWS, _ENTRIES_OF_A_ROW = 0.5, 16, 8
 
 
 def coupling(entries: int) -> type[Newton | Jacobi]:
@@ -46,9 +47,8 @@ class _Cut:
     free: float
 
     @classmethod
-    def of(cls, work: int, batch: int, time: int, device: str) -> _Cut:
+    def of(cls, free: float, batch: int, time: int) -> _Cut:
         """Arguments as for `automatic`."""
-        free = _FREE_WORK.get(device, _FREE_WORK["cuda"]) / work
         chunks = int(min(math.sqrt(time / WARM_UP * free / batch), time / WARM_UP))
         return cls(batch, time, chunks, free)
 
@@ -72,23 +72,34 @@ class _Cut:
         return self.time * (1 + self.batch / self.free)
 
 
+def free_rows(work: int, launches: int, device: str) -> float:
+    """Rows of a step for which arithmetic takes as long as launches.
+
+    Args:
+        work: Multiplications per row and step.
+        launches: Operations of a step.
+        device: Type of the device.
+    """
+    on_cpu = device == "cpu"
+    return (launches * _FREE_WORK_OF_A_LAUNCH if on_cpu else _FREE_WORK_OF_A_STEP) / work
+
+
 @functools.lru_cache(maxsize=1024)
-def automatic(entries: int, work: int, batch: int, time: int, device: str) -> Solver:
+def automatic(entries: int, free: float, batch: int, time: int) -> Solver:
     """Chunks and iterations that a recurrence gains from.
 
-    With the launches of a step as the unit of time, a step of r rows takes 1 + r / free, where
-    free = _FREE_WORK / work. Evaluation in n chunks takes (WARM_UP + time / n) such steps with
-    n * batch rows, least at n = sqrt(time / WARM_UP * free / batch). Iterations are allowed for
-    part of the time of the loop, and the loop is taken where one iteration is hardly faster.
+    With the launches of a step as the unit of time, a step of r rows takes 1 + r / free.
+    Evaluation in n chunks takes (WARM_UP + time / n) such steps with n * batch rows, least at
+    n = sqrt(time / WARM_UP * free / batch). Iterations are allowed for part of the time of the
+    loop, and the loop is taken where one iteration is hardly faster.
 
     Args:
         entries: All components of the channels of one group.
-        work: Multiplications per row and step.
+        free: See `free_rows`.
         batch: Sequences.
         time: Steps.
-        device: Type of the device.
     """
-    cut = _Cut.of(work, batch, time, device)
+    cut = _Cut.of(free, batch, time)
     if cut.loop < _WORTH * cut.first:
         return Sequential()
     method = coupling(entries)
@@ -98,15 +109,17 @@ def automatic(entries: int, work: int, batch: int, time: int, device: str) -> So
 
 
 @functools.lru_cache(maxsize=1024)
-def prefers_cell(work: int, batch: int, time: int, device: str, one_call: bool) -> bool:
+def prefers_cell(
+    entries: int, free: float, batch: int, time: int, device: str, one_call: bool
+) -> bool:
     """Whether a loop over the cell itself is the fastest.
 
     Arguments as for `automatic`; `one_call`: a step of the cell is hardly more than one call.
     """
     if device != "cpu":
         return False
-    launches = batch * work / _FREE_WORK[device]
-    few = time * (1 + launches) < (_CALL_AGAINST_ONE if one_call else _CALL)
-    bound = batch >= _BOUND_ROWS and batch * launches >= _BOUND_WORK
-    cut = _Cut.of(_ARITHMETIC_AGAINST_ONE * work, batch, time, device)
-    return few or bound or (one_call and cut.loop < _WORTH_AGAINST_ONE * cut.first)
+    few = time * (1 + batch / free) < (_CALL_AGAINST_ONE if one_call else _CALL)
+    least = min(_BOUND_ROWS, entries // _ENTRIES_OF_A_ROW)
+    bound = one_call or batch >= max(least, _BOUND * free)
+    cut = _Cut.of(free / _ARITHMETIC_OF_ONE if one_call else free, batch, time)
+    return few or (bound and cut.loop < _WORTH * cut.first)

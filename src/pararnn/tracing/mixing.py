@@ -140,9 +140,17 @@ class Mixing:
 
     @functools.cached_property
     def work(self) -> int:
-        """Multiplications per row and step, roughly: every weight once, channels some times."""
-        weights = sum(math.prod(e.shape) for e in self.edges if not e.by_rows)
-        return weights + len(self.step.module.graph.nodes) * self.num_components * self.hidden
+        """Multiplications per row and step, roughly: what it takes once, channels some times."""
+        return (
+            sum(math.prod(e.shape) for e in self.edges)
+            + len(self.step.module.graph.nodes) * self.num_components * self.hidden
+        )
+
+    @functools.cached_property
+    def launches(self) -> int:
+        """Operations of a step."""
+        kept = ("placeholder", "output")
+        return sum(n.op not in kept for n in self.step.module.graph.nodes)
 
     @functools.cached_property
     def adjoint(self) -> Adjoint:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pararnn.cli.main import main
+from pararnn.layers.evaluate import BackendError
 from pararnn.training import RunError, lock, report, runs, train, trainer
 from pararnn.training.config import ScheduleConfig
 from pararnn.training.lock import alone_in_run
@@ -103,6 +104,17 @@ def test_a_failed_start_leaves_nothing(make_config, monkeypatch):
             train(config)
     assert [path.name for path in config.out.iterdir()] == [".keep"]
     assert train(config).step == 1
+
+
+def test_a_backend_that_cannot_do_it_is_a_message(make_config, monkeypatch):
+    def refuse(*arguments):
+        raise BackendError("backend='triton' cannot run it here. Use backend='torch'.")
+
+    monkeypatch.setattr(runs, "lay_out", refuse)
+    config = make_config(steps=1)
+    with pytest.raises(RunError, match="cannot run it here"):
+        train(config)
+    assert not config.out.exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"seed": 1, "schedule": ScheduleConfig(length=7)}])

@@ -62,4 +62,7 @@ def test_a_device_that_is_none(monkeypatch):
         join("cuda")
     with pytest.raises(RunError, match="'gpu' is not one of PyTorch's; use cpu or cuda"):
         join("gpu")
+    for name in ("meta", "vulkan", "privateuseone"):
+        with pytest.raises(RunError, match=rf"device '{name}' cannot be used: .* Use cpu or cuda"):
+            join(name)
     assert join("auto").device.type == "cpu"

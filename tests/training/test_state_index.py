@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from pararnn.data.files import digest
+from pararnn.models.architectures import Shape, architectures, foreign_fields, make_config
 from pararnn.training import RunError, RunFolder, report, train
 from pararnn.training.checkpoints import CheckpointError, verify
 from pararnn.training.state_index import is_plain, part_names, read_index
@@ -116,6 +117,23 @@ def test_tensors_of_another_model_are_one_message(run):
     message = r"step-00000006 cannot be loaded: Missing key .* move it away. Continue with"
     with pytest.raises(RunError, match=message):
         train(run, resume=True)
+
+
+@pytest.mark.parametrize(
+    "field", ["attn_implementation", "auto_map", "quantization_config", "model_type"]
+)
+def test_settings_that_fetch_code_are_refused(run, field):
+    path = newest(run) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), field: "someone/kernel"}))
+    seal(newest(run))
+    with pytest.raises(CheckpointError, match=rf"config.json sets {field}, which no model made"):
+        verify(newest(run))
+
+
+@pytest.mark.parametrize("architecture", architectures())
+def test_settings_of_every_architecture_are_known(architecture):
+    shape = Shape(vocab_size=256, width=8, num_layers=1, num_heads=2)
+    assert foreign_fields(make_config(architecture, shape).to_dict()) == []
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,20 @@ def test_size_is_a_starting_point(tokens, capsys):
         with pytest.raises(SystemExit):
             main(["train", *wrong])
         assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_missing_or_added_is_named(tokens, capsys):
+    """The bytes would be taken for tokens, or the other way round."""
+    assert main(["train", "--data", "tokens", "--out", "run", *TINY]) == 0
+    folder = tokens.folder.parent / "run/data/tokenizer"
+    kept = folder.rename(folder.with_name("kept"))
+    capsys.readouterr()
+    for command in (["generate", "run"], ["eval", "run", "--data", "text/3.txt"]):
+        assert main([*command, "--device", "cpu"]) == 1
+        message = "tokenizer/tokenizer.json is not what the model was trained with; restore it from"
+        assert message in capsys.readouterr().err
+    assert main(["train", "--data", "text", "--out", "bytes", *TINY]) == 0
+    shutil.copytree(kept, tokens.folder.parent / "bytes/data/tokenizer")
+    capsys.readouterr()
+    assert main(["generate", "bytes", "--device", "cpu"]) == 1
+    assert "is not what the model was trained with; move it away" in capsys.readouterr().err

@@ -85,6 +85,18 @@ BASELINES: dict[str, Callable[..., PreTrainedConfig]] = {
 }
 
 
+_CONFIGS = {kind.model_type: kind for kind in (ParaRNNConfig, Qwen3Config, Mamba2Config)}
+
+
+def foreign_fields(stored: dict[str, Any]) -> list[str]:
+    """Fields of a stored configuration that no model made here has.
+
+    Some of them make transformers fetch code, as `attn_implementation` and `auto_map` do.
+    """
+    kind = _CONFIGS.get(str(stored.get("model_type")))
+    return ["model_type"] if kind is None else sorted(set(stored) - set(kind().to_dict()))
+
+
 def architectures() -> list[str]:
     """Names that `make_config` knows: every registered cell, and the baselines."""
     return [*CELLS, *BASELINES]

@@ -31,6 +31,7 @@ from pararnn.data.files import (
     sync_folder,
     write_atomically,
 )
+from pararnn.models.architectures import foreign_fields
 from pararnn.training.state_index import INDEX, is_plain, part_names, read_index
 
 FORMAT = "pararnn-checkpoint-2"
@@ -128,6 +129,12 @@ def verify(path: Path, run: str | None = None) -> Checkpoint:
             raise CheckpointError(f"{path.name}/{name} is missing or unreadable") from error
         if found != expected:
             raise CheckpointError(f"{path.name}/{name} is damaged (its checksum differs)")
+    _check_content(path, files)
+    return Checkpoint(path, step, files)
+
+
+def _check_content(path: Path, files: dict[str, str]) -> None:
+    """Refuse what would make PyTorch or transformers do more than read numbers."""
     try:
         parts = part_names(read_index((path / STATE_INDEX).read_bytes()))
     except ValueError as error:
@@ -135,7 +142,14 @@ def verify(path: Path, run: str | None = None) -> Checkpoint:
     for part in sorted(f"{STATE}/{part}" for part in parts):
         if part not in files:
             raise CheckpointError(f"{path.name}/{MANIFEST} lacks {part}")
-    return Checkpoint(path, step, files)
+    try:
+        foreign = foreign_fields(dict(read_json(path / CONFIG)))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path.name}/{CONFIG} is damaged") from error
+    if foreign:
+        raise CheckpointError(
+            f"{path.name}/{CONFIG} sets {', '.join(foreign)}, which no model made here does"
+        )
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, str], int, str]:

@@ -16,6 +16,7 @@ from pararnn.solvers.chunks import Chunks, Cut, Redo, Sweep
 from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.mixing import Step
+from pararnn.tracing.products import unfused
 
 from .compare import as_tuple, assert_same, outcome, random_state, with_resets
 from .conftest import needs_triton
@@ -197,15 +198,9 @@ def test_sequences_that_are_run_again(begins, backwards):
         assert_close("states", b, e, rtol=RTOL[dtype])
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", ["gru", "lstm"])
-def test_cells_that_a_gpu_fuses(name, bias, dtype):
-    """Their steps there are one operation, which a CPU does not have."""
-    gates, cut = {"gru": 3, "lstm": 4}[name], Cut(2, 4, 3)
-    cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[name](INPUT, 17, bias, dtype=dtype)
-    x = torch.randn(2, 4, gates * 17, dtype=dtype)
-    edges = [x, cell.weight_hh.detach()]
-    edges += [b.detach() for b in (cell.bias_ih, cell.bias_hh)] if bias else []
+def _fused_step(name, edges):
+    """A step of `nn.GRUCell` or `nn.LSTMCell` as it is traced on a GPU."""
+    gates = {"gru": 3, "lstm": 4}[name]
     graph = fx.Graph()
     h, *c = (graph.placeholder(f"state_{n}") for n in range(gates - 2))
     given = [graph.placeholder(f"edge_{n}") for n in range(len(edges))]
@@ -215,7 +210,19 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
     both = graph.call_function(operation, (given[0], product, *(c or [h]), *given[2:]))
     results = [graph.call_function(operator.getitem, (both, n)) for n in range(gates - 2)]
     graph.output(results)
-    step = Step(fx.GraphModule(nn.Module(), graph), (True, *[False] * (len(edges) - 1)))
+    return Step(fx.GraphModule(nn.Module(), graph), (True, *[False] * (len(edges) - 1)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_cells_that_a_gpu_fuses(name, bias, dtype):
+    """Their steps there are one operation, which a CPU does not have."""
+    gates, cut = {"gru": 3, "lstm": 4}[name], Cut(2, 4, 3)
+    cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[name](INPUT, 17, bias, dtype=dtype)
+    x = torch.randn(2, 4, gates * 17, dtype=dtype)
+    edges = [x, cell.weight_hh.detach()]
+    edges += [b.detach() for b in (cell.bias_ih, cell.bias_hh)] if bias else []
+    step = _fused_step(name, edges)
     state = [torch.randn(4, 17, dtype=dtype) for _ in range(gates - 2)]
     states, _ = fused.run_steps(Chunks(step, cut, edges, None, ()), state)
     for n in range(2):
@@ -227,6 +234,19 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
             expected = _step_of(cell, x[n, t], past)
             for e, a in zip(expected, states, strict=True):
                 assert_close("state", a[n, t], e, rtol=RTOL[dtype])
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_transforms_of_cells_that_a_gpu_fuses(name):
+    cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[name](INPUT, 17)
+    edges = [p.detach() for p in (cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+    x, *state = (torch.randn(2, n * 17) for n in ([3, 1] if name == "gru" else [4, 1, 1]))
+    module = unfused(_fused_step(name, [x, *edges]).module)
+    found = torch.func.vmap(lambda x, *s: module(*(t[None] for t in s), x[None], *edges))(x, *state)
+    for row in range(2):
+        expected = _step_of(cell, x[row], [s[row] for s in state])
+        for a, e in zip(found, expected, strict=True):
+            assert_close("state", a[row, 0], e, rtol=1e-5)
 
 
 def _step_of(cell, gates, past):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import pararnn
+from pararnn.kernels import operators
 from pararnn.testing import assert_close
 
 LAYERS = {
@@ -173,3 +174,17 @@ def test_a_name_from_elsewhere_is_refused():
         torch.ops.pararnn.recurrence(
             [torch.zeros(1, 2, 1, 1, 3)], [], torch.zeros(1, 1, 3), None, "abc"
         )
+
+
+def test_kernels_for_a_cpu_are_not_run_on_other_tensors():
+    """As of a program that was moved."""
+    rnn = pararnn.RNN(pararnn.cells.ParaGRUCell(3, 4), backend="c")
+    evaluation = rnn.evaluation()
+    drives, *coefficients = evaluation.edges(
+        [*(p.data for p in rnn.parameters())], [torch.randn(2, 5, 3)]
+    )
+    moved = ([drives.to("meta")], [c.to("meta") for c in coefficients])
+    initial = torch.zeros(2, 1, 4, device="meta")
+    problem = operators.flat_problem(*moved, initial, None, evaluation.plan)
+    with pytest.raises(ValueError, match="the kernels are for a CPU and the tensors are on meta"):
+        operators.backend_of(evaluation.plan).forward(problem, initial, None, 5)

@@ -107,6 +107,11 @@ class CBackend(ShootingBackend):
         pointers: Iterable[Tensor | None],
         more: Iterable[int] = (),
     ) -> None:
+        if problem.initial.device.type != "cpu":
+            raise ValueError(
+                f"the kernels are for a CPU and the tensors are on {problem.initial.device}; "
+                "export the layer on the device that its program is to run on."
+            )
         threads = torch.get_num_threads()
         elements = problem.batch * problem.time * problem.hidden
         if elements < _SMALL:

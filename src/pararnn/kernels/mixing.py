@@ -23,6 +23,7 @@ from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
 from pararnn.tracing.mixing import Mixing, Step, arithmetic, in_type
+from pararnn.tracing.products import unfused
 from pararnn.tracing.recorder import is_differentiable
 from pararnn.tracing.written import read_mixing, write_mixing
 
@@ -239,6 +240,9 @@ def step_by_step(
     chosen = plan_of(plan)
     with torch.autocast(initial.device.type, enabled=False):
         chain = chosen.forward(edges, initial, starts, batch, time)
+        own = chain.mixing.step  # whose fused cells no transform knows
+        step = replace(own, module=unfused(own.module))
+        chain = replace(chain, mixing=replace(chain.mixing, step=step))
         states, _ = chain.solve(Sequential(), 0.0, plain.run_steps)
     return [s.to(chosen.state_dtype(edges, initial)) for s in states]
 

@@ -63,8 +63,19 @@ def fused(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Function:
     try:
         values = _Shapes(module).of(tensors)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        return lambda *given: module(*(t.contiguous() for t in given))
+        return _as_it_is(weakref.ref(module))
     return _Fusion(module.graph, values).module()
+
+
+def _as_it_is(module: weakref.ref[fx.GraphModule]) -> Function:
+    """The module, which is kept for no longer than others need it."""
+
+    def run(*given: Tensor) -> Sequence[Tensor]:
+        found = module()
+        assert found is not None
+        return found(*(t.contiguous() for t in given))
+
+    return run
 
 
 class _Shapes(fx.Interpreter):

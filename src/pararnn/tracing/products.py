@@ -111,9 +111,11 @@ def products(
     if not moving:
         raise NotExpressed("nothing but the state has rows")
 
+    plain = unfused(module)
+
     def run(*flat: Tensor) -> Sequence[Tensor]:
         given = dict(zip(kinds, flat, strict=True))
-        return _Unfused(module).run(*flat[len(edges) :], *(given[name] for name in names))
+        return plain(*flat[len(edges) :], *(given[name] for name in names))
 
     def at(rows: int) -> tuple[fx.Graph, list[Tensor]]:
         examples = {name: kind.example(rows, device) for name, kind in kinds.items()}
@@ -137,14 +139,6 @@ def products(
         return _Reader(parts, strides).products()
     except (NotElementwise, TraceError) as error:
         raise NotExpressed(str(error)) from error
-
-
-class _Unfused(fx.Interpreter):
-    """Runs a step with PyTorch's fused cells, which only GPUs have, as what they are made of."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = operation_name(target) if hasattr(target, "_schema") else target.__name__
-        return super().call_function(_CELLS.get(name, target), args, kwargs)
 
 
 def _gates(
@@ -180,6 +174,18 @@ def _lstm_cell(
 
 
 _CELLS = {"_thnn_fused_gru_cell": _gru_cell, "_thnn_fused_lstm_cell": _lstm_cell}
+
+
+def unfused(module: fx.GraphModule) -> fx.GraphModule:
+    """A step with PyTorch's fused cells, which only GPUs have, as what they are made of."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            target: Any = node.target
+            name = operation_name(target) if hasattr(target, "_schema") else target.__name__
+            node.target = _CELLS.get(name, target)
+    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from pararnn import RNN, Newton
+from pararnn import RNN, Newton, TraceError
 from pararnn.testing import loop
 
 from .compare import assert_same, outcome
@@ -301,6 +301,52 @@ def test_not_traced_again_for_equal_values_or_what_is_not_read(change):
         change(cell, number)
         check(rnn)
         assert rnn.evaluation() is before
+
+
+REFUSED = {
+    "backward hook": (
+        lambda c: c.project.register_full_backward_hook(lambda m, of_x, of_y: (of_x[0] * 2,)),
+        "backward hook \\(on self.project\\)",
+    ),
+    "backward pre-hook": (
+        lambda c: c.register_full_backward_pre_hook(lambda m, of_y: (of_y[0] * 2,)),
+        "backward hook \\(on the cell\\)",
+    ),
+    "backward hook of all modules": (
+        lambda c: nn.modules.module.register_module_full_backward_hook(lambda *_: None),
+        "backward hook \\(for all modules\\)",
+    ),
+    "hook on a tensor": (
+        lambda c: c.project.register_forward_hook(scale_gradient),
+        "the gradient of .* differs from what autograd gives",
+    ),
+    "values of a parameter": (
+        lambda c: setattr(c, "squash", lambda h: h * torch.tensor(c.decay.tolist())),
+        r"takes the values of a tensor into Python at .*\(\.tolist\(\)\)",
+    ),
+    "values of a parameter by NumPy": (
+        lambda c: setattr(c, "squash", lambda h: h * float(np.asarray(c.decay.detach())[0])),
+        r"takes the values of a tensor into Python at .*test_changes.*\(\.numpy\(\)\)",
+    ),
+}
+
+
+def scale_gradient(module, x, y):
+    y.register_hook(lambda gradient: gradient * 2)
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_refused(change):
+    rnn = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3))
+    check(rnn)
+    apply, message = REFUSED[change]
+    apply(rnn.cell)
+    try:
+        for _ in range(2):
+            with pytest.raises(TraceError, match=message):
+                rnn(torch.randn(2, 5, 3, dtype=torch.float64))
+    finally:
+        nn.modules.module._global_backward_hooks.clear()
 
 
 def test_another_cell_in_the_layer():

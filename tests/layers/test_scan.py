@@ -1,10 +1,14 @@
 """The functional form."""
 
+import sys
+
 import pytest
 import torch
 
 import pararnn
 from pararnn.testing import assert_close
+
+scanning = sys.modules["pararnn.layers.scan"]  # pararnn.scan is the function
 
 
 def gated(h, z, c, a):
@@ -55,6 +59,52 @@ def test_tuple_of_components_one_drive_and_scalar_coefficient(chunk):
     (ours,) = torch.autograd.grad(last[0].sum(), stiffness)
     (theirs,) = torch.autograd.grad(state[0].sum(), stiffness)
     assert_close("stiffness", ours, theirs, rtol=1e-12)
+
+
+class Leaky:
+    """A step with settings: an attribute, a global, and a tensor that is a coefficient too."""
+
+    def __init__(self, weight):
+        self.leak, self.weights = 0.5, [weight]
+
+    def step(self, h, u, a):
+        return SCALE * torch.tanh(u + a * h) + self.leak * self.weights[0] * h
+
+
+SCALE = 0.5
+
+
+@pytest.mark.parametrize("backend", ["torch", "c"])
+def test_what_a_step_reads_from_outside_may_change(backend, monkeypatch):
+    u, first = torch.randn(2, 30, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    a, b, c = torch.rand(3, 4, dtype=torch.float64).unbind(0)
+    leaky = Leaky(a)
+
+    def check(coefficient):
+        _, last = pararnn.scan(leaky.step, first, u, coefficient, backend=backend)
+        h = first
+        for t in range(30):
+            h = leaky.step(h, u[:, t], coefficient)
+        assert_close("last", last, h, rtol=1e-12)
+
+    check(a)
+    check(b)  # and no longer a, which the step goes on to read
+    leaky.leak = 0.3
+    check(b)
+    leaky.weights[0] = c
+    check(b)
+    monkeypatch.setitem(globals(), "SCALE", -0.7)
+    check(a)
+
+
+def test_traced_once_for_equal_settings(monkeypatch):
+    u, first, leaky, traced = torch.randn(2, 5, 4), torch.zeros(2, 4), Leaky(torch.rand(4)), []
+    trace = scanning.trace
+    monkeypatch.setattr(scanning, "trace", lambda *a: traced.append(1) or trace(*a))
+    for _ in range(3):
+        pararnn.scan(leaky.step, first, u, torch.rand(4), backend="torch")
+        leaky.weights = list(leaky.weights)
+    assert len(traced) == 1
 
 
 def test_messages():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+import operator
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,10 @@ from pararnn.layers.rnn import State
 from pararnn.solvers.settings import Solver
 from pararnn.tracing.capture import Subject
 from pararnn.tracing.structure import trace
+from pararnn.tracing.watch import Watched
 
-_traced: weakref.WeakKeyDictionary[Any, dict[Any, Evaluation]] = weakref.WeakKeyDictionary()
+_MOST_KNOWN = 64
+_known: OrderedDict[Any, _Known] = OrderedDict()
 
 
 def scan(
@@ -31,7 +34,7 @@ def scan(
     """Evaluate `state = step(state, *drives_t, *coefficients)` over time.
 
     The step is traced at its first call with each set of shapes, so define it once, outside the
-    loop that calls `scan`; numbers that it reads from outside are those of that call.
+    loop that calls `scan`, and again when something that it reads from outside has changed.
 
     Args:
         step: Function of tensors with rows first: the state (N, hidden) or a tuple of them, one
@@ -56,17 +59,19 @@ def scan(
     parts = state if isinstance(state, tuple) else (state,)
     _check(parts, drives)
     key = (
+        step,
         tuple((d.shape[2:], d.dtype) for d in drives),
         tuple((c.shape, c.dtype) for c in coefficients),
         (len(parts), isinstance(state, tuple), parts[0].shape[1], parts[0].dtype, parts[0].device),
         (solver, backend),
     )
-    known = _traced.setdefault(step, {})
-    if key not in known:
-        known[key] = _evaluation(
-            step, parts, isinstance(state, tuple), drives, coefficients, solver, backend
-        )
-    evaluation = known[key]
+    known = _known.get(key)
+    if known is None or not known.holds(coefficients):
+        known = _Known(step, parts, isinstance(state, tuple), drives, coefficients, solver, backend)
+        _known[key] = known
+        if len(_known) > _MOST_KNOWN:
+            _known.popitem(last=False)
+    evaluation = known.evaluation
     names = [int(n.removeprefix("coefficient_")) for n in evaluation.traced.input_part.names]
     used = [coefficients[i] for i in names]
     states, _ = evaluation.run(used, drives, torch.stack(parts, 1), None)
@@ -74,24 +79,41 @@ def scan(
     return (tuple(states), last) if isinstance(state, tuple) else (states[0], last[0])
 
 
-def _evaluation(
-    step: Callable[..., State],
-    parts: tuple[Tensor, ...],
-    is_tuple: bool,
-    drives: tuple[Tensor, ...],
-    coefficients: tuple[Tensor, ...],
-    solver: Solver | None,
-    backend: str,
-) -> Evaluation:
-    call = lambda own, inputs, state: step(state, *inputs, *own.values())  # noqa: E731
-    own = {f"coefficient_{i}": c for i, c in enumerate(coefficients)}
-    subject = Subject(call, step, own, getattr(step, "__name__", "step"), 0)
-    first = parts[0]
-    inputs = [(tuple(d.shape[2:]), d.dtype) for d in drives]
-    traced = trace(subject, inputs, first.shape[1], len(parts), is_tuple, first.dtype, first.device)
-    # `step` itself would keep the entry that is to go with it
-    traced.subject = replace(subject, step=_unknown, source=_unknown, tensors={})
-    return Evaluation(traced, choose_backend(backend, traced, first.device, solver), solver, ())
+class _Known:
+    """A step, traced for such arguments."""
+
+    def __init__(
+        self,
+        step: Callable[..., State],
+        parts: tuple[Tensor, ...],
+        is_tuple: bool,
+        drives: tuple[Tensor, ...],
+        coefficients: tuple[Tensor, ...],
+        solver: Solver | None,
+        backend: str,
+    ) -> None:
+        call = lambda own, inputs, state: step(state, *inputs, *own.values())  # noqa: E731
+        own = {f"coefficient_{i}": c for i, c in enumerate(coefficients)}
+        subject = Subject(call, step, own, getattr(step, "__name__", "step"), 0)
+        first, inputs = parts[0], [(tuple(d.shape[2:]), d.dtype) for d in drives]
+        sizes = first.shape[1], len(parts), is_tuple
+        traced = trace(subject, inputs, *sizes, first.dtype, first.device)
+        traced.subject = replace(subject, step=_unknown, source=_unknown, tensors={})
+        choice = choose_backend(backend, traced, first.device, solver)
+        self.evaluation = Evaluation(traced, choice, solver, ())
+        self._watched = Watched(step, traced.capture.ran, lambda _: own)
+        self._coefficients: tuple[Tensor, ...] = ()
+        if self._watched.tied:
+            self._coefficients = coefficients
+        else:  # nothing else keeps what was passed
+            own = {}
+
+    def holds(self, coefficients: tuple[Tensor, ...]) -> bool:
+        """Whether the trace is one of the step as it is now."""
+        watched = self._watched
+        if not watched.is_current(watched.step) and watched.change(watched.step) is not None:
+            return False
+        return all(map(operator.is_, coefficients, self._coefficients))
 
 
 def _unknown(*_: Any) -> Any:

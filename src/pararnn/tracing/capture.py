@@ -122,7 +122,12 @@ class Subject:
 
 
 def cell_subject(cell: nn.Module) -> Subject:
-    """A cell as something to capture."""
+    """A cell as something to capture.
+
+    Raises:
+        TraceError: It has backward hooks.
+    """
+    _check_hooks(cell)
     held, weights = snapshot(cell).tensors, computed(cell)
     tensors = held | weights
 
@@ -170,6 +175,7 @@ def capture(
             return record_step(subject, examples, len(inputs), is_tuple, (rows, hidden_size))
 
     graph, constants = record_rows(run, subject.name)
+    _check_taken(subject, ran)
     names = {f"attribute_{i}": name for i, name in enumerate(subject.tensors)}
     name_nodes(graph, subject.source, names, subject.state_position)
     return Capture(
@@ -183,6 +189,33 @@ def capture(
         subject.name,
         ran,
     )
+
+
+def _check_taken(subject: Subject, ran: Ran) -> None:
+    """Refuse values of tensors that Python has taken, and that a trace would keep for ever."""
+    if ran.taken is not None:
+        way, place = ran.taken
+        raise TraceError(
+            f"{subject.name} takes the values of a tensor into Python at {show_place(place)} "
+            f"(.{way}()), where a trace would keep them; stay with PyTorch operations, and hold "
+            "what never changes as Python numbers or as a NumPy array."
+        )
+
+
+def _check_hooks(cell: nn.Module) -> None:
+    """Refuse hooks that run in the backward pass of a single step."""
+    everywhere = nn.modules.module
+    found = everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks
+    place = "for all modules" if found else ""
+    for name, module in cell.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            place = f"on self.{name}" if name else "on the cell"
+    if place:
+        raise TraceError(
+            f"{type(cell).__name__} has a backward hook ({place}): all steps are differentiated at "
+            "once, so none has a backward pass in which to run it. Remove it, or register it on "
+            "the layer."
+        )
 
 
 def record_rows(

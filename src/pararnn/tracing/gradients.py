@@ -52,7 +52,7 @@ def check_gradients(traced: Traced, inputs: Inputs, device: torch.device) -> Non
     if device.type == "meta" or any(t.is_meta for t in traced.subject.tensors.values()):
         return
     key = _key(traced)
-    if key in _known:
+    if key in _known and "register_hook" not in traced.capture.ran.names:
         return
     try:
         agrees = _differing(traced, inputs, device, torch.float64) is None
@@ -77,7 +77,8 @@ def _key(traced: Traced) -> int:
     kinds = tuple((t.shape, t.dtype, t.requires_grad) for t in subject.tensors.values())
     function = getattr(subject.source, "__code__", None)
     code = traced.input_part.module.code
-    return hash((step.key, code, places, kinds, function, capture.dtype, capture.hidden_size))
+    ran = function, frozenset(capture.ran.codes)
+    return hash((step.key, code, places, kinds, ran, capture.dtype, capture.hidden_size))
 
 
 def _refusal(traced: Traced, inputs: Inputs, device: torch.device, difference: str) -> TraceError:

@@ -12,6 +12,7 @@ from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _PATHS = sysconfig.get_paths()
 _LIBRARY = (
@@ -20,6 +21,7 @@ _LIBRARY = (
 )
 _PYTHON = tuple({_PATHS[kind] + os.sep for kind in ("stdlib", "platstdlib")})
 _PACKAGES = tuple({_PATHS[kind] + os.sep for kind in ("purelib", "platlib")})
+_TAKES = ("tolist", "numpy", "__dlpack__", "storage", "untyped_storage")
 # With one of these a program reads attributes whose names it computes.
 _BY_COMPUTED_NAME = frozenset(
     "getattr vars dir __dict__ __slots__ __getattribute__ attrgetter methodcaller eval exec "
@@ -33,11 +35,13 @@ class Ran:
     Attributes:
         codes: By identity, with the globals that each saw.
         names: What this code names, and all of Python's own that ran: globals, attributes, keys.
+        taken: Where it took the values of a tensor into Python, without an operation, and how.
     """
 
     def __init__(self) -> None:
         self.codes: dict[int, tuple[CodeType, dict[str, Any]]] = {}
         self.names: set[str] = set()
+        self.taken: tuple[str, tuple[str, int]] | None = None
         self._pythons: dict[int, CodeType] = {}
         self._computes_names = False
 
@@ -71,18 +75,26 @@ class Ran:
             self._computes_names = not names.isdisjoint(_BY_COMPUTED_NAME)
             self.names = names.union(*map(_names, self._pythons.values()))
 
-    def _note(self, frame: FrameType, event: str, _argument: Any) -> None:
+    def _note(self, frame: FrameType, event: str, function: Any) -> None:
         code = frame.f_code
-        if event != "call" or id(code) in self.codes:
-            return
-        if _is_pythons(code.co_filename):
-            self._pythons[id(code)] = code
-            caller = frame.f_back
-            if caller is None or id(caller.f_code) not in self.codes:
-                return
-        elif not is_the_users(code.co_filename):
-            return
-        self.codes[id(code)] = code, frame.f_globals
+        if event == "c_call":
+            if function.__name__ in _TAKES and isinstance(function.__self__, Tensor):
+                self._note_taken(frame, function.__name__)
+        elif event == "call" and id(code) not in self.codes and self._is_noted(frame):
+            self.codes[id(code)] = code, frame.f_globals
+
+    def _is_noted(self, frame: FrameType) -> bool:
+        code, caller = frame.f_code, frame.f_back
+        if not _is_pythons(code.co_filename):
+            return is_the_users(code.co_filename)
+        self._pythons[id(code)] = code
+        return caller is not None and id(caller.f_code) in self.codes
+
+    def _note_taken(self, frame: FrameType, way: str) -> None:
+        """If the user's code asks for it, perhaps through NumPy, which asks PyTorch."""
+        caller = frame if id(frame.f_code) in self.codes else frame.f_back
+        if caller is not None and id(caller.f_code) in self.codes:
+            self.taken = way, (caller.f_code.co_filename, caller.f_lineno)
 
 
 def is_the_users(filename: str) -> bool:

@@ -79,6 +79,11 @@ class Watched:
         self.step, self.ran, self.tensors_of = step, ran, tensors_of
         self._look = _Look(step, ran, tensors_of(step))
 
+    @property
+    def tied(self) -> bool:
+        """Whether the step also reads one of these tensors from somewhere else."""
+        return self._look.quick.tied
+
     def is_current(self, step: Any) -> bool:
         """Whether all is the very same; a quick look, which may say no although nothing changed."""
         return step is self.step and self._look.quick.is_current()
@@ -138,6 +143,7 @@ class _Look:
         while self._queue:
             self.look_into(*self._queue.popleft())
         self.quick.hold()
+        del self._names, self._seen, self._alive  # `facts` has what is to be kept
 
     def fact(self, place: str, value: object) -> None:
         while place in self.facts:  # of two classes with one name

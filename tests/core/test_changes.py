@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, parametrize
 
 from pararnn import RNN, Newton, TraceError
@@ -301,6 +302,35 @@ def test_not_traced_again_for_equal_values_or_what_is_not_read(change):
         change(cell, number)
         check(rnn)
         assert rnn.evaluation() is before
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
+def test_compiled(restored):
+    """The compiler is told of changes that it does not look for; equal layers share a graph."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [RNN(Cell().double(), backend="torch", solver=Newton(chunk=3)) for _ in range(2)]
+    compiled = [torch.compile(layer, backend=counter, fullgraph=True) for layer in layers]
+    x, state = torch.randn(2, 5, 3).double(), torch.randn(2, 4).double()
+
+    def check(graphs):
+        for layer, function in zip(layers, compiled, strict=True):
+            expected = outcome(functools.partial(loop, layer.cell), layer.cell, x, state)
+            assert_same(outcome(function, layer.cell, x, state), expected, 1e-10)
+        assert counter.frame_count == graphs
+
+    check(1)
+    layers[0].cell.mix = (0.5, 0.5)  # as it was
+    layers[1].cell.floor = torch.rand(4).double()
+    check(1)
+    for graphs, change in enumerate(["tuple", "inside a closure", "forward hook"], start=2):
+        CHANGES[change](layers[1].cell, 0.35)
+        check(graphs)
+    CHANGES["method"](layers[1].cell, 0.35)  # of both
+    check(6)
+    layers[1].cell.gain = 0.1
+    layers[1](x, state)  # which traces it
+    check(7)
 
 
 REFUSED = {

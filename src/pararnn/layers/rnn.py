@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pararnn.layers.compiled import valid_while_same
 from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.solvers.shooting import sequential_report
@@ -332,7 +333,18 @@ class RNN(nn.Module):
             self._num_components = own if isinstance(own, int) else count
 
     def _is_traced(self) -> bool:
-        return self._evaluation is not None
+        """Whether the cell is traced as it is now."""
+        valid_while_same(self, RNN._trace_key)
+        return self._trace_key() is not None
+
+    def _trace_key(self) -> object:
+        """Equal keys, equal traces; None if there is none of the cell as it is now."""
+        evaluation, watched, cell = self._evaluation, self._watched, self.cell
+        if evaluation is None or watched is None:
+            return None
+        if not watched.is_current(cell) and watched.change(cell) is not None:
+            return None
+        return evaluation.plan, evaluation.input_part.module, evaluation.input_part.names
 
     def _trace_for_compiler(
         self,
@@ -342,7 +354,7 @@ class RNN(nn.Module):
         width: int | None,
         count: int | None,
     ) -> bool:
-        """Trace a cell that did not say the size of its input when the layer was made."""
+        """Trace a cell that has changed, or had not said the size of its input before."""
         self._learn_sizes(width, count)
         input_size = getattr(self.cell, "input_size", None)
         known = (input_size,) if isinstance(input_size, int) else features

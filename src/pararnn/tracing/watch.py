@@ -31,7 +31,7 @@ _HOOKS = tuple(n for n in _MODULE_OWN if "hooks" in n and "state_dict" not in n)
 _HOOKS_OF_ALL = {
     name: value
     for name, value in vars(torch.nn.modules.module).items()
-    if name.startswith("_global") and isinstance(value, dict)
+    if name.startswith(("_global_forward", "_global_backward")) and isinstance(value, dict)
 }
 _PLAIN = (type(None), bool, int, str, bytes, range, type(...), torch.dtype, torch.device)
 _NUMBERS = (float, complex)

@@ -4,9 +4,11 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
+from pararnn import RNN
 from pararnn.models import generation
 from pararnn.models.generation import Decoder, generate
 from pararnn.testing import assert_close
@@ -58,6 +60,41 @@ def test_a_decoder_may_be_used_again(make_model, cell):
     assert others != expected
     assert decoder.generate(PROMPTS, max_new_tokens=9) == expected
     assert [layer.window.data_ptr() for layer in decoder._layers] == where
+
+
+CHANGES = {
+    "weights in place": (lambda m: m.lm_head.weight.data.neg_(), 0),
+    "other weights": (lambda m: setattr(m.lm_head.weight, "data", -m.lm_head.weight.data), 1),
+    "another parameter": (
+        lambda m: setattr(m.lm_head, "weight", nn.Parameter(-m.lm_head.weight)),
+        1,
+    ),
+    "a hook": (lambda m: m.lm_head.register_forward_hook(lambda m, x, y: -y), 1),
+    "a hook in a cell": (
+        lambda m: next(c for c in m.modules() if isinstance(c, RNN)).cell.register_forward_hook(
+            lambda m, x, y: y * 0.5
+        ),
+        1,
+    ),
+    "another module": (lambda m: setattr(m, "lm_head", nn.Linear(8, 17).double()), 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_decoder_sees_what_has_changed(make_model, change, monkeypatch):
+    made = []
+    monkeypatch.setattr(generation, "_captured", lambda run, device: made.append(1) or run)
+    model = make_model()
+    decoder = Decoder(model, 3)
+    before = decoder.generate(PROMPTS, max_new_tokens=9)
+    assert decoder.generate(PROMPTS, max_new_tokens=9) == before
+    assert len(made) == 1
+    apply, times = CHANGES[change]
+    apply(model)
+    after = decoder.generate(PROMPTS, max_new_tokens=9)
+    assert len(made) == 1 + times
+    assert after != before
+    assert after == generate(model, PROMPTS, max_new_tokens=9)
 
 
 def test_steps_run_one_token_on_the_same_tensors(make_model, monkeypatch):

@@ -52,6 +52,8 @@ class RNN(nn.Module):
     Source: Danieli et al. 2025, arXiv 2510.21450.
     """
 
+    changes_by_itself = ("_evaluation", "_latest", "_watched", "_report", "_annealed", "_signature")
+
     def __init__(
         self,
         cell: nn.Module,

@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pararnn.kernels.graphs import captured
+from pararnn.layers.rnn import RNN
 from pararnn.models.cache import LayerState, ParaRNNCache, State, map_state
 from pararnn.models.configuration import ATTENTION
 from pararnn.models.convolution import advance_windows
 from pararnn.models.modeling import ParaRNNForCausalLM
+from pararnn.tracing.ran import Ran
+from pararnn.tracing.watch import Watched
 
 _STEPS_BETWEEN_CHECKS = 32  # whether all have ended: only then does the host wait for the device
 _PART = 1024  # scores that one processor looks at
@@ -66,8 +69,8 @@ class Decoder:
     """Generates for batches of one size; keeps its tensors and its CUDA graph from call to call.
 
     Args:
-        model: On the device to generate on; put into evaluation mode. Its weights may change in
-            place between calls.
+        model: On the device to generate on; put into evaluation mode. What has changed in it is
+            noticed by `start`, and so by `generate`.
         batch_size: Texts side by side.
         compiled: Fuse the operations of a step with `torch.compile`, which is done in the first
             call. Without it a step is many small kernels.
@@ -104,6 +107,7 @@ class Decoder:
                 self._advance, fullgraph=True, dynamic=False, options=decoding_options()
             )
         self._run: Callable[[], None] = self._replace
+        self._prepared_for: _Form | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -154,7 +158,7 @@ class Decoder:
             self._generator = torch.Generator(self.model.device).manual_seed(seed)
         output = self.model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
         layers = output.cache_params.layers
-        if not self._layers:
+        if self._prepared_for is None or self._prepared_for.has_changed():
             self._prepare(layers)
         self._windows.copy_(_windows(layers))
         torch._foreach_copy_(_recurrent(self._layers), _recurrent(layers))
@@ -200,7 +204,8 @@ class Decoder:
             LayerState(window, map_state(torch.zeros_like, layer.recurrent))
             for window, layer in zip(self._windows, layers, strict=True)
         ]
-        self._run = _captured(self._run, self.model.device)
+        self._prepared_for = _Form(self.model)
+        self._run = _captured(self._replace, self.model.device)
         self._ended.zero_()
 
     def _replace(self) -> None:
@@ -231,6 +236,26 @@ class Decoder:
         chosen = largest(scores)
         self.tokens.copy_(torch.where(self._ended, self.tokens, chosen))
         self._ended.logical_or_(self.tokens == self._end)
+
+
+class _Form:
+    """All that a captured step takes of a model for granted."""
+
+    def __init__(self, model: ParaRNNForCausalLM) -> None:
+        everything = Ran()
+        everything.computes_names = True
+        self._model = model
+        self._watched = Watched(model, everything, lambda _: {})
+        self._layers = self._now()
+
+    def _now(self) -> tuple[list[object], list[int]]:
+        """How its layers are traced, and where its weights are."""
+        layers = [m for m in self._model.modules() if isinstance(m, RNN)]
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        return [layer.evaluation() for layer in layers], [t.data_ptr() for t in tensors]
+
+    def has_changed(self) -> bool:
+        return self._now() != self._layers or self._watched.change(self._model) is not None
 
 
 def largest(scores: Tensor) -> Tensor:

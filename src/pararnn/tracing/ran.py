@@ -35,6 +35,7 @@ class Ran:
     Attributes:
         codes: By identity, with the globals that each saw.
         names: What this code names, and all of Python's own that ran: globals, attributes, keys.
+        computes_names: Whether it may have read any attribute, by a name that it computed.
         taken: Where it took the values of a tensor into Python, without an operation, and how.
     """
 
@@ -43,11 +44,11 @@ class Ran:
         self.names: set[str] = set()
         self.taken: tuple[str, tuple[str, int]] | None = None
         self._pythons: dict[int, CodeType] = {}
-        self._computes_names = False
+        self.computes_names = False
 
     def reads(self, name: str) -> bool:
         """Whether this code may have read an attribute of this name."""
-        return self._computes_names or name in self.names
+        return self.computes_names or name in self.names
 
     def globals(self) -> list[tuple[dict[str, Any], list[str]]]:
         """The globals that the user's code names, module by module."""
@@ -72,7 +73,7 @@ class Ran:
             elif before is not None:
                 before.enable()  # cProfile's, up to Python 3.11
             names = {n for code, _ in self.codes.values() for n in _names(code)}
-            self._computes_names = not names.isdisjoint(_BY_COMPUTED_NAME)
+            self.computes_names = not names.isdisjoint(_BY_COMPUTED_NAME)
             self.names = names.union(*map(_names, self._pythons.values()))
 
     def _note(self, frame: FrameType, event: str, function: Any) -> None:

@@ -198,7 +198,8 @@ class _Look:
             self.tensors(place, own[name])
         for name, part in self.quick.dictionary(own["_modules"], is_named=True).items():
             self.value(f"{place}.{name}", part)
-        known = [n for n in own if n not in _MODULE_OWN]
+        changing = getattr(type(module), "changes_by_itself", ())  # of a layer of this package
+        known = [n for n in own if n not in _MODULE_OWN and n not in changing]
         if not _is_pytorchs(type(module)):
             known = [n for n in known if n == "forward" or self.ran.reads(n)]
         self.named(place, own, known)

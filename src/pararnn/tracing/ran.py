@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 _PATHS = sysconfig.get_paths()
-_LIBRARY = (
-    *(str(p) + os.sep for p in (Path(torch.__file__).parent, Path(__file__).parents[1])),
-    "<frozen",
-)
+_FOLDERS = Path(torch.__file__).parent, Path(__file__).parents[1]
+_LIBRARY = (*(str(folder) + os.sep for folder in _FOLDERS), "<frozen")
 _PYTHON = tuple({_PATHS[kind] + os.sep for kind in ("stdlib", "platstdlib")})
 _PACKAGES = tuple({_PATHS[kind] + os.sep for kind in ("purelib", "platlib")})
-_TAKES = ("tolist", "numpy", "__dlpack__", "storage", "untyped_storage")
+_TAKES = ("tolist", "numpy")
 # With one of these a program reads attributes whose names it computes.
 _BY_COMPUTED_NAME = frozenset(
     "getattr vars dir __dict__ __slots__ __getattribute__ attrgetter methodcaller eval exec "
@@ -91,11 +89,12 @@ class Ran:
         self._pythons[id(code)] = code
         return caller is not None and id(caller.f_code) in self.codes
 
-    def _note_taken(self, frame: FrameType, way: str) -> None:
+    def _note_taken(self, frame: FrameType | None, way: str) -> None:
         """If the user's code asks for it, perhaps through NumPy, which asks PyTorch."""
-        caller = frame if id(frame.f_code) in self.codes else frame.f_back
-        if caller is not None and id(caller.f_code) in self.codes:
-            self.taken = way, (caller.f_code.co_filename, caller.f_lineno)
+        while frame is not None and frame.f_code.co_filename.startswith(_LIBRARY):
+            frame = frame.f_back
+        if frame is not None and id(frame.f_code) in self.codes:
+            self.taken = way, (frame.f_code.co_filename, frame.f_lineno)
 
 
 def is_the_users(filename: str) -> bool:

@@ -4,6 +4,7 @@ import collections
 import cProfile
 import dataclasses
 import functools
+import gc
 import sys
 import types
 
@@ -266,7 +267,10 @@ def check(rnn, label=""):
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     state = torch.randn(2, 4, dtype=torch.float64)
     expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
-    assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-10, label=f"{label}: ")
+    unused = {name for name, value in expected.items() if not value.any()}
+    assert "gradient of x" not in unused
+    actual = outcome(rnn, rnn.cell, x, state)
+    assert_same(actual, expected, 1e-10, unused, label=f"{label}: ")
     return expected["y"]
 
 
@@ -331,6 +335,43 @@ def test_compiled(restored):
     layers[1].cell.gain = 0.1
     layers[1](x, state)  # which traces it
     check(7)
+
+
+class Plain(nn.Module):
+    input_size, hidden_size = 3, 4
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.decay = nn.Linear(3, 4), nn.Parameter(torch.rand(4))
+
+    def forward(self, x, h):
+        return torch.tanh(self.project(x) + self.decay * h)
+
+
+@pytest.mark.parametrize("backend", ["torch", "c"])
+def test_adapters(backend):
+    """LoRA of peft, which keeps what it does in lists and dictionaries."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["project"], init_lora_weights=False)
+    rnn = RNN(Plain(), backend=backend).double()
+    model = peft.get_peft_model(nn.Sequential(rnn), lora)
+    changes = [
+        lambda: model.add_adapter("second", lora),
+        lambda: model.set_adapter("second"),
+        lambda: model.base_model.model[0].cell.project.set_scale("second", 0.3),
+        lambda: model.merge_adapter(),
+        lambda: model.unmerge_adapter(),
+        lambda: model.base_model.disable_adapter_layers(),
+        lambda: model.base_model.enable_adapter_layers(),
+        lambda: model.base_model.set_adapter(["default", "second"]),
+        lambda: model.delete_adapter("default"),
+    ]
+    values = [check(rnn)]
+    for change in changes:
+        change()
+        rnn.double()
+        values.append(check(rnn))
+    assert len({v.sum().item() for v in values}) > 4
 
 
 REFUSED = {
@@ -398,6 +439,22 @@ def test_a_number_that_changes_at_every_call_is_warned_of():
     with pytest.warns(UserWarning, match=r"the number self\.gain changed.*register_buffer\('gain'"):
         anneal([7])
     anneal([8, 9])
+
+
+def test_callbacks_of_the_garbage_collector_are_not_taken_for_the_step():
+    cell = Cell()
+
+    def collect(cell, x, y):
+        for _ in range(20):
+            [[] for _ in range(1000)]  # enough for the collector to run
+
+    cell.register_forward_hook(collect)
+    callback = lambda phase, info: None  # noqa: E731
+    gc.callbacks.append(callback)
+    rnn = RNN(cell, backend="torch")
+    gc.callbacks.remove(callback)
+    assert id(callback.__code__) not in rnn._watched.ran.codes
+    assert id(collect.__code__) in rnn._watched.ran.codes
 
 
 def test_a_profiler_goes_on_after_a_trace():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import sysconfig
@@ -59,13 +60,16 @@ class Ran:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
-        """Note what runs in this thread; another profiler waits meanwhile."""
-        before = sys.getprofile()
+        """Note what runs in this thread; another profiler and callbacks of `gc` wait meanwhile."""
+        before, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()
         sys.setprofile(self._note)
         try:
             yield
         finally:
             sys.setprofile(None)
+            if collects:
+                gc.enable()
             if callable(before):
                 sys.setprofile(before)
             elif before is not None:

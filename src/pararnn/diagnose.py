@@ -15,6 +15,7 @@ from pararnn.layers.rnn import RNN
 from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.testing.loop import loop
 from pararnn.tracing.capture import resolve, snapshot
+from pararnn.tracing.packed import joined
 
 _MOST_ITERATIONS = 10
 _CHUNKS = (1, 8, 64)
@@ -116,8 +117,7 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
         )
     rnn(x, state)  # refuses what is wrong, and learns sizes that the cell does not say
     cell = copy.deepcopy(rnn.cell).double()
-    count = rnn.num_components
-    tried = RNN(cell, hidden_size=rnn.hidden_size, num_components=count, solver=rnn.solver)
+    tried = RNN(cell, hidden_size=rnn.sizes, num_components=len(rnn.sizes), solver=rnn.solver)
     x, first = _batched(rnn, x, state)
     growth = tangent_growth(cell, x, first)
     errors = _errors(tried, x, first)
@@ -187,8 +187,10 @@ def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     x = x.double() if x.is_floating_point() else x
     count = rnn.num_components
     if state is None:
-        zeros = torch.zeros(len(x), rnn.hidden_size, dtype=torch.float64, device=x.device)
-        return x, (zeros,) * count if count > 1 else zeros
+        zeros = tuple(
+            torch.zeros(len(x), n, dtype=torch.float64, device=x.device) for n in rnn.sizes
+        )
+        return x, zeros if count > 1 else zeros[0]
     parts = [p.detach().double() for p in (state if count > 1 else (state,))]
     parts = [p.unsqueeze(0) if p.dim() == 1 else p for p in parts]
     return x, tuple(parts) if count > 1 else parts[0]
@@ -203,7 +205,8 @@ def _iterations(
     dtype: torch.dtype,
 ) -> tuple[dict[int, list[float]], dict[int, int]]:
     """Residuals after every iteration, and iterations to the layer's tolerance, by chunk."""
-    first = torch.stack(state if isinstance(state, tuple) else [state], 1)
+    parts = state if isinstance(state, tuple) else (state,)
+    first = joined(parts, evaluation.traced.capture.num_components)
     tensors = [resolve(rnn.cell, name) for name in evaluation.traced.input_part.names]
     choice = BackendChoice("torch", "")
 

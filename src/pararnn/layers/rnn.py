@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
 from pararnn.tracing.modes import transformed
+from pararnn.tracing.packed import joined, side_by_side
 from pararnn.tracing.parametrised import computed, given
 from pararnn.tracing.structure import Traced, trace
 from pararnn.tracing.watch import Annealed, Watched
@@ -27,13 +30,18 @@ _MOST_COMPONENTS = 8
 _TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pass for a tuple
 
 
+class UnknownSizes(ValueError):
+    """A cell failed on components that are all of one size, and may have others."""
+
+
 class RNN(nn.Module):
     """Evaluates a cell over a sequence, for all times at once, with the sequential result.
 
     Args:
         cell: Module with `forward(x, state) -> state`, as `nn.GRUCell`: `x` (N, *features), state a
             tensor (N, hidden_size) or a tuple of them, the output first.
-        hidden_size: Channels of each component; `cell.hidden_size` when None.
+        hidden_size: Channels of each component, or a tuple of them where they differ;
+            `cell.hidden_size` when None.
         num_components: Tensors in the state; `cell.num_components` when None, and without that
             found by trying.
         batch_first: x is (batch, time, *features), else (time, batch, *features).
@@ -58,7 +66,7 @@ class RNN(nn.Module):
         self,
         cell: nn.Module,
         *,
-        hidden_size: int | None = None,
+        hidden_size: int | tuple[int, ...] | None = None,
         num_components: int | None = None,
         batch_first: bool = True,
         solver: Solver | None = None,
@@ -81,6 +89,7 @@ class RNN(nn.Module):
         self.backend = backend
         self.structure = structure
         self._hidden_size = hidden_size
+        self._sizes: tuple[int, ...] = ()  # of the components of what is traced
         self._num_components = num_components
         given = {"hidden_size": hidden_size, "num_components": num_components}
         self._given = {name: size for name, size in given.items() if size is not None}
@@ -95,13 +104,15 @@ class RNN(nn.Module):
         if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
             now = snapshot(cell)
             if now.device.type != "meta":  # without values; traced when they are there
-                self._learn_sizes(None, None)
-                self._prepare((input_size,), now.dtype, now.device, now)
+                self._learn_sizes(())
+                with contextlib.suppress(UnknownSizes):  # a state at the first call may say them
+                    self._prepare((input_size,), now.dtype, now.device, now)
 
     @property
     def hidden_size(self) -> int:
-        """Channels of each component of the state."""
-        size = self._hidden_size or getattr(self.cell, "hidden_size", None)
+        """Channels of the first component of the state, which is the output."""
+        size = self._said()
+        size = size[0] if isinstance(size, tuple) and size else size
         if not isinstance(size, int) or size < 1:
             name = type(self.cell).__name__
             raise TypeError(
@@ -115,12 +126,31 @@ class RNN(nn.Module):
     def num_components(self) -> int:
         """Tensors in the state."""
         count = self._num_components or getattr(self.cell, "num_components", None)
+        size = self._said()
+        count = len(size) if count is None and isinstance(size, tuple) else count
         if not isinstance(count, int):
             raise TypeError(
                 f"{type(self.cell).__name__} does not say how many tensors its state has; call "
                 "the layer once, or set self.num_components = ... in the cell."
             )
         return count
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Channels of every component of the state."""
+        size = self._said()
+        if not isinstance(size, tuple):
+            return (self.hidden_size,) * self.num_components
+        if len(size) != self.num_components or not all(isinstance(n, int) and n > 0 for n in size):
+            raise ValueError(
+                f"hidden_size is {size} for {self.num_components} components; give a number of "
+                "channels for each."
+            )
+        return size
+
+    def _said(self) -> Any:
+        """Channels as this layer was told or has learnt, or as the cell says."""
+        return self._hidden_size or getattr(self.cell, "hidden_size", None)
 
     @property
     def report(self) -> SolveReport | None:
@@ -144,8 +174,8 @@ class RNN(nn.Module):
         Args:
             x: Inputs, (batch, time, *features), or (time, batch, *features) without `batch_first`,
                 or (time, *features) for a single sequence.
-            state: State before the first step: (batch, hidden_size), or a tuple of them; without
-                batch axis for a single sequence; zeros when None.
+            state: State before the first step: (batch, hidden_size), or a tuple of them, which may
+                differ in size; without batch axis for a single sequence; zeros when None.
             resets: Boolean, (batch, time) laid out like x: where true, the state before this step
                 is `reset_state`, at the first step too.
             cu_seqlens: Boundaries (0, ..., time) of sequences packed one after another into x of
@@ -200,7 +230,7 @@ class RNN(nn.Module):
             final = final if cu_seqlens is not None else tuple(f.squeeze(0) for f in final)
         elif not self.batch_first:
             y = y.transpose(0, 1)
-        return y, final if evaluation.traced.capture.is_tuple else final[0]
+        return y, final if len(final) > 1 else final[0]
 
     def step(self, x_t: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Evaluate one step, as `forward` does on a sequence of length 1.
@@ -226,7 +256,7 @@ class RNN(nn.Module):
             y = y.squeeze(1)
         if single:
             y, final = y.squeeze(0), tuple(f.squeeze(0) for f in final)
-        return y, final if evaluation.traced.capture.is_tuple else final[0]
+        return y, final if len(final) > 1 else final[0]
 
     def _prefers_cell(
         self, evaluation: Evaluation, x: Tensor, parts: tuple[Tensor, ...], time: int
@@ -254,7 +284,7 @@ class RNN(nn.Module):
         fresh: tuple[Tensor, ...] = (),
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Outputs of the cell itself for every time, and the components after the last."""
-        as_tuple, outputs = evaluation.traced.capture.is_tuple, []
+        as_tuple, outputs = len(parts) > 1, []
         cell = self.cell
         begins = None if resets is None else resets.to(parts[0].device).unsqueeze(-1).unbind(1)
         with parametrize.cached():
@@ -277,7 +307,7 @@ class RNN(nn.Module):
         last: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs for x (batch, time, *features), and the components after the last steps."""
-        first = torch.stack(parts, 1) if len(parts) > 1 else parts[0].unsqueeze(1)
+        first = joined(parts, evaluation.traced.capture.num_components)
         tensors = [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
         try:
             states, report = evaluation.run(tensors, [x], first, starts)
@@ -290,9 +320,12 @@ class RNN(nn.Module):
         if last is None:
             final = [s[:, -1] for s in states]
         else:  # a sequence without steps ends where it began
-            pairs = zip(states, parts, strict=True)
+            pairs = zip(states, first.unbind(1), strict=True)
             final = [torch.where((last < 0).unsqueeze(1), p, s[0, last]) for s, p in pairs]
-        return states[0].to(dtype), tuple(f.to(dtype) for f in final)
+        y = states[0]
+        if len(parts) > len(states):
+            y, final = y[..., : self._sizes[0]], final[0].split(self._sizes, -1)
+        return y.to(dtype), tuple(f.to(dtype) for f in final)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"batch_first={self.batch_first}, backend={self.backend!r}"
@@ -319,20 +352,27 @@ class RNN(nn.Module):
         if torch.compiler.is_compiling():
             if not self._is_traced():
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
-                self._trace_for_compiler(features, x.dtype, x.device, *_sizes(state))
+                self._trace_for_compiler(features, x.dtype, x.device, _sizes(state))
             return self.evaluation()
         if self._evaluation is not None and self._is_as_before(self._evaluation, x, step):
             return self._evaluation
-        self._learn_sizes(*_sizes(state))
+        self._learn_sizes(_sizes(state))
         return self._prepare(self._features(x, step), x.dtype, x.device, snapshot(self.cell))
 
-    def _learn_sizes(self, width: int | None, count: int | None) -> None:
+    def _learn_sizes(self, sizes: tuple[int, ...]) -> None:
         """Take sizes that the layer was not given from the cell, or from those of a state."""
-        if self._hidden_size is None and not _has_size(self.cell):
-            self._hidden_size = width
         if self._num_components is None:
-            own = getattr(self.cell, "num_components", None)
+            own, said = getattr(self.cell, "num_components", None), self._said()
+            count = len(said if isinstance(said, tuple) else sizes) or None
             self._num_components = own if isinstance(own, int) else count
+        if self._evaluation is None and len(set(sizes)) > 1 and self._may_differ():
+            self._hidden_size = sizes
+        elif self._hidden_size is None and not _has_size(self.cell) and sizes:
+            self._hidden_size = sizes[0]
+
+    def _may_differ(self) -> bool:
+        """Whether components may have sizes of their own, which nobody has said yet."""
+        return (self._num_components or 1) > 1 and not isinstance(self._said(), tuple)
 
     def _is_traced(self) -> bool:
         """Whether the cell is traced as it is now."""
@@ -353,11 +393,10 @@ class RNN(nn.Module):
         features: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        width: int | None,
-        count: int | None,
+        sizes: tuple[int, ...],
     ) -> bool:
         """Trace a cell that has changed, or had not said the size of its input before."""
-        self._learn_sizes(width, count)
+        self._learn_sizes(sizes)
         input_size = getattr(self.cell, "input_size", None)
         known = (input_size,) if isinstance(input_size, int) else features
         self._prepare(known, dtype, device, snapshot(self.cell))
@@ -428,26 +467,27 @@ class RNN(nn.Module):
         if self._evaluation is None or signature != self._signature or self._has_changed():
             if self._num_components is None:
                 self._num_components = self._find_components(features, kind)
-            components = self._num_components
+            sizes = self.sizes
+            subject, count = cell_subject(self.cell), len(sizes)
+            if len(set(sizes)) > 1:
+                subject, count = side_by_side(subject, sizes), 1
+            channels = sum(sizes) // count
             try:
                 traced = trace(
-                    cell_subject(self.cell),
-                    [(features, kind)],
-                    self.hidden_size,
-                    components,
-                    components > 1,
-                    now.dtype,
-                    device,
+                    subject, [(features, kind)], channels, count, count > 1, now.dtype, device
                 )
             except (RuntimeError, TypeError, IndexError) as error:
                 self._refuse_types(error, kind)
                 self._refuse_sizes(error)
                 raise
+            if count < len(sizes):
+                why = f"its components have {' and '.join(map(str, sizes))} channels, side by side"
+                traced = dataclasses.replace(traced, reason=why)
             self._check_claim(traced)
             choice = choose_backend(self.backend, traced, device, self.solver)
             self._evaluation = Evaluation(traced, choice, self.solver, features)
             self._watched = Watched(self.cell, traced.capture.ran, _tensors_of)
-            self._signature = signature
+            self._signature, self._sizes = signature, sizes
         self._latest = dtype, device
         return self._evaluation
 
@@ -482,10 +522,19 @@ class RNN(nn.Module):
         ) from error
 
     def _refuse_sizes(self, error: Exception) -> None:
-        """Say it in words if the cell fails with sizes that were passed to this layer."""
-        hint = self._hint_of_sizes()
+        """Say it in words if the cell fails with sizes that it did not say itself."""
+        hint, sizes, name = self._hint_of_sizes(), self.sizes, type(self.cell).__name__
+        if isinstance(self._hidden_size, tuple) and "hidden_size" not in self._given:
+            self._hidden_size = None  # learnt from a state, which may have been wrong
+            hint = hint or f"Its state had components of {' and '.join(map(str, sizes))} channels."
         if hint:
-            raise ValueError(f"{type(self.cell).__name__} raised: {error}. {hint}") from error
+            raise ValueError(f"{name} raised: {error}. {hint}") from error
+        if self._may_differ() and isinstance(error, RuntimeError):
+            raise UnknownSizes(
+                f"{name} raised: {error}. Its {len(sizes)} components had {sizes[0]} channels "
+                "each; if they differ, set self.hidden_size = (..., ...) in the cell, or pass a "
+                "state."
+            ) from error
 
     def _hint_of_sizes(self) -> str:
         """What to do about sizes that were passed and that the cell does not say itself."""
@@ -536,19 +585,22 @@ class RNN(nn.Module):
 
     def _parts(self, name: str, state: State | None, rows: int, x: Tensor) -> tuple[Tensor, ...]:
         """The components of a state, after a check; of none the zeros."""
-        size, count = self.hidden_size, self.num_components
+        sizes, count = self._sizes, len(self._sizes)
         if state is None:
             dtype = x.dtype if x.is_floating_point() else snapshot(self.cell).dtype
-            return (torch.zeros(rows, size, dtype=dtype, device=x.device),) * count
+            zeros = {n: torch.zeros(rows, n, dtype=dtype, device=x.device) for n in set(sizes)}
+            return tuple([zeros[n] for n in sizes])
         parts = state if isinstance(state, tuple) else (state,)
         if len(parts) != count or isinstance(state, tuple) != (count > 1):
             wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
+            shapes = " and ".join(f"({rows}, {size})" for size in dict.fromkeys(sizes))
             seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
-            raise ValueError(f"{name} must be {wanted} of shape ({rows}, {size}), got {seen}.")
-        for part in parts:
-            if tuple(part.shape) != (rows, size):
+            raise ValueError(f"{name} must be {wanted} of shape {shapes}, got {seen}.")
+        for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            if part.dim() != 2 or part.shape[0] != rows or part.shape[1] != size:
+                which = name if count == 1 else f"component {i} of {name}"
                 raise ValueError(
-                    f"{name} has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
+                    f"{which} has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
                     "(rows, hidden_size), or None for zeros."
                 )
             if part.device != x.device:
@@ -578,13 +630,10 @@ def _check_tensors(name: str, state: State | None) -> None:
             )
 
 
-def _sizes(state: State | None) -> tuple[int | None, int | None]:
-    """Channels and components of a state; numbers also where the compiler has symbols for them."""
+def _sizes(state: State | None) -> tuple[int, ...]:
+    """Channels of a state's components; numbers also where the compiler has symbols for them."""
     parts = state if isinstance(state, tuple) else () if state is None else (state,)
-    if not parts:
-        return None, None
-    first, count = parts[0], len(parts)
-    return operator.index(first.shape[-1]) if first.dim() else None, count
+    return tuple([operator.index(part.shape[-1]) if part.dim() else 1 for part in parts])
 
 
 def _check_cell(cell: object) -> None:
@@ -618,7 +667,7 @@ def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:
 
 
 def _has_size(cell: nn.Module) -> bool:
-    return isinstance(getattr(cell, "hidden_size", None), int)
+    return isinstance(getattr(cell, "hidden_size", None), (int, tuple))
 
 
 def _map(state: State | None, function: Any) -> State | None:

@@ -37,7 +37,7 @@ def check_cell(
     cell: nn.Module,
     *,
     features: int | tuple[int, ...] | None = None,
-    hidden_size: int | None = None,
+    hidden_size: int | tuple[int, ...] | None = None,
     num_components: int | None = None,
     batch: int = 3,
     time: int = 37,
@@ -81,11 +81,11 @@ def check_cell(
     probe(x)
     traced = probe.evaluation().traced
     _refuse_random(traced)
-    count = probe.num_components
-    states = [draw(batch, probe.hidden_size) for _ in range(2 * count)]  # first, then after resets
+    count = len(probe.sizes)
+    states = [draw(batch, size) for size in probe.sizes * 2]  # first, then after resets
     resets = torch.rand(batch, time, generator=generator) < 0.1
     cotangents = [draw(batch, time, probe.hidden_size), *(draw(*s.shape) for s in states[:count])]
-    as_tuple = traced.capture.is_tuple
+    as_tuple = count > 1
     run = functools.partial(loop, cell)
     expected = _everything(cell, run, x, states, resets, cotangents, as_tuple)
     errors: dict[str, float] = {}

@@ -34,7 +34,7 @@ from pararnn.tracing.partition import Partition
 _MOST_MARKS = 2**31  # of the largest value, over all groups: finer groups are not looked for
 _AT_ONCE = 2**24
 _MOVED = (MOVES - {"index_select"}) | frozenset(
-    "diagonal tril triu constant_pad_nd slice_backward select_backward".split()
+    "diagonal tril triu slice_backward select_backward".split()
 )
 _REDUCTIONS = frozenset(
     "sum mean prod amax amin var std logsumexp norm linalg_vector_norm any all argmax argmin max "
@@ -221,6 +221,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "bmm": lambda self, mat2: _product(self, mat2),
     "addmm": lambda self, mat1, mat2, **_: self | _product(mat1, mat2),
     "baddbmm": lambda self, batch1, batch2, **_: self | _product(batch1, batch2),
+    "constant_pad_nd": lambda self, pad, value: torch.constant_pad_nd(self, pad, False),
     "embedding": lambda weight, indices, **_: indices.unsqueeze(-1) | weight.any(0),
     "mv": lambda self, vec: self.any(-1) | vec.any(),
     "addmv": lambda self, mat, vec, **_: self | mat.any(-1) | vec.any(),

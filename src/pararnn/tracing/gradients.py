@@ -7,6 +7,7 @@ both ways on random numbers, in float64 or, where it makes tensors of a type of 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ def gradients(
     found: Sequence[Tensor | None] = [None] * len(inputs)
     if terms and inputs:
         # One number: of gradients that it is given, autograd checks shapes with sympy (0.3 s)
-        total = sum(t.real if t.is_complex() else t for t in terms)
+        total = functools.reduce(torch.add, (t.real if t.is_complex() else t for t in terms))
         found = torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
 

@@ -24,7 +24,8 @@ class Partition:
         capture: The whole graph.
         states: Placeholders of the state's components.
         recurrent: Operations that depend on the state, in order; also those that cost little on
-            values of the input part without one row per sample along the first axis.
+            values of the input part without one row per sample along the first axis, and those that
+            number the rows, of which there are others when all times are rows of one batch.
         edges: Values that the recurrent operations (or the result) take from the input part.
         results: The new components, nodes of either part.
     """
@@ -54,6 +55,7 @@ def partition(capture: Capture, draw_in: bool = False) -> Partition:
     ]
     (results,) = next(n for n in graph.nodes if n.op == "output").args
     from_x = _followers(graph, {n for n in graph.nodes if _is_input(n)})
+    given = from_x | _followers(graph, {n for n in graph.nodes if is_random(n)})
     drawn: set[fx.Node] = set()
     while True:
         reached = _followers(graph, {*states, *drawn})
@@ -62,6 +64,7 @@ def partition(capture: Capture, draw_in: bool = False) -> Partition:
         edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
         odd = [n for n in edges if _lacks_rows(n, from_x)]
         drawable = odd if draw_in else [n for n in odd if _costs_little(n)]
+        drawable = [*drawable, *(n for n in edges if _numbers_rows(n, given))]
         if not drawable:
             break
         drawn.update(drawable)
@@ -109,6 +112,14 @@ def _costs_little(node: fx.Node) -> bool:
         return False
     fills = creation_value(made_by.target, made_by.args) is not None
     return fills or operation_name(made_by.target) in MOVES or is_pointwise(made_by.target)
+
+
+def _numbers_rows(node: fx.Node, given: set[fx.Node]) -> bool:
+    """Whether a value has rows but is made of their number alone, as `torch.arange(len(x))` is."""
+    if node in given or not node.meta["row_axes"] or node.op != "call_function":
+        return False
+    made_by = getattr(node.target, "_schema", None)
+    return made_by is None or creation_value(node.target, node.args) is None
 
 
 def _is_input(node: fx.Node) -> bool:

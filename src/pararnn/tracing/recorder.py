@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):
             return self._same(unpacked)
         place, line, frame = _find_frames(self.focus)
         self._note_variables(frame)
-        self._refuse(func, place)
+        self._refuse(func, args, place)
         pure = self._without_write(func, args, place) if func._schema.is_mutable else func
         to_node = lambda a: self.node_of(a) if isinstance(a, Tensor) else a  # noqa: E731
         result = func(*args, **kwargs)
@@ -195,8 +195,8 @@ class Recorder(TorchDispatchMode):
 
     def _without_write(self, func: Any, args: Any, place: tuple[str, int] | None) -> Any:
         """The operation that computes what `func` writes; views of the old value are outdated."""
-        packet, overload = str(func).removeprefix("aten.").split(".")
-        pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+        packet = func._schema.name.removeprefix("aten::")
+        pure = _same_call(getattr(aten, packet.removesuffix("_"), None), func)
         self._latest_write = f"the operation {packet} at {show_place(place)}"
         if pure is None or not packet.endswith("_"):
             raise NeedsFunctionalization(self._latest_write)
@@ -215,12 +215,19 @@ class Recorder(TorchDispatchMode):
         name = self._inputs[_storage(tensor)]
         return self.labels.get(name, repr(name))
 
-    def _refuse(self, func: Any, place: tuple[str, int] | None) -> None:
+    def _refuse(self, func: Any, args: Any, place: tuple[str, int] | None) -> None:
         if func in (aten._local_scalar_dense.default, aten.is_nonzero.default):
             raise TraceError(
                 f"{self.subject} reads the value of a tensor at {show_place(place)} (an `if`, "
                 "`while`, `.item()` or `float()` on it), so its operations depend on the data; "
                 "use torch.where for a choice by element."
+            )
+        if func is aten.index.Tensor and any(
+            i.dtype is torch.bool for i in args[1] if i is not None
+        ):
+            raise TraceError(
+                f"{self.subject} picks entries by a mask at {show_place(place)}, how many depends "
+                "on the data; use torch.where, or numbers of entries as the index."
             )
         if func.namespace == "quantized":
             raise TraceError(
@@ -234,6 +241,13 @@ class Recorder(TorchDispatchMode):
                 "backward cannot be seen by tracing. Write it with ordinary operations and "
                 ".detach()."
             )
+
+
+def _same_call(packet: Any, func: Any) -> Any:
+    """The overload that takes what `func` takes: pow.Tensor_Scalar for pow_.Scalar."""
+    kinds = lambda f: [(str(a.type), a.default_value) for a in f._schema.arguments]  # noqa: E731
+    overloads = [] if packet is None else [getattr(packet, o) for o in packet.overloads()]
+    return next((o for o in overloads if kinds(o) == kinds(func)), None)
 
 
 def _find_frames(
@@ -379,7 +393,7 @@ def _run(
     # Tensors are saved as they are: activation checkpointing around us would drop and count them.
     as_they_are = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
     try:
-        with as_they_are, _OneHot(recorder.subject), sdpa_kernel(SDPBackend.MATH), recorder:
+        with as_they_are, _Replaced(recorder.subject), sdpa_kernel(SDPBackend.MATH), recorder:
             try:
                 results = function(*inputs.values())
             except RuntimeError as error:
@@ -393,8 +407,8 @@ def _run(
         recorder.forget()
 
 
-class _OneHot(TorchFunctionMode):
-    """Has `one_hot` look its rows up, since PyTorch's own reads the values first."""
+class _Replaced(TorchFunctionMode):
+    """Functions whose operations depend on the data or have no recordable derivative."""
 
     def __init__(self, subject: str) -> None:
         super().__init__()
@@ -403,12 +417,17 @@ class _OneHot(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is not nn.functional.one_hot:
-            return func(*args, **(kwargs or {}))
-        return self.look_up(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is nn.functional.one_hot:
+            return self.one_hot(*args, **kwargs)
+        if func is nn.functional.batch_norm:
+            given = dict(zip(_OF_BATCH_NORM, args, strict=False)) | kwargs
+            if not given.get("training", False):
+                return _batch_norm(**given)
+        return func(*args, **kwargs)
 
-    def look_up(self, tensor: Tensor, num_classes: int = -1) -> Tensor:
-        """`torch.nn.functional.one_hot`; a class out of range is an error here too."""
+    def one_hot(self, tensor: Tensor, num_classes: int = -1) -> Tensor:
+        """Look rows up: PyTorch reads the values first. A class out of range is an error here."""
         if num_classes < 0:
             raise TraceError(
                 f"{self.subject} calls one_hot without num_classes, which depends on the data "
@@ -416,6 +435,27 @@ class _OneHot(TorchFunctionMode):
             )
         rows = torch.eye(num_classes, dtype=torch.int64, device=tensor.device)
         return nn.functional.embedding(tensor, rows)
+
+
+_OF_BATCH_NORM = "input running_mean running_var weight bias training momentum eps".split()
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation by given statistics, which PyTorch's has no gradient for."""
+    along = [-1, *[1] * (input.dim() - 2)]
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    result = (input - running_mean.view(along)) * scale.view(along)
+    return result if bias is None else result + bias.view(along)
 
 
 def _refuse_nested(error: RuntimeError, subject: str) -> None:

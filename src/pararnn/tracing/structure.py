@@ -196,9 +196,9 @@ def _check_rows(
         given, doubled = edges(examples), edges([torch.cat([x, x]) for x in examples])
         if not traced.input_part.is_random and not _are_doubled(given, doubled, traced.by_rows):
             raise _counts_rows(name)
-        for row in range(ROWS[0]):
-            results = zip(given, edges([_with_other(x, row) for x in examples]), strict=True)
-            for (one, other), by_rows in zip(results, traced.by_rows, strict=True):
+        moved = [edges([_with_other(x, row) for x in examples]) for row in range(ROWS[0])]
+        for row, others in enumerate(moved):
+            for one, other, by_rows in zip(given, others, traced.by_rows, strict=True):
                 if by_rows and not _equal_beside(one, other, row):
                     raise _mixes_x(name)
         if traced.mixing is None:
@@ -214,11 +214,7 @@ def _check_rows(
             others = module(*(_with_other(s, row) for s in state), *given)
             if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
                 raise _mixes_state(name)
-            changes = [
-                r and is_differentiable(e.dtype) for e, r in zip(given, traced.by_rows, strict=True)
-            ]
-            moved = (_with_other(e, row) if c else e for e, c in zip(given, changes, strict=True))
-            others = module(*state, *moved)
+            others = module(*state, *moved[row])
             if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
                 raise _mixes_x(name)
 

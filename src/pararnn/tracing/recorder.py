@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from pararnn.tracing.ran import unnoted
+
 aten = torch.ops.aten
 _LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _MODULES = str(Path(torch.nn.__file__).parent)
@@ -117,6 +119,7 @@ class Recorder(TorchDispatchMode):
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
 
+    @unnoted
     def __torch_dispatch__(
         self,
         func: Any,

@@ -55,7 +55,7 @@ def partition(capture: Capture, draw_in: bool = False) -> Partition:
     ]
     (results,) = next(n for n in graph.nodes if n.op == "output").args
     from_x = _followers(graph, {n for n in graph.nodes if _is_input(n)})
-    given = from_x | _followers(graph, {n for n in graph.nodes if is_random(n)})
+    given = _followers(graph, {n for n in graph.nodes if n.op != "call_function" or is_random(n)})
     drawn: set[fx.Node] = set()
     while True:
         reached = _followers(graph, {*states, *drawn})

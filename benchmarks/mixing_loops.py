@@ -59,6 +59,7 @@ CELLS: dict[str, Callable[[], nn.Module]] = {
     "nn.GRUCell 64": lambda: nn.GRUCell(INPUT, 64),
     "nn.LSTMCell 64": lambda: nn.LSTMCell(INPUT, 64),
     "chaotic nn.GRUCell 64": lambda: chaotic(nn.GRUCell(INPUT, 64), 10.0),
+    "chaotic nn.RNNCell 64": lambda: chaotic(nn.RNNCell(INPUT, 64), 6.0),
 }
 
 

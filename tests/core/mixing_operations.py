@@ -122,6 +122,7 @@ OPERATIONS = {
     # products
     "matmul": lambda m, w: m @ w.mT,
     "matmul_weight": lambda m, w: m @ _weight(4, 4),
+    "matmul_per_head": lambda m, w: m[:, :, None] @ _weight(3, 4, 2),
     "square": lambda m, w: m[..., :3] @ m[..., :3],
     "bmm": lambda m, w: torch.bmm(m, w.mT),
     "baddbmm": lambda m, w: torch.baddbmm(w[..., :3], m, w.mT, beta=0.5, alpha=0.3),

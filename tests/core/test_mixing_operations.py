@@ -44,3 +44,11 @@ def test_refused(name):
     operation, words = REFUSED[name]
     with pytest.raises(TraceError, match=words):
         RNN(Mixed(operation).double())
+
+
+def test_weights_per_head_are_not_copied_for_rows():
+    def operation(m, w):
+        return m[:, :, None] @ torch.ones(3, 4, 2, dtype=m.dtype)
+
+    edges = RNN(Mixed(operation).double()).evaluation().traced.mixing.edges
+    assert [e.by_rows for e in edges if e.shape[-2:] == (4, 2)] == [False]

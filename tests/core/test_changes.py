@@ -374,6 +374,26 @@ def test_adapters(backend):
     assert len({v.sum().item() for v in values}) > 4
 
 
+def test_elementwise_cells_on_every_backend(any_backend):
+    rnn = RNN(Plain().double(), backend=any_backend)
+    values = [check(rnn)]
+    for number in (0.5, -2.0):
+        rnn.cell.forward = functools.partial(simple, rnn.cell, number)
+        rnn.cell.project.register_forward_hook(lambda m, x, y, by=number: y * by)
+        values.append(check(rnn))
+    assert len({v.sum().item() for v in values}) == 3
+
+
+def test_exported_as_it_is():
+    rnn, x = RNN(Plain(), backend="torch"), torch.randn(2, 5, 3)
+    rnn.cell.register_forward_hook(lambda m, x, y: y * 0.5)
+    with pytest.raises(RuntimeError, match=r"Plain has changed.*call the layer once before"):
+        torch.export.export(rnn, (x,), strict=False)
+    rnn(x)
+    program = torch.export.export(rnn, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x)[0], rnn(x)[0])
+
+
 REFUSED = {
     "backward hook": (
         lambda c: c.project.register_full_backward_hook(lambda m, of_x, of_y: (of_x[0] * 2,)),

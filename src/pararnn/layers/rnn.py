@@ -399,7 +399,13 @@ class RNN(nn.Module):
         self._learn_sizes(sizes)
         input_size = getattr(self.cell, "input_size", None)
         known = (input_size,) if isinstance(input_size, int) else features
-        self._prepare(known, dtype, device, snapshot(self.cell))
+        now = snapshot(self.cell)
+        if any(map(_is_fake, now.tensors.values())):
+            raise RuntimeError(
+                f"{type(self.cell).__name__} has changed since it was traced, or never was, and "
+                "torch.export passes tensors without values; call the layer once before."
+            )
+        self._prepare(known, dtype, device, now)
         return True
 
     # The compiler calls these as they are and takes what they return as constants, as it does with
@@ -664,6 +670,12 @@ def _describe(state: Any) -> str:
 
 def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:
     return snapshot(cell).tensors
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor  # there when a compiler asks
+
+    return isinstance(tensor, FakeTensor)
 
 
 def _has_size(cell: nn.Module) -> bool:

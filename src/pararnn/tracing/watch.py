@@ -202,6 +202,8 @@ class _Look:
         known = [n for n in own if n not in _MODULE_OWN and n not in changing]
         if not _is_pytorchs(type(module)):
             known = [n for n in known if n == "forward" or self.ran.reads(n)]
+        elif not (self.ran.reads("training") or _asks_for_mode(type(module))):
+            known = [n for n in known if n != "training"]
         self.named(place, own, known)
         self.quick.read(own, [n for n in own if n in _HOOKS or n in (*_STORES, "_modules")])
         self.type_of(place, module)
@@ -489,6 +491,13 @@ def _is_pytorchs(kind: type) -> bool:
     """Whether code that is not the user's reads attributes of such a module."""
     bases = (b for b in kind.__mro__ if b is not nn.Module and issubclass(b, nn.Module))
     return not all(map(has_users_code, bases))
+
+
+def _asks_for_mode(kind: type) -> bool:
+    """Whether methods of such a module name the attribute `training`."""
+    methods = chain.from_iterable(vars(b).values() for b in kind.__mro__ if b is not nn.Module)
+    codes = (m.__code__ for m in methods if isinstance(m, types.FunctionType))
+    return any("training" in code.co_names for code in codes)
 
 
 def _function_of(value: Any) -> Any:

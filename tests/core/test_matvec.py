@@ -159,3 +159,16 @@ def test_launches_have_all_rows_and_fit(rows, inner, heads):
         assert launch.block >= inner
         assert launch.rows * launch.block * itemsize <= 128 * 32 * launch.warps
         assert 1 <= launch.programs <= -(-rows // launch.rows) * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import os",
+        '{"leaves": [true], "means": 0, "nodes": [["drive", 1]], "roots": [[0]]}',
+        '{"leaves": [true], "means": 0, "nodes": [["__import__", 1]], "roots": [[0]]}',
+    ],
+)
+def test_a_foreign_text_runs_nothing(text):
+    with pytest.raises(ValueError, match=r"vector|among|operation|Expecting"):
+        torch.ops.pararnn.matvec([torch.ones(2)], [torch.ones(1, 3, 2)], [], text)

@@ -10,8 +10,10 @@ a step of generation reads them only, and a CUDA graph waits for what was launch
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from pararnn.kernels.triton_backend import on_device, overlaps
 from pararnn.kernels.triton_build import load
 from pararnn.kernels.triton_module import Lines, Variant, language_of, module_text, wrapped
 from pararnn.tracing.expressions import Operand
+from pararnn.tracing.written import read_expressions, write_expressions
 
 MOST_INNER = 2**14  # elements of a vector: a program holds it in registers
 _BYTES = 128  # of a tile for every thread
@@ -43,6 +46,27 @@ class Vector:
     means: tuple[Operand, ...]
     value: Operand
     stored: tuple[Operand, ...]
+
+    def text(self) -> str:
+        """What `read` reads: an argument of the operator, which a saved program may hold."""
+        written = write_expressions([*self.means, self.value, *self.stored])
+        return json.dumps({"leaves": self.leaves, "means": len(self.means), **written})
+
+    @classmethod
+    def read(cls, text: str) -> Vector:
+        """The vector of a text, which may come from anywhere: only known operations are read.
+
+        Raises:
+            ValueError: It is no text of a vector.
+        """
+        try:
+            written = json.loads(text)
+            leaves, means = tuple(map(bool, written["leaves"])), int(written["means"])
+            counts = {"drive": len(leaves) + means}
+            roots = read_expressions(written, counts)
+            return cls(leaves, roots[:means], roots[means], roots[means + 1 :])
+        except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{text[:80]!r} does not say how a vector is computed") from error
 
 
 def source(vector: Vector, matrices: int) -> str:
@@ -162,12 +186,18 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.lru_cache(maxsize=256)
+def _module(text: str, matrices: int) -> ModuleType:
+    """The module of kernels for vectors of a text."""
+    return load(source(Vector.read(text), matrices))
+
+
 _library = torch.library.Library("pararnn", "FRAGMENT")
-_library.define("matvec(Tensor[] leaves, Tensor[] matrices, str[] kinds, str source) -> Tensor[]")
+_library.define("matvec(Tensor[] leaves, Tensor[] matrices, str[] kinds, str vector) -> Tensor[]")
 
 
 def _run(
-    leaves: Sequence[Tensor], matrices: Sequence[Tensor], kinds: Sequence[str], source: str
+    leaves: Sequence[Tensor], matrices: Sequence[Tensor], kinds: Sequence[str], vector: str
 ) -> list[Tensor]:
     """Products of every matrix, shape (heads, rows, inner), with a vector per head.
 
@@ -175,18 +205,18 @@ def _run(
         leaves: What the vectors are computed from: shape (heads * inner,), or one number.
         matrices: Of one shape and type.
         kinds: Names of the types of what is stored.
-        source: Text of the kernel's module, which says how they are computed.
+        vector: How they are computed, see `Vector.text`.
 
     Returns:
         The products, shape (matrices, heads, rows), and what is stored, shape (heads * inner,).
     """
-    results = _fake(leaves, matrices, kinds, source)
+    results = _fake(leaves, matrices, kinds, vector)
     first, (heads, rows, inner) = matrices[0], matrices[0].shape
     processors = _processors(first.device)
     launch = _launch(rows, len(matrices), heads, inner, first.itemsize, processors)
     pdl = overlaps(first.device)
     with on_device(first):
-        load(source).run[launch.programs, heads](
+        _module(vector, len(matrices)).run[launch.programs, heads](
             *(leaf.contiguous() for leaf in leaves),
             *(matrix.contiguous() for matrix in matrices),
             *results,
@@ -203,7 +233,7 @@ def _run(
 
 
 def _fake(
-    leaves: Sequence[Tensor], matrices: Sequence[Tensor], kinds: Sequence[str], source: str
+    leaves: Sequence[Tensor], matrices: Sequence[Tensor], kinds: Sequence[str], vector: str
 ) -> list[Tensor]:
     heads, rows, inner = matrices[0].shape
     products = matrices[0].new_empty(len(matrices), heads, rows)

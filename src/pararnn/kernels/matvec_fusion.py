@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from pararnn.kernels import matvec
 from pararnn.kernels.lowering import NotLowered, lower
-from pararnn.kernels.matvec import MOST_INNER, Vector, source
+from pararnn.kernels.matvec import MOST_INNER, Vector
 from pararnn.kernels.triton_build import interpreted
 from pararnn.tracing.expressions import Expression, Operand, leaf
 from pararnn.tracing.operations import (
@@ -239,7 +239,7 @@ def _fuse(graph: fx.Graph, group: _Group) -> None:
         for node in region.inside
         if _value(node).numel() == region.size and not all(_only_for(u, inside) for u in node.users)
     ]
-    text = source(region.vector(stored), len(group.nodes))
+    text = region.vector(stored).text()
     shape = [group.heads, *_value(group.matrices[0]).shape[-2:]]
     kinds = [str(_value(node).dtype).removeprefix("torch.") for node in stored]
     with graph.inserting_before(group.nodes[0]):

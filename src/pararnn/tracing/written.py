@@ -32,34 +32,28 @@ _KINDS = {
 }
 
 
-def write_recurrence(of: Recurrence) -> dict[str, Any]:
-    """An elementwise recurrence in lists, numbers and texts."""
-    order = topological(of.step)
+def write_expressions(roots: Sequence[Operand]) -> dict[str, Any]:
+    """Expressions in lists, numbers and texts."""
+    order = topological(roots)
     places = {node: i for i, node in enumerate(order)}
 
     def show(operand: Operand) -> Any:
         return [places[operand]] if isinstance(operand, Expression) else operand
 
     nodes = [[node.op, *map(show, node.args)] for node in order]
-    return {
-        "nodes": nodes,
-        "step": [show(root) for root in of.step],
-        "drives": of.num_drives,
-        "coefficients": of.num_coefficients,
-    }
+    return {"nodes": nodes, "roots": [show(root) for root in roots]}
 
 
-def read_recurrence(text: dict[str, Any]) -> Recurrence:
-    """What `write_recurrence` wrote.
+def read_expressions(text: dict[str, Any], counts: dict[str, int]) -> tuple[Operand, ...]:
+    """What `write_expressions` wrote.
+
+    Args:
+        text: What was written.
+        counts: How many leaves of every kind there may be.
 
     Raises:
         ValueError: It did not write that.
     """
-    counts = {
-        "state": len(text["step"]),
-        "drive": int(text["drives"]),
-        "coefficient": int(text["coefficients"]),
-    }
     made: list[Expression] = []
 
     def pick(operand: Any) -> Operand:
@@ -76,7 +70,24 @@ def read_recurrence(text: dict[str, Any]) -> Recurrence:
             made.append(intern(op, tuple(map(pick, args))))
         else:
             raise ValueError(f"{op!r} is no operation on each element")
-    return Recurrence(tuple(map(pick, text["step"])), counts["drive"], counts["coefficient"], {})
+    return tuple(map(pick, text["roots"]))
+
+
+def write_recurrence(of: Recurrence) -> dict[str, Any]:
+    """An elementwise recurrence in lists, numbers and texts."""
+    counts = {"drives": of.num_drives, "coefficients": of.num_coefficients}
+    return write_expressions(of.step) | counts
+
+
+def read_recurrence(text: dict[str, Any]) -> Recurrence:
+    """What `write_recurrence` wrote.
+
+    Raises:
+        ValueError: It did not write that.
+    """
+    drives, coefficients = int(text["drives"]), int(text["coefficients"])
+    counts = {"state": len(text["roots"]), "drive": drives, "coefficient": coefficients}
+    return Recurrence(read_expressions(text, counts), drives, coefficients, {})
 
 
 def write_mixing(of: Mixing) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def written(node):
     return {
         "recurrence": {
             "nodes": [["state", 0], ["drive", 0], node],
-            "step": [[2]],
+            "roots": [[2]],
             "drives": 1,
             "coefficients": 0,
         },

@@ -69,12 +69,19 @@ def test_expressions_die_with_what_uses_them():
     assert not find()
 
 
-def test_what_scan_knows_of_a_step_dies_with_it():
-    def step(h, d):
+def test_scan_keeps_the_steps_used_last():
+    def scan(step):
+        pararnn.scan(step, torch.zeros(2, 3), torch.randn(2, 5, 3))
+        return weakref.ref(step)
+
+    def used(h, d):
         return torch.tanh(0.5 * h + d)
 
-    pararnn.scan(step, torch.zeros(2, 3), torch.randn(2, 5, 3))
-    gone = weakref.ref(step)
-    del step
+    gone = scan(lambda h, d: torch.tanh(0.25 * h + d))
+    for factor in range(64):
+        scan(lambda h, d, factor=factor: torch.tanh(factor / 100 * h + d))
+        kept = scan(used)
+    del used
     gc.collect()
     assert gone() is None
+    assert kept() is not None

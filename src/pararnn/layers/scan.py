@@ -71,6 +71,7 @@ def scan(
         _known[key] = known
         if len(_known) > _MOST_KNOWN:
             _known.popitem(last=False)
+    _known.move_to_end(key)  # the latest used come last
     evaluation = known.evaluation
     names = [int(n.removeprefix("coefficient_")) for n in evaluation.traced.input_part.names]
     used = [coefficients[i] for i in names]

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pararnn.tracing.ran import is_the_users
+
 Result = TypeVar("Result")
+
+HOOKS_OF_ALL: dict[str, dict[int, Any]] = {
+    name: value
+    for name, value in vars(torch.nn.modules.module).items()
+    if name.startswith(("_global_forward", "_global_backward")) and isinstance(value, dict)
+}
+"""PyTorch's hooks of all modules, by the name of their dictionary."""
 
 
 def transformed() -> bool:
@@ -27,6 +37,28 @@ def apart(function: Callable[[], Result]) -> Result:
     """Call a function where no transform, mode or operator is on: in a thread of its own."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
+
+
+def is_a_tools(hook: Any) -> bool:
+    """Whether a hook of all modules is PyTorch's own: it counts or measures, no part of a step."""
+    code = getattr(hook, "__code__", None)
+    return code is not None and not is_the_users(code.co_filename)
+
+
+@contextlib.contextmanager
+def without_tools() -> Iterator[None]:
+    """Inside, PyTorch's own hooks of all modules do not run, as those of FlopCounterMode."""
+    before = [(hooks, dict(hooks)) for hooks in HOOKS_OF_ALL.values()]
+    before = [(hooks, held) for hooks, held in before if any(map(is_a_tools, held.values()))]
+    for hooks, held in before:
+        for number in [n for n, hook in held.items() if is_a_tools(hook)]:
+            del hooks[number]
+    try:
+        yield
+    finally:
+        for hooks, held in before:
+            hooks.clear()
+            hooks.update(held)
 
 
 def stand_in(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.gradients import check_gradients
 from pararnn.tracing.mixing import Mixing, mixing
-from pararnn.tracing.modes import stand_in, transformed, untransformed
+from pararnn.tracing.modes import stand_in, transformed, untransformed, without_tools
 from pararnn.tracing.partition import (
     AsItIs,
     InputPart,
@@ -123,7 +123,7 @@ def _trace(
     device: torch.device,
 ) -> Traced:
     devices = [device] if device.type == "cuda" else []
-    with torch.inference_mode(False), torch.random.fork_rng(devices):
+    with torch.inference_mode(False), torch.random.fork_rng(devices), without_tools():
         parts = partition(
             capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
         )

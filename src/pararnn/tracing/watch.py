@@ -23,16 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pararnn.tracing.modes import HOOKS_OF_ALL, is_a_tools
 from pararnn.tracing.ran import Ran, has_users_code
 
 _MODULE_OWN = frozenset(vars(nn.Module())) - {"training"}
 _STORES = ("_parameters", "_buffers")
 _HOOKS = tuple(n for n in _MODULE_OWN if "hooks" in n and "state_dict" not in n)
-_HOOKS_OF_ALL = {
-    name: value
-    for name, value in vars(torch.nn.modules.module).items()
-    if name.startswith(("_global_forward", "_global_backward")) and isinstance(value, dict)
-}
 _PLAIN = (type(None), bool, int, str, bytes, range, type(...), torch.dtype, torch.device)
 _NUMBERS = (float, complex)
 _SILENT = frozenset(("__dict__", "__weakref__", "__doc__", "__annotations__", "__module__"))
@@ -136,8 +132,8 @@ class _Look:
         self._queue: deque[tuple[str, Any]] = deque()
         self._alive = [step, tensors]  # so that an identity stays one
         self.value("self" if isinstance(step, nn.Module) else "step", step)
-        for name, hooks in _HOOKS_OF_ALL.items():
-            self.hooks(name, hooks)
+        for name, hooks in HOOKS_OF_ALL.items():
+            self.hooks(name, hooks, [h for h in hooks.values() if not is_a_tools(h)])
         for module, names in ran.globals():
             self.named(str(module.get("__name__")), module, names, whole=False)
         while self._queue:
@@ -216,9 +212,10 @@ class _Look:
         for name, tensor in store.items():
             self.value(f"{place}.{name}", tensor)
 
-    def hooks(self, place: str, hooks: dict[int, Any]) -> None:
-        """Hooks, in their order; the numbers that are their keys mean nothing."""
-        for number, hook in enumerate(self.quick.dictionary(hooks).values()):
+    def hooks(self, place: str, hooks: dict[int, Any], which: list[Any] | None = None) -> None:
+        """Hooks, in their order, all or some; the numbers that are their keys mean nothing."""
+        values = list(self.quick.dictionary(hooks).values())
+        for number, hook in enumerate(values if which is None else which):
             self.value(f"{place}[{number}]", hook)
 
     def dictionary(self, place: str, values: Mapping[Any, Any]) -> None:

@@ -456,9 +456,27 @@ def test_a_number_that_changes_at_every_call_is_warned_of():
             check(rnn)
 
     anneal(range(7))
-    with pytest.warns(UserWarning, match=r"the number self\.gain changed.*register_buffer\('gain'"):
+    with pytest.warns(UserWarning, match=r"self\.gain changed.*register_buffer\('gain'"):
         anneal([7])
     anneal([8, 9])
+
+
+def test_records_of_many_hooks_in_one_place_are_warned_of():
+    rnn, seen = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3)), {}
+    for module in (rnn.cell, rnn):
+        module.register_forward_hook(lambda m, x, y: seen.__setitem__(type(m).__name__, y))
+    for _ in range(9):
+        check(rnn)
+    with pytest.warns(UserWarning, match=r"because .*seen\['Cell'\] changed.*nothing else writes"):
+        check(rnn)
+
+
+def test_modes_that_change_often_are_not_warned_of(recwarn):
+    rnn = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3))
+    for number in range(10):
+        rnn.train(number % 2 == 0)
+        check(rnn)
+    assert not recwarn.list
 
 
 def test_callbacks_of_the_garbage_collector_are_not_taken_for_the_step():

@@ -1,6 +1,7 @@
 """Weights that parametrisations compute: once per call, with gradients and what they write."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -110,6 +111,16 @@ def test_the_users_cache_is_left_alone():
         weight = cell.rec.weight
         RNN(cell)(torch.randn(2, 9, 3))
         assert cell.rec.weight is weight
+
+
+def test_threads_trace_side_by_side():
+    cells = [Cell(CHANGES["weight norm"]) for _ in range(8)] + [nn.GRUCell(3, 4) for _ in range(8)]
+    x = torch.randn(2, 40, 3)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda cell: RNN(cell, solver=Newton(chunk=5))(x)[0], cells))
+    for cell, y in zip(cells, found, strict=True):
+        expected = loop(cell, x, torch.zeros(2, 4))[0]
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sizes_are_found_without_writing():

@@ -8,10 +8,13 @@ vectors a little further every time in training, does so once per call.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+_GIVEN = threading.RLock()  # PyTorch's cache is that of all threads
 
 
 def computed(cell: nn.Module) -> dict[str, Tensor]:
@@ -27,8 +30,11 @@ def computed(cell: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def given(cell: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have the cell read these weights."""
-    with parametrize.cached():
+    """Have the cell read these weights, in one thread at a time."""
+    if not weights:
+        yield
+        return
+    with _GIVEN, parametrize.cached():
         known = parametrize._cache
         before = dict(known)
         for name, weight in weights.items():

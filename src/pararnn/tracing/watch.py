@@ -98,23 +98,28 @@ class Watched:
 
 
 class Annealed:
-    """Warns of a number that changes again and again, for which a step is traced every time."""
+    """Warns of what changes again and again, for which a step is traced every time."""
 
     def __init__(self) -> None:
         self._times: Counter[str] = Counter()
 
     def note(self, subject: str, change: Change) -> None:
-        """Count a change, and warn once."""
-        if not all(_is_number(fact) for fact in (change.old, change.new)):
+        """Count a change, and warn once; a mode that is switched is none to warn of."""
+        _, _, name = change.place.rpartition(".")
+        if name == "training":
             return
         self._times[change.place] += 1
         if self._times[change.place] == _OFTEN:
-            name = change.place.rpartition(".")[2]
+            advice = (
+                f"Keep it as a tensor that changes in place: self.register_buffer({name!r}, "
+                f"torch.tensor(...)), then self.{name}.fill_(...)."
+                if name.isidentifier() and all(map(_is_number, (change.old, change.new)))
+                else "Tensors that change in place, such as buffers, need no new trace. What "
+                "hooks only record belongs in a container that nothing else writes into."
+            )
             warnings.warn(
-                f"{subject} has been traced anew {_OFTEN} times because the number {change.place} "
-                "changed, and its kernels are compiled anew. Keep it as a tensor that changes "
-                f"in place: self.register_buffer({name!r}, torch.tensor(...)), then "
-                f"self.{name}.fill_(...).",
+                f"{subject} has been traced anew {_OFTEN} times because {change.place} changed, "
+                f"for which kernels may be compiled anew. {advice}",
                 stacklevel=2,
             )
 

@@ -28,7 +28,7 @@ def test_pararnn_torch_runs_in_a_process_of_its_own(tmp_path):
     """A package of that name that is not it: the message of that process is passed on."""
     (tmp_path / "pararnn.py").write_text("")
     with pytest.raises(RuntimeError, match=r"pararnn\.py is not pararnn-torch"):
-        pararnn_torch_rows(tmp_path, [Size(1, 8, 4)])
+        pararnn_torch_rows(str(tmp_path), [Size(1, 8, 4)])
 
 
 def test_invented_cell_is_no_smaller_than_paragru():
@@ -61,7 +61,7 @@ def test_report(tmp_path):
         "wrong": [{"what": "ParaGRU B1: error 5e-1"}],
         "length": [row(iterations=1, chunks=1)],
     }
-    save(rows, tmp_path, "pararnn bench")
+    save(rows, str(tmp_path), "pararnn bench")
     text = (tmp_path / "gpu.md").read_text()
     line = "| ParaGRU | B1 T512 D64 | slow | 0.1100 | 1.10 | 0.2500 | 1.25 | 0.500 / 0.750 | "
     assert line + "4 | 2 | 1.2% | 2e-03 |" in text

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pararnn.training import RunError
-from pararnn.training.parallel import join_processes, train_command
+from pararnn.training.parallel import choose_device, join_processes, train_command
 
 
 def join(device="cpu"):
@@ -66,3 +66,17 @@ def test_a_device_that_is_none(monkeypatch):
         with pytest.raises(RunError, match=rf"device '{name}' cannot be used: .* Use cpu or cuda"):
             join(name)
     assert join("auto").device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:7", "cuda:256"])
+def test_a_gpu_that_is_not_there(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RunError, match=rf"'{name}' cannot be used: PyTorch sees cuda:0, cuda:1\."):
+        choose_device(name)
+    assert [str(choose_device(f"cuda:{number}")) for number in (0, 1)] == ["cuda:0", "cuda:1"]
+
+
+def test_the_cpu_has_no_number():
+    """lm-eval takes any name that it does not know for a GPU's."""
+    assert str(choose_device("cpu:0")) == "cpu"

@@ -63,10 +63,18 @@ def test_settings_survive_json(config):
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_settings_from_before_attention_every():
+@pytest.mark.parametrize("name", ["attention_every", "state_size"])
+def test_settings_from_before_a_field(name):
     stored = to_dict(TrainConfig())
-    del stored["architecture"]["attention_every"]
+    del stored["architecture"][name]
     assert from_dict(TrainConfig, stored) == TrainConfig()
+
+
+def test_identity_from_before_the_state_size():
+    """The checkpoints of such a run still belong to it."""
+    assert "architecture.state_size" not in identity(TrainConfig())
+    other = TrainConfig(model="mamba2", architecture=ArchitectureConfig(state_size=16))
+    assert identity(other)["architecture.state_size"] == 16
 
 
 @pytest.mark.parametrize(

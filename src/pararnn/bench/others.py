@@ -69,7 +69,7 @@ def hgrn_row(size: Size) -> Row:
     return {"size": str(size), "hgrn_forward_ms": forward_ms, "hgrn_both_ms": milliseconds(both)}
 
 
-def pararnn_torch_rows(folder: Path, sizes: Iterable[Size]) -> list[Row]:
+def pararnn_torch_rows(folder: str | Path, sizes: Iterable[Size]) -> list[Row]:
     """Layers of the package pararnn-torch, which is imported under the same name as this one.
 
     Args:
@@ -81,7 +81,7 @@ def pararnn_torch_rows(folder: Path, sizes: Iterable[Size]) -> list[Row]:
     """
     script = Path(__file__).with_name("pararnn_torch.py")
     given = json.dumps([(str(s), s.batch, s.time, s.hidden) for s in sizes])
-    environment = os.environ | {"PYTHONPATH": str(folder.resolve())}
+    environment = os.environ | {"PYTHONPATH": str(Path(folder).resolve())}
     command = [sys.executable, str(script), given]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -24,8 +24,9 @@ _LAYERS = {
 }
 
 
-def save(rows: Rows, folder: Path, command: str) -> None:
+def save(rows: Rows, folder: str | Path, command: str) -> None:
     """Write `gpu.json`, `gpu.md` and, where matplotlib is, `gpu.png`."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"pararnn": pararnn.__version__, "torch": torch.__version__, "command": command}
     facts |= {"python": platform.python_version()}

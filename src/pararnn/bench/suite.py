@@ -35,7 +35,9 @@ LOOP_LENGTHS = [Size(1, 2**n, 1024) for n in range(6, 11)]
 _MOST_PROCESSES = 32  # each has a context on the device
 
 
-def measure(quick: bool = False, pararnn_torch: Path | None = None) -> Iterator[tuple[str, Row]]:
+def measure(
+    quick: bool = False, pararnn_torch: str | Path | None = None
+) -> Iterator[tuple[str, Row]]:
     """Measure everything; yields (kind of row, row) as it goes.
 
     A recurrence whose results are wrong is not timed: its row is of the kind "wrong".

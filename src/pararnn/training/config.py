@@ -237,6 +237,8 @@ def check_resumable(stored: TrainConfig, wanted: TrainConfig) -> None:
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The part of a configuration that decides the loss curve."""
     leaves = _leaves(to_dict(config))
+    if config.architecture.state_size == ArchitectureConfig.state_size:
+        del leaves["architecture.state_size"]  # as in runs that began without the field
     return {name: v for name, v in leaves.items() if name != "data" and not _may_change(name)}
 
 
@@ -277,7 +279,7 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     return kind(**{name: _restore(hints[name], name, value) for name, value in values.items()})
 
 
-_NEW = {"attention_every"}  # fields that runs may have begun without
+_NEW = {"attention_every", "state_size"}  # fields that runs may have begun without
 
 
 def _restore(hint: Any, name: str, value: Any) -> Any:

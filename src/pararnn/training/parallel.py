@@ -175,17 +175,31 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise RunError(f"device {name!r} is not one of PyTorch's; use cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"device {name!r} cannot be used: PyTorch sees no GPU. Use --device cpu.")
+    if device.type == "cpu":
+        return torch.device("cpu")  # there is one, whatever number the name has
+    if device.type == "cuda":
+        _check_gpu(name)
+        return device
     try:
-        if device.type != "cuda":  # there, every process takes its own first
-            torch.zeros((), device=device).item()
-        elif device.index is not None:
-            torch.cuda.get_device_properties(device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise RunError(f"device {name!r} cannot be used: {reason}. Use cpu or cuda.") from error
     return device
+
+
+def _check_gpu(name: str) -> None:
+    """Raise RunError where PyTorch sees no such GPU, without touching one.
+
+    By the name, for `torch.device` takes "cuda:256" for "cuda:0".
+    """
+    if not torch.cuda.is_available():
+        raise RunError(f"device {name!r} cannot be used: PyTorch sees no GPU. Use --device cpu.")
+    known = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if name not in ("cuda", *known):
+        raise RunError(
+            f"device {name!r} cannot be used: PyTorch sees {', '.join(known)}. Use one of these."
+        )
 
 
 def _own_device(device: torch.device, local_rank: int) -> torch.device:

@@ -29,10 +29,7 @@ from pararnn.training.evaluation import Evaluation
 from pararnn.training.language_model import outline_model, to_device
 from pararnn.training.lock import alone_in_run
 from pararnn.training.optimizer import build_optimizer
-from pararnn.training.parallel import (
-    Processes,
-    join_processes,
-)
+from pararnn.training.parallel import Processes, join_processes
 from pararnn.training.report import report
 from pararnn.training.run_folder import RunFolder
 from pararnn.training.sharding import lay_out

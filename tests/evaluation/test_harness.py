@@ -101,6 +101,12 @@ def test_devices(model_folder, device):
         HarnessModel(model_folder, device="gpu")
 
 
+def test_a_cpu_with_a_number_is_the_cpu(model_folder, monkeypatch):
+    """lm-eval itself knows no such name, and would take the GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert HarnessModel(model_folder, device="cpu:0").device == torch.device("cpu")
+
+
 def test_a_model_in_memory_keeps_its_type(model):
     assert HarnessModel(model.double(), device="cpu").model.dtype is torch.float64
     with pytest.raises(TypeError, match=r"a model in memory has a type; pass model.to\(dtype\)"):

@@ -75,8 +75,3 @@ def test_a_gpu_that_is_not_there(name, monkeypatch):
     with pytest.raises(RunError, match=rf"'{name}' cannot be used: PyTorch sees cuda:0, cuda:1\."):
         choose_device(name)
     assert [str(choose_device(f"cuda:{number}")) for number in (0, 1)] == ["cuda:0", "cuda:1"]
-
-
-def test_the_cpu_has_no_number():
-    """lm-eval takes any name that it does not know for a GPU's."""
-    assert str(choose_device("cpu:0")) == "cpu"

@@ -91,8 +91,7 @@ def _run_tasks(parsed: EvalArguments) -> int:
         raise RunError(str(error)) from error
     from lm_eval.utils import make_table
 
-    device = str(choose_device(parsed.device))
-    model = HarnessModel(parsed.run, device=device, batch_size=_TASK_BATCH)
+    model = HarnessModel(parsed.run, device=parsed.device, batch_size=_TASK_BATCH)
     results = run_tasks(
         model,
         parsed.task_names,

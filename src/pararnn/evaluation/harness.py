@@ -66,7 +66,9 @@ class HarnessModel(HFLM):
         if isinstance(tokenizer, ByteTokenizer):
             options.setdefault("add_bos_token", True)
         options.setdefault("backend", "causal")
-        super().__init__(pretrained, tokenizer=tokenizer, device=str(place), **options)
+        # With a name that it does not know, as cpu:0, lm-eval takes a GPU.
+        name = place.type if place.type == "cpu" else str(place)
+        super().__init__(pretrained, tokenizer=tokenizer, device=name, **options)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts; the harness itself puts the first token before them."""

@@ -175,8 +175,6 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise RunError(f"device {name!r} is not one of PyTorch's; use cpu or cuda.") from error
-    if device.type == "cpu":
-        return torch.device("cpu")  # there is one, whatever number the name has
     if device.type == "cuda":
         _check_gpu(name)
         return device

@@ -126,7 +126,8 @@ def _problem(
     name: str,
 ) -> Problem:
     """The tensors as backends take them."""
-    backend, layout = plan_of(name).backend, plan_of(name).layout
+    chosen = plan_of(name)
+    backend, layout = chosen.backend, chosen.layout
     return Problem(
         backend.recurrence,
         _drives(backend, layout, drives),
@@ -235,7 +236,8 @@ def solve(
     name: str,
 ) -> list[Tensor]:
     """What `pararnn::recurrence` does."""
-    backend, settings = plan_of(name).backend, plan_of(name).settings
+    chosen = plan_of(name)
+    backend, settings = chosen.backend, chosen.settings
     if drives[0].shape[0] == 0:
         return _fake_recurrence(drives, coefficients, initial, starts, name)
     with torch.autocast(initial.device.type, enabled=False):

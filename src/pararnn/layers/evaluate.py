@@ -262,7 +262,7 @@ class Evaluation:
 
     def _build(self, edges: Sequence[Tensor], initial: Tensor) -> None:
         if self.choice.automatic:
-            self._build_or_not(any(t.dtype is torch.float64 for t in (*edges, initial)))
+            self._build_or_not(torch.float64 in [t.dtype for t in (*edges, initial)])
 
     def _build_or_not(self, double: bool) -> None:
         """Have the kernels of one type; where that fails, go on with PyTorch operations."""

@@ -27,6 +27,7 @@ State = Tensor | tuple[Tensor, ...]
 _STRUCTURES = ("elementwise", "heads", "dense")  # each includes those before it
 _HALF = (torch.float16, torch.bfloat16)
 _MOST_COMPONENTS = 8
+_AS_IT_IS = contextlib.nullcontext()
 _TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pass for a tuple
 
 
@@ -98,6 +99,7 @@ class RNN(nn.Module):
         self._signature: tuple[object, ...] = ()
         self._latest: tuple[torch.dtype, torch.device] | None = None
         self._watched: Watched | None = None
+        self._is_parametrised = False
         self._annealed = Annealed()
         self._report: Tensor | int | None = None  # a number of rows: they went step by step
         input_size = getattr(cell, "input_size", None)
@@ -262,17 +264,17 @@ class RNN(nn.Module):
         self, evaluation: Evaluation, x: Tensor, parts: tuple[Tensor, ...], time: int
     ) -> bool:
         """Whether the loop over the cell as it is does the same as the traced step, and faster."""
-        own = evaluation.traced.capture.dtype
-        one_call = isinstance(self.cell, nn.RNNCellBase) and not torch.is_grad_enabled()
+        own, batch, device = evaluation.traced.capture.dtype, x.shape[0], x.device.type
+        one_call = isinstance(self._modules["cell"], nn.RNNCellBase) and not torch.is_grad_enabled()
         return (
             not torch.compiler.is_compiling()
             and not transformed()
-            and x.shape[0] > 0
-            and evaluation.prefers_cell(x.shape[0], time, x.device.type, one_call)
+            and batch > 0
+            and evaluation.prefers_cell(batch, time, device, one_call)
             and own not in _HALF
             and (x.dtype is own or not x.is_floating_point())
             and all(p.dtype is own for p in parts)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.is_autocast_enabled(device)
         )
 
     def _run_cell(
@@ -287,7 +289,7 @@ class RNN(nn.Module):
         as_tuple, outputs = len(parts) > 1, []
         cell = self.cell
         begins = None if resets is None else resets.to(parts[0].device).unsqueeze(-1).unbind(1)
-        with parametrize.cached():
+        with parametrize.cached() if self._is_parametrised else _AS_IT_IS:
             for t, x_t in enumerate(inputs):
                 if begins is not None:
                     pairs = zip(fresh, parts, strict=True)
@@ -315,7 +317,7 @@ class RNN(nn.Module):
             self._refuse_types(error, x.dtype)
             raise
         if not torch.compiler.is_compiling():
-            self._report = None if report is None or not len(report) else report.detach()
+            self._report = None if report is None or not report.numel() else report.detach()
         dtype = x.dtype if x.is_floating_point() else states[0].dtype
         if last is None:
             final = [s[:, -1] for s in states]
@@ -494,6 +496,7 @@ class RNN(nn.Module):
             self._evaluation = Evaluation(traced, choice, self.solver, features)
             self._watched = Watched(self.cell, traced.capture.ran, _tensors_of)
             self._signature, self._sizes = signature, sizes
+            self._is_parametrised = any(map(parametrize.is_parametrized, self.cell.modules()))
         self._latest = dtype, device
         return self._evaluation
 

@@ -61,6 +61,7 @@ class Ran:
         self.names: set[str] = set()
         self.taken: tuple[str, tuple[str, int]] | None = None
         self._pythons: dict[int, CodeType] = {}
+        self._known: dict[int, CodeType] = {}  # with nothing more to note
         self.computes_names = False
 
     def reads(self, name: str) -> bool:
@@ -97,22 +98,33 @@ class Ran:
             self.names = names.union(*map(_names, self._pythons.values()))
 
     def _note(self, frame: FrameType, event: str, function: Any) -> None:
-        code = frame.f_code
-        if event == "c_call":
-            if function.__name__ in _TAKES and isinstance(function.__self__, Tensor):
-                self._note_taken(frame, function.__name__)
-        elif event == "call" and id(code) not in self.codes and self._is_noted(frame):
+        if event == "call" and id(frame.f_code) not in self._known:
+            self._note_call(frame)
+        elif event == "c_call" and (way := function.__name__) in _TAKES:
+            self._note_taken(frame, way, function.__self__)
+
+    def _note_call(self, frame: FrameType) -> None:
+        code, caller = frame.f_code, frame.f_back
+        is_noted = is_the_users(code.co_filename)
+        if _is_pythons(code.co_filename):
+            self._pythons[id(code)] = code
+            is_noted = caller is not None and id(caller.f_code) in self.codes
+            if not is_noted:
+                return  # its next caller may be the user's code
+        self._known[id(code)] = code
+        if is_noted:
             self.codes[id(code)] = code, frame.f_globals
 
-    def _is_noted(self, frame: FrameType) -> bool:
-        code, caller = frame.f_code, frame.f_back
-        if not _is_pythons(code.co_filename):
-            return is_the_users(code.co_filename)
-        self._pythons[id(code)] = code
-        return caller is not None and id(caller.f_code) in self.codes
+    def _note_taken(self, frame: FrameType | None, way: str, owner: Any) -> None:
+        """If it is a tensor's and the user's code asks, perhaps through NumPy, which asks PyTorch.
 
-    def _note_taken(self, frame: FrameType | None, way: str) -> None:
-        """If the user's code asks for it, perhaps through NumPy, which asks PyTorch."""
+        Args:
+            frame: That calls it.
+            way: The name of the method.
+            owner: Of the method.
+        """
+        if not isinstance(owner, Tensor):
+            return
         while frame is not None and frame.f_code.co_filename.startswith(_LIBRARY):
             frame = frame.f_back
         if frame is not None and id(frame.f_code) in self.codes:

@@ -402,10 +402,8 @@ class _Quick:
         return list(chain.from_iterable([store.values() for store in self._stores]))
 
     def _kinds_of(self, tensors: list[Tensor | None]) -> list[object]:
-        kinds: list[object] = [None if t is None else (t.shape, t.dtype) for t in tensors]
-        if self._with_grad:
-            kinds += [None if t is None else t.requires_grad for t in tensors]
-        return kinds
+        kind = _KIND_WITH_GRAD if self._with_grad else _KIND
+        return [None if t is None else kind(t) for t in tensors]
 
     def is_current(self) -> bool:
         """Whether all is as it was held, except that tensors may be others of the same kinds."""
@@ -417,7 +415,7 @@ class _Quick:
                 and list(map(type, self.objects)) == self._types
                 and all(map(operator.is_, self._read(), self._values))
                 and self._are_alike(self._read_tensors())
-                and all(_content(value) == content for value, content in self.contents)
+                and (not self.contents or all(_content(v) == c for v, c in self.contents))
             )
         except (KeyError, RuntimeError):  # one is gone, or changes while it is read
             return False
@@ -432,6 +430,8 @@ class _Quick:
         return not self.tied and len(set(map(id, each))) == len(each) == before
 
 
+_KIND = operator.attrgetter("shape", "dtype")
+_KIND_WITH_GRAD = operator.attrgetter("shape", "dtype", "requires_grad")
 _OF_FUNCTION = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _LOOKS: list[tuple[Any, Callable[[_Look, str, Any], None]]] = [
     (nn.Module, _Look.module),

@@ -210,7 +210,7 @@ def test_arguments_without_meaning_are_refused(make_model, tokens, given, messag
     [
         ({"position_ids": torch.arange(5)[None]}, r"position_ids has shape \(1, 5\) but .* 11"),
         ({"seq_idx": torch.zeros(2, 11)}, r"seq_idx has shape \(2, 11\)"),
-        ({"cu_seq_lens_q": torch.tensor([0, 11])}, r"of an only row, got shape \(2,\) and 3 rows"),
+        ({"cu_seq_lens_q": torch.tensor([0, 11])}, r"of a single row, got shape \(2,\) and 3 rows"),
         (
             {"attention_mask": torch.ones(3, 1, 11, 11)},
             r"shape \(3, 1, 11, 11\); pass \(3, 11\)\. The",

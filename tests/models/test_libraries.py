@@ -14,6 +14,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of the libra
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 SETTINGS = GenerationConfig(**GREEDY)
+VIRTUAL = {  # tokens of peft
+    "task_type": "CAUSAL_LM",
+    "num_virtual_tokens": 3,
+    "token_dim": 8,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+}
 PROJECTIONS = ["in_proj", "gate_proj", "out_proj", "down_proj"]
 
 
@@ -51,13 +58,7 @@ def test_lora(model, tokens, tmp_path, peft, targets):
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 def test_prompt_tuning(model, tokens, peft):
     """The virtual tokens come before the prompt once, and the cache has seen them afterwards."""
-    config = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=3,
-        token_dim=8,
-        num_layers=3,
-        num_attention_heads=2,
-    )
+    config = peft.PromptTuningConfig(**VIRTUAL)
     adapted = peft.get_peft_model(model, config).eval()
     found = [
         adapted.generate(input_ids=tokens, use_cache=use_cache, **GREEDY)
@@ -71,13 +72,7 @@ def test_prompt_tuning(model, tokens, peft):
 
 
 def test_prefix_tuning_is_refused(model, tokens, peft):
-    config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=3,
-        token_dim=8,
-        num_layers=3,
-        num_attention_heads=2,
-    )
+    config = peft.PrefixTuningConfig(**VIRTUAL)
     with pytest.raises(TypeError, match=r"a DynamicCache, but this model goes on from a ParaRNNC"):
         peft.get_peft_model(model, config)(input_ids=tokens)
 

@@ -69,7 +69,7 @@ def _run(name: str, arguments: list[str]) -> int:
     except MemoryError:
         return _fail(f"out of memory in {name}; give it less at once.", FAILED)
     except RecursionError as error:
-        return _fail(f"{name} met something nested too deep ({error}).", FAILED)
+        return _fail(f"{name} met something nested too deeply ({error}).", FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", FAILED)

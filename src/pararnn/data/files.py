@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deep") from error
+        raise ValueError(f"{path.name} is nested too deeply") from error
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class Documents:
             one, and where the first of a call that goes on from a cache is 0.
         seq_idx: Shape (batch, time): a document begins where it changes.
         cu_seq_lens_q: Shape (documents + 1,), 0 first and the number of tokens last, of documents
-            packed one after another into the only row.
+            packed one after another into a single row.
     """
 
     resets: Tensor | None = None
@@ -132,7 +132,7 @@ def _rows(name: str, tensor: Tensor, batch: int, time: int) -> Tensor:
 
 def _cut(ends: Tensor, batch: int, time: int) -> Tensor:
     """Starts of documents that lie one after another in the only row, the first left out."""
-    wanted = f"cu_seq_lens_q must rise from 0 to the number of tokens {time} of an only row"
+    wanted = f"cu_seq_lens_q must rise from 0 to the number of tokens {time} of a single row"
     if batch != 1 or ends.dim() != 1 or len(ends) < 2:
         raise ValueError(f"{wanted}, got shape {tuple(ends.shape)} and {batch} rows.")
     require((ends[0] == 0) & (ends[-1] == time) & (ends.diff() >= 0).all(), f"{wanted}.")

@@ -140,7 +140,7 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
                 `use_cache` is False.
             resets: Shape (batch, time), True at the first token of every document.
             seq_idx: Shape (batch, time), the number of the document of every token.
-            cu_seq_lens_q: Ends of the documents that lie one after another in an only row.
+            cu_seq_lens_q: Ends of the documents that lie one after another in a single row.
             use_cache: Return the state after the last token. None: if a cache is passed, or outside
                 training if the configuration's `use_cache` says so and no sequence ends in padding
                 (compiled, where nobody knows: if there is no padding).
@@ -300,7 +300,7 @@ class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
             cache_params: State to go on from; updated in place.
             resets: Shape (batch, time), True at the first token of every document.
             seq_idx: Shape (batch, time), the number of the document of every token.
-            cu_seq_lens_q: Ends of the documents that lie one after another in an only row.
+            cu_seq_lens_q: Ends of the documents that lie one after another in a single row.
             labels: Shape (batch, time), the inputs themselves: shifted here; -100 does not count.
             use_cache: Return the state after the last token.
             output_hidden_states: Return the input of every block.

@@ -45,8 +45,8 @@ class Solver:
 
     Args:
         tolerance: Converged when every state at a chunk end agrees with the guess that the next
-            chunk was computed from to this, relative to its size where that is above 1, and to 4
-            times the largest of its channel where all of these are below 1/4, down to the smallest
+            chunk was computed from to this, relative to its size where that is above 1, and to 16
+            times the largest of its channel where all of these are below 1/16, down to the smallest
             normal number. Adjoints: relative to the largest of their channel. Where channels mix,
             for channel read component of a group. None: 1e-13 in float64, 1e-6 in float32, and half
             the spacing at 1 in half precision.

@@ -1,6 +1,7 @@
 """Weights that parametrisations compute: once per call, with gradients and what they write."""
 
 import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -121,6 +122,27 @@ def test_threads_trace_side_by_side():
     for cell, y in zip(cells, found, strict=True):
         expected = loop(cell, x, torch.zeros(2, 4))[0]
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_thread_without_gradients_takes_none_from_another():
+    cell, x, done = nn.GRUCell(3, 4), torch.randn(3, 2, 3), threading.Event()
+    parametrizations.weight_norm(cell, "weight_hh")
+    rnn = RNN(cell)
+    rnn(x)
+
+    def evaluate():
+        while not done.is_set():
+            with torch.no_grad():
+                rnn(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(evaluate)
+        try:
+            for _ in range(100):
+                total = rnn(x)[0].square().sum()
+                assert torch.autograd.grad(total, list(cell.parameters()))
+        finally:
+            done.set()
 
 
 def test_sizes_are_found_without_writing():

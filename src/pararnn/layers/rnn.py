@@ -19,7 +19,7 @@ from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
 from pararnn.tracing.modes import transformed
 from pararnn.tracing.packed import joined, side_by_side
-from pararnn.tracing.parametrised import computed, given
+from pararnn.tracing.parametrised import computed, computed_once, given
 from pararnn.tracing.structure import Traced, trace
 from pararnn.tracing.watch import Annealed, Watched
 
@@ -289,7 +289,7 @@ class RNN(nn.Module):
         as_tuple, outputs = len(parts) > 1, []
         cell = self.cell
         begins = None if resets is None else resets.to(parts[0].device).unsqueeze(-1).unbind(1)
-        with parametrize.cached() if self._is_parametrised else _AS_IT_IS:
+        with computed_once() if self._is_parametrised else _AS_IT_IS:
             for t, x_t in enumerate(inputs):
                 if begins is not None:
                     pairs = zip(fresh, parts, strict=True)
@@ -310,7 +310,12 @@ class RNN(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs for x (batch, time, *features), and the components after the last steps."""
         first = joined(parts, evaluation.traced.capture.num_components)
-        tensors = [resolve(self.cell, name) for name in evaluation.traced.input_part.names]
+        names = evaluation.traced.input_part.names
+        if self._is_parametrised and not torch.compiler.is_compiling():
+            with computed_once():
+                tensors = [resolve(self.cell, name) for name in names]
+        else:
+            tensors = [resolve(self.cell, name) for name in names]
         try:
             states, report = evaluation.run(tensors, [x], first, starts)
         except RuntimeError as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_GIVEN = threading.RLock()  # PyTorch's cache is that of all threads
+_ONE_THREAD = threading.RLock()  # PyTorch's cache is that of all threads
 
 
 def computed(cell: nn.Module) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def given(cell: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     if not weights:
         yield
         return
-    with _GIVEN, parametrize.cached():
+    with _ONE_THREAD, parametrize.cached():
         known = parametrize._cache
         before = dict(known)
         for name, weight in weights.items():
@@ -45,6 +45,13 @@ def given(cell: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
         finally:
             known.clear()
             known.update(before)
+
+
+@contextlib.contextmanager
+def computed_once() -> Iterator[None]:
+    """Have such weights computed once, for this thread alone."""
+    with _ONE_THREAD, parametrize.cached():
+        yield
 
 
 @contextlib.contextmanager

@@ -369,8 +369,8 @@ def _differentiable_backward(
 def no_second_derivative(ctx: Any, grads: Any) -> Any:
     """The backward of a backward."""
     raise RuntimeError(
-        "pararnn: the gradient of a gradient through a parallel recurrence is not available; "
-        "step through the cell in a loop of your own where you need it."
+        "pararnn: the gradient of a gradient is not available in a compiled or exported program; "
+        "call the layer outside of it, or step through the cell in a loop of your own."
     )
 
 

@@ -264,6 +264,8 @@ class RNN(nn.Module):
         self, evaluation: Evaluation, x: Tensor, parts: tuple[Tensor, ...], time: int
     ) -> bool:
         """Whether the loop over the cell as it is does the same as the traced step, and faster."""
+        if evaluation.mixing_plan is None:
+            return False
         own, batch, device = evaluation.traced.capture.dtype, x.shape[0], x.device.type
         one_call = isinstance(self._modules["cell"], nn.RNNCellBase) and not torch.is_grad_enabled()
         return (

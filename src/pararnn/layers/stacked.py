@@ -137,10 +137,11 @@ class StackedRNN(nn.Module):
         firsts = self._split("state", state, num_sequences(batch, cu_seqlens))
         fresh = self._split("reset_state", _each(reset_state, _for_all(batch)), batch)
         lasts: list[State] = []
-        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
 
         def turn(steps: Tensor) -> Tensor:
-            return steps.flip(1) if backwards is None else steps[rows, backwards]
+            if backwards is None:
+                return steps.flip(1)
+            return steps[torch.arange(batch, device=x.device).unsqueeze(1), backwards]
 
         for i in range(0, len(self.layers), directions):
             y, last = self.layers[i](x, firsts[i], resets, cu_seqlens, reset_state=fresh[i])

@@ -1,14 +1,11 @@
 """Batches without a row, as `nn.GRU` takes them."""
 
-import sys
-
 import pytest
 import torch
+from core.conftest import needs_triton
 from torch import nn
 
 import pararnn
-
-needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 
 LAYERS = {
     "RNN of nn.GRUCell": lambda: pararnn.RNN(nn.GRUCell(3, 4)),

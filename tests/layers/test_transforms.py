@@ -1,10 +1,10 @@
 """Layers under `torch.func` and with forward-mode tangents, against loops over their cells."""
 
 import copy
-import sys
 
 import pytest
 import torch
+from core.conftest import needs_triton
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import (
@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 import pararnn
 from pararnn.testing import assert_close, loop
 
-needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 # PyTorch's own, at the first tangent of a process
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 TIME, INPUT, HIDDEN = 6, 4, 4

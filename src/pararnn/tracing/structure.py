@@ -107,30 +107,21 @@ def trace(
     Raises:
         TraceError: The step cannot be evaluated for all times; the message names the line.
     """
-    call = (inputs, hidden_size, num_components, is_tuple, dtype, device)
     if transformed():
         subject = replace(subject, tensors={n: stand_in(t) for n, t in subject.tensors.items()})
-    return untransformed(lambda: _trace(subject, *call))
-
-
-def _trace(
-    subject: Subject,
-    inputs: Sequence[tuple[Sequence[int], torch.dtype]],
-    hidden_size: int,
-    num_components: int,
-    is_tuple: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Traced:
     devices = [device] if device.type == "cuda" else []
-    with torch.inference_mode(False), torch.random.fork_rng(devices), without_tools():
-        parts = partition(
-            capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
-        )
-        traced = _elementwise_or_not(subject, parts, device)
-        _check_rows(traced, inputs, dtype, device)
-        check_gradients(traced, inputs, device)
-    return traced
+
+    def traced() -> Traced:
+        with torch.inference_mode(False), torch.random.fork_rng(devices), without_tools():
+            parts = partition(
+                capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
+            )
+            found = _elementwise_or_not(subject, parts, device)
+            _check_rows(found, inputs, dtype, device)
+            check_gradients(found, inputs, device)
+        return found
+
+    return untransformed(traced)
 
 
 def _elementwise_or_not(subject: Subject, parts: Partition, device: torch.device) -> Traced:

@@ -26,21 +26,21 @@ from typing import Any
 
 import torch
 
-from pararnn.bench.models import release
-from pararnn.models.architectures import missing_kernels
-from pararnn.models.presets import ARCHITECTURES, preset
-from pararnn.training import RunError, RunFolder, TrainConfig, load_trained, train
-from pararnn.training.config import (
+from pararnn.lm.bench.models import release
+from pararnn.lm.models.architectures import missing_kernels
+from pararnn.lm.models.presets import ARCHITECTURES, preset
+from pararnn.lm.training import RunError, RunFolder, TrainConfig, load_trained, train
+from pararnn.lm.training.config import (
     ArchitectureConfig,
     ExecutionConfig,
     OptimizerConfig,
     ScheduleConfig,
     TextConfig,
 )
-from pararnn.training.evaluation import evaluate
-from pararnn.training.metrics import read_metrics
-from pararnn.training.parallel import choose_device
-from pararnn.training.text import open_text
+from pararnn.lm.training.evaluation import evaluate
+from pararnn.lm.training.metrics import read_metrics
+from pararnn.lm.training.parallel import choose_device
+from pararnn.lm.training.text import open_text
 
 HEAD = 64  # channels, of attention and of Mamba2
 COLUMNS = {

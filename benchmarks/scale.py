@@ -11,8 +11,8 @@ activation checkpointing, at 40 % of an H100's 989 TFLOP/s, and no time for comm
 
 import torch
 
-from pararnn.models import CausalLoss, presets
-from pararnn.models.architectures import Shape, make_config, make_model
+from pararnn.lm.models import CausalLoss, presets
+from pararnn.lm.models.architectures import Shape, make_config, make_model
 
 GIB = 2**30
 FLOPS = 0.4 * 989e12

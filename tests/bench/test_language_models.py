@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from pararnn.bench import decode, train
-from pararnn.bench.models import ModelSize
 from pararnn.cli.bench import DecodeArguments
 from pararnn.cli.main import main
-from pararnn.data.errors import RunError
-from pararnn.models.flops import multiplied_parameters, peak_flops, train_flops_per_token
-from pararnn.models.presets import ARCHITECTURES
-from pararnn.training.config import ExecutionConfig
-from pararnn.training.parallel import Processes
+from pararnn.lm.bench import decode, train
+from pararnn.lm.bench.models import ModelSize
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.models.flops import multiplied_parameters, peak_flops, train_flops_per_token
+from pararnn.lm.models.presets import ARCHITECTURES
+from pararnn.lm.training.config import ExecutionConfig
+from pararnn.lm.training.parallel import Processes
 
 CPU = torch.device("cpu")
 HERE = Processes(0, 1, CPU)

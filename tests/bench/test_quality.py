@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pararnn.training import RunFolder
+from pararnn.lm.training import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/quality.py"
 TINY = """--steps 3 --batch-size 2 --sequence-length 32 --width 64 --layers 1

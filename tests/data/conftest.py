@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from pararnn.data import PrepareConfig, open_tokens, prepare
+from pararnn.lm.data import PrepareConfig, open_tokens, prepare
 
 WORDS = "state step gate cell naïve Grüße ☃ don't it's 1984 \r\n \t".split(" ")
 

@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from pararnn.cli import main
-from pararnn.data import PrepareConfig, open_tokens, prepare, units
-from pararnn.data.index import write_sealed
-from pararnn.training import RunError
+from pararnn.lm.data import PrepareConfig, open_tokens, prepare, units
+from pararnn.lm.data.index import write_sealed
+from pararnn.lm.training import RunError
 
 from .conftest import contents, sentence
 

@@ -12,17 +12,17 @@ import time
 
 import pytest
 
-from pararnn.data import PrepareConfig, open_tokens, prepare, units
-from pararnn.data.files import alone_in
-from pararnn.data.sources import DatasetReader
-from pararnn.training import RunError
+from pararnn.lm.data import PrepareConfig, open_tokens, prepare, units
+from pararnn.lm.data.files import alone_in
+from pararnn.lm.data.sources import DatasetReader
+from pararnn.lm.training import RunError
 
 from .conftest import byte_texts, contents, sentence
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from pararnn.data import PrepareConfig, prepare
+from pararnn.lm.data import PrepareConfig, prepare
 
 if __name__ == "__main__":
     config = PrepareConfig(
@@ -156,7 +156,7 @@ def test_unwritable_folder_is_a_message(texts, make, monkeypatch):
     def refuse(*arguments):
         raise OSError(28, "No space left on device", "tokens/parts/0")
 
-    monkeypatch.setattr("pararnn.data.parts.write_atomically", refuse)
+    monkeypatch.setattr("pararnn.lm.data.parts.write_atomically", refuse)
     with pytest.raises(RunError, match=r"No space left on device.*continue with the same command"):
         make(texts)
 

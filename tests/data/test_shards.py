@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
-from pararnn.data import open_tokens
-from pararnn.training import RunError
+from pararnn.lm.data import open_tokens
+from pararnn.lm.training import RunError
 
 from .conftest import contents, read_all, sentence
 

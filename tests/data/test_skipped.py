@@ -12,10 +12,10 @@ import sys
 import pytest
 
 from pararnn.cli import main
-from pararnn.data import PrepareConfig, open_tokens, prepare
-from pararnn.data.corpus import prepare_corpus
-from pararnn.data.reading import open_content
-from pararnn.training import RunError
+from pararnn.lm.data import PrepareConfig, open_tokens, prepare
+from pararnn.lm.data.corpus import prepare_corpus
+from pararnn.lm.data.reading import open_content
+from pararnn.lm.training import RunError
 
 from .conftest import byte_texts, sentence
 
@@ -99,7 +99,7 @@ def test_a_list_is_continued_at_its_row(tmp_path, make, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pararnn.data.units.Merger.merge", stop)
+        patch.setattr("pararnn.lm.data.units.Merger.merge", stop)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "rows.json", units_per_shard=2)
     again = make(tmp_path / "rows.json", units_per_shard=2)
@@ -252,7 +252,7 @@ def test_unreadable_files_are_named_as_such(texts, make, monkeypatch):
                 raise OSError(number, os.strerror(number), str(path))
             return open_content(path)
 
-        monkeypatch.setattr("pararnn.data.reading.open_content", open_it)
+        monkeypatch.setattr("pararnn.lm.data.reading.open_content", open_it)
 
     refuse(13)
     with pytest.raises(RunError, match=r"cannot read .*0.txt: Permission denied; make it readable"):

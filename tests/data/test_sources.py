@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from pararnn.data.recipes import RECIPES, Recipe
-from pararnn.training import RunError
+from pararnn.lm.data.recipes import RECIPES, Recipe
+from pararnn.lm.training import RunError
 
 from .conftest import byte_texts, sentence
 

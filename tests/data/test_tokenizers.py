@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pararnn.data import PrepareConfig, tokenization
-from pararnn.training import RunError
+from pararnn.lm.data import PrepareConfig, tokenization
+from pararnn.lm.training import RunError
 
 from .conftest import contents, documents, sentence
 
@@ -175,7 +175,7 @@ def test_a_tokenizer_changed_between_two_calls_is_refused(texts, make, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pararnn.data.units.Merger.merge_last", stop)
+        patch.setattr("pararnn.lm.data.units.Merger.merge_last", stop)
         with pytest.raises(KeyboardInterrupt):
             make(texts, tokenizer="train:300")
     path = tmp_path / "tokens/tokenizer/tokenizer_config.json"

@@ -40,7 +40,7 @@ def _offline(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def _without_the_tasks_of_the_harness(monkeypatch):
     """Reading their thousands of files takes seconds."""
-    from pararnn.evaluation import tasks
+    from pararnn.lm.evaluation import tasks
 
     manager = functools.partial(tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", manager)
@@ -61,7 +61,7 @@ def task_folder(tmp_path):
 @pytest.fixture
 def model():
     """A tiny byte-level model in evaluation mode."""
-    from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
+    from pararnn.lm.models import ParaRNNConfig, ParaRNNForCausalLM
 
     torch.manual_seed(3)
     config = ParaRNNConfig(

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pararnn.cli.main import main
-from pararnn.data.errors import RunError
-from pararnn.evaluation import ByteTokenizer, HarnessModel, run_tasks
-from pararnn.models.architectures import Shape, make_config, make_model
-from pararnn.training.checkpoints import quiet_transformers
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.evaluation import ByteTokenizer, HarnessModel, run_tasks
+from pararnn.lm.models.architectures import Shape, make_config, make_model
+from pararnn.lm.training.checkpoints import quiet_transformers
 
 from .conftest import QUESTIONS
 
@@ -133,7 +133,7 @@ def test_harness_command(model_folder, task_folder):
     command = f"""--model pararnn --model_args pretrained={model_folder} --device cpu
         --tasks tiny_choice --include_path {task_folder}"""
     done = subprocess.run(
-        [sys.executable, "-m", "pararnn.evaluation", *command.split()],
+        [sys.executable, "-m", "pararnn.lm.evaluation", *command.split()],
         capture_output=True,
         text=True,
         check=False,
@@ -165,7 +165,7 @@ def test_a_folder_without_model(tmp_path):
 
 
 def test_a_vocabulary_without_tokenizer(tmp_path):
-    from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
+    from pararnn.lm.models import ParaRNNConfig, ParaRNNForCausalLM
 
     config = ParaRNNConfig(vocab_size=300, hidden_size=8, num_hidden_layers=1, num_heads=1)
     with pytest.raises(RunError, match="300 tokens and comes with no tokenizer; pass tokenizer="):
@@ -174,7 +174,7 @@ def test_a_vocabulary_without_tokenizer(tmp_path):
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch, capsys):
     for name in list(sys.modules):
-        if name.split(".")[0] == "lm_eval" or name.startswith("pararnn.evaluation"):
+        if name.split(".")[0] == "lm_eval" or name.startswith("pararnn.lm.evaluation"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["eval", "model", "--tasks", "piqa"]) == 1

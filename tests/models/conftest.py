@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.lm.models import ParaRNNConfig, ParaRNNForCausalLM
 
 
 @pytest.fixture(params=["paragru", "paralstm"])

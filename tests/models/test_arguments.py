@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache, GenerationConfig
 
-from pararnn.models import ParaRNNCache
+from pararnn.lm.models import ParaRNNCache
 
 from .test_document_boundaries import pad_left
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
-from pararnn.models import ParaRNNCache, ParaRNNForCausalLM, ParaRNNModel
-from pararnn.training.checkpoints import quiet_transformers
+from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM, ParaRNNModel
+from pararnn.lm.training.checkpoints import quiet_transformers
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pararnn.models import causal_loss
-from pararnn.models.architectures import Shape, architectures, make_config, make_model
-from pararnn.models.causal_loss import CausalLoss, linear_cross_entropy, positions_in_documents
-from pararnn.models.loss import language_model_loss
+from pararnn.lm.models import causal_loss
+from pararnn.lm.models.architectures import Shape, architectures, make_config, make_model
+from pararnn.lm.models.causal_loss import CausalLoss, linear_cross_entropy, positions_in_documents
+from pararnn.lm.models.loss import language_model_loss
 from pararnn.testing import assert_close
 
 SHAPE = Shape(vocab_size=23, width=16, num_layers=2, num_heads=4, initializer_range=0.3)

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from pararnn.models import CELLS
-from pararnn.models.causal_loss import CausalLoss
-from pararnn.training.config import ExecutionConfig
-from pararnn.training.initial import blocks
-from pararnn.training.parallel import Processes
-from pararnn.training.sharding import lay_out
+from pararnn.lm.models import CELLS
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.training.config import ExecutionConfig
+from pararnn.lm.training.initial import blocks
+from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.sharding import lay_out
 
 
 class OwnCell(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from pararnn.models import ParaRNNCache
+from pararnn.lm.models import ParaRNNCache
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 

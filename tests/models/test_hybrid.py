@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pararnn.models import ParaRNNCache, ParaRNNForCausalLM
-from pararnn.models.generation import Decoder
-from pararnn.training.checkpoints import quiet_transformers
+from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM
+from pararnn.lm.models.generation import Decoder
+from pararnn.lm.training.checkpoints import quiet_transformers
 
 from .conftest import tiny_config
 from .test_document_boundaries import pad_left

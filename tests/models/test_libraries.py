@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pararnn.models import ParaRNNForCausalLM
+from pararnn.lm.models import ParaRNNForCausalLM
 
 from .test_arguments import EXACT, MIXERS
 

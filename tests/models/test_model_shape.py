@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pararnn.cells import ParaGRUCell
-from pararnn.models import CELLS, ParaRNNConfig, ParaRNNForCausalLM, register_cell
-from pararnn.models.block import ParaRNNBlock
-from pararnn.models.configuration import default_mlp_size
-from pararnn.models.loss import language_model_loss
+from pararnn.lm.models import CELLS, ParaRNNConfig, ParaRNNForCausalLM, register_cell
+from pararnn.lm.models.block import ParaRNNBlock
+from pararnn.lm.models.configuration import default_mlp_size
+from pararnn.lm.models.loss import language_model_loss
 
 from .conftest import tiny_config
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pararnn.models import presets
-from pararnn.models.architectures import Shape, make_config, missing_kernels
+from pararnn.lm.models import presets
+from pararnn.lm.models.architectures import Shape, make_config, missing_kernels
 
 MILLIONS = {
     "paragru": (406, 1415, 2902, 6757),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from pararnn.models import ParaRNNForCausalLM
+from pararnn.lm.models import ParaRNNForCausalLM
 
 from .conftest import tiny_config
 

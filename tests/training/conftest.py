@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from pararnn.training import report, train
-from pararnn.training.config import (
+from pararnn.lm.training import report, train
+from pararnn.lm.training.config import (
     ArchitectureConfig,
     OptimizerConfig,
     ScheduleConfig,

@@ -11,23 +11,23 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from pararnn.data.errors import OtherProcessError, RunError
-from pararnn.models.causal_loss import CausalLoss
-from pararnn.models.presets import ARCHITECTURES
-from pararnn.training import sharding
-from pararnn.training.config import (
+from pararnn.lm.data.errors import OtherProcessError, RunError
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.models.presets import ARCHITECTURES
+from pararnn.lm.training import sharding
+from pararnn.lm.training.config import (
     ArchitectureConfig,
     ExecutionConfig,
     OptimizerConfig,
     TrainConfig,
 )
-from pararnn.training.initial import blocks, is_empty, start_block
-from pararnn.training.language_model import build_model, outline_model
-from pararnn.training.optimizer import build_optimizer
-from pararnn.training.parallel import Processes, join_processes
-from pararnn.training.sharding import gather_on_first, lay_out
-from pararnn.training.step import train_step
-from pararnn.training.text import Codec
+from pararnn.lm.training.initial import blocks, is_empty, start_block
+from pararnn.lm.training.language_model import build_model, outline_model
+from pararnn.lm.training.optimizer import build_optimizer
+from pararnn.lm.training.parallel import Processes, join_processes
+from pararnn.lm.training.sharding import gather_on_first, lay_out
+from pararnn.lm.training.step import train_step
+from pararnn.lm.training.text import Codec
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 BATCH = torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(0))

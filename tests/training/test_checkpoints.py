@@ -10,16 +10,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
-from pararnn.training.checkpoints import (
+from pararnn.lm.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.lm.training.checkpoints import (
     CheckpointError,
     newest_checkpoint,
     prune,
     set_aside,
     verify,
 )
-from pararnn.training.parallel import Processes
-from pararnn.training.saving import CheckpointWriter
+from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.saving import CheckpointWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

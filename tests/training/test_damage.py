@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 
 from pararnn.cli.main import main
-from pararnn.training import RunFolder, report
+from pararnn.lm.training import RunFolder, report
 
 from .conftest import sentences
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from pararnn.models import CELLS, ParaRNNConfig
-from pararnn.models.architectures import BASELINES, Shape, make_config
-from pararnn.models.causal_loss import CausalLoss
-from pararnn.training.config import ArchitectureConfig, ExecutionConfig
-from pararnn.training.initial import blocks, is_empty, outline, start
-from pararnn.training.language_model import build_model, outline_model
-from pararnn.training.parallel import Processes
-from pararnn.training.presets import preset_config
-from pararnn.training.sharding import lay_out
-from pararnn.training.text import Codec
+from pararnn.lm.models import CELLS, ParaRNNConfig
+from pararnn.lm.models.architectures import BASELINES, Shape, make_config
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.training.config import ArchitectureConfig, ExecutionConfig
+from pararnn.lm.training.initial import blocks, is_empty, outline, start
+from pararnn.lm.training.language_model import build_model, outline_model
+from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.presets import preset_config
+from pararnn.lm.training.sharding import lay_out
+from pararnn.lm.training.text import Codec
 
 HERE = Processes(0, 1, torch.device("cpu"))
 
@@ -96,7 +96,7 @@ def test_blocks_differ_and_are_initialised_as_transformers_does():
 def test_the_rotation_of_the_transformer_is_what_it_would_be():
     """A buffer, computed and not drawn."""
     config = configuration("transformer")
-    from pararnn.models.architectures import make_model
+    from pararnn.lm.models.architectures import make_model
 
     expected = dict(make_model(config).named_buffers())
     found = dict(start(outline(config), 0).named_buffers())

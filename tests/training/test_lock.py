@@ -12,9 +12,9 @@ import pytest
 
 from pararnn.cli.main import main
 from pararnn.layers.evaluate import BackendError
-from pararnn.training import RunError, lock, report, runs, train, trainer
-from pararnn.training.config import ScheduleConfig
-from pararnn.training.lock import alone_in_run
+from pararnn.lm.training import RunError, lock, report, runs, train, trainer
+from pararnn.lm.training.config import ScheduleConfig
+from pararnn.lm.training.lock import alone_in_run
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_a_new_folder_is_for_the_first_that_comes(make_config, monkeypatch):
 DIES = """
 import os, signal, sys, time
 from pathlib import Path
-from pararnn.training.lock import alone_in_run
+from pararnn.lm.training.lock import alone_in_run
 with alone_in_run(Path(sys.argv[1])):
     if os.fork() == 0:
         time.sleep(5)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from pararnn.training import RunFolder, train
-from pararnn.training.config import TextConfig
-from pararnn.training.language_model import build_model
-from pararnn.training.optimizer import build_optimizer, named_state
-from pararnn.training.text import Codec
+from pararnn.lm.training import RunFolder, train
+from pararnn.lm.training.config import TextConfig
+from pararnn.lm.training.language_model import build_model
+from pararnn.lm.training.optimizer import build_optimizer, named_state
+from pararnn.lm.training.text import Codec
 
 from .launch import HERE, SETTINGS, Launch, curve, needs_proc, records, trainings, with_text
 

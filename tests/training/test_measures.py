@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pararnn.data.signals import StopSignals
-from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
-from pararnn.training.comparison import compare_train_steps, step_by_step
-from pararnn.training.environment import describe_environment
-from pararnn.training.evaluation import evaluate
-from pararnn.training.language_model import generate_text
-from pararnn.training.metrics import MetricsFile, plot_loss, read_metrics
-from pararnn.training.text import Codec, flat_bytes
+from pararnn.lm.data.signals import StopSignals
+from pararnn.lm.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.lm.training.comparison import compare_train_steps, step_by_step
+from pararnn.lm.training.environment import describe_environment
+from pararnn.lm.training.evaluation import evaluate
+from pararnn.lm.training.language_model import generate_text
+from pararnn.lm.training.metrics import MetricsFile, plot_loss, read_metrics
+from pararnn.lm.training.text import Codec, flat_bytes
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pararnn.training import RunError
-from pararnn.training.parallel import choose_device, join_processes, train_command
+from pararnn.lm.training import RunError
+from pararnn.lm.training.parallel import choose_device, join_processes, train_command
 
 
 def join(device="cpu"):

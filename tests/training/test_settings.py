@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pararnn.models import ParaRNNConfig, ParaRNNForCausalLM
-from pararnn.training import RunError
-from pararnn.training.config import (
+from pararnn.lm.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.lm.training import RunError
+from pararnn.lm.training.config import (
     DEFAULT_STEPS,
     ArchitectureConfig,
     ExecutionConfig,
@@ -25,7 +25,7 @@ from pararnn.training.config import (
     resolve,
     to_dict,
 )
-from pararnn.training.optimizer import build_optimizer, is_matrix, learning_rate
+from pararnn.lm.training.optimizer import build_optimizer, is_matrix, learning_rate
 
 
 @pytest.mark.parametrize(

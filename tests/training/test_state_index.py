@@ -11,11 +11,11 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from pararnn.data.files import digest
-from pararnn.models.architectures import Shape, architectures, foreign_fields, make_config
-from pararnn.training import RunError, RunFolder, report, train
-from pararnn.training.checkpoints import CheckpointError, verify
-from pararnn.training.state_index import is_plain, part_names, read_index
+from pararnn.lm.data.files import digest
+from pararnn.lm.models.architectures import Shape, architectures, foreign_fields, make_config
+from pararnn.lm.training import RunError, RunFolder, report, train
+from pararnn.lm.training.checkpoints import CheckpointError, verify
+from pararnn.lm.training.state_index import is_plain, part_names, read_index
 
 
 @pytest.fixture

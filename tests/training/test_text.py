@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pararnn.data.corpus import prepare_corpus, read_documents
-from pararnn.data.finding import find_files
-from pararnn.training import RunError
-from pararnn.training.data import Batches, WindowOrder, Windows
-from pararnn.training.text import flat_bytes
+from pararnn.lm.data.corpus import prepare_corpus, read_documents
+from pararnn.lm.data.finding import find_files
+from pararnn.lm.training import RunError
+from pararnn.lm.training.data import Batches, WindowOrder, Windows
+from pararnn.lm.training.text import flat_bytes
 
 from .conftest import sentences
 

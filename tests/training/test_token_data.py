@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from pararnn.cli.main import main
-from pararnn.data import PrepareConfig, open_tokens, prepare
-from pararnn.models import CausalLoss
-from pararnn.training import RunFolder, TrainConfig
-from pararnn.training.text import open_codec
+from pararnn.lm.data import PrepareConfig, open_tokens, prepare
+from pararnn.lm.models import CausalLoss
+from pararnn.lm.training import RunFolder, TrainConfig
+from pararnn.lm.training.text import open_codec
 
 TINY = """--device cpu
 --architecture.width 16 --architecture.num-layers 1 --architecture.num-heads 2

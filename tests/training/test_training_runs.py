@@ -11,24 +11,24 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pararnn.models import CELLS, ParaRNNForCausalLM
-from pararnn.models.architectures import architectures
-from pararnn.models.causal_loss import CausalLoss
-from pararnn.models.flops import train_flops_per_token
-from pararnn.training import RunError, RunFolder, metrics, report, saving, train, trainer
-from pararnn.training.checkpoints import CheckpointError, complete
-from pararnn.training.config import (
+from pararnn.lm.models import CELLS, ParaRNNForCausalLM
+from pararnn.lm.models.architectures import architectures
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.models.flops import train_flops_per_token
+from pararnn.lm.training import RunError, RunFolder, metrics, report, saving, train, trainer
+from pararnn.lm.training.checkpoints import CheckpointError, complete
+from pararnn.lm.training.config import (
     ArchitectureConfig,
     ExecutionConfig,
     OptimizerConfig,
     ScheduleConfig,
     TextConfig,
 )
-from pararnn.training.language_model import build_model
-from pararnn.training.optimizer import build_optimizer
-from pararnn.training.parallel import Processes
-from pararnn.training.step import train_step
-from pararnn.training.text import Codec
+from pararnn.lm.training.language_model import build_model
+from pararnn.lm.training.optimizer import build_optimizer
+from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.step import train_step
+from pararnn.lm.training.text import Codec
 
 HERE = Processes(0, 1, torch.device("cpu"))
 MEASURED = ("step", "loss", "z_loss", "bits_per_byte", "grad_norm", "learning_rate")

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from pararnn.bench import measure, save
-from pararnn.bench.decode import decode_rows
-from pararnn.bench.models import ModelSize
 from pararnn.bench.problem import Row
 from pararnn.bench.report import Rows
 from pararnn.bench.tables import DECODE, TRAIN, Table, facts_of, save_table
 from pararnn.bench.timing import copy_gigabytes_per_second
-from pararnn.bench.train import train_rows
 from pararnn.cli.arguments import parse
-from pararnn.data.errors import RunError
-from pararnn.models.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
-from pararnn.training.parallel import Processes, join_processes
+from pararnn.lm.bench.decode import decode_rows
+from pararnn.lm.bench.models import ModelSize
+from pararnn.lm.bench.train import train_rows
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.models.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
+from pararnn.lm.training.parallel import Processes, join_processes
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,9 @@ from typing import Annotated
 import tyro
 
 from pararnn.cli.arguments import parse
-from pararnn.data import PrepareConfig, TokenDataset, open_tokens, prepare
-from pararnn.data.config import OnError
-from pararnn.data.words import say
+from pararnn.lm.data import PrepareConfig, TokenDataset, open_tokens, prepare
+from pararnn.lm.data.config import OnError
+from pararnn.lm.data.words import say
 
 
 @dataclass(kw_only=True)

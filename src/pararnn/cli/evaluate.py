@@ -7,14 +7,14 @@ from pathlib import Path
 import tyro
 
 from pararnn.cli.arguments import parse
-from pararnn.data import TokenSplit
-from pararnn.data.corpus import read_documents
-from pararnn.data.words import say
-from pararnn.training import RunError, RunFolder, evaluate, load_trained
-from pararnn.training.advice import explained
-from pararnn.training.parallel import choose_device
-from pararnn.training.runs import identity_of
-from pararnn.training.text import Codec, flat_split, open_codec, open_text
+from pararnn.lm.data import TokenSplit
+from pararnn.lm.data.corpus import read_documents
+from pararnn.lm.data.words import say
+from pararnn.lm.training import RunError, RunFolder, evaluate, load_trained
+from pararnn.lm.training.advice import explained
+from pararnn.lm.training.parallel import choose_device
+from pararnn.lm.training.runs import identity_of
+from pararnn.lm.training.text import Codec, flat_split, open_codec, open_text
 
 _TASK_BATCH = 8  # requests side by side; their logits are kept whole
 
@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> int:
 
 def _run_tasks(parsed: EvalArguments) -> int:
     try:
-        from pararnn.evaluation import HarnessModel, run_tasks
+        from pararnn.lm.evaluation import HarnessModel, run_tasks
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pararnn"):
             raise

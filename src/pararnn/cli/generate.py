@@ -6,12 +6,12 @@ from pathlib import Path
 import tyro
 
 from pararnn.cli.arguments import parse
-from pararnn.data.words import say
-from pararnn.training import RunError, RunFolder, load_trained
-from pararnn.training.advice import explained
-from pararnn.training.language_model import generate_text
-from pararnn.training.parallel import choose_device
-from pararnn.training.text import open_codec
+from pararnn.lm.data.words import say
+from pararnn.lm.training import RunError, RunFolder, load_trained
+from pararnn.lm.training.advice import explained
+from pararnn.lm.training.language_model import generate_text
+from pararnn.lm.training.parallel import choose_device
+from pararnn.lm.training.text import open_codec
 
 
 @dataclass(kw_only=True)

@@ -55,7 +55,7 @@ def _run(name: str, arguments: list[str]) -> int:
             'pip install "pararnn[train]"',
             FAILED,
         )
-    from pararnn.data.errors import LostConnectionError, RunError
+    from pararnn.lm.data.errors import LostConnectionError, RunError
 
     try:
         return command.run(arguments)

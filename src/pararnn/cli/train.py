@@ -7,12 +7,12 @@ from typing import Annotated
 import tyro
 
 from pararnn.cli.arguments import parse
-from pararnn.data.errors import OtherProcessError
-from pararnn.training import RunFolder, TrainConfig, train
-from pararnn.training.config import resolve
-from pararnn.training.parallel import num_processes
-from pararnn.training.presets import preset_config
-from pararnn.training.run_folder import config_json, latest_run
+from pararnn.lm.data.errors import OtherProcessError
+from pararnn.lm.training import RunFolder, TrainConfig, train
+from pararnn.lm.training.config import resolve
+from pararnn.lm.training.parallel import num_processes
+from pararnn.lm.training.presets import preset_config
+from pararnn.lm.training.run_folder import config_json, latest_run
 
 
 @dataclass(kw_only=True)

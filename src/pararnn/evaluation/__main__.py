@@ -1,7 +1,0 @@
-"""The command of lm-eval with `--model pararnn`: `python -m pararnn.evaluation ...`."""
-
-from lm_eval.__main__ import cli_evaluate
-
-import pararnn.evaluation as _registers_the_model  # noqa: F401
-
-cli_evaluate()

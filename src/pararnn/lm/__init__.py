@@ -1,0 +1,1 @@
+"""Language models on top of `pararnn.RNN`: models, data, training, evaluation, benchmarks."""

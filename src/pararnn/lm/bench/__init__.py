@@ -1,0 +1,1 @@
+"""Benchmarks of language models: training steps and decoding."""

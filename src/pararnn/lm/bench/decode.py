@@ -1,0 +1,128 @@
+"""One token after another: the speed of generation against that of reading the weights."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+from pararnn.bench.problem import Row
+from pararnn.bench.timing import steps_milliseconds
+from pararnn.kernels.graphs import captured
+from pararnn.lm.bench.models import ModelSize, release
+from pararnn.lm.models import ParaRNNForCausalLM
+from pararnn.lm.models.architectures import missing_kernels
+from pararnn.lm.models.flops import multiplied_parameters
+from pararnn.lm.models.generation import Decoder, decoding_options, largest
+
+_STEPS = 16  # timed together
+
+
+def decode_rows(
+    size: ModelSize,
+    architectures: Sequence[str],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    device: torch.device,
+    rate: float,
+) -> Iterator[Row]:
+    """Time single steps of generation in bfloat16, greedily.
+
+    Where the state does not grow with the text there is one row for all contexts. The text itself
+    is not read first: attention works through a cache of that length whatever it holds.
+
+    Args:
+        size: Of the models.
+        architectures: Names of presets.
+        batches: Texts side by side.
+        contexts: Tokens before the one that is generated.
+        device: Where to run; on a GPU a step is compiled and captured in a CUDA graph.
+        rate: What the device copies, in GB/s.
+    """
+    for architecture in architectures:
+        grows = hasattr(size.config(architecture, max(contexts)), "num_key_value_heads")
+        for batch, context in itertools.product(batches, contexts if grows else [None]):
+            row: Row = {"architecture": architecture, "batch": batch, "context": context}
+            row["note"] = missing_kernels(architecture)
+            release()
+            try:
+                row |= _measure(size, architecture, batch, context, device, rate)
+            except torch.OutOfMemoryError:
+                row["skipped"] = "out of memory"
+            yield row
+
+
+def _measure(
+    size: ModelSize,
+    architecture: str,
+    batch: int,
+    context: int | None,
+    device: torch.device,
+    rate: float,
+) -> Row:
+    model = size.build(architecture, device, torch.bfloat16, (context or 0) + _STEPS).eval()
+    run, state_bytes = _steps(model, batch, context)
+    milliseconds = steps_milliseconds(run, device) / _STEPS
+    weight_bytes = multiplied_parameters(model) * model.dtype.itemsize
+    limit = (weight_bytes + state_bytes) / rate / 1e6
+    return {
+        "weight_bytes": weight_bytes,
+        "state_bytes": state_bytes,
+        "token_ms": milliseconds,
+        "tokens_per_second": batch / milliseconds * 1e3,
+        "limit_ms": limit,
+        "share_of_limit": limit / milliseconds,
+    }
+
+
+def _steps(
+    model: PreTrainedModel, batch: int, context: int | None
+) -> tuple[Callable[[], None], int]:
+    """A function that runs `_STEPS` steps, and the bytes of state that one reads and writes."""
+    if isinstance(model, ParaRNNForCausalLM):
+        decoder = Decoder(model, batch, compiled=model.device.type == "cuda")
+        decoder.start([[1]] * batch)
+        return _repeated(decoder.step), 2 * decoder.state_bytes
+    cache = StaticCache(config=model.config, max_cache_len=(context or 0) + _STEPS)
+    layers: list[Any] = cache.layers
+    repeated = _repeated(_cached_step(model, batch, cache))
+    if context is None:
+        kinds = [kind for layer in layers for kind in (layer.conv_states, layer.recurrent_states)]
+        return repeated, 2 * sum(state.nbytes for kind in kinds for state in kind.values())
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    def from_context() -> None:
+        for layer in layers:
+            layer.cumulative_length.fill_(context)
+        repeated()
+
+    return from_context, held * context // (context + _STEPS)
+
+
+def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Callable[[], None]:
+    """One greedy step of a model of transformers, as `Decoder` has it for ours."""
+    accepted = inspect.signature(model.forward).parameters
+    name = "cache_params" if "cache_params" in accepted else "past_key_values"
+    tokens = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
+
+    @torch.no_grad()
+    def step() -> None:
+        output = model(input_ids=tokens, use_cache=True, **{name: cache})
+        tokens.copy_(largest(output.logits[:, -1]))
+
+    step()  # the cache makes its tensors
+    if model.device.type != "cuda":
+        return step
+    return captured(torch.compile(step, dynamic=False, options=decoding_options()))
+
+
+def _repeated(step: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(_STEPS):
+            step()
+
+    return run

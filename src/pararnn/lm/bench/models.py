@@ -1,0 +1,71 @@
+"""The language models that are timed: the paper's sizes, or smaller ones to try things out."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pararnn.lm.models.architectures import Shape, make_config
+from pararnn.lm.models.presets import VOCAB_SIZE, preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """One size for all architectures.
+
+    Attributes:
+        name: A preset of `pararnn.lm.models.presets`.
+        width: Channels instead of the preset's; None for those.
+        num_layers: Blocks instead of the preset's; None for those.
+        vocab_size: Tokens.
+    """
+
+    name: str = "1b"
+    width: int | None = None
+    num_layers: int | None = None
+    vocab_size: int = VOCAB_SIZE
+
+    def config(self, architecture: str, max_length: int) -> PreTrainedConfig:
+        """The configuration of a model whose attention reaches `max_length` steps.
+
+        Raises:
+            ValueError: There is no such architecture or preset.
+        """
+        chosen = preset(architecture, self.name)
+        width = self.width or chosen.width
+        shape = Shape(
+            vocab_size=self.vocab_size,
+            width=width,
+            num_layers=self.num_layers or chosen.num_layers,
+            num_heads=math.gcd(chosen.num_heads, width),
+            state_size=chosen.state_size,
+            max_length=max_length,
+        )
+        return make_config(architecture, shape)
+
+    def build(
+        self, architecture: str, device: torch.device, dtype: torch.dtype, max_length: int
+    ) -> PreTrainedModel:
+        """A new model, made on the device and of the type that it keeps."""
+        with torch.device(device):
+            config = self.config(architecture, max_length)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def __str__(self) -> str:
+        changes = {"width": self.width, "layers": self.num_layers}
+        changes |= {"vocabulary": None if self.vocab_size == VOCAB_SIZE else self.vocab_size}
+        given = [f"{name} {value}" for name, value in changes.items() if value is not None]
+        return ", ".join([f"preset {self.name}", *given])
+
+
+def release() -> None:
+    """Give back what the last model used, so that the next starts from an empty device."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

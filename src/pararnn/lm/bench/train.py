@@ -1,0 +1,161 @@
+"""Whole train steps of language models: ours and the baselines, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from pararnn.bench.problem import Row
+from pararnn.bench.timing import steps_milliseconds
+from pararnn.lm.bench.models import ModelSize, release
+from pararnn.lm.models.architectures import missing_kernels
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.models.flops import peak_flops, train_flops_per_token
+from pararnn.lm.models.presets import preset
+from pararnn.lm.training.config import ExecutionConfig
+from pararnn.lm.training.initial import outline
+from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.sharding import lay_out
+
+KERNELS = frozenset({"sweep", "correct", "refine", "total"})  # as the generated Triton has them
+
+
+def train_rows(
+    size: ModelSize,
+    architectures: Sequence[str],
+    batch: int | None,
+    time: int,
+    processes: Processes,
+) -> Iterator[Row]:
+    """Time train steps on random tokens; one row for each architecture.
+
+    A step is forward and backward in bfloat16 autocast with float32 weights, and fused AdamW; on a
+    GPU every block is compiled. An architecture that does not fit the memory is tried with half the
+    sequences, then with activation checkpointing; one whose blocks do not compile runs them as they
+    are. Its row says so, or why it was skipped.
+
+    Args:
+        size: Of the models.
+        architectures: Names of presets.
+        batch: Sequences of one process; None for as many as the paper has per GPU at this size.
+        time: Tokens per sequence.
+        processes: That share the model (FSDP2), each with sequences of its own. What one of them
+            cannot do is taken for what none can.
+    """
+    batch = batch or preset(architectures[0], size.name).batch_size
+    for architecture in architectures:
+        yield _row(size, architecture, batch, time, processes)
+
+
+def _row(size: ModelSize, architecture: str, batch: int, time: int, processes: Processes) -> Row:
+    notes = [note for note in [missing_kernels(architecture)] if note]
+    row: Row = {"architecture": architecture, "batch": batch, "time": time}
+    compiled = processes.device.type == "cuda"
+    tries = [(batch, False), (max(1, batch // 2), False), (batch, True)]
+    while tries:
+        sequences, checkpointing = tries[0]
+        release()
+        execution = ExecutionConfig(activation_checkpointing=checkpointing, compile=compiled)
+        try:
+            measured = measure(size, architecture, sequences, time, processes, execution)
+        except torch.OutOfMemoryError:
+            tries.pop(0)
+            continue
+        except Exception as error:  # whatever it is, it must not take the others along
+            reason = _in_one_line(error)
+            if not compiled:
+                return row | {"note": "; ".join(notes), "skipped": reason}
+            notes.append(f"blocks as they are, since they do not compile ({reason})")
+            compiled = False
+            continue
+        if sequences != batch:
+            notes.append(f"{sequences} sequences, since {batch} do not fit the memory")
+        measured |= {"batch": sequences, "checkpointing": checkpointing, "note": "; ".join(notes)}
+        return row | measured
+    reason = "out of memory, with activation checkpointing too"
+    return row | {"note": "; ".join(notes), "skipped": reason}
+
+
+def _in_one_line(error: Exception) -> str:
+    reason = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {reason}"
+
+
+def measure(
+    size: ModelSize,
+    architecture: str,
+    batch: int,
+    time: int,
+    processes: Processes,
+    execution: ExecutionConfig,
+) -> Row:
+    """The figures of one architecture.
+
+    Raises:
+        torch.OutOfMemoryError: It does not fit.
+    """
+    device, on_gpu = processes.device, processes.device.type == "cuda"
+    alone = processes.count == 1  # then it is faster made on the device
+    model = (
+        size.build(architecture, device, torch.float32, time)
+        if alone
+        else outline(size.config(architecture, time))
+    )
+    loss = CausalLoss(model, preset(architecture, size.name).z_loss_weight)
+    lay_out(loss, execution, processes)
+    step = _train_step(loss, batch, time, device)
+    milliseconds = steps_milliseconds(step, device)
+    tokens = processes.count * batch * time
+    flops = train_flops_per_token(model, time) * tokens
+    peak = peak_flops(device)
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
+    return {
+        "processes": processes.count,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "step_ms": milliseconds,
+        "tokens_per_second": tokens / milliseconds * 1e3,
+        "mfu": None if peak is None else flops / (milliseconds / 1e3) / peak / processes.count,
+        "peak_memory_gib": memory,
+        "recurrence_share": _recurrence_share(step) if on_gpu else None,
+    }
+
+
+def _train_step(
+    loss: CausalLoss, batch: int, time: int, device: torch.device
+) -> Callable[[], None]:
+    loss.train()
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(loss.model.config.vocab_size, (batch, time + 1), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss(tokens[:, :-1], tokens[:, 1:])[0]
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _recurrence_share(step: Callable[[], None]) -> float | None:
+    """Share of our kernels in the time that any kernel of one step runs; None if none is seen."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.events() or [] if e.device_type == DeviceType.CUDA]
+    spans = [(e.time_range.start, e.time_range.end, e.name in KERNELS) for e in kernels]
+    everything = covered([(a, b) for a, b, _ in spans])
+    return covered([(a, b) for a, b, ours in spans if ours]) / everything if everything else None
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union: a kernel that is launched early waits while the one before runs."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

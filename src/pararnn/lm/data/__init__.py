@@ -1,0 +1,7 @@
+"""Token data for language models: preparing it, and opening it with its checksums compared."""
+
+from pararnn.lm.data.config import PrepareConfig as PrepareConfig
+from pararnn.lm.data.prepare import prepare as prepare
+from pararnn.lm.data.shards import TokenDataset as TokenDataset
+from pararnn.lm.data.shards import TokenSplit as TokenSplit
+from pararnn.lm.data.shards import open_tokens as open_tokens

@@ -1,0 +1,230 @@
+"""Documents, and the blocks of them that one process tokenizes at a time."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.data.finding import SourceFile, position
+from pararnn.lm.data.reading import UnusableError, read_text, refuse_rows
+from pararnn.lm.data.skipped import Skip
+
+NO_TEXT = "row without a text"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text.
+
+    Attributes:
+        name: Where it is, for the user.
+        position: From 0 to 1, a hash of the document's name; below the share, it is held out.
+        text: UTF-8.
+    """
+
+    name: str
+    position: float
+    text: bytes
+
+
+class Documents(Protocol):
+    """Documents of a block, read where they are tokenized."""
+
+    def documents(self) -> Iterator[Document | Skip]:
+        """The documents in their order, and what is left out."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Part of a source.
+
+    Attributes:
+        content: Its documents.
+        num_bytes: Its size in the source.
+        next: Where its reader goes on after it, as JSON values.
+    """
+
+    content: Documents
+    num_bytes: int
+    next: Any
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Something that is left out."""
+
+    skip: Skip
+
+    def documents(self) -> Iterator[Document | Skip]:
+        """Nothing but this."""
+        yield self.skip
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text files.
+
+    Attributes:
+        files: One document each.
+        field: That the texts of JSON would have.
+        skip_errors: Leave out those that cannot be read.
+    """
+
+    files: tuple[SourceFile, ...]
+    field: str
+    skip_errors: bool
+
+    def documents(self) -> Iterator[Document | Skip]:
+        """One per file."""
+        for file in self.files:
+            try:
+                text = read_text(file.path)
+                refuse_rows(file.path, text, self.field)
+            except UnusableError as error:
+                yield skip_or_stop(file, error, self.skip_errors)
+            else:
+                yield Document(str(file.path), file.position, text)
+
+
+@dataclass(frozen=True)
+class CutText:
+    """The only file of all sources: its last lines are held out."""
+
+    file: SourceFile
+    field: str
+    held_out: float
+
+    def documents(self) -> Iterator[Document | Skip]:
+        """The first lines and the last."""
+        text = read_text(self.file.path)
+        refuse_rows(self.file.path, text, self.field)
+        if not text:
+            return
+        cut = int(len(text) * (1 - self.held_out))
+        cut = text.rfind(b"\n", 0, cut) + 1 or text.find(b"\n") + 1
+        if not 0 < cut < len(text):
+            raise RunError(
+                f"{self.file.path} has a single line, so nothing can be held out; give more text."
+            )
+        yield Document(str(self.file.path), 1.0, text[:cut])
+        yield Document(str(self.file.path), 0.0, text[cut:])
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines of JSON, each an object with a text field.
+
+    Attributes:
+        path: Of the file.
+        name: Of the file in its source, without the suffix of a compression.
+        first: Number of the first line.
+        content: The lines.
+        field: That holds the text.
+        skip_errors: Leave out lines without a text.
+        unit: What the user calls a line.
+    """
+
+    path: Path
+    name: str
+    first: int
+    content: bytes
+    field: str
+    skip_errors: bool
+    unit: str = "line"
+
+    def documents(self) -> Iterator[Document | Skip]:
+        """One per line that is not blank."""
+        for number, line in enumerate(self.content.split(b"\n"), self.first):
+            if line.strip():
+                where = f"{self.path} {self.unit} {number}"
+                try:
+                    text = self._text(line, where)
+                except RunError as error:
+                    if not self.skip_errors:
+                        raise stopped(error, f"such {self.unit}s") from error
+                    yield Skip(where, f"{self.unit} without a text that can be read")
+                else:
+                    yield _document(text, where, f"{self.name}:{number}")
+
+    def _text(self, line: bytes, where: str) -> str:
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # also what is not UTF-8
+            raise RunError(f"{where} is not JSON ({error}); correct or remove it.") from error
+        except RecursionError as error:
+            raise RunError(f"{where} is nested too deeply; correct or remove it.") from error
+        if not isinstance(row, dict):
+            raise RunError(
+                f"{where} is not a JSON object; write {{{json.dumps(self.field)}: ...}}."
+            )
+        text = text_of(row, self.field, where)
+        if not isinstance(text, str):
+            raise RunError(f"{where} holds {_shown(text)} as {self.field!r}; it must be a string.")
+        return text
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a dataset: number and text; no text for one without, which is left out."""
+
+    name: str
+    rows: tuple[tuple[int, str | None], ...]
+
+    def documents(self) -> Iterator[Document | Skip]:
+        """One per row."""
+        for number, text in self.rows:
+            where = f"row {number} of {self.name}"
+            yield (
+                Skip(where, NO_TEXT)
+                if text is None
+                else _document(text, where, f"{self.name}:{number}")
+            )
+
+
+def text_of(row: dict[str, Any], field: str, where: str) -> Any:
+    """The text field of a row.
+
+    Raises:
+        RunError: The row has no such field.
+    """
+    if field not in row:
+        raise RunError(
+            f"{where} has no field {field!r}; it has {', '.join(row) or 'none'}. Name the one "
+            "that holds the text with --text-field."
+        )
+    return row[field]
+
+
+def skip_or_stop(file: SourceFile, error: UnusableError, skip_errors: bool) -> Skip:
+    """What is left out instead of a file.
+
+    Raises:
+        RunError: The user named it, or it would be text if it could be read.
+    """
+    if file.named:
+        raise error
+    if not (error.by_kind or skip_errors):
+        raise stopped(error, "such files") from error
+    return Skip(str(file.path), error.reason)
+
+
+def stopped(error: RunError, what: str) -> RunError:
+    """The error with the option that would go on."""
+    return RunError(f"{error} Or leave out {what} with --on-error skip.")
+
+
+def _document(text: str, where: str, name: str) -> Document | Skip:
+    try:
+        return Document(where, position(name), text.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return Skip(where, "half of a surrogate pair, which UTF-8 cannot hold")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a JSON value, however deep it is."""
+    try:
+        return json.dumps(value)[:40]
+    except RecursionError:
+        return type(value).__name__

@@ -1,0 +1,144 @@
+"""What one process makes of one block: a file of its tokens, from which shards are written."""
+
+import contextlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pararnn.lm.data.documents import Block, Document
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.data.files import write_atomically
+from pararnn.lm.data.skipped import EMPTY, Skip, Skipped
+from pararnn.lm.data.tokenization import Tokenization, first_line, load_tokenizer
+
+DAMAGE = (
+    *(ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What reading a damaged part raises."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The documents of a block.
+
+    Attributes:
+        positions: Per document, from 0 to 1; below the share, it is held out.
+        num_tokens: Per document, with its separator.
+        num_bytes: Per document, of its text.
+        skipped: What is left out.
+        source_bytes: Size of the block in the source.
+        next: Where the reader of the source goes on.
+    """
+
+    positions: np.ndarray
+    num_tokens: np.ndarray
+    num_bytes: np.ndarray
+    skipped: Skipped
+    source_bytes: int
+    next: Any
+
+
+def write_part(path: Path, block: Block, tokenizer: Path | None) -> None:
+    """Tokenize a block; the file appears when it is whole.
+
+    Args:
+        path: File to write.
+        block: What to tokenize.
+        tokenizer: Folder of the tokenizer; None for bytes.
+    """
+    tokenization = load_tokenizer(tokenizer)
+    dtype = smallest_dtype(tokenization)
+    pieces, rows, skipped = [np.empty(0, dtype)], [], Skipped()
+    for document in block.content.documents():
+        encoded = _encoded(document, tokenization)
+        if isinstance(encoded, Skip):
+            skipped.add(encoded)
+        else:
+            position, tokens, num_bytes = encoded
+            rows.append((position, len(tokens) + 1, num_bytes))
+            pieces += [np.array([tokenization.separator], dtype), tokens.astype(dtype)]
+    facts = {"skipped": skipped.reasons, "source_bytes": block.num_bytes, "next": block.next}
+    content = io.BytesIO()
+    np.savez(
+        content,
+        tokens=np.concatenate(pieces),
+        positions=np.array([row[0] for row in rows], dtype=np.float64),
+        num_tokens=np.array([row[1] for row in rows], dtype=np.int64),
+        num_bytes=np.array([row[2] for row in rows], dtype=np.int64),
+        facts=np.array(json.dumps(facts)),
+    )
+    write_atomically(path, content.getvalue())
+
+
+def smallest_dtype(tokenization: Tokenization) -> np.dtype:
+    """The smallest unsigned integers that hold every token."""
+    return np.min_scalar_type(tokenization.vocab_size - 1)
+
+
+def _encoded(
+    document: Document | Skip, tokenization: Tokenization
+) -> tuple[float, np.ndarray, int] | Skip:
+    """Position, tokens and bytes of a document, or why it is left out."""
+    if isinstance(document, Skip):
+        return document
+    if not document.text:
+        return Skip(document.name, EMPTY)
+    tokens = tokenization.encode(document.text)
+    if (tokens == tokenization.separator).any():
+        return Skip(document.name, "holds the separator of documents")
+    return document.position, tokens, len(document.text)
+
+
+def read_part(path: Path) -> Part:
+    """All of a part but its tokens.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    with _opened(path) as stored:
+        facts = json.loads(str(stored["facts"]))
+        skipped = Skipped(facts.pop("skipped"))
+        positions, num_tokens, num_bytes = (
+            stored[name] for name in ("positions", "num_tokens", "num_bytes")
+        )
+        if not len(positions) == len(num_tokens) == len(num_bytes):
+            raise ValueError("documents are missing")
+        return Part(positions, num_tokens, num_bytes, skipped=skipped, **facts)
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """The tokens of a part, document after document, each with its separator before it.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    with _opened(path) as stored:
+        tokens = stored["tokens"]
+        if len(tokens) != stored["num_tokens"].sum():
+            raise ValueError("tokens are missing")
+        return tokens
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise _damaged(path, "it is no file")
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            yield stored
+    except DAMAGE as error:
+        raise _damaged(path, first_line(error)) from error
+
+
+def _damaged(path: Path, how: str) -> RunError:
+    return RunError(
+        f"{path} is damaged ({how}); delete this file, and the same command makes it anew."
+    )

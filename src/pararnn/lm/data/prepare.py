@@ -1,0 +1,172 @@
+"""From sources to shards, in parallel and restartable.
+
+The sources are cut into units at places that depend on nothing but the settings. Processes write
+the tokens of a unit each as a part; every so many units, their parts become a shard of each split
+and are deleted. So the result is the same for any number of processes and however often the work
+was stopped.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from pararnn.lm.data.config import PrepareConfig, settings_of
+from pararnn.lm.data.documents import Document
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.data.files import alone_in
+from pararnn.lm.data.index import TOKENIZER, Index, write_index
+from pararnn.lm.data.parts import smallest_dtype
+from pararnn.lm.data.progress import Progress, is_finished, remove_work, start_or_continue
+from pararnn.lm.data.sources import Reader, find_readers, is_dataset
+from pararnn.lm.data.tokenization import BYTES, check_files, digests, load_tokenizer, save_tokenizer
+from pararnn.lm.data.units import Units
+from pararnn.lm.data.words import say
+
+SAMPLE_BYTES = 64 << 20
+"""Text that a tokenizer is trained on, in equal shares of the files of lines and datasets."""
+
+
+def prepare(
+    config: PrepareConfig, folder: str | os.PathLike[str], workers: int | None = None
+) -> int | None:
+    """Write token data that `open_tokens` reads, or go on where an earlier call stopped.
+
+    Args:
+        config: What to prepare.
+        folder: Where; new, empty, or with an unfinished or finished run of the same settings.
+        workers: Processes; None for one per core. They import the main module, so a script that
+            calls this needs `if __name__ == "__main__":`.
+
+    Returns:
+        None, or the number of the signal that stopped the work.
+
+    Raises:
+        RunError: A source cannot be read, the folder cannot be written or holds something else.
+    """
+    folder = Path(folder)
+    _check_apart(config, folder)
+    try:
+        return _prepare(config, folder, workers or _num_cores())
+    except MemoryError as error:
+        raise RunError(
+            "the memory does not suffice for a document or a list of JSON, which are held whole; "
+            "cut them, or continue with the same command and fewer --workers."
+        ) from error
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a worker process was killed, perhaps for want of memory; continue with the same "
+            "command and fewer --workers."
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"cannot prepare {folder}: {error}. What is prepared so far is kept; when the cause is "
+            "removed, continue with the same command."
+        ) from error
+
+
+def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
+    readers, skipped = find_readers(
+        config.sources, config.text_field, config.held_out, config.skip_errors
+    )
+    fingerprint = json.dumps([reader.fingerprint() for reader in readers])
+    source_sha256 = hashlib.sha256(fingerprint.encode()).hexdigest()
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        start = Progress(settings_of(config), source_sha256, skipped=skipped)
+        return _write(config, folder, workers, readers, start)
+
+
+def _write(
+    config: PrepareConfig, folder: Path, workers: int, readers: list[Reader], start: Progress
+) -> int | None:
+    if is_finished(folder, start):
+        say(f"{folder} is finished already; nothing to do.")
+        remove_work(folder)
+        return None
+    progress = start_or_continue(folder, start)
+    tokenizer = _tokenizer_folder(config, folder, readers, progress)
+    units = Units(config, folder, readers, progress, tokenizer)
+    stopped_by = units.tokenize(workers)
+    if stopped_by is not None:
+        name = signal.Signals(stopped_by).name
+        say(f"Stopped by {name}; what is prepared is kept. Continue with the same command.")
+        return stopped_by
+    units.finish()
+    _write_index(folder, config, progress, tokenizer)
+    remove_work(folder)
+    return None
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_apart(config: PrepareConfig, folder: Path) -> None:
+    for source in config.sources:
+        if not is_dataset(source) and folder.resolve().is_relative_to(Path(source).resolve()):
+            raise RunError(
+                f"--out {folder} lies within the source {source}, which would then read its own "
+                "result; name a folder elsewhere."
+            )
+
+
+def _tokenizer_folder(
+    config: PrepareConfig, folder: Path, readers: list[Reader], progress: Progress
+) -> Path | None:
+    """The folder of the tokenizer, which is made unless it is there; None for bytes."""
+    if config.tokenizer == BYTES:
+        return None
+    path = folder / TOKENIZER
+    if not progress.tokenizer_files:
+        say(f"Tokenizer: {config.tokenizer}, saved as {path}")
+        shutil.rmtree(path, ignore_errors=True)
+        save_tokenizer(config.tokenizer, _sample(config, readers), path)
+        progress.tokenizer_files = digests(path)
+        progress.save(folder)
+    check_files(path, progress.tokenizer_files)
+    return path
+
+
+def _sample(config: PrepareConfig, readers: list[Reader]) -> Iterator[str]:
+    """Text of documents that are not held out."""
+    share = max(SAMPLE_BYTES // len(readers), 1)
+    for reader in readers:
+        left = share
+        for text in _texts(reader, config.held_out, min(share, config.unit_bytes)):
+            yield text.decode()
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def _texts(reader: Reader, held_out: float, unit_bytes: int) -> Iterator[bytes]:
+    for block in reader.blocks(None, unit_bytes):
+        for document in block.content.documents():
+            if isinstance(document, Document) and document.position >= held_out:
+                yield document.text
+
+
+def _write_index(
+    folder: Path, config: PrepareConfig, progress: Progress, tokenizer: Path | None
+) -> None:
+    tokenization = load_tokenizer(tokenizer)
+    index = Index(
+        tokenizer=config.tokenizer,
+        tokenizer_files=progress.tokenizer_files,
+        vocab_size=tokenization.vocab_size,
+        separator=tokenization.separator,
+        dtype=smallest_dtype(tokenization).name,
+        splits=progress.shards,
+        skipped=progress.skipped,
+        settings=progress.settings,
+        source_sha256=progress.source_sha256,
+    )
+    write_index(folder, index)

@@ -1,0 +1,34 @@
+"""Datasets with a name of their own, and the rows of them that are used."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pararnn.lm.data.errors import RunError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A dataset and a choice of its rows.
+
+    Attributes:
+        dataset: Its name, as `datasets:` takes it.
+        keep: Says whether a row is used.
+    """
+
+    dataset: str
+    keep: Callable[[dict[str, Any]], bool]
+
+
+def _is_no_book(row: dict[str, Any]) -> bool:
+    meta = row.get("meta")
+    if not isinstance(meta, dict) or "redpajama_set_name" not in meta:
+        raise RunError(
+            "a row of the dataset has no meta.redpajama_set_name, so books cannot be told apart; "
+            "it is not SlimPajama as its authors published it."
+        )
+    return meta["redpajama_set_name"] != "RedPajamaBook"
+
+
+RECIPES = {"slimpajama-no-books": Recipe("cerebras/SlimPajama-627B", _is_no_book)}
+"""SlimPajama (Soboleva et al. 2023): 627 billion tokens, of which 4 percent are books."""

@@ -1,0 +1,21 @@
+"""Language models built on `pararnn.RNN`, as transformers models."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pararnn.lm.models import presets as presets
+from pararnn.lm.models.cache import LayerState as LayerState
+from pararnn.lm.models.cache import ParaRNNCache as ParaRNNCache
+from pararnn.lm.models.causal_loss import CausalLoss as CausalLoss
+from pararnn.lm.models.cells import CELLS as CELLS
+from pararnn.lm.models.cells import register_cell as register_cell
+from pararnn.lm.models.configuration import ParaRNNConfig as ParaRNNConfig
+from pararnn.lm.models.modeling import ParaRNNForCausalLM as ParaRNNForCausalLM
+from pararnn.lm.models.modeling import ParaRNNModel as ParaRNNModel
+from pararnn.lm.models.modeling import ParaRNNPreTrainedModel as ParaRNNPreTrainedModel
+
+AutoConfig.register(ParaRNNConfig.model_type, ParaRNNConfig, exist_ok=True)
+AutoModel.register(ParaRNNConfig, ParaRNNModel, exist_ok=True)
+AutoModelForCausalLM.register(ParaRNNConfig, ParaRNNForCausalLM, exist_ok=True)
+# Trainer's label smoothing and the pipelines look for the class by name: what shifts its labels
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ParaRNNConfig.model_type] = ParaRNNForCausalLM.__name__

@@ -1,0 +1,162 @@
+"""Language models of every architecture from one shape: ours, and the baselines of transformers."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.mamba2 import Mamba2Config
+from transformers.models.qwen3 import Qwen3Config
+
+from pararnn.lm.models.cells import CELLS
+from pararnn.lm.models.configuration import ParaRNNConfig, default_mlp_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the architectures have in common.
+
+    Attributes:
+        vocab_size: Number of tokens.
+        width: Channels of the residual stream.
+        num_layers: Blocks.
+        num_heads: Heads: of a cell's input projection, of attention, of Mamba2's state.
+        initializer_range: Standard deviation of linear and embedding weights.
+        state_size: Entries that Mamba2 remembers per channel.
+        conv_kernel: Steps that a causal convolution sees, where there is one.
+        max_length: Steps that attention must reach; the others have no limit.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    initializer_range: float = 0.02
+    state_size: int = 128
+    conv_kernel: int = 4
+    max_length: int = 2048
+
+
+def _transformer(shape: Shape, **options: Any) -> PreTrainedConfig:
+    """RMSNorm, SwiGLU, rotary positions, normed queries and keys, as many key as query heads."""
+    return Qwen3Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_heads,
+        head_dim=shape.width // shape.num_heads,
+        intermediate_size=default_mlp_size(shape.width),
+        initializer_range=shape.initializer_range,
+        max_position_embeddings=shape.max_length,
+        tie_word_embeddings=False,
+        **options,
+    )
+
+
+def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
+    """Mamba2 blocks of twice the width inside; its own initialiser's scale is five times ours."""
+    return Mamba2Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        head_dim=2 * shape.width // shape.num_heads,
+        n_groups=1,
+        state_size=shape.state_size,
+        conv_kernel=shape.conv_kernel,
+        initializer_range=shape.initializer_range,
+        tie_word_embeddings=False,
+        **options,
+    )
+
+
+_KERNELS = {"mamba2": {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": ""}}
+"""Packages that an architecture is fast with, and what of them transformers imports."""
+
+BASELINES: dict[str, Callable[..., PreTrainedConfig]] = {
+    "transformer": _transformer,
+    "mamba2": _mamba2,
+}
+
+
+_CONFIGS = {kind.model_type: kind for kind in (ParaRNNConfig, Qwen3Config, Mamba2Config)}
+
+
+def foreign_fields(stored: dict[str, Any]) -> list[str]:
+    """Fields of a stored configuration that no model made here has.
+
+    Some of them make transformers fetch code, as `attn_implementation` and `auto_map` do.
+    """
+    kind = _CONFIGS.get(str(stored.get("model_type")))
+    return ["model_type"] if kind is None else sorted(set(stored) - set(kind().to_dict()))
+
+
+def architectures() -> list[str]:
+    """Names that `make_config` knows: every registered cell, and the baselines."""
+    return [*CELLS, *BASELINES]
+
+
+def check_architecture(name: str) -> None:
+    """Raise ValueError when there is no such architecture, naming the nearest."""
+    known = architectures()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"architecture {name!r} is unknown; perhaps you meant {nearest!r}. There are: "
+            f"{', '.join(known)}."
+        )
+
+
+def missing_kernels(architecture: str) -> str:
+    """What is missing for an architecture to run as fast as it can; empty when nothing is."""
+    for package, module in _KERNELS.get(architecture, {}).items():
+        name = package.replace("-", "_")
+        if importlib.util.find_spec(name) is None:
+            return f"transformers' slow path: {package} is not installed"
+        try:
+            importlib.import_module(module or name)
+        except ImportError as error:
+            return f"transformers' slow path: {package} cannot be imported ({error})"
+    return ""
+
+
+def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedConfig:
+    """The configuration of a language model.
+
+    Args:
+        architecture: A name of `architectures()`.
+        shape: Its size.
+        options: Further arguments of the configuration's class, such as `eos_token_id`.
+
+    Raises:
+        ValueError: The name is unknown, or the heads do not divide the width.
+    """
+    check_architecture(architecture)
+    if shape.width % shape.num_heads:
+        raise ValueError(
+            f"width {shape.width} cannot be split into {shape.num_heads} heads; choose a number "
+            "of heads that divides it."
+        )
+    if architecture in BASELINES:
+        return BASELINES[architecture](shape, **options)
+    return ParaRNNConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        cell=architecture,
+        conv_kernel=shape.conv_kernel,
+        initializer_range=shape.initializer_range,
+        **options,
+    )
+
+
+def make_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A new model of a configuration, on the current default device and of the default type."""
+    return AutoModelForCausalLM.from_config(config)

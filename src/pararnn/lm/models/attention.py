@@ -1,0 +1,114 @@
+"""Attention as a mixer, for stacks that mix it with recurrences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pararnn.lm.models.boundaries import Boundaries
+from pararnn.lm.models.configuration import ParaRNNConfig
+from pararnn.lm.models.projection import ResidualProjection
+
+_ROTARY_BASE = 10_000.0
+_PADDING = -1
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What an attention mixer remembers: unlike a recurrence, every token.
+
+    Attributes:
+        keys: Shape (batch, steps, heads, channels per head), rotated.
+        values: Of the same shape.
+        document: Shape (batch, steps): number of the document that a step belongs to, -1 for
+            padding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    document: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
+        """The same state with a function applied to every tensor."""
+        return AttentionState(function(self.keys), function(self.values), function(self.document))
+
+
+class AttentionMixer(nn.Module):
+    """Causal self-attention with rotary positions and normed queries and keys.
+
+    Args:
+        config: Shape of the model.
+    """
+
+    def __init__(self, config: ParaRNNConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.attention_heads
+        self.in_proj = nn.Linear(width, 3 * width, bias=False)
+        self.query_norm = nn.RMSNorm(width // self.heads, eps=config.rms_norm_eps)
+        self.key_norm = nn.RMSNorm(width // self.heads, eps=config.rms_norm_eps)
+        self.out_proj = ResidualProjection(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, boundaries: Boundaries | None, state: AttentionState | None
+    ) -> tuple[Tensor, AttentionState]:
+        """Mix x, shape (batch, time, hidden_size); returns the result and the state after it."""
+        queries, keys, values = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        past = 0 if state is None else state.keys.shape[1]
+        queries = _rotated(self.query_norm(queries), past)
+        keys = _rotated(self.key_norm(keys), past)
+        document = _documents(x, boundaries, state)
+        after = AttentionState(keys, values, document)
+        if state is not None:
+            pairs = (
+                (state.keys, keys),
+                (state.values, values),
+                (state.document, document),
+            )
+            after = AttentionState(*(torch.cat(pair, 1) for pair in pairs))
+        alone = boundaries is None and state is None
+        mask = None if alone else _visible(document, after.document)
+        y = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            after.keys.transpose(1, 2),
+            after.values.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=alone,
+        )
+        return self.out_proj(y.transpose(1, 2).flatten(2)), after
+
+
+def _rotated(x: Tensor, first: int) -> Tensor:
+    """Pairs of channels turned by an angle that grows with the step (arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    exact = torch.promote_types(x.dtype, torch.float32)
+    steps = torch.arange(first, first + x.shape[1], device=x.device, dtype=exact)
+    powers = torch.arange(half, device=x.device, dtype=exact) / half
+    angles = (steps[:, None] * _ROTARY_BASE**-powers)[:, None]  # (time, 1, half)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine, x[..., 2 * half :]], -1)
+
+
+def _documents(x: Tensor, boundaries: Boundaries | None, state: AttentionState | None) -> Tensor:
+    """Number of the document of every new step, going on from those before."""
+    batch, time, _ = x.shape
+    last = 0 if state is None else state.document[:, -1:]
+    if boundaries is None:
+        return torch.zeros(batch, time, dtype=torch.int64, device=x.device) + last
+    document = boundaries.document + last
+    if boundaries.real is None:
+        return document
+    return torch.where(boundaries.real.squeeze(-1), document, _PADDING)
+
+
+def _visible(queries: Tensor, keys: Tensor) -> Tensor:
+    """Which keys a query sees, (batch, 1, queries, keys): of its document, none after it."""
+    past = keys.shape[1] - queries.shape[1]
+    step = torch.arange(keys.shape[1], device=keys.device)
+    before = step <= step[past:, None]
+    return ((queries[:, :, None] == keys[:, None, :]) & before).unsqueeze(1)

@@ -1,0 +1,129 @@
+"""The language-model block (Danieli et al. 2025, Figure 9).
+
+u, gate = W_in norm(x), W_gate norm(x)
+y       = RNN(silu(conv(u)))
+x       = scale * x + W_out norm(y * silu(gate))
+x       = x + W_down (silu(W_gate norm(x)) * (W_up norm(x)))
+
+Branches have projections of their own: cut from the result of one, their gradients would have to
+be copied together.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pararnn.layers.rnn import RNN
+from pararnn.lm.models.attention import AttentionMixer, AttentionState
+from pararnn.lm.models.boundaries import Boundaries
+from pararnn.lm.models.cache import LayerState
+from pararnn.lm.models.cells import CELLS
+from pararnn.lm.models.configuration import ATTENTION, ParaRNNConfig
+from pararnn.lm.models.convolution import CausalConvolution
+from pararnn.lm.models.projection import ResidualProjection
+
+
+class GatedRMSNorm(nn.RMSNorm):
+    """RMSNorm of `y * silu(gate)`."""
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override] # takes the gate
+        """Norm of the gated y; both (..., inner_size)."""
+        gated = y * F.silu(gate)
+        weight = self.weight.to(gated.dtype)
+        return F.rms_norm(gated, self.normalized_shape, weight, self.eps)
+
+
+def initialises_itself(module: nn.Module) -> bool:
+    """Whether a module is part of a cell: those keep the weights that they were made with."""
+    return getattr(module, "_part_of_cell", False)
+
+
+def _keep_own_initialisation(cell: nn.Module) -> None:
+    """Keep transformers from initialising a cell, unless it was made without values."""
+    for module in cell.modules():
+        module._part_of_cell = True  # type: ignore[assignment] # a mark
+        if all(not parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module._is_hf_initialized = True  # type: ignore[assignment] # transformers' mark
+
+
+class ParaRNNMixer(nn.Module):
+    """Mixes over time: two branches, convolution, recurrence, gated norm.
+
+    Args:
+        config: Shape of the model.
+        cell: Name in `CELLS` of its recurrence.
+    """
+
+    def __init__(self, config: ParaRNNConfig, cell: str) -> None:
+        super().__init__()
+        size = config.inner_size
+        self.in_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.conv = CausalConvolution(size, config.conv_kernel)
+        recurrence = CELLS[cell](size, size, num_heads=config.num_heads, **config.cell_options)
+        _keep_own_initialisation(recurrence)
+        if not hasattr(recurrence, "input_size"):
+            recurrence.input_size = size  # type: ignore[assignment] # so that it is traced at once
+        self.rnn = RNN(recurrence, backend=config.backend)
+        self.norm = GatedRMSNorm(size, eps=config.rms_norm_eps)
+        self.out_proj = ResidualProjection(size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, boundaries: Boundaries | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
+        """Mix x, shape (batch, time, hidden_size); returns the result and the state after it."""
+        u, gate = self.in_proj(x), self.gate_proj(x)
+        if boundaries is not None and boundaries.real is not None:
+            u = u * boundaries.real
+        window, recurrent = (None, None) if state is None else (state.window, state.recurrent)
+        u, window = self.conv(u, window, boundaries)
+        resets = None if boundaries is None else boundaries.resets
+        y, recurrent = self.rnn(F.silu(u), recurrent, resets)
+        return self.out_proj(self.norm(y, gate)), LayerState(window, recurrent)
+
+
+class SwiGLU(nn.Module):
+    """`W_down (silu(W_gate x) * (W_up x))`."""
+
+    def __init__(self, config: ParaRNNConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = ResidualProjection(
+            config.intermediate_size, config.hidden_size, bias=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform x, shape (..., hidden_size)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def make_mixer(config: ParaRNNConfig, name: str) -> nn.Module:
+    """The mixer of one block: attention, or the recurrence of a cell."""
+    return AttentionMixer(config) if name == ATTENTION else ParaRNNMixer(config, name)
+
+
+class ParaRNNBlock(GradientCheckpointingLayer):
+    """Mixer and MLP, each behind a norm and with a residual; the mixer's has a learnable scale.
+
+    Args:
+        config: Shape of the model.
+        mixer: A name as in `ParaRNNConfig.mixers`.
+    """
+
+    def __init__(self, config: ParaRNNConfig, mixer: str) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = make_mixer(config, mixer)
+        self.residual_scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x: Tensor, boundaries: Boundaries | None, state: LayerState | AttentionState | None
+    ) -> tuple[Tensor, LayerState | AttentionState]:
+        """Transform x, shape (batch, time, hidden_size); returns it and the state after it."""
+        mixed, state = self.mixer(self.mixer_norm(x), boundaries, state)
+        x = self.residual_scale * x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state

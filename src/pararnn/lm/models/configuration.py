@@ -1,0 +1,132 @@
+"""Configuration of the language model."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from pararnn.lm.models.cells import CELLS
+
+MLP_MULTIPLE = 256
+ATTENTION = "attention"
+ATTENTION_HEAD = 128
+
+
+def default_mlp_size(hidden_size: int) -> int:
+    """8/3 of the width, rounded up to a multiple of 256: a SwiGLU as large as a 4x MLP."""
+    return -(-8 * hidden_size // (3 * MLP_MULTIPLE)) * MLP_MULTIPLE
+
+
+class ParaRNNConfig(PreTrainedConfig):
+    """Shape of a `ParaRNNForCausalLM`.
+
+    Args:
+        vocab_size: Number of tokens.
+        hidden_size: Width of the residual stream, in channels.
+        num_hidden_layers: Number of blocks (mixer and MLP).
+        num_heads: Blocks of the cell's input projection; must divide `inner_size`.
+        inner_size: Channels of the recurrence; None for `hidden_size`.
+        intermediate_size: Channels inside the SwiGLU; None for 8/3 of the width, rounded up to a
+            multiple of 256.
+        conv_kernel: Width of the causal depthwise convolution, in time steps.
+        cell: Name in `pararnn.lm.models.CELLS`.
+        mixers: What mixes over time in each block, for hybrid stacks: names of cells, and
+            "attention"; None for the cell in all.
+        attention_heads: Heads of attention; None for one per 128 channels.
+        cell_options: Further keyword arguments of the cell.
+        backend: Which kernels evaluate the recurrence, as in `pararnn.RNN`.
+        rms_norm_eps: Added to the mean square in every norm.
+        initializer_range: Standard deviation of linear and embedding weights; the projections back
+            to the residual stream get it divided by the square root of their number.
+        z_loss_weight: Weight of the mean squared log-partition in the loss.
+        use_cache: Return a cache outside training, unless a sequence ends in padding.
+        tie_word_embeddings: Use the embedding as output projection.
+
+    Raises:
+        ValueError: A size is not positive, a division leaves a remainder, or the cell is unknown.
+    """
+
+    model_type = "pararnn"
+    keys_to_ignore_at_inference = ["cache_params", "cross_entropy", "z_loss"]  # noqa: RUF012 # theirs
+
+    def __init__(
+        self,
+        vocab_size: int = 50432,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 24,
+        num_heads: int = 4,
+        inner_size: int | None = None,
+        intermediate_size: int | None = None,
+        conv_kernel: int = 4,
+        cell: str = "paragru",
+        mixers: list[str] | None = None,
+        attention_heads: int | None = None,
+        cell_options: dict[str, Any] | None = None,
+        backend: str = "auto",
+        rms_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        z_loss_weight: float = 1e-4,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_heads = num_heads
+        self.inner_size = hidden_size if inner_size is None else inner_size
+        self.intermediate_size = (
+            default_mlp_size(hidden_size) if intermediate_size is None else intermediate_size
+        )
+        self.conv_kernel = conv_kernel
+        self.cell = cell
+        self.mixers = [cell] * num_hidden_layers if mixers is None else list(mixers)
+        self.attention_heads = attention_heads or max(1, hidden_size // ATTENTION_HEAD)
+        self.cell_options = dict(cell_options or {})
+        self.backend = backend
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.z_loss_weight = z_loss_weight
+        self.use_cache = use_cache
+        self._check()
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+
+    def _check(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_heads",
+            "inner_size",
+            "intermediate_size",
+            "conv_kernel",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 1 up.")
+        if self.inner_size % self.num_heads:
+            raise ValueError(
+                f"inner_size {self.inner_size} cannot be split into {self.num_heads} heads; "
+                "choose num_heads that divides it."
+            )
+        for cell in {self.cell, *self.mixers} - {ATTENTION}:
+            if cell not in CELLS:
+                raise ValueError(
+                    f"cell {cell!r} is unknown; choose one of {', '.join(sorted(CELLS))}, or add "
+                    "yours with pararnn.lm.models.register_cell."
+                )
+        if len(self.mixers) != self.num_hidden_layers:
+            raise ValueError(
+                f"mixers names {len(self.mixers)} blocks but num_hidden_layers is "
+                f"{self.num_hidden_layers}; name one for each."
+            )
+        if ATTENTION in self.mixers and self.hidden_size % self.attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} cannot be split into {self.attention_heads} "
+                "attention heads; choose attention_heads that divides it."
+            )

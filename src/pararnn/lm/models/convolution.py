@@ -1,0 +1,78 @@
+"""Causal depthwise convolution over time that respects document boundaries."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pararnn.lm.models.boundaries import Boundaries
+
+
+class CausalConvolution(nn.Module):
+    """Every channel filtered on its own over the last `kernel_size` steps.
+
+    Written as a sum of shifted inputs: it needs no transposition to channels first, and a
+    boundary is a mask on a shift.
+
+    Args:
+        channels: Number of channels.
+        kernel_size: Steps seen, the present one included.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(kernel_size, channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(kernel_size), as `nn.Conv1d` has it; zero bias."""
+        bound = 1 / math.sqrt(self.weight.shape[0])
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(
+        self, u: Tensor, window: Tensor | None, boundaries: Boundaries | None
+    ) -> tuple[Tensor, Tensor]:
+        """Filter u, shape (batch, time, channels).
+
+        `window` holds the last kernel_size - 1 inputs before u (None for zeros). Returns the
+        result, shaped and typed as u, and the window after u.
+        """
+        batch, time, channels = u.shape
+        history = self.weight.shape[0] - 1
+        if window is None:
+            window = u.new_zeros(batch, history, channels)
+        inputs = torch.cat([window.to(u.dtype), u], dim=1)
+        weight, bias = self.weight.to(u.dtype), self.bias.to(u.dtype)
+        if boundaries is None:
+            taps = [inputs[:, k : k + time] for k in range(history + 1)]
+            return _weigh(taps, weight, bias), inputs[:, time:]
+        document = boundaries.document
+        past = torch.cat([document.new_zeros(batch, history), document], dim=1).unsqueeze(-1)
+        now = document.unsqueeze(-1)
+        taps = [
+            inputs[:, k : k + time] * (past[:, k : k + time] == now) for k in range(history + 1)
+        ]
+        return _weigh(taps, weight, bias), inputs[:, time:] * (past[:, time:] == now[:, -1:])
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.weight.shape[1]}, kernel_size={self.weight.shape[0]}"
+
+
+def advance_windows(windows: Tensor, newest: list[Tensor]) -> None:
+    """Let windows, shape (convolutions, batch, history, channels), go on by one step in place.
+
+    For single steps, whose windows are those before without the first input, and with the newest,
+    shape (batch, 1, channels): all are moved at once.
+    """
+    if windows.shape[2]:
+        windows[:, :, :-1] = windows[:, :, 1:].clone()
+        torch._foreach_copy_(list(windows[:, :, -1:].unbind()), newest)
+
+
+def _weigh(taps: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    total = torch.addcmul(bias, taps[0], weight[0])
+    for tap, row in zip(taps[1:], weight[1:], strict=True):
+        total = torch.addcmul(total, tap, row)
+    return total

@@ -1,0 +1,300 @@
+"""Generation: prompts in parallel over time, then one step per token from the recurrent state.
+
+Everything that a step reads and writes lies in tensors made once: the states of all blocks, the
+last tokens, and which sequences have ended. On a GPU the step is therefore captured in a CUDA graph
+and replayed; elsewhere the same function is called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pararnn.kernels.graphs import captured
+from pararnn.layers.rnn import RNN
+from pararnn.lm.models.cache import LayerState, ParaRNNCache, State, map_state
+from pararnn.lm.models.configuration import ATTENTION
+from pararnn.lm.models.convolution import advance_windows
+from pararnn.lm.models.modeling import ParaRNNForCausalLM
+from pararnn.tracing.ran import Ran
+from pararnn.tracing.watch import Watched
+
+_STEPS_BETWEEN_CHECKS = 32  # whether all have ended: only then does the host wait for the device
+_PART = 1024  # scores that one processor looks at
+_LEAST_NOISE = 2.0**-25  # exponential noise may be drawn as 0, for all below 2**-24
+
+
+def generate(
+    model: ParaRNNForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    end_of_text: int | None = None,
+) -> list[list[int]]:
+    """Continue texts of any lengths side by side.
+
+    Args:
+        model: On the device to generate on; put into evaluation mode.
+        prompts: Tokens of every text, at least one.
+        max_new_tokens: Most tokens to add to each.
+        temperature: Of the sampling; 0 takes the most probable token.
+        seed: Of the sampling; PyTorch's own random state is neither used nor changed.
+        end_of_text: Token after which a text is over; None for no such token.
+
+    Returns:
+        The new tokens of every text, without `end_of_text`.
+
+    Raises:
+        ValueError: No prompts, an empty one, a token outside the vocabulary, or a setting out of
+            range.
+    """
+    decoder = Decoder(model, len(prompts))
+    return decoder.generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        end_of_text=end_of_text,
+    )
+
+
+class Decoder:
+    """Generates for batches of one size; keeps its tensors and its CUDA graph from call to call.
+
+    Args:
+        model: On the device to generate on; put into evaluation mode. What has changed in it is
+            noticed by `start`, and so by `generate`.
+        batch_size: Texts side by side.
+        compiled: Fuse the operations of a step with `torch.compile`, which is done in the first
+            call. Without it a step is many small kernels.
+
+    Raises:
+        ValueError: batch_size is less than 1, or the model has attention, whose state grows.
+    """
+
+    def __init__(
+        self, model: ParaRNNForCausalLM, batch_size: int, *, compiled: bool = False
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; pass at least one prompt.")
+        if ATTENTION in model.config.mixers:
+            raise ValueError(
+                "the model has blocks of attention, whose state grows with the text; use "
+                "model.generate(...)."
+            )
+        self.model = model.eval()
+        self.batch_size = batch_size
+        device = model.device
+        self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        """The last token of every text, shape (batch_size, 1); the next step reads it."""
+        self._ended = torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
+        self._end = torch.zeros((), dtype=torch.int64, device=device)
+        self._temperature = torch.zeros((), device=device)
+        self._noise = torch.ones(batch_size, model.config.vocab_size, device=device)
+        self._generator: torch.Generator | None = None
+        self._layers: list[LayerState] = []
+        self._windows = torch.empty(0)
+        self._next: Callable[[], tuple[list[Tensor], list[Tensor]]] = self._advance
+        if compiled:
+            self._next = torch.compile(
+                self._advance, fullgraph=True, dynamic=False, options=decoding_options()
+            )
+        self._run: Callable[[], None] = self._replace
+        self._prepared_for: _Form | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the states of all blocks and texts; 0 before the first call."""
+        return self._windows.nbytes + sum(tensor.nbytes for tensor in _recurrent(self._layers))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        end_of_text: int | None = None,
+    ) -> list[list[int]]:
+        """As the function `generate`, for `batch_size` prompts."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        self.start(prompts, temperature=temperature, seed=seed, end_of_text=end_of_text)
+        new = [self.tokens.clone()]
+        while len(new) < max_new_tokens:
+            if len(new) % _STEPS_BETWEEN_CHECKS == 0 and self._ended.all():
+                break
+            self.step()
+            new.append(self.tokens.clone())
+        rows = torch.cat(new, dim=1).tolist()
+        return [_until(row, end_of_text) for row in rows]
+
+    @torch.no_grad()
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        end_of_text: int | None = None,
+    ) -> None:
+        """Read the prompts in one pass over all of their tokens, and choose the first new ones."""
+        if not temperature >= 0:
+            raise ValueError(f"temperature is {temperature}; it must be at least 0.")
+        tokens, mask = self._pad(prompts)
+        self._temperature.fill_(temperature)
+        self._end.fill_(-1 if end_of_text is None else end_of_text)
+        self._ended.zero_()
+        self._noise.fill_(1.0)
+        self._generator = None
+        if temperature > 0:
+            self._generator = torch.Generator(self.model.device).manual_seed(seed)
+        output = self.model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        layers = output.cache_params.layers
+        if self._prepared_for is None or self._prepared_for.has_changed():
+            self._prepare(layers)
+        self._windows.copy_(_windows(layers))
+        torch._foreach_copy_(_recurrent(self._layers), _recurrent(layers))
+        self._draw()
+        self._choose(output.logits)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one more token in and choose the next, for every text; nothing waits for it."""
+        self._draw()
+        self._run()
+
+    def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """Tokens with padding on the left, and the mask of what is not padding, if any is."""
+        if len(prompts) != self.batch_size:
+            raise ValueError(
+                f"there are {len(prompts)} prompts but batch_size is {self.batch_size}; pass as "
+                "many, or make another Decoder."
+            )
+        lengths = [len(prompt) for prompt in prompts]
+        if 0 in lengths:
+            raise ValueError(
+                f"prompt {lengths.index(0)} is empty; begin it with the token that begins a text."
+            )
+        tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, -len(prompt) :] = torch.as_tensor(prompt)
+            mask[row, -len(prompt) :] = 1
+        size = self.model.config.vocab_size
+        if tokens.min() < 0 or tokens.max() >= size:
+            raise ValueError(
+                f"the prompts hold tokens from {tokens.min()} to {tokens.max()} but the model has "
+                f"{size}; encode them with the tokenizer that it was trained with."
+            )
+        device = self.model.device
+        return tokens.to(device), None if mask.all() else mask.to(device)
+
+    def _prepare(self, layers: list[LayerState]) -> None:
+        """Make the states' tensors and the graph; what its first runs leave is overwritten."""
+        self._windows = torch.zeros_like(_windows(layers))
+        self._layers = [
+            LayerState(window, map_state(torch.zeros_like, layer.recurrent))
+            for window, layer in zip(self._windows, layers, strict=True)
+        ]
+        self._prepared_for = _Form(self.model)
+        self._run = _captured(self._replace, self.model.device)
+        self._ended.zero_()
+
+    def _replace(self) -> None:
+        """Take a step; states are copied together, for those of one block are small."""
+        newest, recurrent = self._next()
+        advance_windows(self._windows, newest)
+        torch._foreach_copy_(_recurrent(self._layers), recurrent)
+
+    def _advance(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Choose the next tokens; returns what is new in the windows, and the new states."""
+        cache = ParaRNNCache(list(self._layers), 1)
+        output = self.model(input_ids=self.tokens, cache_params=cache, use_cache=True)
+        self._choose(output.logits)
+        return [layer.window[:, -1:] for layer in cache.layers], _recurrent(cache.layers)
+
+    def _draw(self) -> None:
+        """New noise; outside the graph, so that the seed of every call counts."""
+        if self._generator is not None:
+            self._noise.exponential_(generator=self._generator)
+
+    def _choose(self, logits: Tensor) -> None:
+        """Next tokens: the largest logit plus temperature times Gumbel noise is a sample.
+
+        At temperature 0 the noise plays no part. Texts that have ended get their last token again.
+        """
+        gumbel = -self._noise.clamp_min(_LEAST_NOISE).log()
+        scores = logits[:, -1] + self._temperature * gumbel
+        chosen = largest(scores)
+        self.tokens.copy_(torch.where(self._ended, self.tokens, chosen))
+        self._ended.logical_or_(self.tokens == self._end)
+
+
+class _Form:
+    """All that a captured step takes of a model for granted."""
+
+    def __init__(self, model: ParaRNNForCausalLM) -> None:
+        everything = Ran()
+        everything.computes_names = True
+        self._model = model
+        self._watched = Watched(model, everything, lambda _: {})
+        self._layers = self._now()
+
+    def _now(self) -> tuple[list[object], list[int]]:
+        """How its layers are traced, and where its weights are."""
+        layers = [m for m in self._model.modules() if isinstance(m, RNN)]
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        return [layer.evaluation() for layer in layers], [t.data_ptr() for t in tensors]
+
+    def has_changed(self) -> bool:
+        return self._now() != self._layers or self._watched.change(self._model) is not None
+
+
+def largest(scores: Tensor) -> Tensor:
+    """`scores.argmax(-1, keepdim=True)` in two stages, for one takes a long row one processor."""
+    size = min(_PART, scores.shape[-1])
+    parts = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf).unflatten(-1, (-1, size))
+    values, indices = parts.max(-1)
+    best = values.argmax(-1, keepdim=True)
+    return best * size + indices.gather(-1, best)
+
+
+def _windows(layers: list[LayerState]) -> Tensor:
+    return torch.stack([layer.window for layer in layers])
+
+
+def _recurrent(layers: list[LayerState]) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in _components(layer.recurrent)]
+
+
+def decoding_options() -> dict[str, Any]:
+    """For `torch.compile` of a step: products with one vector by `kernels.matvec`, if it runs."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from pararnn.kernels.matvec_fusion import FuseMatvecs
+
+    return {"post_grad_custom_post_pass": FuseMatvecs()}
+
+
+def _components(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
+
+
+def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """On a GPU the work of `run` as a CUDA graph."""
+    if device.type != "cuda":
+        return run
+    with torch.cuda.device(device):
+        return captured(run)
+
+
+def _until(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens

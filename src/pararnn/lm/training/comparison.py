@@ -1,0 +1,94 @@
+"""How much a train step gains from evaluating the recurrence in parallel, measured here and now."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pararnn.layers.rnn import RNN
+from pararnn.lm.models.cache import State, map_state
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class StepLoop(nn.Module):
+    """The recurrence of an `RNN` as a plain loop over its cell, one call per time step.
+
+    Args:
+        rnn: Whose cell to run; parameters are shared.
+    """
+
+    def __init__(self, rnn: RNN) -> None:
+        super().__init__()
+        self.cell = rnn.cell
+        self.hidden_size, self.num_components = rnn.hidden_size, rnn.num_components
+
+    def forward(
+        self, x: Tensor, state: State | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """As `RNN.forward` with the batch first; without a state it starts from zeros."""
+        if state is None:
+            zeros = x.new_zeros(x.shape[0], self.hidden_size)
+            state = zeros if self.num_components == 1 else (zeros,) * self.num_components
+        outputs = []
+        for t in range(x.shape[1]):
+            if resets is not None:
+                kept = ~resets[:, t].unsqueeze(1)
+                state = map_state(lambda part, kept=kept: part * kept, state)
+            state = self.cell(x[:, t], state)
+            outputs.append(state if isinstance(state, Tensor) else state[0])
+        return torch.stack(outputs, dim=1), state
+
+
+def step_by_step(model: Model) -> Model:
+    """A copy of a model whose recurrences are plain loops over time."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, RNN):
+                setattr(module, name, StepLoop(child))
+    return model
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Median times of one train step, in seconds."""
+
+    parallel_s: float
+    sequential_s: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the parallel evaluation is."""
+        return self.sequential_s / self.parallel_s
+
+
+def compare_train_steps(
+    model: Model, prepare: Callable[[Model], Callable[[], object]]
+) -> Comparison:
+    """Time a train step on two copies of a model, which is left as it is.
+
+    Args:
+        model: Holds `RNN` layers.
+        prepare: Given a model, returns a function that runs one whole train step of it (forward,
+            backward and optimiser) and waits for its end.
+    """
+    return Comparison(
+        parallel_s=_median_time(prepare(copy.deepcopy(model)), repeats=5),
+        sequential_s=_median_time(prepare(step_by_step(model)), repeats=3),
+    )
+
+
+def _median_time(run: Callable[[], object], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

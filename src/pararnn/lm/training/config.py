@@ -1,0 +1,304 @@
+"""Settings of a training run: nested dataclasses, checked when made, stored as `config.json`."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pararnn.layers.evaluate import choose_backend
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.models import CELLS
+from pararnn.lm.models.architectures import check_architecture
+
+DEFAULT_STEPS = 500
+
+
+@dataclass(kw_only=True)
+class ArchitectureConfig:
+    """Shape of the language model."""
+
+    width: int = 192
+    """Channels of the residual stream; a cell's recurrence has as many."""
+    num_layers: int = 3
+    """Blocks."""
+    num_heads: int = 4
+    """Heads of attention, of Mamba2, or of a cell's input projection; must divide the width."""
+    state_size: int = 128
+    """Entries that Mamba2 remembers per channel."""
+    conv_kernel: int = 4
+    """Steps that the causal convolution sees; the transformer has none."""
+    attention_every: int = 0
+    """Attention in the place of the cell in every so manyth block; 0 for none."""
+    initializer_std: float = 0.07
+    """Standard deviation of linear and embedding weights at the start."""
+    max_timescale: float | None = 1024.0
+    """Longest time, in steps, over which channels of a cell forget at the start, where a gate
+    decides it; None for biases of zero, as in the paper."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "num_heads", "state_size", "conv_kernel"):
+            _require(getattr(self, name) >= 1, f"architecture.{name}", getattr(self, name), ">= 1")
+        every = self.attention_every
+        _require(every >= 0, "architecture.attention_every", every, ">= 0")
+        divides = self.width % self.num_heads == 0
+        _require(divides, "architecture.num_heads", self.num_heads, f"a divisor of {self.width}")
+        std, time = self.initializer_std, self.max_timescale
+        _require(0 < std < math.inf, "architecture.initializer_std", std, "> 0 and finite")
+        fits = time is None or 2 <= time < math.inf
+        _require(fits, "architecture.max_timescale", time, ">= 2 and finite")
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """How text becomes batches."""
+
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    batch_size: int = 8
+    """Sequences per forward pass of one process."""
+    global_batch_size: int | None = None
+    """Sequences per optimiser step over all processes, in as many forward passes as it takes; None
+    for one pass of each process that the run is started with."""
+    held_out: float = 0.05
+    """Share of the files kept for validation; of the bytes, when there is one file only. Prepared
+    token data has its own."""
+    validation_tokens: int = 262_144
+    """Held-out tokens to evaluate at the end of training, spread evenly; 0 for all of them."""
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length >= 1, "text.sequence_length", self.sequence_length, ">= 1")
+        _require(self.batch_size >= 1, "text.batch_size", self.batch_size, ">= 1")
+        size = self.global_batch_size
+        _require(size is None or size >= 1, "text.global_batch_size", size, ">= 1")
+        _require(0 < self.held_out < 1, "text.held_out", self.held_out, "between 0 and 1")
+        tokens = self.validation_tokens
+        _require(tokens >= 0, "text.validation_tokens", tokens, ">= 0")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and what surrounds its step."""
+
+    learning_rate: float = 3e-3
+    """Peak of the schedule."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradient, per step."""
+    beta2: float = 0.95
+    """Decay of the mean of its square, per step."""
+    weight_decay: float = 0.1
+    """Times the learning rate, per step; matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 for no limit."""
+    z_loss_weight: float = 1e-4
+    """Weight of the mean squared log-partition in the loss."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; parameters, their gradients and sums stay float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "max_grad_norm", "z_loss_weight"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"optimizer.{name}", value, ">= 0 and finite")
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            _require(0 <= beta < 1, f"optimizer.{name}", beta, "from 0 to below 1")
+        rate = self.learning_rate
+        _require(0 < rate < math.inf, "optimizer.learning_rate", rate, "> 0 and finite")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine to zero. Its length does not follow a later `--steps`."""
+
+    length: int | None = None
+    """Optimiser steps until the learning rate is zero; None for the larger of 500 and the steps
+    that the run is started with."""
+    warmup: float = 0.1
+    """Share of the length that the learning rate rises."""
+
+    def __post_init__(self) -> None:
+        _require(self.length is None or self.length >= 1, "schedule.length", self.length, ">= 1")
+        _require(0 <= self.warmup < 1, "schedule.warmup", self.warmup, "from 0 to below 1")
+
+
+@dataclass(kw_only=True)
+class ExecutionConfig:
+    """How steps are computed; what they compute stays the same, up to rounding."""
+
+    activation_checkpointing: bool = False
+    """Keep only the inputs of blocks and compute the rest again in the backward pass: less memory,
+    about a third more work."""
+    compile: bool = False
+    """Compile every block with torch.compile."""
+    profile_steps: int = 0
+    """Steps to record with torch.profiler into profile/, after two others; 0 for none."""
+
+    def __post_init__(self) -> None:
+        steps = self.profile_steps
+        _require(steps >= 0, "execution.profile_steps", steps, ">= 0")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Train a language model."""
+
+    data: Path | None = None
+    """Text file or folder of text files, read as bytes; or a folder that `pararnn data prepare`
+    wrote; None for the source of Python's standard library."""
+    model: str = "paragru"
+    """Architecture: paragru, paralstm or a cell of your own; transformer or mamba2 as baselines."""
+    out: Path | None = None
+    """Run folder; None for the next free runs/MODEL-NUMBER."""
+    steps: int = DEFAULT_STEPS
+    """Optimiser steps to reach."""
+    checkpoint_every: int = 100
+    """Optimiser steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Last checkpoints to keep."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+    device: str = "auto"
+    """A torch device; auto for CUDA when there is one, else the CPU."""
+    backend: str = "auto"
+    """Kernels of the recurrence, as in `pararnn.RNN`."""
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+
+    def __post_init__(self) -> None:
+        self.data, self.out = (p if p is None else Path(p) for p in (self.data, self.out))
+        _require(self.steps >= 1, "steps", self.steps, ">= 1")
+        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
+        _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to below 2**63")
+        check_architecture(self.model)
+        choose_backend(self.backend)
+        every = self.architecture.attention_every
+        fits = not every or self.model in CELLS
+        _require(fits, "architecture.attention_every", every, f"0 for {self.model}")
+
+
+MAY_CHANGE = (
+    *("out", "steps", "checkpoint_every", "keep_checkpoints", "device", "backend"),
+    *("text.batch_size", "execution"),
+)
+"""What a resumed run may set anew; all else decides the loss curve."""
+
+
+def resolve(config: TrainConfig, num_processes: int = 1) -> TrainConfig:
+    """Replace the values that depend on others or on the place; idempotent.
+
+    Raises:
+        RunError: The processes cannot share the sequences of an optimiser step.
+    """
+    length = config.schedule.length or max(DEFAULT_STEPS, config.steps)
+    at_once = config.text.batch_size * num_processes
+    per_step = config.text.global_batch_size or at_once
+    if per_step % at_once:
+        raise RunError(
+            f"{per_step} sequences per optimiser step (text.global_batch_size) are not a multiple "
+            f"of {config.text.batch_size} (text.batch_size) x {num_processes} (processes). Give "
+            "another --text.batch-size or start another number of processes."
+        )
+    return dataclasses.replace(
+        config,
+        data=None if config.data is None else _absolute(config.data),
+        text=dataclasses.replace(config.text, global_batch_size=per_step),
+        schedule=dataclasses.replace(config.schedule, length=length),
+    )
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().resolve()
+    except (RuntimeError, ValueError) as error:  # no such user, links in a circle, a zero byte
+        raise RunError(f"data path {str(path)!r} leads nowhere: {error}.") from error
+
+
+def check_resumable(stored: TrainConfig, wanted: TrainConfig) -> None:
+    """Raise RunError when resolved settings would change the loss curve of a run."""
+    before, after = _leaves(to_dict(stored)), _leaves(to_dict(wanted))
+    changed = [
+        f"{name} from {old} to {after[name]}"
+        for name, old in before.items()
+        if old != after[name] and not _may_change(name)
+    ]
+    if changed:
+        raise RunError(
+            f"a resumed run keeps its settings, but this would change {', '.join(changed)}. Leave "
+            "these flags out, or start a new run with another --out."
+        )
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The part of a configuration that decides the loss curve."""
+    leaves = _leaves(to_dict(config))
+    if config.architecture.state_size == ArchitectureConfig.state_size:
+        del leaves["architecture.state_size"]  # as in runs that began without the field
+    return {name: v for name, v in leaves.items() if name != "data" and not _may_change(name)}
+
+
+def _may_change(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    leaves = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            leaves.update(_leaves(value, f"{prefix}{name}."))
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values."""
+    values = dataclasses.asdict(config)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: A field is missing, unknown or holds something else than it should.
+    """
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} is {repr(values)[:80]}, no object")
+    if missing := set(hints) - _NEW - set(values):
+        raise ValueError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")
+    if unknown := set(values) - set(hints):
+        raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+    return kind(**{name: _restore(hints[name], name, value) for name, value in values.items()})
+
+
+_NEW = {"attention_every", "state_size"}  # fields that runs may have begun without
+
+
+def _restore(hint: Any, name: str, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value)
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        valid = value in options
+    else:
+        allowed = options if isinstance(hint, types.UnionType) else (hint,)
+        if isinstance(value, str) and Path in allowed:
+            return Path(value)
+        whole = float in allowed and type(value) is int and abs(value) < 2**53
+        valid = type(value) in allowed or whole
+    if not valid:
+        raise ValueError(f"{name} is {repr(value)[:80]}")
+    return value
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {wanted}.")

@@ -1,0 +1,118 @@
+"""The language model of a run: building it, and continuing a text."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from pararnn.lm.models import CELLS, ParaRNNForCausalLM
+from pararnn.lm.models.architectures import Shape, make_config
+from pararnn.lm.models.configuration import ATTENTION
+from pararnn.lm.models.generation import generate
+from pararnn.lm.training.config import TrainConfig
+from pararnn.lm.training.initial import outline, start
+from pararnn.lm.training.text import Codec
+
+
+def build_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
+    """A new model on the CPU, its weights decided by the seed alone."""
+    return start(outline_model(config, codec), config.seed)
+
+
+def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
+    """The same model without values."""
+    size = config.architecture
+    shape = Shape(
+        vocab_size=codec.vocab_size,
+        width=size.width,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        state_size=size.state_size,
+        initializer_range=size.initializer_std,
+        conv_kernel=size.conv_kernel,
+        max_length=config.text.sequence_length,
+    )
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), codec.separator)
+    ours: dict[str, Any] = {}
+    if config.model in CELLS:
+        ours = {"backend": config.backend, "z_loss_weight": config.optimizer.z_loss_weight}
+        ours["mixers"] = mixers(config.model, size.num_layers, size.attention_every)
+        if getattr(CELLS[config.model], "keeps", None):
+            ours["cell_options"] = {"max_timescale": size.max_timescale}
+    return outline(make_config(config.model, shape, **special, **ours))
+
+
+def mixers(cell: str, num_layers: int, attention_every: int) -> list[str]:
+    """What mixes over time in each block: the cell, or attention in every so manyth."""
+    period = attention_every or num_layers + 1
+    return [ATTENTION if block % period == 0 else cell for block in range(1, num_layers + 1)]
+
+
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model; transformers wraps `to` in a way that hides its types."""
+    return model.to(device)  # type: ignore[arg-type] # see above
+
+
+def generate_text(
+    model: PreTrainedModel,
+    codec: Codec,
+    prompt: str,
+    *,
+    num_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Continue a document.
+
+    Args:
+        model: Trained on the tokens of `codec`.
+        codec: Between text and tokens.
+        prompt: Beginning of the document; may be empty.
+        num_tokens: Most tokens to add; the model may end the document before.
+        temperature: Of the sampling; 0 takes the most probable token.
+        seed: Of the sampling; the global random state is left as it was.
+
+    Returns:
+        The prompt and what follows it.
+    """
+    tokens = codec.encode(prompt)
+    if isinstance(model, ParaRNNForCausalLM) and ATTENTION not in model.config.mixers:
+        (new,) = generate(
+            model,
+            tokens.tolist(),
+            max_new_tokens=num_tokens,
+            temperature=temperature,
+            seed=seed,
+            end_of_text=codec.separator,
+        )
+        return codec.decode(torch.cat([tokens[0], torch.tensor(new, dtype=torch.int64)]))
+    return codec.decode(_generate(model, codec, tokens, num_tokens, temperature, seed))
+
+
+def _generate(
+    model: PreTrainedModel,
+    codec: Codec,
+    tokens: Tensor,
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Tensor:
+    """The same by transformers, for models whose state grows."""
+    tokens = tokens.to(model.device)
+    settings = GenerationConfig(
+        max_new_tokens=num_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        top_k=0 if temperature > 0 else None,
+        eos_token_id=codec.separator,
+        pad_token_id=codec.separator,
+    )
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        result = model.generate(  # type: ignore[operator] # a mixin of it has it
+            tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
+        )
+    return result[0]

@@ -1,0 +1,135 @@
+"""Measurements of a run: a line of JSON per step, and a plot of them."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm  # type: ignore[import-untyped] # has none
+
+from pararnn.lm.data.files import free_name, write_atomically
+from pararnn.lm.data.words import say
+
+
+class MetricsFile:
+    """Appends one JSON object per step.
+
+    Args:
+        path: The file.
+        last_step: Steps that the run goes on from; lines after it are removed, as is a line that
+            a crash cut short. Where other lines are no records, the file is kept under another
+            name.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        records, broken = _read_lines(path)
+        if broken:
+            aside = free_name(path.with_name(f"unusable-{path.name}"))
+            path.replace(aside)
+            say(
+                f"Set aside: {path} as {aside.name}, because {len(broken)} of its lines, the "
+                f"first being line {broken[0]}, are no records of steps; the others are kept."
+            )
+        kept = [record for record in records if record["step"] <= last_step]
+        write_atomically(path, b"".join(_line(record) for record in kept))
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; it survives the end of the process at once."""
+        self._file.write(_line(record))
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class StepLog:
+    """Notes every step in a file, for TensorBoard and as a bar on the screen.
+
+    Args:
+        path: The file, a `MetricsFile`.
+        tensorboard: Folder.
+        last_step: Steps that the run goes on from.
+        steps: Steps that it goes to.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path, last_step: int, steps: int) -> None:
+        self.metrics = MetricsFile(path, last_step)
+        self.board = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
+        self.progress = tqdm(
+            total=steps,
+            initial=last_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        )
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.metrics.close()
+        self.board.close()
+        self.progress.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Note one step."""
+        self.metrics.write(record)
+        for name, value in record.items():
+            if name != "step":
+                self.board.add_scalar(f"train/{name}", value, record["step"])
+        mfu = f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
+        self.progress.set_postfix_str(
+            f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
+            f"{record['tokens_per_second']:,.0f} tokens/s{mfu}",
+            refresh=False,
+        )
+        self.progress.update()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a file; none when it does not exist."""
+    return _read_lines(path)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Records, and the numbers of the lines that are none."""
+    records, broken = [], []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+        else:
+            broken.append(number)
+    return records, broken
+
+
+def plot_loss(metrics: Path, target: Path) -> bool:
+    """Draw bits per byte over steps; False when matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    records = [r for r in read_metrics(metrics) if isinstance(r.get("bits_per_byte"), float)]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["step"] for r in records], [r["bits_per_byte"] for r in records], linewidth=1)
+    axes.set(xlabel="step", ylabel="bits per byte", title="Training loss")
+    axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=120)
+    return True
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"

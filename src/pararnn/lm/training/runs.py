@@ -1,0 +1,221 @@
+"""A training run from settings to results: what `pararnn train` does."""
+
+import hashlib
+import json
+import signal
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.data.files import write_atomically
+from pararnn.lm.data.words import say
+from pararnn.lm.models.architectures import missing_kernels
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.models.flops import train_flops_per_token
+from pararnn.lm.training.advice import explained, how_to_resume
+from pararnn.lm.training.checkpoints import (
+    Checkpoint,
+    newest_checkpoint,
+    quiet_transformers,
+    set_aside,
+)
+from pararnn.lm.training.config import TrainConfig, check_resumable, identity, resolve
+from pararnn.lm.training.data import Batches, WindowOrder, Windows
+from pararnn.lm.training.environment import describe_environment
+from pararnn.lm.training.evaluation import Evaluation
+from pararnn.lm.training.language_model import outline_model, to_device
+from pararnn.lm.training.lock import alone_in_run
+from pararnn.lm.training.optimizer import build_optimizer
+from pararnn.lm.training.parallel import Processes, join_processes
+from pararnn.lm.training.report import report
+from pararnn.lm.training.run_folder import RunFolder
+from pararnn.lm.training.sharding import lay_out
+from pararnn.lm.training.text import Text, check_text, check_tokenizer, open_codec, open_text
+from pararnn.lm.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        run: Its folder.
+        step: Optimiser steps done.
+        stopped_by: Signal that ended it early, None when it ran to its end.
+        validation: Of the held-out bytes; None when it was stopped, and in all processes but the
+            first.
+    """
+
+    run: RunFolder
+    step: int
+    stopped_by: int | None
+    validation: Evaluation | None
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
+    """Train a model and report on it, in one process or in those that `torchrun` started.
+
+    Args:
+        config: Settings; `out` must be given to resume.
+        resume: Continue the run in `config.out` instead of starting one.
+
+    Raises:
+        RunError: Something the user can put right.
+    """
+    with ExitStack() as held:
+        with join_processes(config.device) as processes:
+            open_run = _reopen if resume else _start
+            run, config = processes.on_first(
+                lambda: open_run(resolve(config, processes.count), held)
+            )
+            with explained(run):
+                text, trainer = _prepare(config, run, processes, resume)
+                stopped_by = trainer.fit()
+            if stopped_by is not None:
+                name = signal.Signals(stopped_by).name
+                words = f"{name} at step {trainer.step}: checkpoint saved. {how_to_resume(run)}"
+                # All wait for it: when one of them ends by a signal, torchrun stops the first.
+                processes.on_first(lambda: say(words))
+        step, seconds = trainer.step, trainer.train_seconds
+        del trainer  # its memory, for the model of the report
+        if stopped_by is not None or not processes.is_first:
+            return TrainResult(run, step, stopped_by, None)
+        with explained(run):
+            model = load_trained(run, processes.device)
+            alone = processes.count == 1
+            validation = report(config, run, text, model, step, seconds, alone=alone)
+        return TrainResult(run, step, None, validation)
+
+
+def load_trained(run: RunFolder, device: torch.device, owner: str | None = None) -> PreTrainedModel:
+    """The model of a run's last good checkpoint.
+
+    Args:
+        run: Where it is.
+        device: Where the model goes.
+        owner: `identity_of` that the checkpoint must have; None for any.
+
+    Raises:
+        RunError: There is none, or its tokenizer is not that of the run's data.
+    """
+    checkpoint, problems = newest_checkpoint(run.checkpoints, owner)
+    if checkpoint is None:
+        raise RunError(f"{run.path} holds no checkpoint yet. {how_to_resume(run)}")
+    for problem in problems:
+        say(f"Skipped: {problem}. Using {checkpoint.path.name}.")
+    check_tokenizer(open_codec(run), checkpoint)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        return to_device(model, device)
+
+
+def identity_of(config: TrainConfig, text: Text) -> str:
+    """What marks the checkpoints of a run: the settings that decide its curve, and its data."""
+    settings = json.dumps([identity(config), text.sha256], sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
+def _start(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, TrainConfig]:
+    check_text(config.data)
+    run = RunFolder.create(config, held)
+    return run, run.read_config()
+
+
+def _reopen(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, TrainConfig]:
+    if config.out is None:
+        raise RunError("name the run to resume with --out.")
+    run = RunFolder.open(config.out)
+    with explained(run):
+        held.enter_context(alone_in_run(run.path))
+        check_resumable(run.read_config(), config)
+    return run, config
+
+
+def _prepare(
+    config: TrainConfig, run: RunFolder, processes: Processes, resume: bool
+) -> tuple[Text, Trainer]:
+    """Data, model and what trains it; a new run that fails here leaves no folder behind."""
+
+    def prepare() -> tuple[Text, Checkpoint | None]:
+        text = open_text(config, run)
+        checkpoint = _find_checkpoint(config, run, text) if resume else None
+        run.write_config(config)
+        facts = describe_environment(processes.device, processes.count)
+        write_atomically(run.environment, facts.encode(errors="backslashreplace"))
+        return text, checkpoint
+
+    try:
+        text, checkpoint = processes.on_first(prepare)
+        model = CausalLoss(outline_model(config, text.codec), config.optimizer.z_loss_weight)
+        processes.print(_introduction(config, run, text, model, processes))
+        trainer = _build_trainer(config, run, text, model, processes)
+    except BaseException:
+        if not resume and processes.is_first:
+            run.discard()
+        raise
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+        processes.print(f"Resumed at step {trainer.step} from {checkpoint.path}.")
+        if trainer.step >= trainer.config.steps:
+            processes.print("All steps are done; raise --steps to train further.")
+    elif resume:
+        processes.print("No checkpoint was saved yet; starting from step 0.")
+    return text, trainer
+
+
+def _find_checkpoint(config: TrainConfig, run: RunFolder, text: Text) -> Checkpoint | None:
+    """The last good one of a run; damaged ones after it are renamed."""
+    checkpoint, problems = newest_checkpoint(run.checkpoints, identity_of(config, text))
+    if checkpoint is not None:
+        check_tokenizer(text.codec, checkpoint)
+        for problem in problems:
+            say(f"Set aside: {problem}.")
+        set_aside(run.checkpoints, checkpoint)
+    return checkpoint
+
+
+def _build_trainer(
+    config: TrainConfig, run: RunFolder, text: Text, model: CausalLoss, processes: Processes
+) -> Trainer:
+    batch_size, length = config.text.batch_size, config.text.sequence_length
+    windows = Windows(text.train, length)
+    order = WindowOrder(len(windows), config.text.global_batch_size or batch_size, config.seed)
+    batches = Batches(windows, order, batch_size, processes.rank, processes.count)
+    owner = identity_of(config, text)
+    flops = train_flops_per_token(model.model, length)
+    per_byte = text.codec.tokens_per_byte(text.train)
+    lay_out(model, config.execution, processes, config.seed)
+    optimizer = build_optimizer(model.model, config.optimizer)
+    torch.manual_seed(config.seed + processes.rank)  # each draws numbers of its own
+    return Trainer(config, run, owner, model, optimizer, batches, processes, flops, per_byte)
+
+
+def _introduction(
+    config: TrainConfig, run: RunFolder, text: Text, model: CausalLoss, processes: Processes
+) -> str:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    together = f", in parts on {processes.count} processes" if processes.count > 1 else ""
+    lines = [
+        f"Text: {text.description}",
+        f"Model: {config.model}, {parameters:,} parameters{together}",
+        f"Run: {run.path}",
+    ]
+    if missing := missing_kernels(config.model):
+        lines.append(f"Note: {config.model} takes {missing}.")
+    if not model.separates_documents:
+        lines.append(
+            f"Note: {config.model} cannot keep documents apart; those of one sequence see each "
+            "other."
+        )
+    length = config.schedule.length
+    if length is not None and config.steps > length:
+        lines.append(
+            f"Note: the learning rate is zero after step {length}, where the schedule of this run "
+            "ends; a longer one needs a new run with --schedule.length."
+        )
+    return "\n".join(lines)

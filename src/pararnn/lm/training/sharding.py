@@ -1,0 +1,81 @@
+"""How a model is laid out before training: recomputation, compilation, shards over processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.training.config import ExecutionConfig
+from pararnn.lm.training.initial import around, blocks, is_empty, start_around, start_block
+from pararnn.lm.training.parallel import Processes
+
+
+def lay_out(
+    loss: CausalLoss, execution: ExecutionConfig, processes: Processes, seed: int = 0
+) -> None:
+    """Bring a model to where and how it trains, block after block.
+
+    A model without values gets its initial ones here; no process holds more of it at a time than
+    one block, what is around the blocks, and its own parts.
+
+    Several processes hold a part of every parameter and of its optimiser state each (FSDP2): a
+    block's parameters are gathered when it runs, and its gradients are averaged in float32. In
+    bfloat16 the matrix products run under autocast, as in a single process, rather than by the
+    policy of FSDP: so a result does not depend on the number of processes by more than rounding.
+    The price is that parameters are gathered in float32.
+
+    A block is brought to the device whole, so that its recurrence is traced there before anything
+    is compiled. What is recomputed lies inside what is compiled, and that inside the hooks of a
+    shard, which are not compiled and gather its parameters once for both.
+
+    Args:
+        loss: Whole in every process, or an `outline`.
+        execution: Recomputation and compilation.
+        processes: That train together.
+        seed: Of the initial values of an `outline`.
+    """
+    model, device = loss.model, processes.device
+    loss.compiled = execution.compile
+    mesh = init_device_mesh(device.type, (processes.count,)) if processes.count > 1 else None
+    parts = blocks(model)
+    for index, block in enumerate(parts):
+        if is_empty(block):
+            block = parts[index] = start_block(model, index, seed)
+        block.to(device)
+        if execution.activation_checkpointing:
+            block.forward = _recomputed(block.forward)
+        if execution.compile:
+            block.forward = torch.compile(block.forward)
+        if mesh is not None:
+            fully_shard(block, mesh=mesh)
+    if model.get_input_embeddings().weight.is_meta:
+        start_around(model, parts, seed)
+    for module in around(loss, parts):
+        module._apply(lambda tensor: tensor.to(device), recurse=False)
+    if mesh is not None:
+        fully_shard(loss, mesh=mesh)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of its own and no `partial`, for the compiler sees only into functions."""
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+    return run
+
+
+def gather_on_first(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Whole copies on the CPU of the first process; empty on the others, which must call it too."""
+    whole = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.is_first:
+            whole[name] = full.detach().to("cpu", copy=True)
+    return whole

@@ -1,0 +1,180 @@
+"""What a run trains on: a text that it reads itself, or prepared token data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pararnn.lm.data import TokenSplit, open_tokens
+from pararnn.lm.data.corpus import Corpus, prepare_corpus
+from pararnn.lm.data.errors import RunError
+from pararnn.lm.data.finding import find_files
+from pararnn.lm.data.index import TOKENIZER, Shard, is_prepared
+from pararnn.lm.data.shards import TokenDataset, stored_dtype, write_shard
+from pararnn.lm.data.skipped import Skipped
+from pararnn.lm.data.tokenization import (
+    TOKENIZER_FILES,
+    Tokenization,
+    check_files,
+    copy_tokenizer,
+    digests,
+    load_tokenizer,
+)
+from pararnn.lm.training.checkpoints import Checkpoint
+from pararnn.lm.training.config import TrainConfig
+from pararnn.lm.training.run_folder import RunFolder
+
+VOCABULARY_MULTIPLE = 256
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens to train on and tokens held out.
+
+    Attributes:
+        train: To train on.
+        validation: Held out.
+        codec: Between text and tokens.
+        sha256: Digest of both.
+        description: What it is, in words.
+    """
+
+    train: TokenSplit
+    validation: TokenSplit
+    codec: "Codec"
+    sha256: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Between text and the tokens of a run; `tokenizer` is its folder, None for bytes."""
+
+    tokenizer: Path | None = None
+
+    @property
+    def tokenization(self) -> Tokenization:
+        """What encodes."""
+        return load_tokenizer(self.tokenizer)
+
+    @property
+    def separator(self) -> int:
+        """The token before every document, which also ends generated text."""
+        return self.tokenization.separator
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the model's embedding: those of the tokenizer, rounded up."""
+        size = self.tokenization.vocab_size
+        return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def unit(self) -> str:
+        """What a token is called."""
+        return "bytes" if self.tokenizer is None else "tokens"
+
+    def tokens_per_byte(self, split: TokenSplit) -> float:
+        """Of a split; 1 where tokens are bytes, separators counted like all others."""
+        return 1.0 if self.tokenizer is None else split.num_tokens / split.num_bytes
+
+    def encode(self, text: str) -> Tensor:
+        """Tokens of a document that begins with text: shape (1, tokens + 1)."""
+        tokens = self.tokenization.encode(text.encode())
+        return torch.tensor([[self.separator, *tokens.tolist()]])
+
+    def decode(self, tokens: Tensor) -> str:
+        """Text of tokens, shape (time,): without separators, U+FFFD where it is no UTF-8."""
+        return self.tokenization.decode([t for t in tokens.tolist() if t != self.separator])
+
+
+def check_text(data: Path | None) -> None:
+    """Raise RunError where there is no text, before anything is written."""
+    if data is None or not is_prepared(data):
+        find_files(data)
+
+
+def open_text(config: TrainConfig, run: RunFolder) -> Text:
+    """The text of a run; what it needs besides prepared shards is copied into its folder.
+
+    Raises:
+        RunError: Nothing to read, or something is damaged.
+    """
+    if config.data is None or not is_prepared(config.data):
+        return _from_corpus(config, prepare_corpus(config.data, run.data, config.text.held_out))
+    dataset = open_tokens(config.data)
+    codec = _copied_codec(dataset, run)
+    train, held_out = dataset.train, dataset.validation
+    return Text(
+        train,
+        held_out,
+        codec,
+        dataset.sha256,
+        f"{config.data}: {train.num_documents:,} documents, {train.num_tokens:,} {codec.unit} to "
+        f"train on, {held_out.num_tokens:,} held out",
+    )
+
+
+def _copied_codec(dataset: TokenDataset, run: RunFolder) -> Codec:
+    """The tokenizer of prepared data, copied into a run; of a run that has one, compared."""
+    if dataset.tokenizer is not None:
+        folder = run.data / TOKENIZER
+        if not folder.exists():
+            run.data.mkdir(parents=True, exist_ok=True)
+            copy_tokenizer(dataset.tokenizer, folder)
+        check_files(folder, dataset.tokenizer_files)
+    return open_codec(run)
+
+
+def open_codec(run: RunFolder) -> Codec:
+    """The tokenizer of a run."""
+    folder = run.data / TOKENIZER
+    return Codec(folder if folder.is_dir() else None)
+
+
+def check_tokenizer(codec: Codec, checkpoint: Checkpoint) -> None:
+    """Compare a run's tokenizer with the one that lies beside a model.
+
+    Raises:
+        RunError: A file is missing, too many, or another one.
+    """
+    expected = {name: value for name, value in checkpoint.files.items() if name in TOKENIZER_FILES}
+    found = {} if codec.tokenizer is None else digests(codec.tokenizer)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            there = checkpoint.path / name
+            remedy = f"restore it from {there}" if name in expected else "move it away"
+            raise RunError(
+                f"{checkpoint.path.parents[1] / 'data' / TOKENIZER / name} is not what the model "
+                f"was trained with; {remedy}."
+            )
+
+
+def flat_bytes(path: Path) -> TokenSplit:
+    """A flat file of bytes as a split."""
+    size = path.stat().st_size
+    return TokenSplit(path.parent, [Shard(path.name, size, size, 0, "")], np.dtype(np.uint8))
+
+
+def flat_split(texts: list[bytes], codec: Codec, folder: Path) -> TokenSplit:
+    """Documents as a split in a file of its own."""
+    separator = np.array([codec.separator], np.int64)
+    pieces = [piece for t in texts for piece in (separator, codec.tokenization.encode(t))]
+    tokens = np.concatenate([*pieces, separator]).astype(np.uint32)
+    shard = write_shard(folder / "text.bin", [tokens], sum(map(len, texts)), len(texts))
+    return TokenSplit(folder, [shard], stored_dtype(tokens.dtype.name))
+
+
+def _from_corpus(config: TrainConfig, corpus: Corpus) -> Text:
+    source = "Python's standard library" if config.data is None else str(config.data)
+    lost = Skipped(corpus.skipped).lost.describe()
+    skipped = f" (skipped: {'; '.join(lost)})" if lost else ""
+    return Text(
+        flat_bytes(corpus.train),
+        flat_bytes(corpus.validation),
+        Codec(),
+        corpus.sha256,
+        f"{source}: {corpus.num_files} files{skipped}, {corpus.num_train_bytes:,} bytes to train "
+        f"on, {corpus.num_validation_bytes:,} held out",
+    )

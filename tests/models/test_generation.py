@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from pararnn import RNN
+from pararnn.lm.decoding import Decoder, generate
 from pararnn.lm.models import generation
-from pararnn.lm.models.generation import Decoder, generate
 from pararnn.testing import assert_close
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8, 9]]

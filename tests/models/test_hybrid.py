@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from pararnn.lm.decoding import Decoder
 from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM
-from pararnn.lm.models.generation import Decoder
 from pararnn.lm.training.checkpoints import quiet_transformers
 
 from .conftest import tiny_config

@@ -14,10 +14,10 @@ from pararnn.bench.problem import Row
 from pararnn.bench.timing import steps_milliseconds
 from pararnn.kernels.graphs import captured
 from pararnn.lm.bench.models import ModelSize, release
+from pararnn.lm.decoding.decoder import Decoder, decoding_options, largest
 from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.models.architectures import missing_kernels
 from pararnn.lm.models.flops import multiplied_parameters
-from pararnn.lm.models.generation import Decoder, decoding_options, largest
 
 _STEPS = 16  # timed together
 

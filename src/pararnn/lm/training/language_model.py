@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from pararnn.lm.decoding import generate
 from pararnn.lm.models import CELLS, ParaRNNForCausalLM
 from pararnn.lm.models.architectures import Shape, make_config
 from pararnn.lm.models.configuration import ATTENTION
-from pararnn.lm.models.generation import generate
 from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.initial import outline, start
 from pararnn.lm.training.text import Codec

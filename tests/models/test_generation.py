@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from pararnn import RNN
 from pararnn.lm.decoding import Decoder, generate
-from pararnn.lm.models import generation
+from pararnn.lm.decoding import decoder as generation
 from pararnn.testing import assert_close
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8, 9]]

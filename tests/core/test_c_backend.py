@@ -10,7 +10,7 @@ from torch import nn
 
 from pararnn import RNN, Newton
 from pararnn.cells import ParaLSTMCell
-from pararnn.kernels.c_backend import CBackend
+from pararnn.kernels.c.backend import CBackend
 from pararnn.testing import loop
 
 from .cells import make_cell

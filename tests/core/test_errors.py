@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pararnn import RNN, Newton
-from pararnn.kernels import c_build
+from pararnn.kernels.c import build as c_build
 from pararnn.layers import evaluate
 
 from .cells import Cell, SlowGates, paralstm

@@ -15,7 +15,8 @@ import torch
 
 from pararnn import RNN, explain
 from pararnn.cells import ParaGRUCell
-from pararnn.kernels import c_build, cache, triton_build
+from pararnn.kernels import cache, triton_build
+from pararnn.kernels.c import build as c_build
 from pararnn.layers import evaluate
 from pararnn.testing import assert_close, loop
 
@@ -180,7 +181,7 @@ def test_threads_build_the_same_kernel(fresh_cache):
 
 
 def test_processes_build_the_same_kernel(fresh_cache):
-    code = f"from pararnn.kernels.c_build import load; print(load({SOURCE!r}, ['answer']).answer())"
+    code = f"from pararnn.kernels.c.build import load; print(load({SOURCE!r}, ['answer']).answer())"
     command = [sys.executable, "-c", code]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [p.communicate(timeout=100)[0] for p in running] == ["42\n"] * 2
@@ -192,7 +193,7 @@ def test_a_private_folder_goes_with_its_process(tmp_path):
     environment = os.environ | {"PARARNN_CACHE": "/dev/null/x", "TMPDIR": str(tmp_path / "tmp")}
     (tmp_path / "tmp" / f"pararnn-{os.getuid()}").write_text("no folder")
     code = (
-        "from pararnn.kernels import c_build\n"
+        "from pararnn.kernels.c import build as c_build\n"
         f"assert c_build.load({SOURCE!r}, ['answer']).answer() == 42\n"
         "print(c_build._built(c_build.find_compiler(), '', '-fopenmp').parent)"
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pararnn.kernels.c_backend import CBackend
+from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.torch_backend import TorchBackend
 from pararnn.kernels.triton_backend import TritonBackend

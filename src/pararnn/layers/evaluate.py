@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pararnn.kernels import mixing, operators, transforms
-from pararnn.kernels.c_backend import CBackend
-from pararnn.kernels.c_build import find_compiler
+from pararnn.kernels.c.backend import CBackend
+from pararnn.kernels.c.build import find_compiler
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton_build import interpreted
 from pararnn.kernels.triton_build import missing as triton_missing

@@ -326,7 +326,7 @@ def c_source(recurrence: Recurrence, double: bool) -> str:
     for line in equations(recurrence):
         writer.add(f"     {line}")
     writer.add(f"*/\n#define DOUBLE {int(double)}")
-    writer.add(Path(__file__).with_name("c_runtime.h").read_text())
+    writer.add(Path(__file__).with_name("runtime.h").read_text())
     writer.add(_THREADS)
     writer.forward()
     writer.tangent()

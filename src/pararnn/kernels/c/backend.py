@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pararnn.kernels.c_build import CompilerError, load
-from pararnn.kernels.c_source import MAX_BLOCK, SIZES, c_source
+from pararnn.kernels.c.build import CompilerError, load
+from pararnn.kernels.c.source import MAX_BLOCK, SIZES, c_source
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.shooting import Gradients, ShootingBackend
 from pararnn.tracing.derivatives import Recurrence

@@ -1,0 +1,1 @@
+"""Chunks of elementwise recurrences on a CPU, in generated C."""

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from pararnn import RNN, Newton
 from pararnn.cells import ParaGRUCell
-from pararnn.kernels import triton_backend
+from pararnn.kernels.triton import backend
 from pararnn.layers import evaluate
 
 launched, compiled = [], []
@@ -52,7 +52,7 @@ def record(**what):
 
 
 together = []
-compile_together = triton_backend.compile_together
+compile_together = backend.compile_together
 
 
 def counting(launches):
@@ -64,8 +64,8 @@ def counting(launches):
 
 triton.runtime.driver.set_active(Driver())
 triton.knobs.runtime.jit_post_compile_hook = record
-triton_backend.compile_together = counting
-triton_backend.overlaps = lambda _device: True
+backend.compile_together = counting
+backend.overlaps = lambda _device: True
 evaluate.interpreted = lambda: True
 rnn = RNN(ParaGRUCell(8, 32), backend="triton", solver=Newton(chunk=8))
 y, _ = rnn(torch.randn(2, 48, 8))

@@ -15,8 +15,9 @@ import torch
 
 from pararnn import RNN, explain
 from pararnn.cells import ParaGRUCell
-from pararnn.kernels import cache, triton_build
+from pararnn.kernels import cache
 from pararnn.kernels.c import build as c_build
+from pararnn.kernels.triton import build as triton_build
 from pararnn.layers import evaluate
 from pararnn.testing import assert_close, loop
 

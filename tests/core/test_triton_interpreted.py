@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pararnn import RNN, Newton
-from pararnn.kernels.triton_backend import TritonBackend
+from pararnn.kernels.triton.backend import TritonBackend
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell

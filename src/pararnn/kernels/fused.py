@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pararnn.kernels.lowering import NotLowered
-from pararnn.kernels.triton_backend import on_device
-from pararnn.kernels.triton_build import load, missing
+from pararnn.kernels.triton.backend import on_device
+from pararnn.kernels.triton.build import load, missing
 from pararnn.kernels.triton_steps import Form, source, width
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.mixing import Edge

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pararnn.kernels import printing
-from pararnn.kernels.triton_backend import on_device, overlaps
-from pararnn.kernels.triton_build import load
+from pararnn.kernels.triton.backend import on_device, overlaps
+from pararnn.kernels.triton.build import load
 from pararnn.kernels.triton_module import Lines, Variant, language_of, module_text, wrapped
 from pararnn.tracing.expressions import Operand
 from pararnn.tracing.written import read_expressions, write_expressions

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from pararnn.kernels import matvec
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.matvec import MOST_INNER, Vector
-from pararnn.kernels.triton_build import interpreted
+from pararnn.kernels.triton.build import interpreted
 from pararnn.tracing.expressions import Expression, Operand, leaf
 from pararnn.tracing.operations import (
     UnknownOperation,

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.torch_backend import TorchBackend
-from pararnn.kernels.triton_backend import TritonBackend
+from pararnn.kernels.triton.backend import TritonBackend
 from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.settings import Solver, act_on_failure
 from pararnn.tracing.derivatives import Recurrence

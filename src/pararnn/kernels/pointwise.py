@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 
 from pararnn.kernels import printing
 from pararnn.kernels.lowering import NotLowered, lower
-from pararnn.kernels.triton_backend import on_device
-from pararnn.kernels.triton_build import load, missing
+from pararnn.kernels.triton.backend import on_device
+from pararnn.kernels.triton.build import load, missing
 from pararnn.kernels.triton_module import Lines, Variant, language_of, module_text, varies, wrapped
 from pararnn.tracing.expressions import Expression, Operand, leaf, make
 from pararnn.tracing.operations import UnknownOperation, express, is_pointwise, operation_name

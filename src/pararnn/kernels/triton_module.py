@@ -114,7 +114,7 @@ def module_text(origin: str, equations: Sequence[str], used: set[str], functions
     lines += ["", "import triton", "import triton.language as tl"]
     if used:
         names = ",\n    ".join(sorted(used))
-        lines += ["", f"from pararnn.kernels.triton_functions import (\n    {names},\n)"]
+        lines += ["", f"from pararnn.kernels.triton.functions import (\n    {names},\n)"]
     body = "\n".join(functions.lines).strip("\n")
     return "\n".join([*lines, "", "", body]) + "\n"
 

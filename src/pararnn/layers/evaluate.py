@@ -14,8 +14,8 @@ from pararnn.kernels import mixing, operators, transforms
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.c.build import find_compiler
 from pararnn.kernels.lowering import NotLowered, lower
-from pararnn.kernels.triton_build import interpreted
-from pararnn.kernels.triton_build import missing as triton_missing
+from pararnn.kernels.triton.build import interpreted
+from pararnn.kernels.triton.build import missing as triton_missing
 from pararnn.layers.replayed import Call
 from pararnn.solvers.automatic import coupling
 from pararnn.solvers.settings import Newton, Sequential, Solver

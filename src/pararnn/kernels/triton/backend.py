@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pararnn.kernels.lowering import lower
-from pararnn.kernels.triton_build import compile_together, load
+from pararnn.kernels.triton.build import compile_together, load
 from pararnn.kernels.triton_module import Precision, Starts, Variant
 from pararnn.kernels.triton_plan import Launch, Work, block_of, plan_launch
 from pararnn.kernels.triton_source import adjoint_source, forward_source
@@ -214,7 +214,7 @@ class TritonBackend:
 
     def _total(self, problem: Problem, sums: Tensor) -> Tensor:
         """Gradients of coefficients, summed over rows and chunks."""
-        from pararnn.kernels.triton_functions import (
+        from pararnn.kernels.triton.functions import (
             total,  # needs Triton, which this module does not
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from pararnn.kernels.triton_build import interpreted
+from pararnn.kernels.triton.build import interpreted
 
 
 @triton.jit

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from pararnn import RNN, Newton
+from pararnn.kernels.primitives import PRIMITIVES
 from pararnn.testing import loop
+from pararnn.tracing.derivatives import torch_callable
 
 from .compare import RTOL, assert_same, outcome, random_state
 from .operations import DOMAINS, OPERATIONS, Operation
@@ -189,3 +191,16 @@ def check_numbers(part, first, backend, solver):
 
 def test_table_covers_enough():
     assert len(OPERATIONS) >= 60
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_primitive_takes_as_many_operands_everywhere(name):
+    primitive = PRIMITIVES[name]
+    assert primitive.c.count("{}") == primitive.operands == primitive.half.count("{}")
+    operands = [torch.rand(3, dtype=torch.float64) + 1.5 for _ in range(primitive.operands)]
+    if name == "where":
+        operands[0] = operands[0] > 2
+    if name == "to_float":
+        operands = [operands[0] > 2, operands[0]]  # and what has the type
+    if operands:
+        assert torch_callable(name)(*operands).shape == (3,)

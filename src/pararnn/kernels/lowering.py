@@ -1,7 +1,6 @@
-"""Lowers aten operations to the few primitives that every printer knows.
+"""Lowers aten operations to the few primitives that kernels compute, by one rule for each.
 
-`PRIMITIVES` is the contract with the printers (C, Triton): a printer has one line per primitive.
-Everything else is a rule below; formulas follow the definitions in PyTorch's documentation.
+Formulas follow the definitions in PyTorch's documentation.
 """
 
 from __future__ import annotations
@@ -10,18 +9,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from pararnn.kernels.primitives import PRIMITIVES
 from pararnn.tracing.expressions import Expression, Operand, make, rewrite
 
-ARITHMETIC = frozenset("add sub mul div neg abs".split())
-COMPARISONS = frozenset("lt le gt ge eq ne".split())
-LOGIC = frozenset("logical_and logical_or logical_xor logical_not where to_float".split())
-FUNCTIONS = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan atan2 sinh cosh "
-    "tanh asinh acosh atanh sigmoid erf erfc pow floor ceil trunc round fmod hypot copysign "
-    "maximum minimum fmax fmin to_float32 to_float16 to_bfloat16 largest".split()
-)
 PRODUCTS = frozenset(["dot"])  # only where channels mix
-PRIMITIVES = ARITHMETIC | COMPARISONS | LOGIC | FUNCTIONS
 
 
 class NotLowered(ValueError):
@@ -36,13 +27,11 @@ def lower(roots: Iterable[Operand]) -> list[Operand]:
     """
 
     def rule(op: str, args: tuple[Operand, ...]) -> Operand:
-        if op == "pow":
-            return _pow(*args)
-        if op in PRIMITIVES | PRODUCTS:
+        if op in _RULES:
+            return _RULES[op](*args)
+        if op in PRIMITIVES or op in PRODUCTS:
             return make(op, *args)
-        if op not in _RULES:
-            raise NotLowered(f"aten.{op} has no rule in pararnn.kernels.lowering")
-        return _RULES[op](*args)
+        raise NotLowered(f"aten.{op} has no rule in pararnn.kernels.lowering")
 
     return rewrite(roots, rule)
 
@@ -210,6 +199,7 @@ def _sign(x: Any) -> Any:
 
 _RULES: dict[str, Callable[..., Any]] = {
     "detach": lambda x: x,
+    "pow": _pow,
     "clamp": _clamp,
     "hardtanh": _clamp,
     "hardtanh_backward": lambda g, x, low, high: where(

@@ -21,10 +21,6 @@ from pararnn.tracing.expressions import (
 # Not with "_" in front: __linux_ would become a macro of C
 _PLAIN = re.compile("[A-Za-z][A-Za-z0-9_]*", re.ASCII).fullmatch
 
-BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
-BINARY |= {"ge": ">=", "eq": "==", "ne": "!=", "logical_and": "&", "logical_or": "|"}
-BINARY |= {"logical_xor": "^"}
-
 
 @dataclass(frozen=True)
 class Language:

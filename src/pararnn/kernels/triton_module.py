@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pararnn.kernels import printing
-from pararnn.kernels.printing import BINARY, pair
+from pararnn.kernels.primitives import PRIMITIVES, called
+from pararnn.kernels.printing import pair
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import Operand, literal, topological
 
@@ -48,12 +49,10 @@ class Variant:
         return "tl.float64" if self.precision == "double" else "tl.float32"
 
 
-_FAST = {"tanh": "fast_tanh", "sigmoid": "fast_sigmoid", "exp": "fast_exp"}
-
-
 def language_of(variant: Variant, used: set[str]) -> printing.Language:
     """How Triton writes things; functions that are to be imported are put into `used`."""
     real = variant.real
+    largest = 1.7976931348623157e308 if variant.precision == "double" else 2.0**128 - 2.0**104
 
     def number(value: float) -> str:
         text = literal(value)
@@ -62,27 +61,11 @@ def language_of(variant: Variant, used: set[str]) -> printing.Language:
         return f"tl.full([], {text}, {real})"
 
     def term(op: str, args: Sequence[str]) -> str:
-        if op in BINARY:
-            return f"{args[0]} {BINARY[op]} {args[1]}"
-        if op == "neg":
-            return f"-{args[0]}"
-        if op == "where":
-            return f"tl.where({', '.join(args)})"
-        if op == "logical_not":
-            return f"{args[0]} == 0"
-        if op == "abs":
-            return f"tl.abs({args[0]})"
-        if op == "to_float":
-            return f"{args[0]}.to({real})"
-        if op.startswith("to_"):
-            return f"{args[0]}.to(tl.float32).to(tl.{op[3:]}).to({real})"  # as PyTorch rounds
-        if op == "largest":
-            return number(
-                1.7976931348623157e308 if variant.precision == "double" else 2.0**128 - 2.0**104
-            )
-        name = _FAST.get(op, op) if variant.precision == "half" else op
-        used.add(name)
-        return f"{name}({', '.join(args)})"
+        primitive = PRIMITIVES[op]
+        text = primitive.half if variant.precision == "half" else primitive.triton
+        if name := called(text):
+            used.add(name)
+        return text.format(*args, real=real, largest=largest)
 
     return printing.Language(term, number, str, lambda name, value, _: f"{name} = {value}")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pararnn.kernels.primitives import PRIMITIVES
 from pararnn.kernels.printing import (
-    BINARY,
     Language,
     equations,
     lowered_names,
@@ -23,29 +23,6 @@ from pararnn.tracing.expressions import Expression, Operand, literal
 MAX_BLOCK = 256  # channels that one lane carries in its local arrays
 SIZES = ("batch", "time", "hidden", "chunks", "chunk", "block", "threads", "rows", "limit")
 
-_OWN = frozenset(
-    "exp expm1 tanh sigmoid log log1p maximum minimum to_float32 to_bfloat16 to_float16".split()
-)
-_LIBM = {"abs": "fabs", "round": "rint"}
-
-
-def _term(op: str, args: Sequence[str]) -> str:
-    if op in BINARY:
-        return f"{args[0]} {BINARY[op]} {args[1]}"
-    if op == "neg":
-        return f"-{args[0]}"
-    if op == "where":
-        return f"{args[0]} ? {args[1]} : {args[2]}"
-    if op == "logical_not":
-        return f"!{args[0]}"
-    if op == "to_float":
-        return f"{args[0]} ? C(1) : C(0)"
-    if op == "largest":
-        return "LARGEST"
-    if op in _OWN:
-        return f"pr_{op}({', '.join(args)})"
-    return f"F({_LIBM.get(op, op)})({', '.join(args)})"
-
 
 def _body(
     roots: Iterable[Operand], results: Sequence[str], names: dict[Expression, str], indent: str
@@ -57,7 +34,7 @@ def _body(
 
 
 _C = Language(
-    _term,
+    lambda op, args: PRIMITIVES[op].c.format(*args),
     lambda value: f"C({literal(value)})",
     lambda value: str(int(value)),
     lambda name, term, is_bool: f"const {'int' if is_bool else 'real'} {name} = {term};",

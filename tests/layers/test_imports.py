@@ -1,12 +1,17 @@
 """What the package needs to be imported, in fresh processes."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import pararnn
+
 SCRIPT = """
 import sys
+from pathlib import Path
 for name in {missing}:
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 import torch, pararnn
@@ -25,3 +30,32 @@ def test_a_layer_needs_nothing_but_pytorch(missing):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+ROOT = Path(pararnn.__file__).parent
+ROOMS = "cells tracing solvers kernels layers testing diagnose explain bench lm cli".split()
+ROOMS_OF_LM = "data models decoding training evaluation bench".split()
+
+
+def imports(path):
+    """Modules of the package that a file names, at its top or inside of functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pararnn."):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.startswith("pararnn."))
+
+
+@pytest.mark.parametrize(("folder", "rooms"), [("", ROOMS), ("lm", ROOMS_OF_LM)], ids=["all", "lm"])
+def test_nothing_imports_upwards(folder, rooms):
+    root = ROOT / folder
+    prefix = ".".join(["pararnn", *filter(None, [folder])]) + "."
+    for path in root.rglob("*.py"):
+        room = path.relative_to(root).parts[0].removesuffix(".py")
+        if room.startswith("_"):
+            continue  # the package itself
+        below = rooms[: rooms.index(room) + 1]
+        for name in imports(path):
+            if name.startswith(prefix):
+                other = name.removeprefix(prefix).split(".")[0]
+                assert other in below or other.startswith("_"), f"{path} imports {name}"

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import digest, read_json, write_atomically
@@ -50,7 +51,7 @@ class Corpus:
     num_files: int
     num_skipped: int
     sha256: str
-    skipped: dict = field(default_factory=dict)
+    skipped: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare_corpus(data: Path | None, folder: Path, held_out: float) -> Corpus:

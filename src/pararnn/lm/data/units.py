@@ -58,7 +58,7 @@ class Units:
         total = self._total()
         if total is not None:
             workers = min(workers, -(-(total - done) // self.config.unit_bytes))
-        pending: dict[Future, tuple[int, int]] = {}
+        pending: dict[Future[Any], tuple[int, int]] = {}
         with _bar(total, done) as bar, StopSignals() as stop, _executor(workers) as executor:
             try:
                 for number, block in enumerate(self._blocks(start), first):
@@ -115,7 +115,7 @@ class Units:
         return self.parts / f"{number:08d}.npz"
 
     def _collect(
-        self, pending: dict[Future, tuple[int, int]], bar: tqdm, stop: StopSignals, most: int
+        self, pending: dict[Future[Any], tuple[int, int]], bar: tqdm, stop: StopSignals, most: int
     ) -> None:
         """Wait until at most so many units are at work; write the shards that became whole."""
         while len(pending) > most and stop.received is None:

@@ -14,9 +14,9 @@ from pararnn.lm.data.signals import SIGNALS
 class Inline(Executor):
     """Does the work in this process, when it is submitted."""
 
-    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Call the function; what it raises is raised here."""
-        future: Future = Future()
+        future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
 
@@ -32,7 +32,7 @@ class Processes(ProcessPoolExecutor):
         context = multiprocessing.get_context("spawn")
         super().__init__(workers, context, initializer=_start_worker)
 
-    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As in the base class; a process that is started here inherits the blocked signals."""
         if not hasattr(signal, "pthread_sigmask"):
             return super().submit(fn, *args, **kwargs)

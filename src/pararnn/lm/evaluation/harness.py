@@ -23,7 +23,7 @@ _NUM_BYTES = 256
 
 
 @register_model("pararnn")
-class HarnessModel(HFLM):
+class HarnessModel(HFLM):  # type: ignore[misc] # has no types
     """A model of a run, of a folder, or one in memory.
 
     Args:

@@ -126,7 +126,7 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> tuple | ParaRNNOutput:
+    ) -> tuple[Any, ...] | ParaRNNOutput:
         """Run all blocks.
 
         Args:
@@ -173,7 +173,7 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         if use_cache and cache_params is None:
             cache_params = ParaRNNCache()
         past = cache_params.layers if cache_params is not None else []
-        states: list = list(past) or [None] * len(self.layers)
+        states: list[Any] = list(past) or [None] * len(self.layers)
         inputs = []
         for index, layer in enumerate(self.layers):
             inputs.append(x)
@@ -289,7 +289,7 @@ class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> tuple | ParaRNNCausalLMOutput:
+    ) -> tuple[Any, ...] | ParaRNNCausalLMOutput:
         """Predict the next token at every step; further arguments as `ParaRNNModel.forward`.
 
         Args:

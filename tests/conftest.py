@@ -1,6 +1,7 @@
-"""Fixtures of every test: fixed seeds, and fresh memory filled with NaN."""
+"""Fixtures of every test: fixed seeds, and nothing kept by the compiler."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -17,6 +18,14 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forgetful_compiler():
+    """Graphs that torch.compile made for one test do not count towards its limit in the next."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture

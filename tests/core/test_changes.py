@@ -311,7 +311,6 @@ def test_not_traced_again_for_equal_values_or_what_is_not_read(change):
 @pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
 def test_compiled(restored):
     """The compiler is told of changes that it does not look for; equal layers share a graph."""
-    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     layers = [RNN(Cell().double(), backend="torch", solver=Newton(chunk=3)) for _ in range(2)]
     compiled = [torch.compile(layer, backend=counter, fullgraph=True) for layer in layers]

@@ -100,7 +100,6 @@ def test_compile_fullgraph(name, backend):
     x = torch.randn(3, 12, 5, dtype=torch.float64)
     state = random_state(rnn.num_components, 3, 7)
     expected = outcome(rnn, rnn.cell, x, state)
-    torch._dynamo.reset()
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
     assert_same(outcome(compiled, rnn.cell, x, state), expected, 1e-13)
 
@@ -113,7 +112,6 @@ def test_compile_packed(name):
     lengths = [0, 5, 0, 7, 0]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     x, state = torch.randn(1, 12, 5, dtype=torch.float64), random_state(2, 5, 7)
-    torch._dynamo.reset()
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
     actual = outcome(lambda x, s: compiled(x, s, cu_seqlens=bounds), rnn.cell, x, state)
     assert_same(actual, outcome(one_by_one(cell, lengths), rnn.cell, x, state), 1e-12)
@@ -147,7 +145,6 @@ def test_compile_before_any_call(knows, dynamic):
     if knows == "hidden_size":
         cell.hidden_size, state = 7, None
     rnn = RNN(cell)
-    torch._dynamo.reset()
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     cotangent = torch.randn(3, 12, 7, dtype=torch.float64)
     found, expected = (
@@ -161,7 +158,6 @@ def test_compile_before_any_call(knows, dynamic):
 def test_compile_says_what_is_wrong_with_a_cell():
     cell = SaysNothing()
     cell.hidden_size = 6  # its gates have 7
-    torch._dynamo.reset()
     compiled = torch.compile(RNN(cell), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="must match the size"):
         compiled(torch.randn(3, 12, 5))

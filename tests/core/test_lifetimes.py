@@ -41,11 +41,10 @@ def test_a_backward_pass_may_outlive_its_layer(name, compiled):
     (expected,) = torch.autograd.grad(layer(x)[0].sum(), x)
     run = layer
     if compiled:
-        torch._dynamo.reset()
         run = torch.compile(layer, backend="aot_eager")
     y = run(x)[0].sum()
     del layer, run
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     y.backward()
     torch.testing.assert_close(x.grad, expected)

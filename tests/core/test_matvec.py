@@ -100,7 +100,6 @@ CASES = {
 
 def run(function, arguments):
     """The results of a compiled function, and the pass."""
-    torch.compiler.reset()
     fusion = Counted()
     options = {"post_grad_custom_post_pass": fusion}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)

@@ -677,7 +677,6 @@ def test_half_precision_is_computed_in_single():
 
 
 def test_compiles_without_a_break():
-    torch._dynamo.reset()
     torch.manual_seed(0)
     rnn = RNN(nn.GRUCell(INPUT, HIDDEN).double(), solver=Jacobi(chunk=8))
     x, state = data(rnn)

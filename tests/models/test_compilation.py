@@ -37,7 +37,6 @@ def test_all_blocks_share_one_graph(make_model, tokens, cell, recomputed, monkey
     """Otherwise every block is compiled anew, and from the ninth on none is."""
     counter, compile_block = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compile_block(f, backend=counter))
-    torch.compiler.reset()
     loss = CausalLoss(make_model(cell=cell, num_hidden_layers=3))
     assert len(blocks(loss.model)) == 3
     execution = ExecutionConfig(activation_checkpointing=recomputed, compile=True)

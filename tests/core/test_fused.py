@@ -60,6 +60,23 @@ class HeadsInPlace(nn.Module):
         return torch.tanh(self.input(x) + mixed.transpose(0, 1).flatten(1))
 
 
+class HeadsExpanded(nn.Module):
+    """A weight per head from the left and one for all heads, both expanded over the rows."""
+
+    input_size, hidden_size, num_components = INPUT, 6, 1
+
+    def __init__(self):
+        super().__init__()
+        self.input = nn.Linear(INPUT, 6)
+        self.first = nn.Parameter(torch.randn(2, 3, 3) * 0.4)
+        self.second = nn.Parameter(torch.randn(3, 3) * 0.4)
+
+    def forward(self, x, h):
+        heads = torch.tanh(self.first @ h.view(-1, 2, 3, 1)).squeeze(3)
+        mixed = torch.bmm(heads, self.second.expand(len(h), 3, 3))
+        return torch.tanh(self.input(x) + mixed.flatten(1))
+
+
 CELLS = {
     "rnn": lambda: nn.RNNCell(INPUT, 6),
     "relu": lambda: nn.RNNCell(INPUT, 19, bias=False, nonlinearity="relu"),
@@ -71,6 +88,7 @@ CELLS = {
     "partly": Partly,
     "two_products": TwoProducts,
     "heads_in_place": HeadsInPlace,
+    "heads_expanded": HeadsExpanded,
 }
 
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+import weakref
 
 import pytest
 import torch
@@ -191,11 +192,12 @@ def test_layouts_parts_and_steps(name):
 def rerun_graphs(monkeypatch):
     """What a GPU does, with work that is run again in the place of a graph that is replayed."""
 
-    class Rerun:
-        graph = None
+    class Graph:
+        pass
 
+    class Rerun:
         def __init__(self, run, beside):
-            self.run, self.kept = run, run()
+            self.run, self.kept, self.graph = run, run(), Graph()
 
         def __call__(self):
             for old, new in zip(self.kept, self.run(), strict=True):
@@ -230,6 +232,21 @@ def test_graphs_of_forms_that_come_again(monkeypatch, rerun_graphs):
         call(2)
     call(3)
     assert made == [1, 2, 3]  # in the place of one that was not used for ten calls
+
+
+def test_graphs_share_memory_as_long_as_there_are_some(monkeypatch, rerun_graphs):
+    monkeypatch.setattr(graphs, "_firsts", weakref.WeakValueDictionary())
+    forms = [graphs.Graphs() for _ in range(2)]
+    for cached in forms:
+        for _ in range(2):
+            cached.call("double", lambda tensors: [tensors[0] * 2], [torch.ones(3)])
+    (shared,) = set(graphs._firsts.values())
+    assert all(graph._first is shared for cached in forms for graph in cached._known.values())
+    del cached, shared
+    forms.pop(0)  # with the graph that was the first
+    assert len(graphs._firsts) == 1
+    forms.clear()
+    assert not graphs._firsts
 
 
 @pytest.mark.parametrize("solver", [Newton(chunk=7), Jacobi(chunk=10), Sequential()])

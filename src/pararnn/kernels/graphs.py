@@ -186,8 +186,11 @@ def _context(device: torch.device) -> Hashable:
     return torch.get_float32_matmul_precision(), device, stream
 
 
-_firsts: dict[Hashable, torch.cuda.CUDAGraph] = {}
-"""Per context the graph whose memory all others share: on one stream they run one by one."""
+_firsts: weakref.WeakValueDictionary[Hashable, torch.cuda.CUDAGraph] = weakref.WeakValueDictionary()
+"""Per context the graph whose memory all others share: on one stream they run one by one.
+
+They keep it, so that it goes with the last of them.
+"""
 
 
 class _Graph:
@@ -198,7 +201,7 @@ class _Graph:
     ) -> None:
         own = [None if t is None else t.clone() for t in tensors]
         self._replay = captured(lambda: function(own), _firsts.get(context))
-        _firsts.setdefault(context, self._replay.graph)
+        self._first = _firsts.setdefault(context, self._replay.graph)
         self._inputs = [t for t in own if t is not None]
         self._outputs: list[Tensor] = self._replay.kept
         self.used = 0

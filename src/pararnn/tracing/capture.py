@@ -388,11 +388,16 @@ def _mark_rows(graph: fx.Graph, other: fx.Graph) -> None:
     shapes = [n.meta.get("shape", ()) for n in other.nodes]
     originals = [n for n in graph.nodes if not n.meta.get("is_count")]
     for node, shape in zip(originals, shapes, strict=True):
-        mine = node.meta.get("shape", ())
-        node.meta["by_rows"] = bool(mine) and mine[0] == ROWS[0] and shape[0] == ROWS[1]
-        sizes = zip(mine, shape, strict=False)
-        node.meta["slopes"] = tuple((b - a) // (ROWS[1] - ROWS[0]) for a, b in sizes)
-        node.meta["row_axes"] = sum(slope != 0 for slope in node.meta["slopes"])
+        mark_rows(node, shape)
+
+
+def mark_rows(node: fx.Node, other: tuple[int, ...]) -> None:
+    """Note where rows are in a value, given its shape for the other number of them."""
+    mine = node.meta.get("shape", ())
+    node.meta["by_rows"] = bool(mine) and mine[0] == ROWS[0] and other[0] == ROWS[1]
+    sizes = zip(mine, other, strict=False)
+    node.meta["slopes"] = tuple((b - a) // (ROWS[1] - ROWS[0]) for a, b in sizes)
+    node.meta["row_axes"] = sum(slope != 0 for slope in node.meta["slopes"])
 
 
 def shape_at(node: fx.Node, rows: int) -> tuple[int, ...]:

@@ -423,10 +423,6 @@ class _Replaced(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.one_hot:
             return self.one_hot(*args, **kwargs)
-        if func in _PRODUCTS and len(args) == 2:
-            a, b = args
-            if isinstance(b, Tensor) and (a.dim(), b.dim()) == (4, 3) and len(b) == a.shape[1]:
-                return _product(a, b)
         if func is nn.functional.batch_norm:
             given = dict(zip(_OF_BATCH_NORM, args, strict=False)) | kwargs
             if not given.get("training", False):
@@ -442,16 +438,6 @@ class _Replaced(TorchFunctionMode):
             )
         rows = torch.eye(num_classes, dtype=torch.int64, device=tensor.device)
         return nn.functional.embedding(tensor, rows)
-
-
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """(rows, heads, i, j) times (heads, j, k), of which PyTorch makes a copy for every row."""
-    rows, heads, size = a.shape[:3]
-    product = torch.bmm(a.transpose(0, 1).reshape(heads, rows * size, a.shape[3]), b)
-    return product.view(heads, rows, size, b.shape[2]).transpose(0, 1)
 
 
 _OF_BATCH_NORM = "input running_mean running_var weight bias training momentum eps".split()

@@ -25,6 +25,7 @@ from pararnn.tracing.partition import (
     recurrent_module,
 )
 from pararnn.tracing.recorder import TraceError, is_differentiable
+from pararnn.tracing.shared import share_weights
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,11 @@ def trace(
 
     def traced() -> Traced:
         with torch.inference_mode(False), torch.random.fork_rng(devices), without_tools():
-            parts = partition(
-                capture(subject, inputs, hidden_size, num_components, is_tuple, dtype, device)
+            captured = capture(
+                subject, inputs, hidden_size, num_components, is_tuple, dtype, device
             )
+            share_weights(captured.graph)
+            parts = partition(captured)
             found = _elementwise_or_not(subject, parts, device)
             _check_rows(found, inputs, dtype, device)
             check_gradients(found, inputs, device)

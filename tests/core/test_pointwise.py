@@ -1,16 +1,20 @@
 """Operations on each element in generated kernels, in Triton's interpreter."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
 from pararnn import RNN, Jacobi
+from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import mixing as operator
 from pararnn.kernels import pointwise
 from pararnn.testing import assert_close, loop
 
 from .compare import assert_same, outcome, random_state
 from .conftest import needs_triton
+from .pretend_gpu import pretend_gpu
 from .test_fused import CELLS, INPUT, make
 
 pytestmark = needs_triton
@@ -120,3 +124,14 @@ def test_gradients_of_a_layer(monkeypatch, name):
     resets = torch.rand(2, 40) < 0.1
     expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
     assert_same(outcome(lambda x, s: rnn(x, s, resets), cell, x, state), expected, 1e-10)
+
+
+def test_one_number_for_all_rows():
+    """The gradient of a clamp takes a zero that has no axis."""
+    cell = HeadSLSTMCell(6, 8, num_heads=2)
+    rnn = RNN(cell)
+    x, state = torch.randn(2, 5, 6), random_state(4, 2, 8, dtype=torch.float32)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    with pretend_gpu(capability=(8, 0)):
+        actual = outcome(rnn, cell, x, state)
+    assert_same(actual, expected, 3e-5)

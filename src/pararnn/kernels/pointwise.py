@@ -40,8 +40,8 @@ def run(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     kind = tensors[0].device.type
     if kind != "cuda" or missing(kind):
         return module(*(t.contiguous() for t in tensors))
-    rows = max(t.shape[0] for t in tensors)  # any number of these is served by one function
-    form = tuple((t.shape[0] == rows or t.shape[0], t.shape[1:], t.dtype) for t in tensors)
+    rows = max(t.shape[:1] for t in tensors)  # any number of these is served by one function
+    form = tuple((t.shape[:1] == rows or t.shape[:1], t.shape[1:], t.dtype) for t in tensors)
     known = _known.setdefault(module, OrderedDict())
     if form not in known:
         known[form] = fused(module, tensors)

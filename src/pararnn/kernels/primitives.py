@@ -74,7 +74,7 @@ PRIMITIVES: dict[str, Primitive] = {
     "sigmoid": _row("pr_sigmoid({})", "sigmoid({})", "fast_sigmoid({})"),
     "maximum": _row("pr_maximum({}, {})", "maximum({}, {})"),
     "minimum": _row("pr_minimum({}, {})", "minimum({}, {})"),
-    "round": _row("F(rint)({})", "round({})"),
+    "round": _row("F(rint)({})", "rint({})"),
     **_of_libraries("exp2 log2 log10 sqrt sin cos tan asin acos atan sinh cosh", "{}"),
     **_of_libraries("asinh acosh atanh erf erfc floor ceil trunc", "{}"),
     **_of_libraries("atan2 pow fmod hypot copysign fmax fmin", "{}, {}"),

@@ -1,20 +1,22 @@
 """Scalar functions that generated Triton calls, on a GPU and in Triton's interpreter.
 
 On a GPU they are libdevice's, which are accurate to a few units in the last place; the interpreter
-has no libdevice and takes NumPy's. The `fast_` ones use the hardware's tanh, with errors of about
+has no libdevice and takes PyTorch's. The `fast_` ones use the hardware's tanh, with errors of about
 5e-4: for results in half precision.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
+from pararnn.kernels.primitives import PRIMITIVES, called
 from pararnn.kernels.triton.build import interpreted
+from pararnn.tracing.derivatives import torch_callable
 
 
 @triton.jit
@@ -79,45 +81,24 @@ def total(  # type: ignore[no-untyped-def]
     tl.store(result + columns, tl.sum(found, 0)[None, :].to(result.dtype.element_ty), mask=inside)
 
 
-_LIBDEVICE = (
-    "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan atan2 sinh cosh tanh "
-    "asinh acosh atanh erf erfc pow floor ceil trunc fmod hypot copysign"
-).split()
-
 if interpreted():
-    import numpy as np
     from triton.runtime.interpreter import TensorHandle
 
-    _NUMPY = {
-        "asin": "arcsin",
-        "acos": "arccos",
-        "atan": "arctan",
-        "atan2": "arctan2",
-        "asinh": "arcsinh",
-        "acosh": "arccosh",
-        "atanh": "arctanh",
-        "pow": "power",
-        "round": "rint",
-    }
+    def _of_library(operation: str, name: str) -> Callable[..., Any]:
+        reference = torch_callable(operation)
 
-    def _interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             like = next(a for a in args if isinstance(a, tl.tensor))
-            arrays = [a.handle.data if isinstance(a, tl.tensor) else a for a in args]
-            with np.errstate(all="ignore"):
-                result = np.asarray(function(*arrays)).astype(like.handle.data.dtype)
+            values = [
+                torch.tensor(a.handle.data, device="cpu") if isinstance(a, tl.tensor) else a
+                for a in args
+            ]
+            result = reference(*values).numpy().astype(like.handle.data.dtype)
             shape = list(result.shape)
             kind = tl.block_type(like.dtype, shape) if shape else like.dtype
             return tl.tensor(TensorHandle(result, like.dtype), kind)
 
         return call
-
-    for _name in [*_LIBDEVICE, "round", "fmax", "fmin"]:
-        _function = getattr(np, _NUMPY.get(_name, _name), None) or np.vectorize(
-            getattr(math, _name), otypes=[float]
-        )
-        globals()[_name] = _interpreted(_function)
-    fast_tanh, fast_sigmoid, fast_exp = globals()["tanh"], sigmoid, globals()["exp"]
 
     @triton.jit
     def prefetch(base, stride, step, low, high, channels, STEPS, BLOCK):  # type: ignore[no-untyped-def]
@@ -125,9 +106,8 @@ if interpreted():
 else:
     from triton.language.extra import libdevice
 
-    for _name in _LIBDEVICE:
-        globals()[_name] = getattr(libdevice, _name)
-    round = libdevice.rint
+    def _of_library(operation: str, name: str) -> Callable[..., Any]:
+        return getattr(libdevice, name)
 
     @triton.jit
     def fmax(a, b):  # type: ignore[no-untyped-def]
@@ -180,3 +160,9 @@ else:
             is_pure=False,
             pack=1,
         )
+
+
+for _operation, _row in PRIMITIVES.items():
+    for _name in map(called, (_row.triton, _row.half)):
+        if _name and _name not in globals():
+            globals()[_name] = _of_library(_operation, _name)

@@ -32,8 +32,26 @@ def with_resets(run, resets):
     return both
 
 
-def outcome(run, module, x, state, seed=1):
+def cotangents_of_torch(seed=1):
+    """Random numbers like a value, that half precision has too."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(_name, v):
+        drawn = torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu")
+        return drawn.to(v.device).to(torch.bfloat16).to(v.dtype)
+
+    return draw
+
+
+def outcome(run, module, x, state, draw=None):
     """Run `run(x, state) -> (y, state)` and its backward with random cotangents.
+
+    Args:
+        run: What is run.
+        module: Has the parameters.
+        x: Inputs.
+        state: The state before, or a tuple.
+        draw: Makes the cotangent of a value from its name and itself.
 
     Returns:
         Values and the gradients of x, the state and every parameter, by name; a parameter that
@@ -43,12 +61,8 @@ def outcome(run, module, x, state, seed=1):
     first = tuple(s.detach().clone().requires_grad_() for s in as_tuple(state))
     y, last = run(x, first if isinstance(state, tuple) else first[0])
     values = {"y": y} | {f"last[{i}]": s for i, s in enumerate(as_tuple(last))}
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda v: torch.randn(  # noqa: E731
-        v.shape, generator=generator, dtype=torch.float64, device="cpu"
-    ).to(v.device)
-    cotangents = [draw(v).to(torch.bfloat16).to(v.dtype) for v in values.values()]
-    total = sum((v * c).sum() for v, c in zip(values.values(), cotangents, strict=True))
+    draw = draw or cotangents_of_torch()
+    total = sum((v * draw(name, v)).sum() for name, v in values.items())
     inputs = {"x": x} | {f"first[{i}]": s for i, s in enumerate(first)}
     inputs |= {n: p for n, p in module.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)

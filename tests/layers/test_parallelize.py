@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import pararnn
@@ -202,12 +202,119 @@ def test_checkpoints_go_both_ways():
 def test_parameters_have_the_names_of_the_original():
     layer = make("lstm", num_layers=2, bidirectional=True)
     ours = parallelize(layer)
+    assert list(ours.named_parameters()) == list(layer.named_parameters())
     for name, parameter in layer.named_parameters():
         assert getattr(ours, name) is parameter
+    assert ours.all_weights == layer.all_weights
+    assert ours._flat_weights == layer._flat_weights
+    ours.flatten_parameters()
     with pytest.raises(AttributeError, match="has no attribute 'weight_ih_l2'"):
         _ = ours.weight_ih_l2
     saved = get_model_state_dict(nn.Sequential(ours))  # looks them up as attributes
     assert list(saved) == [f"0.{name}" for name in layer.state_dict()]
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 0.5 * weight.tanh()
+
+
+def other_weight(layer):
+    torch.manual_seed(3)
+    layer.weight_hh_l1 = nn.Parameter(torch.randn_like(layer.weight_hh_l1) * 0.3)
+
+
+def taken_away_and_back(layer):
+    weight = layer.weight_ih_l0_reverse
+    del layer.weight_ih_l0_reverse
+    layer.register_parameter("weight_ih_l0_reverse", nn.Parameter(weight.detach() * 0.5))
+
+
+def normed(layer):
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    parametrizations.weight_norm(layer, "weight_ih_l1_reverse")
+
+
+def normed_no_more(layer):
+    normed(layer)
+    parametrize.register_parametrization(layer, "weight_hh_l0", Twice())
+    parametrize.remove_parametrizations(layer, "weight_hh_l0")
+
+
+def normed_by_hooks(layer):
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(layer, "weight_hh_l0")
+
+
+def another_checkpoint(layer):
+    torch.manual_seed(4)
+    saved = {name: torch.randn_like(t) for name, t in layer.state_dict().items()}
+    layer.load_state_dict(saved, assign=True)
+
+
+def another_type(layer):
+    layer.float().double()
+
+
+CHANGES = [
+    other_weight,
+    taken_away_and_back,
+    normed,
+    normed_no_more,
+    normed_by_hooks,
+    another_checkpoint,
+    another_type,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+def test_a_layer_that_changes(change, when):
+    """As the original that changes in the same way: values, gradients, names and checkpoints."""
+    torch.manual_seed(2)
+    layer = make("lstm", num_layers=2, bidirectional=True)
+    ours = parallelize(copy.deepcopy(layer))
+    x = torch.randn(4, 3, INPUT, dtype=torch.float64)
+    if when == "after":
+        ours(x)
+    for each in (layer, ours):
+        change(each)
+    saved = layer.state_dict()
+    assert list(ours.state_dict()) == list(saved)
+    names = [name for name, _ in layer.named_parameters()]
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    for each in (layer, ours):
+        each(x)[0].square().sum().backward()
+    assert [name for name, _ in ours.named_parameters()] == names
+    gradients = dict(layer.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert_close(name, parameter.grad, gradients[name].grad, rtol=1e-10)
+    assert_close("y", ours(x)[0], layer(x)[0], rtol=1e-12)
+    ours.load_state_dict({name: 0.9 * t for name, t in saved.items()})
+    layer.load_state_dict({name: 0.9 * t for name, t in saved.items()})
+    assert_close("y", ours(x)[0], layer(x)[0], rtol=1e-12)
+    if change is not normed_by_hooks:  # PyTorch copies no tensor that a hook has computed
+        assert_close("y", copy.deepcopy(ours)(x)[0], layer(x)[0], rtol=1e-12)
+
+
+def test_a_layer_that_was_parametrised_before():
+    layer = make("gru", num_layers=2)
+    normed_layer = parametrizations.weight_norm(layer, "weight_hh_l1")
+    agree(normed_layer, torch.randn(4, 3, INPUT, dtype=torch.float64), None)
+    assert list(parallelize(layer).state_dict()) == list(layer.state_dict())
+
+
+def test_weights_drawn_anew():
+    ours = parallelize(make("gru"))
+    torch.manual_seed(1)
+    ours.reset_parameters()
+    layer = make("gru")
+    torch.manual_seed(1)
+    layer.reset_parameters()
+    for found, expected in zip(ours.parameters(), layer.parameters(), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -242,10 +349,6 @@ def weight_normed():
         return nn.utils.weight_norm(nn.GRU(INPUT, HIDDEN), "weight_hh_l0")
 
 
-def parametrised():
-    return parametrizations.weight_norm(nn.GRU(INPUT, HIDDEN), "weight_hh_l0")
-
-
 @pytest.mark.parametrize(
     ("module", "error", "words"),
     [
@@ -258,7 +361,6 @@ def parametrised():
             "subclasses and what was parallelized before",
         ),
         (weight_normed, ValueError, "weight_hh_l0 of GRU is not a parameter but computed"),
-        (parametrised, ValueError, "weight_hh_l0 of ParametrizedGRU is not a parameter but"),
         (lambda: parallelize(nn.GRU(5, 6)), ValueError, "what was parallelized before are left"),
         (lambda: nn.GRUCell(5, 6), ValueError, r"wrap a cell as pararnn\.RNN\(cell\)"),
         (lambda: torch.zeros(3), TypeError, "takes an nn.Module, got a Tensor"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ def parallelize(
 
     The new layers take and return what the old ones do: unbatched and packed input, states in and
     out, layers, directions, dropout between layers. They use the very same parameters, so training
-    the one trains the other, and an optimiser made before goes on. `state_dict()` has the keys of
-    the original in both directions, so checkpoints fit either; `named_parameters()` names them as
-    the cells do (`layers.0.cell.weight_ih`). Hooks of a replaced layer stay with it.
+    the one trains the other, and an optimiser made before goes on. These have the names they had
+    (`weight_hh_l0`), to read and to set, in `named_parameters()` and in `state_dict()`, so that
+    checkpoints fit either, and `torch.nn.utils.parametrize` takes them. Hooks of a replaced layer
+    stay with it.
 
     Args:
         module: One of these layers, or any module that contains some.
@@ -42,7 +44,7 @@ def parallelize(
 
     Raises:
         ValueError: There is no such layer, or one that has no cell: an `nn.LSTM` with `proj_size`,
-            or weights that are computed (parametrisations). Nothing has been replaced then.
+            or weights that hooks compute. Nothing has been replaced then.
 
     Example:
         >>> gru = nn.GRU(16, 32, num_layers=2, batch_first=True)
@@ -55,8 +57,7 @@ def parallelize(
     found = {
         name: layer
         for name, layer in module.named_modules(remove_duplicate=False)
-        if type(layer) in _CELLS
-        or (isinstance(layer, nn.RNNBase) and parametrize.is_parametrized(layer))
+        if parametrize.type_before_parametrizations(layer) in _CELLS
     }
     if not found:
         raise ValueError(
@@ -86,7 +87,8 @@ class Parallelized(StackedRNN):
         backend: str = "auto",
     ) -> None:
         assert isinstance(original, nn.RNNBase)
-        called = f"{type(original).__name__}{f' {name!r}' if name else ''}"
+        kind = parametrize.type_before_parametrizations(original)
+        called = f"{kind.__name__}{f' {name!r}' if name else ''}"
         if original.proj_size:
             raise ValueError(
                 f"{called} has proj_size={original.proj_size}, which nn.LSTMCell has not; use "
@@ -106,15 +108,19 @@ class Parallelized(StackedRNN):
             dropout=original.dropout,
             bidirectional=original.bidirectional,
         )
-        self.bias = original.bias
+        self.mode, self.bias, self.proj_size = original.mode, original.bias, 0
         self.train(original.training)
-        self._names = {  # the cells' and the original's
-            f"layers.{i}.cell.{weight}": weight + suffix
+        self._names = {
+            weight + suffix: (i, weight)
             for i, suffix in enumerate(suffixes)
             for weight in _weights(original)
         }
-        self.register_state_dict_post_hook(_to_original_names)
-        self.register_load_state_dict_pre_hook(_from_original_names)
+        for name in self._names:
+            _lend(original, name, self, name)
+        self._lend_to_cells()
+        self.register_state_dict_post_hook(_without_cells)
+        self.register_load_state_dict_pre_hook(_with_cells)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
         self,
@@ -126,17 +132,66 @@ class Parallelized(StackedRNN):
         reset_state: State | None = None,
     ) -> tuple[Any, State]:
         """As `forward` of the original; what it does not have, as of `StackedRNN`."""
+        self._lend_to_cells()
         return super().forward(input, hx, resets, cu_seqlens, reset_state=reset_state)
 
-    def __getattr__(self, name: str) -> Any:
-        """A parameter by the name that the original has for it."""
-        for ours, theirs in self.__dict__.get("_names", {}).items():
-            if theirs == name:
-                return self.get_parameter(ours)
-        return super().__getattr__(name)
+    def step(self, x_t: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """See `StackedRNN.step`."""
+        self._lend_to_cells()
+        return super().step(x_t, state)
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The weights of every layer and direction."""
+        names, count = list(self._names), len(self._names) // len(self.layers)
+        weights = [getattr(self, name) for name in names]
+        return [weights[i : i + count] for i in range(0, len(weights), count)]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [weight for weights in self.all_weights for weight in weights]
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as the original does."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
 
     def flatten_parameters(self) -> None:
         """Do nothing; code written for the original may call it."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """See `nn.Module.register_parameter`; a weight becomes that of its cell."""
+        super().register_parameter(name, param)
+        if "_names" in vars(self):
+            self._lend_to_cells()
+
+    def __delattr__(self, name: str) -> None:
+        """Take a weight from its cell too, which gets what comes in its place at the next call."""
+        super().__delattr__(name)
+        if name in self._names:
+            i, weight = self._names[name]
+            _forget(self._cells()[i], weight)
+
+    def _cells(self) -> list[Any]:
+        return [layer._modules["cell"] for layer in self.layers]
+
+    def _lend_to_cells(self) -> bool:
+        """Have the cells use what is here by the names of the original."""
+        cells = self._cells()
+        for name, (i, weight) in self._names.items():
+            if not _is_lent(self, name, cells[i], weight):
+                _lend(self, name, cells[i], weight)
+                self._modules["layers"] = self._modules.pop("layers")  # whose names come last
+        return True
+
+    vars()["_lend_to_cells"]._dynamo_marked_constant = True  # the compiler calls it as it is
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Parallelized:
+        self._lend_to_cells()
+        super()._apply(fn, recurse)
+        self._lend_to_cells()
+        return self
 
     def _packed(self, packed: PackedSequence, state: State | None) -> tuple[PackedSequence, State]:
         """All sequences step together, as in the original; they end together, padded in front."""
@@ -158,33 +213,92 @@ def _weights(layer: nn.RNNBase) -> list[str]:
 
 def _cell(layer: nn.RNNBase, suffix: str, called: str) -> nn.RNNCellBase:
     """A cell with one layer's and direction's parameters, which have the same order of gates."""
-    options = {"nonlinearity": layer.nonlinearity} if isinstance(layer, nn.RNN) else {}
-    weights = {name: layer._parameters.get(name + suffix) for name in _weights(layer)}
-    computed = [name + suffix for name, weight in weights.items() if weight is None]
-    if computed:
-        raise ValueError(
-            f"{computed[0]} of {called} is not a parameter but computed; remove the "
-            "parametrisation first."
-        )
-    size = weights["weight_ih"].shape[1]  # type: ignore[union-attr]
-    cell = _CELLS[type(layer)](size, layer.hidden_size, bias=layer.bias, device="meta", **options)
-    for name, weight in weights.items():
-        setattr(cell, name, weight)
+    kind = parametrize.type_before_parametrizations(layer)
+    options: dict[str, Any] = {"nonlinearity": layer.nonlinearity} if kind is nn.RNN else {}
+    for name in _weights(layer):
+        is_there = layer._parameters.get(name + suffix) is not None
+        if not is_there and not parametrize.is_parametrized(layer, name + suffix):
+            raise ValueError(
+                f"{name}{suffix} of {called} is not a parameter but computed by a hook (the older "
+                "torch.nn.utils.weight_norm?); remove it, or use torch.nn.utils.parametrizations."
+            )
+    size = getattr(layer, f"weight_ih{suffix}").shape[1]
+    cell = _CELLS[kind](size, layer.hidden_size, bias=layer.bias, device="meta", **options)
+    for name in _weights(layer):
+        _lend(layer, name + suffix, cell, name)
     return cell
 
 
-def _to_original_names(
+def _lend(owner: nn.Module, name: str, to: nn.Module, weight: str) -> None:
+    """Have a weight of one module be that of another: its parameter, or how that is computed."""
+    _forget(to, weight)
+    parameter = owner._parameters.get(name)
+    if parameter is not None:
+        to.register_parameter(weight, parameter)
+    elif not parametrize.is_parametrized(owner, name):
+        if name in vars(owner):  # as hooks set it at every call
+            vars(to)[weight] = vars(owner)[name]
+    else:
+        if not parametrize.is_parametrized(to):
+            parametrize._inject_new_class(to)
+            to.parametrizations = nn.ModuleDict()
+        parametrize._inject_property(to, weight)
+        _parametrisations(to)[weight] = _parametrisations(owner)[name]
+
+
+def _is_lent(owner: nn.Module, name: str, to: nn.Module, weight: str) -> bool:
+    parameter = owner._parameters.get(name)
+    if parameter is not None:
+        return to._parameters.get(weight) is parameter
+    if not parametrize.is_parametrized(owner, name):
+        return weight not in to._parameters and vars(to).get(weight) is vars(owner).get(name)
+    both = parametrize.is_parametrized(to, weight)
+    return both and _parametrisations(to)[weight] is _parametrisations(owner)[name]
+
+
+def _parametrisations(module: nn.Module) -> nn.ModuleDict:
+    found = module.parametrizations
+    assert isinstance(found, nn.ModuleDict)
+    return found
+
+
+def _forget(module: nn.Module, weight: str) -> None:
+    """Take a weight away, whatever it is."""
+    if parametrize.is_parametrized(module, weight):
+        del _parametrisations(module)[weight]
+        delattr(type(module), weight)
+        if not _parametrisations(module):
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]
+    module._parameters.pop(weight, None)
+    vars(module).pop(weight, None)
+
+
+def _without_cells(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any
 ) -> None:
-    assert isinstance(module, Parallelized)
-    for ours, theirs in module._names.items():
-        state_dict[prefix + theirs] = state_dict.pop(prefix + ours)
+    for name in [n for n in state_dict if n.startswith(f"{prefix}layers.")]:
+        del state_dict[name]
 
 
-def _from_original_names(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _with_cells(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     assert isinstance(module, Parallelized)
-    for ours, theirs in module._names.items():
-        if prefix + theirs in state_dict:
-            state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+    module._lend_to_cells()
+    for name, (i, weight) in module._names.items():
+        computed, cell = f"{prefix}parametrizations.{name}.", f"{prefix}layers.{i}.cell."
+        for key in [k for k in state_dict if k == prefix + name or k.startswith(computed)]:
+            state_dict[cell + key.removeprefix(prefix).replace(name, weight, 1)] = state_dict[key]
+
+
+def _after_loading(module: nn.Module, keys: Any) -> None:
+    """A key that is missing is so once, by the name of the original."""
+    assert isinstance(module, Parallelized)
+    module._lend_to_cells()
+    missing = set(keys.missing_keys)
+    for name, (i, weight) in module._names.items():
+        cell = f"layers.{i}.cell.{weight}"
+        keys.missing_keys[:] = [
+            key
+            for key in keys.missing_keys
+            if not (key.endswith(cell) and key.removesuffix(cell) + name in missing)
+        ]

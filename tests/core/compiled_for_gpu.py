@@ -7,7 +7,7 @@ import json
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from pretend_gpu import Driver
 
 from pararnn import RNN, Newton
 from pararnn.cells import ParaGRUCell
@@ -17,31 +17,8 @@ from pararnn.layers import evaluate
 launched, compiled = [], []
 
 
-class Utils:
-    """Loads binaries; says what an H100 has."""
-
-    @staticmethod
-    def get_device_properties(_device):
-        return {"max_shared_mem": 232448}
-
-    @staticmethod
-    def load_binary(*_):
-        return 0, 0, 32, 0, 1024
-
-
-class Driver:
-    """As Triton asks for it."""
-
-    utils = Utils
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _device):
-        return 0
+class Noting(Driver):
+    """Notes what is launched."""
 
     def launcher_cls(self, source, _metadata):
         return lambda *_: launched.append(source.fn.__name__)
@@ -62,7 +39,7 @@ def counting(launches):
         together.append(len(compiled) - before)
 
 
-triton.runtime.driver.set_active(Driver())
+triton.runtime.driver.set_active(Noting())
 triton.knobs.runtime.jit_post_compile_hook = record
 backend.compile_together = counting
 backend.overlaps = lambda _device: True

@@ -29,7 +29,13 @@ def write_contracts():
     write_lines("contracts.json", contracts())
 
 
-WRITERS = {"contracts": write_contracts}
+def write_choices():
+    from .choices import recorded
+
+    write_lines("choices.json", recorded())
+
+
+WRITERS = {"contracts": write_contracts, "choices": write_choices}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

@@ -1,0 +1,308 @@
+"""What is chosen for a cell, a shape, a device and settings, as text; without any device.
+
+`choices` is the only place that knows who decides what inside the library. The file that it is
+compared with, golden/choices.json, has one line per combination.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import nn
+
+from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
+from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
+from pararnn.kernels import fused, graphs, matvec
+from pararnn.kernels import mixing as mixing_operator
+from pararnn.kernels.c import backend as c_backend
+from pararnn.kernels.triton import backend as triton_backend
+from pararnn.kernels.triton_plan import Work
+from pararnn.layers import evaluate
+from pararnn.layers.evaluate import BackendError
+from pararnn.layers.replayed import Call
+from pararnn.solvers import mixing as mixing_solver
+from pararnn.solvers.chunks import Chunks, Cut
+from pararnn.solvers.problem import Problem
+
+from .pretend_gpu import pretend_gpu
+
+INPUT = 6
+ELEMENTWISE = {
+    "paragru": lambda: ParaGRUCell(INPUT, 8),
+    "paralstm": lambda: ParaLSTMCell(INPUT, 8),
+    "slstm": lambda: SLSTMCell(INPUT, 8),
+}
+MIXING = {
+    "rnn_8": lambda: nn.RNNCell(INPUT, 8),
+    "gru_8": lambda: nn.GRUCell(INPUT, 8),
+    "gru_64": lambda: nn.GRUCell(INPUT, 64),
+    "gru_256": lambda: nn.GRUCell(INPUT, 256),
+    "lstm_4": lambda: nn.LSTMCell(INPUT, 4),
+    "lstm_64": lambda: nn.LSTMCell(INPUT, 64),
+    "heads_64": lambda: HeadSLSTMCell(INPUT, 64, num_heads=2),
+    "heads_1024": lambda: HeadSLSTMCell(INPUT, 1024, num_heads=2),
+}
+SOLVERS = {
+    "choose": None,
+    "newton": Newton(),
+    "chunk=1": Newton(chunk=1),
+    "chunk=64": Newton(chunk=64),
+    "iterations=2": Newton(max_iterations=2),
+    "tolerance=0.01": Newton(tolerance=0.01),
+    "quasi": QuasiNewton(),
+    "picard": Picard(),
+    "jacobi": Jacobi(),
+    "jacobi-chunk=64": Jacobi(chunk=64),
+    "sequential": Sequential(),
+}
+SHAPES = [  # batch, time, channels
+    (1, 1, 8),
+    (3, 31, 7),
+    (1, 100, 64),
+    (4, 4096, 64),
+    (1, 65536, 64),
+    (256, 128, 128),
+    (1, 2048, 1024),
+    (1, 65536, 1024),
+    (8, 512, 1024),
+    (8, 2048, 1024),
+    (8, 2048, 2048),
+    (32, 2048, 1024),
+    (32, 2048, 2048),
+    (64, 2048, 4096),
+    (100_000, 3, 5),
+    (2, 2_000_000, 16),
+]
+SIZES = [  # batch, time
+    (1, 1),
+    (3, 31),
+    (1, 64),
+    (1, 1000),
+    (1, 65536),
+    (4, 4096),
+    (16, 256),
+    (32, 2048),
+    (256, 128),
+    (1024, 1024),
+]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a choice depends on."""
+
+    cell: str
+    shape: tuple[int, ...]
+    device: str = "cpu"  # or "cuda"
+    processors: int = 132  # multiprocessors of a GPU
+    threads: int = 1  # of a CPU
+    compiler: bool = True
+    dtype: str = "float32"
+    solver: str = "choose"
+    backend: str = "auto"
+    resets: bool = False
+    train: bool = True
+
+    def __str__(self):
+        shown = [self.cell, "x".join(map(str, self.shape)), self.device, self.dtype]
+        others = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)[3:]
+            if field.name != "dtype" and getattr(self, field.name) != field.default
+        ]
+        return " ".join((*shown, *others))
+
+
+def combinations():
+    """All that are recorded."""
+    make = Combination
+    gpu = functools.partial(make, device="cuda")
+    half = functools.partial(gpu, dtype="bfloat16")
+    types = ("bfloat16", "float32", "float64")
+    few = [SHAPES[i] for i in (0, 3, 4, 7, 9, 12)]
+    for cell, shape, dtype in itertools.product(ELEMENTWISE, SHAPES, types):
+        yield gpu(cell, shape, dtype=dtype)
+    for cell, shape in itertools.product(ELEMENTWISE, SHAPES):
+        yield make(cell, shape)
+    for shape in SHAPES:
+        yield half("paragru", shape, processors=16)
+        yield half("paragru", shape, processors=84)
+        yield make("paragru", shape, threads=16)
+        yield make("paragru", shape, dtype="float64")
+        yield make("paragru", shape, compiler=False)
+    for shape, solver in itertools.product(few, list(SOLVERS)[1:]):
+        yield half("paragru", shape, solver=solver)
+        yield make("paragru", shape, solver=solver)
+    for shape, backend in itertools.product(few[1:3], ("torch", "c", "triton")):
+        yield half("paragru", shape, backend=backend)
+        yield make("paragru", shape, backend=backend)
+    for shape, resets in itertools.product(few, (False, True)):
+        yield half("paragru", shape, resets=resets, train=False)
+    yield from _of_mixing()
+    for rows, count, heads, inner in itertools.product(
+        (64, 1000, 4096, 50_000), (1, 3), (1, 8), (16, 1024, 16384)
+    ):
+        yield half("matvec", (rows, count, heads, inner))
+
+
+def _of_mixing():
+    make, gpu = Combination, functools.partial(Combination, device="cuda")
+    for cell, size, train in itertools.product(MIXING, SIZES, (True, False)):
+        yield make(cell, size, train=train)
+    for cell, size in itertools.product(MIXING, SIZES):
+        yield gpu(cell, size)
+    for size, dtype in itertools.product(SIZES, ("bfloat16", "float64")):
+        yield gpu("gru_64", size, dtype=dtype)
+        yield make("gru_64", size, dtype=dtype)
+    solvers = ("newton", "chunk=64", "iterations=2", "jacobi", "sequential")
+    for cell, size, solver in itertools.product(("gru_8", "heads_64"), SIZES[3:6], solvers):
+        yield gpu(cell, size, solver=solver)
+        yield make(cell, size, solver=solver)
+    for backend in ("torch", "c", "triton"):
+        yield make("gru_8", (4, 4096), backend=backend)
+    for size in SIZES:
+        yield gpu("gru_64", size, train=False)
+        yield gpu("gru_64", size, resets=True)
+
+
+def recorded():
+    """The choices for all combinations, by their names."""
+    return {str(one): choices(one) for one in combinations()}
+
+
+def choices(given):
+    """What is chosen for a combination, as a mapping to texts and numbers."""
+    if given.cell == "matvec":
+        return _matvec(given)
+    with contextlib.ExitStack() as stack:
+        if given.device == "cuda":
+            stack.enter_context(pretend_gpu(given.processors))
+        else:
+            stack.enter_context(mock.patch.object(evaluate, "interpreted", return_value=False))
+        if not given.compiler:
+            stack.enter_context(mock.patch.object(evaluate, "find_compiler", return_value=None))
+        stack.enter_context(mock.patch.object(torch, "get_num_threads", return_value=given.threads))
+        stack.enter_context(torch.set_grad_enabled(given.train))
+        try:
+            rnn = _layer(
+                given.cell, given.device, given.dtype, given.solver, given.backend, given.compiler
+            )
+        except BackendError as error:
+            return {"refused": str(error)}
+        return (_elementwise if given.cell in ELEMENTWISE else _mixing)(rnn, given)
+
+
+@functools.cache
+def _layer(cell, device, dtype, solver, backend, _compiler):
+    """A layer that is traced on a device."""
+    torch.manual_seed(0)
+    made = {**ELEMENTWISE, **MIXING}[cell]().to(getattr(torch, dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a compiler it is slow
+        return RNN(made, solver=SOLVERS[solver], backend=backend)
+
+
+def _expanded(*shape, dtype):
+    """A tensor of any shape that takes no memory."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+def _replays(rnn, given, hidden):
+    """Whether a whole call is a CUDA graph."""
+    evaluation, (batch, time) = rnn.evaluation(), given.shape[:2]
+    dtype = getattr(torch, given.dtype)
+    x = _expanded(batch, time, INPUT, dtype=dtype)
+    initial = _expanded(batch, rnn.num_components, hidden, dtype=dtype)
+    tensors = [x, initial, None]
+    if time == 1 or not evaluation._never_waits([*rnn.cell.parameters(), *tensors], initial):
+        return False
+    return Call.now(evaluation, 0, tensors) is not None
+
+
+def _elementwise(rnn, given):
+    evaluation, (batch, time, hidden) = rnn.evaluation(), given.shape
+    backend = evaluate.operators.backend_of(evaluation.plan)
+    settings = evaluate.operators.plan_of(evaluation.plan).settings
+    found = {"backend": backend.name, "method": evaluation.method().__name__}
+    found["graph"] = _replays(rnn, given, hidden)
+    recurrence = rnn.evaluation().traced.recurrence
+    dtype = getattr(torch, given.dtype)
+    shape = (batch, time, 1, hidden) if backend.takes_heads else (batch, time, hidden)
+    drives = [_expanded(*shape, dtype=dtype) for _ in range(recurrence.num_drives)]
+    rows = 2 * batch if given.resets else batch
+    initial = _expanded(rows, recurrence.num_components, hidden, dtype=dtype)
+    problem = Problem(recurrence, drives, [], initial, None, time)
+    if backend.name == "triton":
+        found["precision"] = triton_backend._precision(problem)
+        loads = [len(drives), len(drives) + 2 * recurrence.num_components]
+        for i, direction in enumerate(("forward", "adjoint")):
+            work = Work(loads[i], drives[0].itemsize, backend._operations[i])
+            launch = triton_backend._launch(problem, settings, work, adjoint=bool(i))
+            more = {"wide": launch.wide_unroll, "rows": launch.rows, "corrected": launch.corrected}
+            found[direction] = dataclasses.asdict(launch) | more
+        return found
+    chunk = settings.chunk
+    if chunk == "auto":
+        chunk = backend.auto_chunk(batch, time, hidden)
+    cut = dataclasses.replace(problem, chunk=min(chunk, time))
+    found |= {"chunk": cut.chunk, "chunks": cut.chunks}
+    if backend.name == "c":
+        threads = 1 if batch * time * hidden < c_backend._SMALL else given.threads
+        found |= {"threads": threads, "block": c_backend._block(cut, threads)}
+    return found
+
+
+def _mixing(rnn, given):
+    evaluation, (batch, time) = rnn.evaluation(), given.shape
+    plan, dtype = evaluation.mixing_plan, getattr(torch, given.dtype)
+    x = _expanded(batch, time, INPUT, dtype=dtype)
+    parts = tuple(_expanded(batch, rnn.hidden_size, dtype=dtype) for _ in range(rnn.num_components))
+    found = {"backend": evaluation.choice.name, "method": evaluation.method().__name__}
+    if rnn._prefers_cell(evaluation, x, parts, time):
+        return found | {"path": "loop"}
+    settings = plan.chosen(batch, time, given.device)
+    one_chunk = isinstance(settings, Sequential) or settings.chunk >= time
+    found |= {"path": "rows", "chunk": "all" if one_chunk else settings.chunk}
+    if not one_chunk:
+        found |= {"solver": type(settings).__name__, "iterations": settings.max_iterations}
+    kernel = _one_kernel(given.cell, given.device, given.dtype)
+    if given.device == "cuda":
+        found["path"] = "rows in graphs" if isinstance(kernel, str) else "kernel"
+        found["warps" if isinstance(kernel, int) else "no kernel"] = kernel
+    settles = plan.settings is None and not isinstance(kernel, str) and given.device == "cuda"
+    if settles:  # once it is known that its steps run in one kernel
+        found["settles"] = not one_chunk  # after one iteration, without asking the device
+        states = batch * time * rnn.num_components * rnn.hidden_size
+        found["solve in a graph"] = not one_chunk and states <= graphs.SMALL
+    with mock.patch.object(mixing_operator, "_is_fast", return_value=settles):
+        found["graph"] = _replays(rnn, given, rnn.hidden_size)
+    piece = mixing_solver._PIECE // (batch * rnn.hidden_size)
+    found["backward piece"] = max(mixing_solver._SHORTEST_PIECE, piece)
+    return found
+
+
+@functools.cache
+def _one_kernel(cell, device, dtype):
+    """Warps of the kernel that runs many steps on a GPU, or why there is none."""
+    if device != "cuda":
+        return "no GPU"
+    of = _layer(cell, device, dtype, "choose", "auto", True).evaluation().traced.mixing
+    cut = Cut(2, 3, 3)
+    edges = [torch.zeros(*([2, 3] if e.by_rows else []), *e.shape, dtype=e.dtype) for e in of.edges]
+    state = [torch.zeros(2, of.hidden, dtype=of.dtype) for _ in range(of.num_components)]
+    form = fused.Form(of.dtype is torch.float64, False, True)
+    kernel = fused._kernel(Chunks(of.step, cut, edges, None, ()), state, form)
+    return kernel if isinstance(kernel, str) else kernel.warps
+
+
+def _matvec(given):
+    rows, matrices, heads, inner = given.shape
+    itemsize = getattr(torch, given.dtype).itemsize
+    launch = matvec._launch(rows, matrices, heads, inner, itemsize, given.processors)
+    return dataclasses.asdict(launch) | {"bytes": math.prod(given.shape) * itemsize}

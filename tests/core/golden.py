@@ -35,7 +35,14 @@ def write_choices():
     write_lines("choices.json", recorded())
 
 
-WRITERS = {"contracts": write_contracts, "choices": write_choices}
+def write_texts():
+    from .generated import texts
+
+    for name, text in texts().items():
+        (FOLDER / name).write_text(text)
+
+
+WRITERS = {"contracts": write_contracts, "choices": write_choices, "texts": write_texts}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

@@ -1,0 +1,55 @@
+"""What is generated for four cells, as text for golden files: it is short there to be read."""
+
+import torch
+from torch import nn
+
+from pararnn import RNN
+from pararnn.cells import HeadSLSTMCell, ParaGRUCell, SLSTMCell
+from pararnn.kernels import fused
+from pararnn.kernels.c.backend import CBackend
+from pararnn.kernels.triton.backend import TritonBackend
+from pararnn.solvers.chunks import Chunks, Cut
+
+CELLS = {
+    "gru": lambda: ParaGRUCell(3, 4),
+    "slstm": lambda: SLSTMCell(3, 4),
+    "heads": lambda: HeadSLSTMCell(4, 4, num_heads=2),
+    "dense": lambda: nn.GRUCell(3, 4),
+}
+
+
+def texts():
+    """Texts by the names of their files."""
+    found = {}
+    for name, make in CELLS.items():
+        torch.manual_seed(0)
+        traced = RNN(make()).evaluation().traced
+        if traced.recurrence is None:
+            found[f"{name}.py"] = _rows(traced.mixing)
+        else:
+            found[f"{name}.py"] = TritonBackend(traced.recurrence).source()
+            found[f"{name}.c"] = CBackend(traced.recurrence).source()
+    return {name: text.rstrip() + "\n" for name, text in found.items()}
+
+
+def _rows(mixing):
+    """The kernel of steps, forwards and of the adjoint, which has states that begin anew."""
+    count, cut, kernels = mixing.num_components, Cut(2, 3, 3), []
+    rows = torch.rand(6, mixing.hidden)
+    edges = [torch.rand(*([6] if e.by_rows else []), *e.shape) for e in mixing.edges]
+    adjoint = mixing.adjoint
+    given = adjoint.part_arguments([rows] * count, edges, [rows] * count)
+    found = adjoint.part.module(*given)
+    both = (
+        (mixing.step, edges, False),
+        (adjoint.step, [found[i] for i in adjoint.step_edges], True),
+    )
+    for step, edges, begins in both:
+        over_time = [
+            e.unflatten(0, (2, 3)) if by_rows else e
+            for e, by_rows in zip(edges, step.by_rows, strict=True)
+        ]
+        chunks = Chunks(step, cut, over_time, None, ())
+        kernel = fused._kernel(chunks, [rows[:2]] * count, fused.Form(False, begins, True))
+        kernels.append(kernel.module.__loader__.get_source(kernel.module.__name__))
+    return "\n\n".join(kernels)

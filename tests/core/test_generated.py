@@ -1,0 +1,24 @@
+"""What is generated for four cells is what was reviewed."""
+
+import pytest
+
+from .conftest import needs_triton
+from .generated import texts
+from .golden import FOLDER
+
+pytestmark = needs_triton
+NAMES = ("gru.py", "gru.c", "slstm.py", "slstm.c", "heads.py", "dense.py")
+
+
+@pytest.fixture(scope="module")
+def generated():
+    return texts()
+
+
+def test_every_text_has_a_file(generated):
+    assert sorted(generated) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generated_text(generated, name):
+    assert generated[name].splitlines() == (FOLDER / name).read_text().splitlines()

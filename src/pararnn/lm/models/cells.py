@@ -18,6 +18,7 @@ CELLS: dict[str, CellFactory] = {
     "slstm": cells.SLSTMCell,
     "mingru": cells.MinGRUCell,
 }
+"""Cells by the names that `ParaRNNConfig(cell=...)` and `pararnn train --model` take."""
 
 
 def register_cell(name: str, factory: CellFactory) -> None:

@@ -65,6 +65,8 @@ def test_versions_agree():
     assert f"Python {python} or newer" in readme
     assert f"torch {torch} or newer" in readme
     assert "torch==" in (ROOT / "constraints.txt").read_text()
+    assert f"\nversion: {pararnn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {pararnn.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_ci_runs_the_readmes_test_line():

@@ -1,9 +1,9 @@
 """From sources to shards, in parallel and restartable.
 
-The sources are cut into units at places that depend on nothing but the settings. Processes write
-the tokens of a unit each as a part; every so many units, their parts become a shard of each split
-and are deleted. So the result is the same for any number of processes and however often the work
-was stopped.
+The sources are cut into units at places that depend on nothing but the settings. Each process
+writes the tokens of a unit as a part. After every N units the parts are merged into one shard of
+each split and deleted. So the result is the same for any number of processes and however often the
+work was stopped.
 """
 
 import hashlib

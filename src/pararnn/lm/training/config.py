@@ -31,7 +31,7 @@ class ArchitectureConfig:
     conv_kernel: int = 4
     """Steps that the causal convolution sees; the transformer has none."""
     attention_every: int = 0
-    """Attention in the place of the cell in every so manyth block; 0 for none."""
+    """Every N-th block has attention in the place of the cell; 0 for none."""
     initializer_std: float = 0.07
     """Standard deviation of linear and embedding weights at the start."""
     max_timescale: float | None = 1024.0

@@ -44,7 +44,7 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
 
 
 def mixers(cell: str, num_layers: int, attention_every: int) -> list[str]:
-    """What mixes over time in each block: the cell, or attention in every so manyth."""
+    """Mixer of each block: the cell, or attention in every N-th block."""
     period = attention_every or num_layers + 1
     return [ATTENTION if block % period == 0 else cell for block in range(1, num_layers + 1)]
 

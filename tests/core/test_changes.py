@@ -1,6 +1,7 @@
 """A cell that changes after its first call is evaluated as it is then."""
 
 import collections
+import copy
 import cProfile
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, parametrize
 
-from pararnn import RNN, Newton, TraceError
+from pararnn import RNN, Newton, TraceError, layers, scan
 from pararnn.testing import loop
 
 from .compare import assert_same, outcome
@@ -437,6 +438,76 @@ def test_refused(change):
                 rnn(torch.randn(2, 5, 3, dtype=torch.float64))
     finally:
         nn.modules.module._global_backward_hooks.clear()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The names of what has been traced."""
+    names = []
+    for module in (layers.rnn, layers.scan):
+
+        def counted(subject, *arguments, of=module.trace):
+            names.append(subject.name)
+            return of(subject, *arguments)
+
+        monkeypatch.setattr(module, "trace", counted)
+    return names
+
+
+def test_what_alternates_is_traced_once_for_each_value(traced):
+    rnn = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3))
+    other = Newton(chunk=2)
+
+    def settings():
+        for training in (True, False):
+            yield rnn.train(training)
+        rnn.cell.mix, rnn.solver = (0.25, 0.75), other
+        yield rnn
+        rnn.cell.mix, rnn.solver = (0.5, 0.5), Newton(chunk=3)
+        rnn.float()
+        rnn.double()
+
+    for _ in range(3):
+        for layer in settings():
+            layer.cell.decay = nn.Parameter(torch.rand(4).double())
+            layer.cell.held[1] = layer.cell.decay
+            check(layer)
+    assert len(traced) == 4  # with the one in float32
+    for gain in range(6):  # no more are kept than some
+        rnn.cell.gain = gain / 10
+        check(rnn)
+    assert len(rnn._traces._kept) == 4
+    count = len(traced)
+    check(copy.deepcopy(rnn))
+    assert len(traced) == count + 1
+
+
+def test_modes_that_alternate_are_compiled_once_for_each():
+    counter = CompileCounterWithBackend("aot_eager")
+    rnn = RNN(Cell().double(), backend="torch", solver=Newton(chunk=3))
+    compiled = torch.compile(rnn, backend=counter, fullgraph=True)
+    x, state = torch.randn(2, 5, 3).double(), torch.randn(2, 4).double()
+    for number in range(6):
+        rnn.train(number % 2 == 0)
+        assert_same({"y": compiled(x, state)[0]}, {"y": loop(rnn.cell, x, state)[0]}, 1e-10)
+    assert counter.frame_count == 2
+
+
+def test_scan_keeps_what_alternates(traced):
+    rate = 0.0
+
+    def step(h, x):
+        return torch.tanh(rate * h + x)
+
+    h, x = torch.zeros(2, 4).double(), torch.randn(2, 6, 4).double()
+    for rate in (0.1, 0.9, 0.1, 0.9, 0.1):  # noqa: B007, which the step reads
+        expected, now = [], h
+        for t in range(6):
+            now = step(now, x[:, t])
+            expected.append(now)
+        y, _ = scan(step, h, x, backend="torch")
+        assert_same({"y": y}, {"y": torch.stack(expected, 1)}, 1e-10)
+    assert traced == ["step"] * 2
 
 
 def test_another_cell_in_the_layer():

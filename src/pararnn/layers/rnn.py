@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from pararnn.layers.compiled import valid_while_same
 from pararnn.layers.evaluate import Evaluation, choose_backend
+from pararnn.layers.traces import Kept, Traces
 from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
@@ -61,7 +62,9 @@ class RNN(nn.Module):
     Source: Danieli et al. 2025, arXiv 2510.21450.
     """
 
-    changes_by_itself = ("_evaluation", "_latest", "_watched", "_report", "_annealed", "_signature")
+    changes_by_itself = tuple(
+        "_evaluation _latest _watched _report _annealed _signature _traces".split()
+    )
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class RNN(nn.Module):
         self._signature: tuple[object, ...] = ()
         self._latest: tuple[torch.dtype, torch.device] | None = None
         self._watched: Watched | None = None
+        self._traces = Traces()
         self._is_parametrised = False
         self._annealed = Annealed()
         self._report: Tensor | int | None = None  # a number of rows: they went step by step
@@ -390,12 +394,11 @@ class RNN(nn.Module):
 
     def _trace_key(self) -> object:
         """Equal keys, equal traces; None if there is none of the cell as it is now."""
-        evaluation, watched, cell = self._evaluation, self._watched, self.cell
-        if evaluation is None or watched is None:
+        kept, _ = self._traces.find(self.cell, self.backend, self.solver)
+        if kept is None:
             return None
-        if not watched.is_current(cell) and watched.change(cell) is not None:
-            return None
-        return evaluation.plan, evaluation.input_part.module, evaluation.input_part.names
+        part = kept.evaluation.input_part
+        return kept.evaluation.plan, part.module, part.names
 
     def _trace_for_compiler(
         self,
@@ -479,40 +482,42 @@ class RNN(nn.Module):
             )
         kind = now.dtype if dtype.is_floating_point else dtype
         signature = (features, kind, now.dtype, device, self.backend, self.solver)
-        if self._evaluation is None or signature != self._signature or self._has_changed():
-            if self._num_components is None:
-                self._num_components = self._find_components(features, kind)
-            sizes = self.sizes
-            subject, count = cell_subject(self.cell), len(sizes)
-            if len(set(sizes)) > 1:
-                subject, count = side_by_side(subject, sizes), 1
-            channels = sum(sizes) // count
-            try:
-                traced = trace(
-                    subject, [(features, kind)], channels, count, count > 1, now.dtype, device
-                )
-            except (RuntimeError, TypeError, IndexError) as error:
-                self._refuse_types(error, kind)
-                self._refuse_sizes(error)
-                raise
-            if count < len(sizes):
-                why = f"its components have {' and '.join(map(str, sizes))} channels, side by side"
-                traced = dataclasses.replace(traced, reason=why)
-            self._check_claim(traced)
-            choice = choose_backend(self.backend, traced, device, self.solver)
-            self._evaluation = Evaluation(traced, choice, self.solver, features)
-            self._watched = Watched(self.cell, traced.capture.ran, _tensors_of)
-            self._signature, self._sizes = signature, sizes
-            self._is_parametrised = any(map(parametrize.is_parametrized, self.cell.modules()))
+        if self._num_components is None:
+            self._num_components = self._find_components(features, kind)
+        kept, change = self._traces.find(self.cell, *signature)
+        if kept is None or kept.sizes != self.sizes:
+            if change is not None:
+                self._annealed.note(type(self.cell).__name__, change)
+            kept = self._traced(signature)
+            self._traces.add(kept)
+        self._signature, self._sizes, self._evaluation, self._watched = kept[:4]
+        self._is_parametrised = kept.is_parametrised
         self._latest = dtype, device
         return self._evaluation
 
-    def _has_changed(self) -> bool:
-        """Whether the cell is no longer what was traced."""
-        change = self._watched.change(self.cell) if self._watched is not None else None
-        if change is not None:
-            self._annealed.note(type(self.cell).__name__, change)
-        return change is not None
+    def _traced(self, signature: tuple[Any, ...]) -> Kept:
+        """A new trace for such inputs."""
+        features, kind, own, device, *_ = signature
+        sizes = self.sizes
+        subject, count = cell_subject(self.cell), len(sizes)
+        if len(set(sizes)) > 1:
+            subject, count = side_by_side(subject, sizes), 1
+        channels = sum(sizes) // count
+        try:
+            traced = trace(subject, [(features, kind)], channels, count, count > 1, own, device)
+        except (RuntimeError, TypeError, IndexError) as error:
+            self._refuse_types(error, kind)
+            self._refuse_sizes(error)
+            raise
+        if count < len(sizes):
+            why = f"its components have {' and '.join(map(str, sizes))} channels, side by side"
+            traced = dataclasses.replace(traced, reason=why)
+        self._check_claim(traced)
+        choice = choose_backend(self.backend, traced, device, self.solver)
+        evaluation = Evaluation(traced, choice, self.solver, features)
+        watched = Watched(self.cell, traced.capture.ran, _tensors_of)
+        is_parametrised = any(map(parametrize.is_parametrized, self.cell.modules()))
+        return Kept(signature, sizes, evaluation, watched, is_parametrised)
 
     def _check_claim(self, traced: Traced) -> None:
         """Refuse a claim that says less than what is there; one that says more is only cautious."""
@@ -634,7 +639,7 @@ class RNN(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is traced belongs to this process; a copy traces again."""
         own = dict.fromkeys(("_evaluation", "_latest", "_watched", "_report"))
-        return {**self.__dict__, **own, "_signature": ()}
+        return {**self.__dict__, **own, "_signature": (), "_traces": Traces()}
 
 
 def _check_tensors(name: str, state: State | None) -> None:

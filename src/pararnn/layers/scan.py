@@ -19,7 +19,8 @@ from pararnn.tracing.structure import trace
 from pararnn.tracing.watch import Watched
 
 _MOST_KNOWN = 64
-_known: OrderedDict[Any, _Known] = OrderedDict()
+_MOST_KEPT = 4  # of one step, whose surroundings alternate
+_known: OrderedDict[Any, list[_Known]] = OrderedDict()
 
 
 def scan(
@@ -65,13 +66,15 @@ def scan(
         (len(parts), isinstance(state, tuple), parts[0].shape[1], parts[0].dtype, parts[0].device),
         (solver, backend),
     )
-    known = _known.get(key)
-    if known is None or not known.holds(coefficients):
-        known = _Known(step, parts, isinstance(state, tuple), drives, coefficients, solver, backend)
-        _known[key] = known
-        if len(_known) > _MOST_KNOWN:
-            _known.popitem(last=False)
+    kept = _known.get(key, [])
+    looks = (k for look in (_Known.is_current, _Known.holds) for k in kept if look(k, coefficients))
+    known = next(looks, None) or _Known(
+        step, parts, isinstance(state, tuple), drives, coefficients, solver, backend
+    )
+    _known[key] = [known, *(k for k in kept if k is not known)][:_MOST_KEPT]
     _known.move_to_end(key)  # the latest used come last
+    if len(_known) > _MOST_KNOWN:
+        _known.popitem(last=False)
     evaluation = known.evaluation
     names = [int(n.removeprefix("coefficient_")) for n in evaluation.traced.input_part.names]
     used = [coefficients[i] for i in names]
@@ -109,11 +112,15 @@ class _Known:
         else:  # nothing else keeps what was passed
             own = {}
 
+    def is_current(self, coefficients: tuple[Tensor, ...]) -> bool:
+        """As `holds`; a quick look, which may say no although the trace holds."""
+        return self._has(coefficients) and self._watched.is_current(self._watched.step)
+
     def holds(self, coefficients: tuple[Tensor, ...]) -> bool:
         """Whether the trace is one of the step as it is now."""
-        watched = self._watched
-        if not watched.is_current(watched.step) and watched.change(watched.step) is not None:
-            return False
+        return self._has(coefficients) and self._watched.change(self._watched.step) is None
+
+    def _has(self, coefficients: tuple[Tensor, ...]) -> bool:
         return all(map(operator.is_, coefficients, self._coefficients))
 
 

@@ -1,7 +1,7 @@
 """What the kernels become for an H100, without one: registers, spills, shared memory, instructions.
 
     python -m tests.core.registers                      a table of all kernels
-    python -m tests.core.registers --write new.json     and a file of it
+    python -m tests.core.registers --write new.json     and a file of it, or new rows in one
     python -m tests.core.registers --compare old.json   only what is not as in a file
     python -m tests.core.registers --only "gru half"    cases with all of these words
 
@@ -172,6 +172,11 @@ def cases() -> dict[str, Callable[[Recorder, str], None]]:
             run = functools.partial(call, make=make, solver=solver, size=size)
             run = functools.partial(run, kind=DTYPES[kind], starts=starts)
             found[f"{cell} {kind} {chunks} {starts}"] = run
+    gru = functools.partial(ELEMENTWISE["gru"], INPUT, HIDDEN)
+    run = functools.partial(call, make=gru, size=size)
+    warns = Newton(chunk=32, damping=0.1, on_failure="warn")
+    found["gru half many reports"] = functools.partial(run, solver=warns, kind=torch.bfloat16)
+    found["gru double one none"] = functools.partial(run, solver=one, kind=torch.float64)
     methods = {"auto": None, "newton": Newton(chunk=128, max_iterations=1)}
     for cell, starts, method in itertools.product(MIXING, ("none", "resets"), methods):
         run = functools.partial(call, make=MIXING[cell], solver=methods[method])
@@ -270,19 +275,25 @@ def differences(
         yield f"{name}: {', '.join(changes)}"
 
 
+def write(path: Path, new: dict[str, dict[str, Any]], words: list[str]) -> None:
+    """Write a file, or what was measured anew into one that is there."""
+    old = json.loads(path.read_text())["kernels"] if path.exists() else {}
+    rows = {n: row for n, row in old.items() if not set(words) <= set(n.split())} | new
+    lines = ",\n".join(f"  {json.dumps(n)}: {json.dumps(row)}" for n, row in rows.items())
+    path.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="words, all of which a case's name must have")
-    parser.add_argument("--write", type=Path, help="a file to write")
+    parser.add_argument("--write", type=Path, help="a file to write, or to bring up to date")
     parser.add_argument("--compare", type=Path, help="a file that --write wrote")
     options = parser.parse_args()
     words = options.only.split()
     new = measured(words)
     print(f"{len(new)} kernels of {Path(sys.modules['pararnn'].__file__).parents[2]}")
     if options.write:
-        lines = ",\n".join(f"  {json.dumps(n)}: {json.dumps(row)}" for n, row in new.items())
-        text = f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n'
-        options.write.write_text(text)
+        write(options.write, new, words)
     if options.compare:
         old = json.loads(options.compare.read_text())
         if old["triton"] != triton.__version__:

@@ -79,7 +79,11 @@ class Chain(abc.ABC):
 
     @property
     def restarts(self) -> bool:
-        """Whether sequences start by resets, from one state for each; else they are packed."""
+        """Whether there are two states per row, as for resets: the first, and that of restarts.
+
+        Two sequences packed into one row have as many, and then it is the same: the second is what
+        the row restarts from.
+        """
         return len(self.initial) == 2 * self.batch
 
     def begins(self) -> Tensor:

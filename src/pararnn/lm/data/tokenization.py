@@ -215,7 +215,7 @@ def _from_transformers(name: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file makes of the libraries behind it
+    except Exception as error:  # tokenizers raises nothing narrower for a damaged file
         raise RunError(
             f"cannot load the tokenizer {name}: {first_line(error)} Give {BYTES}, "
             f"{TRAIN}VOCAB_SIZE, or a folder or name that AutoTokenizer.from_pretrained takes."

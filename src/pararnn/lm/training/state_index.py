@@ -57,13 +57,20 @@ def read_index(content: bytes) -> Metadata:
         raise ValueError(
             f"names {error}, which no index of tensors holds; nothing was run"
         ) from None
-    except Exception as error:  # bytes that are no pickle of ours may fail in any way
+    except _MALFORMED as error:
         raise ValueError("is no index of tensors") from error
 
 
 def part_names(index: Metadata) -> set[str]:
     """Names of the files beside the index that hold tensors."""
     return {info.relative_path for info in index.storage_data.values()}
+
+
+_MALFORMED = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError),
+    *(LookupError, OverflowError, MemoryError, RecursionError),
+)
+"""What bytes that are no pickle of ours make of the unpickler and of the stand-ins."""
 
 
 class _ForeignError(Exception):

@@ -9,7 +9,7 @@ from torch import nn
 
 import pararnn
 from pararnn import RNN, Newton, TraceError
-from pararnn.testing import loop
+from pararnn.testing import assert_close, loop
 
 from .compare import assert_same, outcome, random_state
 
@@ -177,3 +177,43 @@ def test_quantised_layers_are_refused():
         TraceError, match=r"calls quantized\.linear_dynamic.* at .*accepted\.py:\d+"
     ):
         RNN(cell)
+
+
+class Phase(nn.Module):
+    """Whole numbers of x and of the state, or of x times the state."""
+
+    input_size = hidden_size = 4
+
+    def __init__(self, computed):
+        super().__init__()
+        self.computed, self.rate = computed, nn.Parameter(torch.rand(4))
+
+    def forward(self, x, h):
+        return torch.tanh(0.5 * self.rate * h + self.computed(x, h))
+
+
+WHOLE = {
+    "sum": lambda x, h: 0.1 * (((h * 10).round().long() + x) % 7),
+    "choice": lambda x, h: 0.1 * torch.where(h > 0, x, x + 1).remainder(5),
+    "equal": lambda x, h: 0.3 * (x == x + (h > 0)),
+    "rows": lambda x, h: 0.1 * (((h.flip(1) * 10).round().long() + x) % 7),
+    "factor": lambda x, h: h * x * 1e-17,
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_numbers_keep_their_digits(name, dtype):
+    torch.manual_seed(3)
+    cell = Phase(WHOLE[name]).to(dtype)
+    state = torch.randn(2, 4, dtype=dtype)
+    for begin in (1, 2**24 + 1, 2**54 + 1):
+        x = torch.randint(0, 9, (2, 6, 4)) + begin
+        assert_close("y", RNN(cell)(x, state)[0].to(dtype), loop(cell, x, state)[0], rtol=1e-5)
+
+
+def test_kernels_refuse_whole_numbers_that_they_would_round():
+    cell, x = Phase(WHOLE["sum"]), torch.zeros(2, 6, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"add at .*whole numbers, of which kernels keep 24 bits"):
+        RNN(cell, backend="c")(x)
+    RNN(cell, backend="c")(x.to(torch.int16))

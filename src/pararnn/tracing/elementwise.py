@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pararnn.tracing.capture import ROWS, count_of
 from pararnn.tracing.expressions import Expression, Operand, leaf, make
 from pararnn.tracing.operations import (
+    IDENTITIES,
     MOVES,
     UnknownOperation,
     creation_value,
@@ -49,18 +50,20 @@ class Source:
         shape: What it is broadcast to, without the rows.
         hidden_size: Channels.
         by_rows: One row per sample (drives), or none (coefficients).
+        dtype: What whole numbers become.
     """
 
     edge: fx.Node
     shape: tuple[int, ...]
     hidden_size: int
     by_rows: bool
+    dtype: torch.dtype
 
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
         """Add what turns the edge into (rows, slots, heads, head_size) or (slots, hidden_size)."""
         lead: list[Any] = [rows] if self.by_rows else []
         if not self.edge.meta["dtype"].is_floating_point:
-            value = graph.call_function(torch.Tensor.float, (value,))
+            value = graph.call_function(torch.Tensor.to, (value, self.dtype))
         own = tuple(self.edge.meta["shape"])
         if not self.by_rows and len(own) > len(self.shape):
             value = graph.call_function(aten.reshape.default, (value, list(own[1:])))
@@ -76,6 +79,7 @@ class Source:
 
 
 Slot = tuple[Source, int]
+_WIDE = (torch.int32, torch.int64, torch.uint32, torch.uint64)
 
 
 @dataclass(frozen=True)
@@ -120,16 +124,26 @@ def elementwise(parts: Partition) -> Elementwise:
     return Reader(parts).read()
 
 
+def _is_wide(node: fx.Node) -> bool:
+    """Whether a value is of whole numbers that may have many digits."""
+    if node.meta.get("dtype") not in _WIDE or not hasattr(node.target, "_schema"):
+        return node.meta.get("dtype") in _WIDE
+    moves = operation_name(node.target) in MOVES | IDENTITIES | {"_to_copy"}
+    return not moves or any(map(_is_wide, node.all_input_nodes))
+
+
 class Reader:
     """Follows values as slots through the operations of a recurrent part."""
 
     def __init__(self, parts: Partition) -> None:
         self.parts = parts
         self.hidden_size = parts.capture.hidden_size
+        self.dtype = torch.promote_types(parts.capture.dtype, torch.float32)
         self.drives: dict[Slot, int] = {}
         self.coefficients: dict[Slot, int] = {}
         self.values: dict[fx.Node, Any] = {}
         self.names: dict[Expression, str] = {}
+        self.whole = {e for e in parts.edges if _is_wide(e)}
 
     def read(self) -> Elementwise:
         """Express the new components."""
@@ -170,6 +184,8 @@ class Reader:
         for value in (node, *node.all_input_nodes):
             if value.meta.get("dtype", torch.float32).is_complex:
                 raise NotElementwise("complex numbers have two parts")
+        if self.whole & set(node.all_input_nodes):
+            self.follow_whole(node)
         if not hasattr(func, "_schema"):  # operator.getitem
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
         fill = creation_value(func, node.args)
@@ -187,6 +203,22 @@ class Reader:
         else:
             self.require_rows(node)
         return self.pointwise(node, shape)
+
+    def follow_whole(self, node: fx.Node) -> None:
+        """Refuse what is computed from whole numbers of x exactly, where kernels would round them.
+
+        As operands of other numbers PyTorch rounds them as well.
+        """
+        dtype = node.meta.get("dtype", torch.int64)
+        if dtype.is_floating_point:
+            return
+        name = operation_name(node.target) if hasattr(node.target, "_schema") else "getitem"
+        if name not in MOVES | IDENTITIES | {"where", "getitem"}:
+            raise NotElementwise(
+                "it computes with whole numbers, of which kernels keep 24 bits; of type int16 or "
+                "int8 they would be exact"
+            )
+        self.whole.add(node)
 
     def require_rows(self, node: fx.Node) -> None:
         """Refuse a value that does not have one row per sample along its first axis alone."""
@@ -266,7 +298,7 @@ class Reader:
         """The drive or coefficient that is one slot of an edge broadcast to a shape."""
         by_rows = node.meta["by_rows"]
         known = self.drives if by_rows else self.coefficients
-        source = Source(node, shape, self.hidden_size, by_rows)
+        source = Source(node, shape, self.hidden_size, by_rows, self.dtype)
         place = self.origin(node, shape, slot) if by_rows else None
         index = known.setdefault(place or (source, slot), len(known))
         made = leaf("drive" if by_rows else "coefficient", index)
@@ -289,7 +321,7 @@ class Reader:
         ):
             return None
         own = tuple(base.meta["shape"][1:])
-        return Source(base, own, self.hidden_size, True), first // self.hidden_size
+        return Source(base, own, self.hidden_size, True, self.dtype), first // self.hidden_size
 
     def trail(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
         """Follow operations that only move entries back to where they start; number the entries."""

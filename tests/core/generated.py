@@ -1,10 +1,13 @@
 """What is generated for four cells, as text for golden files: it is short there to be read."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from pararnn import RNN
 from pararnn.cells import HeadSLSTMCell, ParaGRUCell, SLSTMCell
+from pararnn.kernels import c as c_package
 from pararnn.kernels import fused
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.triton.backend import TritonBackend
@@ -28,8 +31,16 @@ def texts():
             found[f"{name}.py"] = _rows(traced.mixing)
         else:
             found[f"{name}.py"] = TritonBackend(traced.recurrence).source()
-            found[f"{name}.c"] = CBackend(traced.recurrence).source()
+            found[f"{name}.c"] = _without_written(CBackend(traced.recurrence).source())
     return {name: text.rstrip() + "\n" for name, text in found.items()}
+
+
+def _without_written(text):
+    """C without what is the same for all cells."""
+    for file in sorted(Path(c_package.__file__).parent.glob("*.[ch]")):
+        assert file.read_text() in text
+        text = text.replace(file.read_text(), f'#include "{file.name}"\n')
+    return text
 
 
 def _rows(mixing):

@@ -5,499 +5,80 @@
      h' = (1 - z) * h + z * c
 */
 #define DOUBLE 0
-/* Scalar functions that compilers vectorise without fast-math, honest about NaN and infinity.
-   REAL, UINT, and the constants come from the generated file: one copy for float, one for double. */
-#include <math.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <string.h>
+enum { COMPONENTS = 1, DRIVES = 3, COEFFICIENTS = 3, MAX_BLOCK = 256 };
 
-#define INLINE static inline __attribute__((always_inline))
+#include "runtime.h"
 
-#if DOUBLE
-typedef double real;
-typedef uint64_t bits;
-#define F(name) name
-#define LARGEST 1.7976931348623157e308
-#define MANTISSA 52
-#define BIAS 1023
-#define SHIFT 6755399441055744.0 /* 1.5 * 2^52: adding it rounds to an integer in the low bits */
-#define LN2_HIGH 6.93147180369123816490e-01
-#define LN2_LOW 1.90821492927058770002e-10
-#define EXP_LOW -746.0
-#define EXP_HIGH 710.0
-#define TANH_HIGH 44.0
-#define SMALLEST 2.2250738585072014e-308
-#define SQRT_HALF_BITS 0x3fe6a09e667f3bcdULL
-#else
-typedef float real;
-typedef uint32_t bits;
-#define F(name) name##f
-#define LARGEST 3.402823466e38f
-#define MANTISSA 23
-#define BIAS 127
-#define SHIFT 12582912.0f
-#define LN2_HIGH 0.693359375f
-#define LN2_LOW -2.12194440e-4f
-#define EXP_LOW -104.0f
-#define EXP_HIGH 89.0f
-#define TANH_HIGH 22.0f
-#define SMALLEST 1.17549435e-38f
-#define SQRT_HALF_BITS 0x3f3504f3U
-#endif
-#define C(x) ((real)(x))
-
-INLINE bits to_bits(real x) { bits b; memcpy(&b, &x, sizeof b); return b; }
-INLINE real from_bits(bits b) { real x; memcpy(&x, &b, sizeof x); return x; }
-
-/* 2^n for an integral n with -BIAS < n <= BIAS */
-INLINE real power_of_two(real n) { return from_bits(to_bits(n + (SHIFT + BIAS)) << MANTISSA); }
-INLINE real nearest(real x) { return (x + SHIFT) - SHIFT; }
-
-/* e^r - 1 for |r| <= ln(2) / 2, by its Taylor series */
-INLINE real expm1_small(real r) {
-  const real r2 = r * r;
-#if DOUBLE
-  const real r4 = r2 * r2;
-  const real low = (C(1. / 6) + r * C(1. / 24)) + r2 * (C(1. / 120) + r * C(1. / 720));
-  const real high = (C(1. / 5040) + r * C(1. / 40320)) + r2 * (C(1. / 362880) + r * C(1. / 3628800));
-  const real top = C(1. / 39916800) + r * (C(1. / 479001600) + r * C(1. / 6227020800.));
-  return r + r2 * (C(0.5) + r * (low + r4 * (high + r4 * top)));
-#else
-  const real low = C(0.5) + r * C(1. / 6);
-  const real high = C(1. / 24) + r * C(1. / 120) + r2 * (C(1. / 720) + r * C(1. / 5040));
-  return r + r2 * (low + r2 * high);
-#endif
+INLINE void step(int64_t d, inputs state, inputs drive, inputs coefficient,
+    outputs next) {
+  const real h_ = state[0][d];
+  const real x_z_ = drive[0][d];
+  const real x_r_ = drive[1][d];
+  const real x_c_ = drive[2][d];
+  const real a_z_ = coefficient[0][d];
+  const real a_r_ = coefficient[1][d];
+  const real a_c_ = coefficient[2][d];
+  const real z_ = pr_sigmoid(a_z_ * h_ + x_z_);
+  const real t7 = (C(1.0) - z_) * h_;
+  const real r_ = pr_sigmoid(a_r_ * h_ + x_r_);
+  const real c_ = pr_tanh(a_c_ * (h_ * r_) + x_c_);
+  next[0][d] = t7 + z_ * c_;
 }
 
-INLINE real pr_exp(real x) {
-  real c = x > EXP_HIGH ? EXP_HIGH : x;
-  c = c < EXP_LOW ? EXP_LOW : c;
-  const real n = nearest(c * C(1.4426950408889634));
-  const real r = (c - n * LN2_HIGH) - n * LN2_LOW;
-  const real half = nearest(n * C(0.5));
-  return (expm1_small(r) + C(1)) * power_of_two(half) * power_of_two(n - half);
+INLINE void step_with_tangent(int64_t d, inputs state, inputs drive, inputs coefficient,
+    outputs next, block_of_channels tangent) {
+  const real h_ = state[0][d];
+  const real x_z_ = drive[0][d];
+  const real x_r_ = drive[1][d];
+  const real x_c_ = drive[2][d];
+  const real a_z_ = coefficient[0][d];
+  const real a_r_ = coefficient[1][d];
+  const real a_c_ = coefficient[2][d];
+  const real tangent0 = tangent[0][d];
+  const real z_ = pr_sigmoid(a_z_ * h_ + x_z_);
+  const real t6 = C(1.0) - z_;
+  const real t7 = t6 * h_;
+  const real r_ = pr_sigmoid(a_r_ * h_ + x_r_);
+  const real c_ = pr_tanh(a_c_ * (h_ * r_) + x_c_);
+  const real t20 = t7 + z_ * c_;
+  const real t24 = z_ * (C(1.0) - c_ * c_) * a_c_;
+  const real t31 = t24 * r_ + t24 * h_ * ((C(1.0) - r_) * r_) * a_r_;
+  const real t38 = t31 + t6 + (c_ + -h_) * (t6 * z_) * a_z_;
+  next[0][d] = t20;
+  tangent[0][d] = t38 * tangent0;
 }
 
-/* e^x - 1 for x below the overflow of e^x */
-INLINE real expm1_finite(real x) {
-  const real n = nearest(x * C(1.4426950408889634));
-  const real r = (x - n * LN2_HIGH) - n * LN2_LOW;
-  const real scale = power_of_two(n);
-  return expm1_small(r) * scale + (scale - C(1));
+INLINE void step_adjoint(int64_t d, inputs state, inputs drive, inputs coefficient,
+    inputs gradient, block_of_channels adjoint,
+    outputs grad_drive, block_of_sums total) {
+  const real h_ = state[0][d];
+  const real x_z_ = drive[0][d];
+  const real x_r_ = drive[1][d];
+  const real x_c_ = drive[2][d];
+  const real a_z_ = coefficient[0][d];
+  const real a_r_ = coefficient[1][d];
+  const real a_c_ = coefficient[2][d];
+  const real adjoint0 = adjoint[0][d] + gradient[0][d];
+  const real z_ = pr_sigmoid(a_z_ * h_ + x_z_);
+  const real t7 = adjoint0 * z_;
+  const real r_ = pr_sigmoid(a_r_ * h_ + x_r_);
+  const real t14 = h_ * r_;
+  const real c_ = pr_tanh(a_c_ * t14 + x_c_);
+  const real t21 = t7 * (C(1.0) - c_ * c_);
+  const real t22 = t21 * a_c_;
+  const real t23 = t22 * r_;
+  const real t27 = t22 * h_ * ((C(1.0) - r_) * r_);
+  const real t29 = t23 + t27 * a_r_;
+  const real t30 = C(1.0) - z_;
+  const real t32 = t29 + adjoint0 * t30;
+  const real t38 = (adjoint0 * c_ + -(adjoint0 * h_)) * (t30 * z_);
+  adjoint[0][d] = t32 + t38 * a_z_;
+  grad_drive[0][d] = t38;
+  grad_drive[1][d] = t27;
+  grad_drive[2][d] = t21;
+  total[0][d] += t38 * h_;
+  total[1][d] += t27 * h_;
+  total[2][d] += t21 * t14;
 }
 
-INLINE real pr_expm1(real x) {
-  real c = x > C(80) ? C(80) : x;
-  c = c < C(-80) ? C(-80) : c;
-  const real small = expm1_finite(c);
-  return x > C(80) ? pr_exp(x) : small;
-}
-
-INLINE real pr_tanh(real x) {
-  const real y = C(2) * F(fabs)(x);
-  const real e = expm1_finite(y > TANH_HIGH ? TANH_HIGH : y);
-  return F(copysign)(e / (e + C(2)), x);
-}
-
-INLINE real pr_sigmoid(real x) { return C(1) / (C(1) + pr_exp(-x)); }
-
-INLINE real pr_log(real x) {
-  const int tiny = x < SMALLEST;
-  const bits b = to_bits(tiny ? x * C((bits)1 << MANTISSA) : x);
-  const bits offset = (b - SQRT_HALF_BITS + ((bits)BIAS << MANTISSA)) >> MANTISSA;
-  const real e = (from_bits(to_bits(SHIFT) + offset) - SHIFT) - (tiny ? C(BIAS + MANTISSA) : C(BIAS));
-  const real m = from_bits(b - (offset << MANTISSA) + ((bits)BIAS << MANTISSA));
-  const real f = m - C(1), s = f / (C(2) + f), z = s * s, half = C(0.5) * f * f;
-#if DOUBLE
-  const real series = z * (6.666666666666735130e-01 + z * (3.999999999940941908e-01
-      + z * (2.857142874366239149e-01 + z * (2.222219843214978396e-01 + z * (1.818357216161805012e-01
-      + z * (1.531383769920937332e-01 + z * 1.479819860511658591e-01))))));
-#else
-  const real series = z * (0.66666662693f + z * (0.40000972152f
-      + z * (0.28498786688f + z * 0.24279078841f)));
-#endif
-  real y = e * LN2_HIGH - ((half - (s * (half + series) + e * LN2_LOW)) - f);
-  y = x == C(INFINITY) ? x : y;
-  y = x == C(0) ? C(-INFINITY) : y;
-  return x < C(0) || x != x ? C(NAN) : y;
-}
-
-INLINE real pr_log1p(real x) {
-  const real u = C(1) + x;
-  const real y = pr_log(u) + (u == C(0) ? C(0) : (x - (u - C(1))) / u);
-  return x == C(INFINITY) ? x : y;
-}
-
-INLINE real pr_maximum(real a, real b) { return a > b || a != a ? a : b; }
-INLINE real pr_minimum(real a, real b) { return a < b || a != a ? a : b; }
-INLINE real pr_to_float32(real x) { return (real)(float)x; }
-
-INLINE real pr_to_bfloat16(real x) {
-  const float f = (float)x;
-  uint32_t b;
-  memcpy(&b, &f, 4);
-  const uint32_t rounded = (b + 0x7fffU + ((b >> 16) & 1U)) & 0xffff0000U;
-  float out;
-  memcpy(&out, &rounded, 4);
-  return f == f ? (real)out : x;
-}
-
-/* float16 has 11 bits down to 2^-14, then a fixed step of 2^-24, and ends at 65504 */
-INLINE real pr_to_float16(real x) {
-  const float f = (float)x, a = fabsf(f);
-  uint32_t b;
-  memcpy(&b, &a, 4);
-  b = (b + 0xfffU + ((b >> 13) & 1U)) & 0xffffe000U;
-  float normal;
-  memcpy(&normal, &b, 4);
-  const float step = 0.75f; /* 1.5 * 2^23 * 2^-24: adding it rounds to multiples of 2^-24 */
-  float y = a < 6.103515625e-05f ? (a + step) - step : normal;
-  y = y > 65504.0f ? INFINITY : y;
-  return f == f ? (real)copysignf(y, f) : x;
-}
-
-typedef struct {
-  void (*lane)(const int64_t *, int64_t);
-  const int64_t *a;
-  int64_t first, last;
-} job;
-
-static void *work(void *argument) {
-  const job *j = argument;
-  for (int64_t lane = j->first; lane < j->last; lane++) j->lane(j->a, lane);
-  return 0;
-}
-
-/* Shares the lanes (rows x chunks x blocks of channels) among threads, always in the same way.
-   With OpenMP these are PyTorch's own threads, awake from the operation before. */
-static void run(void (*lane)(const int64_t *, int64_t), const int64_t *a) {
-  const int64_t lanes = a[0] * a[3] * ((a[2] + a[5] - 1) / a[5]);
-  int64_t threads = a[6] < lanes ? a[6] : lanes;
-  threads = threads > 256 ? 256 : threads;
-  job jobs[256];
-  for (int64_t i = 0; i < threads; i++)
-    jobs[i] = (job){lane, a, lanes * i / threads, lanes * (i + 1) / threads};
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < threads; i++) work(&jobs[i]);
-#else
-  pthread_t ids[256];
-  int started[256];
-  for (int64_t i = 0; i < threads; i++)
-    started[i] = i > 0 && pthread_create(&ids[i], 0, work, &jobs[i]) == 0;
-  for (int64_t i = 0; i < threads; i++) {
-    if (started[i]) pthread_join(ids[i], 0);
-    else work(&jobs[i]);
-  }
-#endif
-}
-
-static void forward_lane(const int64_t *a, int64_t lane) {
-  const int64_t d0 = lane % ((a[2] + a[5] - 1) / a[5]) * a[5];
-  const int64_t batch = a[0];
-  const int64_t time = a[1];
-  const int64_t hidden = a[2];
-  const int64_t chunks = a[3];
-  const int64_t chunk = a[4];
-  const int64_t block = a[5];
-  const int64_t threads = a[6];
-  const int64_t rows = a[7];
-  const int64_t limit = a[8];
-  const int64_t *p = a + 9;
-  const int32_t *starts = (const int32_t *)*p++;
-  const real *drive_0 = (const real *)*p++;
-  const int64_t batch_stride_0 = *p++, time_stride_0 = *p++;
-  const real *drive_1 = (const real *)*p++;
-  const int64_t batch_stride_1 = *p++, time_stride_1 = *p++;
-  const real *drive_2 = (const real *)*p++;
-  const int64_t batch_stride_2 = *p++, time_stride_2 = *p++;
-  const real *coefficient_0 = (const real *)*p++ + d0;
-  const real *coefficient_1 = (const real *)*p++ + d0;
-  const real *coefficient_2 = (const real *)*p++ + d0;
-  const real *initial = (void *)*p++;
-  const real *boundary = (void *)*p++;
-  real *ends = (void *)*p++;
-  real *states_0 = (void *)*p++;
-  const int64_t blocks = (hidden + block - 1) / block;
-  const int64_t b = lane / (blocks * chunks), k = lane / blocks % chunks;
-  const int64_t n = hidden - d0 < block ? hidden - d0 : block;
-  int64_t t0 = k * chunk, t1 = t0 + chunk < time ? t0 + chunk : time;
-  real s0[256], unused_0[256];
-  memcpy(s0, boundary + ((b * chunks + k) * 1 + 0) * hidden + d0,
-         n * sizeof(real));
-  for (int64_t t = t0 > t1 - limit ? t0 : t1 - limit; t < t1; t++) {
-    if (starts && starts[b * time + t] >= 0) {
-      const real *from = initial + starts[b * time + t] * 1 * hidden + d0;
-      memcpy(s0, from + 0 * hidden, n * sizeof(real));
-    }
-    const real *restrict u0 = drive_0 + b * batch_stride_0 + t * time_stride_0 + d0;
-    const real *restrict u1 = drive_1 + b * batch_stride_1 + t * time_stride_1 + d0;
-    const real *restrict u2 = drive_2 + b * batch_stride_2 + t * time_stride_2 + d0;
-    real *restrict y0 = states_0 ? states_0 + (b * time + t) * hidden + d0 : unused_0;
-#pragma omp simd
-    for (int64_t d = 0; d < n; d++) {
-      const real state0 = s0[d];
-      const real drive0 = u0[d];
-      const real drive1 = u1[d];
-      const real drive2 = u2[d];
-      const real coefficient0 = coefficient_0[d];
-      const real coefficient1 = coefficient_1[d];
-      const real coefficient2 = coefficient_2[d];
-      const real t2 = coefficient0 * state0;
-      const real t4 = t2 + drive0;
-      const real z_ = pr_sigmoid(t4);
-      const real t6 = C(1.0) - z_;
-      const real t7 = t6 * state0;
-      const real t10 = coefficient1 * state0;
-      const real t12 = t10 + drive1;
-      const real r_ = pr_sigmoid(t12);
-      const real t14 = state0 * r_;
-      const real t15 = coefficient2 * t14;
-      const real t17 = t15 + drive2;
-      const real c_ = pr_tanh(t17);
-      const real t19 = z_ * c_;
-      const real t20 = t7 + t19;
-      s0[d] = y0[d] = t20;
-    }
-  }
-  memcpy(ends + ((b * chunks + k) * 1 + 0) * hidden + d0, s0,
-         n * sizeof(real));
-}
-
-void forward(const int64_t *a) { run(forward_lane, a); }
-
-static void tangent_lane(const int64_t *a, int64_t lane) {
-  const int64_t d0 = lane % ((a[2] + a[5] - 1) / a[5]) * a[5];
-  const int64_t batch = a[0];
-  const int64_t time = a[1];
-  const int64_t hidden = a[2];
-  const int64_t chunks = a[3];
-  const int64_t chunk = a[4];
-  const int64_t block = a[5];
-  const int64_t threads = a[6];
-  const int64_t rows = a[7];
-  const int64_t limit = a[8];
-  const int64_t *p = a + 9;
-  const int32_t *starts = (const int32_t *)*p++;
-  const real *drive_0 = (const real *)*p++;
-  const int64_t batch_stride_0 = *p++, time_stride_0 = *p++;
-  const real *drive_1 = (const real *)*p++;
-  const int64_t batch_stride_1 = *p++, time_stride_1 = *p++;
-  const real *drive_2 = (const real *)*p++;
-  const int64_t batch_stride_2 = *p++, time_stride_2 = *p++;
-  const real *coefficient_0 = (const real *)*p++ + d0;
-  const real *coefficient_1 = (const real *)*p++ + d0;
-  const real *coefficient_2 = (const real *)*p++ + d0;
-  const real *initial = (void *)*p++;
-  const real *boundary = (void *)*p++;
-  real *tangents = (void *)*p++;
-  const int64_t blocks = (hidden + block - 1) / block;
-  const int64_t b = lane / (blocks * chunks), k = lane / blocks % chunks;
-  const int64_t n = hidden - d0 < block ? hidden - d0 : block;
-  int64_t t0 = k * chunk, t1 = t0 + chunk < time ? t0 + chunk : time;
-  real s0[256];
-  memcpy(s0, boundary + ((b * chunks + k) * 1 + 0) * hidden + d0,
-         n * sizeof(real));
-  real g00[256];
-  for (int64_t d = 0; d < n; d++) g00[d] = C(1);
-  for (int64_t t = t0; t < t1; t++) {
-    if (starts && starts[b * time + t] >= 0) {
-      const real *from = initial + starts[b * time + t] * 1 * hidden + d0;
-      memcpy(s0, from + 0 * hidden, n * sizeof(real));
-      memset(g00, 0, n * sizeof(real));
-    }
-    const real *restrict u0 = drive_0 + b * batch_stride_0 + t * time_stride_0 + d0;
-    const real *restrict u1 = drive_1 + b * batch_stride_1 + t * time_stride_1 + d0;
-    const real *restrict u2 = drive_2 + b * batch_stride_2 + t * time_stride_2 + d0;
-#pragma omp simd
-    for (int64_t d = 0; d < n; d++) {
-      const real state0 = s0[d];
-      const real old00 = g00[d];
-      real jac00;
-      const real drive0 = u0[d];
-      const real drive1 = u1[d];
-      const real drive2 = u2[d];
-      const real coefficient0 = coefficient_0[d];
-      const real coefficient1 = coefficient_1[d];
-      const real coefficient2 = coefficient_2[d];
-      const real t2 = coefficient0 * state0;
-      const real t4 = t2 + drive0;
-      const real z_ = pr_sigmoid(t4);
-      const real t6 = C(1.0) - z_;
-      const real t7 = t6 * state0;
-      const real t10 = coefficient1 * state0;
-      const real t12 = t10 + drive1;
-      const real r_ = pr_sigmoid(t12);
-      const real t14 = state0 * r_;
-      const real t15 = coefficient2 * t14;
-      const real t17 = t15 + drive2;
-      const real c_ = pr_tanh(t17);
-      const real t19 = z_ * c_;
-      const real t20 = t7 + t19;
-      const real t21 = c_ * c_;
-      const real t22 = C(1.0) - t21;
-      const real t23 = z_ * t22;
-      const real t24 = t23 * coefficient2;
-      const real t25 = t24 * r_;
-      const real t26 = t24 * state0;
-      const real t27 = C(1.0) - r_;
-      const real t28 = t27 * r_;
-      const real t29 = t26 * t28;
-      const real t30 = t29 * coefficient1;
-      const real t31 = t25 + t30;
-      const real t32 = t31 + t6;
-      const real t33 = -state0;
-      const real t34 = c_ + t33;
-      const real t35 = t6 * z_;
-      const real t36 = t34 * t35;
-      const real t37 = t36 * coefficient0;
-      const real t38 = t32 + t37;
-      s0[d] = t20;
-      jac00 = t38;
-      g00[d] = jac00 * old00;
-    }
-  }
-  memcpy(tangents + ((b * chunks + k) * 1 + 0) * hidden + d0, g00, n * sizeof(real));
-}
-
-void tangent(const int64_t *a) { run(tangent_lane, a); }
-
-static void backward_lane(const int64_t *a, int64_t lane) {
-  const int64_t d0 = lane % ((a[2] + a[5] - 1) / a[5]) * a[5];
-  const int64_t batch = a[0];
-  const int64_t time = a[1];
-  const int64_t hidden = a[2];
-  const int64_t chunks = a[3];
-  const int64_t chunk = a[4];
-  const int64_t block = a[5];
-  const int64_t threads = a[6];
-  const int64_t rows = a[7];
-  const int64_t limit = a[8];
-  const int64_t *p = a + 9;
-  const int32_t *starts = (const int32_t *)*p++;
-  const real *drive_0 = (const real *)*p++;
-  const int64_t batch_stride_0 = *p++, time_stride_0 = *p++;
-  const real *drive_1 = (const real *)*p++;
-  const int64_t batch_stride_1 = *p++, time_stride_1 = *p++;
-  const real *drive_2 = (const real *)*p++;
-  const int64_t batch_stride_2 = *p++, time_stride_2 = *p++;
-  const real *coefficient_0 = (const real *)*p++ + d0;
-  const real *coefficient_1 = (const real *)*p++ + d0;
-  const real *coefficient_2 = (const real *)*p++ + d0;
-  const real *initial = (void *)*p++;
-  const real *incoming = (void *)*p++;
-  real *outgoing = (void *)*p++;
-  real *grad_initial = (void *)*p++;
-  double *grad_coefficients = (void *)*p++;
-  const real *states_0 = (void *)*p++;
-  const real *grad_states_0 = (void *)*p++;
-  const int64_t blocks = (hidden + block - 1) / block;
-  const int64_t b = lane / (blocks * chunks), k = lane / blocks % chunks;
-  const int64_t n = hidden - d0 < block ? hidden - d0 : block;
-  int64_t t0 = k * chunk, t1 = t0 + chunk < time ? t0 + chunk : time;
-  real *grad_drive_0 = (void *)*p++;
-  const int64_t grad_batch_0 = *p++, grad_time_0 = *p++;
-  real *grad_drive_1 = (void *)*p++;
-  const int64_t grad_batch_1 = *p++, grad_time_1 = *p++;
-  real *grad_drive_2 = (void *)*p++;
-  const int64_t grad_batch_2 = *p++, grad_time_2 = *p++;
-  real unused[256], zeros[256];
-  memset(zeros, 0, sizeof zeros);
-  real adj0[256];
-  memcpy(adj0, incoming + ((b * chunks + k) * 1 + 0) * hidden + d0,
-         n * sizeof(real));
-  double sum0[256];
-  memset(sum0, 0, n * sizeof(double));
-  double sum1[256];
-  memset(sum1, 0, n * sizeof(double));
-  double sum2[256];
-  memset(sum2, 0, n * sizeof(double));
-  t1 = t1 - t0 < limit ? t1 : t0 + limit;
-  for (int64_t t = t1 - 1; t >= t0; t--) {
-    const int64_t at = (b * time + t) * hidden + d0;
-    const int32_t start = starts ? starts[b * time + t] : t == 0 ? (int32_t)b : -1;
-    const real *restrict h0 = start >= 0 ? initial + (start * 1 + 0) * hidden + d0 : states_0 + at - hidden;
-    const real *restrict gy0 = grad_states_0 ? grad_states_0 + at : zeros;
-    const real *restrict u0 = drive_0 + b * batch_stride_0 + t * time_stride_0 + d0;
-    const real *restrict u1 = drive_1 + b * batch_stride_1 + t * time_stride_1 + d0;
-    const real *restrict u2 = drive_2 + b * batch_stride_2 + t * time_stride_2 + d0;
-    real *restrict gu0 = grad_drive_0 ? grad_drive_0 + b * grad_batch_0 + t * grad_time_0 + d0 : unused;
-    real *restrict gu1 = grad_drive_1 ? grad_drive_1 + b * grad_batch_1 + t * grad_time_1 + d0 : unused;
-    real *restrict gu2 = grad_drive_2 ? grad_drive_2 + b * grad_batch_2 + t * grad_time_2 + d0 : unused;
-#pragma omp simd
-    for (int64_t d = 0; d < n; d++) {
-      const real state0 = h0[d], adjoint0 = adj0[d] + gy0[d];
-      real term0;
-      real term1;
-      real term2;
-      const real drive0 = u0[d];
-      const real drive1 = u1[d];
-      const real drive2 = u2[d];
-      const real coefficient0 = coefficient_0[d];
-      const real coefficient1 = coefficient_1[d];
-      const real coefficient2 = coefficient_2[d];
-      const real t3 = coefficient0 * state0;
-      const real t5 = t3 + drive0;
-      const real z_ = pr_sigmoid(t5);
-      const real t7 = adjoint0 * z_;
-      const real t10 = coefficient1 * state0;
-      const real t12 = t10 + drive1;
-      const real r_ = pr_sigmoid(t12);
-      const real t14 = state0 * r_;
-      const real t15 = coefficient2 * t14;
-      const real t17 = t15 + drive2;
-      const real c_ = pr_tanh(t17);
-      const real t19 = c_ * c_;
-      const real t20 = C(1.0) - t19;
-      const real t21 = t7 * t20;
-      const real t22 = t21 * coefficient2;
-      const real t23 = t22 * r_;
-      const real t24 = t22 * state0;
-      const real t25 = C(1.0) - r_;
-      const real t26 = t25 * r_;
-      const real t27 = t24 * t26;
-      const real t28 = t27 * coefficient1;
-      const real t29 = t23 + t28;
-      const real t30 = C(1.0) - z_;
-      const real t31 = adjoint0 * t30;
-      const real t32 = t29 + t31;
-      const real t33 = adjoint0 * c_;
-      const real t34 = adjoint0 * state0;
-      const real t35 = -t34;
-      const real t36 = t33 + t35;
-      const real t37 = t30 * z_;
-      const real t38 = t36 * t37;
-      const real t39 = t38 * coefficient0;
-      const real t40 = t32 + t39;
-      const real t41 = t38 * state0;
-      const real t42 = t27 * state0;
-      const real t43 = t21 * t14;
-      adj0[d] = t40;
-      gu0[d] = t38;
-      gu1[d] = t27;
-      gu2[d] = t21;
-      term0 = t41;
-      term1 = t42;
-      term2 = t43;
-      sum0[d] += term0;
-      sum1[d] += term1;
-      sum2[d] += term2;
-    }
-    if (start >= 0) {
-      if (grad_initial) for (int64_t d = 0; d < n; d++)
-        grad_initial[((k * rows + start) * 1 + 0) * hidden + d0 + d] += adj0[d];
-      memset(adj0, 0, n * sizeof(real));
-    }
-  }
-  memcpy(outgoing + ((b * chunks + k) * 1 + 0) * hidden + d0, adj0,
-         n * sizeof(real));
-  if (grad_coefficients) memcpy(grad_coefficients + ((b * chunks + k) * 3 + 0) * hidden + d0, sum0,
-         n * sizeof(double));
-  if (grad_coefficients) memcpy(grad_coefficients + ((b * chunks + k) * 3 + 1) * hidden + d0, sum1,
-         n * sizeof(double));
-  if (grad_coefficients) memcpy(grad_coefficients + ((b * chunks + k) * 3 + 2) * hidden + d0, sum2,
-         n * sizeof(double));
-}
-
-void backward(const int64_t *a) { run(backward_lane, a); }
+#include "loop.c"

@@ -9,886 +9,258 @@
      m' = maximum(log_sigmoid(f) + m, i)
 */
 #define DOUBLE 0
-/* Scalar functions that compilers vectorise without fast-math, honest about NaN and infinity.
-   REAL, UINT, and the constants come from the generated file: one copy for float, one for double. */
-#include <math.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <string.h>
+enum { COMPONENTS = 4, DRIVES = 4, COEFFICIENTS = 4, MAX_BLOCK = 256 };
 
-#define INLINE static inline __attribute__((always_inline))
+#include "runtime.h"
 
-#if DOUBLE
-typedef double real;
-typedef uint64_t bits;
-#define F(name) name
-#define LARGEST 1.7976931348623157e308
-#define MANTISSA 52
-#define BIAS 1023
-#define SHIFT 6755399441055744.0 /* 1.5 * 2^52: adding it rounds to an integer in the low bits */
-#define LN2_HIGH 6.93147180369123816490e-01
-#define LN2_LOW 1.90821492927058770002e-10
-#define EXP_LOW -746.0
-#define EXP_HIGH 710.0
-#define TANH_HIGH 44.0
-#define SMALLEST 2.2250738585072014e-308
-#define SQRT_HALF_BITS 0x3fe6a09e667f3bcdULL
-#else
-typedef float real;
-typedef uint32_t bits;
-#define F(name) name##f
-#define LARGEST 3.402823466e38f
-#define MANTISSA 23
-#define BIAS 127
-#define SHIFT 12582912.0f
-#define LN2_HIGH 0.693359375f
-#define LN2_LOW -2.12194440e-4f
-#define EXP_LOW -104.0f
-#define EXP_HIGH 89.0f
-#define TANH_HIGH 22.0f
-#define SMALLEST 1.17549435e-38f
-#define SQRT_HALF_BITS 0x3f3504f3U
-#endif
-#define C(x) ((real)(x))
-
-INLINE bits to_bits(real x) { bits b; memcpy(&b, &x, sizeof b); return b; }
-INLINE real from_bits(bits b) { real x; memcpy(&x, &b, sizeof x); return x; }
-
-/* 2^n for an integral n with -BIAS < n <= BIAS */
-INLINE real power_of_two(real n) { return from_bits(to_bits(n + (SHIFT + BIAS)) << MANTISSA); }
-INLINE real nearest(real x) { return (x + SHIFT) - SHIFT; }
-
-/* e^r - 1 for |r| <= ln(2) / 2, by its Taylor series */
-INLINE real expm1_small(real r) {
-  const real r2 = r * r;
-#if DOUBLE
-  const real r4 = r2 * r2;
-  const real low = (C(1. / 6) + r * C(1. / 24)) + r2 * (C(1. / 120) + r * C(1. / 720));
-  const real high = (C(1. / 5040) + r * C(1. / 40320)) + r2 * (C(1. / 362880) + r * C(1. / 3628800));
-  const real top = C(1. / 39916800) + r * (C(1. / 479001600) + r * C(1. / 6227020800.));
-  return r + r2 * (C(0.5) + r * (low + r4 * (high + r4 * top)));
-#else
-  const real low = C(0.5) + r * C(1. / 6);
-  const real high = C(1. / 24) + r * C(1. / 120) + r2 * (C(1. / 720) + r * C(1. / 5040));
-  return r + r2 * (low + r2 * high);
-#endif
+INLINE void step(int64_t d, inputs state, inputs drive, inputs coefficient,
+    outputs next) {
+  const real h_ = state[0][d];
+  const real c_ = state[1][d];
+  const real n_ = state[2][d];
+  const real m_ = state[3][d];
+  const real x_i_ = drive[0][d];
+  const real x_f_ = drive[1][d];
+  const real x_z_ = drive[2][d];
+  const real x_o_ = drive[3][d];
+  const real a_i_ = coefficient[0][d];
+  const real a_f_ = coefficient[1][d];
+  const real a_z_ = coefficient[2][d];
+  const real a_o_ = coefficient[3][d];
+  const real o_ = a_o_ * h_ + x_o_;
+  const real t5 = pr_sigmoid(o_);
+  const real f_ = a_f_ * h_ + x_f_;
+  const real t17 = pr_minimum(f_, C(0.0)) - pr_log1p(pr_exp(-F(fabs)(f_))) + m_;
+  const real i_ = a_i_ * h_ + x_i_;
+  const real t22 = pr_maximum(t17, i_);
+  const real t24 = pr_exp(t17 - t22);
+  const real t26 = t24 * c_;
+  const real t28 = pr_exp(i_ - t22);
+  const real z_ = a_z_ * h_ + x_z_;
+  const real t35 = t26 + t28 * pr_tanh(z_);
+  const real t36 = t5 * t35;
+  const real t39 = t24 * n_ + t28;
+  const real t41 = t39 < C(1e-30) ? C(1e-30) : t39;
+  next[0][d] = t36 / t41;
+  next[1][d] = t35;
+  next[2][d] = t39;
+  next[3][d] = t22;
 }
 
-INLINE real pr_exp(real x) {
-  real c = x > EXP_HIGH ? EXP_HIGH : x;
-  c = c < EXP_LOW ? EXP_LOW : c;
-  const real n = nearest(c * C(1.4426950408889634));
-  const real r = (c - n * LN2_HIGH) - n * LN2_LOW;
-  const real half = nearest(n * C(0.5));
-  return (expm1_small(r) + C(1)) * power_of_two(half) * power_of_two(n - half);
+INLINE void step_with_tangent(int64_t d, inputs state, inputs drive, inputs coefficient,
+    outputs next, block_of_channels tangent) {
+  const real h_ = state[0][d];
+  const real c_ = state[1][d];
+  const real n_ = state[2][d];
+  const real m_ = state[3][d];
+  const real x_i_ = drive[0][d];
+  const real x_f_ = drive[1][d];
+  const real x_z_ = drive[2][d];
+  const real x_o_ = drive[3][d];
+  const real a_i_ = coefficient[0][d];
+  const real a_f_ = coefficient[1][d];
+  const real a_z_ = coefficient[2][d];
+  const real a_o_ = coefficient[3][d];
+  const real tangent0 = tangent[0][d];
+  const real tangent1 = tangent[1][d];
+  const real tangent2 = tangent[2][d];
+  const real tangent3 = tangent[3][d];
+  const real tangent4 = tangent[4][d];
+  const real tangent5 = tangent[5][d];
+  const real tangent6 = tangent[6][d];
+  const real tangent7 = tangent[7][d];
+  const real tangent8 = tangent[8][d];
+  const real tangent9 = tangent[9][d];
+  const real tangent10 = tangent[10][d];
+  const real tangent11 = tangent[11][d];
+  const real tangent12 = tangent[12][d];
+  const real tangent13 = tangent[13][d];
+  const real tangent14 = tangent[14][d];
+  const real tangent15 = tangent[15][d];
+  const real o_ = a_o_ * h_ + x_o_;
+  const real t5 = pr_sigmoid(o_);
+  const real f_ = a_f_ * h_ + x_f_;
+  const real t17 = pr_minimum(f_, C(0.0)) - pr_log1p(pr_exp(-F(fabs)(f_))) + m_;
+  const real i_ = a_i_ * h_ + x_i_;
+  const real t22 = pr_maximum(t17, i_);
+  const real t24 = pr_exp(t17 - t22);
+  const real t26 = t24 * c_;
+  const real t28 = pr_exp(i_ - t22);
+  const real z_ = a_z_ * h_ + x_z_;
+  const real t33 = pr_tanh(z_);
+  const real t35 = t26 + t28 * t33;
+  const real t36 = t5 * t35;
+  const real t39 = t24 * n_ + t28;
+  const real t41 = t39 < C(1e-30) ? C(1e-30) : t39;
+  const real t42 = t36 / t41;
+  const real t43 = C(1.0) / t41;
+  const real t44 = t43 * t5;
+  const real t45 = t44 * t28;
+  const real t47 = C(1.0) - t33 * t33;
+  const real t49 = t45 * t47 * a_z_;
+  const real t53 = t39 >= C(1e-30) ? C(-1.0) * (t42 / t41) : C(0.0);
+  const real t56 = (t53 + t44 * t33) * t28;
+  const int t57 = t17 > i_;
+  const int t58 = t17 == i_;
+  const real t59 = -t56;
+  const real t63 = (t53 * n_ + t44 * c_) * t24;
+  const real t65 = t59 + -t63;
+  const real t67 = t58 ? t65 / C(2.0) : t65;
+  const real t68 = t57 ? C(0.0) : t67;
+  const real t71 = t49 + (t56 + t68) * a_i_;
+  const int t72 = t17 < i_;
+  const real t73 = t72 ? C(0.0) : t67;
+  const real t74 = t63 + t73;
+  const real t76 = pr_sigmoid(-f_);
+  const real t85 = t71 + t74 * t76 * a_f_ + t43 * t35 * ((C(1.0) - t5) * t5) * a_o_;
+  const real t87 = t85 * tangent0;
+  const real t88 = t44 * t24;
+  const real t91 = t87 + t88 * tangent4;
+  const real t92 = t53 * t24;
+  const real t98 = t91 + t92 * tangent8 + t74 * tangent12;
+  const real t109 = t85 * tangent1 + t88 * tangent5 + t92 * tangent9 + t74 * tangent13;
+  const real t120 = t85 * tangent2 + t88 * tangent6 + t92 * tangent10 + t74 * tangent14;
+  const real t131 = t85 * tangent3 + t88 * tangent7 + t92 * tangent11 + t74 * tangent15;
+  const real t133 = t28 * t47 * a_z_;
+  const real t134 = t33 * t28;
+  const real t135 = -t134;
+  const real t136 = c_ * t24;
+  const real t138 = t135 + -t136;
+  const real t140 = t58 ? t138 / C(2.0) : t138;
+  const real t141 = t57 ? C(0.0) : t140;
+  const real t144 = t133 + (t134 + t141) * a_i_;
+  const real t145 = t72 ? C(0.0) : t140;
+  const real t146 = t136 + t145;
+  const real t149 = t144 + t146 * t76 * a_f_;
+  const real t152 = t149 * tangent0 + t24 * tangent4;
+  const real t153 = C(0.0) * tangent8;
+  const real t156 = t152 + t153 + t146 * tangent12;
+  const real t159 = t149 * tangent1 + t24 * tangent5;
+  const real t160 = C(0.0) * tangent9;
+  const real t163 = t159 + t160 + t146 * tangent13;
+  const real t166 = t149 * tangent2 + t24 * tangent6;
+  const real t167 = C(0.0) * tangent10;
+  const real t170 = t166 + t167 + t146 * tangent14;
+  const real t173 = t149 * tangent3 + t24 * tangent7;
+  const real t174 = C(0.0) * tangent11;
+  const real t177 = t173 + t174 + t146 * tangent15;
+  const real t178 = -t28;
+  const real t179 = n_ * t24;
+  const real t181 = t178 + -t179;
+  const real t183 = t58 ? t181 / C(2.0) : t181;
+  const real t184 = t57 ? C(0.0) : t183;
+  const real t186 = (t28 + t184) * a_i_;
+  const real t187 = t72 ? C(0.0) : t183;
+  const real t188 = t179 + t187;
+  const real t191 = t186 + t188 * t76 * a_f_;
+  const real t192 = t191 * tangent0;
+  const real t193 = C(0.0) * tangent4;
+  const real t198 = t192 + t193 + t24 * tangent8 + t188 * tangent12;
+  const real t199 = t191 * tangent1;
+  const real t200 = C(0.0) * tangent5;
+  const real t205 = t199 + t200 + t24 * tangent9 + t188 * tangent13;
+  const real t206 = t191 * tangent2;
+  const real t207 = C(0.0) * tangent6;
+  const real t212 = t206 + t207 + t24 * tangent10 + t188 * tangent14;
+  const real t213 = t191 * tangent3;
+  const real t214 = C(0.0) * tangent7;
+  const real t219 = t213 + t214 + t24 * tangent11 + t188 * tangent15;
+  const real t220 = t58 ? C(0.5) : C(1.0);
+  const real t221 = t57 ? C(0.0) : t220;
+  const real t222 = t221 * a_i_;
+  const real t223 = t72 ? C(0.0) : t220;
+  const real t226 = t222 + t223 * t76 * a_f_;
+  next[0][d] = t42;
+  next[1][d] = t35;
+  next[2][d] = t39;
+  next[3][d] = t22;
+  tangent[0][d] = t98;
+  tangent[1][d] = t109;
+  tangent[2][d] = t120;
+  tangent[3][d] = t131;
+  tangent[4][d] = t156;
+  tangent[5][d] = t163;
+  tangent[6][d] = t170;
+  tangent[7][d] = t177;
+  tangent[8][d] = t198;
+  tangent[9][d] = t205;
+  tangent[10][d] = t212;
+  tangent[11][d] = t219;
+  tangent[12][d] = t226 * tangent0 + t193 + t153 + t223 * tangent12;
+  tangent[13][d] = t226 * tangent1 + t200 + t160 + t223 * tangent13;
+  tangent[14][d] = t226 * tangent2 + t207 + t167 + t223 * tangent14;
+  tangent[15][d] = t226 * tangent3 + t214 + t174 + t223 * tangent15;
 }
 
-/* e^x - 1 for x below the overflow of e^x */
-INLINE real expm1_finite(real x) {
-  const real n = nearest(x * C(1.4426950408889634));
-  const real r = (x - n * LN2_HIGH) - n * LN2_LOW;
-  const real scale = power_of_two(n);
-  return expm1_small(r) * scale + (scale - C(1));
+INLINE void step_adjoint(int64_t d, inputs state, inputs drive, inputs coefficient,
+    inputs gradient, block_of_channels adjoint,
+    outputs grad_drive, block_of_sums total) {
+  const real h_ = state[0][d];
+  const real c_ = state[1][d];
+  const real n_ = state[2][d];
+  const real m_ = state[3][d];
+  const real x_i_ = drive[0][d];
+  const real x_f_ = drive[1][d];
+  const real x_z_ = drive[2][d];
+  const real x_o_ = drive[3][d];
+  const real a_i_ = coefficient[0][d];
+  const real a_f_ = coefficient[1][d];
+  const real a_z_ = coefficient[2][d];
+  const real a_o_ = coefficient[3][d];
+  const real adjoint0 = adjoint[0][d] + gradient[0][d];
+  const real adjoint1 = adjoint[1][d] + gradient[1][d];
+  const real adjoint2 = adjoint[2][d] + gradient[2][d];
+  const real adjoint3 = adjoint[3][d] + gradient[3][d];
+  const real f_ = a_f_ * h_ + x_f_;
+  const real t14 = pr_minimum(f_, C(0.0)) - pr_log1p(pr_exp(-F(fabs)(f_))) + m_;
+  const real i_ = a_i_ * h_ + x_i_;
+  const real t19 = pr_maximum(t14, i_);
+  const real t21 = pr_exp(t14 - t19);
+  const real t23 = t21 * n_;
+  const real t25 = pr_exp(i_ - t19);
+  const real t26 = t23 + t25;
+  const real t28 = t26 < C(1e-30) ? C(1e-30) : t26;
+  const real t29 = adjoint0 / t28;
+  const real o_ = a_o_ * h_ + x_o_;
+  const real t34 = pr_sigmoid(o_);
+  const real t36 = adjoint1 + t29 * t34;
+  const real t37 = t36 * t25;
+  const real z_ = a_z_ * h_ + x_z_;
+  const real t42 = pr_tanh(z_);
+  const real t45 = t37 * (C(1.0) - t42 * t42);
+  const real t46 = t45 * a_z_;
+  const int t48 = t26 >= C(1e-30);
+  const real t49 = -adjoint0;
+  const real t53 = t21 * c_ + t25 * t42;
+  const real t58 = t48 ? t49 * (t34 * t53 / t28 / t28) : C(0.0);
+  const real t59 = adjoint2 + t58;
+  const real t62 = (t59 + t36 * t42) * t25;
+  const int t63 = t14 > i_;
+  const int t64 = t14 == i_;
+  const real t67 = adjoint3 + -t62;
+  const real t71 = (t59 * n_ + t36 * c_) * t21;
+  const real t73 = t67 + -t71;
+  const real t75 = t64 ? t73 / C(2.0) : t73;
+  const real t76 = t63 ? C(0.0) : t75;
+  const real t77 = t62 + t76;
+  const real t79 = t46 + t77 * a_i_;
+  const real t81 = t14 < i_ ? C(0.0) : t75;
+  const real t82 = t71 + t81;
+  const real t85 = t82 * pr_sigmoid(-f_);
+  const real t87 = t79 + t85 * a_f_;
+  const real t91 = t29 * t53 * ((C(1.0) - t34) * t34);
+  adjoint[0][d] = t87 + t91 * a_o_;
+  adjoint[1][d] = t36 * t21;
+  adjoint[2][d] = t59 * t21;
+  adjoint[3][d] = t82;
+  grad_drive[0][d] = t77;
+  grad_drive[1][d] = t85;
+  grad_drive[2][d] = t45;
+  grad_drive[3][d] = t91;
+  total[0][d] += t77 * h_;
+  total[1][d] += t85 * h_;
+  total[2][d] += t45 * h_;
+  total[3][d] += t91 * h_;
 }
 
-INLINE real pr_expm1(real x) {
-  real c = x > C(80) ? C(80) : x;
-  c = c < C(-80) ? C(-80) : c;
-  const real small = expm1_finite(c);
-  return x > C(80) ? pr_exp(x) : small;
-}
-
-INLINE real pr_tanh(real x) {
-  const real y = C(2) * F(fabs)(x);
-  const real e = expm1_finite(y > TANH_HIGH ? TANH_HIGH : y);
-  return F(copysign)(e / (e + C(2)), x);
-}
-
-INLINE real pr_sigmoid(real x) { return C(1) / (C(1) + pr_exp(-x)); }
-
-INLINE real pr_log(real x) {
-  const int tiny = x < SMALLEST;
-  const bits b = to_bits(tiny ? x * C((bits)1 << MANTISSA) : x);
-  const bits offset = (b - SQRT_HALF_BITS + ((bits)BIAS << MANTISSA)) >> MANTISSA;
-  const real e = (from_bits(to_bits(SHIFT) + offset) - SHIFT) - (tiny ? C(BIAS + MANTISSA) : C(BIAS));
-  const real m = from_bits(b - (offset << MANTISSA) + ((bits)BIAS << MANTISSA));
-  const real f = m - C(1), s = f / (C(2) + f), z = s * s, half = C(0.5) * f * f;
-#if DOUBLE
-  const real series = z * (6.666666666666735130e-01 + z * (3.999999999940941908e-01
-      + z * (2.857142874366239149e-01 + z * (2.222219843214978396e-01 + z * (1.818357216161805012e-01
-      + z * (1.531383769920937332e-01 + z * 1.479819860511658591e-01))))));
-#else
-  const real series = z * (0.66666662693f + z * (0.40000972152f
-      + z * (0.28498786688f + z * 0.24279078841f)));
-#endif
-  real y = e * LN2_HIGH - ((half - (s * (half + series) + e * LN2_LOW)) - f);
-  y = x == C(INFINITY) ? x : y;
-  y = x == C(0) ? C(-INFINITY) : y;
-  return x < C(0) || x != x ? C(NAN) : y;
-}
-
-INLINE real pr_log1p(real x) {
-  const real u = C(1) + x;
-  const real y = pr_log(u) + (u == C(0) ? C(0) : (x - (u - C(1))) / u);
-  return x == C(INFINITY) ? x : y;
-}
-
-INLINE real pr_maximum(real a, real b) { return a > b || a != a ? a : b; }
-INLINE real pr_minimum(real a, real b) { return a < b || a != a ? a : b; }
-INLINE real pr_to_float32(real x) { return (real)(float)x; }
-
-INLINE real pr_to_bfloat16(real x) {
-  const float f = (float)x;
-  uint32_t b;
-  memcpy(&b, &f, 4);
-  const uint32_t rounded = (b + 0x7fffU + ((b >> 16) & 1U)) & 0xffff0000U;
-  float out;
-  memcpy(&out, &rounded, 4);
-  return f == f ? (real)out : x;
-}
-
-/* float16 has 11 bits down to 2^-14, then a fixed step of 2^-24, and ends at 65504 */
-INLINE real pr_to_float16(real x) {
-  const float f = (float)x, a = fabsf(f);
-  uint32_t b;
-  memcpy(&b, &a, 4);
-  b = (b + 0xfffU + ((b >> 13) & 1U)) & 0xffffe000U;
-  float normal;
-  memcpy(&normal, &b, 4);
-  const float step = 0.75f; /* 1.5 * 2^23 * 2^-24: adding it rounds to multiples of 2^-24 */
-  float y = a < 6.103515625e-05f ? (a + step) - step : normal;
-  y = y > 65504.0f ? INFINITY : y;
-  return f == f ? (real)copysignf(y, f) : x;
-}
-
-typedef struct {
-  void (*lane)(const int64_t *, int64_t);
-  const int64_t *a;
-  int64_t first, last;
-} job;
-
-static void *work(void *argument) {
-  const job *j = argument;
-  for (int64_t lane = j->first; lane < j->last; lane++) j->lane(j->a, lane);
-  return 0;
-}
-
-/* Shares the lanes (rows x chunks x blocks of channels) among threads, always in the same way.
-   With OpenMP these are PyTorch's own threads, awake from the operation before. */
-static void run(void (*lane)(const int64_t *, int64_t), const int64_t *a) {
-  const int64_t lanes = a[0] * a[3] * ((a[2] + a[5] - 1) / a[5]);
-  int64_t threads = a[6] < lanes ? a[6] : lanes;
-  threads = threads > 256 ? 256 : threads;
-  job jobs[256];
-  for (int64_t i = 0; i < threads; i++)
-    jobs[i] = (job){lane, a, lanes * i / threads, lanes * (i + 1) / threads};
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < threads; i++) work(&jobs[i]);
-#else
-  pthread_t ids[256];
-  int started[256];
-  for (int64_t i = 0; i < threads; i++)
-    started[i] = i > 0 && pthread_create(&ids[i], 0, work, &jobs[i]) == 0;
-  for (int64_t i = 0; i < threads; i++) {
-    if (started[i]) pthread_join(ids[i], 0);
-    else work(&jobs[i]);
-  }
-#endif
-}
-
-static void forward_lane(const int64_t *a, int64_t lane) {
-  const int64_t d0 = lane % ((a[2] + a[5] - 1) / a[5]) * a[5];
-  const int64_t batch = a[0];
-  const int64_t time = a[1];
-  const int64_t hidden = a[2];
-  const int64_t chunks = a[3];
-  const int64_t chunk = a[4];
-  const int64_t block = a[5];
-  const int64_t threads = a[6];
-  const int64_t rows = a[7];
-  const int64_t limit = a[8];
-  const int64_t *p = a + 9;
-  const int32_t *starts = (const int32_t *)*p++;
-  const real *drive_0 = (const real *)*p++;
-  const int64_t batch_stride_0 = *p++, time_stride_0 = *p++;
-  const real *drive_1 = (const real *)*p++;
-  const int64_t batch_stride_1 = *p++, time_stride_1 = *p++;
-  const real *drive_2 = (const real *)*p++;
-  const int64_t batch_stride_2 = *p++, time_stride_2 = *p++;
-  const real *drive_3 = (const real *)*p++;
-  const int64_t batch_stride_3 = *p++, time_stride_3 = *p++;
-  const real *coefficient_0 = (const real *)*p++ + d0;
-  const real *coefficient_1 = (const real *)*p++ + d0;
-  const real *coefficient_2 = (const real *)*p++ + d0;
-  const real *coefficient_3 = (const real *)*p++ + d0;
-  const real *initial = (void *)*p++;
-  const real *boundary = (void *)*p++;
-  real *ends = (void *)*p++;
-  real *states_0 = (void *)*p++;
-  real *states_1 = (void *)*p++;
-  real *states_2 = (void *)*p++;
-  real *states_3 = (void *)*p++;
-  const int64_t blocks = (hidden + block - 1) / block;
-  const int64_t b = lane / (blocks * chunks), k = lane / blocks % chunks;
-  const int64_t n = hidden - d0 < block ? hidden - d0 : block;
-  int64_t t0 = k * chunk, t1 = t0 + chunk < time ? t0 + chunk : time;
-  real s0[256], unused_0[256];
-  memcpy(s0, boundary + ((b * chunks + k) * 4 + 0) * hidden + d0,
-         n * sizeof(real));
-  real s1[256], unused_1[256];
-  memcpy(s1, boundary + ((b * chunks + k) * 4 + 1) * hidden + d0,
-         n * sizeof(real));
-  real s2[256], unused_2[256];
-  memcpy(s2, boundary + ((b * chunks + k) * 4 + 2) * hidden + d0,
-         n * sizeof(real));
-  real s3[256], unused_3[256];
-  memcpy(s3, boundary + ((b * chunks + k) * 4 + 3) * hidden + d0,
-         n * sizeof(real));
-  for (int64_t t = t0 > t1 - limit ? t0 : t1 - limit; t < t1; t++) {
-    if (starts && starts[b * time + t] >= 0) {
-      const real *from = initial + starts[b * time + t] * 4 * hidden + d0;
-      memcpy(s0, from + 0 * hidden, n * sizeof(real));
-      memcpy(s1, from + 1 * hidden, n * sizeof(real));
-      memcpy(s2, from + 2 * hidden, n * sizeof(real));
-      memcpy(s3, from + 3 * hidden, n * sizeof(real));
-    }
-    const real *restrict u0 = drive_0 + b * batch_stride_0 + t * time_stride_0 + d0;
-    const real *restrict u1 = drive_1 + b * batch_stride_1 + t * time_stride_1 + d0;
-    const real *restrict u2 = drive_2 + b * batch_stride_2 + t * time_stride_2 + d0;
-    const real *restrict u3 = drive_3 + b * batch_stride_3 + t * time_stride_3 + d0;
-    real *restrict y0 = states_0 ? states_0 + (b * time + t) * hidden + d0 : unused_0;
-    real *restrict y1 = states_1 ? states_1 + (b * time + t) * hidden + d0 : unused_1;
-    real *restrict y2 = states_2 ? states_2 + (b * time + t) * hidden + d0 : unused_2;
-    real *restrict y3 = states_3 ? states_3 + (b * time + t) * hidden + d0 : unused_3;
-#pragma omp simd
-    for (int64_t d = 0; d < n; d++) {
-      const real state0 = s0[d];
-      const real state1 = s1[d];
-      const real state2 = s2[d];
-      const real state3 = s3[d];
-      const real drive0 = u0[d];
-      const real drive1 = u1[d];
-      const real drive2 = u2[d];
-      const real drive3 = u3[d];
-      const real coefficient0 = coefficient_0[d];
-      const real coefficient1 = coefficient_1[d];
-      const real coefficient2 = coefficient_2[d];
-      const real coefficient3 = coefficient_3[d];
-      const real t2 = coefficient3 * state0;
-      const real o_ = t2 + drive3;
-      const real t5 = pr_sigmoid(o_);
-      const real t7 = coefficient1 * state0;
-      const real f_ = t7 + drive1;
-      const real t10 = pr_minimum(f_, C(0.0));
-      const real t11 = F(fabs)(f_);
-      const real t12 = -t11;
-      const real t13 = pr_exp(t12);
-      const real t14 = pr_log1p(t13);
-      const real t15 = t10 - t14;
-      const real t17 = t15 + state3;
-      const real t19 = coefficient0 * state0;
-      const real i_ = t19 + drive0;
-      const real t22 = pr_maximum(t17, i_);
-      const real t23 = t17 - t22;
-      const real t24 = pr_exp(t23);
-      const real t26 = t24 * state1;
-      const real t27 = i_ - t22;
-      const real t28 = pr_exp(t27);
-      const real t30 = coefficient2 * state0;
-      const real z_ = t30 + drive2;
-      const real t33 = pr_tanh(z_);
-      const real t34 = t28 * t33;
-      const real t35 = t26 + t34;
-      const real t36 = t5 * t35;
-      const real t38 = t24 * state2;
-      const real t39 = t38 + t28;
-      const int t40 = t39 < C(1e-30);
-      const real t41 = t40 ? C(1e-30) : t39;
-      const real t42 = t36 / t41;
-      s0[d] = y0[d] = t42;
-      s1[d] = y1[d] = t35;
-      s2[d] = y2[d] = t39;
-      s3[d] = y3[d] = t22;
-    }
-  }
-  memcpy(ends + ((b * chunks + k) * 4 + 0) * hidden + d0, s0,
-         n * sizeof(real));
-  memcpy(ends + ((b * chunks + k) * 4 + 1) * hidden + d0, s1,
-         n * sizeof(real));
-  memcpy(ends + ((b * chunks + k) * 4 + 2) * hidden + d0, s2,
-         n * sizeof(real));
-  memcpy(ends + ((b * chunks + k) * 4 + 3) * hidden + d0, s3,
-         n * sizeof(real));
-}
-
-void forward(const int64_t *a) { run(forward_lane, a); }
-
-static void tangent_lane(const int64_t *a, int64_t lane) {
-  const int64_t d0 = lane % ((a[2] + a[5] - 1) / a[5]) * a[5];
-  const int64_t batch = a[0];
-  const int64_t time = a[1];
-  const int64_t hidden = a[2];
-  const int64_t chunks = a[3];
-  const int64_t chunk = a[4];
-  const int64_t block = a[5];
-  const int64_t threads = a[6];
-  const int64_t rows = a[7];
-  const int64_t limit = a[8];
-  const int64_t *p = a + 9;
-  const int32_t *starts = (const int32_t *)*p++;
-  const real *drive_0 = (const real *)*p++;
-  const int64_t batch_stride_0 = *p++, time_stride_0 = *p++;
-  const real *drive_1 = (const real *)*p++;
-  const int64_t batch_stride_1 = *p++, time_stride_1 = *p++;
-  const real *drive_2 = (const real *)*p++;
-  const int64_t batch_stride_2 = *p++, time_stride_2 = *p++;
-  const real *drive_3 = (const real *)*p++;
-  const int64_t batch_stride_3 = *p++, time_stride_3 = *p++;
-  const real *coefficient_0 = (const real *)*p++ + d0;
-  const real *coefficient_1 = (const real *)*p++ + d0;
-  const real *coefficient_2 = (const real *)*p++ + d0;
-  const real *coefficient_3 = (const real *)*p++ + d0;
-  const real *initial = (void *)*p++;
-  const real *boundary = (void *)*p++;
-  real *tangents = (void *)*p++;
-  const int64_t blocks = (hidden + block - 1) / block;
-  const int64_t b = lane / (blocks * chunks), k = lane / blocks % chunks;
-  const int64_t n = hidden - d0 < block ? hidden - d0 : block;
-  int64_t t0 = k * chunk, t1 = t0 + chunk < time ? t0 + chunk : time;
-  real s0[256];
-  memcpy(s0, boundary + ((b * chunks + k) * 4 + 0) * hidden + d0,
-         n * sizeof(real));
-  real s1[256];
-  memcpy(s1, boundary + ((b * chunks + k) * 4 + 1) * hidden + d0,
-         n * sizeof(real));
-  real s2[256];
-  memcpy(s2, boundary + ((b * chunks + k) * 4 + 2) * hidden + d0,
-         n * sizeof(real));
-  real s3[256];
-  memcpy(s3, boundary + ((b * chunks + k) * 4 + 3) * hidden + d0,
-         n * sizeof(real));
-  real g00[256];
-  for (int64_t d = 0; d < n; d++) g00[d] = C(1);
-  real g01[256];
-  for (int64_t d = 0; d < n; d++) g01[d] = C(0);
-  real g02[256];
-  for (int64_t d = 0; d < n; d++) g02[d] = C(0);
-  real g03[256];
-  for (int64_t d = 0; d < n; d++) g03[d] = C(0);
-  real g10[256];
-  for (int64_t d = 0; d < n; d++) g10[d] = C(0);
-  real g11[256];
-  for (int64_t d = 0; d < n; d++) g11[d] = C(1);
-  real g12[256];
-  for (int64_t d = 0; d < n; d++) g12[d] = C(0);
-  real g13[256];
-  for (int64_t d = 0; d < n; d++) g13[d] = C(0);
-  real g20[256];
-  for (int64_t d = 0; d < n; d++) g20[d] = C(0);
-  real g21[256];
-  for (int64_t d = 0; d < n; d++) g21[d] = C(0);
-  real g22[256];
-  for (int64_t d = 0; d < n; d++) g22[d] = C(1);
-  real g23[256];
-  for (int64_t d = 0; d < n; d++) g23[d] = C(0);
-  real g30[256];
-  for (int64_t d = 0; d < n; d++) g30[d] = C(0);
-  real g31[256];
-  for (int64_t d = 0; d < n; d++) g31[d] = C(0);
-  real g32[256];
-  for (int64_t d = 0; d < n; d++) g32[d] = C(0);
-  real g33[256];
-  for (int64_t d = 0; d < n; d++) g33[d] = C(1);
-  for (int64_t t = t0; t < t1; t++) {
-    if (starts && starts[b * time + t] >= 0) {
-      const real *from = initial + starts[b * time + t] * 4 * hidden + d0;
-      memcpy(s0, from + 0 * hidden, n * sizeof(real));
-      memcpy(s1, from + 1 * hidden, n * sizeof(real));
-      memcpy(s2, from + 2 * hidden, n * sizeof(real));
-      memcpy(s3, from + 3 * hidden, n * sizeof(real));
-      memset(g00, 0, n * sizeof(real));
-            memset(g01, 0, n * sizeof(real));
-            memset(g02, 0, n * sizeof(real));
-            memset(g03, 0, n * sizeof(real));
-            memset(g10, 0, n * sizeof(real));
-            memset(g11, 0, n * sizeof(real));
-            memset(g12, 0, n * sizeof(real));
-            memset(g13, 0, n * sizeof(real));
-            memset(g20, 0, n * sizeof(real));
-            memset(g21, 0, n * sizeof(real));
-            memset(g22, 0, n * sizeof(real));
-            memset(g23, 0, n * sizeof(real));
-            memset(g30, 0, n * sizeof(real));
-            memset(g31, 0, n * sizeof(real));
-            memset(g32, 0, n * sizeof(real));
-            memset(g33, 0, n * sizeof(real));
-    }
-    const real *restrict u0 = drive_0 + b * batch_stride_0 + t * time_stride_0 + d0;
-    const real *restrict u1 = drive_1 + b * batch_stride_1 + t * time_stride_1 + d0;
-    const real *restrict u2 = drive_2 + b * batch_stride_2 + t * time_stride_2 + d0;
-    const real *restrict u3 = drive_3 + b * batch_stride_3 + t * time_stride_3 + d0;
-#pragma omp simd
-    for (int64_t d = 0; d < n; d++) {
-      const real state0 = s0[d];
-      const real state1 = s1[d];
-      const real state2 = s2[d];
-      const real state3 = s3[d];
-      const real old00 = g00[d];
-      real jac00;
-      const real old01 = g01[d];
-      real jac01;
-      const real old02 = g02[d];
-      real jac02;
-      const real old03 = g03[d];
-      real jac03;
-      const real old10 = g10[d];
-      real jac10;
-      const real old11 = g11[d];
-      real jac11;
-      const real old12 = g12[d];
-      real jac12;
-      const real old13 = g13[d];
-      real jac13;
-      const real old20 = g20[d];
-      real jac20;
-      const real old21 = g21[d];
-      real jac21;
-      const real old22 = g22[d];
-      real jac22;
-      const real old23 = g23[d];
-      real jac23;
-      const real old30 = g30[d];
-      real jac30;
-      const real old31 = g31[d];
-      real jac31;
-      const real old32 = g32[d];
-      real jac32;
-      const real old33 = g33[d];
-      real jac33;
-      const real drive0 = u0[d];
-      const real drive1 = u1[d];
-      const real drive2 = u2[d];
-      const real drive3 = u3[d];
-      const real coefficient0 = coefficient_0[d];
-      const real coefficient1 = coefficient_1[d];
-      const real coefficient2 = coefficient_2[d];
-      const real coefficient3 = coefficient_3[d];
-      const real t2 = coefficient3 * state0;
-      const real o_ = t2 + drive3;
-      const real t5 = pr_sigmoid(o_);
-      const real t7 = coefficient1 * state0;
-      const real f_ = t7 + drive1;
-      const real t10 = pr_minimum(f_, C(0.0));
-      const real t11 = F(fabs)(f_);
-      const real t12 = -t11;
-      const real t13 = pr_exp(t12);
-      const real t14 = pr_log1p(t13);
-      const real t15 = t10 - t14;
-      const real t17 = t15 + state3;
-      const real t19 = coefficient0 * state0;
-      const real i_ = t19 + drive0;
-      const real t22 = pr_maximum(t17, i_);
-      const real t23 = t17 - t22;
-      const real t24 = pr_exp(t23);
-      const real t26 = t24 * state1;
-      const real t27 = i_ - t22;
-      const real t28 = pr_exp(t27);
-      const real t30 = coefficient2 * state0;
-      const real z_ = t30 + drive2;
-      const real t33 = pr_tanh(z_);
-      const real t34 = t28 * t33;
-      const real t35 = t26 + t34;
-      const real t36 = t5 * t35;
-      const real t38 = t24 * state2;
-      const real t39 = t38 + t28;
-      const int t40 = t39 < C(1e-30);
-      const real t41 = t40 ? C(1e-30) : t39;
-      const real t42 = t36 / t41;
-      const real t43 = C(1.0) / t41;
-      const real t44 = t43 * t5;
-      const real t45 = t44 * t28;
-      const real t46 = t33 * t33;
-      const real t47 = C(1.0) - t46;
-      const real t48 = t45 * t47;
-      const real t49 = t48 * coefficient2;
-      const int t50 = t39 >= C(1e-30);
-      const real t51 = t42 / t41;
-      const real t52 = C(-1.0) * t51;
-      const real t53 = t50 ? t52 : C(0.0);
-      const real t54 = t44 * t33;
-      const real t55 = t53 + t54;
-      const real t56 = t55 * t28;
-      const int t57 = t17 > i_;
-      const int t58 = t17 == i_;
-      const real t59 = -t56;
-      const real t60 = t53 * state2;
-      const real t61 = t44 * state1;
-      const real t62 = t60 + t61;
-      const real t63 = t62 * t24;
-      const real t64 = -t63;
-      const real t65 = t59 + t64;
-      const real t66 = t65 / C(2.0);
-      const real t67 = t58 ? t66 : t65;
-      const real t68 = t57 ? C(0.0) : t67;
-      const real t69 = t56 + t68;
-      const real t70 = t69 * coefficient0;
-      const real t71 = t49 + t70;
-      const int t72 = t17 < i_;
-      const real t73 = t72 ? C(0.0) : t67;
-      const real t74 = t63 + t73;
-      const real t75 = -f_;
-      const real t76 = pr_sigmoid(t75);
-      const real t77 = t74 * t76;
-      const real t78 = t77 * coefficient1;
-      const real t79 = t71 + t78;
-      const real t80 = t43 * t35;
-      const real t81 = C(1.0) - t5;
-      const real t82 = t81 * t5;
-      const real t83 = t80 * t82;
-      const real t84 = t83 * coefficient3;
-      const real t85 = t79 + t84;
-      const real t86 = t44 * t24;
-      const real t87 = t53 * t24;
-      const real t88 = t28 * t47;
-      const real t89 = t88 * coefficient2;
-      const real t90 = t33 * t28;
-      const real t91 = -t90;
-      const real t92 = state1 * t24;
-      const real t93 = -t92;
-      const real t94 = t91 + t93;
-      const real t95 = t94 / C(2.0);
-      const real t96 = t58 ? t95 : t94;
-      const real t97 = t57 ? C(0.0) : t96;
-      const real t98 = t90 + t97;
-      const real t99 = t98 * coefficient0;
-      const real t100 = t89 + t99;
-      const real t101 = t72 ? C(0.0) : t96;
-      const real t102 = t92 + t101;
-      const real t103 = t102 * t76;
-      const real t104 = t103 * coefficient1;
-      const real t105 = t100 + t104;
-      const real t106 = -t28;
-      const real t107 = state2 * t24;
-      const real t108 = -t107;
-      const real t109 = t106 + t108;
-      const real t110 = t109 / C(2.0);
-      const real t111 = t58 ? t110 : t109;
-      const real t112 = t57 ? C(0.0) : t111;
-      const real t113 = t28 + t112;
-      const real t114 = t113 * coefficient0;
-      const real t115 = t72 ? C(0.0) : t111;
-      const real t116 = t107 + t115;
-      const real t117 = t116 * t76;
-      const real t118 = t117 * coefficient1;
-      const real t119 = t114 + t118;
-      const real t120 = t58 ? C(0.5) : C(1.0);
-      const real t121 = t57 ? C(0.0) : t120;
-      const real t122 = t121 * coefficient0;
-      const real t123 = t72 ? C(0.0) : t120;
-      const real t124 = t123 * t76;
-      const real t125 = t124 * coefficient1;
-      const real t126 = t122 + t125;
-      s0[d] = t42;
-      s1[d] = t35;
-      s2[d] = t39;
-      s3[d] = t22;
-      jac00 = t85;
-      jac01 = t86;
-      jac02 = t87;
-      jac03 = t74;
-      jac10 = t105;
-      jac11 = t24;
-      jac12 = C(0.0);
-      jac13 = t102;
-      jac20 = t119;
-      jac21 = C(0.0);
-      jac22 = t24;
-      jac23 = t116;
-      jac30 = t126;
-      jac31 = C(0.0);
-      jac32 = C(0.0);
-      jac33 = t123;
-      g00[d] = jac00 * old00 + jac01 * old10 + jac02 * old20 + jac03 * old30;
-      g01[d] = jac00 * old01 + jac01 * old11 + jac02 * old21 + jac03 * old31;
-      g02[d] = jac00 * old02 + jac01 * old12 + jac02 * old22 + jac03 * old32;
-      g03[d] = jac00 * old03 + jac01 * old13 + jac02 * old23 + jac03 * old33;
-      g10[d] = jac10 * old00 + jac11 * old10 + jac12 * old20 + jac13 * old30;
-      g11[d] = jac10 * old01 + jac11 * old11 + jac12 * old21 + jac13 * old31;
-      g12[d] = jac10 * old02 + jac11 * old12 + jac12 * old22 + jac13 * old32;
-      g13[d] = jac10 * old03 + jac11 * old13 + jac12 * old23 + jac13 * old33;
-      g20[d] = jac20 * old00 + jac21 * old10 + jac22 * old20 + jac23 * old30;
-      g21[d] = jac20 * old01 + jac21 * old11 + jac22 * old21 + jac23 * old31;
-      g22[d] = jac20 * old02 + jac21 * old12 + jac22 * old22 + jac23 * old32;
-      g23[d] = jac20 * old03 + jac21 * old13 + jac22 * old23 + jac23 * old33;
-      g30[d] = jac30 * old00 + jac31 * old10 + jac32 * old20 + jac33 * old30;
-      g31[d] = jac30 * old01 + jac31 * old11 + jac32 * old21 + jac33 * old31;
-      g32[d] = jac30 * old02 + jac31 * old12 + jac32 * old22 + jac33 * old32;
-      g33[d] = jac30 * old03 + jac31 * old13 + jac32 * old23 + jac33 * old33;
-    }
-  }
-  memcpy(tangents + ((b * chunks + k) * 16 + 0) * hidden + d0, g00, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 1) * hidden + d0, g01, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 2) * hidden + d0, g02, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 3) * hidden + d0, g03, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 4) * hidden + d0, g10, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 5) * hidden + d0, g11, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 6) * hidden + d0, g12, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 7) * hidden + d0, g13, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 8) * hidden + d0, g20, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 9) * hidden + d0, g21, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 10) * hidden + d0, g22, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 11) * hidden + d0, g23, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 12) * hidden + d0, g30, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 13) * hidden + d0, g31, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 14) * hidden + d0, g32, n * sizeof(real));
-  memcpy(tangents + ((b * chunks + k) * 16 + 15) * hidden + d0, g33, n * sizeof(real));
-}
-
-void tangent(const int64_t *a) { run(tangent_lane, a); }
-
-static void backward_lane(const int64_t *a, int64_t lane) {
-  const int64_t d0 = lane % ((a[2] + a[5] - 1) / a[5]) * a[5];
-  const int64_t batch = a[0];
-  const int64_t time = a[1];
-  const int64_t hidden = a[2];
-  const int64_t chunks = a[3];
-  const int64_t chunk = a[4];
-  const int64_t block = a[5];
-  const int64_t threads = a[6];
-  const int64_t rows = a[7];
-  const int64_t limit = a[8];
-  const int64_t *p = a + 9;
-  const int32_t *starts = (const int32_t *)*p++;
-  const real *drive_0 = (const real *)*p++;
-  const int64_t batch_stride_0 = *p++, time_stride_0 = *p++;
-  const real *drive_1 = (const real *)*p++;
-  const int64_t batch_stride_1 = *p++, time_stride_1 = *p++;
-  const real *drive_2 = (const real *)*p++;
-  const int64_t batch_stride_2 = *p++, time_stride_2 = *p++;
-  const real *drive_3 = (const real *)*p++;
-  const int64_t batch_stride_3 = *p++, time_stride_3 = *p++;
-  const real *coefficient_0 = (const real *)*p++ + d0;
-  const real *coefficient_1 = (const real *)*p++ + d0;
-  const real *coefficient_2 = (const real *)*p++ + d0;
-  const real *coefficient_3 = (const real *)*p++ + d0;
-  const real *initial = (void *)*p++;
-  const real *incoming = (void *)*p++;
-  real *outgoing = (void *)*p++;
-  real *grad_initial = (void *)*p++;
-  double *grad_coefficients = (void *)*p++;
-  const real *states_0 = (void *)*p++;
-  const real *states_1 = (void *)*p++;
-  const real *states_2 = (void *)*p++;
-  const real *states_3 = (void *)*p++;
-  const real *grad_states_0 = (void *)*p++;
-  const real *grad_states_1 = (void *)*p++;
-  const real *grad_states_2 = (void *)*p++;
-  const real *grad_states_3 = (void *)*p++;
-  const int64_t blocks = (hidden + block - 1) / block;
-  const int64_t b = lane / (blocks * chunks), k = lane / blocks % chunks;
-  const int64_t n = hidden - d0 < block ? hidden - d0 : block;
-  int64_t t0 = k * chunk, t1 = t0 + chunk < time ? t0 + chunk : time;
-  real *grad_drive_0 = (void *)*p++;
-  const int64_t grad_batch_0 = *p++, grad_time_0 = *p++;
-  real *grad_drive_1 = (void *)*p++;
-  const int64_t grad_batch_1 = *p++, grad_time_1 = *p++;
-  real *grad_drive_2 = (void *)*p++;
-  const int64_t grad_batch_2 = *p++, grad_time_2 = *p++;
-  real *grad_drive_3 = (void *)*p++;
-  const int64_t grad_batch_3 = *p++, grad_time_3 = *p++;
-  real unused[256], zeros[256];
-  memset(zeros, 0, sizeof zeros);
-  real adj0[256];
-  memcpy(adj0, incoming + ((b * chunks + k) * 4 + 0) * hidden + d0,
-         n * sizeof(real));
-  real adj1[256];
-  memcpy(adj1, incoming + ((b * chunks + k) * 4 + 1) * hidden + d0,
-         n * sizeof(real));
-  real adj2[256];
-  memcpy(adj2, incoming + ((b * chunks + k) * 4 + 2) * hidden + d0,
-         n * sizeof(real));
-  real adj3[256];
-  memcpy(adj3, incoming + ((b * chunks + k) * 4 + 3) * hidden + d0,
-         n * sizeof(real));
-  double sum0[256];
-  memset(sum0, 0, n * sizeof(double));
-  double sum1[256];
-  memset(sum1, 0, n * sizeof(double));
-  double sum2[256];
-  memset(sum2, 0, n * sizeof(double));
-  double sum3[256];
-  memset(sum3, 0, n * sizeof(double));
-  t1 = t1 - t0 < limit ? t1 : t0 + limit;
-  for (int64_t t = t1 - 1; t >= t0; t--) {
-    const int64_t at = (b * time + t) * hidden + d0;
-    const int32_t start = starts ? starts[b * time + t] : t == 0 ? (int32_t)b : -1;
-    const real *restrict h0 = start >= 0 ? initial + (start * 4 + 0) * hidden + d0 : states_0 + at - hidden;
-    const real *restrict gy0 = grad_states_0 ? grad_states_0 + at : zeros;
-    const real *restrict h1 = start >= 0 ? initial + (start * 4 + 1) * hidden + d0 : states_1 + at - hidden;
-    const real *restrict gy1 = grad_states_1 ? grad_states_1 + at : zeros;
-    const real *restrict h2 = start >= 0 ? initial + (start * 4 + 2) * hidden + d0 : states_2 + at - hidden;
-    const real *restrict gy2 = grad_states_2 ? grad_states_2 + at : zeros;
-    const real *restrict h3 = start >= 0 ? initial + (start * 4 + 3) * hidden + d0 : states_3 + at - hidden;
-    const real *restrict gy3 = grad_states_3 ? grad_states_3 + at : zeros;
-    const real *restrict u0 = drive_0 + b * batch_stride_0 + t * time_stride_0 + d0;
-    const real *restrict u1 = drive_1 + b * batch_stride_1 + t * time_stride_1 + d0;
-    const real *restrict u2 = drive_2 + b * batch_stride_2 + t * time_stride_2 + d0;
-    const real *restrict u3 = drive_3 + b * batch_stride_3 + t * time_stride_3 + d0;
-    real *restrict gu0 = grad_drive_0 ? grad_drive_0 + b * grad_batch_0 + t * grad_time_0 + d0 : unused;
-    real *restrict gu1 = grad_drive_1 ? grad_drive_1 + b * grad_batch_1 + t * grad_time_1 + d0 : unused;
-    real *restrict gu2 = grad_drive_2 ? grad_drive_2 + b * grad_batch_2 + t * grad_time_2 + d0 : unused;
-    real *restrict gu3 = grad_drive_3 ? grad_drive_3 + b * grad_batch_3 + t * grad_time_3 + d0 : unused;
-#pragma omp simd
-    for (int64_t d = 0; d < n; d++) {
-      const real state0 = h0[d], adjoint0 = adj0[d] + gy0[d];
-      const real state1 = h1[d], adjoint1 = adj1[d] + gy1[d];
-      const real state2 = h2[d], adjoint2 = adj2[d] + gy2[d];
-      const real state3 = h3[d], adjoint3 = adj3[d] + gy3[d];
-      real term0;
-      real term1;
-      real term2;
-      real term3;
-      const real drive0 = u0[d];
-      const real drive1 = u1[d];
-      const real drive2 = u2[d];
-      const real drive3 = u3[d];
-      const real coefficient0 = coefficient_0[d];
-      const real coefficient1 = coefficient_1[d];
-      const real coefficient2 = coefficient_2[d];
-      const real coefficient3 = coefficient_3[d];
-      const real t4 = coefficient1 * state0;
-      const real f_ = t4 + drive1;
-      const real t7 = pr_minimum(f_, C(0.0));
-      const real t8 = F(fabs)(f_);
-      const real t9 = -t8;
-      const real t10 = pr_exp(t9);
-      const real t11 = pr_log1p(t10);
-      const real t12 = t7 - t11;
-      const real t14 = t12 + state3;
-      const real t16 = coefficient0 * state0;
-      const real i_ = t16 + drive0;
-      const real t19 = pr_maximum(t14, i_);
-      const real t20 = t14 - t19;
-      const real t21 = pr_exp(t20);
-      const real t23 = t21 * state2;
-      const real t24 = i_ - t19;
-      const real t25 = pr_exp(t24);
-      const real t26 = t23 + t25;
-      const int t27 = t26 < C(1e-30);
-      const real t28 = t27 ? C(1e-30) : t26;
-      const real t29 = adjoint0 / t28;
-      const real t31 = coefficient3 * state0;
-      const real o_ = t31 + drive3;
-      const real t34 = pr_sigmoid(o_);
-      const real t35 = t29 * t34;
-      const real t36 = adjoint1 + t35;
-      const real t37 = t36 * t25;
-      const real t39 = coefficient2 * state0;
-      const real z_ = t39 + drive2;
-      const real t42 = pr_tanh(z_);
-      const real t43 = t42 * t42;
-      const real t44 = C(1.0) - t43;
-      const real t45 = t37 * t44;
-      const real t46 = t45 * coefficient2;
-      const int t48 = t26 >= C(1e-30);
-      const real t49 = -adjoint0;
-      const real t51 = t21 * state1;
-      const real t52 = t25 * t42;
-      const real t53 = t51 + t52;
-      const real t54 = t34 * t53;
-      const real t55 = t54 / t28;
-      const real t56 = t55 / t28;
-      const real t57 = t49 * t56;
-      const real t58 = t48 ? t57 : C(0.0);
-      const real t59 = adjoint2 + t58;
-      const real t60 = t36 * t42;
-      const real t61 = t59 + t60;
-      const real t62 = t61 * t25;
-      const int t63 = t14 > i_;
-      const int t64 = t14 == i_;
-      const real t66 = -t62;
-      const real t67 = adjoint3 + t66;
-      const real t68 = t59 * state2;
-      const real t69 = t36 * state1;
-      const real t70 = t68 + t69;
-      const real t71 = t70 * t21;
-      const real t72 = -t71;
-      const real t73 = t67 + t72;
-      const real t74 = t73 / C(2.0);
-      const real t75 = t64 ? t74 : t73;
-      const real t76 = t63 ? C(0.0) : t75;
-      const real t77 = t62 + t76;
-      const real t78 = t77 * coefficient0;
-      const real t79 = t46 + t78;
-      const int t80 = t14 < i_;
-      const real t81 = t80 ? C(0.0) : t75;
-      const real t82 = t71 + t81;
-      const real t83 = -f_;
-      const real t84 = pr_sigmoid(t83);
-      const real t85 = t82 * t84;
-      const real t86 = t85 * coefficient1;
-      const real t87 = t79 + t86;
-      const real t88 = t29 * t53;
-      const real t89 = C(1.0) - t34;
-      const real t90 = t89 * t34;
-      const real t91 = t88 * t90;
-      const real t92 = t91 * coefficient3;
-      const real t93 = t87 + t92;
-      const real t94 = t36 * t21;
-      const real t95 = t59 * t21;
-      const real t96 = t77 * state0;
-      const real t97 = t85 * state0;
-      const real t98 = t45 * state0;
-      const real t99 = t91 * state0;
-      adj0[d] = t93;
-      adj1[d] = t94;
-      adj2[d] = t95;
-      adj3[d] = t82;
-      gu0[d] = t77;
-      gu1[d] = t85;
-      gu2[d] = t45;
-      gu3[d] = t91;
-      term0 = t96;
-      term1 = t97;
-      term2 = t98;
-      term3 = t99;
-      sum0[d] += term0;
-      sum1[d] += term1;
-      sum2[d] += term2;
-      sum3[d] += term3;
-    }
-    if (start >= 0) {
-      if (grad_initial) for (int64_t d = 0; d < n; d++)
-        grad_initial[((k * rows + start) * 4 + 0) * hidden + d0 + d] += adj0[d];
-      memset(adj0, 0, n * sizeof(real));
-      if (grad_initial) for (int64_t d = 0; d < n; d++)
-        grad_initial[((k * rows + start) * 4 + 1) * hidden + d0 + d] += adj1[d];
-      memset(adj1, 0, n * sizeof(real));
-      if (grad_initial) for (int64_t d = 0; d < n; d++)
-        grad_initial[((k * rows + start) * 4 + 2) * hidden + d0 + d] += adj2[d];
-      memset(adj2, 0, n * sizeof(real));
-      if (grad_initial) for (int64_t d = 0; d < n; d++)
-        grad_initial[((k * rows + start) * 4 + 3) * hidden + d0 + d] += adj3[d];
-      memset(adj3, 0, n * sizeof(real));
-    }
-  }
-  memcpy(outgoing + ((b * chunks + k) * 4 + 0) * hidden + d0, adj0,
-         n * sizeof(real));
-  memcpy(outgoing + ((b * chunks + k) * 4 + 1) * hidden + d0, adj1,
-         n * sizeof(real));
-  memcpy(outgoing + ((b * chunks + k) * 4 + 2) * hidden + d0, adj2,
-         n * sizeof(real));
-  memcpy(outgoing + ((b * chunks + k) * 4 + 3) * hidden + d0, adj3,
-         n * sizeof(real));
-  if (grad_coefficients) memcpy(grad_coefficients + ((b * chunks + k) * 4 + 0) * hidden + d0, sum0,
-         n * sizeof(double));
-  if (grad_coefficients) memcpy(grad_coefficients + ((b * chunks + k) * 4 + 1) * hidden + d0, sum1,
-         n * sizeof(double));
-  if (grad_coefficients) memcpy(grad_coefficients + ((b * chunks + k) * 4 + 2) * hidden + d0, sum2,
-         n * sizeof(double));
-  if (grad_coefficients) memcpy(grad_coefficients + ((b * chunks + k) * 4 + 3) * hidden + d0, sum3,
-         n * sizeof(double));
-}
-
-void backward(const int64_t *a) { run(backward_lane, a); }
+#include "loop.c"

@@ -1,11 +1,12 @@
 """Scalar expressions: what the recurrent part of a cell computes for one channel.
 
-An expression is a small immutable graph of aten operations over four kinds of leaves: a component
-of the state, a drive, a coefficient, and the incoming adjoint of a component. Equal expressions are
-one object, so shared subexpressions are found by identity.
+An expression is a small immutable graph of aten operations over a few kinds of leaves: a component
+of the state, a drive, a coefficient, the incoming adjoint of a component, and an entry of the
+tangent before a step. Equal expressions are one object, so shared subexpressions are found by
+identity.
 
-Where channels mix (`products`), the operation `dot` multiplies the channels of a group with a fifth
-kind of leaf, a block of a weight.
+Where channels mix (`products`), the operation `dot` multiplies the channels of a group with one
+more kind of leaf, a block of a weight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 Scalar = float | int | bool | str | None
-LEAVES = ("state", "drive", "coefficient", "adjoint", "weight")
+LEAVES = ("state", "drive", "coefficient", "adjoint", "tangent", "weight")
 
 
 class Expression:
@@ -218,7 +219,7 @@ def serialize(roots: Iterable[Operand]) -> str:
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
 _INFIX |= {"ge": ">=", "eq": "==", "ne": "!="}
-_PRECEDENCE = {"add": 2, "sub": 2, "mul": 3, "div": 3, "neg": 3} | dict.fromkeys(
+PRECEDENCE = {"add": 2, "sub": 2, "mul": 3, "div": 3, "neg": 3} | dict.fromkeys(
     ("lt", "le", "gt", "ge", "eq", "ne"), 1
 )
 
@@ -231,7 +232,7 @@ def formula(root: Operand, names: dict[Expression, str]) -> str:
             return f"{operand:g}" if isinstance(operand, float) else str(operand)
         if operand in names and operand is not root:
             return names[operand]
-        level = _PRECEDENCE.get(operand.op)
+        level = PRECEDENCE.get(operand.op)
         if operand.op in _INFIX and level is not None:
             left, other = operand.args
             text = f"{show(left, level)} {_INFIX[operand.op]} {show(other, level, True)}"

@@ -1,5 +1,6 @@
-/* Scalar functions that compilers vectorise without fast-math, honest about NaN and infinity.
-   REAL, UINT, and the constants come from the generated file: one copy for float, one for double. */
+/* Scalar functions that compilers vectorise without fast-math, honest about NaN and infinity, and
+   how steps get what they work on. DOUBLE, the type of the arithmetic, and MAX_BLOCK are defined by
+   the generated file. */
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -149,3 +150,9 @@ INLINE real pr_to_float16(real x) {
   y = y > 65504.0f ? INFINITY : y;
   return f == f ? (real)copysignf(y, f) : x;
 }
+
+/* The arguments of steps, by number and channel: state[0][d]. */
+typedef const real *const *inputs;
+typedef real *const *outputs;
+typedef real (*block_of_channels)[MAX_BLOCK];
+typedef double (*block_of_sums)[MAX_BLOCK];

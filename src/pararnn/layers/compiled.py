@@ -21,7 +21,7 @@ def valid_while_same(owner: Any, key: Callable[[Any], object]) -> None:
     """
     symbolic = sys.modules.get("torch._dynamo.symbolic_convert")
     translator = getattr(getattr(symbolic, "tls", None), "current_tx", None)
-    if translator is None:
+    if translator is None or translator.output.export:
         return  # exported: nothing is compiled anew
     from torch._dynamo.guards import install_guard
 
@@ -34,7 +34,7 @@ def valid_while_same(owner: Any, key: Callable[[Any], object]) -> None:
         arguments = (lambda other: key(other) == expected, ["its cell is as it was traced"])
         try:
             check(*arguments, None)
-        except TypeError:  # before PyTorch 2.9
+        except TypeError:  # as PyTorch 2.9 has it
             check(*arguments)
 
     seen = translator.output.side_effects.id_to_variable.get(id(owner))

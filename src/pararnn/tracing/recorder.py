@@ -293,9 +293,14 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 def _inside_autograd_function() -> bool:
     """Whether what is recorded is in one; what records may be, as in reentrant checkpointing."""
+    forwards, classes = set(), [torch.autograd.Function]
+    while classes:  # from PyTorch 2.14 on, `apply` itself has no frame
+        found = classes.pop()
+        forwards.add(getattr(found.forward, "__code__", None))
+        classes += found.__subclasses__()
     frame: FrameType | None = sys._getframe(3)
     while frame is not None and frame.f_code is not _run.__code__:
-        if frame.f_code.co_filename.endswith("torch/autograd/function.py"):
+        if frame.f_code in forwards:
             return True
         frame = frame.f_back
     return False

@@ -69,10 +69,23 @@ def test_versions_agree():
     assert f"\n## {pararnn.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_ci_runs_the_oldest_and_newest_versions_that_are_named():
+    project = (ROOT / "pyproject.toml").read_text()
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text()
+    oldest = (ROOT / "constraints-oldest.txt").read_text()
+    pythons = re.findall(r'Python :: (3\.\d+)"', project)
+    assert re.findall(r'python: "(3\.\d+)"', workflow) == [pythons[0], "3.11", pythons[-1]]
+    for name in ("torch", "triton", "numpy", "transformers", "datasets", "pytest"):
+        floor = re.search(rf'"{name}>=([\d.]+)', project)[1]
+        assert re.search(rf"^{name}=={re.escape(floor)}(\.\d+)*$", oldest, re.MULTILINE), name
+
+
 def test_ci_runs_the_readmes_test_line():
     line = 'pip install -c constraints.txt -e ".[test]" && pytest'
     assert line in (ROOT / "README.md").read_text()
-    assert line in (ROOT / ".ci/run").read_text()
+    run = (ROOT / ".ci/run").read_text()
+    assert "pins=${CONSTRAINTS-constraints.txt}" in run
+    assert line.replace("-c constraints.txt", '${pins:+-c "$pins"}') in run
 
 
 def test_readme_shows_what_explain_prints(tmp_path):

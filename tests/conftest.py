@@ -1,4 +1,4 @@
-"""Fixtures of every test: fixed seeds, and nothing kept by the compiler."""
+"""Fixtures of every test: fixed seeds, one thread, and nothing kept by the compiler."""
 
 import os
 import sys
@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, which then keeps its mode
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
@@ -18,6 +20,15 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are tiny here: on a busy machine threads that wait for each other cost far more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

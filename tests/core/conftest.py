@@ -1,4 +1,6 @@
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,21 +9,23 @@ import torch
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def prepared_interpreter():
+    """Triton's interpreter changes its language at every call inside a kernel; once is enough."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and sys.platform == "linux":
+        from triton import language
+        from triton.runtime import interpreter
+
+        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+        interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
+
+
 @pytest.fixture(autouse=True)
 def nan_filled():
     """`torch.empty` and its kin give NaN, so that an unwritten output cannot pass."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny here: on a busy machine threads that wait for each other cost far more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["torch", "c"])

@@ -111,8 +111,8 @@ def test_states_of_any_size_that_mix(size):
 
 def compare_in_size(cell, backend, size):
     """Relative to the largest of each component; the second is 1e-4 times the first."""
-    rnn = RNN(cell, backend=backend, solver=Newton(chunk=40))
-    x = torch.randn(2, 150, 4) * size
+    rnn = RNN(cell, backend=backend, solver=Newton(chunk=13))
+    x = torch.randn(2, 50, 4) * size
     state = tuple(torch.randn(2, 4) * size * factor for factor in (1, 1e-4))
     actual = outcome(rnn, cell, x, state)
     assert rnn.report.status == "converged"
@@ -124,7 +124,7 @@ def compare_in_size(cell, backend, size):
 
 def test_zeros_converge(any_backend):
     rnn = RNN(Leaky(False), backend=any_backend, solver=Newton(chunk=9))
-    y, _ = rnn(torch.zeros(1, 40, 4))
+    y, _ = rnn(torch.zeros(1, 20, 4))
     assert not y.any()
     assert (rnn.report.status, rnn.report.residual) == ("converged", 0.0)
 
@@ -135,14 +135,14 @@ def test_zeros_converge(any_backend):
 def test_a_backward_pass_that_does_not_converge(backend, mixes):
     """On inputs of zeros the states are right at once, and their adjoints are not."""
     cell = Leaky(mixes).double()
-    x = torch.zeros(2, 40, 4, dtype=torch.float64, requires_grad=True)
-    once = functools.partial(Newton, chunk=9, max_iterations=1)
+    x = torch.zeros(2, 16, 4, dtype=torch.float64, requires_grad=True)
+    once = functools.partial(Newton, chunk=5, max_iterations=1)
     grads = {}
     for action in ("sequential", "warn", "raise"):
         rnn = RNN(cell, backend=backend, solver=once(on_failure=action))
         y, _ = rnn(x)
         assert rnn.report.status == "converged"
-        run = functools.partial(torch.autograd.grad, (y * torch.arange(40.0)[:, None]).sum(), x)
+        run = functools.partial(torch.autograd.grad, (y * torch.arange(16.0)[:, None]).sum(), x)
         if action == "sequential":
             grads[action] = run()[0]
         elif action == "warn":
@@ -154,8 +154,8 @@ def test_a_backward_pass_that_does_not_converge(backend, mixes):
             assert len(error.value.report) == 2
             assert 1e-3 < error.value.report.residual < 2
     assert torch.equal(grads["sequential"], grads["warn"])
-    enough = RNN(cell, backend=backend, solver=Newton(chunk=9, on_failure="raise"))
-    (found,) = torch.autograd.grad((enough(x)[0] * torch.arange(40.0)[:, None]).sum(), x)
+    enough = RNN(cell, backend=backend, solver=Newton(chunk=5, on_failure="raise"))
+    (found,) = torch.autograd.grad((enough(x)[0] * torch.arange(16.0)[:, None]).sum(), x)
     assert_close("gradient", found, grads["sequential"], rtol=1e-12)
 
 

@@ -67,7 +67,7 @@ def test_residual_of_iterations_that_overflow_is_infinite():
 @pytest.mark.parametrize("name", ["paragru", "paralstm", "exponential", "heads"])
 def test_chunk_1_iterates_equal_dense_newton(name, backend):
     rnn = RNN(make_cell(name), backend=backend)
-    time, hidden = 9, rnn.hidden_size
+    time, hidden = 6, rnn.hidden_size
     x = torch.randn(1, time, rnn.cell.input_size, dtype=torch.float64)
     state = random_state(rnn.num_components, 1, hidden)
     problem = problem_of(rnn, x, state, chunk=1)
@@ -150,10 +150,10 @@ def test_exploding_tangents_end_at_the_loop(any_backend, chunk, damping):
     torch.manual_seed(0)
     cell = Exploding().double()
     rnn = RNN(cell, backend=any_backend, solver=Newton(chunk=chunk, damping=damping))
-    x = torch.randn(2, 40, 5, dtype=torch.float64)
+    x = torch.randn(2, 16, 5, dtype=torch.float64)
     with torch.no_grad():
         y, _ = rnn(x)
-        expected = RNN(cell, backend=any_backend, solver=Newton(chunk=40))(x)[0]
+        expected = RNN(cell, backend=any_backend, solver=Newton(chunk=16))(x)[0]
         truth = loop(cell, x, torch.zeros(2, 7, dtype=torch.float64))[0]
     assert_close("against one chunk", y, expected, rtol=1e-12)
     assert_close("first steps against the loop", y[:, :2], truth[:, :2], rtol=1e-8)
@@ -164,7 +164,7 @@ def test_exploding_tangents_end_at_the_loop(any_backend, chunk, damping):
 def test_infinite_states_equal_the_loop(any_backend, chunk):
     torch.manual_seed(0)
     rnn = RNN(Diverging().double(), backend=any_backend, solver=Newton(chunk=chunk))
-    x = torch.randn(2, 20, 5, dtype=torch.float64)
+    x = torch.randn(2, 10, 5, dtype=torch.float64)
     y, last = rnn(x)
     expected, expected_last = loop(rnn.cell, x, torch.zeros(2, 7, dtype=torch.float64))
     assert not expected.isfinite().all()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -15,6 +16,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_xdist_auto_num_workers():
+    """Where there are many processors, most of the time would go into starting workers."""
+    return min(os.cpu_count() or 1, 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_interpreter():
+    """Triton's interpreter changes its language at every call inside a kernel; once is enough."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and sys.platform == "linux":
+        from triton import language
+        from triton.runtime import interpreter
+
+        everything = {"tl": language, "core": language.core}
+        interpreter._patch_lang(SimpleNamespace(__globals__=everything))
+        interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
 
 
 @pytest.fixture(autouse=True)

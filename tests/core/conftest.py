@@ -1,23 +1,10 @@
-import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 # The extra `test` installs Triton on Linux: there a missing one fails.
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def prepared_interpreter():
-    """Triton's interpreter changes its language at every call inside a kernel; once is enough."""
-    if os.environ.get("TRITON_INTERPRET") == "1" and sys.platform == "linux":
-        from triton import language
-        from triton.runtime import interpreter
-
-        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
-        interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Lowers aten operations to the few primitives that kernels compute, by one rule for each.
 
-Formulas follow the definitions in PyTorch's documentation.
+Formulas follow the definitions in PyTorch's documentation. Operands may be numbers as well.
 """
 
 from __future__ import annotations
@@ -36,68 +36,62 @@ def lower(roots: Iterable[Operand]) -> list[Operand]:
     return rewrite(roots, rule)
 
 
-def where(condition: Operand, yes: Operand, no: Operand) -> Any:
-    """`yes` where the condition holds, else `no`."""
-    return make("where", condition, yes, no)
-
-
-def _function(name: str) -> Callable[..., Any]:
+def _primitive(name: str) -> Callable[..., Any]:
     return lambda *args: make(name, *args)
 
 
-exp, expm1, log, log1p, sqrt = map(_function, ("exp", "expm1", "log", "log1p", "sqrt"))
-sigmoid, tanh, erf, sin, absolute = map(_function, ("sigmoid", "tanh", "erf", "sin", "abs"))
-minimum, to_float = _function("minimum"), _function("to_float")
-lt, le, gt, ge, eq, ne = map(_function, ("lt", "le", "gt", "ge", "eq", "ne"))
+where, eq, ne, logical_xor = map(_primitive, ("where", "eq", "ne", "logical_xor"))
+exp, exp2, expm1, log, log1p = map(_primitive, ("exp", "exp2", "expm1", "log", "log1p"))
+sqrt, sin, sigmoid, tanh, erf = map(_primitive, ("sqrt", "sin", "sigmoid", "tanh", "erf"))
+absolute, copysign, fmod = map(_primitive, ("abs", "copysign", "fmod"))
+maximum, minimum, to_float = map(_primitive, ("maximum", "minimum", "to_float"))
+rounded, trunc, power = map(_primitive, ("round", "trunc", "pow"))
+
+_POWERS: dict[float, Callable[[Any], Operand]] = {
+    0.5: sqrt,
+    1.0: lambda x: x,
+    2.0: lambda x: x * x,
+    3.0: lambda x: x * x * x,
+    -0.5: lambda x: 1.0 / sqrt(x),
+    -1.0: lambda x: 1.0 / x,
+    -2.0: lambda x: 1.0 / (x * x),
+}
 
 
 def _pow(base: Operand, exponent: Operand) -> Operand:
-    special: dict[float, Callable[[Any], Operand]] = {
-        0.5: sqrt,
-        1.0: lambda x: x,
-        2.0: lambda x: x * x,
-        3.0: lambda x: x * x * x,
-        -0.5: lambda x: 1.0 / sqrt(x),
-        -1.0: lambda x: 1.0 / x,
-        -2.0: lambda x: 1.0 / (x * x),
-    }
-    if isinstance(exponent, (int, float)) and isinstance(base, Expression) and exponent in special:
-        return special[exponent](base)
-    return make("pow", base, exponent)
+    known = isinstance(exponent, (int, float)) and isinstance(base, Expression)
+    return _POWERS[exponent](base) if known and exponent in _POWERS else power(base, exponent)
 
 
 def _clamp(x: Any, low: Any, high: Any) -> Any:
+    # A bound that is an expression may be NaN, which a comparison would lose.
     if low is not None:
-        x = _bounded("maximum", lt, x, low)
-    return x if high is None else _bounded("minimum", gt, x, high)
-
-
-def _bounded(name: str, beyond: Callable[..., Any], x: Any, bound: Any) -> Any:
-    if isinstance(bound, Expression):
-        return make(name, x, bound)  # it may be NaN, which a comparison would lose
-    return where(beyond(x, bound), bound, x)
+        x = maximum(x, low) if isinstance(low, Expression) else where(x < low, low, x)
+    if high is not None:
+        x = minimum(x, high) if isinstance(high, Expression) else where(x > high, high, x)
+    return x
 
 
 def _softplus(x: Any, beta: Any = 1, threshold: Any = 20) -> Any:
-    return where(gt(x * beta, threshold), x, log1p(exp(x * beta)) / beta)
+    return where(x * beta > threshold, x, log1p(exp(x * beta)) / beta)
 
 
 def _elu(x: Any, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Any:
-    return where(le(x, 0.0), expm1(x * input_scale) * (alpha * scale), x * scale)
+    return where(x <= 0.0, expm1(x * input_scale) * (alpha * scale), x * scale)
 
 
 def _elu_backward(g: Any, alpha: Any, scale: Any, input_scale: Any, is_result: Any, x: Any) -> Any:
     slope = x + alpha * scale if is_result else exp(x * input_scale) * (alpha * scale)
-    return where(le(x, 0.0), g * input_scale * slope, g * scale)
+    return where(x <= 0.0, g * input_scale * slope, g * scale)
 
 
 def _silu_backward(g: Any, x: Any) -> Operand:
-    s: Any = sigmoid(x)
+    s = sigmoid(x)
     return g * (s * (1.0 + x * (1.0 - s)))
 
 
 def _mish_backward(g: Any, x: Any) -> Operand:
-    t: Any = tanh(_softplus(x))
+    t = tanh(_softplus(x))
     return g * (t + x * sigmoid(x) * (1.0 - t * t))
 
 
@@ -126,44 +120,30 @@ def _logit(x: Any, eps: float | None) -> Operand:
 
 def _logit_backward(g: Any, x: Any, eps: float | None) -> Operand:
     low = 0.0 if eps is None else eps
-    inside = make("logical_and", ge(x, low), le(x, 1.0 - low))
+    inside = (x >= low) & (x <= 1.0 - low)
     return where(inside, g / (x * (1.0 - x)), math.nan if eps is None else 0.0)
-
-
-def _between(x: Any, bound: Any) -> Operand:
-    return make("logical_and", ge(x, -bound), le(x, bound))
-
-
-def _outside(x: Any, bound: Any) -> Operand:
-    return make("logical_or", lt(x, -bound), gt(x, bound))
 
 
 def _lerp(start: Any, end: Any, weight: Any) -> Operand:
     span = end - start
     near, far = start + weight * span, end - span * (1.0 - weight)
-    if isinstance(weight, (int, float)):
-        return near if abs(weight) < 0.5 else far
-    return where(lt(absolute(weight), 0.5), near, far)
+    size = absolute(weight) if isinstance(weight, Expression) else abs(weight)
+    return where(size < 0.5, near, far)
 
 
-def _logaddexp(a: Any, b: Any) -> Operand:
-    larger = make("maximum", a, b)
-    equal_infinities = make("logical_and", eq(a, b), eq(absolute(a), math.inf))
-    return where(equal_infinities, a, larger + log1p(exp(-absolute(a - b))))
+def _logaddexp(exponential: Callable[..., Any], unit: float) -> Callable[..., Any]:
+    def rule(a: Any, b: Any) -> Operand:
+        tail = log1p(exponential(-absolute(a - b))) * unit
+        equal_infinities = eq(a, b) & eq(absolute(a), math.inf)
+        return where(equal_infinities, a, maximum(a, b) + tail)
+
+    return rule
 
 
-def _logaddexp2(a: Any, b: Any) -> Operand:
-    larger = make("maximum", a, b)
-    equal_infinities = make("logical_and", eq(a, b), eq(absolute(a), math.inf))
-    tail = log1p(make("exp2", -absolute(a - b))) * (1.0 / math.log(2.0))
-    return where(equal_infinities, a, larger + tail)
-
-
-def _rest(a: Any, b: Any) -> tuple[Any, Operand]:
+def _rest(a: Any, b: Any) -> tuple[Any, Any]:
     """`fmod(a, b)`, and whether its sign is not the one of b, as the floored quotient wants."""
-    rest = make("fmod", a, b)
-    differ = make("logical_xor", lt(rest, 0.0), lt(b, 0.0))
-    return rest, make("logical_and", ne(rest, 0.0), differ)
+    rest = fmod(a, b)
+    return rest, ne(rest, 0.0) & logical_xor(rest < 0.0, b < 0.0)
 
 
 def _remainder(a: Any, b: Any) -> Operand:
@@ -174,13 +154,9 @@ def _remainder(a: Any, b: Any) -> Operand:
 def _div_floor(a: Any, b: Any) -> Operand:
     """The floor of the exact quotient, not of the rounded one: 1 // 0.1 is 9."""
     rest, differ = _rest(a, b)
-    quotient = make("round", (a - rest) / b - make("to_float", differ))
-    signed = where(eq(quotient, 0.0), make("copysign", 0.0, a / b), quotient)
+    quotient = rounded((a - rest) / b - to_float(differ))
+    signed = where(eq(quotient, 0.0), copysign(0.0, a / b), quotient)
     return where(eq(b, 0.0), a / b, signed)
-
-
-def _xlogy(a: Any, b: Any) -> Operand:
-    return where(make("logical_and", eq(a, 0.0), eq(b, b)), 0.0, a * log(b))
 
 
 def _nan_to_num(x: Any, nan: Any, posinf: Any, neginf: Any) -> Operand:
@@ -194,7 +170,7 @@ _SIXTH = 0.1666666716337204  # what PyTorch multiplies with, also in float64
 
 
 def _sign(x: Any) -> Any:
-    return to_float(gt(x, 0.0)) - to_float(lt(x, 0.0))
+    return to_float(x > 0.0) - to_float(x < 0.0)
 
 
 _RULES: dict[str, Callable[..., Any]] = {
@@ -202,25 +178,21 @@ _RULES: dict[str, Callable[..., Any]] = {
     "pow": _pow,
     "clamp": _clamp,
     "hardtanh": _clamp,
-    "hardtanh_backward": lambda g, x, low, high: where(
-        make("logical_and", gt(x, low), lt(x, high)), g, 0.0
-    ),
-    "relu": lambda x: where(le(x, 0.0), 0.0, x),
-    "threshold": lambda x, threshold, value: where(le(x, threshold), value, x),
-    "threshold_backward": lambda g, x, threshold: where(le(x, threshold), 0.0, g),
-    "leaky_relu": lambda x, slope=0.01: where(gt(x, 0.0), x, x * slope),
-    "leaky_relu_backward": lambda g, x, slope, is_result: where(gt(x, 0.0), g, g * slope),
+    "hardtanh_backward": lambda g, x, low, high: where((x > low) & (x < high), g, 0.0),
+    "relu": lambda x: where(x <= 0.0, 0.0, x),
+    "threshold": lambda x, threshold, value: where(x <= threshold, value, x),
+    "threshold_backward": lambda g, x, threshold: where(x <= threshold, 0.0, g),
+    "leaky_relu": lambda x, slope=0.01: where(x > 0.0, x, x * slope),
+    "leaky_relu_backward": lambda g, x, slope, is_result: where(x > 0.0, g, g * slope),
     "elu": _elu,
     "celu": lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1.0 / alpha),
     "selu": lambda x: _elu(x, 1.6732632423543772, 1.0507009873554805),
     "elu_backward": _elu_backward,
     "hardsigmoid": lambda x: _clamp(x + 3.0, 0.0, 6.0) / 6.0,
-    "hardsigmoid_backward": lambda g, x: where(
-        make("logical_and", gt(x, -3.0), lt(x, 3.0)), g * _SIXTH, 0.0
-    ),
+    "hardsigmoid_backward": lambda g, x: where((x > -3.0) & (x < 3.0), g * _SIXTH, 0.0),
     "hardswish": lambda x: x * _clamp(x + 3.0, 0.0, 6.0) / 6.0,
     "hardswish_backward": lambda g, x: where(
-        le(x, -3.0), 0.0, where(lt(x, 3.0), g * (x / 3.0 + 0.5), g)
+        x <= -3.0, 0.0, where(x < 3.0, g * (x / 3.0 + 0.5), g)
     ),
     "silu": lambda x: x * sigmoid(x),
     "silu_backward": _silu_backward,
@@ -232,7 +204,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "gelu_tanh_backward": _gelu_tanh_backward,
     "softplus": _softplus,
     "softplus_backward": lambda g, x, beta, threshold: where(
-        gt(x * beta, threshold), g, g * sigmoid(x * beta)
+        x * beta > threshold, g, g * sigmoid(x * beta)
     ),
     "log_sigmoid": lambda x: minimum(x, 0.0) - log1p(exp(-absolute(x))),
     "log_sigmoid_backward": lambda g, x: g * sigmoid(-x),
@@ -241,11 +213,11 @@ _RULES: dict[str, Callable[..., Any]] = {
     "logit": _logit,
     "logit_backward": _logit_backward,
     "softshrink": lambda x, bound: where(
-        gt(x, bound), x - bound, where(lt(x, -bound), x + bound, x * 0.0)
+        x > bound, x - bound, where(x < -bound, x + bound, x * 0.0)
     ),
-    "softshrink_backward": lambda g, x, bound: where(_outside(x, bound), g, 0.0),
-    "hardshrink": lambda x, bound: where(_between(x, bound), 0.0, x),
-    "hardshrink_backward": lambda g, x, bound: where(_outside(x, bound), g, 0.0),
+    "softshrink_backward": lambda g, x, bound: where((x < -bound) | (x > bound), g, 0.0),
+    "hardshrink": lambda x, bound: where((x >= -bound) & (x <= bound), 0.0, x),
+    "hardshrink_backward": lambda g, x, bound: where((x < -bound) | (x > bound), g, 0.0),
     "lerp": _lerp,
     "reciprocal": lambda x: 1.0 / x,
     "rsqrt": lambda x: 1.0 / sqrt(x),
@@ -253,19 +225,19 @@ _RULES: dict[str, Callable[..., Any]] = {
     "sgn": _sign,
     "remainder": _remainder,
     "div_floor": _div_floor,
-    "frac": lambda x: x - make("trunc", x),
+    "frac": lambda x: x - trunc(x),
     "isnan": lambda x: ne(x, x),
     "isinf": lambda x: eq(absolute(x), math.inf),
     "isposinf": lambda x: eq(x, math.inf),
     "isneginf": lambda x: eq(x, -math.inf),
-    "signbit": lambda x: lt(make("copysign", 1.0, x), 0.0),
-    "isfinite": lambda x: lt(absolute(x), math.inf),
+    "signbit": lambda x: copysign(1.0, x) < 0.0,
+    "isfinite": lambda x: absolute(x) < math.inf,
     "nan_to_num": _nan_to_num,
     "sinc": lambda x: where(eq(x, 0.0), 1.0, sin(math.pi * x) / (math.pi * x)),
-    "logaddexp": _logaddexp,
-    "logaddexp2": _logaddexp2,
-    "xlogy": _xlogy,
-    "heaviside": lambda x, value: where(eq(x, 0.0), value, make("to_float", gt(x, 0.0))),
+    "logaddexp": _logaddexp(exp, 1.0),
+    "logaddexp2": _logaddexp(exp2, 1.0 / math.log(2.0)),
+    "xlogy": lambda a, b: where(eq(a, 0.0) & eq(b, b), 0.0, a * log(b)),
+    "heaviside": lambda x, value: where(eq(x, 0.0), value, to_float(x > 0.0)),
     "deg2rad": lambda x: x * (math.pi / 180.0),
     "rad2deg": lambda x: x * (180.0 / math.pi),
 }

@@ -70,8 +70,14 @@ class Expression:
     def __and__(self, other: Operand) -> Operand:
         return make("logical_and", self, other)
 
+    def __rand__(self, other: Operand) -> Operand:
+        return make("logical_and", other, self)
+
     def __or__(self, other: Operand) -> Operand:
         return make("logical_or", self, other)
+
+    def __ror__(self, other: Operand) -> Operand:
+        return make("logical_or", other, self)
 
     def __repr__(self) -> str:
         return f"{self.op}({', '.join(map(repr, self.args))})"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pararnn.kernels.direct import Operator
 from pararnn.kernels.fused import runs as runs_in_one_kernel
 from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_steps
 from pararnn.kernels.operators import gradients_of_loop, no_second_derivative, refuse_tangents
@@ -23,6 +24,7 @@ from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
 from pararnn.tracing.mixing import Mixing, Step, arithmetic, in_type
+from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.products import unfused
 from pararnn.tracing.recorder import is_differentiable
 from pararnn.tracing.written import read_mixing, write_mixing
@@ -238,7 +240,7 @@ def step_by_step(
 ) -> list[Tensor]:
     """The states by PyTorch operations, which can be differentiated in every way."""
     chosen = plan_of(plan)
-    with torch.autocast(initial.device.type, enabled=False):
+    with without_autocast(initial.device.type):
         chain = chosen.forward(edges, initial, starts, batch, time)
         own = chain.mixing.step  # whose fused cells no transform knows
         step = replace(own, module=unfused(own.module))
@@ -263,7 +265,7 @@ def _mixing(
 
     def run(tensors: Sequence[Any], way: Way) -> list[Tensor]:
         edges, (initial, starts) = tensors[:count], tensors[count:]
-        with torch.autocast(initial.device.type, enabled=False):
+        with without_autocast(initial.device.type):
             chain = chosen.forward(edges, initial, starts, batch, time)
             states, progress = chosen.solve(chain, way, dtype)
         report = sequential_report(batch, initial.device) if progress is None else progress.report()
@@ -294,7 +296,7 @@ def _mixing_backward(
     def run(tensors: Sequence[Any], way: Way) -> list[Tensor]:
         edges, (initial, starts) = tensors[:count], tensors[count : count + 2]
         states, grad_states = tensors[count + 2 :][:components], tensors[-components:]
-        with torch.autocast(initial.device.type, enabled=False):
+        with without_autocast(initial.device.type):
             forward = chosen.forward(edges, initial, starts, batch, time)
             dtype = forward.initial.dtype
             before = forward.before([s.to(dtype) for s in states])
@@ -366,7 +368,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
         loop = lambda initial, *edges: step_by_step(edges, initial, *given)  # noqa: E731
         of_initial, *of_edges = gradients_of_loop(loop, [initial, *edges], grads[:-1])
         return of_edges, of_initial, None, None, None, None
-    *found, initial_gradient = torch.ops.pararnn.mixing_backward(
+    *found, initial_gradient = recurrence_backward(
         edges, initial, starts, ctx.batch, ctx.time, states, list(grads[:-1]), ctx.plan
     )
     gradients: list[Tensor | None] = [None] * ctx.count
@@ -375,9 +377,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     return gradients, initial_gradient, None, None, None, None
 
 
-_library.impl("mixing", _mixing, "CompositeExplicitAutograd")
-_library.impl("mixing_backward", _mixing_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("pararnn::mixing", _fake_mixing, lib=_library)
-torch.library.register_fake("pararnn::mixing_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("pararnn::mixing", _backward, setup_context=_setup, lib=_library)
-torch.library.register_autograd("pararnn::mixing_backward", no_second_derivative, lib=_library)
+recurrence = Operator("mixing", _mixing, _backward, _setup)
+recurrence.register(_library, _fake_mixing)
+recurrence_backward = Operator("mixing_backward", _mixing_backward, no_second_derivative)
+recurrence_backward.register(_library, _fake_backward)

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pararnn.kernels.c.backend import CBackend
+from pararnn.kernels.direct import Operator
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.torch_backend import TorchBackend
 from pararnn.kernels.triton.backend import TritonBackend
 from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.settings import Solver, act_on_failure
 from pararnn.tracing.derivatives import Recurrence
+from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.structure import Layout
 from pararnn.tracing.written import read_recurrence, write_recurrence
 
@@ -139,8 +141,7 @@ def _problem(
 
 
 def _drives(backend: Backend, layout: Layout, sources: Sequence[Tensor]) -> list[Tensor]:
-    drives = layout.drives_of(sources)
-    return drives if backend.takes_heads else [d.flatten(2) for d in drives]
+    return layout.drives_of(sources if backend.takes_heads else [s.flatten(3) for s in sources])
 
 
 def flat_problem(
@@ -164,7 +165,7 @@ def step_by_step(
 ) -> list[Tensor]:
     """The states by PyTorch operations, which can be differentiated in every way."""
     kept_in = _problem(drives, coefficients, initial, starts, name).state_dtype
-    with torch.autocast(initial.device.type, enabled=False):
+    with without_autocast(initial.device.type):
         problem = flat_problem(drives, coefficients, initial, starts, name)
         now: Sequence[Tensor] = problem.first_states().unbind(1)
         history = []
@@ -240,7 +241,7 @@ def solve(
     backend, settings = chosen.backend, chosen.settings
     if drives[0].shape[0] == 0:
         return _fake_recurrence(drives, coefficients, initial, starts, name)
-    with torch.autocast(initial.device.type, enabled=False):
+    with without_autocast(initial.device.type):
         problem = _problem(drives, coefficients, initial, starts, name)
         states, report = backend.solve(problem, settings)
         act_on_failure(report, settings, settings.tolerance_for(problem.state_dtype))
@@ -261,7 +262,7 @@ def solve_adjoint(
     backend, layout, settings = chosen.backend, chosen.layout, chosen.settings
     if drives[0].shape[0] == 0:
         return [torch.zeros_like(t) for t in (*drives, *coefficients, initial)]
-    with torch.autocast(initial.device.type, enabled=False):
+    with without_autocast(initial.device.type):
         problem = _problem(drives, coefficients, initial, starts, name)
         grad_drives = [_for_slots(backend, d, i, layout.drives) for i, d in enumerate(drives)]
         targets = _drives(backend, layout, grad_drives)
@@ -342,7 +343,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     initial, starts, *states = saved
     if torch.is_grad_enabled():  # somebody will differentiate once more
         return _differentiable_backward(ctx, drives, coefficients, initial, starts, grads[:-1])
-    found = torch.ops.pararnn.recurrence_backward(
+    found = recurrence_backward(
         drives, coefficients, initial, starts, states, list(grads[:-1]), ctx.plan
     )
     split = num_drives + num_coefficients
@@ -374,11 +375,7 @@ def no_second_derivative(ctx: Any, grads: Any) -> Any:
     )
 
 
-_library.impl("recurrence", _recurrence, "CompositeExplicitAutograd")
-_library.impl("recurrence_backward", _recurrence_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("pararnn::recurrence", _fake_recurrence, lib=_library)
-torch.library.register_fake("pararnn::recurrence_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "pararnn::recurrence", _backward, setup_context=_setup, lib=_library
-)
-torch.library.register_autograd("pararnn::recurrence_backward", no_second_derivative, lib=_library)
+recurrence = Operator("recurrence", _recurrence, _backward, _setup)
+recurrence.register(_library, _fake_recurrence)
+recurrence_backward = Operator("recurrence_backward", _recurrence_backward, no_second_derivative)
+recurrence_backward.register(_library, _fake_backward)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pararnn.kernels import mixing, operators, transforms
 from pararnn.kernels.c.backend import CBackend
@@ -159,6 +159,7 @@ class Evaluation:
         choice: The backend.
         solver: What the user asked for; None to choose.
         features: Shape of one input.
+        owners: Of the tensors that the input part reads: a module, and the name there.
     """
 
     def __init__(
@@ -167,13 +168,16 @@ class Evaluation:
         choice: BackendChoice,
         solver: Solver | None,
         features: tuple[int, ...],
+        owners: Sequence[tuple[nn.Module, str]] = (),
     ) -> None:
         self.traced = traced
+        self.owners = owners
         self.input_part = traced.input_part
         self.solver = solver
         self.choice = choice
         self.features = features
         self.feature_axes = len(features)
+        self._built: set[bool] = set()  # whether in float64: kernels that are there
         self.mixing_plan: mixing.Plan | None
         if traced.recurrence is not None:
             self.mixing_plan = None
@@ -224,10 +228,10 @@ class Evaluation:
             under transforms, where the members of an ensemble have one each.
         """
         fixed = [*tensors, *self.input_part.constants]
-        given = [*fixed, *inputs, initial, starts]
         time = inputs[0].shape[1]
         if transformed():
             return self._transformed(self.edges(fixed, inputs), initial, starts, time), None
+        given = [*fixed, *inputs, initial, starts]
         call = None
         if not torch.compiler.is_compiling() and time > 1 and self._never_waits(given, initial):
             call = Call.now(self, len(fixed), given)
@@ -245,12 +249,10 @@ class Evaluation:
         layout = self.traced.layout
         if layout is None:
             batch = (initial if starts is None else starts).shape[0]
-            return torch.ops.pararnn.mixing(edges, initial, starts, batch, time, self._written())
+            return mixing.recurrence(edges, initial, starts, batch, time, self._written())
         count = layout.num_drive_sources
         self._build(edges, initial)
-        return torch.ops.pararnn.recurrence(
-            edges[:count], edges[count:], initial, starts, self._written()
-        )
+        return operators.recurrence(edges[:count], edges[count:], initial, starts, self._written())
 
     def _written(self) -> str:
         """The plan, by name, or as text in a program that may run without this layer."""
@@ -262,7 +264,9 @@ class Evaluation:
 
     def _build(self, edges: Sequence[Tensor], initial: Tensor) -> None:
         if self.choice.automatic:
-            self._build_or_not(torch.float64 in [t.dtype for t in (*edges, initial)])
+            double = torch.float64 in [initial.dtype, *[e.dtype for e in edges]]
+            if torch.compiler.is_compiling() or double not in self._built:
+                self._build_or_not(double)
 
     def _build_or_not(self, double: bool) -> None:
         """Have the kernels of one type; where that fails, go on with PyTorch operations."""
@@ -272,6 +276,7 @@ class Evaluation:
             _warn_slow(obstacle)
             self.choice = _without_kernels(obstacle)
             self.plan = self._plan()
+        self._built.add(double)
 
     # The compiler calls these as they are
     vars(_build_or_not)["_dynamo_marked_constant"] = True
@@ -319,13 +324,13 @@ class Evaluation:
         if layout is None:
             assert self.mixing_plan is not None
             batch, time = states[0].shape[:2]
-            *found, of_initial = torch.ops.pararnn.mixing_backward(
+            *found, of_initial = mixing.recurrence_backward(
                 edges, initial, starts, batch, time, states, grad_states, self.plan
             )
             numbers = self.mixing_plan.mixing.differentiable
             return dict(zip(numbers, found, strict=True)), of_initial
         count = layout.num_drive_sources
-        *found, of_initial = torch.ops.pararnn.recurrence_backward(
+        *found, of_initial = operators.recurrence_backward(
             edges[:count], edges[count:], initial, starts, states, grad_states, self.plan
         )
         return dict(enumerate(found)), of_initial
@@ -341,19 +346,19 @@ class Evaluation:
 
     def edges(self, fixed: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """What the input part computes from the tensors and constants that it reads, and inputs."""
-        batch, time = inputs[0].shape[:2]
-        time_first = inputs[0].stride(0) < inputs[0].stride(1)
-        if self.mixing_plan is not None and inputs[0].device.type == "cpu":
+        x = inputs[0]
+        batch, time, *_ = x.shape
+        time_first = x.stride(0) < x.stride(1)
+        if self.mixing_plan is not None and x.device.type == "cpu":
             time_first = True  # as steps read it
+        if time_first:
+            inputs = [i.transpose(0, 1) for i in inputs]
+        values = self.input_part.module(*fixed, *[i.flatten(0, 1) for i in inputs])
         sizes = (time, batch) if time_first else (batch, time)
-        ordered = [i.transpose(0, 1) if time_first else i for i in inputs]
-        flat = [i.reshape(batch * time, *i.shape[2:]) for i in ordered]
         edges = []
-        for value, by_rows in zip(
-            self.input_part.module(*fixed, *flat), self.traced.by_rows, strict=True
-        ):
+        for value, by_rows in zip(values, self.traced.by_rows, strict=True):
             if by_rows:
-                value = value.unflatten(0, sizes)
+                value = value.view(*sizes, *value.shape[1:])
                 value = value.transpose(0, 1) if time_first else value
             edges.append(value)
         return edges

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.layers.traces import Kept, Traces
 from pararnn.solvers.settings import Solver, SolveReport
 from pararnn.solvers.shooting import sequential_report
-from pararnn.tracing.capture import Snapshot, cell_subject, resolve, snapshot
-from pararnn.tracing.modes import transformed
+from pararnn.tracing.capture import Snapshot, cell_subject, owner_of, resolve, snapshot
+from pararnn.tracing.modes import forward_of, transformed
 from pararnn.tracing.packed import joined, side_by_side
 from pararnn.tracing.parametrised import computed, computed_once, given
 from pararnn.tracing.structure import Traced, trace
@@ -29,6 +30,7 @@ _STRUCTURES = ("elementwise", "heads", "dense")  # each includes those before it
 _HALF = (torch.float16, torch.bfloat16)
 _MOST_COMPONENTS = 8
 _AS_IT_IS = contextlib.nullcontext()
+_SWITCHING = threading.Lock()  # of a layer from one trace to another
 _TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pass for a tuple
 
 
@@ -224,7 +226,8 @@ class RNN(nn.Module):
             every = _map(reset_state, lambda s: s.expand(batch, -1) if s.dim() == 1 else s)
             fresh = self._parts("reset_state", every, batch, x)
         if last is None and self._prefers_cell(evaluation, x, (*parts, *fresh), x.shape[1]):
-            inputs = x.unbind(1) if len(x) == 1 else x.transpose(0, 1).contiguous().unbind(0)
+            one = 1 in x.shape[:2]
+            inputs = x.unbind(1) if one else x.transpose(0, 1).contiguous().unbind(0)
             outputs, final = self._run_cell(evaluation, inputs, parts, resets, fresh)
             y = torch.stack(outputs, 1)
         else:
@@ -293,17 +296,18 @@ class RNN(nn.Module):
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Outputs of the cell itself for every time, and the components after the last."""
         as_tuple, outputs = len(parts) > 1, []
-        cell = self.cell
+        cell: Any = self._modules["cell"]
+        call = forward_of(cell) if len(inputs) > 1 else cell
         begins = None if resets is None else resets.to(parts[0].device).unsqueeze(-1).unbind(1)
         with computed_once() if self._is_parametrised else _AS_IT_IS:
             for t, x_t in enumerate(inputs):
                 if begins is not None:
                     pairs = zip(fresh, parts, strict=True)
                     parts = tuple(torch.where(begins[t], f, p) for f, p in pairs)
-                parts = tuple([p.contiguous() for p in parts])  # as when it was traced
-                parts = cell(x_t, parts) if as_tuple else (cell(x_t, parts[0]),)
+                parts = tuple(map(Tensor.contiguous, parts))  # as when it was traced
+                parts = call(x_t, parts) if as_tuple else (call(x_t, parts[0]),)
                 outputs.append(parts[0])
-        self._report = inputs[0].shape[0]
+        vars(self)["_report"] = len(inputs[0])  # past nn.Module's own, which takes 2 us
         return outputs, parts
 
     def _evaluate(
@@ -317,28 +321,30 @@ class RNN(nn.Module):
         """Outputs for x (batch, time, *features), and the components after the last steps."""
         first = joined(parts, evaluation.traced.capture.num_components)
         names = evaluation.traced.input_part.names
-        if self._is_parametrised and not torch.compiler.is_compiling():
-            with computed_once():
-                tensors = [resolve(self.cell, name) for name in names]
-        else:
+        if torch.compiler.is_compiling():
             tensors = [resolve(self.cell, name) for name in names]
+        else:
+            with computed_once() if self._is_parametrised else _AS_IT_IS:
+                tensors = [getattr(owner, name) for owner, name in evaluation.owners]
         try:
             states, report = evaluation.run(tensors, [x], first, starts)
         except RuntimeError as error:
             self._refuse_types(error, x.dtype)
             raise
         if not torch.compiler.is_compiling():
-            self._report = None if report is None or not report.numel() else report.detach()
+            vars(self)["_report"] = (
+                None if report is None or not report.numel() else report.detach()
+            )
         dtype = x.dtype if x.is_floating_point() else states[0].dtype
         if last is None:
-            final = [s[:, -1] for s in states]
+            final = [s.select(1, -1) for s in states]
         else:  # a sequence without steps ends where it began
             pairs = zip(states, first.unbind(1), strict=True)
             final = [torch.where((last < 0).unsqueeze(1), p, s[0, last]) for s, p in pairs]
         y = states[0]
         if len(parts) > len(states):
             y, final = y[..., : self._sizes[0]], final[0].split(self._sizes, -1)
-        return y.to(dtype), tuple(f.to(dtype) for f in final)
+        return y.to(dtype), tuple([f.to(dtype) for f in final])
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"batch_first={self.batch_first}, backend={self.backend!r}"
@@ -428,18 +434,20 @@ class RNN(nn.Module):
 
     def _is_as_before(self, evaluation: Evaluation, x: Tensor, step: bool) -> bool:
         """Whether x and the layer are like those of the call before."""
-        if self._latest is None or self._watched is None:
+        watched = self._watched
+        if self._latest is None or watched is None:
             return False
         dtype, device = self._latest
-        lead = 1 if step else 2
+        shape, lead = x.shape, 1 if step else 2
         return (
-            x.dim() == lead + evaluation.feature_axes
-            and x.shape[lead:] == evaluation.features
+            len(shape) == lead + evaluation.feature_axes
+            and shape[lead:] == evaluation.features
             and x.dtype is dtype
             and x.device == device
-            and 0 not in x.shape
+            and 0 not in shape
             and self._signature[-2:] == (self.backend, self.solver)
-            and self._watched.is_current(self._modules["cell"])
+            and watched.is_current(self._modules["cell"])
+            and self._evaluation is evaluation  # of these, whatever other threads do
         )
 
     def _features(self, x: Tensor, step: bool) -> tuple[int, ...]:
@@ -490,10 +498,11 @@ class RNN(nn.Module):
                 self._annealed.note(type(self.cell).__name__, change)
             kept = self._traced(signature)
             self._traces.add(kept)
-        self._signature, self._sizes, self._evaluation, self._watched = kept[:4]
-        self._is_parametrised = kept.is_parametrised
-        self._latest = dtype, device
-        return self._evaluation
+        with _SWITCHING:
+            self._watched = None  # so that other threads look for themselves until all is there
+            self._latest, self._is_parametrised = (dtype, device), kept.is_parametrised
+            self._signature, self._sizes, self._evaluation, self._watched = kept[:4]
+        return kept.evaluation
 
     def _traced(self, signature: tuple[Any, ...]) -> Kept:
         """A new trace for such inputs."""
@@ -514,7 +523,8 @@ class RNN(nn.Module):
             traced = dataclasses.replace(traced, reason=why)
         self._check_claim(traced)
         choice = choose_backend(self.backend, traced, device, self.solver)
-        evaluation = Evaluation(traced, choice, self.solver, features)
+        owners = [owner_of(self.cell, name) for name in traced.input_part.names]
+        evaluation = Evaluation(traced, choice, self.solver, features, owners)
         watched = Watched(self.cell, traced.capture.ran, _tensors_of)
         is_parametrised = any(map(parametrize.is_parametrized, self.cell.modules()))
         return Kept(signature, sizes, evaluation, watched, is_parametrised)
@@ -609,8 +619,11 @@ class RNN(nn.Module):
         sizes, count = self._sizes, len(self._sizes)
         if state is None:
             dtype = x.dtype if x.is_floating_point() else snapshot(self.cell).dtype
-            zeros = {n: torch.zeros(rows, n, dtype=dtype, device=x.device) for n in set(sizes)}
-            return tuple([zeros[n] for n in sizes])
+            first, device = sizes[0], x.device
+            zero = torch.zeros(rows, first, dtype=dtype, device=device)
+            if sizes.count(first) == count:
+                return (zero,) * count
+            return tuple([torch.zeros(rows, n, dtype=dtype, device=device) for n in sizes])
         parts = state if isinstance(state, tuple) else (state,)
         if len(parts) != count or isinstance(state, tuple) != (count > 1):
             wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
@@ -726,6 +739,8 @@ def _starts(
 
     That is -1 for a sequence without steps.
     """
+    if resets is None and cu_seqlens is None:
+        return None, None
     batch, time = x.shape[:2]
     if resets is not None and cu_seqlens is not None:
         raise ValueError("pass resets or cu_seqlens, not both.")
@@ -739,8 +754,7 @@ def _starts(
         begin = torch.arange(time, device=x.device) == 0
         others = torch.where(begin, rows, -1)
         return torch.where(resets.to(x.device), batch + rows, others).contiguous(), None
-    if cu_seqlens is None:
-        return None, None
+    assert cu_seqlens is not None
     ends = cu_seqlens.to(x.device).long()
     begins, ends = ends[:-1], ends[1:]
     valid = (begins[0] == 0) & (ends[-1] == time) & (begins <= ends).all()

@@ -133,7 +133,8 @@ class StackedRNN(nn.Module):
         simply the last one first; it is its own inverse, and `resets` hold for both directions.
         """
         directions = 2 if self.bidirectional else 1
-        batch = x.shape[0]
+        held: Any = self._modules["layers"]
+        layers, batch = list(held), x.shape[0]
         firsts = self._split("state", state, num_sequences(batch, cu_seqlens))
         fresh = self._split("reset_state", _each(reset_state, _for_all(batch)), batch)
         lasts: list[State] = []
@@ -143,8 +144,8 @@ class StackedRNN(nn.Module):
                 return steps.flip(1)
             return steps[torch.arange(batch, device=x.device).unsqueeze(1), backwards]
 
-        for i in range(0, len(self.layers), directions):
-            y, last = self.layers[i](x, firsts[i], resets, cu_seqlens, reset_state=fresh[i])
+        for i in range(0, len(layers), directions):
+            y, last = layers[i](x, firsts[i], resets, cu_seqlens, reset_state=fresh[i])
             lasts.append(last)
             if self.bidirectional:
                 turned = resets
@@ -152,10 +153,10 @@ class StackedRNN(nn.Module):
                     turned = F.pad(resets[:, 1:], (0, 1)).flip(1)
                 ends = None if cu_seqlens is None else cu_seqlens[-1] - cu_seqlens.flip(0)
                 first = firsts[i + 1] if ends is None else _each(firsts[i + 1], lambda s: s.flip(0))
-                z, last = self.layers[i + 1](turn(x), first, turned, ends, reset_state=fresh[i + 1])
+                z, last = layers[i + 1](turn(x), first, turned, ends, reset_state=fresh[i + 1])
                 lasts.append(last if ends is None else _each(last, lambda s: s.flip(0)))
                 y = torch.cat([y, turn(z)], -1)
-            last_layer = i + directions == len(self.layers)
+            last_layer = i + directions == len(layers)
             x = y if last_layer or not self.dropout else F.dropout(y, self.dropout, self.training)
         if isinstance(lasts[0], tuple):
             return x, tuple(torch.stack(s) for s in zip(*lasts, strict=True))
@@ -164,7 +165,7 @@ class StackedRNN(nn.Module):
     def _split(self, name: str, state: State | None, rows: int) -> list[State | None]:
         """One state per layer and direction."""
         if state is None:
-            return [None] * len(self.layers)
+            return [None] * (self.num_layers * (2 if self.bidirectional else 1))
         parts = state if isinstance(state, tuple) else (state,)
         shape = (len(self.layers), rows, self.hidden_size)
         count = self.layers[0].num_components

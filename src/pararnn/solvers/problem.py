@@ -53,7 +53,8 @@ class Problem:
     @property
     def hidden(self) -> int:
         """Channels."""
-        return math.prod(self.drives[0].shape[2:])
+        _, _, *sizes = self.drives[0].shape
+        return math.prod(sizes)
 
     @property
     def chunks(self) -> int:
@@ -63,15 +64,15 @@ class Problem:
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """The type of the arithmetic: float64 as soon as anything is, else float32."""
-        tensors = (*self.drives, *self.coefficients, self.initial)
-        return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+        kinds = [t.dtype for t in (*self.drives, *self.coefficients, self.initial)]
+        return torch.float64 if torch.float64 in kinds else torch.float32
 
     @functools.cached_property
     def state_dtype(self) -> torch.dtype:
         """The type in which states are kept: that of the drives, which are as large."""
         if self.dtype is torch.float64:
             return torch.float64
-        return functools.reduce(torch.promote_types, (d.dtype for d in self.drives))
+        return functools.reduce(torch.promote_types, {d.dtype for d in self.drives})
 
     def first_states(self) -> Tensor:
         """The state before time 0, (batch, components, hidden)."""
@@ -87,13 +88,20 @@ class Problem:
         begins = (self.starts >= 0).unsqueeze(-1)
         return [torch.where(begins, f, b) for f, b in zip(fresh, before, strict=True)]
 
-    def converted(self) -> Problem:
-        """The same problem with every tensor in the type of the arithmetic, last stride 1."""
-        return replace(
-            self,
-            drives=[with_rows(d.to(self.dtype)) for d in self.drives],
-            coefficients=[c.to(self.dtype).contiguous() for c in self.coefficients],
-            initial=self.initial.to(self.dtype).contiguous(),
+    def converted(self, chunk: int | None = None) -> Problem:
+        """The same problem with every tensor in the type of the arithmetic, last stride 1.
+
+        Args:
+            chunk: Steps per chunk; as before when None.
+        """
+        dtype = self.dtype
+        return Problem(
+            self.recurrence,
+            [with_rows(d.to(dtype)) for d in self.drives],
+            [c.to(dtype).contiguous() for c in self.coefficients],
+            self.initial.to(dtype).contiguous(),
+            self.starts,
+            self.chunk if chunk is None else chunk,
         )
 
     def in_one_chunk(self) -> Problem:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -104,7 +104,8 @@ class ShootingBackend(abc.ABC):
     def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
         """See `Backend.solve`."""
         states, report = solve(self, *self._prepared(problem, settings))
-        return [s.to(problem.state_dtype) for s in states], report
+        kept_in = problem.state_dtype
+        return [s.to(kept_in) for s in states], report
 
     def solve_adjoint(
         self,
@@ -135,11 +136,7 @@ class ShootingBackend(abc.ABC):
         if chunk == "auto":
             chunk = self.auto_chunk(problem.batch, problem.time, problem.hidden)
         tolerance = settings.tolerance_for(problem.state_dtype)
-        return (
-            replace(problem.converted(), chunk=min(int(chunk), problem.time)),
-            settings,
-            tolerance,
-        )
+        return problem.converted(min(int(chunk), problem.time)), settings, tolerance
 
 
 def solve(
@@ -408,5 +405,5 @@ def _finite(x: Tensor) -> Tensor:
 def sequential_report(batch: int, device: torch.device) -> Tensor:
     """The values of a report on sequences that were evaluated step by step."""
     values = torch.ones((batch, 4), dtype=torch.float64, device=device)
-    values[:, 1:3].fill_(SEQUENTIAL)  # 0, as the residual; a CUDA graph can hold that
+    values.narrow(1, 1, 2).fill_(SEQUENTIAL)  # 0, as the residual; a CUDA graph can hold that
     return values

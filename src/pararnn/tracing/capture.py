@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
 
 from pararnn.tracing.names import name_nodes
 from pararnn.tracing.parametrised import computed, given
@@ -95,8 +97,13 @@ def snapshot(cell: nn.Module) -> Snapshot:
 
 def resolve(cell: nn.Module, name: str) -> Tensor:
     """The tensor with a qualified name, as it is now."""
+    return getattr(*owner_of(cell, name))
+
+
+def owner_of(cell: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has the tensor with a qualified name, and what it calls it."""
     prefix, _, attribute = name.rpartition(".")
-    return getattr(cell.get_submodule(prefix) if prefix else cell, attribute)
+    return cell.get_submodule(prefix) if prefix else cell, attribute
 
 
 StepFunction = Callable[[dict[str, Tensor], tuple[Tensor, ...], Any], Any]
@@ -132,11 +139,43 @@ def cell_subject(cell: nn.Module) -> Subject:
     tensors = held | weights
 
     def step(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
-        swapped = {name: own[name] for name in held if own[name] is not held[name]}
+        others = {id(held[name]): own[name] for name in held if own[name] is not held[name]}
         with given(cell, {name: own[name] for name in weights}):
-            return torch.func.functional_call(cell, swapped, (*inputs, state))
+            return _with_others(cell, others, inputs, state)
 
     return Subject(step, inspect.unwrap(type(cell).forward), tensors, type(cell).__name__, 2)
+
+
+def _with_others(
+    cell: nn.Module, others: dict[int, Tensor], inputs: tuple[Tensor, ...], state: Any
+) -> Any:
+    """Call a cell with other tensors in place of its own, in this thread alone.
+
+    Args:
+        cell: Keeps its tensors, which other threads compute with meanwhile.
+        others: By the identity of those that they stand for.
+        inputs: Of the cell.
+        state: Likewise.
+    """
+    if not others:
+        return cell(*inputs, state)
+    with _Others(others) as mode:
+        return map_aggregate(cell(*inputs, state), mode.instead)
+
+
+class _Others(TorchFunctionMode):
+    def __init__(self, others: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.others = others
+
+    def instead(self, argument: Any) -> Any:
+        return self.others.get(id(argument), argument)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = map_aggregate(args, self.instead), map_aggregate(kwargs or {}, self.instead)
+        return func(*args, **kwargs)
 
 
 def capture(

@@ -14,11 +14,9 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from pararnn.tracing.capture import Capture, record_rows
 from pararnn.tracing.modes import untransformed
@@ -26,6 +24,7 @@ from pararnn.tracing.partition import (
     AsItIs,
     InputPart,
     Partition,
+    direct,
     input_part,
     module_of,
     partition,
@@ -286,18 +285,3 @@ def _without_unused(module: fx.GraphModule, count: int) -> tuple[fx.GraphModule,
         if not node.users:
             graph.erase_node(node)
     return module_of(direct(graph)), used
-
-
-def direct(graph: fx.Graph) -> fx.Graph:
-    """The same calls by PyTorch's own functions, which take a third less time than operators.
-
-    What was called before is in `meta["overload"]`.
-    """
-    for node in graph.nodes:
-        plain = not node.kwargs and None not in tree_leaves(node.args)
-        if hasattr(node.target, "_schema") and plain:
-            name = node.target._schema.name.removeprefix("aten::")
-            function = getattr(torch, name, None)
-            if isinstance(function, BuiltinFunctionType):
-                node.meta["overload"], node.target = node.target, function
-    return graph

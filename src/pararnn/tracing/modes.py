@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from torch.autograd import forward_ad
 from pararnn.tracing.ran import is_the_users
 
 Result = TypeVar("Result")
+
+_AS_IT_IS = contextlib.nullcontext()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 HOOKS_OF_ALL: dict[str, dict[int, Any]] = {
     name: value
@@ -26,6 +30,23 @@ HOOKS_OF_ALL: dict[str, dict[int, Any]] = {
 def transformed() -> bool:
     """Whether tensors may belong to a transform of `torch.func`, or carry tangents."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, operations on this type of device have the types of what they are given."""
+    if not torch.is_autocast_enabled(device):
+        return _AS_IT_IS
+    return torch.autocast(device, enabled=False)
+
+
+def forward_of(module: torch.nn.Module) -> Callable[..., Any]:
+    """What a call of a module comes to: its forward, if nothing is to happen around it."""
+    own, plain = vars(module), type(module).__call__ is torch.nn.Module.__call__
+    hooks = chain((own[name] for name in _HOOKS), HOOKS_OF_ALL.values())
+    replaced = own.get("_compiled_call_impl") is not None or torch._C._get_tracing_state()
+    if replaced or not plain or any(hooks):
+        return module
+    return module.forward
 
 
 def untransformed(function: Callable[[], Result]) -> Result:

@@ -6,10 +6,12 @@ import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from pararnn.tracing.capture import Capture
 from pararnn.tracing.operations import MOVES, creation_value, is_pointwise, operation_name
@@ -143,11 +145,26 @@ class InputPart(nn.Module):
         super().__init__()
         self.names = names
         self.constants = constants
-        self.module = module_of(graph)
         self.is_random = any(map(is_random, graph.nodes))
+        self.module = module_of(direct(graph))
 
     def forward(self, tensors: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         return self.module(*tensors, *self.constants, *inputs)
+
+
+def direct(graph: fx.Graph) -> fx.Graph:
+    """The same calls by PyTorch's own functions, which take a third less time than operators.
+
+    What was called before is in `meta["overload"]`.
+    """
+    for node in graph.nodes:
+        plain = not node.kwargs and None not in tree_leaves(node.args)
+        if hasattr(node.target, "_schema") and plain:
+            name = node.target._schema.name.removeprefix("aten::")
+            function = getattr(torch, name, None)
+            if isinstance(function, BuiltinFunctionType):
+                node.meta["overload"], node.target = node.target, function
+    return graph
 
 
 _modules: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()

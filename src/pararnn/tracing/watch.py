@@ -350,8 +350,8 @@ class _Quick:
         self._empty: list[Any] = []
         self._sized: list[Any] = []
         self._named: list[Mapping[str, Any]] = []
-        self._stores: list[dict[str, Tensor | None]] = []
-        self._with_grad = False
+        self._stores: list[Iterable[Tensor | None]] = []  # views, which show what is there now
+        self._kind: Callable[[Any], object] = _KIND
 
     def read(self, values: Mapping[str, Any], names: list[str]) -> None:
         if names:
@@ -380,51 +380,48 @@ class _Quick:
             self.readers.append((iter, values))
 
     def tensors(self, store: dict[str, Tensor | None], with_grad: bool) -> None:
-        self._with_grad = with_grad
+        self._kind = _KIND_WITH_GRAD if with_grad else _KIND
         if store:
             self.names(store)
-            self._stores.append(store)
+            self._stores.append(store.values())
         else:
             self._empty.append(store)
 
     def hold(self) -> None:
         self._lengths = list(map(len, self._sized))
         self._keys = list(chain.from_iterable(self._named))
-        self._values = list(self._read())
+        self._values = list(chain.from_iterable([read(values) for read, values in self.readers]))
         self._types = list(map(type, self.objects))
-        self._tensors = self._read_tensors()
-        self._kinds = self._kinds_of(self._tensors)
-
-    def _read(self) -> Iterable[object]:
-        return chain.from_iterable([read(values) for read, values in self.readers])
-
-    def _read_tensors(self) -> list[Tensor | None]:
-        return list(chain.from_iterable([store.values() for store in self._stores]))
-
-    def _kinds_of(self, tensors: list[Tensor | None]) -> list[object]:
-        kind = _KIND_WITH_GRAD if self._with_grad else _KIND
-        return [None if t is None else kind(t) for t in tensors]
+        self._tensors = list(chain.from_iterable(self._stores))
+        self._kinds = [t if t is None else self._kind(t) for t in self._tensors]
 
     def is_current(self) -> bool:
-        """Whether all is as it was held, except that tensors may be others of the same kinds."""
+        """Whether all is as it was held, except that tensors may be others of the same kinds.
+
+        Every call of a layer asks, so it is one function.
+        """
         try:
-            return (
-                not any(self._empty)
-                and list(map(len, self._sized)) == self._lengths
-                and list(chain.from_iterable(self._named)) == self._keys
-                and list(map(type, self.objects)) == self._types
-                and all(map(operator.is_, self._read(), self._values))
-                and self._are_alike(self._read_tensors())
-                and (not self.contents or all(_content(v) == c for v, c in self.contents))
-            )
+            if (
+                any(self._empty)
+                or list(map(len, self._sized)) != self._lengths
+                or list(chain.from_iterable(self._named)) != self._keys
+                or list(map(type, self.objects)) != self._types
+            ):
+                return False
+            now = chain.from_iterable([read(values) for read, values in self.readers])
+            if not all(map(operator.is_, now, self._values)):
+                return False
+            tensors, kind = list(chain.from_iterable(self._stores)), self._kind
+            if [t if t is None else kind(t) for t in tensors] != self._kinds:
+                return False
+            if not (all(map(operator.is_, tensors, self._tensors)) or self._may_be_others(tensors)):
+                return False
+            return not self.contents or all(_content(v) == c for v, c in self.contents)
         except (KeyError, RuntimeError):  # one is gone, or changes while it is read
             return False
 
-    def _are_alike(self, tensors: list[Tensor | None]) -> bool:
-        if self._kinds_of(tensors) != self._kinds:
-            return False
-        if all(map(operator.is_, tensors, self._tensors)):
-            return True
+    def _may_be_others(self, tensors: list[Tensor | None]) -> bool:
+        """Whether no two of these tensors are one, unless they were before."""
         each = [t for t in tensors if t is not None]
         before = sum(t is not None for t in self._tensors)
         return not self.tied and len(set(map(id, each))) == len(each) == before

@@ -15,8 +15,8 @@ from torch import fx
 
 from pararnn.tracing.derivatives import Recurrence, is_operation
 from pararnn.tracing.expressions import LEAVES, Expression, Operand, intern, leaf, topological
-from pararnn.tracing.mixing import Edge, Mixing, Step, direct
-from pararnn.tracing.partition import module_of
+from pararnn.tracing.mixing import Edge, Mixing, Step
+from pararnn.tracing.partition import direct, module_of
 from pararnn.tracing.recorder import aten
 
 _PLAIN: dict[str, Callable[..., Any]] = {

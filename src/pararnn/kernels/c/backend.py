@@ -107,24 +107,23 @@ class CBackend(ShootingBackend):
         pointers: Iterable[Tensor | None],
         more: Iterable[int] = (),
     ) -> None:
-        if problem.initial.device.type != "cpu":
+        initial = problem.initial
+        if not initial.is_cpu:
             raise ValueError(
-                f"the kernels are for a CPU and the tensors are on {problem.initial.device}; "
+                f"the kernels are for a CPU and the tensors are on {initial.device}; "
                 "export the layer on the device that its program is to run on."
             )
-        threads = torch.get_num_threads()
-        elements = problem.batch * problem.time * problem.hidden
-        if elements < _SMALL:
-            threads = 1
+        batch, time, hidden, chunks = problem.batch, problem.time, problem.hidden, problem.chunks
+        threads = torch.get_num_threads() if batch * time * hidden >= _SMALL else 1
         sizes = {
-            "batch": problem.batch,
-            "time": problem.time,
-            "hidden": problem.hidden,
-            "chunks": problem.chunks,
+            "batch": batch,
+            "time": time,
+            "hidden": hidden,
+            "chunks": chunks,
             "chunk": problem.chunk,
-            "block": _block(problem, threads),
+            "block": _block(batch * chunks, hidden, threads),
             "threads": threads,
-            "rows": problem.initial.shape[0],
+            "rows": initial.shape[0],
             "limit": limit,
         }
         arguments = [sizes[s] for s in SIZES] + [_address(problem.starts)]
@@ -136,11 +135,10 @@ class CBackend(ShootingBackend):
         getattr(library, name)(array)
 
 
-def _block(problem: Problem, threads: int) -> int:
+def _block(rows: int, hidden: int, threads: int) -> int:
     """Channels per lane: as many as fit, but enough lanes for all threads."""
-    lanes = problem.batch * problem.chunks
-    per_row = -(-threads // lanes)
-    block = -(-problem.hidden // per_row)
+    per_row = -(-threads // rows)
+    block = -(-hidden // per_row)
     block = -(-block // _VECTOR) * _VECTOR
     return min(MAX_BLOCK, block)
 

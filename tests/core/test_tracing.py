@@ -2,7 +2,9 @@
 
 import functools
 import gc
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 import pararnn
 from pararnn import RNN, Newton, TraceError
 from pararnn.testing import loop
+from pararnn.tracing import capture, gradients, recorder
 from pararnn.tracing.capture import resolve
 from pararnn.tracing.recorder import Recorder
 
@@ -401,3 +404,70 @@ def test_a_cell_that_is_gone_is_forgotten(make):
     del rnn, cell
     gc.collect()
     assert not any(p() is not None for p in parameters)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRUCell(5, 6), lambda: make_cell("paragru")])
+def test_a_cell_is_recorded_twice_and_no_more(monkeypatch, make):
+    recorded = []
+
+    def record(function, inputs, subject, *rest):
+        recorded.append(subject)
+        return recorder.record(function, inputs, subject, *rest)
+
+    monkeypatch.setattr(capture, "record", record)
+    cell = make()
+    rnn = RNN(cell)
+    kind = next(cell.parameters()).dtype
+    x = torch.randn(2, 7, cell.input_size, dtype=kind, requires_grad=True)
+    rnn(x)[0].sum().backward()
+    rnn(torch.randn(3, 300, cell.input_size, dtype=kind))
+    assert recorded == [type(cell).__name__] * 2
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_trace_never_touches_the_cell(inference):
+    """Other threads may compute with it meanwhile, in the type that it has."""
+    gradients._known.clear()
+    seen = []
+
+    class Watching(nn.Module):
+        input_size, hidden_size = 3, 4
+
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(3, 4)
+            self.decay = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x, h):
+            own = vars(self)["_parameters"]["decay"], self.project._parameters["weight"]
+            seen.append((x.dtype, [id(p) for p in own]))
+            return torch.tanh(self.project(x) + self.decay * h)
+
+    with torch.inference_mode(inference):
+        cell = Watching()
+    rnn = RNN(cell)
+    own = [id(cell.decay), id(cell.project.weight)]
+    assert torch.float64 in [kind for kind, _ in seen], "compared in float64"
+    assert all(ids == own for _, ids in seen)
+    x = torch.randn(2, 20, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(rnn(x)[0], loop(cell, x, torch.zeros(2, 4))[0])
+
+
+def test_threads_that_call_a_changed_layer_at_once():
+    cell = nn.GRUCell(3, 4)
+    rnn, x = RNN(cell), torch.randn(2, 3, 3)
+    for change in range(4):
+        cell.register_buffer(f"buffer_{change}", torch.zeros(1))
+        gradients._known.clear()  # so that all compare derivatives again
+        start = threading.Barrier(4)
+
+        def call(start=start):
+            start.wait()
+            with torch.no_grad():
+                return [rnn(x)[0] for _ in range(10)]
+
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(call) for _ in range(4)]
+        expected = loop(cell, x, torch.zeros(2, 4))[0]
+        assert all(torch.equal(y, expected) for c in calls for y in c.result())

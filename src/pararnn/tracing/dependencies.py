@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from pararnn.tracing.capture import ROWS, count_of, shape_at
 from pararnn.tracing.operations import (
@@ -30,6 +30,7 @@ from pararnn.tracing.operations import (
     operation_name,
 )
 from pararnn.tracing.partition import Partition
+from pararnn.tracing.recorder import mapped
 
 _MOST_MARKS = 2**31  # of the largest value, over all groups: finer groups are not looked for
 _AT_ONCE = 2**24
@@ -121,12 +122,10 @@ def _follow(
 def _marks_after(node: fx.Node, marks: dict[fx.Node, Any], rows: int, by_rows: bool) -> Any:
     """Marks of the result of one operation; a tuple, or those of its rows, if it has several."""
 
-    def given(argument: Any) -> Any:
-        if not isinstance(argument, fx.Node):
-            return argument
+    def given(argument: fx.Node) -> Any:
         return marks[argument] if argument in marks else count_of(argument, rows)
 
-    args, kwargs = tree_map(given, tuple(node.args)), tree_map(given, dict(node.kwargs))
+    args, kwargs = mapped(node, given)
     func = node.target
     shape = shape_at(node, rows) if "shape" in node.meta else None
     if func is operator.getitem:

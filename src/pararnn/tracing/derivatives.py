@@ -7,13 +7,13 @@ recorder writes down what autograd does, and the recording is read back as expre
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
 from pararnn.tracing.expressions import (
     LEAVES,
@@ -25,7 +25,7 @@ from pararnn.tracing.expressions import (
 )
 from pararnn.tracing.modes import untransformed
 from pararnn.tracing.operations import creation_value, express, is_pointwise
-from pararnn.tracing.recorder import aten, record
+from pararnn.tracing.recorder import aten, mapped, record
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,11 @@ class Recurrence:
 
     @functools.cached_property
     def _derivatives(self) -> tuple[tuple[tuple[Operand, ...], ...], tuple[Operand, ...]]:
-        return untransformed(lambda: _derive(self))
+        first = _alive.setdefault(self.key, self)  # such as the layer before: it has derived them
+        return untransformed(lambda: _derive(self)) if first is self else first._derivatives
+
+
+_alive: weakref.WeakValueDictionary[str, Recurrence] = weakref.WeakValueDictionary()
 
 
 def _derive(
@@ -127,7 +131,6 @@ def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 def _read(graph: fx.Graph, leaves: dict[str, Expression], constants: list[Tensor]) -> list[Operand]:
     graph.eliminate_dead_code()
     values: dict[fx.Node, Any] = {}
-    pick = lambda a: values[a] if isinstance(a, fx.Node) else a  # noqa: E731
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = leaves[node.target]
@@ -143,7 +146,7 @@ def _read(graph: fx.Graph, leaves: dict[str, Expression], constants: list[Tensor
         elif node.target in (aten.expand.default, aten.detach.default):
             values[node] = values[node.args[0]]
         else:
-            args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
+            args, kwargs = mapped(node, values.__getitem__)
             values[node] = express(node.target, args, kwargs, torch.float64)
     raise AssertionError("graph without output")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from pararnn.tracing.capture import ROWS, count_of
 from pararnn.tracing.expressions import Expression, Operand, leaf, make
@@ -30,7 +30,7 @@ from pararnn.tracing.operations import (
     round_to,
 )
 from pararnn.tracing.partition import Partition
-from pararnn.tracing.recorder import aten, show_place
+from pararnn.tracing.recorder import aten, mapped, show_place
 
 
 class NotElementwise(Exception):
@@ -241,8 +241,8 @@ class Reader:
         slots = {a: self.broadcast(a, shape) for a in tensors}
         results = []
         for j in range(count):
-            pick = lambda a, j=j: slots[a][j] if isinstance(a, fx.Node) else a  # noqa: E731
-            args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
+            own: dict[fx.Node, Any] = {a: operands[j] for a, operands in slots.items()}
+            args, kwargs = mapped(node, own.__getitem__)
             result = express(node.target, args, kwargs, self.parts.capture.dtype)
             results.append(self.rounded(result, node.meta.get("dtype")))
         if results and isinstance(results[0], tuple):
@@ -403,12 +403,10 @@ def is_value(argument: Any) -> bool:
 def run_on(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> Any:
     """Run a moving operation on tensors of entry numbers in place of its operands."""
 
-    def replace(argument: Any) -> Any:
-        if not isinstance(argument, fx.Node):
-            return argument
+    def replace(argument: fx.Node) -> Any:
         return numbers[argument] if argument in numbers else count_of(argument, ROWS[0])
 
-    args, kwargs = tree_map(replace, tuple(node.args)), tree_map(replace, dict(node.kwargs))
+    args, kwargs = mapped(node, replace)
     # Numbers may have other strides than the values had when they were recorded.
     views = (aten.view.default, aten._unsafe_view.default)
     function: Any = aten.reshape.default if node.target in views else node.target

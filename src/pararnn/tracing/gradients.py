@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from pararnn.tracing.capture import ROWS, recordable
 from pararnn.tracing.derivatives import torch_function
 from pararnn.tracing.mixing import arithmetic, in_type, recording
-from pararnn.tracing.recorder import TraceError, is_differentiable
+from pararnn.tracing.recorder import TraceError, is_differentiable, mapped
 
 if TYPE_CHECKING:
     from pararnn.tracing.structure import Traced
@@ -332,7 +332,7 @@ class Runner:
 
     def call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """The result of one operation."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = mapped(node, values.__getitem__)
         kind: Any = kwargs.get("dtype")
         if self.dtype is not None and kind is not None and is_differentiable(kind):
             wide = self.dtype.to_complex() if kind.is_complex else self.dtype

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import operator
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from types import CodeType
 from typing import Any
 
 from torch import fx
@@ -96,8 +98,14 @@ def _state_names(function: Callable[..., Any], position: int, count: int) -> lis
 
 
 def _parse(function: Callable[..., Any]) -> tuple[ast.AST, int] | None:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return None if code is None else _parse_code(code)
+
+
+@functools.lru_cache(maxsize=64)
+def _parse_code(code: CodeType) -> tuple[ast.AST, int] | None:
     try:
-        lines, start = inspect.getsourcelines(function)
+        lines, start = inspect.getsourcelines(code)
         return ast.parse(textwrap.dedent("".join(lines))), start
     except (OSError, TypeError, SyntaxError):
         return None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _PATHS = sysconfig.get_paths()
 _FOLDERS = Path(torch.__file__).parent, Path(__file__).parents[1]
-_LIBRARY = (*(str(folder) + os.sep for folder in _FOLDERS), "<frozen")
+LIBRARY = (*(str(folder) + os.sep for folder in _FOLDERS), "<frozen")
 _PYTHON = tuple({_PATHS[kind] + os.sep for kind in ("stdlib", "platstdlib")})
 _PACKAGES = tuple({_PATHS[kind] + os.sep for kind in ("purelib", "platlib")})
 _TAKES = ("tolist", "numpy")
@@ -125,7 +125,7 @@ class Ran:
         """
         if not isinstance(owner, Tensor):
             return
-        while frame is not None and frame.f_code.co_filename.startswith(_LIBRARY):
+        while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
             frame = frame.f_back
         if frame is not None and id(frame.f_code) in self.codes:
             self.taken = way, (frame.f_code.co_filename, frame.f_lineno)
@@ -133,7 +133,7 @@ class Ran:
 
 def is_the_users(filename: str) -> bool:
     """Whether code of this file is neither PyTorch's nor Python's nor this package's."""
-    return not filename.startswith(_LIBRARY) and not _is_pythons(filename)
+    return not filename.startswith(LIBRARY) and not _is_pythons(filename)
 
 
 def _is_pythons(filename: str) -> bool:

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
-from pararnn.tracing.ran import unnoted
+from pararnn.tracing.ran import LIBRARY, unnoted
 
 aten = torch.ops.aten
-_LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _MODULES = str(Path(torch.nn.__file__).parent)
 
 
@@ -144,7 +143,8 @@ class Recorder(TorchDispatchMode):
         elif pure is aten.empty_like.default:  # it depends on nothing but the shape
             kinds = {"dtype": result.dtype, "device": result.device}
             pure, args, kwargs = aten.empty.memory_format, (list(result.shape),), kinds
-        node = self.graph.call_function(pure, tree_map(to_node, args), tree_map(to_node, kwargs))
+        given = map_aggregate(args, to_node), map_aggregate(kwargs, to_node)
+        node = self.graph.call_function(pure, *given)
         node.meta.update(origin)
         if isinstance(result, (tuple, list)):
             for i, item in enumerate(result):
@@ -246,6 +246,15 @@ class Recorder(TorchDispatchMode):
             )
 
 
+def mapped(
+    node: fx.Node, function: Callable[[fx.Node], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node with what a function makes of every node among them."""
+    found: Any = fx.map_arg((node.args, node.kwargs), function)
+    args, kwargs = found
+    return args, kwargs
+
+
 def _same_call(packet: Any, func: Any) -> Any:
     """The overload that takes what `func` takes: pow.Tensor_Scalar for pow_.Scalar."""
     kinds = lambda f: [(str(a.type), a.default_value) for a in f._schema.arguments]  # noqa: E731
@@ -256,20 +265,24 @@ def _same_call(packet: Any, func: Any) -> Any:
 def _find_frames(
     focus: CodeType | None,
 ) -> tuple[tuple[str, int] | None, int, FrameType | None]:
-    """The innermost line outside PyTorch and this package; the line and frame of `focus` (or 0)."""
+    """The innermost line outside PyTorch and this package; the line and frame of `focus` (or 0).
+
+    Where `focus` is in either itself, so is the line: in PyTorch's modules the innermost.
+    """
     place, inside, line = None, None, 0
     frame = sys._getframe(1).f_back  # none above where autograd calls from a thread of its own
     while frame is not None:
         filename = frame.f_code.co_filename
-        if place is None and not filename.startswith((*_LIBRARY, "<frozen")):
+        if place is None and not filename.startswith(LIBRARY):
             place = filename, frame.f_lineno
         if inside is None and filename.startswith(_MODULES):
             inside = filename, frame.f_lineno
         if frame.f_code is focus:
             line = frame.f_lineno
+            place = place or (inside if filename.startswith(_MODULES) else (filename, line))
             break
         frame = frame.f_back
-    return (inside if line and inside and not place else place), line, frame
+    return place, line, frame
 
 
 def is_differentiable(dtype: torch.dtype) -> bool:
@@ -473,7 +486,7 @@ def _refuse_nested(error: RuntimeError, subject: str) -> None:
     outside = [
         f
         for f in frames
-        if not f.filename.startswith(_LIBRARY) and Path(f.filename).parent != python
+        if not f.filename.startswith(LIBRARY) and Path(f.filename).parent != python
     ]
     place = show_place((outside[-1].filename, outside[-1].lineno or 0) if outside else None)
     if "saved tensor hooks" in str(error):

@@ -42,11 +42,11 @@ class Layout:
 
     def drives_of(self, sources: Sequence[Tensor]) -> list[Tensor]:
         """The drives (batch, time, heads, head_size), views of sources with slots behind time."""
-        return [sources[source][:, :, slot] for source, slot in self.drives]
+        return [sources[source].select(2, slot) for source, slot in self.drives]
 
     def coefficients_of(self, sources: Sequence[Tensor]) -> list[Tensor]:
         """The coefficients (hidden,), views of sources (slots, hidden)."""
-        return [sources[source][slot] for source, slot in self.coefficients]
+        return [sources[source].select(0, slot) for source, slot in self.coefficients]
 
 
 @dataclass

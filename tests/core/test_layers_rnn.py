@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pararnn import RNN, Newton
+from pararnn.cells import ParaGRUCell
 from pararnn.testing import assert_close, loop
 
 from .cells import make_cell
@@ -310,3 +311,22 @@ def test_a_cell_that_changes_between_calls_is_seen():
         for _ in range(2):
             expected, _ = loop(cell, own, own.new_zeros(2, 4))
             assert_close("y", rnn(own)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["recurrence", "mixing"])
+def test_what_looks_at_operators_sees_ours(name, grad):
+    """Otherwise a call goes past PyTorch's dispatcher, with the same result."""
+    cell = nn.GRUCell(3, 4) if name == "mixing" else ParaGRUCell(3, 4)
+    rnn = RNN(cell, solver=Newton(chunk=5))
+    x = torch.randn(2, 20, 3, requires_grad=grad)
+    plain = rnn(x)[0]
+    with torch.profiler.profile() as seen:
+        y = rnn(x)[0]
+    assert f"pararnn::{name}" in {event.key for event in seen.key_averages()}
+    assert torch.equal(y, plain)
+    if grad:
+        cotangent = torch.randn_like(y)
+        inputs = [x, *cell.parameters()]
+        pairs = [torch.autograd.grad(out, inputs, cotangent) for out in (y, plain)]
+        assert all(map(torch.equal, *pairs))

@@ -112,6 +112,13 @@ OPERATIONS = {
     "rms_norm": lambda m, w: F.rms_norm(m, (4,), _weight(4)),
     "group_norm": lambda m, w: F.group_norm(m, 3, _weight(3), _weight(3)),
     "batch_norm_evaluated": lambda m, w: F.batch_norm(m, _weight(3), _weight(3) ** 2 + 0.1),
+    "instance_norm": lambda m, w: F.instance_norm(m, eps=0.1) * m,
+    "instance_norm_weight": lambda m, w: F.instance_norm(m, None, None, _weight(3), _weight(3)),
+    "instance_norm_evaluated": lambda m, w: F.instance_norm(
+        m, _weight(3), _weight(3) ** 2 + 0.1, use_input_stats=False
+    ),
+    "bilinear": lambda m, w: F.bilinear(m, w, _weight(5, 4, 4), _weight(5)),
+    "bilinear_of_the_state": lambda m, w: F.bilinear(m, m[..., :3], _weight(2, 4, 3)),
     "local_response_norm": lambda m, w: F.local_response_norm(m, 2),
     "normalize": lambda m, w: F.normalize(m, dim=1),
     "cosine_similarity": lambda m, w: F.cosine_similarity(m, w, dim=2),
@@ -265,8 +272,6 @@ OPERATIONS = {
     "attention": lambda m, w: F.scaled_dot_product_attention(m, w, m),
 }
 REFUSED = {
-    "instance_norm": (lambda m, w: F.instance_norm(m), "mixes the rows"),
-    "bilinear": (lambda m, w: F.bilinear(m, w, _weight(2, 4, 4)), "mixes the rows"),
     "mask": (lambda m, w: m[:, torch.tensor([True, False, True])], "picks entries by a mask"),
     "mask of the state": (lambda m, w: m[m > 0].sum() * m, "picks entries by a mask"),
     "nonzero": (lambda m, w: m.flatten(1)[(m > 0).nonzero()[:, 0]], None),

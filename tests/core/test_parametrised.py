@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from pararnn import RNN, Newton
+from pararnn import RNN, Newton, TraceError
 from pararnn.testing import loop
 from pararnn.tracing.watch import Watched
 
@@ -104,6 +104,15 @@ def test_other_weights_are_not_traced_again(monkeypatch):
     expected = loop(cell.eval(), x, torch.zeros(2, 4))[0]
     monkeypatch.undo()
     torch.testing.assert_close(rnn(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_spectral_norm_by_hooks():
+    cell = Cell(lambda module: nn.utils.spectral_norm(module))
+    with pytest.raises(TraceError, match=r"self\.rec of Cell has the older .* Use .*parametriz"):
+        RNN(cell)
+    x, state = torch.randn(2, 9, 3), torch.zeros(2, 4)
+    expected = loop(cell.eval(), x, state)[0]
+    torch.testing.assert_close(RNN(cell)(x, state)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_users_cache_is_left_alone():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
 from pararnn.tracing.names import name_nodes
@@ -132,7 +133,7 @@ def cell_subject(cell: nn.Module) -> Subject:
     """A cell as something to capture.
 
     Raises:
-        TraceError: It has backward hooks.
+        TraceError: It has backward hooks, or hooks that write.
     """
     _check_hooks(cell)
     held, weights = snapshot(cell).tensors, computed(cell)
@@ -242,7 +243,15 @@ def _check_taken(subject: Subject, ran: Ran) -> None:
 
 
 def _check_hooks(cell: nn.Module) -> None:
-    """Refuse hooks that run in the backward pass of a single step."""
+    """Refuse hooks that run in the backward pass of a single step, or write at every step."""
+    for name, module in cell.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if module.training and any(isinstance(hook, SpectralNorm) for hook in hooks):
+            raise TraceError(
+                f"self.{name} of {type(cell).__name__} has the older torch.nn.utils.spectral_norm, "
+                "which changes its vectors in every step in training. Use "
+                "torch.nn.utils.parametrizations.spectral_norm, which does so once per call."
+            )
     everywhere = nn.modules.module
     found = everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks
     place = "for all modules" if found else ""

@@ -445,6 +445,15 @@ class _Replaced(TorchFunctionMode):
             given = dict(zip(_OF_BATCH_NORM, args, strict=False)) | kwargs
             if not given.get("training", False):
                 return _batch_norm(**given)
+        if func is nn.functional.instance_norm:
+            given = dict(zip(_OF_INSTANCE_NORM, args, strict=False)) | kwargs
+            from_input = given.pop("use_input_stats", True)
+            if not from_input:
+                return _batch_norm(**given)
+            if given["input"].dim() > 2 and given.get("running_mean") is None:
+                return _instance_norm(**given)
+        if func is nn.functional.bilinear:
+            return _bilinear(*args, **kwargs)
         return func(*args, **kwargs)
 
     def one_hot(self, tensor: Tensor, num_classes: int = -1) -> Tensor:
@@ -477,6 +486,34 @@ def _batch_norm(
     scale = scale if weight is None else scale * weight
     result = (input - running_mean.view(along)) * scale.view(along)
     return result if bias is None else result + bias.view(along)
+
+
+_OF_INSTANCE_NORM = (
+    "input running_mean running_var weight bias use_input_stats momentum eps".split()
+)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: None = None,
+    running_var: None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalisation of every channel of a row, for which PyTorch makes channels of the rows."""
+    result = nn.functional.layer_norm(input, input.shape[2:], eps=eps)
+    along = [-1, *[1] * (input.dim() - 2)]
+    result = result if weight is None else result * weight.view(along)
+    return result if bias is None else result + bias.view(along)
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """PyTorch's is one operation, which does not say that it keeps rows apart."""
+    product = torch.einsum("...i,oij->...oj", input1, weight)
+    result = (product * input2.unsqueeze(-2)).sum(-1)
+    return result if bias is None else result + bias
 
 
 def _refuse_nested(error: RuntimeError, subject: str) -> None:

@@ -1,9 +1,8 @@
 """Layers as exported programs."""
 
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -51,29 +50,36 @@ def test_dynamic_batch_and_time(name, strict):
         assert_close("y", program.module()(x), net(x), rtol=1e-5)
 
 
-def elsewhere(load, *values):
-    """What a process that has only imported the library prints."""
-    code = f"import sys, torch, pararnn; x = torch.linspace(-1, 1, 105).view(5, 7, 3); {load}"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, values)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.tensor(json.loads(done.stdout))
-
-
 X = torch.linspace(-1, 1, 105).view(5, 7, 3)
+OTHERS = multiprocessing.get_context("forkserver")
+OTHERS.set_forkserver_preload(["torch", "pararnn"])  # once for all processes
+
+
+def elsewhere(run, file):
+    """What a function makes of a file in a process that has only imported the library."""
+    with OTHERS.Pool(1) as process:
+        return torch.tensor(process.apply(run, (file,)))
+
+
+def outputs(file):
+    return torch.export.load(file).module()(X).tolist()
+
+
+def input_gradient(file):
+    x = X.clone().requires_grad_()
+    torch.export.load(file).module()(x).sum().backward()
+    return x.grad.tolist()
+
+
+def compiled_outputs(file):
+    return torch._inductor.aoti_load_package(file)(X).tolist()
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_runs_in_another_process(name, tmp_path):
     net, program = exported(name)
     torch.export.save(program, tmp_path / "net.pt2")
-    found = elsewhere(
-        "print(torch.export.load(sys.argv[1]).module()(x).tolist())", tmp_path / "net.pt2"
-    )
+    found = elsewhere(outputs, tmp_path / "net.pt2")
     assert_close("y", found, net(X), rtol=1e-5)
 
 
@@ -81,11 +87,7 @@ def test_runs_in_another_process(name, tmp_path):
 def test_gradients_in_another_process(name, tmp_path):
     net, program = exported(name)
     torch.export.save(program, tmp_path / "net.pt2")
-    found = elsewhere(
-        "x.requires_grad_(); torch.export.load(sys.argv[1]).module()(x).sum().backward();"
-        "print(x.grad.tolist())",
-        tmp_path / "net.pt2",
-    )
+    found = elsewhere(input_gradient, tmp_path / "net.pt2")
     x = X.clone().requires_grad_()
     net(x).sum().backward()
     assert_close("gradient", found, x.grad, rtol=1e-4)
@@ -103,7 +105,7 @@ def test_ahead_of_time_inductor(name, tmp_path):
         net, program = exported(name)
         file = str(tmp_path / "net.pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=file)
-    found = elsewhere("print(torch._inductor.aoti_load_package(sys.argv[1])(x).tolist())", file)
+    found = elsewhere(compiled_outputs, file)
     assert_close("y", found, net(X), rtol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """What is generated for four cells, as text for golden files: it is short there to be read."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -44,23 +45,20 @@ def _without_written(text):
 
 
 def _rows(mixing):
-    """The kernel of steps, forwards and of the adjoint, which has states that begin anew."""
-    count, cut, kernels = mixing.num_components, Cut(2, 3, 3), []
+    """The steps, forwards and of the adjoint."""
+    count, cut, steps = mixing.num_components, Cut(2, 3, 3), []
     rows = torch.rand(6, mixing.hidden)
     edges = [torch.rand(*([6] if e.by_rows else []), *e.shape) for e in mixing.edges]
     adjoint = mixing.adjoint
     given = adjoint.part_arguments([rows] * count, edges, [rows] * count)
     found = adjoint.part.module(*given)
-    both = (
-        (mixing.step, edges, False),
-        (adjoint.step, [found[i] for i in adjoint.step_edges], True),
-    )
-    for step, edges, begins in both:
+    both = (mixing.step, edges), (adjoint.step, [found[i] for i in adjoint.step_edges])
+    for step, edges in both:
         over_time = [
             e.unflatten(0, (2, 3)) if by_rows else e
             for e, by_rows in zip(edges, step.by_rows, strict=True)
         ]
-        chunks = Chunks(step, cut, over_time, None, ())
-        kernel = fused._kernel(chunks, [rows[:2]] * count, fused.Form(False, begins, True))
-        kernels.append(kernel.module.__loader__.get_source(kernel.module.__name__))
-    return "\n\n".join(kernels)
+        kernel = fused._kernel(Chunks(step, cut, over_time, None, ()), [rows[:2]] * count)
+        module = sys.modules[kernel.constants["STEP"].fn.__module__]
+        steps.append(module.__loader__.get_source(module.__name__))
+    return "\n\n".join(steps)

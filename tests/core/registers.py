@@ -89,18 +89,17 @@ MIXING = {
 NORMED = json.dumps(  # a vector that is normed and scaled, as a saved program has it
     {
         "leaves": [True, True],
-        "means": 1,
         "nodes": [
             ["drive", 0],
             ["mul", [0], [0]],
-            ["drive", 2],
+            ["mean", [1]],
             ["add", [2], 1e-5],
             ["rsqrt", [3]],
             ["mul", [0], [4]],
             ["drive", 1],
             ["mul", [5], [6]],
         ],
-        "roots": [[1], [7]],
+        "roots": [[7]],
     }
 )
 

@@ -363,12 +363,11 @@ def test_what_is_not_fused_says_why(cell, reason):
 
 
 def test_source_is_deterministic_and_shows_the_equations():
-    from pararnn.kernels.triton_steps import Form, source
+    from pararnn.kernels.triton.expressions import source
     from pararnn.tracing.products import products
 
     def text():
-        _, chunks = steps_of(make("gru", torch.float32), torch.float32, "forward", Cut(3, 2, 2))
-        of = RNN(make("gru", torch.float32)).evaluation().traced.mixing
+        of, chunks = steps_of(make("gru", torch.float32), torch.float32, "forward", Cut(3, 2, 2))
         strides = [
             e.stride()[2 if r else 0 :]
             for e, r in zip(chunks.edges, chunks.step.by_rows, strict=True)
@@ -376,8 +375,10 @@ def test_source_is_deterministic_and_shows_the_equations():
         found = products(
             of.step.module, of.edges, strides, 1, of.hidden, torch.float32, torch.device("cpu")
         )
-        return source(found, Form(double=False, begins=False, keep=True))
+        leaves = {"state": 1, "drive": 3, "coefficient": 3, "weight": 3}
+        return source("step", leaves, found.step, double=False)
 
     assert text() == text()
     assert "tanh(drive2 + " in text().split('"""')[1]
     assert "dot(state0, weight2)" in text()
+    assert len(text().splitlines()) < 50

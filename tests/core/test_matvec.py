@@ -164,8 +164,8 @@ def test_launches_have_all_rows_and_fit(rows, inner, heads):
     "text",
     [
         "import os",
-        '{"leaves": [true], "means": 0, "nodes": [["drive", 1]], "roots": [[0]]}',
-        '{"leaves": [true], "means": 0, "nodes": [["__import__", 1]], "roots": [[0]]}',
+        '{"leaves": [true], "nodes": [["drive", 1]], "roots": [[0]]}',
+        '{"leaves": [true], "nodes": [["__import__", 1]], "roots": [[0]]}',
     ],
 )
 def test_a_foreign_text_runs_nothing(text):

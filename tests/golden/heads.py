@@ -2,19 +2,19 @@
 
     t0 = log_sigmoid(dot(state0, weight1) + drive1) + state3
     t1 = dot(state0, weight0) + drive0
-    t2 = maximum(t0, t1)
-    t3 = exp(t0 - t2)
-    t4 = exp(t1 - t2)
-    state0' = sigmoid(dot(state0, weight3) + drive3) * (t3 * state1 + t4 * tanh(dot(state0, weight2) + drive2)) / clamp(t3 * state2 + t4, 1e-30)
-    state1' = t3 * state1 + t4 * tanh(dot(state0, weight2) + drive2)
-    state2' = t3 * state2 + t4
-    state3' = maximum(t0, t1)
+    t2 = exp(t0 - result3)
+    t3 = exp(t1 - result3)
+    result0 = sigmoid(dot(state0, weight3) + drive3) * result1 / clamp(result2, 1e-30)
+    result1 = t2 * state1 + t3 * tanh(dot(state0, weight2) + drive2)
+    result2 = t2 * state2 + t3
+    result3 = maximum(t0, t1)
 """
 
 import triton
 import triton.language as tl
 
 from pararnn.kernels.triton.functions import (
+    dot,
     exp,
     log1p,
     maximum,
@@ -25,11 +25,14 @@ from pararnn.kernels.triton.functions import (
 
 
 @triton.jit
-def step(inside, state0, state1, state2, state3, drive0, drive1, drive2, drive3, weight0, weight1, weight2, weight3):
-    t2 = tl.sum(tl.sum(tl.reshape(tl.where(inside, state0, 0.0), (1, 16))[None, :, :] * weight3, axis=1), axis=1)
-    t4 = tl.sum(tl.sum(tl.reshape(tl.where(inside, state0, 0.0), (1, 16))[None, :, :] * weight1, axis=1), axis=1)
-    t6 = tl.sum(tl.sum(tl.reshape(tl.where(inside, state0, 0.0), (1, 16))[None, :, :] * weight0, axis=1), axis=1)
-    t8 = tl.sum(tl.sum(tl.reshape(tl.where(inside, state0, 0.0), (1, 16))[None, :, :] * weight2, axis=1), axis=1)
+def step(SIZE: tl.constexpr, state, drive, coefficient, weight):
+    (state0, state1, state2, state3) = state
+    (drive0, drive1, drive2, drive3) = drive
+    (weight0, weight1, weight2, weight3) = weight
+    t2 = dot(state0, weight3, SIZE)
+    t4 = dot(state0, weight1, SIZE)
+    t6 = dot(state0, weight0, SIZE)
+    t8 = dot(state0, weight2, SIZE)
     t10 = t2 + drive3
     t11 = sigmoid(t10)
     t13 = t4 + drive1
@@ -57,85 +60,7 @@ def step(inside, state0, state1, state2, state3, drive0, drive1, drive2, drive3,
     t40 = t39 < tl.full([], 1e-30, tl.float32)
     t41 = tl.where(t40, tl.full([], 1e-30, tl.float32), t39)
     t42 = t36 / t41
-    return t42, t35, t39, t24
-
-
-@triton.jit(do_not_specialize=["given", "batch", "time", "chunk", "first", "reverse"])
-def run(
-    edge1, edge1_step, edge1_row, edge2, edge2_step, edge2_row, edge3, edge3_step, edge3_row,
-    edge4, edge4_step, edge4_row, states0, states0_step, states0_row, states1, states1_step,
-    states1_row, states2, states2_step, states2_row, states3, states3_step, states3_row,
-    weights, initial0, initial1, initial2, initial3, ends0, ends1, ends2, ends3, given,
-    batch, time, chunk, first, reverse,
-):
-    row, group = tl.program_id(0), tl.program_id(1)
-    begin = (row % given) // batch * chunk
-    count = tl.minimum(chunk, time - begin)
-    first = tl.where(reverse > 0, count - 1, tl.minimum(first, count - 1))
-    steps = tl.where(reverse > 0, count, count - first)
-    last = tl.maximum(steps - 1, 0)
-    direction = tl.cast(1 - 2 * reverse, tl.int64)
-    position = tl.cast(begin + first, tl.int64)
-    sequence = tl.cast(row % given % batch, tl.int64)
-    row = tl.cast(row, tl.int64)
-    lane = tl.arange(0, 16)
-    inside = lane < 2
-    channel = group * 2 + lane
-    factor = tl.arange(0, 1)[None, :, None] * 16
-    factor += tl.arange(0, 16)[None, None, :]
-    block = weights + group * 256 + lane[:, None, None] * 16 + factor
-    weight0 = tl.load(block + 0).to(tl.float32)
-    weight1 = tl.load(block + 512).to(tl.float32)
-    weight2 = tl.load(block + 1024).to(tl.float32)
-    weight3 = tl.load(block + 1536).to(tl.float32)
-    edge1_at = edge1 + sequence * edge1_row + position * edge1_step
-    edge1_next = direction * edge1_step
-    edge2_at = edge2 + sequence * edge2_row + position * edge2_step
-    edge2_next = direction * edge2_step
-    edge3_at = edge3 + sequence * edge3_row + position * edge3_step
-    edge3_next = direction * edge3_step
-    edge4_at = edge4 + sequence * edge4_row + position * edge4_step
-    edge4_next = direction * edge4_step
-    states0_at = states0 + sequence * states0_row + position * states0_step
-    states0_next = direction * states0_step
-    states1_at = states1 + sequence * states1_row + position * states1_step
-    states1_next = direction * states1_step
-    states2_at = states2 + sequence * states2_row + position * states2_step
-    states2_next = direction * states2_step
-    states3_at = states3 + sequence * states3_row + position * states3_step
-    states3_next = direction * states3_step
-    s0 = tl.load(initial0 + row * 4 + channel, mask=inside, other=0.0).to(tl.float32)
-    s1 = tl.load(initial1 + row * 4 + channel, mask=inside, other=0.0).to(tl.float32)
-    s2 = tl.load(initial2 + row * 4 + channel, mask=inside, other=0.0).to(tl.float32)
-    s3 = tl.load(initial3 + row * 4 + channel, mask=inside, other=0.0).to(tl.float32)
-    ahead = tl.cast(tl.minimum(0, last), tl.int64)
-    u0 = tl.load(edge1_at + ahead * edge1_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u1 = tl.load(edge2_at + ahead * edge2_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u2 = tl.load(edge3_at + ahead * edge3_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u3 = tl.load(edge4_at + ahead * edge4_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    for i in range(0, steps):
-        drive0 = u0.to(tl.float32)
-        drive1 = u1.to(tl.float32)
-        drive2 = u2.to(tl.float32)
-        drive3 = u3.to(tl.float32)
-        ahead = tl.cast(tl.minimum(i + 1, last), tl.int64)
-        u0 = tl.load(edge1_at + ahead * edge1_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u1 = tl.load(edge2_at + ahead * edge2_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u2 = tl.load(edge3_at + ahead * edge3_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u3 = tl.load(edge4_at + ahead * edge4_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        s0, s1, s2, s3 = step(inside, s0, s1, s2, s3, drive0, drive1, drive2, drive3, weight0, weight1, weight2, weight3)
-        tl.store(states0_at + channel, s0, mask=inside)
-        states0_at += states0_next
-        tl.store(states1_at + channel, s1, mask=inside)
-        states1_at += states1_next
-        tl.store(states2_at + channel, s2, mask=inside)
-        states2_at += states2_next
-        tl.store(states3_at + channel, s3, mask=inside)
-        states3_at += states3_next
-    tl.store(ends0 + row * 4 + channel, s0, mask=inside)
-    tl.store(ends1 + row * 4 + channel, s1, mask=inside)
-    tl.store(ends2 + row * 4 + channel, s2, mask=inside)
-    tl.store(ends3 + row * 4 + channel, s3, mask=inside)
+    return (t42, t35, t39, t24)
 
 
 """Generated by ParaRNN from a step:
@@ -159,16 +84,17 @@ def run(
     t16 = (t12 * drive11 + t14 * drive10) * t4
     t17 = state3 + drive3 + -t16 + -t15
     t18 = where(t1 == t2, t17 / 2, t17)
-    state0' = dot(t15 + where(t1 > t2, 0, t18), weight4) + dot(log_sigmoid_backward(t16 + where(t1 < t2, 0, t18), t0), weight5) + dot(tanh_backward(t14 * t5, t9), weight6) + dot(sigmoid_backward(t13 * t10, t8), weight7)
-    state1' = t14 * t4
-    state2' = t12 * t4
-    state3' = t16 + where(t1 < t2, 0, t18)
+    result0 = dot(t15 + where(t1 > t2, 0, t18), weight4) + dot(log_sigmoid_backward(result3, t0), weight5) + dot(tanh_backward(t14 * t5, t9), weight6) + dot(sigmoid_backward(t13 * t10, t8), weight7)
+    result1 = t14 * t4
+    result2 = t12 * t4
+    result3 = t16 + where(t1 < t2, 0, t18)
 """
 
 import triton
 import triton.language as tl
 
 from pararnn.kernels.triton.functions import (
+    dot,
     exp,
     log1p,
     maximum,
@@ -179,11 +105,15 @@ from pararnn.kernels.triton.functions import (
 
 
 @triton.jit
-def step(inside, state0, state1, state2, state3, drive0, drive1, drive2, drive3, drive4, drive5, drive6, drive7, drive8, drive9, drive10, drive11, coefficient0, weight0, weight1, weight2, weight3, weight4, weight5, weight6, weight7):
-    t2 = tl.sum(tl.sum(tl.reshape(tl.where(inside, drive4, 0.0), (1, 16))[None, :, :] * weight1, axis=1), axis=1)
-    t4 = tl.sum(tl.sum(tl.reshape(tl.where(inside, drive4, 0.0), (1, 16))[None, :, :] * weight0, axis=1), axis=1)
-    t6 = tl.sum(tl.sum(tl.reshape(tl.where(inside, drive4, 0.0), (1, 16))[None, :, :] * weight3, axis=1), axis=1)
-    t8 = tl.sum(tl.sum(tl.reshape(tl.where(inside, drive4, 0.0), (1, 16))[None, :, :] * weight2, axis=1), axis=1)
+def step(SIZE: tl.constexpr, state, drive, coefficient, weight):
+    (state0, state1, state2, state3) = state
+    (drive0, drive1, drive2, drive3, drive4, drive5, drive6, drive7, drive8, drive9, drive10, drive11) = drive
+    (coefficient0,) = coefficient
+    (weight0, weight1, weight2, weight3, weight4, weight5, weight6, weight7) = weight
+    t2 = dot(drive4, weight1, SIZE)
+    t4 = dot(drive4, weight0, SIZE)
+    t6 = dot(drive4, weight3, SIZE)
+    t8 = dot(drive4, weight2, SIZE)
     t11 = state2 + drive2
     t13 = t2 + drive6
     t14 = minimum(t13, tl.full([], 0.0, tl.float32))
@@ -241,173 +171,27 @@ def step(inside, state0, state1, state2, state3, drive0, drive1, drive2, drive3,
     t79 = tl.where(t66, t78, t77)
     t80 = tl.where(t65, tl.full([], 0.0, tl.float32), t79)
     t81 = t64 + t80
-    t83 = tl.sum(tl.sum(tl.reshape(tl.where(inside, t81, 0.0), (1, 16))[None, :, :] * weight4, axis=1), axis=1)
+    t83 = dot(t81, weight4, SIZE)
     t84 = t21 < t23
     t85 = tl.where(t84, tl.full([], 0.0, tl.float32), t79)
     t86 = t73 + t85
     t87 = -t13
     t88 = sigmoid(t87)
     t89 = t86 * t88
-    t91 = tl.sum(tl.sum(tl.reshape(tl.where(inside, t89, 0.0), (1, 16))[None, :, :] * weight5, axis=1), axis=1)
+    t91 = dot(t89, weight5, SIZE)
     t92 = t61 * t30
     t93 = t44 * t44
     t94 = tl.full([], 1.0, tl.float32) - t93
     t95 = t92 * t94
-    t97 = tl.sum(tl.sum(tl.reshape(tl.where(inside, t95, 0.0), (1, 16))[None, :, :] * weight6, axis=1), axis=1)
+    t97 = dot(t95, weight6, SIZE)
     t98 = t59 * t46
     t99 = tl.full([], 1.0, tl.float32) - t39
     t100 = t99 * t39
     t101 = t98 * t100
-    t103 = tl.sum(tl.sum(tl.reshape(tl.where(inside, t101, 0.0), (1, 16))[None, :, :] * weight7, axis=1), axis=1)
+    t103 = dot(t101, weight7, SIZE)
     t104 = t83 + t91
     t105 = t104 + t97
     t106 = t105 + t103
     t107 = t61 * t26
     t108 = t55 * t26
-    return t106, t107, t108, t86
-
-
-@triton.jit(do_not_specialize=["given", "batch", "time", "chunk", "first", "reverse"])
-def run(
-    edge0, edge0_step, edge0_row, edge1, edge1_step, edge1_row, edge2, edge2_step, edge2_row,
-    edge3, edge3_step, edge3_row, edge4, edge4_step, edge4_row, edge6, edge6_step, edge6_row,
-    edge7, edge7_step, edge7_row, edge8, edge8_step, edge8_row, edge9, edge9_step, edge9_row,
-    edge10, edge10_step, edge10_row, edge11, edge11_step, edge11_row, edge12, edge12_step,
-    edge12_row, begins, begins_step, begins_row, fresh0, fresh0_step, fresh0_row, fresh1,
-    fresh1_step, fresh1_row, fresh2, fresh2_step, fresh2_row, fresh3, fresh3_step,
-    fresh3_row, states0, states0_step, states0_row, states1, states1_step, states1_row,
-    states2, states2_step, states2_row, states3, states3_step, states3_row, fresh0_channel,
-    fresh1_channel, fresh2_channel, fresh3_channel, edge13, weights, initial0, initial1,
-    initial2, initial3, ends0, ends1, ends2, ends3, given, batch, time, chunk, first,
-    reverse,
-):
-    row, group = tl.program_id(0), tl.program_id(1)
-    begin = (row % given) // batch * chunk
-    count = tl.minimum(chunk, time - begin)
-    first = tl.where(reverse > 0, count - 1, tl.minimum(first, count - 1))
-    steps = tl.where(reverse > 0, count, count - first)
-    last = tl.maximum(steps - 1, 0)
-    direction = tl.cast(1 - 2 * reverse, tl.int64)
-    position = tl.cast(begin + first, tl.int64)
-    sequence = tl.cast(row % given % batch, tl.int64)
-    row = tl.cast(row, tl.int64)
-    lane = tl.arange(0, 16)
-    inside = lane < 2
-    channel = group * 2 + lane
-    factor = tl.arange(0, 1)[None, :, None] * 16
-    factor += tl.arange(0, 16)[None, None, :]
-    block = weights + group * 256 + lane[:, None, None] * 16 + factor
-    weight0 = tl.load(block + 0).to(tl.float32)
-    weight1 = tl.load(block + 512).to(tl.float32)
-    weight2 = tl.load(block + 1024).to(tl.float32)
-    weight3 = tl.load(block + 1536).to(tl.float32)
-    weight4 = tl.load(block + 2048).to(tl.float32)
-    weight5 = tl.load(block + 2560).to(tl.float32)
-    weight6 = tl.load(block + 3072).to(tl.float32)
-    weight7 = tl.load(block + 3584).to(tl.float32)
-    coefficient0 = tl.load(edge13 + group * 0 + lane * 0 + 0, mask=inside, other=0.0).to(tl.float32)
-    edge0_at = edge0 + sequence * edge0_row + position * edge0_step
-    edge0_next = direction * edge0_step
-    edge1_at = edge1 + sequence * edge1_row + position * edge1_step
-    edge1_next = direction * edge1_step
-    edge2_at = edge2 + sequence * edge2_row + position * edge2_step
-    edge2_next = direction * edge2_step
-    edge3_at = edge3 + sequence * edge3_row + position * edge3_step
-    edge3_next = direction * edge3_step
-    edge4_at = edge4 + sequence * edge4_row + position * edge4_step
-    edge4_next = direction * edge4_step
-    edge6_at = edge6 + sequence * edge6_row + position * edge6_step
-    edge6_next = direction * edge6_step
-    edge7_at = edge7 + sequence * edge7_row + position * edge7_step
-    edge7_next = direction * edge7_step
-    edge8_at = edge8 + sequence * edge8_row + position * edge8_step
-    edge8_next = direction * edge8_step
-    edge9_at = edge9 + sequence * edge9_row + position * edge9_step
-    edge9_next = direction * edge9_step
-    edge10_at = edge10 + sequence * edge10_row + position * edge10_step
-    edge10_next = direction * edge10_step
-    edge11_at = edge11 + sequence * edge11_row + position * edge11_step
-    edge11_next = direction * edge11_step
-    edge12_at = edge12 + sequence * edge12_row + position * edge12_step
-    edge12_next = direction * edge12_step
-    begins_at = begins + sequence * begins_row + position * begins_step
-    begins_next = direction * begins_step
-    fresh0_at = fresh0 + sequence * fresh0_row + position * fresh0_step
-    fresh0_next = direction * fresh0_step
-    fresh1_at = fresh1 + sequence * fresh1_row + position * fresh1_step
-    fresh1_next = direction * fresh1_step
-    fresh2_at = fresh2 + sequence * fresh2_row + position * fresh2_step
-    fresh2_next = direction * fresh2_step
-    fresh3_at = fresh3 + sequence * fresh3_row + position * fresh3_step
-    fresh3_next = direction * fresh3_step
-    states0_at = states0 + sequence * states0_row + position * states0_step
-    states0_next = direction * states0_step
-    states1_at = states1 + sequence * states1_row + position * states1_step
-    states1_next = direction * states1_step
-    states2_at = states2 + sequence * states2_row + position * states2_step
-    states2_next = direction * states2_step
-    states3_at = states3 + sequence * states3_row + position * states3_step
-    states3_next = direction * states3_step
-    s0 = tl.load(initial0 + row * 4 + channel, mask=inside, other=0.0).to(tl.float32)
-    s1 = tl.load(initial1 + row * 4 + channel, mask=inside, other=0.0).to(tl.float32)
-    s2 = tl.load(initial2 + row * 4 + channel, mask=inside, other=0.0).to(tl.float32)
-    s3 = tl.load(initial3 + row * 4 + channel, mask=inside, other=0.0).to(tl.float32)
-    ahead = tl.cast(tl.minimum(0, last), tl.int64)
-    u0 = tl.load(edge0_at + ahead * edge0_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u1 = tl.load(edge1_at + ahead * edge1_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u2 = tl.load(edge2_at + ahead * edge2_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u3 = tl.load(edge3_at + ahead * edge3_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u4 = tl.load(edge4_at + ahead * edge4_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u5 = tl.load(edge6_at + ahead * edge6_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u6 = tl.load(edge7_at + ahead * edge7_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u7 = tl.load(edge8_at + ahead * edge8_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u8 = tl.load(edge9_at + ahead * edge9_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u9 = tl.load(edge10_at + ahead * edge10_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u10 = tl.load(edge11_at + ahead * edge11_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    u11 = tl.load(edge12_at + ahead * edge12_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-    replaced = tl.load(begins_at + ahead * begins_next)
-    for i in range(0, steps):
-        drive0 = u0.to(tl.float32)
-        drive1 = u1.to(tl.float32)
-        drive2 = u2.to(tl.float32)
-        drive3 = u3.to(tl.float32)
-        drive4 = u4.to(tl.float32)
-        drive5 = u5.to(tl.float32)
-        drive6 = u6.to(tl.float32)
-        drive7 = u7.to(tl.float32)
-        drive8 = u8.to(tl.float32)
-        drive9 = u9.to(tl.float32)
-        drive10 = u10.to(tl.float32)
-        drive11 = u11.to(tl.float32)
-        if replaced != 0:
-            s0 = tl.load(fresh0_at + tl.cast(i, tl.int64) * fresh0_next + channel * fresh0_channel, mask=inside, other=0.0).to(tl.float32)
-            s1 = tl.load(fresh1_at + tl.cast(i, tl.int64) * fresh1_next + channel * fresh1_channel, mask=inside, other=0.0).to(tl.float32)
-            s2 = tl.load(fresh2_at + tl.cast(i, tl.int64) * fresh2_next + channel * fresh2_channel, mask=inside, other=0.0).to(tl.float32)
-            s3 = tl.load(fresh3_at + tl.cast(i, tl.int64) * fresh3_next + channel * fresh3_channel, mask=inside, other=0.0).to(tl.float32)
-        ahead = tl.cast(tl.minimum(i + 1, last), tl.int64)
-        u0 = tl.load(edge0_at + ahead * edge0_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u1 = tl.load(edge1_at + ahead * edge1_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u2 = tl.load(edge2_at + ahead * edge2_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u3 = tl.load(edge3_at + ahead * edge3_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u4 = tl.load(edge4_at + ahead * edge4_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u5 = tl.load(edge6_at + ahead * edge6_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u6 = tl.load(edge7_at + ahead * edge7_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u7 = tl.load(edge8_at + ahead * edge8_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u8 = tl.load(edge9_at + ahead * edge9_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u9 = tl.load(edge10_at + ahead * edge10_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u10 = tl.load(edge11_at + ahead * edge11_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        u11 = tl.load(edge12_at + ahead * edge12_next + group * 2 + lane * 1 + 0, mask=inside, other=0)
-        replaced = tl.load(begins_at + ahead * begins_next)
-        s0, s1, s2, s3 = step(inside, s0, s1, s2, s3, drive0, drive1, drive2, drive3, drive4, drive5, drive6, drive7, drive8, drive9, drive10, drive11, coefficient0, weight0, weight1, weight2, weight3, weight4, weight5, weight6, weight7)
-        tl.store(states0_at + channel, s0, mask=inside)
-        states0_at += states0_next
-        tl.store(states1_at + channel, s1, mask=inside)
-        states1_at += states1_next
-        tl.store(states2_at + channel, s2, mask=inside)
-        states2_at += states2_next
-        tl.store(states3_at + channel, s3, mask=inside)
-        states3_at += states3_next
-    tl.store(ends0 + row * 4 + channel, s0, mask=inside)
-    tl.store(ends1 + row * 4 + channel, s1, mask=inside)
-    tl.store(ends2 + row * 4 + channel, s2, mask=inside)
-    tl.store(ends3 + row * 4 + channel, s3, mask=inside)
+    return (t106, t107, t108, t86)

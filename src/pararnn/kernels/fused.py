@@ -1,11 +1,10 @@
-"""Steps of recurrences whose channels mix in one generated kernel, the weights in registers."""
+"""Steps of cells whose channels mix in one kernel, `triton.rows`, with the weights in registers."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,15 +12,16 @@ from torch import Tensor, fx, nn
 
 from pararnn.kernels.lowering import NotLowered
 from pararnn.kernels.triton.backend import on_device
-from pararnn.kernels.triton.build import load, missing
-from pararnn.kernels.triton_steps import Form, source, width
-from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
+from pararnn.kernels.triton.build import missing
+from pararnn.kernels.triton.expressions import function
+from pararnn.solvers.chunks import WHOLE, Chunks, Cut, Sweep, Swept
 from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
 
 _ON_CHIP = 200 * 2**10  # bytes for weights: most of the registers of a multiprocessor of an H100
 _FACTORS = 48  # 32-bit registers of a thread for weights, beyond which a program gets more threads
 _WARPS = 16  # of a program at most
+_TILE = 16  # see `triton.functions.dot`
 
 
 class NotFused(Exception):
@@ -30,9 +30,21 @@ class NotFused(Exception):
 
 @dataclass(frozen=True)
 class _Kernel:
+    """The kernel of a step.
+
+    Attributes:
+        products: The step.
+        drives: Which edges hold its drives.
+        coefficients: Which edges hold its coefficients.
+        run: The kernel.
+        constants: What it is compiled for.
+    """
+
     products: Products
-    module: ModuleType
-    warps: int
+    drives: tuple[int, ...]
+    coefficients: tuple[int, ...]
+    run: Any
+    constants: dict[str, Any]
 
 
 _known: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple[Any, ...], _Kernel | str]] = (
@@ -41,7 +53,7 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple[Any, ...], _Kernel 
 
 
 def reasons(module: fx.GraphModule) -> list[str]:
-    """Why a step was not fused, once for every form in which it was tried in vain."""
+    """Why a step was not fused, once for every kind of inputs with which it was tried in vain."""
     return [k for k in _known.get(module, {}).values() if isinstance(k, str)]
 
 
@@ -61,31 +73,40 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
             large; the message says what.
     """
     known = _known.setdefault(chunks.step.module, {})
-    redo, begins = sweep.redo, chunks.begins is not None
-    form = Form(state[0].dtype is torch.float64, begins, sweep.keep, redo is not None)
-    key = _key(chunks, state, form)
+    key = _key(chunks, state)
     if key not in known:
-        known[key] = _kernel(chunks, state, form)
+        known[key] = _kernel(chunks, state)
     kernel = known[key]
     if isinstance(kernel, str):
         raise NotFused(kernel)
-    cut, (rows, hidden) = chunks.cut, state[0].shape
+    cut, (rows, hidden), edges = chunks.cut, state[0].shape, chunks.edges
     states: Sequence[Tensor] = []
     if sweep.keep:
         states = [s.new_empty(cut.batch, cut.time, hidden) for s in state]
-    if redo is not None:
-        states = redo.states
+    if sweep.redo is not None:
+        states = sweep.redo.states
     ends = [s.new_empty(rows, hidden) for s in state]
-    arguments = _arguments(kernel.products, chunks, state, states)
-    arguments |= {f"ends{i}": e for i, e in enumerate(ends)}
-    if redo is not None:
-        arguments["settled"] = redo.settled.view(torch.uint8)
-    arguments |= {"given": rows // sweep.copies, "batch": cut.batch, "time": cut.time}
-    arguments |= {"chunk": cut.chunk, "first": sweep.first, "reverse": int(chunks.reverse)}
-    grid = (rows, kernel.products.groups)
+    resets, fresh = ([], []) if chunks.begins is None else ([chunks.begins], chunks.fresh)
     with on_device(state[0]):
         try:
-            kernel.module.run[grid](**arguments, num_warps=kernel.warps, num_stages=1)
+            kernel.run[rows, kernel.products.groups](
+                drives=_over_time([edges[i] for i in kernel.drives], cut),
+                coefficients=tuple(edges[i] for i in kernel.coefficients),
+                weights=_blocks(kernel.products, edges),
+                resets=_over_time(resets, cut),
+                reset_states=_over_time([_side_by_side(f) for f in fresh], cut),
+                initial=tuple(s.contiguous() for s in state),
+                states=_over_time(states, cut),
+                ends=tuple(ends),
+                settled=None if sweep.redo is None else sweep.redo.settled.view(torch.uint8),
+                rows=rows // sweep.copies,
+                batch=cut.batch,
+                time=cut.time,
+                chunk=cut.chunk,
+                first=sweep.first,
+                reverse=int(chunks.reverse),
+                **kernel.constants,
+            )
         except _out_of_resources() as error:
             known[key] = f"its weights do not fit on the chip: {error}"
             raise NotFused(known[key]) from error
@@ -98,17 +119,17 @@ def _out_of_resources() -> type[Exception]:
     return OutOfResources
 
 
-def _key(chunks: Chunks, state: Sequence[Tensor], form: Form) -> tuple[Any, ...]:
+def _key(chunks: Chunks, state: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a kernel is generated for."""
     edges = [
         (e.shape[2:], e.stride()[2:], e.dtype) if by_rows else (e.shape, e.stride(), e.dtype)
         for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
     ]
     like = state[0]
-    return len(state), like.shape[1], like.dtype, like.device, form, *edges
+    return len(state), like.shape[1], like.dtype, like.device, *edges
 
 
-def _kernel(chunks: Chunks, state: Sequence[Tensor], form: Form) -> _Kernel | str:
+def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
     """The kernel, or why there is none."""
     like, kinds, strides = state[0], [], []
     obstacle = missing(like.device.type)
@@ -124,51 +145,69 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor], form: Form) -> _Kernel | st
         found = products(
             chunks.step.module, kinds, strides, len(state), like.shape[1], like.dtype, like.device
         )
-        size = len(found.weights) * width(found) ** 2 * like.itemsize
+        size = len(found.weights) * _width(found) ** 2 * like.itemsize
         if size > _ON_CHIP:
             return f"its weights take {size >> 10} KB on the chip, which has {_ON_CHIP >> 10} KB"
-        wanted = max(1, -(-size // (4 * 32 * _FACTORS)))
-        most = min(_WARPS, width(found) * 4 // 32)  # four threads a sum, see `TILE`
-        warps = min(most, 1 << (wanted - 1).bit_length())
-        return _Kernel(found, load(source(found, form)), warps)
+        return _compiled(found, like)
     except (NotExpressed, NotLowered) as error:
         return str(error)
 
 
-def _arguments(
-    products: Products, chunks: Chunks, state: Sequence[Tensor], states: Sequence[Tensor]
-) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    moving = {f"edge{i}": chunks.edges[i] for i in {p.edge for p in products.drives}}
-    if chunks.begins is not None:
-        moving["begins"] = chunks.begins
-        moving |= {f"fresh{i}": fresh for i, fresh in enumerate(chunks.fresh)}
-        arguments |= {f"fresh{i}_channel": f.stride(2) for i, f in enumerate(chunks.fresh)}
-    moving |= {f"states{i}": s for i, s in enumerate(states)}
-    for name, tensor in moving.items():
-        arguments |= _over_time(name, tensor, chunks.cut.backwards)
-    arguments |= {f"edge{p.edge}": chunks.edges[p.edge] for p in products.coefficients}
-    if products.weights:
-        arguments["weights"] = _blocks(products, chunks.edges)
-    return arguments | {f"initial{i}": s.contiguous() for i, s in enumerate(state)}
+def _compiled(products: Products, like: Tensor) -> _Kernel:
+    from pararnn.kernels.triton import rows  # needs Triton, which this module does not
 
-
-def _over_time(name: str, tensor: Tensor, backwards: bool) -> dict[str, Any]:
-    """A tensor (batch, time, ...) from the time that comes first, with its strides."""
-    step = tensor.stride(1)
-    first = tensor[:, -1] if backwards else tensor
-    if first.dtype is torch.bool:
-        first = first.view(torch.uint8)
-    return {
-        name: first,
-        f"{name}_step": -step if backwards else step,
-        f"{name}_row": tensor.stride(0),
+    count, width, double = len(products.weights), _width(products), like.dtype is torch.float64
+    wanted = max(1, -(-count * width**2 * like.itemsize // (4 * 32 * _FACTORS)))
+    most = min(_WARPS, width * 4 // 32)  # four threads a sum, see `_TILE`
+    drives, coefficients = products.drives, products.coefficients
+    leaves = {"state": len(products.step), "drive": len(drives)}
+    leaves |= {"coefficient": len(coefficients), "weight": count}
+    used = [tuple(sorted({p.edge for p in places})) for places in (drives, coefficients)]
+    placed = [
+        tuple((of.index(p.edge), p.offset, p.group, p.channel) for p in places)
+        for of, places in zip(used, (drives, coefficients), strict=True)
+    ]
+    constants = {
+        "STEP": function("step", leaves, products.step, double),
+        "DRIVES": placed[0],
+        "COEFFICIENTS": placed[1],
+        "WEIGHTS": count,
+        "GROUPS": products.groups,
+        "SIZE": products.size,
+        "WIDTH": width,
+        "TILE": _TILE,
+        "num_warps": min(most, 1 << (wanted - 1).bit_length()),
+        "num_stages": 1,
     }
+    return _Kernel(products, used[0], used[1], rows.run, constants)
+
+
+def _width(products: Products) -> int:
+    """Channels of a program, a power of two."""
+    return max(_TILE, 1 << (products.size - 1).bit_length())
+
+
+def _over_time(tensors: Sequence[Tensor], cut: Cut) -> tuple[tuple[Tensor, int, int], ...]:
+    """Tensors (batch, time, ...) from the time that comes first: see `rows.OverTime`."""
+    from pararnn.kernels.triton.rows import OverTime
+
+    found = []
+    for tensor in tensors:
+        first = tensor[:, -1] if cut.backwards else tensor
+        first = first.view(torch.uint8) if first.dtype is torch.bool else first
+        step = -tensor.stride(1) if cut.backwards else tensor.stride(1)
+        found.append(OverTime(first, tensor.stride(0), step))
+    return tuple(found)
+
+
+def _side_by_side(states: Tensor) -> Tensor:
+    """States (batch, time, hidden) whose channels lie side by side."""
+    return states if states.stride(2) == 1 else states.contiguous()
 
 
 def _blocks(products: Products, edges: Sequence[Tensor]) -> Tensor:
-    """The blocks of the weights (blocks, groups, result, factor) in memory as `TILE` wants them."""
-    size, padding = products.size, width(products) - products.size
+    """The blocks of the weights (blocks, groups, result, factor) side by side."""
+    size, padding = products.size, _width(products) - products.size
     found = torch.stack(
         [
             edges[p.edge].as_strided(

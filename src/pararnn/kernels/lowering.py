@@ -12,7 +12,7 @@ from typing import Any
 from pararnn.kernels.primitives import PRIMITIVES
 from pararnn.tracing.expressions import Expression, Operand, make, rewrite
 
-PRODUCTS = frozenset(["dot"])  # only where channels mix
+REDUCTIONS = frozenset(["dot", "mean"])  # over the channels of a group: only in Triton
 
 
 class NotLowered(ValueError):
@@ -29,7 +29,7 @@ def lower(roots: Iterable[Operand]) -> list[Operand]:
     def rule(op: str, args: tuple[Operand, ...]) -> Operand:
         if op in _RULES:
             return _RULES[op](*args)
-        if op in PRIMITIVES or op in PRODUCTS:
+        if op in PRIMITIVES or op in REDUCTIONS:
             return make(op, *args)
         raise NotLowered(f"aten.{op} has no rule in pararnn.kernels.lowering")
 

@@ -22,7 +22,7 @@ from pararnn.kernels import matvec
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.matvec import MOST_INNER, Vector
 from pararnn.kernels.triton.build import interpreted
-from pararnn.tracing.expressions import Expression, Operand, leaf
+from pararnn.tracing.expressions import Expression, Operand, leaf, make
 from pararnn.tracing.operations import (
     UnknownOperation,
     express,
@@ -207,18 +207,15 @@ class _Region:
         expressions: dict[fx.Node, Operand] = {
             n: leaf("drive", i) for i, n in enumerate(self.leaves)
         }
-        means: list[Operand] = []
         for node in self.inside:
             if node.target in _MOVES or node.target is _CONVERT:
                 expressions[node] = expressions[node.all_input_nodes[0]]
             elif node.target is aten.mean.dim:
-                expressions[node] = leaf("drive", len(self.leaves) + len(means))
-                means.append(expressions[node.all_input_nodes[0]])
+                expressions[node] = make("mean", expressions[node.all_input_nodes[0]])
             else:
                 expressions[node] = _express(node, expressions)
         return Vector(
             tuple(_value(n).numel() > 1 for n in self.leaves),
-            tuple(means),
             expressions[self.group.vector],
             tuple(expressions[n] for n in stored),
         )

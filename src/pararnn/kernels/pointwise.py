@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from pararnn.kernels import printing
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton.backend import on_device
-from pararnn.kernels.triton.build import load, missing
-from pararnn.kernels.triton_module import Lines, Variant, language_of, module_text, varies, wrapped
+from pararnn.kernels.triton.build import missing
+from pararnn.kernels.triton.expressions import function
 from pararnn.tracing.expressions import Expression, Operand, leaf, make
 from pararnn.tracing.operations import UnknownOperation, express, is_pointwise, operation_name
 
@@ -283,68 +282,37 @@ def _kernel(
         count: Arguments, the leaves `drive`.
         dtype: Of the arithmetic.
     """
+    from pararnn.kernels.triton import pointwise  # needs Triton, which this module does not
+
     flat = [root for buffer in roots for root in buffer]
-    booleans = [kind is torch.bool for kind, b in zip(kinds, roots, strict=True) for _ in b]
-    module = load(_source(size, flat, booleans, count, dtype is torch.float64))
-    columns = _columns(size)
+    operations = function("operations", {"drive": count}, flat, dtype is torch.float64)
+    places = tuple((i, size * n) for i, buffer in enumerate(roots) for n, _ in enumerate(buffer))
+    columns = min(_BLOCK, 1 << (size - 1).bit_length())
 
     def fused_operations(*tensors: Tensor) -> list[Tensor]:
         shape = tensors[whole].shape
         rows = math.prod(shape[:-1])
+        inputs = [_as_bytes(t.expand(shape).reshape(rows, size)) for t in tensors]
         results = [
             tensors[0].new_empty((*shape[:-1], size * len(buffer)), dtype=kind)
             for buffer, kind in zip(roots, kinds, strict=True)
         ]
-        arguments: list[Any] = []
-        for tensor in tensors:
-            x = tensor.expand(shape).reshape(rows, size)
-            arguments += [_as_bytes(x), *x.stride()]
-        for result, buffer in zip(results, roots, strict=True):
-            side_by_side = _as_bytes(result).view(rows, -1)
-            for i, _ in enumerate(buffer):
-                arguments += [side_by_side[:, i * size :], side_by_side.stride(0)]
-        grid = (-(-rows // (_BLOCK // columns)), -(-size // columns))
         with on_device(tensors[0]):
-            module.run[grid](*arguments, rows)
+            pointwise.run[-(-rows // (_BLOCK // columns)), -(-size // columns)](
+                tuple((t, *t.stride()) for t in inputs),
+                tuple((_as_bytes(r), r.shape[-1]) for r in results),
+                rows,
+                OPERATIONS=operations,
+                PLACES=places,
+                SIZE=size,
+                DOUBLE=dtype is torch.float64,
+                ROWS=_BLOCK // columns,
+                COLUMNS=columns,
+            )
         return results
 
     return fused_operations
 
 
-def _columns(size: int) -> int:
-    """Of the block of a program, a power of two."""
-    return min(_BLOCK, 1 << (size - 1).bit_length())
-
-
 def _as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype is torch.bool else x
-
-
-def _source(
-    size: int, roots: Sequence[Operand], booleans: Sequence[bool], count: int, double: bool
-) -> str:
-    """The module with the kernel `run`."""
-    variant, used, out = Variant("double" if double else "single", "none", 1), set[str](), Lines()
-    lines, values = printing.statements(language_of(variant, used), roots, {})
-    columns = _columns(size)
-    names = [f"drive{i}_{part}" for i in range(count) for part in ("at", "row", "column")]
-    names += [f"result{i}_{part}" for i, _ in enumerate(roots) for part in ("at", "row")]
-    out('@triton.jit(do_not_specialize=["rows"])')
-    out("def run(")
-    for line in wrapped([*names, "rows"]):
-        out(f"    {line}")
-    with out.block("):"):
-        out(f"first = tl.cast(tl.program_id(0), tl.int64) * {_BLOCK // columns}")
-        out(f"row = first + tl.arange(0, {_BLOCK // columns})[:, None]")
-        out(f"column = tl.program_id(1) * {columns} + tl.arange(0, {columns})[None, :]")
-        out(f"inside = (row < rows) & (column < {size})")
-        for i in range(count):
-            at = f"drive{i}_at + row * drive{i}_row + column * drive{i}_column"
-            out(f"drive{i} = tl.load({at}, mask=inside, other=0).to({variant.real})")
-        for line in lines:
-            out(line)
-        for i, (root, value, boolean) in enumerate(zip(roots, values, booleans, strict=True)):
-            value = value if varies(root) else f"tl.zeros_like(drive0) + {value}"
-            value = f"({value}).to(tl.uint8)" if boolean else value
-            out(f"tl.store(result{i}_at + row * result{i}_row + column, {value}, mask=inside)")
-    return module_text("operations on each element", [], used, out)

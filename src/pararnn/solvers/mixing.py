@@ -212,7 +212,7 @@ class Chain(abc.ABC):
         used = [edges[i] for i in adjoint.step_edges]
         if begins is None:
             return Chunks(adjoint.step, cut, used, None, [], reverse)
-        zero = self.initial.new_zeros(1, 1, 1).expand(*begins.shape[:2], self.mixing.hidden)
+        zero = self.initial.new_zeros(self.mixing.hidden).expand(*begins.shape[:2], -1)
         fresh = [zero] * self.mixing.num_components
         return Chunks(adjoint.step, cut, used, begins, fresh, reverse)
 

@@ -7,7 +7,7 @@ tensors from tensors, and runs none of them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -44,12 +44,15 @@ def write_expressions(roots: Sequence[Operand]) -> dict[str, Any]:
     return {"nodes": nodes, "roots": [show(root) for root in roots]}
 
 
-def read_expressions(text: dict[str, Any], counts: dict[str, int]) -> tuple[Operand, ...]:
+def read_expressions(
+    text: dict[str, Any], counts: dict[str, int], also: Collection[str] = ()
+) -> tuple[Operand, ...]:
     """What `write_expressions` wrote.
 
     Args:
         text: What was written.
         counts: How many leaves of every kind there may be.
+        also: Operations that may be there, beside those on each element.
 
     Raises:
         ValueError: It did not write that.
@@ -66,7 +69,7 @@ def read_expressions(text: dict[str, Any], counts: dict[str, int]) -> tuple[Oper
     for op, *args in text["nodes"]:
         if op in LEAVES:
             made.append(leaf(op, _index(args[0], counts.get(op, 0))))
-        elif is_operation(op):
+        elif is_operation(op) or op in also:
             made.append(intern(op, tuple(map(pick, args))))
         else:
             raise ValueError(f"{op!r} is no operation on each element")

@@ -59,6 +59,28 @@ def only(mask, flag):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def dot(x, weight, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The product of a vector, whose entries beyond `SIZE` may be anything, with a weight.
+
+    The weight has the shape (result, factor // TILE, factor % TILE), with neighbours in memory
+    along the last axis: with a TILE of 16 a thread has 4 of them in every tile, and all sums but
+    the last, over 4 threads, stay within a thread.
+    """
+    if x.shape[0] > SIZE:
+        x = tl.where(tl.arange(0, x.shape[0]) < SIZE, x, 0.0)
+    # Reshaped to three axes at once, Triton would lay products out like the state.
+    terms = tl.reshape(x, (weight.shape[1], weight.shape[2]))[None, :, :] * weight
+    return tl.sum(tl.sum(terms, axis=1), axis=1)
+
+
+@triton.jit
+def mean(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The mean of a vector (1, entries), whose entries beyond `SIZE` may be anything."""
+    inside = tl.arange(0, x.shape[1])[None, :] < SIZE
+    return tl.sum(tl.where(inside, x, 0.0), 1)[:, None] / SIZE
+
+
+@triton.jit
 def total(  # type: ignore[no-untyped-def]
     sums,
     result,

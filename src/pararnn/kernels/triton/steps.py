@@ -56,8 +56,9 @@ class Module:
         first = list(first)
         roots = [*first, *(root for members in results for root in members)]
         lines, values = printing.statements(self.language, roots, dict(names or {}))
+        like = next((f"{kind}0" for kind, count in leaves.items() if count), None)
         shaped = [
-            value if varies(root) else f"tl.zeros_like(state0) + {value}"
+            value if varies(root) else f"tl.zeros_like({like}) + {value}"
             for root, value in zip(roots, values, strict=True)
         ]
         given = iter(shaped[len(first) :])

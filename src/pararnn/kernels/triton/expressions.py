@@ -1,0 +1,66 @@
+"""Generates the functions that written kernels of vectors call, from expressions.
+
+Products with weights and means go over the entries of a vector: in the functions they are calls of
+`functions.dot` and `functions.mean`, which are told how many entries there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pararnn.kernels.lowering import REDUCTIONS
+from pararnn.kernels.triton.build import load
+from pararnn.kernels.triton.steps import Module
+from pararnn.tracing.expressions import (
+    LEAVES,
+    Expression,
+    Operand,
+    formula,
+    operands,
+    topological,
+)
+
+
+def function(name: str, leaves: Mapping[str, int], roots: Sequence[Operand], double: bool) -> Any:
+    """The function of `source`."""
+    return getattr(load(source(name, leaves, roots, double)), name)
+
+
+def source(name: str, leaves: Mapping[str, int], roots: Sequence[Operand], double: bool) -> str:
+    """A module with a function that computes expressions.
+
+    Args:
+        name: Of the function; its arguments are `SIZE`, the entries of a vector, and the leaves.
+        leaves: How many there are of each kind.
+        roots: What it returns, as a tuple.
+        double: Whether it computes in float64, else in float32.
+    """
+    module = Module("double" if double else "single")
+    plain = module.language
+
+    def term(op: str, args: Sequence[str]) -> str:
+        if op not in REDUCTIONS:
+            return plain.term(op, args)
+        module.used.add(op)
+        return f"{op}({', '.join(args)}, SIZE)"
+
+    module.language = dataclasses.replace(plain, term=term)
+    # Products first, as far as they do not depend on each other, so that they overlap.
+    products = [e for e in topological(roots) if e.op == "dot"]
+    module.function(name, leaves, [roots], flags=["SIZE: tl.constexpr"], first=products)
+    return module.text(f"a {name}", _equations(roots))
+
+
+def _equations(roots: Sequence[Operand]) -> list[str]:
+    """Mathematics, one line per value that is used more than once and per result."""
+    order = topological(roots)
+    uses = Counter(a for e in order for a in operands(e))
+    names: dict[Expression, str] = {e: f"{e.op}{e.args[0]}" for e in order if e.op in LEAVES}
+    results = {e: f"result{i}" for i, e in enumerate(roots) if isinstance(e, Expression)}
+    shared = [e for e in order if uses[e] > 1 and e not in names | results]
+    names = results | names | {e: f"t{n}" for n, e in enumerate(shared)}
+    lines = [f"{names[e]} = {formula(e, names)}" for e in shared]
+    return lines + [f"result{i} = {formula(root, names)}" for i, root in enumerate(roots)]

@@ -25,7 +25,7 @@ class Noting(Driver):
 
 
 def record(**what):
-    compiled.append(what["fn"].name)
+    compiled.append(what["src"].name)
 
 
 together = []
@@ -40,7 +40,7 @@ def counting(launches):
 
 
 triton.runtime.driver.set_active(Noting())
-triton.knobs.runtime.jit_post_compile_hook = record
+triton.knobs.compilation.listener = record
 backend.compile_together = counting
 backend.overlaps = lambda _device: True
 evaluate.interpreted = lambda: True

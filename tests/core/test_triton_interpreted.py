@@ -133,7 +133,9 @@ def test_source_is_deterministic_and_shows_the_equations():
     )
     assert first == second
     assert "z = sigmoid(a_z * h + x_z)" in first.split('"""')[1]
-    assert all(f"def {kernel}(" in first for kernel in ("sweep", "correct", "refine"))
+    steps = ("step", "step_with_jacobian", "adjoint_step", "adjoint_with_jacobian")
+    assert all(f"def {name}(state, drive, coefficient" in first for name in steps)
+    assert all(f"pararnn.kernels.triton.{name}" in first for name in ("forward", "adjoint"))
 
 
 def test_kernels_compile_for_an_h100_side_by_side(tmp_path):

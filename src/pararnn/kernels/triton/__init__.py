@@ -1,1 +1,20 @@
-"""Kernels in Triton: written once for all cells, around steps that are generated."""
+"""Kernels in Triton, written once for all cells; only the steps of a cell are generated (`steps`).
+
+`forward` has three kernels that compute states. `sweep` gives one program a chunk of time and a
+block of channels. It runs the steps before the chunk from the initial state to guess the state that
+the chunk starts from (the warm-up), with the tangent of these steps, which says how much of their
+start is left. If nothing is, it runs the chunk and writes the results; else it runs the chunk with
+its tangent and leaves the results to others.
+
+`correct` returns at once where every chunk starts where the one before it ends. Else each of its
+programs, which have a chunk each again, computes the right start through the tangents of all chunks
+before, and runs its chunk from there: one iteration of Newton's method. That is mostly enough.
+
+`refine` gives one program all chunks of a block of channels. It too returns where all is well; else
+it iterates, group after group of chunks, until it is, at the latest when every chunk has become
+exact.
+
+`adjoint` has three that compute gradients: they do the same backwards in time, with a product of
+transposed Jacobians in the place of the tangent. Loops are unrolled and load the inputs of the next
+steps while they compute. `tuples` says what kernels are given, `launch` gives it to them.
+"""

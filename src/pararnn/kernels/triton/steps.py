@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from pararnn.kernels import printing
-from pararnn.kernels.triton_module import Variant, language_of, varies
+from pararnn.kernels.primitives import PRIMITIVES, called
 from pararnn.tracing.derivatives import Recurrence
-from pararnn.tracing.expressions import Expression, Operand
+from pararnn.tracing.expressions import Expression, Operand, literal, topological
 
 Precision = Literal["half", "single", "double"]
 
@@ -30,7 +30,7 @@ class Module:
 
     def __init__(self, precision: Precision) -> None:
         self.used: set[str] = set()
-        self.language = language_of(Variant(precision, "none", 1), self.used)
+        self.language = _language(precision, self.used)
         self.functions: list[str] = []
 
     def function(
@@ -58,7 +58,7 @@ class Module:
         lines, values = printing.statements(self.language, roots, dict(names or {}))
         like = next((f"{kind}0" for kind, count in leaves.items() if count), None)
         shaped = [
-            value if varies(root) else f"tl.zeros_like({like}) + {value}"
+            value if _varies(root) else f"tl.zeros_like({like}) + {value}"
             for root, value in zip(roots, values, strict=True)
         ]
         given = iter(shaped[len(first) :])
@@ -90,6 +90,32 @@ class Module:
         return "\n\n\n".join([f"{head}\n\n{imports}", *self.functions]) + "\n"
 
 
+def _language(precision: Precision, used: set[str]) -> printing.Language:
+    """How Triton writes things; functions that are to be imported are put into `used`."""
+    real = "tl.float64" if precision == "double" else "tl.float32"
+    largest = 1.7976931348623157e308 if precision == "double" else 2.0**128 - 2.0**104
+
+    def number(value: float) -> str:
+        text = literal(value)
+        if text.endswith(("NAN", "INFINITY")):
+            text = f'float("{value}")'
+        return f"tl.full([], {text}, {real})"
+
+    def term(op: str, args: Sequence[str]) -> str:
+        primitive = PRIMITIVES[op]
+        text = primitive.half if precision == "half" else primitive.triton
+        if name := called(text):
+            used.add(name)
+        return text.format(*args, real=real, largest=largest)
+
+    return printing.Language(term, number, str, lambda name, value, _: f"{name} = {value}")
+
+
+def _varies(root: Operand) -> bool:
+    """Whether an expression has the shape of the state, not just that of a coefficient."""
+    return any(e.op in ("state", "drive", "adjoint") for e in topological([root]))
+
+
 def _tuple(members: Sequence[str]) -> str:
     return f"({', '.join(members)}{',' if len(members) == 1 else ''})"
 
@@ -101,7 +127,9 @@ def forward_source(recurrence: Recurrence, precision: Precision) -> str:
     jacobian = [recurrence.jacobian[i][j] for i, j in coupled(recurrence)]
     module.function("step", leaves, [step], names)
     module.function("step_with_jacobian", leaves, [step, jacobian], names)
-    return module.text("a cell's step", printing.equations(recurrence))
+    return module.text(
+        "a cell's step, for pararnn.kernels.triton.forward", printing.equations(recurrence)
+    )
 
 
 def adjoint_source(recurrence: Recurrence, precision: Precision) -> str:
@@ -117,7 +145,9 @@ def adjoint_source(recurrence: Recurrence, precision: Precision) -> str:
     jacobian = [recurrence.jacobian[i][j] for i, j in coupled(recurrence)]
     module.function("adjoint_step", leaves, [before, drives, coefficients], names)
     module.function("adjoint_with_jacobian", leaves, [before, jacobian], names)
-    return module.text("a cell's step, backwards", printing.equations(recurrence))
+    return module.text(
+        "a cell's step, for pararnn.kernels.triton.adjoint", printing.equations(recurrence)
+    )
 
 
 def coupled(recurrence: Recurrence) -> list[tuple[int, int]]:

@@ -1,0 +1,235 @@
+"""Arguments of the written kernels, and their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from pararnn.kernels.triton import adjoint, forward, steps
+from pararnn.kernels.triton.backend import overlaps
+from pararnn.kernels.triton.build import load
+from pararnn.kernels.triton.functions import total
+from pararnn.kernels.triton.tuples import (
+    Corrected,
+    Edges,
+    Given,
+    Grads,
+    InHeads,
+    Kind,
+    OverTime,
+)
+from pararnn.kernels.triton_plan import Launch
+from pararnn.solvers.problem import Problem, with_rows
+from pararnn.solvers.shooting import SMALL
+from pararnn.tracing.derivatives import Recurrence
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch of a kernel.
+
+    Attributes:
+        kernel: Which one.
+        programs: Their number.
+        warps: Of each.
+        arguments: By name.
+        overlap: Whether it starts before the kernel before it has ended, and waits by itself.
+    """
+
+    kernel: Any
+    programs: int
+    warps: int
+    arguments: dict[str, Any]
+    overlap: bool
+
+    @property
+    def compiled_for(self) -> tuple[Any, ...]:
+        """What it is compiled for, but for types and strides of tensors."""
+        return self.kernel, self.arguments.get("KIND", self.overlap)
+
+    def launch(self, warmup: bool = False) -> None:
+        """Run it, or only compile it."""
+        given = self.arguments | {"num_warps": self.warps}
+        given |= {"launch_pdl": True} if self.overlap else {}
+        if warmup:
+            self.kernel.warmup(**given, grid=(self.programs,))
+        else:
+            self.kernel[(self.programs,)](**given)
+
+
+class Steps(NamedTuple):
+    """The step functions of a direction, as `Kind` has them."""
+
+    step: Any
+    step_with_jacobian: Any
+    entries: tuple[int, ...]
+
+
+def steps_of(recurrence: Recurrence, precision: steps.Precision, backward: bool) -> Steps:
+    """Generate them."""
+    coupled, count = steps.coupled(recurrence), range(recurrence.num_components)
+    entries = [(j, i) if backward else (i, j) for i in count for j in count]
+    places = tuple(coupled.index(e) if e in coupled else -1 for e in entries)
+    if backward:
+        module = load(steps.adjoint_source(recurrence, precision))
+        return Steps(module.adjoint_step, module.adjoint_with_jacobian, places)
+    module = load(steps.forward_source(recurrence, precision))
+    return Steps(module.step, module.step_with_jacobian, places)
+
+
+def kinds(
+    functions: Steps,
+    problem: Problem,
+    launch: Launch,
+    corrected: bool,
+    gradients: Sequence[bool] | None,
+    reports: bool,
+) -> tuple[Kind, Kind, Kind]:
+    """What `sweep`, `correct` and `refine` are compiled for.
+
+    Args:
+        functions: Of the cell.
+        problem: The problem.
+        launch: How it is cut.
+        corrected: Whether `correct` runs.
+        gradients: For the adjoint, which components of the states have a gradient.
+        reports: Whether its `refine` says how it went.
+    """
+    given, double = gradients or (), problem.dtype is torch.float64
+    sweep = Kind(
+        *functions,
+        real=tl.float64 if double else tl.float32,
+        small=SMALL,
+        tiny=2.0**-1022 if double else 2.0**-126,
+        starts=starts_of(problem),
+        hidden=problem.hidden,
+        block=launch.block,
+        unroll=launch.unroll,
+        distance=launch.distance,
+        many=launch.chunks > 1,
+        group=0,  # what a kernel does not use is the same for all: it need not be compiled again
+        rows=0,
+        wide=False,
+        corrected=False,
+        overlap=overlaps(problem.initial.device),
+        backward=gradients is not None,
+        gradients=tuple(sum(given[:i]) if has else -1 for i, has in enumerate(given)),
+        reports=False,
+    )
+    correct = sweep._replace(group=launch.group)
+    refine = correct._replace(unroll=launch.wide_unroll, distance=0, rows=launch.rows, wide=True)
+    return sweep, correct, refine._replace(corrected=corrected, reports=reports)
+
+
+def starts_of(problem: Problem) -> str:
+    """Whether sequences start inside."""
+    if problem.starts is None:
+        return "none"
+    return "resets" if problem.initial.shape[0] == 2 * problem.batch else "packed"
+
+
+def given_of(problem: Problem, states: Sequence[Tensor]) -> Given:
+    """What both directions read."""
+    return Given(
+        _in_heads([with_rows(drive) for drive in problem.drives]),
+        tuple(weight.contiguous() for weight in problem.coefficients),
+        problem.initial.contiguous(),
+        () if problem.starts is None else (problem.starts,),
+        tuple(states),
+    )
+
+
+def grads_of(
+    states: Sequence[Tensor | None], drives: Sequence[Tensor], initial: Tensor, sums: Tensor
+) -> Grads:
+    """Gradients that are given, and where others go."""
+    found = [with_rows(g) for g in states if g is not None]
+    strides = _strides(found)
+    over_time = tuple(
+        OverTime(g, g.stride(0), stride) for g, stride in zip(found, strides, strict=True)
+    )
+    return Grads(over_time, _in_heads(drives), initial, sums)
+
+
+def _in_heads(tensors: Sequence[Tensor]) -> tuple[InHeads, ...]:
+    """Tensors (batch, time, heads, head_size)."""
+    return tuple(
+        InHeads(t, t.stride(0), stride, t.stride(2), tl.constexpr(t.shape[3]))
+        for t, stride in zip(tensors, _strides(tensors), strict=True)
+    )
+
+
+def _strides(tensors: Sequence[Tensor]) -> list[Any]:
+    """Strides over time, compiled in: with them, addresses take far fewer registers.
+
+    But only where none depends on the size of the batch, which may vary.
+    """
+    if all(t.stride(1) <= t.stride(0) or t.shape[0] == 1 for t in tensors):
+        return [tl.constexpr(t.stride(1)) for t in tensors]
+    return [t.stride(1) for t in tensors]
+
+
+def edges_of(problem: Problem, launch: Launch) -> Edges:
+    """Room for what is known of every chunk."""
+    count, first = problem.recurrence.num_components, problem.drives[0]
+    batch, hidden = problem.batch, problem.hidden
+    chunks = launch.chunks if launch.chunks > 1 else 0
+    guess = first.new_empty((batch, chunks, count, hidden), dtype=problem.dtype)
+    coupling = guess.new_empty((batch, chunks, count * count, hidden))
+    tiles = -(-hidden // launch.block)
+    stored = first.new_empty((batch, chunks, tiles), dtype=torch.int32)
+    return Edges(guess, torch.empty_like(guess), coupling, stored)
+
+
+def calls(
+    kinds: tuple[Kind, Kind, Kind],
+    arguments: dict[str, Any],
+    problem: Problem,
+    launch: Launch,
+    tolerance: float,
+    solver: dict[str, Any],
+    report: dict[str, Any],
+) -> list[Call]:
+    """The kernels of a direction.
+
+    Args:
+        kinds: What each is compiled for.
+        arguments: That all of them have.
+        problem: The problem.
+        launch: How it is cut.
+        tolerance: Of the solve.
+        solver: Arguments of `correct` and `refine`.
+        report: Arguments of `refine`.
+    """
+    sweep, correct, refine = kinds
+    kernels: ModuleType = adjoint if sweep.backward else forward
+    parts, edges = problem.batch * -(-problem.hidden // launch.block), edges_of(problem, launch)
+    programs, warps = parts * launch.chunks, launch.warps
+    arguments = arguments | {"edges": edges, "batch": problem.batch, "time": problem.time}
+    arguments |= {"chunks": launch.chunks, "chunk": launch.chunk}
+    first = arguments | {"warm": launch.warm, "limit": tolerance, "KIND": sweep}
+    first |= {} if sweep.backward else {"report": report["report"]}
+    found = [Call(kernels.sweep, programs, warps, first, overlap=False)]
+    if launch.chunks == 1:
+        return found
+    new = Corrected(*(torch.empty_like(edges.guess) for _ in range(3)))
+    arguments |= solver | {"corrected": new, "tolerance": tolerance}
+    if refine.corrected:
+        second = arguments | {"KIND": correct}
+        found.append(Call(kernels.correct, programs, warps, second, correct.overlap))
+    last = arguments | report | {"KIND": refine}
+    return [*found, Call(kernels.refine, parts, launch.group * warps, last, refine.overlap)]
+
+
+def total_call(sums: Tensor, result: Tensor, overlap: bool) -> Call:
+    """The kernel that adds up `sums` (rows, chunks, coefficients, channels) to `result`."""
+    width = result.numel()
+    sizes = {"rows": sums.shape[0] * sums.shape[1], "width": width, "ROWS": 32, "BLOCK": 32}
+    given = {"sums": sums, "result": result, "PDL": overlap} | sizes
+    return Call(total, -(-width // 32), 4, given, overlap)

@@ -25,6 +25,7 @@ from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.expressions import function
 from pararnn.tracing.expressions import Expression, Operand, leaf, make
 from pararnn.tracing.operations import UnknownOperation, express, is_pointwise, operation_name
+from pararnn.tracing.partition import operation
 
 _BLOCK = 1024  # elements of a program
 _PARTS = 128  # of a long sum: two short ones have more to do at a time
@@ -147,8 +148,8 @@ class _Fusion:
         value = self.values[node]
         operands = [self.values[n] for n in node.all_input_nodes]
         if (
-            not hasattr(node.target, "_schema")
-            or not is_pointwise(node.target)
+            not hasattr(operation(node), "_schema")
+            or not is_pointwise(operation(node))
             or not _is_tensor(value)
             or value.dim() < 2
             or not all(_is_tensor(v) and v.dtype in (self.dtype, torch.bool) for v in operands)
@@ -173,7 +174,7 @@ class _Fusion:
         """What an operation computes."""
         pick = lambda a: operands[a] if isinstance(a, fx.Node) else a  # noqa: E731
         args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
-        return express(node.target, args, kwargs, self.dtype)
+        return express(operation(node), args, kwargs, self.dtype)
 
     def module(self) -> fx.GraphModule:
         """The function."""
@@ -248,7 +249,8 @@ class _Fusion:
 
 def operation_of(node: fx.Node) -> str:
     """The name of the aten operation of a node."""
-    return operation_name(node.target) if hasattr(node.target, "_schema") else ""
+    target = operation(node)
+    return operation_name(target) if hasattr(target, "_schema") else ""
 
 
 def _is_tensor(value: Any) -> bool:

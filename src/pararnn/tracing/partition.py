@@ -152,10 +152,15 @@ class InputPart(nn.Module):
         return self.module(*tensors, *self.constants, *inputs)
 
 
+def operation(node: fx.Node) -> Any:
+    """What a node calls, before `direct`."""
+    return node.meta.get("overload", node.target)
+
+
 def direct(graph: fx.Graph) -> fx.Graph:
     """The same calls by PyTorch's own functions, which take a third less time than operators.
 
-    What was called before is in `meta["overload"]`.
+    What was called before says `operation`.
     """
     for node in graph.nodes:
         plain = not node.kwargs and None not in tree_leaves(node.args)

@@ -16,7 +16,7 @@ from torch import fx
 from pararnn.tracing.derivatives import Recurrence, is_operation
 from pararnn.tracing.expressions import LEAVES, Expression, Operand, intern, leaf, topological
 from pararnn.tracing.mixing import Edge, Mixing, Step
-from pararnn.tracing.partition import direct, module_of
+from pararnn.tracing.partition import direct, module_of, operation
 from pararnn.tracing.recorder import aten
 
 _PLAIN: dict[str, Callable[..., Any]] = {
@@ -190,7 +190,7 @@ def _index(value: Any, size: int) -> int:
 
 
 def _name_of(node: fx.Node) -> str:
-    target = node.meta.get("overload", node.target)
+    target = operation(node)
     if hasattr(target, "_schema"):
         return str(target)
     return next(name for name, plain in _PLAIN.items() if plain is target)

@@ -43,9 +43,10 @@ INLINE void step_with_tangent(int64_t d, inputs state, inputs drive, inputs coef
   const real t20 = t7 + z_ * c_;
   const real t24 = z_ * (C(1.0) - c_ * c_) * a_c_;
   const real t31 = t24 * r_ + t24 * h_ * ((C(1.0) - r_) * r_) * a_r_;
-  const real t38 = t31 + t6 + (c_ + -h_) * (t6 * z_) * a_z_;
+  const real t32 = t31 + t6;
+  const real t33 = -h_;
   next[0][d] = t20;
-  tangent[0][d] = t38 * tangent0;
+  tangent[0][d] = (t32 + (c_ + t33) * (t6 * z_) * a_z_) * tangent0;
 }
 
 INLINE void step_adjoint(int64_t d, inputs state, inputs drive, inputs coefficient,
@@ -71,7 +72,9 @@ INLINE void step_adjoint(int64_t d, inputs state, inputs drive, inputs coefficie
   const real t29 = t23 + t27 * a_r_;
   const real t30 = C(1.0) - z_;
   const real t32 = t29 + adjoint0 * t30;
-  const real t38 = (adjoint0 * c_ + -(adjoint0 * h_)) * (t30 * z_);
+  const real t33 = adjoint0 * c_;
+  const real t35 = -(adjoint0 * h_);
+  const real t38 = (t33 + t35) * (t30 * z_);
   adjoint[0][d] = t32 + t38 * a_z_;
   grad_drive[0][d] = t38;
   grad_drive[1][d] = t27;

@@ -113,13 +113,13 @@ def _inside(
 ) -> set[Expression]:
     """What is written inside of the one term that uses it: short terms without a name.
 
-    Which operations a compiler contracts depends on their order and on branches. So the order stays
-    as it is: a term waits for its use only while nothing else is computed, conditions do not wait,
-    nor do negative terms to which something is added, for C subtracts them from that.
+    Which operations a compiler contracts depends on their order, on branches and on signs, which it
+    moves within a term. So all stays as it is: a term waits for its use only while nothing else is
+    computed; conditions, what they choose from, and negative terms do not wait.
     """
     uses = Counter(a for node in order for a in operands(node))
     uses.update(root for root in roots if isinstance(root, Expression))
-    turned = {node.args[0] for node in order if node.op == "add" and _is_negative(node.args[0])}
+    chosen = {a for node in order if node.op == "where" for a in node.args[1:]}
     sizes: dict[Expression, int] = {}
     inside: set[Expression] = set()
     waiting: set[Expression] = set()
@@ -128,18 +128,14 @@ def _inside(
             continue
         waiting.difference_update(operands(node))
         sizes[node] = 1 + sum(sizes[a] for a in operands(node) if a in inside)
-        short = uses[node] == 1 and sizes[node] <= _LONGEST and node.op != "where"
-        if short and node not in names and node not in turned:
+        alone = uses[node] == 1 and node not in names and node.op not in ("where", "neg")
+        if alone and sizes[node] <= _LONGEST and node not in chosen:
             inside.add(node)
             waiting.add(node)
         else:
             inside -= waiting
             waiting.clear()
     return inside
-
-
-def _is_negative(operand: Operand) -> bool:
-    return isinstance(operand, Expression) and operand.op == "neg"
 
 
 def _needs_brackets(op: str, user: str | None, position: int) -> bool:

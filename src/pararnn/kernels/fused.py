@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pararnn.kernels.lowering import NotLowered
 from pararnn.kernels.triton.backend import on_device
 from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.expressions import function
-from pararnn.solvers.chunks import WHOLE, Chunks, Cut, Sweep, Swept
+from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
 
@@ -36,14 +37,14 @@ class _Kernel:
         products: The step.
         drives: Which edges hold its drives.
         coefficients: Which edges hold its coefficients.
-        run: The kernel.
+        rows: The module with the kernel.
         constants: What it is compiled for.
     """
 
     products: Products
     drives: tuple[int, ...]
     coefficients: tuple[int, ...]
-    run: Any
+    rows: Any
     constants: dict[str, Any]
 
 
@@ -87,16 +88,17 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
         states = sweep.redo.states
     ends = [s.new_empty(rows, hidden) for s in state]
     resets, fresh = ([], []) if chunks.begins is None else ([chunks.begins], chunks.fresh)
+    over_time = functools.partial(_over_time, kernel.rows.OverTime, cut.backwards)
     with on_device(state[0]):
         try:
-            kernel.run[rows, kernel.products.groups](
-                drives=_over_time([edges[i] for i in kernel.drives], cut),
+            kernel.rows.run[rows, kernel.products.groups](
+                drives=over_time([edges[i] for i in kernel.drives]),
                 coefficients=tuple(edges[i] for i in kernel.coefficients),
                 weights=_blocks(kernel.products, edges),
-                resets=_over_time(resets, cut),
-                reset_states=_over_time([_side_by_side(f) for f in fresh], cut),
+                resets=over_time(resets),
+                reset_states=over_time([_side_by_side(f) for f in fresh]),
                 initial=tuple(s.contiguous() for s in state),
-                states=_over_time(states, cut),
+                states=over_time(states),
                 ends=tuple(ends),
                 settled=None if sweep.redo is None else sweep.redo.settled.view(torch.uint8),
                 rows=rows // sweep.copies,
@@ -179,7 +181,7 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
         "num_warps": min(most, 1 << (wanted - 1).bit_length()),
         "num_stages": 1,
     }
-    return _Kernel(products, used[0], used[1], rows.run, constants)
+    return _Kernel(products, used[0], used[1], rows, constants)
 
 
 def _width(products: Products) -> int:
@@ -187,16 +189,14 @@ def _width(products: Products) -> int:
     return max(_TILE, 1 << (products.size - 1).bit_length())
 
 
-def _over_time(tensors: Sequence[Tensor], cut: Cut) -> tuple[tuple[Tensor, int, int], ...]:
+def _over_time(kind: Any, backwards: bool, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Tensors (batch, time, ...) from the time that comes first: see `rows.OverTime`."""
-    from pararnn.kernels.triton.rows import OverTime
-
     found = []
     for tensor in tensors:
-        first = tensor[:, -1] if cut.backwards else tensor
-        first = first.view(torch.uint8) if first.dtype is torch.bool else first
-        step = -tensor.stride(1) if cut.backwards else tensor.stride(1)
-        found.append(OverTime(first, tensor.stride(0), step))
+        row, step, *_ = tensor.stride()
+        tensor, step = (tensor[:, -1], -step) if backwards else (tensor, step)
+        tensor = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+        found.append(kind(tensor, row, step))
     return tuple(found)
 
 

@@ -15,6 +15,7 @@ from pararnn.kernels.lowering import NotLowered
 from pararnn.kernels.triton.backend import on_device
 from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.expressions import function
+from pararnn.kernels.triton.tuples import OverTime
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
@@ -37,14 +38,14 @@ class _Kernel:
         products: The step.
         drives: Which edges hold its drives.
         coefficients: Which edges hold its coefficients.
-        rows: The module with the kernel.
+        run: The kernel.
         constants: What it is compiled for.
     """
 
     products: Products
     drives: tuple[int, ...]
     coefficients: tuple[int, ...]
-    rows: Any
+    run: Any
     constants: dict[str, Any]
 
 
@@ -88,10 +89,10 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
         states = sweep.redo.states
     ends = [s.new_empty(rows, hidden) for s in state]
     resets, fresh = ([], []) if chunks.begins is None else ([chunks.begins], chunks.fresh)
-    over_time = functools.partial(_over_time, kernel.rows.OverTime, cut.backwards)
+    over_time = functools.partial(_over_time, cut.backwards)
     with on_device(state[0]):
         try:
-            kernel.rows.run[rows, kernel.products.groups](
+            kernel.run[rows, kernel.products.groups](
                 drives=over_time([edges[i] for i in kernel.drives]),
                 coefficients=tuple(edges[i] for i in kernel.coefficients),
                 weights=_blocks(kernel.products, edges),
@@ -181,7 +182,7 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
         "num_warps": min(most, 1 << (wanted - 1).bit_length()),
         "num_stages": 1,
     }
-    return _Kernel(products, used[0], used[1], rows, constants)
+    return _Kernel(products, used[0], used[1], rows.run, constants)
 
 
 def _width(products: Products) -> int:
@@ -189,14 +190,14 @@ def _width(products: Products) -> int:
     return max(_TILE, 1 << (products.size - 1).bit_length())
 
 
-def _over_time(kind: Any, backwards: bool, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Tensors (batch, time, ...) from the time that comes first: see `rows.OverTime`."""
+def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ...]:
+    """Tensors (batch, time, ...) from the time that comes first."""
     found = []
     for tensor in tensors:
         row, step, *_ = tensor.stride()
         tensor, step = (tensor[:, -1], -step) if backwards else (tensor, step)
         tensor = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
-        found.append(kind(tensor, row, step))
+        found.append(OverTime(tensor, row, step))
     return tuple(found)
 
 

@@ -16,17 +16,13 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import stable_topological_sort
-from torch.utils._pytree import tree_map
 
 from pararnn.kernels import matvec
-from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.matvec import MOST_INNER, Vector
 from pararnn.kernels.triton.build import interpreted
-from pararnn.tracing.expressions import Expression, Operand, leaf, make
+from pararnn.kernels.triton.expressions import express_node, is_expressed
+from pararnn.tracing.expressions import Operand, leaf, make
 from pararnn.tracing.operations import (
-    UnknownOperation,
-    express,
-    is_pointwise,
     named_arguments,
 )
 
@@ -190,17 +186,8 @@ class _Region:
             return self.group.heads == 1 and values[0].numel() == 1 < values[1].numel()
         if node.target is _CONVERT:
             return True
-        if not hasattr(node.target, "_schema") or not is_pointwise(node.target):
-            return False
-        try:
-            operands: dict[fx.Node, Operand] = {
-                n: leaf("drive", i) for i, n in enumerate(node.all_input_nodes)
-            }
-            expression = _express(node, operands)
-            lower([expression])
-        except (UnknownOperation, NotLowered):
-            return False
-        return isinstance(expression, Expression)
+        leaves = {n: leaf("drive", i) for i, n in enumerate(node.all_input_nodes)}
+        return is_expressed(node, leaves, torch.float32)
 
     def vector(self, stored: Sequence[fx.Node]) -> Vector:
         """How the vector and what is stored are computed."""
@@ -213,18 +200,12 @@ class _Region:
             elif node.target is aten.mean.dim:
                 expressions[node] = make("mean", expressions[node.all_input_nodes[0]])
             else:
-                expressions[node] = _express(node, expressions)
+                expressions[node] = express_node(node, expressions, torch.float32)
         return Vector(
             tuple(_value(n).numel() > 1 for n in self.leaves),
             expressions[self.group.vector],
             tuple(expressions[n] for n in stored),
         )
-
-
-def _express(node: fx.Node, operands: dict[fx.Node, Operand]) -> Operand:
-    pick = lambda a: operands[a] if isinstance(a, fx.Node) else a  # noqa: E731
-    args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
-    return express(node.target, args, kwargs, torch.float32)
 
 
 def _fuse(graph: fx.Graph, group: _Group) -> None:

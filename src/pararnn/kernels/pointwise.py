@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
-from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton.backend import on_device
 from pararnn.kernels.triton.build import missing
-from pararnn.kernels.triton.expressions import function
-from pararnn.tracing.expressions import Expression, Operand, leaf, make
-from pararnn.tracing.operations import UnknownOperation, express, is_pointwise, operation_name
+from pararnn.kernels.triton.expressions import express_node, function, is_expressed
+from pararnn.tracing.expressions import Operand, leaf, make
+from pararnn.tracing.operations import operation_name
 from pararnn.tracing.partition import operation
 
 _BLOCK = 1024  # elements of a program
@@ -148,33 +146,20 @@ class _Fusion:
         value = self.values[node]
         operands = [self.values[n] for n in node.all_input_nodes]
         if (
-            not hasattr(operation(node), "_schema")
-            or not is_pointwise(operation(node))
-            or not _is_tensor(value)
+            not _is_tensor(value)
             or value.dim() < 2
             or not all(_is_tensor(v) and v.dtype in (self.dtype, torch.bool) for v in operands)
             or value.dtype not in (self.dtype, torch.bool)
             or all(v.shape != value.shape for v in operands)
         ):
             return False
-        try:
-            names = {n: self.leaf(n, i) for i, n in enumerate(node.all_input_nodes)}
-            expression = self.express(node, names)
-            lower([expression])
-        except (UnknownOperation, NotLowered):
-            return False
-        return isinstance(expression, Expression)
+        leaves = {n: self.leaf(n, i) for i, n in enumerate(node.all_input_nodes)}
+        return is_expressed(node, leaves, self.dtype)
 
     def leaf(self, node: fx.Node, index: int) -> Operand:
         """What stands for a tensor in a kernel."""
         made = leaf("drive", index)
         return make("ne", made, 0.0) if self.values[node].dtype is torch.bool else made
-
-    def express(self, node: fx.Node, operands: dict[fx.Node, Operand]) -> Any:
-        """What an operation computes."""
-        pick = lambda a: operands[a] if isinstance(a, fx.Node) else a  # noqa: E731
-        args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
-        return express(operation(node), args, kwargs, self.dtype)
 
     def module(self) -> fx.GraphModule:
         """The function."""
@@ -220,7 +205,7 @@ class _Fusion:
                 if operand not in expressions:
                     expressions[operand] = self.leaf(operand, len(inputs))
                     inputs.append(operand)
-            expressions[node] = self.express(node, expressions)
+            expressions[node] = express_node(node, expressions, self.dtype)
         users = {n: [u for u in n.users if self.of.get(u) is not cluster] for n in cluster.nodes}
         joined = self.joined(cluster, [u for found in users.values() for u in found])
         alone = [n for n, found in users.items() if any(u not in joined for u in found)]

@@ -11,7 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pararnn.kernels.lowering import REDUCTIONS
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from pararnn.kernels.lowering import REDUCTIONS, NotLowered, lower
 from pararnn.kernels.triton.build import load
 from pararnn.kernels.triton.steps import Module
 from pararnn.tracing.expressions import (
@@ -22,6 +26,27 @@ from pararnn.tracing.expressions import (
     operands,
     topological,
 )
+from pararnn.tracing.operations import UnknownOperation, express, is_pointwise
+from pararnn.tracing.partition import operation
+
+
+def express_node(node: fx.Node, operands: Mapping[fx.Node, Operand], dtype: torch.dtype) -> Any:
+    """What a node computes on each element, in arithmetic of a type."""
+    pick = lambda a: operands[a] if isinstance(a, fx.Node) else a  # noqa: E731
+    args, kwargs = tree_map(pick, tuple(node.args)), tree_map(pick, dict(node.kwargs))
+    return express(operation(node), args, kwargs, dtype)
+
+
+def is_expressed(node: fx.Node, operands: Mapping[fx.Node, Operand], dtype: torch.dtype) -> bool:
+    """Whether a node is an operation on each element, and one that a kernel can compute."""
+    if not hasattr(operation(node), "_schema") or not is_pointwise(operation(node)):
+        return False
+    try:
+        expression = express_node(node, operands, dtype)
+        lower([expression])
+    except (UnknownOperation, NotLowered):
+        return False
+    return isinstance(expression, Expression)
 
 
 def function(name: str, leaves: Mapping[str, int], roots: Sequence[Operand], double: bool) -> Any:

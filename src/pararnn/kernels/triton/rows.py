@@ -7,21 +7,19 @@ states. Rows are independent of each other, so programs are too, and several on 
 hide each other's latencies.
 """
 
-from collections import namedtuple
-
 import triton
 import triton.language as tl
 
-# A tensor over time, from a certain time on, with its strides from row to row and step to step.
-OverTime = namedtuple("OverTime", "at row step")
+from pararnn.kernels.triton.common import cast
 
 
 @triton.jit
-def begins(tensors, row, step):
-    """Where a step of a row begins in tensors over time."""
+def begins(tensors, sequence, step):
+    """Where a step of a sequence begins in tensors over time (`tuples.OverTime`)."""
     found = ()
     for n in tl.static_range(len(tensors)):
-        found = found + (tensors[n].at + row * tensors[n].row + step * tensors[n].step,)
+        at = tensors[n].at + sequence * tensors[n].batch + step * tensors[n].time
+        found = found + (at,)
     return found
 
 
@@ -30,7 +28,7 @@ def directed(tensors, direction):
     """Their strides from step to step, forwards (1) or backwards (-1)."""
     found = ()
     for n in tl.static_range(len(tensors)):
-        found = found + (direction * tensors[n].step,)
+        found = found + (direction * tensors[n].time,)
     return found
 
 
@@ -76,15 +74,6 @@ def store(at, row, channel, values, inside):
     """Write channels of a row of some tensors."""
     for n in tl.static_range(len(at)):
         tl.store(at[n] + row + channel, values[n], mask=inside)
-
-
-@triton.jit
-def cast(values, kind: tl.constexpr):
-    """Values in another type."""
-    found = ()
-    for n in tl.static_range(len(values)):
-        found = found + (values[n].to(kind),)
-    return found
 
 
 @triton.jit

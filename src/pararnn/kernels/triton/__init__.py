@@ -17,4 +17,8 @@ exact.
 `adjoint` has three that compute gradients: they do the same backwards in time, with a product of
 transposed Jacobians in the place of the tangent. Loops are unrolled and load the inputs of the next
 steps while they compute. `tuples` says what kernels are given, `launch` gives it to them.
+
+Where channels mix by products, `rows` runs the steps of chunks. `pointwise` computes what stands
+between products for all times at once, `matvec` a step of generation's products with one vector.
+What they call is generated too, by `expressions`.
 """

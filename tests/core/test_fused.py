@@ -136,7 +136,9 @@ def random_rows(of, cut, dtype, copies=1):
 def doubled(chunks):
     exact = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
     return dataclasses.replace(
-        chunks, edges=list(map(exact, chunks.edges)), fresh=list(map(exact, chunks.fresh))
+        chunks,
+        edges=list(map(exact, chunks.edges)),
+        reset_states=list(map(exact, chunks.reset_states)),
     )
 
 
@@ -164,12 +166,14 @@ def compare(chunks, state, dtype, copies=1, run=fused.run_steps, **options):
             assert_close(f"{kind} of component {i}", a.cpu().double(), reference, rtol=rtol)
 
 
-def with_begins(of, chunks, dtype, reverse=False):
+def with_reset_states(of, chunks, dtype, reverse=False):
     """Some states are replaced."""
     rows = (chunks.cut.batch, chunks.cut.time)
-    fresh = [torch.randn(*rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
-    fresh[-1] = fresh[-1][:1, :1, :1].expand_as(fresh[-1])
-    return Chunks(chunks.step, chunks.cut, chunks.edges, torch.rand(*rows, 1) < 0.3, fresh, reverse)
+    reset_states = [torch.randn(*rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
+    reset_states[-1] = reset_states[-1][:1, :1, :1].expand_as(reset_states[-1])
+    return Chunks(
+        chunks.step, chunks.cut, chunks.edges, torch.rand(*rows, 1) < 0.3, reset_states, reverse
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
@@ -181,29 +185,29 @@ def test_equals_operations(name, direction, dtype):
 
 @pytest.mark.parametrize("name", ["gru", "heads"])
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
-@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_chunks_starts_and_order(name, direction, begins, reverse, backwards):
+def test_chunks_starts_and_order(name, direction, resets, reverse, backwards):
     """Strided edges, states that are replaced, both directions, copies, chunks that are cut off."""
     dtype = torch.float64
     for cut in (Cut(2, 8, 3, backwards), Cut(1, 3, 3, backwards)):
         of, chunks = steps_of(make(name, dtype), dtype, direction, cut, strided=True)
         chunks = Chunks(chunks.step, cut, chunks.edges, None, (), reverse)
-        if begins:
-            chunks = with_begins(of, chunks, dtype, reverse)
+        if resets:
+            chunks = with_reset_states(of, chunks, dtype, reverse)
         if not reverse:
             compare(chunks, random_rows(of, cut, dtype), dtype)
             compare(chunks, random_rows(of, cut, dtype), dtype, first=2, keep=False)
         compare(chunks, random_rows(of, cut, dtype, copies=2), dtype, copies=2, keep=False)
 
 
-@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_sequences_that_are_run_again(begins, backwards):
+def test_sequences_that_are_run_again(resets, backwards):
     dtype, cut = torch.float64, Cut(5, 4, 4, backwards)
     of, chunks = steps_of(make("lstm", dtype), dtype, "forward", cut)
-    chunks = with_begins(of, chunks, dtype) if begins else chunks
+    chunks = with_reset_states(of, chunks, dtype) if resets else chunks
     state, settled = random_rows(of, cut, dtype), torch.tensor([True, False, True, True, False])
     found = {}
     for run in (one_by_one, fused.run_steps):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from core.test_fused import TwoProducts, random_rows, steps_of, with_begins
+from core.test_fused import TwoProducts, random_rows, steps_of, with_reset_states
 from core.test_fused import compare as compare_steps
 from torch import nn
 
@@ -141,24 +141,24 @@ def test_fused_steps_equal_the_loop(fused_only, name, solver):
 
 def on_device(chunks, state, sweep):
     move = lambda tensors: [t.cuda() for t in tensors]  # noqa: E731
-    begins = None if chunks.begins is None else chunks.begins.cuda()
-    edges, fresh = move(chunks.edges), move(chunks.fresh)
-    cuda = Chunks(chunks.step, chunks.cut, edges, begins, fresh, chunks.reverse)
+    resets = None if chunks.resets is None else chunks.resets.cuda()
+    edges, reset_states = move(chunks.edges), move(chunks.reset_states)
+    cuda = Chunks(chunks.step, chunks.cut, edges, resets, reset_states, chunks.reverse)
     return fused.run_steps(cuda, move(state), sweep)
 
 
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("name", FUSED)
-def test_fused_steps_equal_operations(name, begins, dtype, direction):
+def test_fused_steps_equal_operations(name, resets, dtype, direction):
     """Also where states are replaced, rows are copied and the last step comes first."""
     for backwards, reverse in itertools.product((False, True), repeat=2):
         cut = Cut(37, 70, 40, backwards)
         of, chunks = steps_of(FUSED[name]().to(dtype), dtype, direction, cut)
         chunks = Chunks(chunks.step, cut, chunks.edges, None, (), reverse)
-        if begins:
-            chunks = with_begins(of, chunks, dtype, reverse)
+        if resets:
+            chunks = with_reset_states(of, chunks, dtype, reverse)
         if not reverse:
             compare_steps(chunks, random_rows(of, cut, dtype), dtype, run=on_device)
         state = random_rows(of, cut, dtype, copies=2)

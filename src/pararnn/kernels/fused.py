@@ -88,7 +88,7 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
     if sweep.redo is not None:
         states = sweep.redo.states
     ends = [s.new_empty(rows, hidden) for s in state]
-    resets, fresh = ([], []) if chunks.begins is None else ([chunks.begins], chunks.fresh)
+    resets = [] if chunks.resets is None else [chunks.resets]
     over_time = functools.partial(_over_time, cut.backwards)
     with on_device(state[0]):
         try:
@@ -97,7 +97,7 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
                 coefficients=tuple(edges[i] for i in kernel.coefficients),
                 weights=_blocks(kernel.products, edges),
                 resets=over_time(resets),
-                reset_states=over_time([_side_by_side(f) for f in fresh]),
+                reset_states=over_time([_side_by_side(s) for s in chunks.reset_states]),
                 initial=tuple(s.contiguous() for s in state),
                 states=over_time(states),
                 ends=tuple(ends),

@@ -242,6 +242,6 @@ def _replayed(rows: Rows, state: Sequence[Tensor], copies: int) -> list[Tensor]:
         mine = rows.mapped(lambda _: next(given))
         return plain.run_rows(mine, tensors[: len(state)], copies=copies)
 
-    form = (rows.steps, rows.reverse, rows.begins is None, copies)
+    form = (rows.steps, rows.reverse, rows.resets is None, copies)
     tensors = [*state, *rows.tensors()]
     return _sweeps.setdefault(rows.step.module, Graphs()).call(form, run, tensors)

@@ -107,16 +107,16 @@ class Chunks:
         step: The step.
         cut: The chunks.
         edges: What it takes besides the state; those with rows are (batch, time, ...).
-        begins: Boolean (batch, time, 1): the state before a step is replaced; None for nowhere.
-        fresh: What it is replaced by, components (batch, time, hidden); none without `begins`.
+        resets: Boolean (batch, time, 1): the state before a step is replaced; None for nowhere.
+        reset_states: By what, components (batch, time, hidden); none without `resets`.
         reverse: Every chunk runs from its last step to its first.
     """
 
     step: Step
     cut: Cut
     edges: Sequence[Tensor]
-    begins: Tensor | None
-    fresh: Sequence[Tensor]
+    resets: Tensor | None
+    reset_states: Sequence[Tensor]
     reverse: bool = False
 
     @functools.cached_property
@@ -127,8 +127,8 @@ class Chunks:
             self.step,
             cut.time if cut.chunks == 1 else cut.chunk,
             [cut.split(e) if r else e for e, r in zip(self.edges, self.step.by_rows, strict=True)],
-            None if self.begins is None else cut.split(self.begins),
-            [cut.split(f) for f in self.fresh],
+            None if self.resets is None else cut.split(self.resets),
+            [cut.split(f) for f in self.reset_states],
             self.reverse != (cut.backwards and cut.chunks == 1),
         )
 
@@ -141,27 +141,29 @@ class Rows:
         step: The step.
         steps: How many.
         edges: Those with rows are (steps, rows, ...).
-        begins: Boolean (steps, rows, 1) or None.
-        fresh: Components (steps, rows, hidden).
+        resets: Boolean (steps, rows, 1) or None.
+        reset_states: Components (steps, rows, hidden).
         reverse: The last step comes first.
     """
 
     step: Step
     steps: int
     edges: Sequence[Tensor]
-    begins: Tensor | None
-    fresh: Sequence[Tensor]
+    resets: Tensor | None
+    reset_states: Sequence[Tensor]
     reverse: bool = False
 
     def tensors(self) -> list[Tensor]:
         """All that is read."""
-        return [*self.edges, *([] if self.begins is None else [self.begins]), *self.fresh]
+        return [*self.edges, *([] if self.resets is None else [self.resets]), *self.reset_states]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same with other tensors, in the order of `tensors`."""
         edges = [change(e) for e in self.edges]
-        begins = None if self.begins is None else change(self.begins)
-        return replace(self, edges=edges, begins=begins, fresh=[change(f) for f in self.fresh])
+        resets = None if self.resets is None else change(self.resets)
+        return replace(
+            self, edges=edges, resets=resets, reset_states=[change(f) for f in self.reset_states]
+        )
 
     def piece(self, begin: int, end: int) -> Rows:
         """Some of the steps, counted in the order in which they are run."""
@@ -174,16 +176,16 @@ class Rows:
                 e[begin:end] if by_rows else e
                 for e, by_rows in zip(self.edges, self.step.by_rows, strict=True)
             ],
-            begins=None if self.begins is None else self.begins[begin:end],
-            fresh=[f[begin:end] for f in self.fresh],
+            resets=None if self.resets is None else self.resets[begin:end],
+            reset_states=[f[begin:end] for f in self.reset_states],
         )
 
 
 def states_before(
     first: Sequence[Tensor],
     after: Sequence[Tensor],
-    begins: Tensor | None,
-    fresh: Sequence[Tensor],
+    resets: Tensor | None,
+    reset_states: Sequence[Tensor],
     cut: Cut,
 ) -> list[Tensor]:
     """The states that steps started from, components (batch, time, hidden).
@@ -191,16 +193,16 @@ def states_before(
     Args:
         first: Before the first step of every chunk, components (rows, hidden).
         after: After every step, like the result.
-        begins: Where the state is replaced.
-        fresh: By what.
+        resets: Where the state is replaced.
+        reset_states: By what.
         cut: The chunks.
     """
     shifted = [a.roll(1, 1) for a in after]
     for s, f in zip(shifted, first, strict=True):
         s[:, :: cut.chunk] = f.unflatten(0, (cut.chunks, cut.batch)).transpose(0, 1)
-    if begins is None:
+    if resets is None:
         return shifted
-    return [torch.where(begins, f, s) for f, s in zip(fresh, shifted, strict=True)]
+    return [torch.where(resets, f, s) for f, s in zip(reset_states, shifted, strict=True)]
 
 
 def in_blocks(tensors: Sequence[Tensor], moves: Sequence[bool]) -> Iterator[list[Tensor]]:
@@ -281,7 +283,7 @@ def swept(chunks: Chunks, history: Sequence[Tensor], sweep: Sweep) -> Swept:
 
 def run_rows(rows: Rows, state: Sequence[Tensor], first: int = 0, copies: int = 1) -> list[Tensor]:
     """The states after all steps from `first` on, components (steps, copies * rows, hidden)."""
-    module, begins = rows.step.module.forward, rows.begins
+    module, resets = rows.step.module.forward, rows.resets
     moving = rows.step.by_rows
     edges = [
         e.contiguous().unbind(0) if by_rows else [e] * rows.steps
@@ -296,12 +298,12 @@ def run_rows(rows: Rows, state: Sequence[Tensor], first: int = 0, copies: int = 
                 e.expand(copies, *e.shape).flatten(0, 1) if by_rows else e
                 for e, by_rows in zip(now, moving, strict=True)
             ]
-        if begins is not None:
-            begin, fresh = begins[t], [f[t] for f in rows.fresh]
+        if resets is not None:
+            reset, reset_states = resets[t], [f[t] for f in rows.reset_states]
             if copies > 1:
-                begin = begin.repeat(copies, 1)
-                fresh = [f.repeat(copies, 1) for f in fresh]
-            state = [torch.where(begin, f, s) for f, s in zip(fresh, state, strict=True)]
+                reset = reset.repeat(copies, 1)
+                reset_states = [f.repeat(copies, 1) for f in reset_states]
+            state = [torch.where(reset, f, s) for f, s in zip(reset_states, state, strict=True)]
         state = module(*[s.contiguous() for s in state], *now)
         for past, component in zip(history, state, strict=True):
             past.append(component)

@@ -86,7 +86,7 @@ class Chain(abc.ABC):
         """
         return len(self.initial) == 2 * self.batch
 
-    def begins(self) -> Tensor:
+    def resets(self) -> Tensor:
         """Boolean (batch, time): a sequence starts, other than from the first state of its row."""
         assert self.starts is not None
         return self.starts >= self.batch
@@ -205,16 +205,16 @@ class Chain(abc.ABC):
         ]
 
     def _adjoint_chunks(
-        self, cut: Cut, edges: Sequence[Tensor], begins: Tensor | None, reverse: bool = False
+        self, cut: Cut, edges: Sequence[Tensor], resets: Tensor | None, reverse: bool = False
     ) -> Chunks:
         """Chunks of the adjoint from all its edges; it is zero before steps that begin."""
         adjoint = self.mixing.adjoint
         used = [edges[i] for i in adjoint.step_edges]
-        if begins is None:
+        if resets is None:
             return Chunks(adjoint.step, cut, used, None, [], reverse)
-        zero = self.initial.new_zeros(self.mixing.hidden).expand(*begins.shape[:2], -1)
-        fresh = [zero] * self.mixing.num_components
-        return Chunks(adjoint.step, cut, used, begins, fresh, reverse)
+        zero = self.initial.new_zeros(self.mixing.hidden).expand(*resets.shape[:2], -1)
+        reset_states = [zero] * self.mixing.num_components
+        return Chunks(adjoint.step, cut, used, resets, reset_states, reverse)
 
     def _images(self, linear: Chunks, run: Run) -> Tensor:
         """What chunks of the adjoint make of unit vectors."""
@@ -234,40 +234,40 @@ class Forward(Chain):
 
     def chunks(self, cut: Cut) -> Chunks:
         """See `Chain.chunks`."""
-        return Chunks(self.mixing.step, cut, self.edges, *self._begins())
+        return Chunks(self.mixing.step, cut, self.edges, *self._resets())
 
     def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
         """See `Chain.residual`."""
         return state_residual(ends, starts, self.group)
 
-    def _begins(self) -> tuple[Tensor | None, Sequence[Tensor]]:
+    def _resets(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """Where states are replaced and by what, as in `Chunks`."""
         if self.starts is None:
             return None, ()
         if self.restarts:
-            fresh = self.initial[self.batch :].unsqueeze(1).expand(-1, self.time, -1, -1)
+            reset_states = self.initial[self.batch :].unsqueeze(1).expand(-1, self.time, -1, -1)
         else:
-            fresh = self.initial[self.starts.long().clamp_min(0)]
-        return self.begins().unsqueeze(-1), fresh.unbind(2)
+            reset_states = self.initial[self.starts.long().clamp_min(0)]
+        return self.resets().unsqueeze(-1), reset_states.unbind(2)
 
     def tangents(
         self, cut: Cut, first: Sequence[Tensor], states: Sequence[Tensor], run: Run
     ) -> Tensor:
         """See `Chain.tangents`."""
-        begins, fresh = self._begins()
-        before = states_before(first, states, begins, fresh, cut)
+        resets, reset_states = self._resets()
+        before = states_before(first, states, resets, reset_states, cut)
         edges = self._adjoint_edges(before, self.edges, None)
-        if begins is None:
+        if resets is None:
             return self._images(self._adjoint_chunks(cut, edges, None, reverse=True), run)
-        next_begins = begins.roll(-1, 1)
-        next_begins[:, cut.chunk - 1 :: cut.chunk] = False  # this is where unit vectors are
-        images = self._images(self._adjoint_chunks(cut, edges, next_begins, reverse=True), run)
-        return torch.where(begins[:, :: cut.chunk, :, None, None], 0.0, images)
+        next_resets = resets.roll(-1, 1)
+        next_resets[:, cut.chunk - 1 :: cut.chunk] = False  # this is where unit vectors are
+        images = self._images(self._adjoint_chunks(cut, edges, next_resets, reverse=True), run)
+        return torch.where(resets[:, :: cut.chunk, :, None, None], 0.0, images)
 
     def before(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The states before every step, components (batch, time, hidden), from those after."""
         whole = Cut(self.batch, self.time, self.time)
-        return states_before(self.first().unbind(1), states, *self._begins(), whole)
+        return states_before(self.first().unbind(1), states, *self._resets(), whole)
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,7 @@ class Backward(Chain):
     def _piece(self, begin: int, end: int, incoming: Tensor | None) -> Backward:
         starts = self.starts
         if starts is not None and incoming is not None and end < self.time:
-            incoming = torch.where(self.begins()[:, end, None, None], 0.0, incoming)
+            incoming = torch.where(self.resets()[:, end, None, None], 0.0, incoming)
         by_rows = self.mixing.step.by_rows
         return replace(
             self,
@@ -355,10 +355,10 @@ class Backward(Chain):
         if self.starts is None:
             return torch.stack([f[:, 0] for f in found], 1)
         if self.restarts:
-            first, begins = self.starts[:, :1], self.begins().unsqueeze(-1)
+            first, resets = self.starts[:, :1], self.resets().unsqueeze(-1)
             carried = (first >= 0) & (first < self.batch)
             rows = [torch.where(carried, f[:, 0], 0.0) for f in found]
-            again = [torch.where(begins, f, 0.0).sum(1) for f in found]
+            again = [torch.where(resets, f, 0.0).sum(1) for f in found]
             return torch.cat([torch.stack(rows, 1), torch.stack(again, 1)])
         adjoint = torch.stack([f[0] for f in found], 1)
         gradient = adjoint.new_zeros(len(self.initial) + 1, *adjoint.shape[1:])
@@ -367,8 +367,8 @@ class Backward(Chain):
 
     def _ends(self) -> Tensor:
         """Boolean (batch, time): the next step, if there is one, starts afresh."""
-        begins = self.begins()
-        return torch.cat([begins[:, 1:], torch.zeros_like(begins[:, :1])], 1)
+        resets = self.resets()
+        return torch.cat([resets[:, 1:], torch.zeros_like(resets[:, :1])], 1)
 
     def first(self) -> Tensor:
         """See `Chain.first`."""
@@ -385,8 +385,8 @@ class Backward(Chain):
         return adjoint_residual(ends, starts)
 
     def _cut(self, cut: Cut, edges: Sequence[Tensor]) -> Chunks:
-        begins = None if self.starts is None else self._ends().unsqueeze(-1)
-        return self._adjoint_chunks(cut, edges, begins)
+        resets = None if self.starts is None else self._ends().unsqueeze(-1)
+        return self._adjoint_chunks(cut, edges, resets)
 
     def tangents(
         self, cut: Cut, first: Sequence[Tensor], states: Sequence[Tensor], run: Run

@@ -84,13 +84,15 @@ def explain(rnn: RNN) -> Explanation:
     if recurrence is None:
         drives = [_name(e) for e in traced.parts.edges if e.meta["by_rows"]]
         coefficients = [_name(e) for e in traced.parts.edges if not e.meta["by_rows"]]
-        lines, source = [], str(traced.mixing.step.module.code) if traced.mixing is not None else ""
-        compile_s = 0.0
+        lines = []
     else:
         names = recurrence.names
         drives = [names[leaf("drive", i)] for i in range(recurrence.num_drives)]
         coefficients = [names[leaf("coefficient", i)] for i in range(recurrence.num_coefficients)]
         lines = equations(recurrence)
+    if evaluation.mixing_plan is not None:
+        source, compile_s = evaluation.mixing_plan.mixing.step.module.code, 0.0
+    else:
         backend = operators.backend_of(evaluation.plan)
         source, compile_s = backend.source(), backend.compile_s
     explanation = Explanation(

@@ -195,7 +195,7 @@ def choices(given):
             )
         except BackendError as error:
             return {"refused": str(error)}
-        return (_elementwise if given.cell in ELEMENTWISE else _mixing)(rnn, given)
+        return (_elementwise if rnn.evaluation().mixing_plan is None else _mixing)(rnn, given)
 
 
 @functools.cache
@@ -254,13 +254,18 @@ def _elementwise(rnn, given):
     found |= {"chunk": cut.chunk, "chunks": cut.chunks}
     if backend.name == "c":
         threads = 1 if batch * time * hidden < c_backend._SMALL else given.threads
-        found |= {"threads": threads, "block": c_backend._block(cut, threads)}
+        found |= {
+            "threads": threads,
+            "block": c_backend._block(batch * cut.chunks, hidden, threads),
+        }
     return found
 
 
 def _mixing(rnn, given):
-    evaluation, (batch, time) = rnn.evaluation(), given.shape
+    evaluation, (batch, time) = rnn.evaluation(), given.shape[:2]
     plan, dtype = evaluation.mixing_plan, getattr(torch, given.dtype)
+    if given.cell in ELEMENTWISE:
+        plan = dataclasses.replace(plan, mixing=_with_channels(plan.mixing, given.shape[2]))
     x = _expanded(batch, time, INPUT, dtype=dtype)
     parts = tuple(_expanded(batch, rnn.hidden_size, dtype=dtype) for _ in range(rnn.num_components))
     found = {"backend": evaluation.choice.name, "method": evaluation.method().__name__}
@@ -271,7 +276,7 @@ def _mixing(rnn, given):
     found |= {"path": "rows", "chunk": "all" if one_chunk else settings.chunk}
     if not one_chunk:
         found |= {"solver": type(settings).__name__, "iterations": settings.max_iterations}
-    kernel = _one_kernel(given.cell, given.device, given.dtype)
+    kernel = _one_kernel(given.cell, given.device, given.dtype) if plan.generated else "asked for"
     if given.device == "cuda":
         found["path"] = "rows in graphs" if isinstance(kernel, str) else "kernel"
         found["warps" if isinstance(kernel, int) else "no kernel"] = kernel
@@ -287,6 +292,14 @@ def _mixing(rnn, given):
     return found
 
 
+def _with_channels(mixing, hidden):
+    """An elementwise step with another number of channels."""
+    sizes = [(*e.shape[:-1], e.shape[-1] * hidden // mixing.hidden) for e in mixing.edges]
+    pairs = zip(mixing.edges, sizes, strict=True)
+    edges = tuple(dataclasses.replace(e, shape=size) for e, size in pairs)
+    return dataclasses.replace(mixing, edges=edges, hidden=hidden)
+
+
 @functools.cache
 def _one_kernel(cell, device, dtype):
     """Warps of the kernel that runs many steps on a GPU, or why there is none."""
@@ -296,9 +309,8 @@ def _one_kernel(cell, device, dtype):
     cut = Cut(2, 3, 3)
     edges = [torch.zeros(*([2, 3] if e.by_rows else []), *e.shape, dtype=e.dtype) for e in of.edges]
     state = [torch.zeros(2, of.hidden, dtype=of.dtype) for _ in range(of.num_components)]
-    form = fused.Form(of.dtype is torch.float64, False, True)
-    kernel = fused._kernel(Chunks(of.step, cut, edges, None, ()), state, form)
-    return kernel if isinstance(kernel, str) else kernel.warps
+    kernel = fused._kernel(Chunks(of.step, cut, edges, None, ()), state)
+    return kernel if isinstance(kernel, str) else kernel.constants["num_warps"]
 
 
 def _matvec(given):

@@ -12,7 +12,7 @@ from pararnn.kernels import mixing, operators
 from pararnn.tracing import expressions
 
 MAKE = {
-    "elementwise": lambda: pararnn.RNN(pararnn.cells.ParaLSTMCell(3, 5), backend="torch"),
+    "elementwise": lambda: pararnn.RNN(pararnn.cells.ParaLSTMCell(3, 5), backend="c"),
     "mixing": lambda: pararnn.RNN(nn.LSTMCell(3, 5), solver=pararnn.Newton(chunk=3)),
 }
 

@@ -8,6 +8,8 @@ import torch
 
 from pararnn import RNN, Newton, cells
 from pararnn.kernels.operators import _problem, backend_of
+from pararnn.solvers.chunks import WHOLE, Cut, Groups, run_steps
+from pararnn.solvers.problem import Problem
 from pararnn.solvers.shooting import newton_update
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.capture import resolve
@@ -16,18 +18,50 @@ from .cells import CELLS, Cell, Chaotic, make_cell
 from .compare import as_tuple, assert_same, outcome, random_state
 
 
-def problem_of(rnn, x, state, chunk):
-    """What the solver is given for a layer."""
-    evaluation = rnn.evaluation()
-    with torch.no_grad():
-        part = evaluation.traced.input_part
-        edges = part([resolve(rnn.cell, n) for n in part.names], x.flatten(0, 1))
-    count = evaluation.traced.layout.num_drive_sources
-    drives = [e.unflatten(0, x.shape[:2]) for e in edges[:count]]
-    initial = torch.stack(as_tuple(state), 1)
-    with torch.no_grad():
-        whole = _problem(drives, edges[count:], initial, None, evaluation.plan)
-    return replace(whole.converted(), chunk=chunk)
+class Sweeps:
+    """Sweeps through the chunks of a layer, by whoever evaluates it.
+
+    First and last states of chunks are (batch, chunks, components, hidden).
+    """
+
+    def __init__(self, rnn, x, state, chunk):
+        evaluation = rnn.evaluation()
+        tensors = [resolve(rnn.cell, n) for n in evaluation.input_part.names]
+        with torch.no_grad():
+            edges = evaluation.edges(tensors, [x])
+        self.initial, batch, time = torch.stack(as_tuple(state), 1), *x.shape[:2]
+        self.chunk, self.chunks, self.plan = chunk, -(-time // chunk), evaluation.plan
+        if evaluation.mixing_plan is None:
+            count = evaluation.traced.layout.num_drive_sources
+            given = (edges[:count], edges[count:], self.initial, None, self.plan)
+            with torch.no_grad():
+                self.problem = replace(_problem(*given).converted(), chunk=chunk)
+            return
+        self.problem = evaluation.mixing_plan.forward(edges, self.initial, None, batch, time)
+        self.cut = Cut(batch, time, chunk)
+        self.groups = Groups(self.cut, self.initial.shape[1], 1)
+
+    def ends(self, boundary):
+        """The last states of chunks."""
+        if isinstance(self.problem, Problem):
+            return backend_of(self.plan).forward(self.problem, boundary, None, self.chunk)
+        return self.groups.vectors(self._rows(boundary)[1])
+
+    def tangents(self, boundary):
+        """The derivatives of these, (batch, chunks, components, components, hidden)."""
+        if isinstance(self.problem, Problem):
+            return backend_of(self.plan).tangent(self.problem, boundary)
+        first, (states, _) = self.groups.rows(boundary), self._rows(boundary)
+        return self.problem.tangents(self.cut, first, states, run_steps)
+
+    def solve(self, settings):
+        """All states."""
+        if isinstance(self.problem, Problem):
+            return backend_of(self.plan).solve(self.problem, settings)[0]
+        return self.problem.solve(settings, 1e-13, run_steps)[0]
+
+    def _rows(self, boundary):
+        return run_steps(self.problem.chunks(self.cut), self.groups.rows(boundary), WHOLE)
 
 
 def dense_newton(cell, x, first, guess):
@@ -70,16 +104,15 @@ def test_chunk_1_iterates_equal_dense_newton(name, backend):
     time, hidden = 6, rnn.hidden_size
     x = torch.randn(1, time, rnn.cell.input_size, dtype=torch.float64)
     state = random_state(rnn.num_components, 1, hidden)
-    problem = problem_of(rnn, x, state, chunk=1)
-    evaluate = backend_of(rnn.evaluation().plan)
-    first = problem.initial[0]
-    guess = problem.initial.unsqueeze(1).expand(-1, time, -1, -1).contiguous()
+    sweeps = Sweeps(rnn, x, state, chunk=1)
+    first = sweeps.initial[0]
+    guess = sweeps.initial.unsqueeze(1).expand(-1, time, -1, -1).contiguous()
     dense = guess[0]  # what the solver guesses before step t + 1 is the state after step t
     for iteration in range(4):
-        ends = evaluate.forward(problem, guess, None, 1)
+        ends = sweeps.ends(guess)
         dense_guess = torch.cat([guess[0, 1:], ends[0, -1:] if iteration == 0 else dense[-1:]])
         dense = dense_newton(rnn.cell, x, first, dense_guess)
-        guess = newton_update(ends, guess, evaluate.tangent(problem, guess), 0.0)
+        guess = newton_update(ends, guess, sweeps.tangents(guess), 0.0)
         assert_close(f"iterate {iteration}", guess[0, 1:], dense[:-1], rtol=1e-11)
 
 
@@ -89,9 +122,8 @@ def test_tangents_equal_autograd(name, backend):
     components, hidden = rnn.num_components, rnn.hidden_size
     x = torch.randn(2, 8, rnn.cell.input_size, dtype=torch.float64)
     state = random_state(components, 2, hidden)
-    problem = problem_of(rnn, x, state, chunk=4)
     boundary = torch.randn(2, 2, components, hidden, dtype=torch.float64)
-    actual = backend_of(rnn.evaluation().plan).tangent(problem, boundary)
+    actual = Sweeps(rnn, x, state, chunk=4).tangents(boundary)
 
     def end(b, k, *state):
         part = x[b : b + 1, 4 * k : 4 * k + 4]
@@ -112,14 +144,13 @@ def test_chunks_become_exact_one_by_one(backend, chunk):
     rnn = RNN(Chaotic().double(), backend=backend)
     x = torch.randn(2, 30, 5, dtype=torch.float64)
     state = random_state(1, 2, 7)
-    problem = problem_of(rnn, x, state, chunk)
-    evaluate = backend_of(rnn.evaluation().plan)
+    sweeps = Sweeps(rnn, x, state, chunk)
     exact = loop(rnn.cell, x, state)[0].detach()
-    guess = torch.randn(2, problem.chunks, 1, 7, dtype=torch.float64)
-    guess[:, 0] = problem.initial
-    for k in range(1, problem.chunks):
-        ends = evaluate.forward(problem, guess, None, chunk)
-        guess = newton_update(ends, guess, evaluate.tangent(problem, guess), 0.0)
+    guess = torch.randn(2, sweeps.chunks, 1, 7, dtype=torch.float64)
+    guess[:, 0] = sweeps.initial
+    for k in range(1, sweeps.chunks):
+        ends = sweeps.ends(guess)
+        guess = newton_update(ends, guess, sweeps.tangents(guess), 0.0)
         known = exact[:, chunk - 1 :: chunk][:, :k]
         assert_close(f"after {k} iterations", guess[:, 1 : k + 1, 0], known, rtol=1e-9)
 
@@ -260,8 +291,8 @@ def test_solve_writes_every_state(any_backend):
     rnn = RNN(make_cell("paralstm"), backend=any_backend)
     x = torch.randn(2, 23, 5, dtype=torch.float64)
     assert torch.empty(3).isnan().all(), "fresh memory is not filled with NaN"
-    problem = problem_of(rnn, x, random_state(2, 2, 7), chunk=23)
+    sweeps = Sweeps(rnn, x, random_state(2, 2, 7), chunk=23)
     for chunk in (1, 5, 23):
         with torch.no_grad():
-            states, _ = backend_of(rnn.evaluation().plan).solve(problem, Newton(chunk=chunk))
+            states = sweeps.solve(Newton(chunk=chunk))
         assert all(s.isfinite().all() for s in states)

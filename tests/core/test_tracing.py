@@ -207,7 +207,7 @@ def test_equations_use_the_names_of_the_source():
 def test_heads_and_biases_reach_the_recurrence_without_a_pass_over_memory():
     """What the batched product leaves is the drives' source itself; the bias is a coefficient."""
     cell = pararnn.cells.ParaGRUCell(6, 8, num_heads=2)
-    traced = RNN(cell, backend="torch").evaluation().traced
+    traced = RNN(cell, backend="c").evaluation().traced
     tensors = [resolve(cell, name) for name in traced.input_part.names]
     source, *coefficients = traced.input_part(tensors, torch.randn(10, 6))
     assert source.shape == (10, 3, 2, 4)

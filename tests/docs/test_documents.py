@@ -108,7 +108,7 @@ def test_guide_shows_what_explain_prints(tmp_path):
     script = tmp_path / "oscillator.py"
     script.write_text(blocks(ROOT / "docs/writing-a-cell.md")[0])
     cell = runpy.run_path(str(script))["Oscillator"](6, 10)
-    printed = str(pararnn.explain(pararnn.RNN(cell, backend="torch"))).splitlines()
+    printed = str(pararnn.explain(pararnn.RNN(cell, backend="c"))).splitlines()
     for line in printed:
         if ".py:" not in line and not line.startswith(("  backend", "  source")):
             assert line in guide

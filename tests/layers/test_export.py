@@ -127,7 +127,7 @@ def written(node):
         },
         "drives": [[0, 0]],
         "coefficients": [],
-        "backend": "torch",
+        "backend": "c",
         "solver": {"method": "Newton"},
     }
 
@@ -169,7 +169,9 @@ def test_steps_from_elsewhere_call_operations_that_only_compute(name):
         "device": "cpu",
         "dtype": "float32",
     }
-    text = json.dumps({"pararnn": 1, "mixing": mixing, "group": 3, "solver": None})
+    text = json.dumps(
+        {"pararnn": 1, "mixing": mixing, "group": 3, "solver": None, "generated": True}
+    )
     with pytest.raises(ValueError, match="is no operation that only computes"):
         torch.ops.pararnn.mixing([torch.zeros(1, 2, 3)], torch.zeros(1, 1, 3), None, 1, 2, text)
 

@@ -108,6 +108,15 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
             return replayed(chunks, state, sweep)
 
 
+def run_operations(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
+    """See `pararnn.solvers.chunks.Run`: PyTorch operations, on a GPU by CUDA graphs."""
+    device = state[0].device
+    if device.type != "cuda":
+        return plain.run_steps(chunks, state, sweep)
+    with torch.cuda.device(device):
+        return replayed(chunks, state, sweep)
+
+
 def replayed(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
     """See `pararnn.solvers.chunks.Run`: by CUDA graphs, or as one where one is captured."""
     rows = chunks.rows

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pararnn.kernels.direct import Operator
 from pararnn.kernels.fused import runs as runs_in_one_kernel
-from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_steps
+from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_operations, run_steps
 from pararnn.kernels.operators import gradients_of_loop, no_second_derivative, refuse_tangents
 from pararnn.kernels.pointwise import run as run_module
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.automatic import automatic, coupling, free_rows, prefers_cell
+from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.settings import Sequential, Solver, act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
@@ -40,12 +41,14 @@ class Plan:
         mixing: The recurrence.
         group: Channels that mix with each other.
         settings: What the user asked for; None to choose.
+        generated: Whether generated kernels may take part; else PyTorch operations alone.
         graphs: Whole calls of small problems as CUDA graphs.
     """
 
     mixing: Mixing
     group: int
     settings: Solver | None
+    generated: bool
     graphs: Graphs = field(default_factory=Graphs)
 
     def text(self) -> str:
@@ -54,6 +57,7 @@ class Plan:
             mixing=write_mixing(self.mixing),
             group=self.group,
             solver=write_solver(self.settings),
+            generated=self.generated,
         )
 
     def forward(
@@ -68,7 +72,8 @@ class Plan:
         dtype = arithmetic(t.dtype for t in (*edges, initial))
         edges = [in_type(e, dtype) for e in edges]
         initial = initial.to(dtype)
-        return Forward(self.mixing, self.group, edges, initial, starts, batch, time, run_module)
+        run = run_module if self.generated else _run_operations
+        return Forward(self.mixing, self.group, edges, initial, starts, batch, time, run)
 
     def state_dtype(self, edges: Sequence[Tensor], initial: Tensor) -> torch.dtype:
         """The type in which states are kept: that of the edges with rows, which are as large."""
@@ -114,7 +119,14 @@ class Plan:
     def settles(self, initial: Tensor, with_gradients: bool) -> bool:
         """Whether no call waits for the device, see `Way.settle`."""
         steps = [self.mixing.step, self.mixing.adjoint.step][: 1 + with_gradients]
-        return self.settings is None and all(_is_fast(step, initial) for step in steps)
+        return self.settings is None and all(self._is_fast(step, initial) for step in steps)
+
+    def _is_fast(self, step: Step, initial: Tensor) -> bool:
+        return self.generated and _is_fast(step, initial)
+
+    def run_steps(self, chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
+        """See `pararnn.solvers.chunks.Run`."""
+        return (run_steps if self.generated else run_operations)(chunks, state, sweep)
 
     def call(
         self,
@@ -142,9 +154,9 @@ class Plan:
         step = self.mixing.step if direction == "forward" else self.mixing.adjoint.step
         if self.settings is not None or isinstance(settings, Sequential):
             return run(tensors, Way(Sequential() if is_capturing(device) else settings))
-        if not _is_fast(step, initial):
+        if not self._is_fast(step, initial):
             found = run(tensors, Way(Sequential() if is_capturing(device) else settings))
-            if not _is_fast(step, initial):
+            if not self._is_fast(step, initial):
                 return found
         # known to be fast, perhaps since just now: what follows is the same in the first call
         way = Way(replace(settings, max_iterations=1), settle=True)
@@ -161,7 +173,7 @@ class Plan:
         if settings.tolerance is None and _rounds(chain.initial):
             tolerance = max(tolerance, _TF32)
         give_up = self.settings is None and not way.settle
-        return chain.solve(settings, tolerance, run_steps, give_up, way.settle)
+        return chain.solve(settings, tolerance, self.run_steps, give_up, way.settle)
 
 
 @dataclass(frozen=True)
@@ -192,12 +204,17 @@ def _rounds(x: Tensor) -> bool:
     return single and torch.get_float32_matmul_precision() != "highest"
 
 
-def plan(mixing: Mixing, group: int, settings: Solver | None) -> Name:
+def _run_operations(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    found: Sequence[Tensor] = module(*(t.contiguous() for t in tensors))
+    return found
+
+
+def plan(mixing: Mixing, group: int, settings: Solver | None, generated: bool = True) -> Name:
     """Register how to evaluate a recurrence; equal requests give the same name."""
     _ = mixing.adjoint  # now: inside an operator autograd is out of reach
-    text = f"{mixing.key} {mixing.device} {group} {settings!r}"
+    text = f"{mixing.key} {mixing.device} {group} {settings!r} {generated}"
     name = f"mixing-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    return _plans.add(name, lambda: Plan(mixing, group, settings))
+    return _plans.add(name, lambda: Plan(mixing, group, settings, generated))
 
 
 def plan_of(name: str) -> Plan:
@@ -210,7 +227,8 @@ def _read(content: dict[str, Any]) -> Plan:
     mixing, group = read_mixing(content["mixing"]), int(content["group"])
     if group < 1 or mixing.hidden % group:
         raise ValueError(f"{mixing.hidden} channels are no groups of {group}")
-    found: Plan = plan(mixing, group, read_solver(content["solver"])).plan
+    generated = bool(content["generated"])
+    found: Plan = plan(mixing, group, read_solver(content["solver"]), generated).plan
     return found
 
 
@@ -307,7 +325,7 @@ def _mixing_backward(
             fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
             chain = Backward(**fields, before=before, grad_states=grads)
             if isinstance(way.settings, Sequential):
-                of_initial, gradients = chain.solve_in_pieces(run_steps)
+                of_initial, gradients = chain.solve_in_pieces(chosen.run_steps)
             else:
                 found, progress = chosen.solve(chain, way, kept_in)
                 if chosen.settings is not None and progress is not None:

@@ -16,7 +16,6 @@ from torch.autograd import forward_ad
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.direct import Operator
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
-from pararnn.kernels.torch_backend import TorchBackend
 from pararnn.kernels.triton.backend import TritonBackend
 from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.settings import Solver, act_on_failure
@@ -26,7 +25,6 @@ from pararnn.tracing.structure import Layout
 from pararnn.tracing.written import read_recurrence, write_recurrence
 
 BACKENDS: dict[str, Callable[[Recurrence], Backend]] = {
-    "torch": TorchBackend,
     "c": CBackend,
     "triton": TritonBackend,
 }

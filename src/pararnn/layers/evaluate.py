@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.modes import transformed
 from pararnn.tracing.structure import Traced
 
-NAMES = ("auto", *operators.BACKENDS)
+NAMES = ("auto", "torch", *operators.BACKENDS)
 
 
 class BackendError(ValueError):
@@ -38,11 +38,13 @@ class BackendChoice:
         name: Of the backend.
         reason: In words.
         automatic: Whether PyTorch operations take its place if its kernels cannot be built.
+        generated: Whether generated kernels may take part.
     """
 
     name: str
     reason: str
     automatic: bool = False
+    generated: bool = True
 
 
 def choose_backend(
@@ -72,9 +74,10 @@ def choose_backend(
                 f"backend={name!r} evaluates elementwise cells and {traced.subject.name} is not "
                 f"one ({traced.reason}). Use backend='torch', or backend='auto' to choose."
             )
-        return BackendChoice("torch", f"channels mix ({traced.reason})")
+        reason = f"channels mix ({traced.reason})"
+        return BackendChoice("torch", reason, generated=name != "torch")
     if name == "torch":
-        return BackendChoice("torch", "asked for")
+        return BackendChoice("torch", "asked for", generated=False)
     chosen = name if name != "auto" else "triton" if device.type == "cuda" else "c"
     obstacle = (
         _solver_obstacle(chosen, solver)
@@ -97,7 +100,8 @@ def choose_backend(
 
 
 def _without_kernels(why: str) -> BackendChoice:
-    return BackendChoice("torch", f"generated kernels are not possible: {why.splitlines()[0]}")
+    reason = f"generated kernels are not possible: {why.splitlines()[0]}"
+    return BackendChoice("torch", reason, generated=False)
 
 
 def _solver_obstacle(backend: str, solver: Solver | None) -> str | None:
@@ -154,12 +158,18 @@ def _warn_slow(why: str) -> None:
 class Evaluation:
     """A traced step with the backend that evaluates it.
 
+    Attributes:
+        traced: The step, as the backend takes it.
+        choice: The backend: the one that was chosen, or PyTorch where its kernels cannot be built.
+        owners: Of the tensors that the input part reads: a module, and the name there.
+        is_ready: Whether it can be called; else `get_ready` comes first.
+
     Args:
         traced: The step.
         choice: The backend.
         solver: What the user asked for; None to choose.
         features: Shape of one input.
-        owners: Of the tensors that the input part reads: a module, and the name there.
+        owner_of: Finds a tensor by its name in the input part; None where nobody asks.
     """
 
     def __init__(
@@ -168,24 +178,30 @@ class Evaluation:
         choice: BackendChoice,
         solver: Solver | None,
         features: tuple[int, ...],
-        owners: Sequence[tuple[nn.Module, str]] = (),
+        owner_of: Callable[[str], tuple[nn.Module, str]] | None = None,
     ) -> None:
-        self.traced = traced
-        self.owners = owners
-        self.input_part = traced.input_part
         self.solver = solver
-        self.choice = choice
+        self._owner_of = owner_of
         self.features = features
         self.feature_axes = len(features)
-        self._built: set[bool] = set()  # whether in float64: kernels that are there
-        self.mixing_plan: mixing.Plan | None
-        if traced.recurrence is not None:
-            self.mixing_plan = None
-            self.plan = self._plan()
-        else:
-            assert traced.mixing is not None
-            self.plan = mixing.plan(traced.mixing, traced.group, solver)
+        self._take(traced, choice)
+        self.is_ready = not choice.automatic
+
+    def _take(self, traced: Traced, choice: BackendChoice) -> None:
+        """Evaluate a step with a backend."""
+        traced = traced.on_rows if choice.name == "torch" else traced
+        self.traced, self.choice, self.input_part = traced, choice, traced.input_part
+        find = self._owner_of
+        self.owners = [find(name) for name in self.input_part.names] if find else []
+        self.mixing_plan: mixing.Plan | None = None
+        if traced.mixing is not None:
+            self.plan = mixing.plan(traced.mixing, traced.group, self.solver, choice.generated)
             self.mixing_plan = mixing.plan_of(self.plan)
+            return
+        assert traced.recurrence is not None
+        assert traced.layout is not None
+        settings = self.solver or Newton()
+        self.plan = operators.plan(traced.recurrence, traced.layout, choice.name, settings)
 
     def method(self) -> type[Solver]:
         """How chunks are coupled: as the user asked, or as is chosen."""
@@ -251,7 +267,6 @@ class Evaluation:
             batch = (initial if starts is None else starts).shape[0]
             return mixing.recurrence(edges, initial, starts, batch, time, self._written())
         count = layout.num_drive_sources
-        self._build(edges, initial)
         return operators.recurrence(edges[:count], edges[count:], initial, starts, self._written())
 
     def _written(self) -> str:
@@ -262,32 +277,18 @@ class Evaluation:
         kind = operators if self.mixing_plan is None else mixing
         return kind.plan_of(self.plan).text()
 
-    def _build(self, edges: Sequence[Tensor], initial: Tensor) -> None:
-        if self.choice.automatic:
-            double = torch.float64 in [initial.dtype, *[e.dtype for e in edges]]
-            if torch.compiler.is_compiling() or double not in self._built:
-                self._build_or_not(double)
-
-    def _build_or_not(self, double: bool) -> None:
-        """Have the kernels of one type; where that fails, go on with PyTorch operations."""
+    def get_ready(self) -> None:
+        """Have the kernels; where they cannot be built, go on with PyTorch operations."""
+        self.is_ready = True
         backend = operators.backend_of(self.plan)
-        obstacle = backend.obstacle(double) if isinstance(backend, CBackend) else None
-        if obstacle is not None:
-            _warn_slow(obstacle)
-            self.choice = _without_kernels(obstacle)
-            self.plan = self._plan()
-        self._built.add(double)
+        if isinstance(backend, CBackend):
+            obstacle = backend.obstacle(self.traced.dtype is torch.float64)
+            if obstacle is not None:
+                _warn_slow(obstacle)
+                self._take(self.traced, _without_kernels(obstacle))
 
-    # The compiler calls these as they are
-    vars(_build_or_not)["_dynamo_marked_constant"] = True
+    # The compiler calls it as it is
     vars(_text)["_dynamo_marked_constant"] = True
-
-    def _plan(self) -> str:
-        traced = self.traced
-        assert traced.recurrence is not None
-        assert traced.layout is not None
-        settings = self.solver or Newton()
-        return operators.plan(traced.recurrence, traced.layout, self.choice.name, settings)
 
     def step_by_step(
         self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
@@ -308,7 +309,6 @@ class Evaluation:
         if layout is None:
             return self.step_by_step(edges, initial, starts, time)
         count = layout.num_drive_sources
-        self._build(edges, initial)
         return transforms.recurrence(edges[:count], edges[count:], initial, starts, self.plan)
 
     def solve_adjoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 import threading
 from collections.abc import Sequence
@@ -372,11 +373,16 @@ class RNN(nn.Module):
             if not self._is_traced():
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
                 self._trace_for_compiler(features, x.dtype, x.device, _sizes(state))
+            self._get_ready()
             return self.evaluation()
-        if self._evaluation is not None and self._is_as_before(self._evaluation, x, step):
-            return self._evaluation
-        self._learn_sizes(_sizes(state))
-        return self._prepare(self._features(x, step), x.dtype, x.device, snapshot(self.cell))
+        evaluation = self._evaluation
+        if evaluation is None or not self._is_as_before(evaluation, x, step):
+            self._learn_sizes(_sizes(state))
+            features, now = self._features(x, step), snapshot(self.cell)
+            evaluation = self._prepare(features, x.dtype, x.device, now)
+        if not evaluation.is_ready:
+            evaluation.get_ready()
+        return evaluation
 
     def _learn_sizes(self, sizes: tuple[int, ...]) -> None:
         """Take sizes that the layer was not given from the cell, or from those of a state."""
@@ -426,9 +432,16 @@ class RNN(nn.Module):
         self._prepare(known, dtype, device, now)
         return True
 
+    def _get_ready(self) -> bool:
+        """Have the kernels that the compiled program calls."""
+        evaluation = self.evaluation()
+        if not evaluation.is_ready:
+            evaluation.get_ready()
+        return True
+
     # The compiler calls these as they are and takes what they return as constants, as it does with
     # what torch.compiler.assume_constant_result marks, which would import it (2 s)
-    for _function in (_is_traced, _trace_for_compiler):
+    for _function in (_is_traced, _trace_for_compiler, _get_ready):
         vars(_function)["_dynamo_marked_constant"] = True
     del _function
 
@@ -523,8 +536,8 @@ class RNN(nn.Module):
             traced = dataclasses.replace(traced, reason=why)
         self._check_claim(traced)
         choice = choose_backend(self.backend, traced, device, self.solver)
-        owners = [owner_of(self.cell, name) for name in traced.input_part.names]
-        evaluation = Evaluation(traced, choice, self.solver, features, owners)
+        owner = functools.partial(owner_of, self.cell)
+        evaluation = Evaluation(traced, choice, self.solver, features, owner)
         watched = Watched(self.cell, traced.capture.ran, _tensors_of)
         is_parametrised = any(map(parametrize.is_parametrized, self.cell.modules()))
         return Kept(signature, sizes, evaluation, watched, is_parametrised)

@@ -76,7 +76,7 @@ def scan(
     if len(_known) > _MOST_KNOWN:
         _known.popitem(last=False)
     evaluation = known.evaluation
-    names = [int(n.removeprefix("coefficient_")) for n in evaluation.traced.input_part.names]
+    names = [int(n.removeprefix("coefficient_")) for n in evaluation.input_part.names]
     used = [coefficients[i] for i in names]
     states, _ = evaluation.run(used, drives, torch.stack(parts, 1), None)
     last = tuple(s[:, -1] for s in states)
@@ -105,6 +105,8 @@ class _Known:
         traced.subject = replace(subject, step=_unknown, source=_unknown, tensors={})
         choice = choose_backend(backend, traced, first.device, solver)
         self.evaluation = Evaluation(traced, choice, solver, ())
+        if not self.evaluation.is_ready:
+            self.evaluation.get_ready()
         self._watched = Watched(step, traced.capture.ran, lambda _: own)
         self._coefficients: tuple[Tensor, ...] = ()
         if self._watched.tied:

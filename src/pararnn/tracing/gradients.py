@@ -72,7 +72,7 @@ def check_gradients(traced: Traced, inputs: Inputs, device: torch.device) -> Non
 
 
 def _key(traced: Traced) -> int:
-    step, capture, subject = traced.recurrence or traced.mixing, traced.capture, traced.subject
+    step, capture, subject = traced.mixing or traced.recurrence, traced.capture, traced.subject
     assert step is not None
     places = tuple(n.meta.get("place") for n in capture.graph.nodes)
     kinds = tuple((t.shape, t.dtype, t.requires_grad) for t in subject.tensors.values())
@@ -220,7 +220,7 @@ def _of_the_trace(
     """The same from what was traced, as solvers use it."""
     part = traced.input_part
     run = Runner(dtype if dtype is not traced.capture.dtype else None)
-    compute = _mixing if traced.recurrence is None else _elementwise
+    compute = _elementwise if traced.mixing is None else _mixing
     with recording(device):
         tensors = [example.tensors[name] for name in part.names]
         edges = run(part.module, [*tensors, *part.constants, *example.inputs])

@@ -99,11 +99,12 @@ def _state_names(function: Callable[..., Any], position: int, count: int) -> lis
 
 def _parse(function: Callable[..., Any]) -> tuple[ast.AST, int] | None:
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return None if code is None else _parse_code(code)
+    return None if code is None else _parse_code(code, code.co_filename)
 
 
 @functools.lru_cache(maxsize=64)
-def _parse_code(code: CodeType) -> tuple[ast.AST, int] | None:
+def _parse_code(code: CodeType, _file: str) -> tuple[ast.AST, int] | None:
+    """The syntax tree of a function and its first line; equal code may come from another file."""
     try:
         lines, start = inspect.getsourcelines(code)
         return ast.parse(textwrap.dedent("".join(lines))), start

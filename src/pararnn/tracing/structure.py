@@ -14,7 +14,7 @@ from pararnn.tracing.dependencies import group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.gradients import check_gradients
-from pararnn.tracing.mixing import Mixing, mixing
+from pararnn.tracing.mixing import Mixing, arithmetic, mixing
 from pararnn.tracing.modes import stand_in, transformed, untransformed, without_tools
 from pararnn.tracing.partition import (
     AsItIs,
@@ -57,13 +57,15 @@ class Traced:
         subject: What was traced.
         parts: The split graph.
         input_part: Computes the sources of the drives, (rows, slots, heads, head_size), then those
-            of the coefficients, (slots, hidden_size), if elementwise; otherwise the edges as they
-            are.
+            of the coefficients, (slots, hidden_size), if there is a layout; otherwise the edges as
+            they are.
         by_rows: Which results of the input part have one row per sample.
-        recurrence: The recurrent part of an elementwise step, else None.
-        layout: Where its drives and coefficients are in their sources, else None.
-        mixing: The recurrent part of any other step, whose channels mix, else None.
+        recurrence: The recurrent part of an elementwise step as expressions, else None.
+        layout: Where its drives and coefficients are in their sources; None where chunks are rows
+            of a batch.
+        mixing: The recurrent part as PyTorch operations on rows, where there is no layout.
         reason: Why the structure is what it is.
+        device: Where it was traced.
     """
 
     subject: Subject
@@ -74,16 +76,30 @@ class Traced:
     layout: Layout | None
     mixing: Mixing | None
     reason: str
+    device: torch.device
 
     @property
     def capture(self) -> Capture:
         """The whole graph."""
         return self.parts.capture
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that its recurrent part is computed in, float32 or float64."""
+        return arithmetic((self.capture.dtype, *(e.meta["dtype"] for e in self.parts.edges)))
+
     @functools.cached_property
     def group(self) -> int:
         """Channels of the groups that do not mix with each other: 1, the size of a head, or all."""
-        return 1 if self.mixing is None else group_size(self.parts)
+        return group_size(self.parts) if self.recurrence is None else 1
+
+    @functools.cached_property
+    def on_rows(self) -> Traced:
+        """The same step by PyTorch operations, with chunks as rows of a batch: the reference."""
+        if self.mixing is not None:
+            return self
+        made = _mixing(self.subject, self.parts, self.reason, self.device)
+        return replace(made, recurrence=self.recurrence)
 
     @property
     def structure(self) -> str:
@@ -137,10 +153,12 @@ def _elementwise_or_not(subject: Subject, parts: Partition, device: torch.device
             f"{parts.capture.subject} does not use x in its new state; there is nothing to "
             "evaluate over time."
         )
-    return _elementwise(subject, parts, found)
+    return _elementwise(subject, parts, found, device)
 
 
-def _elementwise(subject: Subject, parts: Partition, found: Elementwise) -> Traced:
+def _elementwise(
+    subject: Subject, parts: Partition, found: Elementwise, device: torch.device
+) -> Traced:
     drives = list(dict.fromkeys(source for source, _ in found.drives))
     coefficients = list(dict.fromkeys(source for source, _ in found.coefficients))
     step = Recurrence(found.step, len(found.drives), len(found.coefficients), found.names)
@@ -152,14 +170,14 @@ def _elementwise(subject: Subject, parts: Partition, found: Elementwise) -> Trac
     reason = "every operation on the state works on each channel by itself"
     by_rows = [source.by_rows for source in sources]
     part = input_part(parts, sources)
-    return Traced(subject, parts, part, by_rows, step, layout, None, reason)
+    return Traced(subject, parts, part, by_rows, step, layout, None, reason, device)
 
 
 def _mixing(subject: Subject, parts: Partition, reason: str, device: torch.device) -> Traced:
     by_rows = [bool(e.meta["by_rows"]) for e in parts.edges]
     part = input_part(parts, [AsItIs(e) for e in parts.edges])
     found = mixing(parts, recurrent_module(parts), device)
-    return Traced(subject, parts, part, by_rows, None, None, found, reason)
+    return Traced(subject, parts, part, by_rows, None, None, found, reason, device)
 
 
 def _check_rows(

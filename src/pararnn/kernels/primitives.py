@@ -79,9 +79,9 @@ PRIMITIVES: dict[str, Primitive] = {
     **_of_libraries("asinh acosh atanh erf erfc floor ceil trunc", "{}"),
     **_of_libraries("atan2 pow fmod hypot copysign fmax fmin", "{}, {}"),
     # Rounded to a narrower type as PyTorch does it: from float32.
-    "to_float": _row("{} ? C(1) : C(0)", "{}.to({real})"),
-    "to_float32": _row("pr_to_float32({})", "{}.to(tl.float32).to(tl.float32).to({real})"),
-    "to_float16": _row("pr_to_float16({})", "{}.to(tl.float32).to(tl.float16).to({real})"),
-    "to_bfloat16": _row("pr_to_bfloat16({})", "{}.to(tl.float32).to(tl.bfloat16).to({real})"),
+    "to_float": _row("{} ? C(1) : C(0)", "({}).to({real})"),
+    "to_float32": _row("pr_to_float32({})", "({}).to(tl.float32).to(tl.float32).to({real})"),
+    "to_float16": _row("pr_to_float16({})", "({}).to(tl.float32).to(tl.float16).to({real})"),
+    "to_bfloat16": _row("pr_to_bfloat16({})", "({}).to(tl.float32).to(tl.bfloat16).to({real})"),
     "largest": _row("LARGEST", "tl.full([], {largest}, {real})"),
 }

@@ -143,7 +143,11 @@ def _needs_brackets(op: str, user: str | None, position: int) -> bool:
     inner, outer = _LEVELS.get(op), _LEVELS.get(user or "")
     if inner is None or outer is None:  # a call, or an argument of one
         return False
-    return user in _LOGIC or inner < outer or (inner == outer and (position > 0 or user == "neg"))
+    if user in _LOGIC:
+        return True
+    if inner == outer:  # Python chains comparisons
+        return position > 0 or user == "neg" or inner == PRECEDENCE["lt"]
+    return inner < outer
 
 
 def lowered_names(recurrence: Recurrence) -> dict[Expression, str]:

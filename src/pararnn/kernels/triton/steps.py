@@ -12,7 +12,13 @@ from typing import Literal
 from pararnn.kernels import printing
 from pararnn.kernels.primitives import PRIMITIVES, called
 from pararnn.tracing.derivatives import Recurrence
-from pararnn.tracing.expressions import Expression, Operand, literal, topological
+from pararnn.tracing.expressions import (
+    PRECEDENCE,
+    Expression,
+    Operand,
+    literal,
+    topological,
+)
 
 Precision = Literal["half", "single", "double"]
 
@@ -55,20 +61,16 @@ class Module:
         """
         first = list(first)
         roots = [*first, *(root for members in results for root in members)]
-        lines, values = printing.statements(self.language, roots, dict(names or {}))
-        like = next((f"{kind}0" for kind, count in leaves.items() if count), None)
+        members = {kind: f"{kind}[{{}}]" for kind in leaves}
+        lines, values = printing.statements(self.language, roots, names or {}, members)
+        like = next((f"{kind}[0]" for kind, count in leaves.items() if count), None)
         shaped = [
-            value if _varies(root) else f"tl.zeros_like({like}) + {value}"
+            value if _varies(root) else f"tl.zeros_like({like}) + ({value})"
             for root, value in zip(roots, values, strict=True)
         ]
         given = iter(shaped[len(first) :])
-        returned = [_tuple([next(given) for _ in members]) for members in results]
-        unpacked = [
-            f"{_tuple([f'{kind}{n}' for n in range(count)])} = {kind}"
-            for kind, count in leaves.items()
-            if count
-        ]
-        body = [*unpacked, *lines, f"return {', '.join(returned)}"]
+        returned = [_tuple([next(given) for _ in roots]) for roots in results]
+        body = [*lines, f"return {', '.join(returned)}"]
         head = f"@triton.jit\ndef {name}({', '.join([*flags, *leaves])}):"
         self.functions.append("\n    ".join([head, *body]))
 
@@ -95,20 +97,28 @@ def _language(precision: Precision, used: set[str]) -> printing.Language:
     real = "tl.float64" if precision == "double" else "tl.float32"
     largest = 1.7976931348623157e308 if precision == "double" else 2.0**128 - 2.0**104
 
+    plain: dict[str, str] = {}
+
     def number(value: float) -> str:
         text = literal(value)
         if text.endswith(("NAN", "INFINITY")):
-            text = f'float("{value}")'
-        return f"tl.full([], {text}, {real})"
+            return f'tl.full([], float("{value}"), {real})'
+        made = f"tl.full([], {text}, {real})"
+        plain[made] = text
+        return made
 
     def term(op: str, args: Sequence[str]) -> str:
+        if op in PRECEDENCE and not all(a in plain for a in args):
+            args = [plain.get(a, a) for a in args]  # a number beside a tensor has the tensor's type
         primitive = PRIMITIVES[op]
         text = primitive.half if precision == "half" else primitive.triton
         if name := called(text):
             used.add(name)
         return text.format(*args, real=real, largest=largest)
 
-    return printing.Language(term, number, str, lambda name, value, _: f"{name} = {value}")
+    return printing.Language(
+        term, number, str, lambda name, value, _: f"{name} = {value}", nested=True
+    )
 
 
 def _varies(root: Operand) -> bool:

@@ -51,11 +51,13 @@ def load(at, row, channel, inside):
 
 
 @triton.jit
-def load_places(at, PLACES: tl.constexpr, group, lane, inside):
-    """The channels of a group, from where tensors, or rows of them, begin.
+def load_places(at, strides, count, PLACES: tl.constexpr, group, lane, inside):
+    """The channels of a group, from tensors, or from rows of them at a step.
 
     Args:
         at: Where they begin.
+        strides: From step to step; none for tensors that are the same at all times.
+        count: How many of these further on.
         PLACES: Each is (which of them, offset, stride from group to group, channel to channel).
         group: The group.
         lane: Its channels.
@@ -63,8 +65,10 @@ def load_places(at, PLACES: tl.constexpr, group, lane, inside):
     """
     found = ()
     for n in tl.static_range(len(PLACES)):
-        first = at[PLACES[n][0]] + group * PLACES[n][2]
-        channel = first + lane * PLACES[n][3] + PLACES[n][1]
+        first = at[PLACES[n][0]]
+        if len(strides) > 0:
+            first += count * strides[PLACES[n][0]]
+        channel = first + group * PLACES[n][2] + lane * PLACES[n][3] + PLACES[n][1]
         found = found + (tl.load(channel, mask=inside, other=0),)
     return found
 
@@ -160,7 +164,7 @@ def run(
     inside = lane < SIZE
     channel = group * SIZE + lane
     weight = cast(load_weights(weights, WEIGHTS, GROUPS, group, lane, TILE), real)
-    coefficient = cast(load_places(coefficients, COEFFICIENTS, group, lane, inside), real)
+    coefficient = cast(load_places(coefficients, (), 0, COEFFICIENTS, group, lane, inside), real)
     drives_at, drive_steps = begins(drives, sequence, position), directed(drives, direction)
     resets_at, reset_steps = begins(resets, sequence, position), directed(resets, direction)
     fresh_at = begins(reset_states, sequence, position)
@@ -168,7 +172,7 @@ def run(
     states_at, state_steps = begins(states, sequence, position), directed(states, direction)
 
     s = cast(load(initial, row, channel, inside), real)
-    ahead = load_places(drives_at, DRIVES, group, lane, inside)
+    ahead = load_places(drives_at, drive_steps, 0, DRIVES, group, lane, inside)
     reset = load(resets_at, 0, 0, True)
     for i in range(0, steps):
         drive = cast(ahead, real)
@@ -177,8 +181,7 @@ def run(
                 at = moved(fresh_at, fresh_steps, tl.cast(i, tl.int64))
                 s = cast(load(at, 0, channel, inside), real)
         following = tl.cast(tl.minimum(i + 1, last), tl.int64)
-        at = moved(drives_at, drive_steps, following)
-        ahead = load_places(at, DRIVES, group, lane, inside)
+        ahead = load_places(drives_at, drive_steps, following, DRIVES, group, lane, inside)
         reset = load(moved(resets_at, reset_steps, following), 0, 0, True)
         s = STEP(SIZE, s, drive, coefficient, weight)
         store(states_at, 0, channel, s, inside)

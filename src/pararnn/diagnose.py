@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pararnn.layers.evaluate import BackendChoice, Evaluation
 from pararnn.layers.rnn import RNN
-from pararnn.solvers.settings import Solver, SolveReport
+from pararnn.planning.settings import Solver
+from pararnn.solvers.report import SolveReport
 from pararnn.testing.loop import loop
 from pararnn.tracing.capture import resolve, snapshot
 from pararnn.tracing.packed import joined

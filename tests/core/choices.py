@@ -22,10 +22,10 @@ from pararnn.kernels import fused, graphs, matvec
 from pararnn.kernels import mixing as mixing_operator
 from pararnn.kernels.c import backend as c_backend
 from pararnn.kernels.triton import backend as triton_backend
-from pararnn.kernels.triton_plan import Work
 from pararnn.layers import evaluate
 from pararnn.layers.evaluate import BackendError
 from pararnn.layers.replayed import Call
+from pararnn.planning.triton_plan import Work
 from pararnn.solvers import mixing as mixing_solver
 from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.solvers.problem import Problem

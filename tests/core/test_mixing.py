@@ -13,7 +13,8 @@ import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.kernels import graphs
 from pararnn.kernels import mixing as operator
-from pararnn.solvers import automatic, shooting
+from pararnn.planning import automatic
+from pararnn.solvers import shooting
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell

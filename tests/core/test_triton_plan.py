@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pararnn.kernels.triton_plan import Work, plan_launch
+from pararnn.planning.triton_plan import Work, plan_launch
 
 GRU = Work(loads=3, itemsize=2, operations=39)
 HALF, SINGLE = 4e-3, 1e-6

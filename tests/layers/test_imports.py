@@ -33,7 +33,8 @@ def test_a_layer_needs_nothing_but_pytorch(missing):
 
 
 ROOT = Path(pararnn.__file__).parent
-ROOMS = "cells tracing solvers kernels layers testing diagnose explain bench lm cli".split()
+CORE = "cells tracing planning solvers kernels layers".split()
+ROOMS = [*CORE, *"testing diagnose explain bench lm cli".split()]
 ROOMS_OF_LM = "data models decoding training evaluation bench".split()
 
 

@@ -18,11 +18,12 @@ from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_operations, 
 from pararnn.kernels.operators import gradients_of_loop, no_second_derivative, refuse_tangents
 from pararnn.kernels.pointwise import run as run_module
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
+from pararnn.planning.automatic import automatic, coupling, free_rows, prefers_cell
+from pararnn.planning.settings import Sequential, Solver
 from pararnn.solvers import chunks as plain
-from pararnn.solvers.automatic import automatic, coupling, free_rows, prefers_cell
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.solvers.mixing import Backward, Chain, Forward
-from pararnn.solvers.settings import Sequential, Solver, act_on_failure
+from pararnn.solvers.report import act_on_failure
 from pararnn.solvers.shooting import Progress, sequential_report
 from pararnn.tracing.mixing import Mixing, Step, arithmetic, in_type
 from pararnn.tracing.modes import without_autocast

@@ -17,8 +17,9 @@ from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.direct import Operator
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.triton.backend import TritonBackend
+from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Backend, Problem
-from pararnn.solvers.settings import Solver, act_on_failure
+from pararnn.solvers.report import act_on_failure
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.structure import Layout

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
-from pararnn.solvers.settings import Jacobi, Newton, Picard, QuasiNewton, Sequential, Solver
+from pararnn.planning.settings import Jacobi, Newton, Picard, QuasiNewton, Sequential, Solver
 from pararnn.tracing.modes import apart
 
 _VERSION = 1

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pararnn.kernels import operators
+from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import Operand, leaf, make
 from pararnn.tracing.structure import Layout

@@ -17,8 +17,8 @@ from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton.build import interpreted
 from pararnn.kernels.triton.build import missing as triton_missing
 from pararnn.layers.replayed import Call
-from pararnn.solvers.automatic import coupling
-from pararnn.solvers.settings import Newton, Sequential, Solver
+from pararnn.planning.automatic import coupling
+from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.modes import transformed
 from pararnn.tracing.structure import Traced

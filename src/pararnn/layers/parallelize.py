@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from pararnn.layers.rnn import RNN, State
 from pararnn.layers.stacked import StackedRNN
-from pararnn.solvers.settings import Solver
+from pararnn.planning.settings import Solver
 
 _CELLS: dict[type[nn.Module], type[nn.RNNCellBase]] = {
     nn.GRU: nn.GRUCell,

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from pararnn.layers.compiled import valid_while_same
 from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.layers.traces import Kept, Traces
-from pararnn.solvers.settings import Solver, SolveReport
+from pararnn.planning.settings import Solver
+from pararnn.solvers.report import SolveReport
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, owner_of, resolve, snapshot
 from pararnn.tracing.modes import forward_of, transformed

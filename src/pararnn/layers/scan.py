@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.layers.rnn import State
-from pararnn.solvers.settings import Solver
+from pararnn.planning.settings import Solver
 from pararnn.tracing.capture import Subject
 from pararnn.tracing.structure import trace
 from pararnn.tracing.watch import Watched

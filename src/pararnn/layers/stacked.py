@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
 from pararnn.layers.rnn import RNN, State, num_sequences
-from pararnn.solvers.settings import Solver
+from pararnn.planning.settings import Solver
 
 
 class StackedRNN(nn.Module):

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from pararnn.planning.automatic import WARM_UP
+from pararnn.planning.settings import Sequential, Solver
 from pararnn.solvers.chunks import (
     WHOLE,
     Chunks,
@@ -29,9 +31,7 @@ from pararnn.solvers.chunks import (
     in_blocks,
     states_before,
 )
-from pararnn.solvers.settings import Sequential, Solver
 from pararnn.solvers.shooting import (
-    WARM_UP,
     Contraction,
     Progress,
     adjoint_residual,

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pararnn.solvers.settings import Solver
+from pararnn.planning.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
 
 

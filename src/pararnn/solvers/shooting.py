@@ -21,17 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pararnn.planning.automatic import WARM_UP
+from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.settings import (
-    COMPLETED,
-    CONVERGED,
-    SEQUENTIAL,
-    Solver,
-    act_on_failure,
-)
+from pararnn.solvers.report import COMPLETED, CONVERGED, SEQUENTIAL, act_on_failure
 from pararnn.tracing.derivatives import Recurrence
 
-WARM_UP = 64  # steps that the first guess looks back; gates that forget more slowly need Newton
 # The residual of a channel whose states are below 1 / SMALL counts relative to SMALL times the
 # largest of them. A small factor costs ordinary cells an iteration: with 4, a slow ParaLSTM in
 # bfloat16 (8 x 2,048 x 1,024) takes 3 and 1.6 times as long, with 16 it takes 2, as with 1e30.

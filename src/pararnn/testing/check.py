@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pararnn.layers.evaluate import choose_backend
 from pararnn.layers.rnn import RNN
-from pararnn.solvers.settings import Newton
+from pararnn.planning.settings import Newton
 from pararnn.testing.close import assert_close
 from pararnn.testing.loop import loop
 from pararnn.tracing.partition import is_random

@@ -15,9 +15,10 @@ from torch import Tensor
 from pararnn.kernels.lowering import lower
 from pararnn.kernels.triton.build import compile_together
 from pararnn.kernels.triton.steps import Precision, adjoint_source, forward_source
-from pararnn.kernels.triton_plan import Launch, Work, block_of, plan_launch
+from pararnn.planning.settings import Solver
+from pararnn.planning.triton_plan import Launch, Work, block_of, plan_launch
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.settings import Solver, act_on_failure
+from pararnn.solvers.report import act_on_failure
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import topological
 

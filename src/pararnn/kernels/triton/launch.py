@@ -24,7 +24,7 @@ from pararnn.kernels.triton.tuples import (
     Kind,
     OverTime,
 )
-from pararnn.kernels.triton_plan import Launch
+from pararnn.planning.triton_plan import Launch
 from pararnn.solvers.problem import Problem, with_rows
 from pararnn.solvers.shooting import SMALL
 from pararnn.tracing.derivatives import Recurrence

@@ -6,9 +6,9 @@ import functools
 import math
 from dataclasses import dataclass
 
-from pararnn.solvers.settings import Jacobi, Newton, Sequential, Solver
-from pararnn.solvers.shooting import WARM_UP
+from pararnn.planning.settings import Jacobi, Newton, Sequential, Solver
 
+WARM_UP = 64  # steps that the first guess looks back; gates that forget more slowly need Newton
 _LARGEST_TANGENT = 8  # entries; a tangent costs as many sweeps
 # Multiplications that can be done in the time that it takes to launch an operation, on a CPU; and
 # in the time of a step on a GPU, whose launches are one kernel or one graph.

@@ -1,0 +1,1 @@
+"""What is chosen for a call, from its step, shape, device and settings; runs nothing."""

@@ -124,7 +124,8 @@ def load_ahead(step, chunk, KIND: tl.constexpr):
     ahead, inputs = (), inputs_at(chunk, step)
     if KIND.distance > 0:
         prefetch_steps(step - KIND.distance, chunk, KIND.distance, KIND)
-    for n in tl.static_range(KIND.unroll):
+    unroll: tl.constexpr = KIND.unroll
+    for n in tl.static_range(unroll):
         ahead = ahead + (load(inputs, step, n, chunk, KIND),)
     return ahead
 
@@ -245,11 +246,13 @@ def any_wrong(edges, p, tolerance, count: tl.constexpr, stored: tl.constexpr, KI
     Returns also the gaps that are allowed, and the residual. Adjoints have no natural scale: each
     channel's is its largest one at the end of any chunk.
     """
-    gaps = tl.zeros([KIND.rows, KIND.block], KIND.real)
+    rows: tl.constexpr = KIND.rows
+    block: tl.constexpr = KIND.block
+    gaps = tl.zeros([rows, block], KIND.real)
     sizes, d = gaps, p.channels[None, :]
-    lacking = tl.zeros([KIND.rows, 1], tl.int32)
-    for g in range(0, p.chunks, KIND.rows):
-        k = g + tl.arange(0, KIND.rows)[:, None]
+    lacking = tl.zeros([rows, 1], tl.int32)
+    for g in range(0, p.chunks, rows):
+        k = g + tl.arange(0, rows)[:, None]
         mask = (k < p.chunks) & (d < p.hidden) & (k + 1 < p.chunks)
         gaps, sizes = measure(gaps, sizes, edges, p, k, d, mask, count)
         if stored:
@@ -281,7 +284,7 @@ def correct(
     high = tl.minimum(high, chunks - 2)
     for m in range(0, high - own.k + 1):
         start, delta = newton(high - m, 1.0, delta, edges, p, KIND)
-    far = tl.zeros([KIND.block], tl.int32)
+    far = tl.zeros(p.channels.shape, tl.int32)
     for i in tl.static_range(count):
         size = tl.maximum(tl.abs(bounded(start[i])), tl.abs(bounded(end[i])))
         near = tl.abs(delta[i]) <= tolerance * size
@@ -353,7 +356,7 @@ def refine_group(g, counted, given, grads, edges, target, p, allowed, KIND: tl.c
     count: tl.constexpr = len(given.states)
     c = group_of(given, grads, p, g, KIND)
     last = tl.minimum(g + KIND.group, p.chunks)
-    none = tl.zeros([KIND.group, KIND.block], KIND.real)
+    none = tl.zeros(c.here.shape, KIND.real)
     inner = c.here & (c.k + 1 < p.chunks)
     gaps, _ = measure(none, none, edges, p, c.k, c.d, inner, count)
     lacking = tl.max(1 - load_stored(edges.stored, p, c.k, c.exists))

@@ -27,8 +27,10 @@ def program_of(given, batch, time, chunks, chunk, KIND: tl.constexpr):
     for n in tl.static_range(len(given.coefficients)):
         c = tl.load(given.coefficients[n] + channels, mask=inside).to(KIND.real)
         coefficients = coefficients + (c[None, :] if KIND.wide else c,)
-    sizes = (batch, time, KIND.hidden, chunks, chunk)
-    return Program(b, tile, tiles, channels, inside, coefficients, *sizes)
+    hidden = KIND.hidden
+    return Program(
+        b, tile, tiles, channels, inside, coefficients, batch, time, hidden, chunks, chunk
+    )
 
 
 @triton.jit
@@ -61,9 +63,29 @@ def chunk_of(given, grads, p, k, first, length, exists, here, d, KIND: tl.conste
             before = first_state(given, p, KIND)
     inputs = streams_of(given, grads, p, origin, d, KIND)
     lines = streams_of(given, grads, p, origin, p.tile * KIND.block, KIND)
-    place = (p.b, k, first, length, exists, here, d, p.time, p.hidden, p.chunks, p.batch)
-    rest = (p.coefficients, given.initial, starts, results, grad_initial, before)
-    return Chunk(*place, *inputs, lines, *rest)
+    return Chunk(
+        p.b,
+        k,
+        first,
+        length,
+        exists,
+        here,
+        d,
+        p.time,
+        p.hidden,
+        p.chunks,
+        p.batch,
+        inputs[0],
+        inputs[1],
+        inputs[2],
+        lines,
+        p.coefficients,
+        given.initial,
+        starts,
+        results,
+        grad_initial,
+        before,
+    )
 
 
 @triton.jit
@@ -119,8 +141,9 @@ def prefetch_steps(step, chunk, STEPS: tl.constexpr, KIND: tl.constexpr):
     if KIND.backward:
         lines = lines + chunk.lines[1] + chunk.lines[2]
     for n in tl.static_range(len(lines)):
-        of, last = lines[n], chunk.time - 1 - origin
-        prefetch(of.at, of.time, step, -origin, last, of.rest, STEPS, KIND.block)
+        at, stride, rest = lines[n]
+        last = chunk.time - 1 - origin
+        prefetch(at, stride, step, -origin, last, rest, STEPS, KIND.block)
 
 
 @triton.jit
@@ -128,8 +151,8 @@ def at_step(streams, step):
     """Where a step is."""
     found, offset = (), tl.cast(step, tl.int64)
     for m in tl.static_range(len(streams)):
-        of = streams[m]
-        found = found + (Stream(of.at + offset * of.time, of.time, of.rest),)
+        at, stride, rest = streams[m]  # Triton 3.6 loses names of members in sums of tuples
+        found = found + (Stream(at + offset * stride, stride, rest),)
     return found
 
 
@@ -138,7 +161,8 @@ def load_step(streams, number: tl.constexpr, mask):
     """What is `number` steps later."""
     found = ()
     for m in tl.static_range(len(streams)):
-        found = found + (tl.load(streams[m].at + number * streams[m].time, mask=mask),)
+        at, stride, _ = streams[m]
+        found = found + (tl.load(at + number * stride, mask=mask),)
     return found
 
 
@@ -146,7 +170,8 @@ def load_step(streams, number: tl.constexpr, mask):
 def store_step(streams, number: tl.constexpr, values, mask):
     """Write what is `number` steps later."""
     for m in tl.static_range(len(streams)):
-        at = streams[m].at + number * streams[m].time
+        at, stride, _ = streams[m]
+        at += number * stride
         tl.store(at, values[m].to(at.dtype.scalar.element_ty), mask=mask)
 
 

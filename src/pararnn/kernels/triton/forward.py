@@ -64,7 +64,8 @@ def load_ahead(step, chunk, KIND: tl.constexpr):
     ahead, drives = (), at_step(chunk.drives, step)
     if KIND.distance > 0:
         prefetch_steps(step + KIND.unroll, chunk, KIND.distance, KIND)
-    for n in tl.static_range(KIND.unroll):
+    unroll: tl.constexpr = KIND.unroll
+    for n in tl.static_range(unroll):
         ahead = ahead + (load_step(drives, n, exists(step + n, chunk, KIND)),)
     return ahead
 
@@ -140,6 +141,12 @@ def scale(sizes, KIND: tl.constexpr):
 
 
 @triton.jit
+def larger_of_both(gap, size, other_gap, other_size):
+    """The larger gap, and the larger size."""
+    return tl.maximum(gap, other_gap), tl.maximum(size, other_size)
+
+
+@triton.jit
 def measure(gaps, sizes, edges, p, k, d, mask):
     """For every component, the largest gaps at starts of chunks, and sizes of the ends before."""
     more, larger = (), ()
@@ -147,8 +154,8 @@ def measure(gaps, sizes, edges, p, k, d, mask):
         e = tl.load(edge(edges.ends, p, k - 1, i, len(gaps), d), mask=mask, other=0.0)
         s = tl.load(edge(edges.guess, p, k, i, len(gaps), d), mask=mask, other=0.0)
         apart = magnitude(magnitude(e - s) / tl.maximum(tl.abs(e), 1.0))
-        gap = tl.max(tl.where(e == s, 0.0, apart), axis=0)
-        size = tl.max(tl.where(e == e, tl.abs(e), 0.0), axis=0)
+        both = tl.where(e == s, 0.0, apart), tl.where(e == e, tl.abs(e), 0.0)
+        gap, size = tl.reduce(both, 0, larger_of_both)  # at once: programs wait for all warps less
         more = more + (tl.maximum(gaps[i], gap),)
         larger = larger + (tl.maximum(sizes[i], size),)
     return more, larger
@@ -168,9 +175,10 @@ def any_wrong(edges, p, tolerance, count: tl.constexpr, stored: tl.constexpr, KI
     """Whether chunks do not fit together, or with `stored` lack results; and the residual."""
     gaps = zeros(count, p.channels, KIND.real)
     sizes, d = gaps, p.channels[None, :]
-    lacking = tl.zeros([KIND.rows, 1], tl.int32)
-    for g in range(0, p.chunks, KIND.rows):
-        k = g + tl.arange(0, KIND.rows)[:, None]
+    rows: tl.constexpr = KIND.rows
+    lacking = tl.zeros([rows, 1], tl.int32)
+    for g in range(0, p.chunks, rows):
+        k = g + tl.arange(0, rows)[:, None]
         mask = (k < p.chunks) & (d < p.hidden) & (k > 0)
         gaps, sizes = measure(gaps, sizes, edges, p, k, d, mask)
         if stored:
@@ -200,7 +208,7 @@ def correct(
     low = tl.where(wrong > 0, 1, own.k)  # else only the chunk before matters
     for n in range(tl.maximum(low, 1), own.k + 1):
         start, delta = newton(n, 1.0 - damping, delta, edges, p, KIND)
-    far = tl.zeros([KIND.block], tl.float32)
+    far = tl.zeros(p.channels.shape, tl.float32)
     ended = (every[:, None] + 1 < chunks) & p.inside[None, :]
     ends = load_edges(edges.ends, p, every[:, None], count, p.channels[None, :], ended, 0.0)
     for i in tl.static_range(count):

@@ -18,15 +18,15 @@ from torch import nn
 
 from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
-from pararnn.kernels import fused, graphs, matvec
+from pararnn.kernels import fused, matvec
 from pararnn.kernels import mixing as mixing_operator
 from pararnn.kernels.c import backend as c_backend
 from pararnn.kernels.triton import backend as triton_backend
 from pararnn.layers import evaluate
 from pararnn.layers.evaluate import BackendError
 from pararnn.layers.replayed import Call
+from pararnn.planning.costs import COSTS
 from pararnn.planning.triton_plan import Work
-from pararnn.solvers import mixing as mixing_solver
 from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.solvers.problem import Problem
 
@@ -253,7 +253,7 @@ def _elementwise(rnn, given):
     cut = dataclasses.replace(problem, chunk=min(chunk, time))
     found |= {"chunk": cut.chunk, "chunks": cut.chunks}
     if backend.name == "c":
-        threads = 1 if batch * time * hidden < c_backend._SMALL else given.threads
+        threads = 1 if batch * time * hidden < COSTS.c_small else given.threads
         found |= {
             "threads": threads,
             "block": c_backend._block(batch * cut.chunks, hidden, threads),
@@ -284,11 +284,11 @@ def _mixing(rnn, given):
     if settles:  # once it is known that its steps run in one kernel
         found["settles"] = not one_chunk  # after one iteration, without asking the device
         states = batch * time * rnn.num_components * rnn.hidden_size
-        found["solve in a graph"] = not one_chunk and states <= graphs.SMALL
+        found["solve in a graph"] = not one_chunk and states <= COSTS.graph_elements
     with mock.patch.object(mixing_operator, "_is_fast", return_value=settles):
         found["graph"] = _replays(rnn, given, rnn.hidden_size)
-    piece = mixing_solver._PIECE // (batch * rnn.hidden_size)
-    found["backward piece"] = max(mixing_solver._SHORTEST_PIECE, piece)
+    piece = COSTS.piece // (batch * rnn.hidden_size)
+    found["backward piece"] = max(COSTS.shortest_piece, piece)
     return found
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import re
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, 
 from pararnn.kernels import graphs
 from pararnn.kernels import mixing as operator
 from pararnn.planning import automatic
+from pararnn.planning.costs import COSTS
 from pararnn.solvers import shooting
 from pararnn.testing import assert_close, loop
 
@@ -252,7 +254,7 @@ def test_graphs_share_memory_as_long_as_there_are_some(monkeypatch, rerun_graphs
 
 @pytest.mark.parametrize("solver", [Newton(chunk=7), Jacobi(chunk=10), Sequential()])
 def test_sweeps_by_graphs(monkeypatch, rerun_graphs, solver):
-    monkeypatch.setattr(graphs, "_STEPS", 4)
+    monkeypatch.setattr(graphs, "COSTS", replace(COSTS, graph_steps=4))
     monkeypatch.setattr(graphs, "_GRAPHS", 3)
     monkeypatch.setattr(operator, "run_steps", graphs.replayed)
     cell = make("heads")
@@ -298,8 +300,8 @@ def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
 @pytest.mark.parametrize("pieces", [1, 4, 7])
 @pytest.mark.parametrize("reset", [False, True])
 def test_pieces_of_the_sequential_backward(monkeypatch, pieces, reset):
-    monkeypatch.setattr(pararnn.solvers.mixing, "_SHORTEST_PIECE", pieces)
-    monkeypatch.setattr(pararnn.solvers.mixing, "_PIECE", 1)
+    small = replace(COSTS, shortest_piece=pieces, piece=1)
+    monkeypatch.setattr(pararnn.solvers.mixing, "COSTS", small)
     cell = make("lstm")
     rnn = RNN(cell, solver=Sequential())
     x, state = data(rnn)

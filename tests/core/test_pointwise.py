@@ -1,6 +1,7 @@
 """Operations on each element in generated kernels, in Triton's interpreter."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pararnn import RNN, Jacobi
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import mixing as operator
 from pararnn.kernels import pointwise
+from pararnn.planning.costs import COSTS
 from pararnn.testing import assert_close, loop
 
 from .compare import assert_same, outcome, random_state
@@ -68,8 +70,8 @@ def nodes(function, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", [*CELLS, "choosy"])
 def test_equals_operations(monkeypatch, name, dtype):
-    monkeypatch.setattr(pointwise, "_LONG", 8)
-    monkeypatch.setattr(pointwise, "_PARTS", 5)
+    small = replace(COSTS, long_sum=8, parts_of_a_sum=5)
+    monkeypatch.setattr(pointwise, "COSTS", small)
     cell = Choosy().to(dtype) if name == "choosy" else make(name, dtype)
     for i, (module, arguments) in enumerate(modules(cell)):
         exact = [a.double().contiguous() if a.is_floating_point() else a for a in arguments]
@@ -104,8 +106,8 @@ def test_serves_any_number_of_rows():
 @pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("keepdim", [False, True])
 def test_sums_of_rows(monkeypatch, rows, keepdim):
-    monkeypatch.setattr(pointwise, "_LONG", 8)
-    monkeypatch.setattr(pointwise, "_PARTS", 7)
+    small = replace(COSTS, long_sum=8, parts_of_a_sum=7)
+    monkeypatch.setattr(pointwise, "COSTS", small)
     x = torch.randn(rows, 5, dtype=torch.float64)
     found = pointwise.sum_of_rows(x, keepdim)
     assert found.shape == x.sum(0, keepdim).shape

@@ -1,6 +1,7 @@
 """Generation from static tensors: equal to transformers', ragged equal to one by one, sampling."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 from pararnn import RNN
 from pararnn.lm.decoding import Decoder, generate
 from pararnn.lm.decoding import decoder as generation
+from pararnn.planning.costs import COSTS
 from pararnn.testing import assert_close
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8, 9]]
@@ -200,7 +202,7 @@ def test_end_of_text(make_model, monkeypatch):
     ended = generate(model, PROMPTS, max_new_tokens=20, end_of_text=end)
     assert ended == [row[: row.index(end)] if end in row else row for row in free]
     assert len(ended[0]) < 20
-    monkeypatch.setattr(generation, "_STEPS_BETWEEN_CHECKS", 4)
+    monkeypatch.setattr(generation, "COSTS", replace(COSTS, steps_between_checks=4))
     decoder = Decoder(model, 1)
     assert decoder.generate(PROMPTS[:1], max_new_tokens=20, end_of_text=end) == ended[:1]
 
@@ -212,7 +214,7 @@ def test_it_stops_when_all_have_ended(make_model, monkeypatch):
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda self: steps.append(1) or step(self))
     assert generate(model, PROMPTS, max_new_tokens=500, end_of_text=0) == [[], [], []]
-    assert len(steps) == generation._STEPS_BETWEEN_CHECKS - 1
+    assert len(steps) == COSTS.steps_between_checks - 1
 
 
 def test_sampling_has_the_probabilities_of_the_model(make_model):

@@ -16,13 +16,11 @@ from pararnn.kernels.triton.backend import on_device
 from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.expressions import function
 from pararnn.kernels.triton.tuples import OverTime
+from pararnn.planning.costs import COSTS
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
 
-_ON_CHIP = 200 * 2**10  # bytes for weights: most of the registers of a multiprocessor of an H100
-_FACTORS = 48  # 32-bit registers of a thread for weights, beyond which a program gets more threads
-_WARPS = 16  # of a program at most
 _TILE = 16  # see `triton.functions.dot`
 
 
@@ -149,8 +147,9 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
             chunks.step.module, kinds, strides, len(state), like.shape[1], like.dtype, like.device
         )
         size = len(found.weights) * _width(found) ** 2 * like.itemsize
-        if size > _ON_CHIP:
-            return f"its weights take {size >> 10} KB on the chip, which has {_ON_CHIP >> 10} KB"
+        most = COSTS.rows_weights
+        if size > most:
+            return f"its weights take {size >> 10} KB on the chip, which has {most >> 10} KB"
         return _compiled(found, like)
     except (NotExpressed, NotLowered) as error:
         return str(error)
@@ -160,8 +159,9 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
     from pararnn.kernels.triton import rows  # needs Triton, which this module does not
 
     count, width, double = len(products.weights), _width(products), like.dtype is torch.float64
-    wanted = max(1, -(-count * width**2 * like.itemsize // (4 * 32 * _FACTORS)))
-    most = min(_WARPS, width * 4 // 32)  # four threads a sum, see `_TILE`
+    of_a_warp = 4 * 32 * COSTS.rows_registers  # bytes
+    wanted = max(1, -(-count * width**2 * like.itemsize // of_a_warp))
+    most = min(COSTS.rows_warps, width * 4 // 32)  # four threads a sum, see `_TILE`
     drives, coefficients = products.drives, products.coefficients
     leaves = {"state": len(products.step), "drive": len(drives)}
     leaves |= {"coefficient": len(coefficients), "weight": count}

@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from pararnn.kernels import fused
+from pararnn.planning.costs import COSTS
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import WHOLE, Chunks, Rows, Sweep, Swept
 
-# Elements of a tensor up to which a GPU is done before Python has launched everything, and up to
-# which the memory that graphs keep is small.
-SMALL = 1 << 22
-_STEPS = 128  # of a sweep in one graph; longer sweeps replay it
 _GRAPHS = 64  # kept per step, plan or layer
 _UNUSED = 1024  # calls of others after which a graph makes room for a new one
 _FORMS = 256  # remembered as met once
-_TOGETHER = 1 << 16  # elements; of several tensors in one launch a multiprocessor copies so many
 
 
 def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None) -> Replay:
@@ -123,8 +119,8 @@ def replayed(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> S
     if is_capturing(state[0].device) or rows.steps - sweep.first == 1:
         return plain.run_steps(chunks, state, sweep)
     pieces: list[list[Tensor]] = []
-    for begin in range(sweep.first, rows.steps, _STEPS):
-        piece = rows.piece(begin, min(begin + _STEPS, rows.steps))
+    for begin in range(sweep.first, rows.steps, COSTS.graph_steps):
+        piece = rows.piece(begin, min(begin + COSTS.graph_steps, rows.steps))
         pieces.append(_replayed(piece, state, sweep.copies))
         state = [p[-1] for p in pieces[-1]]
     whole = pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
@@ -229,7 +225,7 @@ def _alike(to: Sequence[Tensor], source: Sequence[Tensor]) -> list[list[int]]:
     """Which pairs of tensors one launch copies well: small, of one type and laid out alike."""
     groups: dict[Hashable, list[int]] = {}
     for i, (a, b) in enumerate(zip(to, source, strict=True)):
-        together = a.stride() == b.stride() and a.numel() <= _TOGETHER
+        together = a.stride() == b.stride() and a.numel() <= COSTS.copied_together
         groups.setdefault((a.dtype, b.dtype) if together else i, []).append(i)
     return list(groups.values())
 

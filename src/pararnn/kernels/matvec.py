@@ -13,13 +13,9 @@ from torch import Tensor
 
 from pararnn.kernels.triton.backend import on_device, overlaps
 from pararnn.kernels.triton.expressions import function
+from pararnn.planning.costs import COSTS, Costs
 from pararnn.tracing.expressions import Operand
 from pararnn.tracing.written import read_expressions, write_expressions
-
-MOST_INNER = 2**14  # elements of a vector: a program holds it in registers
-_BYTES = 128  # of a tile for every thread
-_THREADS = 512  # per multiprocessor
-_REGISTERS = 128  # of a thread: as many as there are for those
 
 
 @dataclass(frozen=True)
@@ -67,15 +63,22 @@ class _Launch:
 
 
 def _launch(
-    rows: int, matrices: int, heads: int, inner: int, itemsize: int, processors: int
+    rows: int,
+    matrices: int,
+    heads: int,
+    inner: int,
+    itemsize: int,
+    processors: int,
+    costs: Costs = COSTS,
 ) -> _Launch:
     """As many programs as the device runs at a time, so that no multiprocessor has more to read.
 
     Of tiles that share the rows equally well the largest: more is on its way at a time.
     """
     block = 1 << (inner - 1).bit_length()
-    warps = min(16, max(4, block // 1024))
-    most = max(1, processors * _THREADS // (32 * warps) // heads)
+    least, most_warps = costs.matvec_warps
+    warps = min(most_warps, max(least, block // costs.matvec_elements_of_a_warp))
+    most = max(1, processors * costs.matvec_threads // (32 * warps) // heads)
 
     def launch(height: int) -> _Launch:
         return _Launch(min(-(-rows // height) * matrices, most), height, block, warps)
@@ -85,7 +88,7 @@ def _launch(
         programs = -(-launch.programs * heads // processors)
         return programs * -(-tiles // launch.programs) * launch.rows
 
-    largest = max(1, _BYTES * 32 * warps // (block * itemsize))
+    largest = max(1, costs.matvec_tile * 32 * warps // (block * itemsize))
     return min((launch(largest >> i) for i in range(largest.bit_length())), key=longest)
 
 
@@ -144,7 +147,7 @@ def _run(
             BLOCK=launch.block,
             PDL=pdl,
             num_warps=launch.warps,
-            maxnreg=_REGISTERS,
+            maxnreg=COSTS.matvec_registers,
             **({"launch_pdl": True} if pdl else {}),
         )
     return results

@@ -18,9 +18,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from pararnn.kernels import matvec
-from pararnn.kernels.matvec import MOST_INNER, Vector
+from pararnn.kernels.matvec import Vector
 from pararnn.kernels.triton.build import interpreted
 from pararnn.kernels.triton.expressions import express_node, is_expressed
+from pararnn.planning.costs import COSTS
 from pararnn.tracing.expressions import Operand, leaf, make
 from pararnn.tracing.operations import (
     named_arguments,
@@ -39,8 +40,6 @@ _MOVES = frozenset(
 )
 _CONVERT = torch.ops.prims.convert_element_type.default
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LEAST_INNER = 16
-_MOST_MATRICES = 8
 
 
 @dataclass
@@ -126,7 +125,7 @@ def _groups(graph: fx.Graph) -> list[_Group]:
         value = _value(matrix)
         key = (_unshaped(x), value.shape, value.dtype)
         groups = found.setdefault(key, [])
-        if not groups or len(groups[-1].nodes) == _MOST_MATRICES:
+        if not groups or len(groups[-1].nodes) == COSTS.matvec_most_matrices:
             groups.append(_Group())
         groups[-1].nodes.append(node)
         groups[-1].matrices.append(matrix)
@@ -134,10 +133,10 @@ def _groups(graph: fx.Graph) -> list[_Group]:
 
 
 def _serves(x: fx.Node, matrix: fx.Node) -> bool:
-    value = _value(matrix)
+    value, (least, most) = _value(matrix), COSTS.matvec_inner
     return (
         _value(x).shape[-2] == 1
-        and _LEAST_INNER <= value.shape[-1] <= MOST_INNER
+        and least <= value.shape[-1] <= most
         and value.is_contiguous()
         and value.dtype in _TYPES
         and (value.device.type == "cuda" or interpreted())

@@ -14,11 +14,12 @@ from torch import Tensor, fx
 
 from pararnn.kernels.direct import Operator
 from pararnn.kernels.fused import runs as runs_in_one_kernel
-from pararnn.kernels.graphs import SMALL, Graphs, is_capturing, run_operations, run_steps
+from pararnn.kernels.graphs import Graphs, is_capturing, run_operations, run_steps
 from pararnn.kernels.operators import gradients_of_loop, no_second_derivative, refuse_tangents
 from pararnn.kernels.pointwise import run as run_module
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.planning.automatic import automatic, coupling, free_rows, prefers_cell
+from pararnn.planning.costs import COSTS
 from pararnn.planning.settings import Sequential, Solver
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
@@ -161,7 +162,7 @@ class Plan:
                 return found
         # known to be fast, perhaps since just now: what follows is the same in the first call
         way = Way(replace(settings, max_iterations=1), settle=True)
-        if batch * time * initial[0].numel() > SMALL or is_capturing(device):
+        if batch * time * initial[0].numel() > COSTS.graph_elements or is_capturing(device):
             return run(tensors, way)
         return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
 

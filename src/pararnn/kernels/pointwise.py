@@ -21,13 +21,11 @@ from torch import Tensor, fx
 from pararnn.kernels.triton.backend import on_device
 from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.expressions import express_node, function, is_expressed
+from pararnn.planning.costs import COSTS
 from pararnn.tracing.expressions import Operand, leaf, make
 from pararnn.tracing.operations import operation_name
 from pararnn.tracing.partition import operation
 
-_BLOCK = 1024  # elements of a program
-_PARTS = 128  # of a long sum: two short ones have more to do at a time
-_LONG = 4096  # rows
 _FORMS = 64  # kept per module
 
 Function = Callable[..., Sequence[Tensor]]
@@ -244,11 +242,12 @@ def _is_tensor(value: Any) -> bool:
 
 def sum_of_rows(x: Tensor, keepdim: bool) -> Tensor:
     """`x.sum(0, keepdim)`."""
-    if len(x) < _LONG:
+    if len(x) < COSTS.long_sum:
         return x.sum(0, keepdim)
-    size = len(x) // _PARTS
-    parts = x[: size * _PARTS].unflatten(0, (_PARTS, size)).sum(1)
-    return torch.cat([parts, x[size * _PARTS :]]).sum(0, keepdim)
+    count = COSTS.parts_of_a_sum
+    size = len(x) // count
+    parts = x[: size * count].unflatten(0, (count, size)).sum(1)
+    return torch.cat([parts, x[size * count :]]).sum(0, keepdim)
 
 
 def _kernel(
@@ -274,7 +273,8 @@ def _kernel(
     flat = [root for buffer in roots for root in buffer]
     operations = function("operations", {"drive": count}, flat, dtype is torch.float64)
     places = tuple((i, size * n) for i, buffer in enumerate(roots) for n, _ in enumerate(buffer))
-    columns = min(_BLOCK, 1 << (size - 1).bit_length())
+    columns = min(COSTS.pointwise_block, 1 << (size - 1).bit_length())
+    rows_at_once = COSTS.pointwise_block // columns
 
     def fused_operations(*tensors: Tensor) -> list[Tensor]:
         shape = tensors[whole].shape
@@ -285,7 +285,7 @@ def _kernel(
             for buffer, kind in zip(roots, kinds, strict=True)
         ]
         with on_device(tensors[0]):
-            pointwise.run[-(-rows // (_BLOCK // columns)), -(-size // columns)](
+            pointwise.run[-(-rows // rows_at_once), -(-size // columns)](
                 tuple((t, *t.stride()) for t in inputs),
                 tuple((_as_bytes(r), r.shape[-1]) for r in results),
                 rows,
@@ -293,7 +293,7 @@ def _kernel(
                 PLACES=places,
                 SIZE=size,
                 DOUBLE=dtype is torch.float64,
-                ROWS=_BLOCK // columns,
+                ROWS=rows_at_once,
                 COLUMNS=columns,
             )
         return results

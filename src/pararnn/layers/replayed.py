@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from pararnn.kernels.graphs import SMALL, Graphs, is_capturing
+from pararnn.kernels.graphs import Graphs, is_capturing
 from pararnn.kernels.operators import gradients_of_loop
+from pararnn.planning.costs import COSTS
 
 if TYPE_CHECKING:
     from pararnn.layers.evaluate import Evaluation
@@ -52,7 +53,7 @@ class Call:
         assert initial is not None
         states = math.prod(x.shape[:2]) * initial[0].numel()
         if (
-            max(states, *(t.numel() for t in tensors)) > SMALL
+            max(states, *(t.numel() for t in tensors)) > COSTS.graph_elements
             or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
             or is_capturing(device)
             or torch._C._len_torch_dispatch_stack()

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_WARP = 32
-_MOST_UNROLL = 8
-_MOST_AHEAD = 48  # 32-bit registers of a thread for inputs that are loaded ahead
-_MOST_OPERATIONS = 512  # in an unrolled loop: Triton's compile time grows faster than their number
-_LEAST_PROGRAMS = 4  # per multiprocessor, where time is cut
-_MORE_PROGRAMS = {"forward": 8, "adjoint": 12}  # as long as chunks are long,
-_MOST_CHUNKS = {"forward": 2**30, "adjoint": 8}  # and no more than these
-_ENOUGH_PROGRAMS = {"forward": 6.0, "adjoint": 3.5}  # per multiprocessor, for time not to be cut
-_IN_FLIGHT = 48 * 2**10  # bytes per multiprocessor, so that its memory is busy
-_DISTANCES = (32, 16, 8, 4)
-_GROUP = 16
-_ROWS = 256
+from pararnn.planning.costs import COSTS, Costs
+
+_WARP = 32  # threads
 
 
 @dataclass(frozen=True)
@@ -45,12 +36,13 @@ class Launch:
     @property
     def wide_unroll(self) -> int:
         """Steps that `refine` loads ahead: fewer where its programs have many warps."""
-        return min(self.unroll, 8 if self.group * self.warps <= 8 else 4)
+        few = self.group * self.warps <= COSTS.refine_warps
+        return self.unroll if few else min(self.unroll, COSTS.refine_unroll)
 
     @property
     def rows(self) -> int:
         """Chunks that `refine` looks at in one go."""
-        return min(_power_of_two(self.chunks), _ROWS)
+        return min(_power_of_two(self.chunks), COSTS.refine_rows)
 
     @property
     def corrected(self) -> bool:
@@ -78,9 +70,9 @@ def _power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
-def block_of(hidden: int) -> int:
-    """Channels per program: two for every thread of a warp, fewer where there are not as many."""
-    return _power_of_two(min(hidden, 2 * _WARP))
+def block_of(hidden: int, costs: Costs = COSTS) -> int:
+    """Channels per program: those of a warp, fewer where there are not as many."""
+    return _power_of_two(min(hidden, costs.channels_of_a_thread * _WARP))
 
 
 def plan_launch(
@@ -92,14 +84,14 @@ def plan_launch(
     tolerance: float,
     processors: int,
     adjoint: bool,
+    costs: Costs = COSTS,
 ) -> Launch:
     """Cut a problem.
 
     Time is cut only as far as the programs are too few for the device: every chunk costs its
     warm-up, and that chunks fit together has to be found out. More chunks as long as they are long
     keep more loads on their way and, backward, shorten what is done again where gates forget
-    slowly. The fewer programs, the further they look ahead. The constants were measured
-    (docs/gpu.md).
+    slowly. The fewer programs, the further they look ahead.
 
     Args:
         batch: Rows.
@@ -110,32 +102,34 @@ def plan_launch(
         tolerance: Of the solve.
         processors: Multiprocessors of the device.
         adjoint: Whether it is the backward pass.
+        costs: What work costs.
     """
-    block = block_of(hidden)
-    warm = 32 if tolerance > 1e-4 else 64 if tolerance > 1e-8 else 128
+    block = block_of(hidden, costs)
+    half, single, double = costs.triton_warm_up
+    warm = half if tolerance > 1e-4 else single if tolerance > 1e-8 else double
     busy = batch * -(-hidden // block) / processors
     if chunk is None:
-        direction = "adjoint" if adjoint else "forward"
-        most = min(_MOST_CHUNKS[direction], time // (4 * warm))
-        wanted = max(_LEAST_PROGRAMS / busy, min(_MORE_PROGRAMS[direction] / busy, most))
-        chunks = min(round(wanted), time // (2 * warm))
-        chunks = 1 if busy >= _ENOUGH_PROGRAMS[direction] else max(1, chunks)
+        most = min(costs.most_chunks[adjoint], time // (costs.long_chunk * warm))
+        more = min(costs.wanted_programs[adjoint] / busy, most)
+        wanted = max(costs.least_programs / busy, more)
+        chunks = min(round(wanted), time // (costs.shortest_chunk * warm))
+        chunks = 1 if busy >= costs.enough_programs[adjoint] else max(1, chunks)
         chunk = -(-time // chunks)
         if chunks > 1:
-            chunk = -(-chunk // _MOST_UNROLL) * _MOST_UNROLL
+            chunk = -(-chunk // costs.most_unroll) * costs.most_unroll
     chunk = min(chunk, time)
     chunks = -(-time // chunk)
     registers = work.loads * max(1, 2 * work.itemsize // 4)
-    unroll = _MOST_UNROLL
+    unroll = costs.most_unroll
     while unroll > 1 and (
         unroll > time
         or (chunks > 1 and chunk % unroll)
-        or unroll * registers > _MOST_AHEAD
-        or unroll * work.operations > _MOST_OPERATIONS
+        or unroll * registers > costs.most_ahead
+        or unroll * work.operations > costs.most_operations
     ):
         unroll //= 2
     warm = -(-min(warm, chunk) // unroll) * unroll
-    ahead = _IN_FLIGHT / (max(busy * chunks, 1) * work.loads * work.itemsize * block) - unroll
-    distance = next((d for d in _DISTANCES if d <= min(ahead, chunk - unroll)), 0)
-    group = _power_of_two(min(chunks, _GROUP))
+    ahead = costs.in_flight / (max(busy * chunks, 1) * work.loads * work.itemsize * block) - unroll
+    distance = next((d for d in costs.distances if d <= min(ahead, chunk - unroll)), 0)
+    group = _power_of_two(min(chunks, costs.refine_group))
     return Launch(chunk, chunks, block, unroll, warm, group, distance)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pararnn.planning.costs import COSTS
 from pararnn.tracing.mixing import Step
-
-_BLOCK = 1 << 16  # elements of a tensor in a block
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,8 @@ def in_blocks(tensors: Sequence[Tensor], moves: Sequence[bool]) -> Iterator[list
     """
     flat = [t.flatten(0, 1) if by_rows else t for t, by_rows in zip(tensors, moves, strict=True)]
     rows = flat[0].shape[0]
-    size = max(1, _BLOCK // flat[0].shape[1]) if flat[0].device.type == "cpu" else rows
+    on_cpu = flat[0].device.type == "cpu"
+    size = max(1, COSTS.cached_block // flat[0].shape[1]) if on_cpu else rows
     for begin in range(0, rows, size):
         yield [
             f[begin : begin + size] if by_rows else f

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from pararnn.planning.automatic import WARM_UP
+from pararnn.planning.costs import COSTS
 from pararnn.planning.settings import Sequential, Solver
 from pararnn.solvers.chunks import (
     WHOLE,
@@ -39,9 +39,6 @@ from pararnn.solvers.shooting import (
     state_residual,
 )
 from pararnn.tracing.mixing import Mixing
-
-_PIECE = 1 << 17  # elements of a component in a piece that is solved step by step
-_SHORTEST_PIECE = 16  # steps
 
 RunModule = Callable[[fx.GraphModule, Sequence[Tensor]], Sequence[Tensor]]
 """Runs a module on tensors of any strides; it was recorded on contiguous ones."""
@@ -141,7 +138,7 @@ class Chain(abc.ABC):
             return run(chunks, start.unbind(1), WHOLE)[0], None
         groups = Groups(cut, self.mixing.num_components, self.group)
         everywhere = start.repeat(cut.chunks, 1, 1).unbind(1)
-        last = Sweep(first=max(0, cut.chunk - WARM_UP), keep=False)
+        last = Sweep(first=max(0, cut.chunk - COSTS.warm_up), keep=False)
         _, warm = run(chunks, everywhere, last)
         before, warmed = groups.vectors(everywhere), groups.vectors(warm)
         guess = torch.cat([before[:, :1], warmed[:, :-1]], 1)
@@ -150,7 +147,7 @@ class Chain(abc.ABC):
             moved = torch.inf
             if settings.coupling == "zero":
                 moved = float(self.residual(warmed[:, :-1], before[:, 1:]).amax())
-            contraction = Contraction(moved, min(1.0, WARM_UP / cut.chunk))
+            contraction = Contraction(moved, min(1.0, COSTS.warm_up / cut.chunk))
         first: list[Tensor] = []
         states: list[Tensor] = []
 
@@ -320,7 +317,7 @@ class Backward(Chain):
         Returns:
             The gradients of the initial states and of the differentiable edges.
         """
-        size = max(_SHORTEST_PIECE, _PIECE // (self.batch * self.mixing.hidden))
+        size = max(COSTS.shortest_piece, COSTS.piece // (self.batch * self.mixing.hidden))
         pieces, incoming, of_initial = [], self.incoming, torch.zeros_like(self.initial)
         for begin in reversed(range(0, self.time, size)):
             piece = self._piece(begin, min(begin + size, self.time), incoming)

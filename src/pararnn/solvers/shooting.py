@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pararnn.planning.automatic import WARM_UP
+from pararnn.planning.costs import COSTS
 from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.report import COMPLETED, CONVERGED, SEQUENTIAL, act_on_failure
@@ -151,7 +151,7 @@ def solve(
         backend.forward(problem, first.contiguous(), states, problem.time)
         return states, sequential_report(problem.batch, drive.device)
     everywhere = first.expand(-1, problem.chunks, -1, -1).contiguous()
-    ends = backend.forward(problem, everywhere, None, min(WARM_UP, problem.chunk))
+    ends = backend.forward(problem, everywhere, None, min(COSTS.warm_up, problem.chunk))
     guess = torch.cat([first, ends[:, :-1]], 1)
     progress = shoot(
         lambda s: backend.forward(problem, s, states, problem.chunk),
@@ -204,7 +204,7 @@ def solve_adjoint(
         boundary = torch.cat([first, ends[:, : chunks - 1]], 1).contiguous()
         return backend.tangent(problem, boundary).transpose(2, 3).flip(1)
 
-    limit = min(WARM_UP, problem.chunk)
+    limit = min(COSTS.warm_up, problem.chunk)
     out = backend.backward(problem, states, grad_states, zeros, None, limit).flip(1)
     guess = torch.cat([zeros[:, :1], out[:, :-1]], 1)
     progress = shoot(sweep, tangents, guess, settings, tolerance, adjoint_residual)

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from pararnn.kernels.c.build import CompilerError, load
-from pararnn.kernels.c.source import MAX_BLOCK, SIZES, c_source
+from pararnn.kernels.c.source import SIZES, c_source
+from pararnn.planning.costs import COSTS, Costs
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.shooting import Gradients, ShootingBackend
 from pararnn.tracing.derivatives import Recurrence
-
-_VECTOR = 16  # channels of the narrowest block worth a thread of its own
-_SMALL = 4096  # elements under which sharing among threads costs more than it saves
-_SHORTEST_CHUNK = 256
 
 
 class CBackend(ShootingBackend):
@@ -58,9 +55,9 @@ class CBackend(ShootingBackend):
 
     def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
         """One chunk, unless rows and channels are too few to give every thread its own."""
-        lanes = batch * -(-hidden // _VECTOR)
+        lanes = batch * -(-hidden // COSTS.c_vector)
         wanted = -(-torch.get_num_threads() // lanes)
-        return -(-time // max(1, min(wanted, time // _SHORTEST_CHUNK)))
+        return -(-time // max(1, min(wanted, time // COSTS.c_shortest_chunk)))
 
     def forward(
         self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int
@@ -114,7 +111,8 @@ class CBackend(ShootingBackend):
                 "export the layer on the device that its program is to run on."
             )
         batch, time, hidden, chunks = problem.batch, problem.time, problem.hidden, problem.chunks
-        threads = torch.get_num_threads() if batch * time * hidden >= _SMALL else 1
+        small = batch * time * hidden < COSTS.c_small
+        threads = 1 if small else torch.get_num_threads()
         sizes = {
             "batch": batch,
             "time": time,
@@ -135,12 +133,12 @@ class CBackend(ShootingBackend):
         getattr(library, name)(array)
 
 
-def _block(rows: int, hidden: int, threads: int) -> int:
+def _block(rows: int, hidden: int, threads: int, costs: Costs = COSTS) -> int:
     """Channels per lane: as many as fit, but enough lanes for all threads."""
     per_row = -(-threads // rows)
     block = -(-hidden // per_row)
-    block = -(-block // _VECTOR) * _VECTOR
-    return min(MAX_BLOCK, block)
+    block = -(-block // costs.c_vector) * costs.c_vector
+    return min(costs.c_block, block)
 
 
 def _strided(tensors: Iterable[Tensor]) -> list[int]:

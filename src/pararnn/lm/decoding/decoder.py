@@ -21,11 +21,10 @@ from pararnn.lm.models.cache import LayerState, ParaRNNCache, State, map_state
 from pararnn.lm.models.configuration import ATTENTION
 from pararnn.lm.models.convolution import advance_windows
 from pararnn.lm.models.modeling import ParaRNNForCausalLM
+from pararnn.planning.costs import COSTS
 from pararnn.tracing.ran import Ran
 from pararnn.tracing.watch import Watched
 
-_STEPS_BETWEEN_CHECKS = 32  # whether all have ended: only then does the host wait for the device
-_PART = 1024  # scores that one processor looks at
 _LEAST_NOISE = 2.0**-25  # exponential noise may be drawn as 0, for all below 2**-24
 
 
@@ -129,7 +128,7 @@ class Decoder:
         self.start(prompts, temperature=temperature, seed=seed, end_of_text=end_of_text)
         new = [self.tokens.clone()]
         while len(new) < max_new_tokens:
-            if len(new) % _STEPS_BETWEEN_CHECKS == 0 and self._ended.all():
+            if len(new) % COSTS.steps_between_checks == 0 and self._ended.all():
                 break
             self.step()
             new.append(self.tokens.clone())
@@ -260,7 +259,7 @@ class _Form:
 
 def largest(scores: Tensor) -> Tensor:
     """`scores.argmax(-1, keepdim=True)` in two stages, for one takes a long row one processor."""
-    size = min(_PART, scores.shape[-1])
+    size = min(COSTS.part_of_scores, scores.shape[-1])
     parts = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf).unflatten(-1, (-1, size))
     values, indices = parts.max(-1)
     best = values.argmax(-1, keepdim=True)

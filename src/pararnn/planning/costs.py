@@ -1,0 +1,180 @@
+"""All measured constants that choices depend on: unit, meaning and the measurement of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What work costs and what hardware holds, as far as a choice depends on it.
+
+    The text after a field names its unit first and, at the end, the page with the measurement.
+    "Estimate" stands where no page records one. The values change how fast a result is there,
+    and never what it is beyond the tolerance. A pair is for forward and backward pass, unless it
+    says otherwise.
+    """
+
+    # Cells whose channels mix, in chunks that are rows of one batch
+
+    warm_up: int = 64
+    """Steps that the first guess looks back, also in C. Gates that forget more slowly need
+    iterations. Estimate."""
+    largest_tangent: int = 8
+    """Entries of a group up to which Newton is taken: a tangent costs as many sweeps. Estimate."""
+    launch_work: int = 1 << 15
+    """Multiplications that a CPU does while one operation is launched. Estimate, checked by
+    benchmarks/mixing_loops.py: docs/results/mixing-cells.md."""
+    step_work: int = 1 << 23
+    """Multiplications that a GPU does in the time of a step, which is part of one kernel or graph.
+    Estimate, checked by benchmarks/mixing.py: docs/results/mixing-cells.md."""
+    worth: float = 2.0
+    """Times as fast as the loop that chunks must be by the estimate, or the loop is taken: trying
+    in vain costs the loop and one part in `worth` of it. Estimate, checked by
+    benchmarks/mixing_loops.py: docs/results/mixing-cells.md."""
+    patience: float = 0.5
+    """Part of the loop's time that iterations may take. Estimate."""
+    call: int = 32
+    """Steps bound by launches that take as long as one call over the recurrent part.
+    benchmarks/mixing_sweep.py: docs/results/mixing-cells.md."""
+    call_against_one: int = 192
+    """The same where a step of the cell is one call itself. benchmarks/mixing_sweep.py:
+    docs/results/mixing-cells.md."""
+    arithmetic_of_one: float = 2.0
+    """Times that arithmetic weighs more where a step of the cell is one call, whose launches weigh
+    less. Estimate, checked by benchmarks/mixing_sweep.py: docs/results/mixing-cells.md."""
+    bound: float = 0.5
+    """Part of the free rows from which on one chunk had better keep its gates than compute them
+    again. Estimate, checked by benchmarks/mixing_loops.py: docs/results/mixing-cells.md."""
+    bound_rows: int = 16
+    """Rows from which on the same may hold. Estimate, checked by benchmarks/mixing_loops.py:
+    docs/results/mixing-cells.md."""
+    entries_of_a_row: int = 8
+    """Entries of a group per row of `bound_rows`: in small heads gates weigh more than their
+    products. Estimate, checked by benchmarks/mixing_loops.py: docs/results/mixing-cells.md."""
+
+    # Launches of Triton's kernels for elementwise cells
+
+    triton_warm_up: tuple[int, int, int] = (32, 64, 128)
+    """Steps that the first guess looks back for results in half, single and double precision.
+    Estimate."""
+    channels_of_a_thread: int = 2
+    """Channels of one thread. Estimate."""
+    most_unroll: int = 8
+    """Steps whose inputs are loaded ahead, at most. Estimate."""
+    most_ahead: int = 48
+    """32-bit registers of a thread for inputs that are loaded ahead. Estimate."""
+    most_operations: int = 512
+    """Operations in an unrolled loop, at most: compile time grows faster than their number.
+    Estimate."""
+    least_programs: int = 4
+    """Programs per multiprocessor that are wanted in any case where time is cut.
+    docs/results/gpu-kernels.md."""
+    wanted_programs: tuple[int, int] = (8, 12)
+    """Programs per multiprocessor that are wanted as long as chunks stay long.
+    docs/results/gpu-kernels.md."""
+    enough_programs: tuple[float, float] = (6.0, 3.5)
+    """Programs per multiprocessor with which time stays whole. docs/results/gpu-kernels.md."""
+    most_chunks: tuple[int, int] = (2**30, 8)
+    """Chunks, at most, where more than `least_programs` are wanted. Backward:
+    docs/results/gpu-kernels.md."""
+    long_chunk: int = 4
+    """Warm-ups that a long chunk has. Estimate."""
+    shortest_chunk: int = 2
+    """Warm-ups that every chunk has. Estimate."""
+    in_flight: int = 48 * 2**10
+    """Bytes per multiprocessor on their way from memory. docs/results/gpu-kernels.md."""
+    distances: tuple[int, ...] = (32, 16, 8, 4)
+    """Steps that the prefetch into the L2 cache may look ahead. docs/results/gpu-kernels.md."""
+    refine_group: int = 16
+    """Chunks that one program of `refine` runs side by side, at most. Estimate."""
+    refine_rows: int = 256
+    """Chunks that `refine` looks at in one go, at most. Estimate."""
+    refine_warps: int = 8
+    """Warps of a program of `refine` up to which it loads as far ahead as `sweep`. Estimate."""
+    refine_unroll: int = 4
+    """Steps that `refine` loads ahead, at most, with more warps. Estimate."""
+
+    # Threads and chunks in C
+
+    c_vector: int = 16
+    """Channels of the narrowest block that is worth a thread of its own. Estimate."""
+    c_small: int = 4096
+    """Elements under which sharing among threads costs more than it saves. Estimate."""
+    c_shortest_chunk: int = 256
+    """Steps of a chunk, at least. Estimate, checked by benchmarks/cpu.py."""
+    c_block: int = 256
+    """Channels that one lane carries in its local arrays, at most. Estimate, checked by
+    benchmarks/cpu.py."""
+
+    # CUDA graphs
+
+    graph_elements: int = 1 << 22
+    """Elements of the largest tensor up to which a call becomes a graph: a GPU is done before
+    Python has launched everything, and the memory that graphs keep is small. Estimate; what graphs
+    gain is in docs/results/gpu-kernels.md."""
+    graph_steps: int = 128
+    """Steps of a sweep in one graph; longer sweeps replay it. Estimate."""
+    copied_together: int = 1 << 16
+    """Elements of a tensor up to which one launch copies several: a multiprocessor copies so many.
+    Estimate."""
+
+    # Operations on each element, and sums
+
+    pointwise_block: int = 1024
+    """Elements of a program. Estimate."""
+    long_sum: int = 4096
+    """Rows from which on a sum is taken in two stages. Estimate."""
+    parts_of_a_sum: int = 128
+    """Sums of the first stage, which run side by side. Estimate."""
+
+    # Products of matrices with one vector
+
+    matvec_tile: int = 128
+    """Bytes of a tile per thread. docs/results/language-models.md: half as many rows at a time are
+    slower."""
+    matvec_threads: int = 512
+    """Threads per multiprocessor. docs/results/language-models.md: a quarter fewer and a quarter
+    more are slower."""
+    matvec_registers: int = 128
+    """Registers of a thread: as many as there are for `matvec_threads`, by count."""
+    matvec_warps: tuple[int, int] = (4, 16)
+    """Warps of a program, at least and at most. Estimate."""
+    matvec_elements_of_a_warp: int = 1024
+    """Elements of the vector per warp. Estimate."""
+    matvec_inner: tuple[int, int] = (16, 2**14)
+    """Elements of the vector, at least and at most: a program holds it in registers. Estimate."""
+    matvec_most_matrices: int = 8
+    """Matrices in one kernel, at most. Estimate."""
+
+    # The kernel for all steps of a cell whose channels mix
+
+    rows_weights: int = 200 * 2**10
+    """Bytes of weights that a program keeps, at most: most of the registers of a multiprocessor of
+    an H100, by count."""
+    rows_registers: int = 48
+    """32-bit registers of a thread for weights, beyond which a program gets more threads. Estimate,
+    checked by benchmarks/mixing.py: docs/results/mixing-cells.md."""
+    rows_warps: int = 16
+    """Warps of a program, at most. Estimate."""
+
+    # Pieces and blocks of work, by what caches and memory hold
+
+    piece: int = 1 << 17
+    """Elements of a component in a piece of time that a backward pass solves step by step.
+    Estimate."""
+    shortest_piece: int = 16
+    """Steps of a piece, at least. Estimate."""
+    cached_block: int = 1 << 16
+    """Elements of a tensor in a block of rows that fits a CPU's cache. Estimate."""
+
+    # Generation of text
+
+    steps_between_checks: int = 32
+    """Steps after which the host waits for the device to see whether all rows have ended.
+    Estimate."""
+    part_of_scores: int = 1024
+    """Scores that one multiprocessor looks at for the largest. docs/results/language-models.md."""
+
+
+COSTS = Costs()

@@ -1,0 +1,106 @@
+"""Measured constants are fields of `Costs`, each with what it was measured by, and nowhere else."""
+
+import ast
+import itertools
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+import pararnn
+from pararnn.kernels.matvec import _launch
+from pararnn.planning import automatic, costs, triton_plan
+from pararnn.planning.costs import COSTS, Costs
+
+ROOT = Path(pararnn.__file__).parent
+ROOMS = ("planning", "solvers", "kernels", "layers", "lm/decoding")
+NO_COSTS = {
+    # numbers that decide about values, or about what counts as equal
+    "planning/settings.py": {"_DEFAULT_TOLERANCE"},
+    "solvers/shooting.py": {"SMALL"},
+    "kernels/mixing.py": {"_TF32"},
+    "kernels/lowering.py": {"_GELU_CUBIC", "_GELU_SCALE", "_SIXTH"},
+    "lm/decoding/decoder.py": {"_LEAST_NOISE"},
+    # sizes that hardware or Triton demands
+    "planning/triton_plan.py": {"_WARP"},
+    "kernels/fused.py": {"_TILE"},
+    # bounds of what is kept
+    "kernels/graphs.py": {"_GRAPHS", "_UNUSED", "_FORMS"},
+    "kernels/pointwise.py": {"_FORMS"},
+    "layers/traces.py": {"_MOST"},
+    "layers/scan.py": {"_MOST_KNOWN", "_MOST_KEPT"},
+    # a version and a bound of what is kept
+    "kernels/registry.py": {"_VERSION", "_READ"},
+    # how generated text looks, and when a compiler counts as stuck
+    "kernels/printing.py": {"_LONGEST"},
+    "kernels/c/build.py": {"_LIMIT_S"},
+    # names of numbers
+    "solvers/report.py": {"SEQUENTIAL", "CONVERGED", "COMPLETED"},
+    # sizes of what a cell is tried with
+    "layers/rnn.py": {"_MOST_COMPONENTS", "_TRIAL_ROWS"},
+}
+
+
+def numbers(text):
+    """Names in capitals that a module gives numbers to, alone or in tuples, lists and mappings."""
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        inside = list(ast.walk(node.value or node.target))
+        keys = {key for n in inside if isinstance(n, ast.Dict) for key in n.keys}
+        constants = [n.value for n in inside if isinstance(n, ast.Constant) and n not in keys]
+        if any(isinstance(n, ast.Lambda) for n in inside) or not constants:
+            continue
+        if all(type(c) in (int, float) for c in constants):
+            yield from (n for n in names if re.fullmatch("_?[A-Z][A-Z0-9_]*", n))
+
+
+def test_no_constant_decides_outside():
+    found = {}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            found[path.relative_to(ROOT).as_posix()] = set(numbers(path.read_text()))
+    del found["planning/costs.py"]
+    assert {path: names for path, names in found.items() if names} == NO_COSTS
+
+
+def test_constants_are_found():
+    text = "A = 1 << 4; _B: int = 2; C, D = range(2); E = {'x': (3, 4)}; _F = 2.0**-1"
+    others = "G = 'g'; h = 1; I = {'x': lambda y: 2 * y}; J = (1, 'j'); K: int"
+    assert list(numbers(f"{text}; {others}")) == ["A", "_B", "C", "D", "E", "_F"]
+
+
+def test_every_cost_says_where_it_was_measured():
+    """And the pages and benchmarks that it names are there."""
+    body = ast.parse(Path(costs.__file__).read_text()).body
+    (body,) = (node.body for node in body if isinstance(node, ast.ClassDef))
+    told = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr), field.target.id
+            told[field.target.id] = " ".join(text.value.value.split())
+    assert list(told) == [field.name for field in fields(Costs)]
+    for name, text in told.items():
+        pages = re.findall(r"(?:docs|benchmarks)/[\w/-]+\.\w+", text)
+        assert pages or "Estimate" in text or "by count" in text, name
+        for page in pages:
+            assert (ROOT.parents[1] / page).exists(), f"{name}: {page}"
+
+
+@pytest.mark.parametrize("worth", [1.0, 1e9])
+def test_choices_follow_their_costs(worth):
+    chosen = automatic.automatic(64, 30.0, 1, 4096, replace(COSTS, worth=worth))
+    assert isinstance(chosen, pararnn.Sequential) == (worth > 1)
+
+
+def test_launches_follow_their_costs():
+    work = triton_plan.Work(3, 2, 39)
+    whole = replace(COSTS, enough_programs=(0.0, 0.0))
+    assert triton_plan.plan_launch(1, 4096, 64, None, work, 4e-3, 132, False).chunks > 1
+    assert triton_plan.plan_launch(1, 4096, 64, None, work, 4e-3, 132, False, whole).chunks == 1
+    few = replace(COSTS, matvec_threads=COSTS.matvec_threads // 2)
+    wide = (4096, 1, 1, 1024, 2, 132)
+    assert _launch(*wide, few).programs < _launch(*wide).programs

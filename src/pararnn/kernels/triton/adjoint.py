@@ -274,9 +274,9 @@ def correct(
         tl.extra.cuda.gdc_launch_dependents()
     own = own_chunk(given, grads, p, KIND)
     count: tl.constexpr = len(given.states)
-    start = load_edges(edges.guess, p, own.k, count, own.d, own.here, None)
+    guess = load_edges(edges.guess, p, own.k, count, own.d, own.here, None)
     end = load_edges(edges.ends, p, own.k, count, own.d, own.here, None)
-    delta = zeros(count, p.channels, KIND.real)
+    start, delta = guess, zeros(count, p.channels, KIND.real)
     every = tl.arange(0, KIND.group)
     after = (every < chunks) & (every >= own.k)
     wrong = tl.max(1 - load_stored(edges.stored, p, every, after))
@@ -295,7 +295,8 @@ def correct(
         begin = own.length // KIND.unroll * KIND.unroll - KIND.unroll
         ahead = load_ahead(tl.maximum(begin, -own.first), own, KIND)
         end = run_chunk(start, ahead, own.length, own, grads.sums, p, KIND)
-    save(corrected.guess, start, p, own.k, own.d, own.here)
+        guess = start
+    save(corrected.guess, guess, p, own.k, own.d, own.here)
     save(corrected.ends, end, p, own.k, own.d, own.here)
 
 

@@ -199,9 +199,9 @@ def correct(
         tl.extra.cuda.gdc_launch_dependents()
     own = own_chunk(given, (), p, KIND)
     count: tl.constexpr = len(given.states)
-    start = load_edges(edges.guess, p, own.k, count, own.d, own.here, None)
+    guess = load_edges(edges.guess, p, own.k, count, own.d, own.here, None)
     end = load_edges(edges.ends, p, own.k, count, own.d, own.here, None)
-    delta = zeros(count, p.channels, KIND.real)
+    start, delta = guess, zeros(count, p.channels, KIND.real)
     every = tl.arange(0, KIND.group)
     before = (every < chunks) & (every <= own.k)
     wrong = tl.max(1 - load_stored(edges.stored, p, every, before))
@@ -221,7 +221,8 @@ def correct(
     if moved | (kept == 0):
         ahead = load_ahead(tl.minimum(0, own.length - KIND.unroll), own, KIND)
         end, _, _ = run(start, (), ahead, 0, own.length, own, False, True, KIND)
-    save(corrected.guess, start, p, own.k, own.d, own.here)
+        guess = start
+    save(corrected.guess, guess, p, own.k, own.d, own.here)
     save(corrected.ends, end, p, own.k, own.d, own.here)
 
 

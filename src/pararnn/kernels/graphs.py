@@ -1,4 +1,4 @@
-"""Work captured once in a CUDA graph and replayed, and who runs the steps of chunks on a GPU."""
+"""CUDA graphs: capture and replay, and sweeps of mixing cells on a GPU."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import WHOLE, Chunks, Rows, Sweep, Swept
 
 _GRAPHS = 64  # kept per step, plan or layer
-_UNUSED = 1024  # calls of others after which a graph makes room for a new one
-_FORMS = 256  # remembered as met once
+_UNUSED = 1024  # calls without use after which a new graph may replace one
+_FORMS = 256  # remembered after their first call
 
 
 def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None) -> Replay:
-    """The same work as a CUDA graph, which Python launches in one call.
+    """Capture work in a CUDA graph, which Python launches in one call.
 
-    It is run twice before, to compile and to allocate. Graphs are captured on one stream for all
-    that run on the current one: what they share, memory and cuBLAS's workspace, goes by streams.
-    (PyTorch's default is one stream for all, of the first device.)
+    The work runs twice before the capture, to compile and to allocate. Each current stream has one
+    stream for captures, since memory and cuBLAS's workspace are shared per stream. (By default
+    PyTorch captures on one stream for all, of the first device.)
 
     Args:
-        run: Enqueues work on the current stream; reads and writes the same tensors in every call.
+        run: Enqueues the work on the current stream; reads and writes the same tensors every time.
         beside: A graph to share memory with; the two must never run at the same time.
     """
     current = torch.cuda.current_stream()
@@ -45,7 +45,7 @@ def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None)
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = None if beside is None else beside.pool()
-        # other threads (that pin memory, or watch collectives) may go on meanwhile
+        # other threads may work during the capture: they pin memory or watch collectives
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             kept = run()
     return Replay(graph, kept)
@@ -72,7 +72,7 @@ class Replay:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is enqueued on a device goes into a CUDA graph, or will."""
+    """Whether work on a device is captured in a CUDA graph, or prepared for a capture."""
     if device.type != "cuda":
         return False
     return getattr(_here, "prepares", False) or torch.cuda.is_current_stream_capturing()
@@ -83,7 +83,7 @@ _here = threading.local()
 
 @contextmanager
 def _as_captured() -> Iterator[None]:
-    """What runs inside takes the way that it takes in a graph, and makes none of its own."""
+    """Within this context, code behaves as in a capture and makes no graphs."""
     before = getattr(_here, "prepares", False)
     _here.prepares = True
     try:
@@ -114,7 +114,7 @@ def run_operations(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE
 
 
 def replayed(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `pararnn.solvers.chunks.Run`: by CUDA graphs, or as one where one is captured."""
+    """See `pararnn.solvers.chunks.Run`: by CUDA graphs; within a capture, step by step."""
     rows = chunks.rows
     if is_capturing(state[0].device) or rows.steps - sweep.first == 1:
         return plain.run_steps(chunks, state, sweep)
@@ -131,7 +131,7 @@ _Function = Callable[[Sequence[Any]], list[Tensor]]
 
 
 class Graphs:
-    """CUDA graphs of forms in which some functions of tensors are called again and again."""
+    """CUDA graphs of functions of tensors, one for each form of arguments that comes again."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, _Graph] = OrderedDict()  # the latest used comes last
@@ -141,11 +141,11 @@ class Graphs:
     def call(
         self, form: Hashable, function: _Function, tensors: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """The results of `function(tensors)`, from the second call in a form on by a graph.
+        """The results of `function(tensors)`; a graph computes them from a form's second call on.
 
         Args:
-            form: What tells functions apart, beside the forms of tensors.
-            function: Reads these tensors only, returns new ones, and does not wait for the device.
+            form: Identifies the function; shapes, strides, types and devices are added to it.
+            function: Reads these tensors only, returns new ones, and has no host sync.
             tensors: Arguments on one device.
         """
         given = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
@@ -169,9 +169,9 @@ class Graphs:
             return function(tensors)
 
     def _has_room(self) -> bool:
-        """Whether there may be one more, if need be in the place of one that nobody uses.
+        """Whether a new graph is allowed; it may replace one that was not used for long.
 
-        So more forms in turn than there may be graphs do not make a graph at every call.
+        The wait keeps many forms in turn from making a graph at every call.
         """
         if len(self._known) < _GRAPHS:
             return True
@@ -182,24 +182,24 @@ class Graphs:
         return True
 
 
-_lock = threading.Lock()  # what is enqueued for one call must not mix with that for another
+_lock = threading.Lock()  # the launches of two calls must not mix
 
 
 def _context(device: torch.device) -> Hashable:
-    """What else a graph depends on: precision, and the stream, on which its tensors are used."""
+    """Further conditions of a graph: matmul precision, device, and the stream of its tensors."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return torch.get_float32_matmul_precision(), device, stream
 
 
 _firsts: weakref.WeakValueDictionary[Hashable, torch.cuda.CUDAGraph] = weakref.WeakValueDictionary()
-"""Per context the graph whose memory all others share: on one stream they run one by one.
+"""The first graph of each context. All others of the context share its memory.
 
-They keep it, so that it goes with the last of them.
+They can, since graphs on one stream run one after another. They keep the first graph alive.
 """
 
 
 class _Graph:
-    """A function of tensors of certain forms as a CUDA graph, with tensors of its own."""
+    """A CUDA graph of a function, with its own input and output tensors."""
 
     def __init__(
         self, function: _Function, tensors: Sequence[Tensor | None], context: Hashable
@@ -222,7 +222,7 @@ class _Graph:
 
 
 def _alike(to: Sequence[Tensor], source: Sequence[Tensor]) -> list[list[int]]:
-    """Which pairs of tensors one launch copies well: small, of one type and laid out alike."""
+    """Groups of pairs to copy in one launch: small, with equal types and strides."""
     groups: dict[Hashable, list[int]] = {}
     for i, (a, b) in enumerate(zip(to, source, strict=True)):
         together = a.stride() == b.stride() and a.numel() <= COSTS.copied_together

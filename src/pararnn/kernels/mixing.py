@@ -1,4 +1,4 @@
-"""Recurrences whose channels mix as `torch.library` operators; see `operators` for the others."""
+"""`torch.library` operators of cells whose channels mix; `operators` has those of the others."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Plan:
     Attributes:
         mixing: The recurrence.
         group: Channels that mix with each other.
-        settings: What the user asked for; None to choose.
-        generated: Whether generated kernels may take part; else PyTorch operations alone.
-        graphs: Whole calls of small problems as CUDA graphs.
+        settings: The user's solver; None to choose.
+        generated: Whether generated kernels may be used; if not, only PyTorch operations.
+        graphs: CUDA graphs of whole calls of small problems.
     """
 
     mixing: Mixing
@@ -54,7 +54,7 @@ class Plan:
     graphs: Graphs = field(default_factory=Graphs)
 
     def text(self) -> str:
-        """The same to be read in another process."""
+        """The plan as text, for another process."""
         return write(
             mixing=write_mixing(self.mixing),
             group=self.group,
@@ -78,7 +78,7 @@ class Plan:
         return Forward(self.mixing, self.group, edges, initial, starts, batch, time, run)
 
     def state_dtype(self, edges: Sequence[Tensor], initial: Tensor) -> torch.dtype:
-        """The type in which states are kept: that of the edges with rows, which are as large."""
+        """The type of stored states: that of the edges with rows, which are as large."""
         if arithmetic(t.dtype for t in (*edges, initial)) is torch.float64:
             return torch.float64
         kinds = zip(edges, self.mixing.step.by_rows, strict=True)
@@ -86,7 +86,7 @@ class Plan:
         return functools.reduce(torch.promote_types, moving or [initial.dtype])
 
     def chosen(self, batch: int, time: int, device: str) -> Solver:
-        """The settings in force, where all or the length of the chunks are to be chosen."""
+        """The user's settings; what the user left open, all or the chunks, is chosen here."""
         if self.settings is not None and self.settings.chunk != "auto":
             return self.settings
         found = automatic(self.entries, self.free_rows(device), batch, time)
@@ -95,7 +95,7 @@ class Plan:
         return replace(self.settings, chunk=found.chunk)
 
     def prefers_cell(self, batch: int, time: int, device: str, one_call: bool) -> bool:
-        """Whether to loop over the cell itself; see `automatic.prefers_cell`."""
+        """Whether a loop over the cell itself is faster; see `automatic.prefers_cell`."""
         if self.settings is not None:
             return False
         return prefers_cell(self.entries, self.free_rows(device), batch, time, device, one_call)
@@ -110,7 +110,7 @@ class Plan:
         return free_rows(self.mixing.work, self.mixing.launches, device)
 
     def describe(self) -> str:
-        """How it is evaluated, in words."""
+        """The solver, in words."""
         if self.settings is not None:
             return repr(self.settings)
         return (
@@ -119,7 +119,7 @@ class Plan:
         )
 
     def settles(self, initial: Tensor, with_gradients: bool) -> bool:
-        """Whether no call waits for the device, see `Way.settle`."""
+        """Whether calls need no host sync, see `Way.settle`."""
         steps = [self.mixing.step, self.mixing.adjoint.step][: 1 + with_gradients]
         return self.settings is None and all(self._is_fast(step, initial) for step in steps)
 
@@ -140,14 +140,14 @@ class Plan:
         batch: int,
         time: int,
     ) -> list[Tensor]:
-        """`run([*edges, initial, *others], way)` in the way that fits the problem.
+        """Call `run([*edges, initial, *others], way)` in the way that suits the problem.
 
         Args:
             direction: "forward" or "backward".
             run: Solves the problem.
             edges: Of the recurrence.
             initial: Initial states.
-            others: What else it reads.
+            others: Further tensors that it reads.
             batch: Sequences.
             time: Steps.
         """
@@ -160,7 +160,7 @@ class Plan:
             found = run(tensors, Way(Sequential() if is_capturing(device) else settings))
             if not self._is_fast(step, initial):
                 return found
-        # known to be fast, perhaps since just now: what follows is the same in the first call
+        # `run` above may have shown that it is fast: the first call then continues like later ones
         way = Way(replace(settings, max_iterations=1), settle=True)
         if batch * time * initial[0].numel() > COSTS.graph_elements or is_capturing(device):
             return run(tensors, way)
@@ -183,9 +183,9 @@ class Way:
     """How one problem is solved.
 
     Attributes:
-        settings: In force.
-        settle: One sweep, after which the device decides by itself which sequences to run step by
-            step: in one kernel that takes little, and nobody waits for an answer.
+        settings: The settings in force.
+        settle: Sweep once; one more kernel then runs the sequences that did not converge step by
+            step. The device decides which, so there is no host sync.
     """
 
     settings: Solver
@@ -193,7 +193,7 @@ class Way:
 
 
 def _is_fast(step: Step, initial: Tensor) -> bool:
-    """Whether running a step many times takes so little that a device had better not be asked."""
+    """Whether steps run in one kernel: then rerunning a sequence costs less than a host sync."""
     double = initial.dtype is torch.float64
     dtype = torch.float64 if double else torch.float32
     on_gpu = initial.device.type == "cuda"
@@ -201,7 +201,7 @@ def _is_fast(step: Step, initial: Tensor) -> bool:
 
 
 def _rounds(x: Tensor) -> bool:
-    """Whether matrix products round what they multiply: no two sweeps agree to more than that."""
+    """Whether matrix products round their factors (TF32): sweeps then agree to that only."""
     single = x.dtype is torch.float32 and x.device.type == "cuda"
     return single and torch.get_float32_matmul_precision() != "highest"
 
@@ -213,7 +213,7 @@ def _run_operations(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequen
 
 def plan(mixing: Mixing, group: int, settings: Solver | None, generated: bool = True) -> Name:
     """Register how to evaluate a recurrence; equal requests give the same name."""
-    _ = mixing.adjoint  # now: inside an operator autograd is out of reach
+    _ = mixing.adjoint  # recorded here: autograd does not work inside an operator
     text = f"{mixing.key} {mixing.device} {group} {settings!r} {generated}"
     name = f"mixing-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     return _plans.add(name, lambda: Plan(mixing, group, settings, generated))
@@ -258,7 +258,7 @@ def step_by_step(
     time: int,
     plan: str,
 ) -> list[Tensor]:
-    """The states by PyTorch operations, which can be differentiated in every way."""
+    """The states by PyTorch operations, which support all derivatives."""
     chosen = plan_of(plan)
     with without_autocast(initial.device.type):
         chain = chosen.forward(edges, initial, starts, batch, time)
@@ -374,16 +374,16 @@ def _fake_backward(
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     edges, initial, starts, ctx.batch, ctx.time, ctx.plan = inputs
-    ctx.kept = plan_of(ctx.plan)  # which may outlive its layer
+    ctx.kept = plan_of(ctx.plan)  # the plan may outlive its layer
     ctx.count = len(edges)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*edges, initial, starts, *output[:-1])
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
-    saved = ctx.saved_tensors  # once: checkpointing computes them anew for every look
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes them at every access
     edges, (initial, starts, *states) = saved[: ctx.count], saved[ctx.count :]
-    if torch.is_grad_enabled():  # somebody will differentiate once more
+    if torch.is_grad_enabled():  # create_graph=True: the gradients need gradients
         given = (starts, ctx.batch, ctx.time, ctx.plan)
         loop = lambda initial, *edges: step_by_step(edges, initial, *given)  # noqa: E731
         of_initial, *of_edges = gradients_of_loop(loop, [initial, *edges], grads[:-1])

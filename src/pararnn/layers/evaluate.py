@@ -27,18 +27,18 @@ NAMES = ("auto", "torch", *operators.BACKENDS)
 
 
 class BackendError(ValueError):
-    """A backend was named that does not exist or cannot do it."""
+    """The named backend does not exist or cannot run the cell."""
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """A backend and why it was taken.
+    """The chosen backend, and the reason.
 
     Attributes:
-        name: Of the backend.
-        reason: In words.
-        automatic: Whether PyTorch operations take its place if its kernels cannot be built.
-        generated: Whether generated kernels may take part.
+        name: Name of the backend.
+        reason: Reason in words.
+        automatic: Whether PyTorch operations replace the backend if its kernels cannot be built.
+        generated: Whether the call may use generated kernels.
     """
 
     name: str
@@ -53,16 +53,17 @@ def choose_backend(
     device: torch.device | None = None,
     solver: Solver | None = None,
 ) -> BackendChoice:
-    """Decide who evaluates a traced step; without one, only check the name.
+    """Choose the backend for a traced step; without a step, only check the name.
 
     Args:
         name: A backend, or "auto".
         traced: The step.
-        device: Where the tensors are.
-        solver: What the user asked for.
+        device: Device of the tensors.
+        solver: The user's solver; None to choose.
 
     Raises:
-        BackendError: An unknown name, or a named backend that cannot do it; the message says why.
+        BackendError: The name is unknown, or the named backend cannot run the step; the message
+            says why.
     """
     if name not in NAMES:
         raise BackendError(f"backend={name!r} is not known; choose one of {', '.join(NAMES)}.")
@@ -133,7 +134,7 @@ def _triton_obstacle(device: torch.device) -> str | None:
 
 
 def _missing(backend: str, device: torch.device) -> str | None:
-    """What this machine lacks for any kernels of a backend."""
+    """The reason why this machine cannot build kernels of a backend; None if it can."""
     if backend == "triton":
         return triton_missing(device.type)
     return None if find_compiler() else "no C compiler was found (looked for $CC, cc, gcc, clang)"
@@ -156,20 +157,20 @@ def _warn_slow(why: str) -> None:
 
 
 class Evaluation:
-    """A traced step with the backend that evaluates it.
+    """A traced step and the backend that evaluates it.
 
     Attributes:
         traced: The step, as the backend takes it.
-        choice: The backend: the one that was chosen, or PyTorch where its kernels cannot be built.
-        owners: Of the tensors that the input part reads: a module, and the name there.
-        is_ready: Whether it can be called; else `get_ready` comes first.
+        choice: The chosen backend, or PyTorch if the kernels of the chosen one cannot be built.
+        owners: Module and name there of each tensor that the input part reads.
+        is_ready: Whether it can be called; if not, call `get_ready` first.
 
     Args:
         traced: The step.
         choice: The backend.
-        solver: What the user asked for; None to choose.
+        solver: The user's solver; None to choose.
         features: Shape of one input.
-        owner_of: Finds a tensor by its name in the input part; None where nobody asks.
+        owner_of: Finds a tensor by its name in the input part; None if `owners` is not needed.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Evaluation:
         self.is_ready = not choice.automatic
 
     def _take(self, traced: Traced, choice: BackendChoice) -> None:
-        """Evaluate a step with a backend."""
+        """Set the step and its backend."""
         traced = traced.on_rows if choice.name == "torch" else traced
         self.traced, self.choice, self.input_part = traced, choice, traced.input_part
         find = self._owner_of
@@ -204,7 +205,7 @@ class Evaluation:
         self.plan = operators.plan(traced.recurrence, traced.layout, choice.name, settings)
 
     def method(self) -> type[Solver]:
-        """How chunks are coupled: as the user asked, or as is chosen."""
+        """The coupling of chunks: the user's, or the chosen one."""
         if self.solver is not None and not isinstance(self.solver, Sequential):
             return type(self.solver)
         if self.traced.mixing is None:
@@ -220,7 +221,7 @@ class Evaluation:
         return self.mixing_plan.describe()
 
     def prefers_cell(self, batch: int, time: int, device: str, one_call: bool) -> bool:
-        """Whether to loop over the cell itself; see `automatic.prefers_cell`."""
+        """Whether a loop over the cell itself is faster; see `automatic.prefers_cell`."""
         plan = self.mixing_plan
         return plan is not None and plan.prefers_cell(batch, time, device, one_call)
 
@@ -234,14 +235,14 @@ class Evaluation:
         """Evaluate at all times.
 
         Args:
-            tensors: What the input part reads, in its order.
+            tensors: The tensors that the input part reads, in its order.
             inputs: Each (batch, time, ...).
             initial: (rows, components, hidden).
             starts: See `Problem.starts`.
 
         Returns:
-            One (batch, time, hidden) per component, and the values of the report; there is none
-            under transforms, where the members of an ensemble have one each.
+            One (batch, time, hidden) per component, and the values of the report. Under
+            transforms the report is None, since each member of an ensemble has its own.
         """
         fixed = [*tensors, *self.input_part.constants]
         time = inputs[0].shape[1]
@@ -270,7 +271,7 @@ class Evaluation:
         return operators.recurrence(edges[:count], edges[count:], initial, starts, self._written())
 
     def _written(self) -> str:
-        """The plan, by name, or as text in a program that may run without this layer."""
+        """The name of the plan, or its text in a program that may run without this layer."""
         return self._text() if torch.compiler.is_compiling() else self.plan
 
     def _text(self) -> str:
@@ -278,7 +279,7 @@ class Evaluation:
         return kind.plan_of(self.plan).text()
 
     def get_ready(self) -> None:
-        """Have the kernels; where they cannot be built, go on with PyTorch operations."""
+        """Build the kernels; if that fails, switch to PyTorch operations."""
         self.is_ready = True
         backend = operators.backend_of(self.plan)
         if isinstance(backend, CBackend):
@@ -287,13 +288,13 @@ class Evaluation:
                 _warn_slow(obstacle)
                 self._take(self.traced, _without_kernels(obstacle))
 
-    # The compiler calls it as it is
+    # torch.compile calls `_text` instead of tracing it
     vars(_text)["_dynamo_marked_constant"] = True
 
     def step_by_step(
         self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
     ) -> list[Tensor]:
-        """The states, by operations that can be differentiated in every way."""
+        """The states, by PyTorch operations, which support all derivatives."""
         layout = self.traced.layout
         if layout is None:
             batch = (initial if starts is None else starts).shape[0]
@@ -319,7 +320,7 @@ class Evaluation:
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """The gradients of edges, by their numbers, and of the initial states."""
+        """The gradients of edges, by edge number, and of the initial states."""
         layout = self.traced.layout
         if layout is None:
             assert self.mixing_plan is not None
@@ -336,7 +337,7 @@ class Evaluation:
         return dict(enumerate(found)), of_initial
 
     def _never_waits(self, given: Sequence[Tensor | None], initial: Tensor) -> bool:
-        """Whether the device is never asked anything."""
+        """Whether a call needs no host sync."""
         if self.solver is not None:
             return False
         if self.mixing_plan is None:
@@ -345,12 +346,12 @@ class Evaluation:
         return self.mixing_plan.settles(initial, tracked and torch.is_grad_enabled())
 
     def edges(self, fixed: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What the input part computes from the tensors and constants that it reads, and inputs."""
+        """The results of the input part, from its tensors and constants (`fixed`) and inputs."""
         x = inputs[0]
         batch, time, *_ = x.shape
         time_first = x.stride(0) < x.stride(1)
         if self.mixing_plan is not None and x.device.type == "cpu":
-            time_first = True  # as steps read it
+            time_first = True  # steps read all rows of a time
         if time_first:
             inputs = [i.transpose(0, 1) for i in inputs]
         values = self.input_part.module(*fixed, *[i.flatten(0, 1) for i in inputs])

@@ -1,8 +1,9 @@
-"""A layer's call as a CUDA graph in each direction, from its inputs to all their gradients.
+"""Calls of small layers, replayed as one CUDA graph in each direction.
 
-Small problems are done on a GPU before Python has launched what they consist of. What the input
-part computes is not kept from the forward pass for the backward one but computed again, within the
-graph.
+A small call is bound by the host: Python takes longer to launch its kernels than the GPU to run
+them. The forward graph leads from the inputs to the states, the backward graph from the gradients
+of the states to those of the inputs. The backward graph computes the input part again, so the
+forward graph keeps none of its results.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class Call:
 
     Attributes:
         layer: The layer.
-        count: Tensors and constants that the input part reads; they are followed by the inputs,
-            the initial states and the starts.
-        autocast: Whether it is on, and to which type.
+        count: Number of tensors and constants that the input part reads. In `given`, the inputs,
+            the initial states and the starts follow them.
+        autocast: Whether autocast is on, and its type.
     """
 
     layer: Evaluation
@@ -43,7 +44,7 @@ class Call:
 
     @classmethod
     def now(cls, layer: Evaluation, count: int, given: Sequence[Tensor | None]) -> Call | None:
-        """A call of a small problem, if a graph repeats all that such a call does."""
+        """The call, if the problem is small and a graph can repeat it; else None."""
         tensors = [t for t in given if t is not None]
         device = tensors[-1].device
         if device.type != _DEVICE:
@@ -69,7 +70,7 @@ class Call:
         return list(_Replayed.apply(self, *given))
 
     def replayed(self, given: Sequence[Tensor | None]) -> list[Tensor]:
-        """The same, without a graph of autograd."""
+        """The same without autograd."""
         return self._graphs.call(("forward", *self._form), self._forward, given)
 
     def gradients(
@@ -79,15 +80,15 @@ class Call:
         grad_states: Sequence[Tensor | None],
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """The gradients of what was given, where they are needed."""
-        if torch.is_grad_enabled():  # somebody will differentiate once more
+        """The gradients of the given tensors; None where they are not needed."""
+        if torch.is_grad_enabled():  # create_graph=True: the gradients need gradients
             return gradients_of_loop(self._loop, given, grad_states)
         count, total = len(states), len(given)
         needed = tuple(needed)
 
         def run(tensors: Sequence[Any]) -> list[Tensor]:
             own, states = tensors[:total], tensors[total : total + count]
-            # cuBLAS warns where a thread, here one of autograd's, launches nothing else before it
+            # launch something first: cuBLAS warns if it comes first in a thread of autograd's
             states[0].new_zeros(1)
             pairs = zip(own, needed, strict=True)
             own = [None if t is None else t.detach().requires_grad_(n) for t, n in pairs]
@@ -109,7 +110,7 @@ class Call:
     def _edges(self, given: Sequence[Any]) -> list[Tensor]:
         enabled, dtype = self.autocast
         kind = given[-2].device.type
-        # without a cache: what is cast while a graph is captured is memory of that graph
+        # no cache: a tensor that is cast during a capture lies in the memory of that graph
         with torch.autocast(kind, dtype, enabled, cache_enabled=False):
             return self.layer.edges(given[: self.count], given[self.count : -2])
 
@@ -148,7 +149,7 @@ class Call:
 
 
 _graphs: weakref.WeakKeyDictionary[fx.GraphModule, Graphs] = weakref.WeakKeyDictionary()
-"""By the module of the input part, which equal layers share."""
+"""Graphs by the module of the input part, which equal layers share."""
 
 
 class _Replayed(torch.autograd.Function):

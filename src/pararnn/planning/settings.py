@@ -1,4 +1,4 @@
-"""What a user can set about a solve."""
+"""The settings of a solve that a user may choose."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _DEFAULT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 @dataclass(frozen=True)
 class Solver:
-    """What all methods have in common: multiple shooting over chunks of time.
+    """Base of all methods: multiple shooting over chunks of time.
 
-    Time is cut into chunks that are stepped through at once; the states between chunks are the
-    unknowns of an iteration, whose methods differ in how a correction of a chunk's first state is
-    carried to its end. Whatever the method and its settings, the result is the sequential one: the
-    first k chunks are exact after k iterations, and what has not converged after `max_iterations`
-    is evaluated step by step. Gradients are exact at the solution. Gonzalez et al. 2025 (arXiv
-    2509.21716) describe the family.
+    A solver cuts time into chunks and steps through all of them at once. The states between chunks
+    are the unknowns of an iteration. The methods differ in how they carry a correction of a chunk's
+    first state to its last state. Every method gives the sequential result: the first k chunks are
+    exact after k iterations, and `max_iterations` is followed by an evaluation step by step.
+    Gradients are exact at the solution. Gonzalez et al. 2025 (arXiv 2509.21716) describe the
+    family.
 
     Args:
-        tolerance: Converged when every state at a chunk end agrees with the guess that the next
-            chunk was computed from to this, relative to its size where that is above 1, and to 16
-            times the largest of its channel where all of these are below 1/16, down to the smallest
-            normal number. Adjoints: relative to the largest of their channel. Where channels mix,
-            for channel read component of a group. None: 1e-13 in float64, 1e-6 in float32, and half
-            the spacing at 1 in half precision.
-        max_iterations: Iterations before the rest is evaluated step by step; None for as many as
-            there are chunks, after which nothing is left.
+        tolerance: Largest allowed difference between a state at the end of a chunk and the first
+            state of the next chunk. It is relative to the state's size above 1. If all states of a
+            channel are below 1/16, it is relative to 16 times the largest of them, down to the
+            smallest normal number. For adjoints it is relative to the largest of their channel. In
+            mixing cells, a component of a group takes the place of a channel. None: 1e-13 in
+            float64, 1e-6 in float32, half the spacing at 1 in half precision.
+        max_iterations: Iterations before the rest is evaluated step by step; None: the number of
+            chunks, which always suffices.
         chunk: Steps per chunk, or "auto" to choose from shape, device and backend.
-        on_failure: What to do after `max_iterations` without convergence, forwards or backwards:
+        on_failure: Reaction to `max_iterations` without convergence, forwards or backwards:
             "sequential" evaluates step by step, "warn" does that and warns, "raise" raises
             `ConvergenceError`.
     """
@@ -58,7 +58,7 @@ class Solver:
             raise ValueError(f"on_failure must be one of {choices}, got {self.on_failure!r}.")
 
     def tolerance_for(self, dtype: torch.dtype) -> float:
-        """The tolerance in force for states of a type."""
+        """The tolerance for states of a type."""
         if self.tolerance is not None:
             return self.tolerance
         return _DEFAULT_TOLERANCE.get(dtype) or torch.finfo(dtype).eps / 2
@@ -69,8 +69,8 @@ class Damped(Solver):
     """Methods that can be damped.
 
     Args:
-        damping: In [0, 1): the coupling is multiplied by 1 - damping, which leaves the solution
-            alone and calms an iteration that overshoots (Gonzalez et al. 2024, arXiv 2407.19115).
+        damping: In [0, 1): multiplies the coupling by 1 - damping. This keeps the solution and
+            damps an iteration that overshoots (Gonzalez et al. 2024, arXiv 2407.19115).
     """
 
     damping: float = 0.0  # type: ignore[misc] # of every instance here
@@ -85,9 +85,10 @@ class Damped(Solver):
 class Newton(Damped):
     """Newton's method: chunks are coupled by their full tangents.
 
-    Fewest iterations. `chunk=1` is the method of Danieli et al. 2025 (arXiv 2510.21450), one chunk
-    is the sequential loop. A tangent of a cell whose channels mix costs as much as stepping through
-    the chunk once for every channel of a head. The arguments are those of `Solver` and `Damped`.
+    It needs the fewest iterations. `chunk=1` is the method of Danieli et al. 2025 (arXiv
+    2510.21450); one chunk is the sequential loop. In a mixing cell, the tangent of a chunk costs
+    one run through the chunk for every channel of a head. The arguments are those of `Solver` and
+    `Damped`.
     """
 
     coupling = "tangent"
@@ -97,9 +98,9 @@ class Newton(Damped):
 class QuasiNewton(Damped):
     """Chunks are coupled by the diagonal of their tangents: quasi-DEER with chunks.
 
-    As costly as `Newton` per iteration where channels mix, but nothing quadratic in their number
-    is kept. Gonzalez et al. 2024, arXiv 2407.19115. The arguments are those of `Solver` and
-    `Damped`.
+    In a mixing cell an iteration costs as much as one of `Newton`, but its memory is not quadratic
+    in the number of channels. Gonzalez et al. 2024, arXiv 2407.19115. The arguments are those of
+    `Solver` and `Damped`.
     """
 
     coupling = "diagonal"
@@ -107,9 +108,9 @@ class QuasiNewton(Damped):
 
 @dataclass(frozen=True)
 class Picard(Damped):
-    """Chunks are coupled by the identity: a correction arrives at the end of a chunk unchanged.
+    """Chunks are coupled by the identity: a correction reaches the end of a chunk unchanged.
 
-    Right for states that hardly change within a chunk. Gonzalez et al. 2025, arXiv 2509.21716. The
+    Good for states that hardly change within a chunk. Gonzalez et al. 2025, arXiv 2509.21716. The
     arguments are those of `Solver` and `Damped`.
     """
 
@@ -118,9 +119,9 @@ class Picard(Damped):
 
 @dataclass(frozen=True)
 class Jacobi(Solver):
-    """Chunks are not coupled: each starts from the last end of the one before.
+    """Chunks are not coupled: each starts from the previous end of the chunk before it.
 
-    An iteration is one pass and makes the warm-up one chunk longer; best for cells that forget
+    An iteration is one pass and makes the warm-up one chunk longer. Good for cells that forget
     within a few chunks. Gonzalez et al. 2025, arXiv 2509.21716. The arguments are those of
     `Solver`.
     """
@@ -130,7 +131,7 @@ class Jacobi(Solver):
 
 @dataclass(frozen=True)
 class Sequential(Solver):
-    """Step by step: all of time is one chunk. There is nothing to set."""
+    """Step by step: all of time is one chunk. It has no settings."""
 
     coupling = "zero"
 

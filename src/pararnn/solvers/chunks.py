@@ -15,13 +15,13 @@ from pararnn.tracing.mixing import Step
 
 @dataclass(frozen=True)
 class Cut:
-    """How time is cut: rows are (chunk, sequence) pairs, those of one chunk side by side.
+    """How time is cut. Rows are (chunk, sequence) pairs; the rows of one chunk are neighbours.
 
     Attributes:
         batch: Sequences.
         time: Steps.
         chunk: Steps per chunk; the last chunk repeats its last step where time ends before it.
-        backwards: Time runs from the last step to the first.
+        backwards: Whether time runs from the last step to the first.
     """
 
     batch: int
@@ -35,11 +35,11 @@ class Cut:
         return -(-self.time // self.chunk)
 
     def split(self, x: Tensor) -> Tensor:
-        """(batch, time, ...) as (chunk, chunks * batch, ...); one chunk is not turned around."""
+        """(batch, time, ...) as (chunk, chunks * batch, ...); a single chunk is not reversed."""
         x = x.transpose(0, 1)
         if self.chunks == 1:
             return x
-        if x.stride(0) == 0:  # the same at all times: not copied for each
+        if x.stride(0) == 0:  # the same at all times: one copy is enough
             return (
                 torch.cat([x[0]] * self.chunks).unsqueeze(0).expand(self.chunk, *[-1] * x[0].dim())
             )
@@ -57,12 +57,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Groups:
-    """The states of rows as the vectors that chunks are coupled by: (batch, chunks, n, groups).
+    """States of rows as vectors of groups, (batch, chunks, n, groups), to couple chunks by.
 
-    `n` are the entries that influence each other: all components of the channels of one group.
+    `n` is the number of entries that influence each other: all components of a group's channels.
 
     Attributes:
-        cut: Which rows there are.
+        cut: The rows.
         components: Tensors in the state.
         size: Channels of a group.
     """
@@ -91,7 +91,7 @@ class Groups:
         return [c.contiguous() for c in eye.expand(shape).flatten(3).flatten(0, 1).unbind(1)]
 
     def images(self, state: Sequence[Tensor]) -> Tensor:
-        """What became of the unit vectors: (batch, chunks, n of them, n, groups)."""
+        """The images of the unit vectors: (batch, chunks, unit vector, n, groups)."""
         count = self.components * self.size
         x = torch.stack(list(state), 1).unflatten(2, (-1, self.size))
         x = x.unflatten(0, (count, self.cut.chunks, self.cut.batch))
@@ -100,15 +100,15 @@ class Groups:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A step, what it reads over time, and how time is cut.
+    """A step, the tensors that it reads over time, and the cut of time.
 
     Attributes:
         step: The step.
         cut: The chunks.
-        edges: What it takes besides the state; those with rows are (batch, time, ...).
-        resets: Boolean (batch, time, 1): the state before a step is replaced; None for nowhere.
-        reset_states: By what, components (batch, time, hidden); none without `resets`.
-        reverse: Every chunk runs from its last step to its first.
+        edges: Its inputs besides the state; those with rows are (batch, time, ...).
+        resets: Boolean (batch, time, 1): where to replace the state before a step; None: nowhere.
+        reset_states: The replacement, components (batch, time, hidden); none without `resets`.
+        reverse: Whether every chunk runs from its last step to its first.
     """
 
     step: Step
@@ -138,11 +138,11 @@ class Rows:
 
     Attributes:
         step: The step.
-        steps: How many.
+        steps: Number of steps.
         edges: Those with rows are (steps, rows, ...).
         resets: Boolean (steps, rows, 1) or None.
         reset_states: Components (steps, rows, hidden).
-        reverse: The last step comes first.
+        reverse: Whether the last step runs first.
     """
 
     step: Step
@@ -153,7 +153,7 @@ class Rows:
     reverse: bool = False
 
     def tensors(self) -> list[Tensor]:
-        """All that is read."""
+        """All tensors that the steps read."""
         return [*self.edges, *([] if self.resets is None else [self.resets]), *self.reset_states]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Rows:
@@ -165,7 +165,7 @@ class Rows:
         )
 
     def piece(self, begin: int, end: int) -> Rows:
-        """Some of the steps, counted in the order in which they are run."""
+        """Steps `begin` to `end`, counted in the order of the run."""
         if self.reverse:
             begin, end = self.steps - end, self.steps - begin
         return replace(
@@ -187,13 +187,13 @@ def states_before(
     reset_states: Sequence[Tensor],
     cut: Cut,
 ) -> list[Tensor]:
-    """The states that steps started from, components (batch, time, hidden).
+    """The states before all steps, components (batch, time, hidden).
 
     Args:
-        first: Before the first step of every chunk, components (rows, hidden).
-        after: After every step, like the result.
+        first: States before the first step of every chunk, components (rows, hidden).
+        after: States after every step, like the result.
         resets: Where the state is replaced.
-        reset_states: By what.
+        reset_states: The replacement.
         cut: The chunks.
     """
     shifted = [a.roll(1, 1) for a in after]
@@ -205,13 +205,13 @@ def states_before(
 
 
 def in_blocks(tensors: Sequence[Tensor], moves: Sequence[bool]) -> Iterator[list[Tensor]]:
-    """Tensors (a, b, ...) as blocks of rows (rows, ...), small enough for a processor's cache.
+    """Tensors (a, b, ...) as blocks of rows (rows, ...) that fit into a processor's cache.
 
     On a GPU all rows are one block.
 
     Args:
-        tensors: The first has rows.
-        moves: Which have; the others are passed on as they are.
+        tensors: Tensors; the first has rows.
+        moves: Whether each has rows; the others are in every block, unchanged.
     """
     flat = [t.flatten(0, 1) if by_rows else t for t, by_rows in zip(tensors, moves, strict=True)]
     rows = flat[0].shape[0]
@@ -229,11 +229,11 @@ Swept = tuple[list[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Redo:
-    """Some sequences once more, step by step.
+    """Run some sequences again, step by step.
 
     Attributes:
-        states: What was found, components (batch, time, hidden), to be written into.
-        settled: Boolean (batch,): sequences whose states stay as they are.
+        states: States so far, components (batch, time, hidden); they are overwritten.
+        settled: Boolean (batch,): sequences whose states are kept.
     """
 
     states: Sequence[Tensor]
@@ -242,14 +242,13 @@ class Redo:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Which steps of chunks are run, and what of them is wanted.
+    """Which steps of chunks to run, and which states to return.
 
     Attributes:
-        first: Steps left out, of every chunk the first.
-        copies: Every row is run so many times, from other states.
-        keep: Whether the states after all steps are wanted; only from the first step on, and
-            without copies.
-        redo: Run these sequences alone, in one chunk.
+        first: Number of steps to skip at the start of every chunk.
+        copies: How many times to run every row, each time from another state.
+        keep: Whether to return the states after all steps; requires `first=0` and `copies=1`.
+        redo: Run only these sequences, in one chunk.
     """
 
     first: int = 0
@@ -262,18 +261,19 @@ WHOLE = Sweep()
 Run = Callable[[Chunks, Sequence[Tensor], Sweep], Swept]
 """Runs steps of all chunks from the states before them, components (copies * rows, hidden).
 
-Returns the states after all steps, components (batch, time, hidden), none unless they are kept; and
-after the last step of every chunk, components (copies * rows, hidden), of the last chunk anything.
+Returns the states after all steps, components (batch, time, hidden), or none without `keep`; and
+the states after the last step of every chunk, components (copies * rows, hidden). Those of the last
+chunk are undefined.
 """
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `Run`: one PyTorch operation after the other."""
+    """See `Run`: by PyTorch operations, one after another."""
     return swept(chunks, run_rows(chunks.rows, state, sweep.first, sweep.copies), sweep)
 
 
 def swept(chunks: Chunks, history: Sequence[Tensor], sweep: Sweep) -> Swept:
-    """What `Run` returns, from components (steps, rows, hidden)."""
+    """The result of a `Run`, from components (steps, rows, hidden)."""
     states = [chunks.cut.join(h) for h in history] if sweep.keep else []
     if sweep.redo is not None:
         for old, new in zip(sweep.redo.states, states, strict=True):

@@ -1,11 +1,11 @@
 r"""Multiple shooting for recurrences whose channels mix, and for their adjoints.
 
-The chunks of all sequences step together as one batch. What follows a step is a matrix product with
-the state for all of them, so an ordinary batched call per step; iteration and coupling are those of
-`shooting`, with the channels of a group (a head, or all of them) as one vector.
+The chunks of all sequences step together as one batch: a step is one batched call. Iteration and
+coupling are those of `shooting`, with the channels of a group (a head, or all channels) as one
+vector.
 
-A chunk's tangent is had by running the adjoint of its steps on unit vectors, all groups at once:
-$D_k^\top e_i$ for as many $i$ as a group has entries. No Jacobian of a step is ever formed.
+The adjoint of a chunk's steps, applied to unit vectors, gives the tangent of the chunk:
+$D_k^\top e_i$ for every entry $i$ of a group, all groups at once. No Jacobian of a step is formed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pararnn.solvers.shooting import (
 from pararnn.tracing.mixing import Mixing
 
 RunModule = Callable[[fx.GraphModule, Sequence[Tensor]], Sequence[Tensor]]
-"""Runs a module on tensors of any strides; it was recorded on contiguous ones."""
+"""Runs a module, recorded on contiguous tensors, on tensors of any strides."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +72,25 @@ class Chain(abc.ABC):
 
     @abc.abstractmethod
     def first(self) -> Tensor:
-        """What it starts from, (batch, components, hidden)."""
+        """The states to start from, (batch, components, hidden)."""
 
     @property
     def restarts(self) -> bool:
-        """Whether there are two states per row, as for resets: the first, and that of restarts.
+        """Whether `initial` has two states per row: the first state, and the state of resets.
 
-        Two sequences packed into one row have as many, and then it is the same: the second is what
-        the row restarts from.
+        Two sequences packed into one row have two states as well. The second is then the state that
+        the row restarts from, so both cases are one.
         """
         return len(self.initial) == 2 * self.batch
 
     def resets(self) -> Tensor:
-        """Boolean (batch, time): a sequence starts, other than from the first state of its row."""
+        """Boolean (batch, time): a sequence starts, but not from the first state of its row."""
         assert self.starts is not None
         return self.starts >= self.batch
 
     @abc.abstractmethod
     def chunks(self, cut: Cut) -> Chunks:
-        """The same, cut."""
+        """The recurrence, cut into chunks."""
 
     @abc.abstractmethod
     def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Chain(abc.ABC):
         Args:
             cut: How time is cut.
             first: The first states of all chunks, components (rows, hidden).
-            states: What a sweep from these found, components (batch, time, hidden).
+            states: The states that a sweep from `first` found, components (batch, time, hidden).
             run: Steps through chunks.
         """
 
@@ -120,16 +120,16 @@ class Chain(abc.ABC):
         """Evaluate it.
 
         Args:
-            settings: With the chunks that hold.
-            tolerance: The tolerance that holds.
+            settings: The settings, with a number of steps per chunk.
+            tolerance: The tolerance.
             run: Steps through chunks.
             give_up: Stop iterations that will not reach the tolerance.
-            settle: Sweep once and, without asking the device, run the sequences step by step that
-                did not converge.
+            settle: Sweep once, then run the sequences that did not converge step by step, without a
+                host sync.
 
         Returns:
-            Components (batch, time, hidden) after every step, and how it went: None if there is one
-            chunk.
+            Components (batch, time, hidden) after every step, and the progress; None if there is
+            one chunk.
         """
         assert settings.chunk != "auto"
         cut = Cut(self.batch, self.time, min(settings.chunk, self.time), self.backwards)
@@ -179,7 +179,7 @@ class Chain(abc.ABC):
         edges: Sequence[Tensor],
         grad_states: Sequence[Tensor] | None,
     ) -> list[Tensor]:
-        """The edges of the adjoint, those with rows (a, b, ...) like all arguments with rows.
+        """The edges of the adjoint; those with rows are (a, b, ...), like arguments with rows.
 
         Args:
             before: The states before all steps, components (a, b, hidden).
@@ -204,7 +204,7 @@ class Chain(abc.ABC):
     def _adjoint_chunks(
         self, cut: Cut, edges: Sequence[Tensor], resets: Tensor | None, reverse: bool = False
     ) -> Chunks:
-        """Chunks of the adjoint from all its edges; it is zero before steps that begin."""
+        """Chunks of the adjoint, from all its edges; it is zero where a sequence starts."""
         adjoint = self.mixing.adjoint
         used = [edges[i] for i in adjoint.step_edges]
         if resets is None:
@@ -214,7 +214,7 @@ class Chain(abc.ABC):
         return Chunks(adjoint.step, cut, used, resets, reset_states, reverse)
 
     def _images(self, linear: Chunks, run: Run) -> Tensor:
-        """What chunks of the adjoint make of unit vectors."""
+        """The adjoint of chunks, applied to unit vectors."""
         cut = linear.cut
         groups = Groups(cut, self.mixing.num_components, self.group)
         basis = groups.basis(self.first().new_empty(cut.chunks * cut.batch, self.mixing.hidden))
@@ -238,7 +238,7 @@ class Forward(Chain):
         return state_residual(ends, starts, self.group)
 
     def _resets(self) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """Where states are replaced and by what, as in `Chunks`."""
+        """`resets` and `reset_states` of `Chunks`."""
         if self.starts is None:
             return None, ()
         if self.restarts:
@@ -257,12 +257,12 @@ class Forward(Chain):
         if resets is None:
             return self._images(self._adjoint_chunks(cut, edges, None, reverse=True), run)
         next_resets = resets.roll(-1, 1)
-        next_resets[:, cut.chunk - 1 :: cut.chunk] = False  # this is where unit vectors are
+        next_resets[:, cut.chunk - 1 :: cut.chunk] = False  # unit vectors start here
         images = self._images(self._adjoint_chunks(cut, edges, next_resets, reverse=True), run)
         return torch.where(resets[:, :: cut.chunk, :, None, None], 0.0, images)
 
     def before(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """The states before every step, components (batch, time, hidden), from those after."""
+        """The states before every step, components (batch, time, hidden), from those after it."""
         whole = Cut(self.batch, self.time, self.time)
         return states_before(self.first().unbind(1), states, *self._resets(), whole)
 
@@ -274,7 +274,7 @@ class Backward(Chain):
     Attributes:
         before: The state before every step at the solution, components (batch, time, hidden).
         grad_states: The gradient of the states from outside, likewise.
-        incoming: What reaches the last step, (batch, components, hidden); nothing when None.
+        incoming: Adjoint after the last step, (batch, components, hidden); zero when None.
     """
 
     before: Sequence[Tensor]
@@ -312,7 +312,7 @@ class Backward(Chain):
         ]
 
     def solve_in_pieces(self, run: Run) -> tuple[Tensor, list[Tensor]]:
-        """Step by step, with little memory besides the result: so many steps at a time.
+        """Solve step by step, in pieces of time, with little memory besides the result.
 
         Returns:
             The gradients of the initial states and of the differentiable edges.
@@ -348,7 +348,7 @@ class Backward(Chain):
         )
 
     def initial_gradient(self, found: Sequence[Tensor]) -> Tensor:
-        """The gradient of the initial states, from the solution: what reaches a start is theirs."""
+        """The gradient of the initial states: the adjoint of the solution where they are used."""
         if self.starts is None:
             return torch.stack([f[:, 0] for f in found], 1)
         if self.restarts:
@@ -363,7 +363,7 @@ class Backward(Chain):
         return gradient[:-1]
 
     def _ends(self) -> Tensor:
-        """Boolean (batch, time): the next step, if there is one, starts afresh."""
+        """Boolean (batch, time): the next step exists and starts a sequence."""
         resets = self.resets()
         return torch.cat([resets[:, 1:], torch.zeros_like(resets[:, :1])], 1)
 

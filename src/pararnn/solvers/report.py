@@ -16,14 +16,14 @@ SEQUENTIAL, CONVERGED, COMPLETED = range(3)
 
 @dataclass(frozen=True)
 class SolveReport:
-    """How a solve went, as the last forward pass of a layer; reading a value waits for the device.
+    """How the last solve of a layer went. Reading a value is a host sync.
 
     `report[i]` is the report of part i alone, `len(report)` their number. The parts are the
     sequences of the batch, or with backend "triton" its tiles of sequences and channels.
 
     Attributes:
         values: Float64 (parts, 4) on the device of the solve: iterations, residual, status and
-            chunks of every part of the batch and channels that is solved by itself.
+            number of chunks of every part.
     """
 
     values: Tensor
@@ -51,7 +51,7 @@ class SolveReport:
 
     @property
     def status(self) -> str:
-        """One of `STATUS`; of several parts the worst."""
+        """One of `STATUS`: the worst of all parts."""
         return STATUS[int(self.values[:, 2].amax())]
 
     @property
@@ -61,7 +61,7 @@ class SolveReport:
 
     @property
     def failures(self) -> str:
-        """Which parts did not converge, in words."""
+        """The parts that did not converge, in words."""
         failed = (self.values[:, 2] == COMPLETED).nonzero().flatten().tolist()
         shown = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
         if len(failed) == len(self) == 1:

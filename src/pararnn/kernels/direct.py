@@ -1,4 +1,4 @@
-"""Calls of our operators without PyTorch's dispatcher, which takes as long as a small problem."""
+"""Calls of our operators without PyTorch's dispatcher, which costs as much as a small problem."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pararnn.tracing.modes import transformed
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether a call computes with these tensors, and nothing else is to see which operations."""
+    """Whether a call only computes: nothing traces, records or transforms its operations."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -34,7 +34,7 @@ class Operator:
 
     Attributes:
         name: In `torch.ops.pararnn`.
-        run: What it does.
+        run: Its implementation.
         backward: See `torch.library.register_autograd`.
         setup: Likewise, the `setup_context`.
     """
@@ -45,7 +45,7 @@ class Operator:
     setup: Callable[[Any, Any, Any], None] | None = None
 
     def register(self, library: torch.library.Library, fake: Callable[..., list[Tensor]]) -> None:
-        """Have PyTorch know it, whose library defines it; `fake` makes results without values."""
+        """Register the operator, which `library` defines; `fake` makes results without values."""
         name = f"pararnn::{self.name}"
         library.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)
@@ -53,7 +53,7 @@ class Operator:
         torch.library.register_autograd(name, self.backward, setup_context=setup, lib=library)
 
     def __call__(self, *arguments: Any) -> list[Tensor]:
-        """Call it; arguments are tensors, sequences of them, and what has no gradient."""
+        """Call it with tensors, sequences of tensors, and arguments without gradients."""
         flat, counts = _flat(arguments)
         tensors = [a for a in flat if isinstance(a, Tensor)]
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -64,7 +64,7 @@ class Operator:
 
 
 def _flat(arguments: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
-    """Arguments side by side, and how many of them were a sequence; None for one by itself."""
+    """All arguments in one list, and the length of each sequence; None if it was no sequence."""
     flat: list[Any] = []
     counts: list[int | None] = []
     for argument in arguments:

@@ -37,7 +37,7 @@ class _Kernel:
         drives: Which edges hold its drives.
         coefficients: Which edges hold its coefficients.
         run: The kernel.
-        constants: What it is compiled for.
+        constants: Its compile-time arguments.
     """
 
     products: Products
@@ -53,12 +53,12 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple[Any, ...], _Kernel 
 
 
 def reasons(module: fx.GraphModule) -> list[str]:
-    """Why a step was not fused, once for every kind of inputs with which it was tried in vain."""
+    """The reasons why a step was not fused, one for each kind of inputs that failed."""
     return [k for k in _known.get(module, {}).values() if isinstance(k, str)]
 
 
 def runs(module: fx.GraphModule, hidden: int, dtype: torch.dtype) -> bool:
-    """Whether a step of so many channels is known to run in one kernel, whatever was tried."""
+    """Whether a step of `hidden` channels has run in one kernel, and has never failed to."""
     kernels = [
         k for (_, h, t, *_), k in _known.get(module, {}).items() if (h, t) == (hidden, dtype)
     ]
@@ -69,8 +69,8 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
     """See `pararnn.solvers.chunks.Run`: in one kernel, on a GPU or in Triton's interpreter.
 
     Raises:
-        NotFused: The step does something that the kernel has no means for, or its weights are too
-            large; the message says what.
+        NotFused: The kernel does not support an operation of the step, or its weights are too
+            large; the message says which.
     """
     known = _known.setdefault(chunks.step.module, {})
     key = _key(chunks, state)
@@ -121,7 +121,7 @@ def _out_of_resources() -> type[Exception]:
 
 
 def _key(chunks: Chunks, state: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a kernel is generated for."""
+    """The key of a generated kernel: forms of all tensors."""
     edges = [
         (e.shape[2:], e.stride()[2:], e.dtype) if by_rows else (e.shape, e.stride(), e.dtype)
         for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
@@ -131,7 +131,7 @@ def _key(chunks: Chunks, state: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
-    """The kernel, or why there is none."""
+    """The kernel, or the reason why there is none."""
     like, kinds, strides = state[0], [], []
     obstacle = missing(like.device.type)
     if obstacle is not None:
@@ -191,7 +191,7 @@ def _width(products: Products) -> int:
 
 
 def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ...]:
-    """Tensors (batch, time, ...) from the time that comes first."""
+    """Tensors (batch, time, ...) that begin at the first step of the run."""
     found = []
     for tensor in tensors:
         row, step, *_ = tensor.stride()
@@ -202,7 +202,7 @@ def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ..
 
 
 def _side_by_side(states: Tensor) -> Tensor:
-    """States (batch, time, hidden) whose channels lie side by side."""
+    """States (batch, time, hidden) with contiguous channels."""
     return states if states.stride(2) == 1 else states.contiguous()
 
 

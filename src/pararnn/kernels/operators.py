@@ -1,4 +1,4 @@
-"""The recurrence as `torch.library` operators, so that autograd and torch.compile see one call."""
+"""`torch.library` operators of elementwise cells: one call for autograd and torch.compile."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Plan:
     """How an elementwise recurrence is evaluated.
 
     Attributes:
-        backend: By whom.
-        layout: Where its drives and coefficients are.
-        settings: How it is solved.
+        backend: The backend.
+        layout: Positions of drives and coefficients in their sources.
+        settings: Settings of the solve.
     """
 
     backend: Backend
@@ -48,7 +48,7 @@ class Plan:
     settings: Solver
 
     def text(self) -> str:
-        """The same to be read in another process."""
+        """The plan as text, for another process."""
         return write(
             recurrence=write_recurrence(self.backend.recurrence),
             drives=self.layout.drives,
@@ -61,7 +61,7 @@ class Plan:
 def plan(recurrence: Recurrence, layout: Layout, backend: str, settings: Solver) -> Name:
     """Register how to evaluate a recurrence; equal requests give the same name."""
     key = hashlib.sha256(recurrence.key.encode()).hexdigest()[:16]
-    _ = recurrence.vjp  # derived here: inside an operator autograd is out of reach
+    _ = recurrence.vjp  # derived here: autograd does not work inside an operator
     rest = hashlib.sha256(repr((layout, settings)).encode()).hexdigest()[:8]
 
     def make() -> Plan:
@@ -126,7 +126,7 @@ def _problem(
     starts: Tensor | None,
     name: str,
 ) -> Problem:
-    """The tensors as backends take them."""
+    """The tensors as a `Problem` for backends."""
     chosen = plan_of(name)
     backend, layout = chosen.backend, chosen.layout
     return Problem(
@@ -150,7 +150,7 @@ def flat_problem(
     starts: Tensor | None,
     name: str,
 ) -> Problem:
-    """The same in the type of the arithmetic, all drives (batch, time, hidden)."""
+    """The problem in the type of the arithmetic, with all drives (batch, time, hidden)."""
     problem = _problem(drives, coefficients, initial, starts, name)
     return replace(problem, drives=[d.flatten(2) for d in problem.drives]).converted()
 
@@ -162,7 +162,7 @@ def step_by_step(
     starts: Tensor | None,
     name: str,
 ) -> list[Tensor]:
-    """The states by PyTorch operations, which can be differentiated in every way."""
+    """The states by PyTorch operations, which support all derivatives."""
     kept_in = _problem(drives, coefficients, initial, starts, name).state_dtype
     with without_autocast(initial.device.type):
         problem = flat_problem(drives, coefficients, initial, starts, name)
@@ -184,8 +184,8 @@ def gradients_of_loop(
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of a loop's inputs, to be differentiated once more."""
-    # of one tensor given twice each has a gradient
+    """The gradients of a loop's inputs, with a graph for second derivatives."""
+    # views, so that a tensor given twice has two gradients
     own = [None if i is None else i.view_as(i) for i in inputs]
     pairs = zip(loop(*own), grads, strict=True)
     states, given = zip(*((s, g) for s, g in pairs if g is not None), strict=True)
@@ -196,7 +196,7 @@ def gradients_of_loop(
 
 
 def refuse_tangents() -> None:
-    """Refuse what an operator would lose."""
+    """Refuse forward-mode tangents, which an operator would drop."""
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
             "pararnn: forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) do not pass "
@@ -235,7 +235,7 @@ def solve(
     starts: Tensor | None,
     name: str,
 ) -> list[Tensor]:
-    """What `pararnn::recurrence` does."""
+    """The implementation of `pararnn::recurrence`."""
     chosen = plan_of(name)
     backend, settings = chosen.backend, chosen.settings
     if drives[0].shape[0] == 0:
@@ -256,7 +256,7 @@ def solve_adjoint(
     grad_states: Sequence[Tensor | None],
     name: str,
 ) -> list[Tensor]:
-    """What `pararnn::recurrence_backward` does."""
+    """The implementation of `pararnn::recurrence_backward`."""
     chosen = plan_of(name)
     backend, layout, settings = chosen.backend, chosen.layout, chosen.settings
     if drives[0].shape[0] == 0:
@@ -275,7 +275,7 @@ def solve_adjoint(
 def _for_slots(
     backend: Backend, source: Tensor, index: int, places: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Memory for the gradient of a drives' source: zeros if the recurrence does not use it all."""
+    """Memory for the gradient of a source of drives: zeros if some slots are not used."""
     used = {slot for i, slot in places if i == index}
     make = torch.empty_like if len(used) == source.shape[2] else torch.zeros_like
     apart = backend.takes_heads
@@ -329,7 +329,7 @@ def _fake_backward(
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     drives, coefficients, initial, starts, name = inputs
     ctx.counts = (len(drives), len(coefficients))
-    ctx.plan, ctx.kept = name, plan_of(name)  # which may outlive its layer
+    ctx.plan, ctx.kept = name, plan_of(name)  # the plan may outlive its layer
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*drives, *coefficients, initial, starts, *output[:-1])
 
@@ -340,7 +340,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     drives, saved = saved[:num_drives], saved[num_drives:]
     coefficients, saved = saved[:num_coefficients], saved[num_coefficients:]
     initial, starts, *states = saved
-    if torch.is_grad_enabled():  # somebody will differentiate once more
+    if torch.is_grad_enabled():  # create_graph=True: the gradients need gradients
         return _differentiable_backward(ctx, drives, coefficients, initial, starts, grads[:-1])
     found = recurrence_backward(
         drives, coefficients, initial, starts, states, list(grads[:-1]), ctx.plan

@@ -20,16 +20,16 @@ Plan = TypeVar("Plan")
 
 
 class Name(str):
-    """A name that keeps its plan: what holds the name, a layer, decides how long it lives."""
+    """A name that keeps its plan alive: the plan lives as long as a layer holds the name."""
 
     plan: Any
 
 
 class Registry(Generic[Plan]):
-    """Finds plans by name, or by text where a program runs that was exported or compiled.
+    """Finds plans by name, or by text in exported and compiled programs.
 
     Args:
-        read: Makes a plan of what `write` was given.
+        read: Makes a plan from the content that `write` wrote.
     """
 
     def __init__(self, read: Callable[[dict[str, Any]], Plan]) -> None:
@@ -38,7 +38,7 @@ class Registry(Generic[Plan]):
         self._latest: OrderedDict[str, Plan] = OrderedDict()
 
     def add(self, name: str, make: Callable[[], Plan]) -> Name:
-        """The name of a plan, made if there is none that is called so."""
+        """The name of a plan; `make` makes the plan if no plan has this name."""
         plan = self._alive.get(name)
         if plan is None:
             plan = self._alive[name] = make()
@@ -78,7 +78,7 @@ def write(**content: Any) -> str:
 
 
 def write_solver(solver: Solver | None) -> dict[str, Any] | None:
-    """Settings in numbers and texts."""
+    """Settings as JSON values."""
     if solver is None:
         return None
     given = {f.name: getattr(solver, f.name) for f in fields(solver) if f.init}
@@ -86,7 +86,7 @@ def write_solver(solver: Solver | None) -> dict[str, Any] | None:
 
 
 def read_solver(content: dict[str, Any] | None) -> Solver | None:
-    """What `write_solver` wrote."""
+    """The settings that `write_solver` wrote."""
     if content is None:
         return None
     method = _METHODS[content["method"]]

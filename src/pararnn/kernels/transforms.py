@@ -1,9 +1,9 @@
 """Recurrences under PyTorch's transforms: those of `torch.func`, and forward-mode tangents.
 
-The operators know reverse mode only. Under a transform, elementwise recurrences are solved by the
-same kernels in functions that know the rest: an ensemble is more channels, and tangents follow a
-linear recurrence of their own. All other recurrences, and derivatives of gradients, go step by step
-in PyTorch operations, which every transform knows.
+The operators support reverse mode only. Under a transform, the functions of this module call the
+same kernels for elementwise recurrences: an ensemble becomes more channels, and tangents follow a
+linear recurrence. All other recurrences, and derivatives of gradients, go step by step in PyTorch
+operations, which every transform supports.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def recurrence(
 ) -> list[Tensor]:
     """The states; see `pararnn::recurrence`."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        # who records operations, such as make_fx and linearize, cannot look into what follows
+        # make_fx, linearize and other recorders cannot see into `_Solve`
         return operators.step_by_step(drives, coefficients, initial, starts, plan)
     return list(_Solve.apply(plan, len(drives), starts, initial, *drives, *coefficients))
 
 
 def _tracked(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """A rule for tangents that further tangents pass through: PyTorch calls rules without."""
+    """A `jvp` rule with forward mode on, for tangents of tangents: PyTorch turns it off."""
 
     @functools.wraps(rule)
     def tracked(ctx: Any, *tangents: Any) -> Any:
@@ -50,13 +50,13 @@ def _tracked(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _vjp(function: Callable[..., Any], *given: Any) -> tuple[Any, Callable[..., Any]]:
-    """Values of a function, and what takes adjoints of these back to its arguments."""
+    """Values of a function, and the function from their adjoints to those of its arguments."""
     values, pull = torch.func.vjp(function, *given)[:2]
     return values, pull
 
 
 def _without_tangents(ctx: Any) -> list[Any]:
-    """What was saved, without the tangents that a rule is asked for."""
+    """The saved tensors without their tangents, which the rule computes itself."""
     saved = ctx.saved_tensors
     return [t if t is None else forward_ad.unpack_dual(t).primal for t in saved]
 
@@ -120,8 +120,8 @@ class _Solve(torch.autograd.Function):
 class _Adjoint(torch.autograd.Function):
     """`(plan, number of drives, of sources, starts, initial, *sources, *states, *their gradients)`.
 
-    Returns the gradients of the sources and of `initial`. What is derived from it takes the states
-    as what they are, functions of the rest.
+    Returns the gradients of the sources and of `initial`. Its own derivatives treat the states as
+    functions of the other arguments.
     """
 
     @staticmethod

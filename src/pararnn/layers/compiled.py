@@ -1,4 +1,4 @@
-"""Has torch.compile compile a call anew when more has changed than it looks at itself."""
+"""Makes torch.compile recompile a call after changes that its own guards do not see."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 
 def valid_while_same(owner: Any, key: Callable[[Any], object]) -> None:
-    """What is being compiled is run only for owners with the key that this one has in the end.
+    """Add a guard: the code that is being compiled runs only for owners with the key of this one.
 
-    Called by code that the compiler is about to take a constant from. The compiler has no public
-    way to add to what it checks before it runs what it has compiled. Another owner, at whose call
-    it finds the same code (another block of a model), is asked for its own key.
+    Call it from code whose result becomes a constant of the compiled program. PyTorch has no public
+    way to add a guard. The guard also asks other owners that run the same code, such as another
+    block of a model, for their keys.
 
     Args:
         owner: An object that the compiler has seen.
-        key: Of an owner; equal keys, equal results. It may be None while there is none yet.
+        key: Key of an owner; equal keys mean equal results. It may be None before the first trace.
     """
     symbolic = sys.modules.get("torch._dynamo.symbolic_convert")
     translator = getattr(getattr(symbolic, "tls", None), "current_tx", None)
     if translator is None or translator.output.export:
-        return  # exported: nothing is compiled anew
+        return  # an exported program is never recompiled
     from torch._dynamo.guards import install_guard
 
     first = weakref.ref(owner)
@@ -34,7 +34,7 @@ def valid_while_same(owner: Any, key: Callable[[Any], object]) -> None:
         arguments = (lambda other: key(other) == expected, ["its cell is as it was traced"])
         try:
             check(*arguments, None)
-        except TypeError:  # as PyTorch 2.9 has it
+        except TypeError:  # the signature in PyTorch 2.9
             check(*arguments)
 
     seen = translator.output.side_effects.id_to_variable.get(id(owner))

@@ -1,4 +1,4 @@
-"""The latest traces of a cell: what alternates between a few values is traced once for each."""
+"""The latest traces of a cell: a setting that alternates is traced once for each value."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Kept(NamedTuple):
     """A trace of a cell.
 
     Attributes:
-        signature: Inputs, types, device and settings that it is for.
+        signature: Inputs, types, device and settings of the trace.
         sizes: Channels of every component of the state.
-        evaluation: What evaluates it.
-        watched: What it depends on.
-        is_parametrised: Whether weights are computed.
+        evaluation: Evaluates the trace.
+        watched: Everything that the trace depends on.
+        is_parametrised: Whether parametrisations compute some weights.
     """
 
     signature: tuple[Any, ...]
@@ -31,20 +31,20 @@ class Kept(NamedTuple):
 
 
 class Traces:
-    """So many that a mode or a setting can be switched back without a new trace."""
+    """The latest traces, so that a mode or setting can be switched back without a new trace."""
 
     def __init__(self) -> None:
         self._kept: list[Kept] = []  # the latest used comes last
 
     def add(self, kept: Kept) -> None:
-        """Keep one more, in the place of the one that was used the longest ago."""
+        """Keep one more trace; it may replace the least recently used one."""
         self._kept = [*self._kept, kept][-_MOST:]
 
     def find(self, cell: nn.Module, *settings: Any) -> tuple[Kept | None, Change | None]:
-        """The trace that holds for a cell as it is now, or what has changed since the latest.
+        """The trace that is valid for a cell as it is now, or the change since the latest trace.
 
         Args:
-            cell: Which is as it was for one of them, or not.
+            cell: The cell, which may have changed.
             settings: The end of the signature.
         """
         fits = [k for k in reversed(self._kept) if k.signature[-len(settings) :] == settings]

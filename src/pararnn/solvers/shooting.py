@@ -7,9 +7,9 @@ $D_k = \Phi_k'(s_k)$:
 $$\delta_{k+1} = \Phi_k(s_k) - s_{k+1} + D_k \delta_k, \qquad
 s_{k+1} \gets \Phi_k(s_k) + D_k \delta_k.$$
 
-That is Newton's method; others put something cheaper in the place of $D_k$ (`_coupling`).
-The adjoint is the same problem with time reversed and linear chunks, so one loop serves both. The
-first guess comes from a warm-up: the last steps of the chunk before, run from the initial state.
+This is Newton's method. Other methods replace $D_k$ by something cheaper (`_coupling`). The adjoint
+is the same problem with time reversed and linear chunks, so one loop serves both. The first guess
+comes from a warm-up: the last steps of the previous chunk, run from the initial state.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ShootingBackend(abc.ABC):
 
     @abc.abstractmethod
     def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
-        """The chunk length that `Newton(chunk="auto")` means here."""
+        """The chunk length for `Newton(chunk="auto")`."""
 
     @abc.abstractmethod
     def forward(
@@ -126,7 +126,7 @@ class ShootingBackend(abc.ABC):
         return found.coefficients.sum((0, 1)), found.initial.sum(0)
 
     def _prepared(self, problem: Problem, settings: Solver) -> tuple[Problem, Solver, float]:
-        """The problem in the type of the arithmetic, with the chunks and tolerance that hold."""
+        """The problem in the type of the arithmetic and in chunks, the settings, the tolerance."""
         chunk = settings.chunk
         if chunk == "auto":
             chunk = self.auto_chunk(problem.batch, problem.time, problem.hidden)
@@ -175,9 +175,9 @@ def solve_adjoint(
     grad_states: Sequence[Tensor | None],
     grad_drives: Sequence[Tensor],
 ) -> Gradients:
-    """Gradients of everything that went into a recurrence, from those of its states.
+    """Gradients of all inputs of a recurrence, from those of its states.
 
-    Those of the drives are written into `grad_drives`, laid out like the drives.
+    `grad_drives`, laid out like the drives, receives the gradients of the drives.
     """
     drive, recurrence = problem.drives[0], problem.recurrence
     components, chunks = recurrence.num_components, problem.chunks
@@ -217,13 +217,13 @@ def solve_adjoint(
 
 @dataclass(frozen=True)
 class Progress:
-    """How an iteration went, for every sequence.
+    """The progress of an iteration, for every sequence.
 
     Attributes:
-        iterations: Float64 (batch,): until converged, else all.
-        residual: (batch,): the last one.
+        iterations: Float64 (batch,): iterations until convergence, or all iterations.
+        residual: (batch,): the last residual.
         converged: Boolean (batch,).
-        all_converged: Whether all are, known without waiting for the device.
+        all_converged: Whether all have converged; reading it needs no host sync.
         chunks: Chunks of time.
     """
 
@@ -241,10 +241,10 @@ class Progress:
 
 
 def state_residual(ends: Tensor, starts: Tensor, size: int = 1) -> Tensor:
-    """How far chunks of each sequence end from where the next start; NaN where one of them is.
+    """The largest mismatch between chunks of each sequence; NaN if a state is NaN.
 
-    Every entry against its own size, or 1 if that is larger; where all of a component are small,
-    against these. An entry that overshoots never hides what is wrong elsewhere.
+    The mismatch of an entry is relative to its size, at least 1; in a component whose entries are
+    all small, to these. So an entry that overshoots never hides an error elsewhere.
 
     Args:
         ends: (batch, chunks, components, hidden), or vectors (batch, chunks, n, groups).
@@ -258,29 +258,28 @@ def state_residual(ends: Tensor, starts: Tensor, size: int = 1) -> Tensor:
 
 
 def adjoint_residual(ends: Tensor, starts: Tensor) -> Tensor:
-    """The same of adjoints, which are linear, whatever their size: against a group's largest."""
+    """The largest mismatch of adjoints, relative to the largest adjoint of the group."""
     apart = (ends - starts).abs() / ends.abs().amax((1, 2), keepdim=True)
     return torch.where(ends == starts, 0.0, apart).amax((1, 2, 3))
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """Tells iterations that will not converge from others, by how they shrink the residual.
+    """Recognises iterations that will not converge, by the factor that shrinks the residual.
 
     Attributes:
-        residual: The last one, at first that of the states that the warm-up started from, or
-            infinity.
-        part: Of a chunk, the steps since then: for how long the cell could forget.
+        residual: The last residual. At first that of the states before the warm-up, or infinity.
+        part: Steps since that residual, as a part of a chunk: the cell could forget for as long.
     """
 
     residual: float
     part: float
 
     def is_hopeless(self, residual: float, left: int, tolerance: float, kind: str) -> bool:
-        """Whether the residual that follows will not be within the tolerance after `left` more.
+        """Whether `left` more iterations will not reach the tolerance from this residual.
 
-        Without tangents it shrinks by the same factor in every chunk; with them ever faster, once
-        it does.
+        Without tangents, the residual shrinks by the same factor in every chunk. With tangents, it
+        shrinks ever faster once it begins to.
         """
         if kind != "zero":
             return not residual < self.residual
@@ -302,20 +301,20 @@ def shoot(
 
     Args:
         sweep: Runs all chunks from given first states, (batch, chunks, components, hidden), and
-            returns the last ones.
-        tangents: Their derivatives, (batch, chunks, components, components, hidden).
+            returns their last states.
+        tangents: The derivatives of the last states in the first, (batch, chunks, components,
+            components, hidden).
         guess: First states; those of the first chunk are exact.
         settings: Coupling, damping, iterations.
-        tolerance: The tolerance that holds.
+        tolerance: The tolerance.
         residual_of: The residual of each sequence, from the ends of all chunks but the last and the
-            starts of those that follow.
-        contraction: What is known of it before the first iteration, to stop once the residual will
-            not reach the tolerance in the iterations that are left; None not to.
-        holds: Whether all have converged, from the answer on the device: `bool` waits for it.
+            starts of the next chunks.
+        contraction: The contraction before the first iteration. It stops the loop once the
+            remaining iterations will not reach the tolerance. None: never stop early.
+        holds: Turns a boolean on the device into an answer; `bool` is a host sync.
 
     Returns:
-        How it went. The last sweep was from first states that are as far from consistent as the
-        residual says.
+        The progress. The residual is that of the first states of the last sweep.
     """
     chunks = guess.shape[1]
     most = min(settings.max_iterations or chunks, chunks)
@@ -342,7 +341,7 @@ def shoot(
 
 
 def _coupling(kind: str, tangents: Callable[[Tensor], Tensor], guess: Tensor) -> Tensor:
-    """How corrections reach the ends of chunks: matrices like tangents, or factors like states."""
+    """The coupling of chunks: matrices shaped like tangents, or factors shaped like states."""
     if kind == "tangent":
         return tangents(guess)
     if kind == "diagonal":
@@ -351,11 +350,11 @@ def _coupling(kind: str, tangents: Callable[[Tensor], Tensor], guess: Tensor) ->
 
 
 def newton_update(ends: Tensor, guess: Tensor, coupling: Tensor, damping: float) -> Tensor:
-    """The next first states of all chunks; a chunk whose predecessor did not move gets its end.
+    """The next first states of all chunks.
 
-    The coupling of a chunk is its tangent, or one factor for every entry of its state. Where it is
-    so large that it overflows, the chunk is not coupled to the one before (Jacobi); that keeps the
-    guarantee that every iteration makes one more chunk exact.
+    If the first state of a chunk did not change, the next chunk starts from its end. The coupling
+    of a chunk is its tangent, or one factor for every entry of its state. A coupling that overflows
+    is left out (Jacobi). So every iteration still makes one more chunk exact.
     """
     coupling = coupling[:, :-1] * (1.0 - damping) if damping else coupling[:, :-1]
     mismatch = torch.where(ends == guess.roll(-1, 1), 0.0, ends - guess.roll(-1, 1))[:, :-1]
@@ -398,7 +397,7 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def sequential_report(batch: int, device: torch.device) -> Tensor:
-    """The values of a report on sequences that were evaluated step by step."""
+    """The values of a report for sequences that were evaluated step by step."""
     values = torch.ones((batch, 4), dtype=torch.float64, device=device)
     values.narrow(1, 1, 2).fill_(SEQUENTIAL)  # 0, as the residual; a CUDA graph can hold that
     return values

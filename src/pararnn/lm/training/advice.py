@@ -1,4 +1,4 @@
-"""Errors that come from a machine, told as what was wrong and how to go on."""
+"""Turns errors of the machine into messages with the cause and the way to continue."""
 
 import errno
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def explained(run: RunFolder, *, training: bool = True) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little of it, for Python or for a tensor, wherever that was to be."""
+    """Whether memory ran out, for Python or for a tensor on any device."""
     said = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "allocate" in said or "Storage size calculation" in said

@@ -67,11 +67,11 @@ class Checkpoint:
 
     @property
     def state(self) -> Path:
-        """Folder of what `torch.distributed.checkpoint` wrote."""
+        """Folder of the files that `torch.distributed.checkpoint` wrote."""
         return self.path / STATE
 
     def read_progress(self) -> dict[str, Any]:
-        """What a trainer noted beside its tensors."""
+        """The trainer's values other than tensors."""
         return read_json(self.path / PROGRESS)
 
 
@@ -85,7 +85,7 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def complete(temporary: Path, step: int, run: str) -> Checkpoint:
-    """Turn a folder from `begin` in which all is written into a checkpoint."""
+    """Turn a complete folder from `begin` into a checkpoint."""
     paths = sorted(path for path in temporary.rglob("*") if path.is_file())
     for path in paths:
         sync_file(path)
@@ -134,7 +134,7 @@ def verify(path: Path, run: str | None = None) -> Checkpoint:
 
 
 def _check_content(path: Path, files: dict[str, str]) -> None:
-    """Refuse what would make PyTorch or transformers do more than read numbers."""
+    """Refuse content that would make PyTorch or transformers do more than read numbers."""
     try:
         parts = part_names(read_index((path / STATE_INDEX).read_bytes()))
     except ValueError as error:
@@ -179,7 +179,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, str], int, str]:
 def newest_checkpoint(
     folder: Path, run: str | None = None
 ) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    """The last good checkpoint, and what is wrong with those after it.
+    """The last good checkpoint, and the problems of those after it.
 
     Raises:
         CheckpointError: There are checkpoints, but none is good.
@@ -221,7 +221,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def folder_name(step: int) -> str:
-    """What the checkpoint of a step is called."""
+    """The name of the checkpoint of a step."""
     return f"step-{step:08d}"
 
 
@@ -246,7 +246,7 @@ def _discard(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder, or a file that somebody has put in the place of one."""
+    """Delete a folder, or a file in its place."""
     if path.is_file() or path.is_symlink():
         path.unlink()
     else:

@@ -1,4 +1,4 @@
-"""How much a train step gains from evaluating the recurrence in parallel, measured here and now."""
+"""Measures how much a train step gains from the parallel recurrence, on this machine."""
 
 import copy
 import statistics

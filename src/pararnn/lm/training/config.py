@@ -125,7 +125,7 @@ class ScheduleConfig:
 
 @dataclass(kw_only=True)
 class ExecutionConfig:
-    """How steps are computed; what they compute stays the same, up to rounding."""
+    """How steps are computed; results stay the same, up to rounding."""
 
     activation_checkpointing: bool = False
     """Keep only the inputs of blocks and compute the rest again in the backward pass: less memory,
@@ -186,7 +186,7 @@ MAY_CHANGE = (
     *("out", "steps", "checkpoint_every", "keep_checkpoints", "device", "backend"),
     *("text.batch_size", "execution"),
 )
-"""What a resumed run may set anew; all else decides the loss curve."""
+"""Settings that a resumed run may change; all others decide the loss curve."""
 
 
 def resolve(config: TrainConfig, num_processes: int = 1) -> TrainConfig:

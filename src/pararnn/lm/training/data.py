@@ -38,7 +38,7 @@ class Windows(Dataset[Tensor]):
 
 
 class WindowOrder:
-    """Which windows an optimiser step takes: a function of the seed and the step, nothing else.
+    """The windows of each optimiser step: a function of the seed and the step alone.
 
     Every epoch has an order of its own; the windows at its end that do not fill a step are left
     out of it. Fewer windows than a step takes are repeated.
@@ -69,7 +69,7 @@ class WindowOrder:
 
 
 class Batches:
-    """What one process reads: its share of every optimiser step, cut into forward passes.
+    """The share of one process in every optimiser step, cut into forward passes.
 
     The step is all there is to remember. Process r of n takes the r-th of n equal parts of the
     step's windows, so together they read the same windows whatever their number.

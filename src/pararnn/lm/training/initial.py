@@ -17,7 +17,7 @@ from pararnn.lm.models import ParaRNNConfig
 from pararnn.lm.models.architectures import make_model
 from pararnn.lm.models.block import initialises_itself
 
-_AROUND = 0  # number of what is around the blocks; theirs follow
+_AROUND = 0  # number of the layers around the blocks; the blocks' numbers follow
 
 
 def outline(config: PreTrainedConfig) -> PreTrainedModel:
@@ -63,7 +63,7 @@ def start_block(model: PreTrainedModel, index: int, seed: int) -> nn.Module:
 
 
 def start_around(model: PreTrainedModel, parts: list[nn.Module], seed: int) -> None:
-    """Give what is around the blocks its values, on the CPU."""
+    """Give the layers around the blocks their values, on the CPU."""
     _draw_from(seed, _AROUND)
     modules = [module for module in around(model, parts) if _has_tensors(module)]
     for module in modules:

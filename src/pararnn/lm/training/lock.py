@@ -63,7 +63,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """What the process that holds the lock has written into it."""
+    """The text of the lock file, written by the process that holds the lock."""
     line = os.pread(descriptor, 200, 0).decode(errors="replace").partition("\n")[0]
     return f"process {line}" if line.isprintable() and line else "another process"
 

@@ -40,7 +40,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
     def print(self, text: str) -> None:
@@ -65,7 +65,7 @@ class Processes:
         return int(largest)
 
     def on_first(self, function: Callable[[], Result]) -> Result:
-        """What a function returns that only the first process calls.
+        """Call a function in the first process only, and return its result in all.
 
         Raises:
             RunError: As the function did, and OtherProcessError in the other processes.
@@ -134,29 +134,29 @@ def _join(device: str) -> Iterator[Processes]:
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
-    """Leave out what PyTorch says of things that are meant here."""
+    """Silence warnings of PyTorch about things that are intended here."""
     with warnings.catch_warnings():
         # One process saves and loads alone.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        # A block's last state may be a view of its output; nobody writes into either.
+        # A block's last state may be a view of its output; no code writes into either.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         yield
 
 
 def lost_connection(error: BaseException | None) -> bool:
-    """Whether PyTorch says by an error that another process is gone."""
+    """Whether an error of PyTorch means that another process is gone."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
 
 
 def num_processes() -> int:
-    """How many `torchrun` has started; 1 without it."""
+    """Number of processes that `torchrun` has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def train_command() -> str:
-    """What starts as many processes on a machine as there are now."""
+    """The command that starts as many processes on a machine as there are now."""
     if num_processes() == 1:
         return "pararnn train"
     per_machine = os.environ["LOCAL_WORLD_SIZE"]

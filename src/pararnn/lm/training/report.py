@@ -1,4 +1,4 @@
-"""What is said and stored when a run has reached its last step."""
+"""The report of a run after its last step: printed and stored."""
 
 from collections.abc import Callable
 

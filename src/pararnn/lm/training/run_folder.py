@@ -1,4 +1,4 @@
-"""The folder of one training run: what it holds, how it is made and opened."""
+"""The folder of one training run: its paths, its creation and its opening."""
 
 import contextlib
 import dataclasses
@@ -63,15 +63,15 @@ class RunFolder:
         return run
 
     def discard(self) -> None:
-        """Delete what a start has left that failed before its first checkpoint."""
+        """Delete the files of a start that failed before its first checkpoint."""
         if not self._holds_checkpoints():
             self._clear()
             with contextlib.suppress(OSError):
                 (self.path / LOCK).unlink(missing_ok=True)
-                self.path.rmdir()  # fails where there is more
+                self.path.rmdir()  # fails if other files are left
 
     def _check_free(self) -> None:
-        """Raise RunError where a run would be lost, or other files."""
+        """Raise RunError if the start would overwrite a run or other files."""
         if any("\ud800" <= letter <= "\udfff" for letter in str(self.path)):
             raise RunError(f"{str(self.path)!r} is not UTF-8; name another folder with --out.")
         if self.config.is_file() and self._holds_checkpoints():

@@ -39,7 +39,7 @@ from pararnn.lm.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         run: Its folder.
@@ -115,7 +115,7 @@ def load_trained(run: RunFolder, device: torch.device, owner: str | None = None)
 
 
 def identity_of(config: TrainConfig, text: Text) -> str:
-    """What marks the checkpoints of a run: the settings that decide its curve, and its data."""
+    """The fingerprint of a run in its checkpoints: settings that decide its curve, and data."""
     settings = json.dumps([identity(config), text.sha256], sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()
 
@@ -139,7 +139,7 @@ def _reopen(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, TrainConfi
 def _prepare(
     config: TrainConfig, run: RunFolder, processes: Processes, resume: bool
 ) -> tuple[Text, Trainer]:
-    """Data, model and what trains it; a new run that fails here leaves no folder behind."""
+    """Data, model and trainer; a new run that fails here leaves no folder behind."""
 
     def prepare() -> tuple[Text, Checkpoint | None]:
         text = open_text(config, run)
@@ -191,7 +191,7 @@ def _build_trainer(
     per_byte = text.codec.tokens_per_byte(text.train)
     lay_out(model, config.execution, processes, config.seed)
     optimizer = build_optimizer(model.model, config.optimizer)
-    torch.manual_seed(config.seed + processes.rank)  # each draws numbers of its own
+    torch.manual_seed(config.seed + processes.rank)  # each process draws other numbers
     return Trainer(config, run, owner, model, optimizer, batches, processes, flops, per_byte)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: every process its part, the first one the rest."""
+"""Writes checkpoints in the background: every process its part, the first one the rest."""
 
 import json
 import shutil
@@ -160,7 +160,7 @@ def _upload(parts: Any) -> "Future[Any]":
 
 
 def root_cause(problem: BaseException) -> str:
-    """What went wrong, in one line, without the processes and tracebacks around it."""
+    """The error in one line, without the processes and tracebacks around it."""
     if isinstance(problem, CheckpointException) and problem.failures:
         problem, _ = next(iter(problem.failures.values()))
     cause: BaseException | None = problem

@@ -1,4 +1,4 @@
-"""How a model is laid out before training: recomputation, compilation, shards over processes."""
+"""Prepares a model for training: recomputation, compilation, shards over processes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ from pararnn.lm.training.parallel import Processes
 def lay_out(
     loss: CausalLoss, execution: ExecutionConfig, processes: Processes, seed: int = 0
 ) -> None:
-    """Bring a model to where and how it trains, block after block.
+    """Prepare a model for training, block after block.
 
     A model without values gets its initial ones here; no process holds more of it at a time than
     one block, what is around the blocks, and its own parts.
@@ -63,7 +63,7 @@ def lay_out(
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of its own and no `partial`, for the compiler sees only into functions."""
+    """A function and no `partial`, since the compiler cannot trace into a `partial`."""
 
     def run(*inputs: Any, **options: Any) -> Any:
         return checkpoint(forward, *inputs, use_reentrant=False, **options)

@@ -1,4 +1,4 @@
-"""The index of a checkpoint's state, read so that nothing it holds is run.
+"""Reads the index of a checkpoint's state without running any code in it.
 
 `torch.distributed.checkpoint` stores as a pickle, `.metadata`, which tensor lies where. A pickle
 may name any function to be called. Here it gets records without behaviour for the few classes that
@@ -70,7 +70,7 @@ _MALFORMED = (
     *(pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError),
     *(LookupError, OverflowError, MemoryError, RecursionError),
 )
-"""What bytes that are no pickle of ours make of the unpickler and of the stand-ins."""
+"""Errors of the unpickler and the stand-ins on bytes that we did not write."""
 
 
 class _ForeignError(Exception):
@@ -78,7 +78,7 @@ class _ForeignError(Exception):
 
 
 class _Record:
-    """Stands for an object: keeps its fields, whatever they are."""
+    """Stands for an object and keeps all its fields."""
 
     state: Any = None
 
@@ -87,7 +87,7 @@ class _Record:
 
 
 class _Ignored:
-    """Stands for what nobody asks for."""
+    """Stands for objects that are not needed."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -136,7 +136,7 @@ def _metadata(index: Any) -> Metadata:
     tensors = {name: _tensor(value) for name, value in fields["state_dict_metadata"].items()}
     for name, tensor in tensors.items():
         for chunk in tensor.chunks:
-            places[MetadataIndex(name, chunk.offsets)]  # a KeyError where it is nowhere
+            places[MetadataIndex(name, chunk.offsets)]  # KeyError if it is missing
     return Metadata({**tensors}, planner_data={}, storage_data=places)
 
 

@@ -100,5 +100,5 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""What a run trains on: a text that it reads itself, or prepared token data."""
+"""The training data of a run: a text that it reads itself, or prepared tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +50,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Codec:
-    """Between text and the tokens of a run; `tokenizer` is its folder, None for bytes."""
+    """Converts text to the tokens of a run and back; `tokenizer` is a folder, None for bytes."""
 
     tokenizer: Path | None = None
 
     @property
     def tokenization(self) -> Tokenization:
-        """What encodes."""
+        """The encoder."""
         return load_tokenizer(self.tokenizer)
 
     @property
@@ -72,7 +72,7 @@ class Codec:
 
     @property
     def unit(self) -> str:
-        """What a token is called."""
+        """The name of a token in messages."""
         return "bytes" if self.tokenizer is None else "tokens"
 
     def tokens_per_byte(self, split: TokenSplit) -> float:
@@ -96,7 +96,7 @@ def check_text(data: Path | None) -> None:
 
 
 def open_text(config: TrainConfig, run: RunFolder) -> Text:
-    """The text of a run; what it needs besides prepared shards is copied into its folder.
+    """The text of a run; everything but prepared shards is copied into its folder.
 
     Raises:
         RunError: Nothing to read, or something is damaged.

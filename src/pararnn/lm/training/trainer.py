@@ -1,4 +1,4 @@
-"""The training loop: steps, measurements, checkpoints; nothing about files of text."""
+"""The training loop: steps, measurements and checkpoints."""
 
 import math
 import time
@@ -101,7 +101,7 @@ class Trainer:
         }
 
     def _random_state(self) -> dict[str, Tensor]:
-        """Of this process, under names of its own."""
+        """The random states of this process, under its own names."""
         rank, device = self.processes.rank, self.processes.device
         state = {f"cpu-{rank}": torch.get_rng_state()}
         if device.type == "cuda":

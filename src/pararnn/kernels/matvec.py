@@ -1,4 +1,4 @@
-"""Products of matrices with one vector, and what computes the vector: see `triton.matvec`."""
+"""Products of matrices with one vector, fused with the vector's own computation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pararnn.tracing.written import read_expressions, write_expressions
 
 @dataclass(frozen=True)
 class Vector:
-    """How a vector is computed.
+    """The computation of a vector.
 
     Attributes:
-        leaves: Which of the tensors it is computed from are vectors, and not one number.
+        leaves: Whether each input is a vector; the others are one number.
         value: The vector.
-        stored: Others that are kept.
+        stored: Further results to store.
     """
 
     leaves: tuple[bool, ...]
@@ -33,12 +33,12 @@ class Vector:
     stored: tuple[Operand, ...]
 
     def text(self) -> str:
-        """What `read` reads: an argument of the operator, which a saved program may hold."""
+        """The text for `read`: an argument of the operator, which a saved program may hold."""
         return json.dumps({"leaves": self.leaves, **write_expressions([self.value, *self.stored])})
 
     @classmethod
     def read(cls, text: str) -> Vector:
-        """The vector of a text, which may come from anywhere: only known operations are read.
+        """The vector of a text from an untrusted source: only known operations are read.
 
         Raises:
             ValueError: It is no text of a vector.

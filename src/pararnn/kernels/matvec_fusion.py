@@ -1,8 +1,8 @@
-"""A pass of PyTorch's compiler: products with one vector take in what computes the vector.
+"""A pass of PyTorch's compiler that fuses products with one vector for steps of generation.
 
-For steps of generation. Products of matrices with the same vector become one `pararnn::matvec`,
-with the operations on each element, and means, that lead from other tensors to the vector. Their
-results are not rounded on the way, as they are not elsewhere in what the compiler fuses.
+Products of matrices with the same vector become one `pararnn::matvec`. It also computes the vector:
+the operations on each element, and means, that lead from other tensors to it. Results in between
+are not rounded, as in all code that the compiler fuses.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Group:
 
     @property
     def vector(self) -> fx.Node:
-        """What they are multiplied with, before it got its shape."""
+        """The vector that they multiply, before it got its shape."""
         return _unshaped(self.nodes[0].args[0])
 
     @property
@@ -77,12 +77,12 @@ class FuseMatvecs(CustomGraphPass):
             stable_topological_sort(graph)
 
     def uuid(self) -> bytes:
-        """Changes with the text of this file and of the kernel's."""
+        """A key that changes with the text of this file and of the kernel's."""
         return get_hash_for_files((__file__, matvec.__file__))
 
 
 def _cut_before_joining(graph: fx.Graph) -> None:
-    """What is cut out of a concatenation is cut out of the part that it lies in."""
+    """Replace a slice of a concatenation by a slice of the part that it lies in."""
     for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
         joined, axis, first, last, step = _cut(node)
         while joined.target is aten.slice.Tensor and _cut(joined)[1] == axis and step == 1:
@@ -105,7 +105,7 @@ def _cut_before_joining(graph: fx.Graph) -> None:
 
 
 def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int, int]:
-    """What is cut by a slice, along which axis, from where to where, and in which steps."""
+    """The source of a slice, its axis, its bounds and its step."""
     given = _arguments(node)
     size = _value(given["self"]).shape[given["dim"]]
     first, last, _ = slice(given["start"], given["end"]).indices(size)
@@ -145,7 +145,7 @@ def _serves(x: fx.Node, matrix: fx.Node) -> bool:
 
 
 class _Region:
-    """What a product can take in.
+    """The operations that a product can absorb.
 
     Attributes:
         inside: The operations, in order; none if the vector is given.
@@ -189,7 +189,7 @@ class _Region:
         return is_expressed(node, leaves, torch.float32)
 
     def vector(self, stored: Sequence[fx.Node]) -> Vector:
-        """How the vector and what is stored are computed."""
+        """The computation of the vector and of stored results."""
         expressions: dict[fx.Node, Operand] = {
             n: leaf("drive", i) for i, n in enumerate(self.leaves)
         }
@@ -208,7 +208,7 @@ class _Region:
 
 
 def _fuse(graph: fx.Graph, group: _Group) -> None:
-    """Put `pararnn::matvec` in the place of a group."""
+    """Replace a group by `pararnn::matvec`."""
     region = _Region(graph, group)
     inside = {*region.inside, *group.nodes}
     stored = [
@@ -239,21 +239,21 @@ def _shaped(graph: fx.Graph, node: fx.Node, shape: list[int]) -> fx.Node:
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A new node, with what its value looks like."""
+    """A new node, with its value's metadata."""
     node = graph.call_function(target, args)
     node.meta["val"] = target(*fx.map_arg(args, _value))
     return node
 
 
 def _only_for(node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether a node is inside, or a new shape for such only."""
+    """Whether a node is inside, or a reshape that only nodes inside use."""
     if node in inside:
         return True
     return node.target in _MOVES and all(_only_for(user, inside) for user in node.users)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and what it depends on."""
+    """A node and the nodes that it depends on."""
     found, waiting = {node}, [node]
     while waiting:
         new = set(waiting.pop().all_input_nodes) - found
@@ -263,7 +263,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _transposed(node: Any) -> fx.Node | None:
-    """The matrix that a node is the transpose of."""
+    """The matrix whose transpose a node is."""
     if node.target is not aten.permute.default:
         return None
     axes = list(range(_value(node).dim()))
@@ -271,7 +271,7 @@ def _transposed(node: Any) -> fx.Node | None:
 
 
 def _unshaped(node: Any) -> fx.Node:
-    """What has the same elements in the same order as a node."""
+    """The first of the nodes with the same elements in the same order."""
     while node.target in _MOVES:
         (given,) = node.all_input_nodes
         if node.target is aten.permute.default:

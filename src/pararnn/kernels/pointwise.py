@@ -1,4 +1,4 @@
-"""Operations on each element, those that stand side by side as one generated Triton kernel.
+"""Operations on each element, fused into as few generated Triton kernels as possible.
 
 What an adjoint needs for all times at once, its edges and the gradients, is some products and a
 dozen operations on each element between them. One after the other these would read and write
@@ -52,7 +52,7 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, Function
 
 
 def fused(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Function:
-    """The same function for tensors of these shapes, and with any number of rows, with few kernels.
+    """The module as a function with few kernels, for these shapes and any number of rows.
 
     Arguments may have any strides; what is not an operation on each element gets them contiguous.
     """
@@ -64,7 +64,7 @@ def fused(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Function:
 
 
 def _as_it_is(module: weakref.ref[fx.GraphModule]) -> Function:
-    """The module, which is kept for no longer than others need it."""
+    """The module, which this cache does not keep alive."""
 
     def run(*given: Tensor) -> Sequence[Tensor]:
         found = module()
@@ -75,7 +75,7 @@ def _as_it_is(module: weakref.ref[fx.GraphModule]) -> Function:
 
 
 class _Shapes(fx.Interpreter):
-    """Finds what the nodes of a graph would be, without computing anything."""
+    """Finds shapes and types of the nodes of a graph, without computing values."""
 
     def of(self, tensors: Sequence[Tensor]) -> dict[fx.Node, Any]:
         self.found: dict[fx.Node, Any] = {}
@@ -101,7 +101,7 @@ class _Cluster:
 
 
 class _Fusion:
-    """Puts the operations of a graph in an order in which clusters are whole.
+    """Orders the operations of a graph so that clusters are contiguous.
 
     Stage by stage first comes what has been waiting for the clusters of the stage before, then the
     clusters, of which none waits for another.
@@ -155,7 +155,7 @@ class _Fusion:
         return is_expressed(node, leaves, self.dtype)
 
     def leaf(self, node: fx.Node, index: int) -> Operand:
-        """What stands for a tensor in a kernel."""
+        """The operand that stands for a tensor in a kernel."""
         made = leaf("drive", index)
         return make("ne", made, 0.0) if self.values[node].dtype is torch.bool else made
 
@@ -177,7 +177,7 @@ class _Fusion:
         return fx.GraphModule(torch.nn.Module(), self.new)
 
     def copied(self, node: fx.Node) -> fx.Node:
-        """An operation as it is."""
+        """An operation that is not fused."""
         if operation_of(node) == "sum" and len(node.args) > 1 and node.args[1] == [0]:
             (summed,) = node.all_input_nodes
             if self.values[summed].dim() > 1 and not node.kwargs:
@@ -195,7 +195,7 @@ class _Fusion:
         return self.contiguous[node]
 
     def generate(self, cluster: _Cluster) -> None:
-        """The kernel of a cluster, and what it returns."""
+        """The kernel of a cluster, and its results."""
         inputs: list[fx.Node] = []
         expressions: dict[fx.Node, Operand] = {}
         for node in cluster.nodes:

@@ -56,7 +56,7 @@ def _vjp(function: Callable[..., Any], *given: Any) -> tuple[Any, Callable[..., 
 
 
 def _without_tangents(ctx: Any) -> list[Any]:
-    """The saved tensors without their tangents, which the rule computes itself."""
+    """The saved tensors, without their tangents."""
     saved = ctx.saved_tensors
     return [t if t is None else forward_ad.unpack_dual(t).primal for t in saved]
 

@@ -76,7 +76,7 @@ def parallelize(
 
 
 class Parallelized(StackedRNN):
-    """What `parallelize` makes of a layer: the same arguments and results, the same parameters."""
+    """A layer made by `parallelize`, with the arguments, results and parameters of the original."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Parallelized(StackedRNN):
         *,
         reset_state: State | None = None,
     ) -> tuple[Any, State]:
-        """As `forward` of the original; what it does not have, as of `StackedRNN`."""
+        """See `forward` of the original; see `StackedRNN` for further arguments."""
         self._lend_to_cells()
         return super().forward(input, hx, resets, cu_seqlens, reset_state=reset_state)
 
@@ -177,7 +177,7 @@ class Parallelized(StackedRNN):
         return [layer._modules["cell"] for layer in self.layers]
 
     def _lend_to_cells(self) -> bool:
-        """Have the cells use what is here by the names of the original."""
+        """Share the weights of this module, under the names of the original, with the cells."""
         cells = self._cells()
         for name, (i, weight) in self._names.items():
             if not _is_lent(self, name, cells[i], weight):
@@ -230,7 +230,7 @@ def _cell(layer: nn.RNNBase, suffix: str, called: str) -> nn.RNNCellBase:
 
 
 def _lend(owner: nn.Module, name: str, to: nn.Module, weight: str) -> None:
-    """Have a weight of one module be that of another: its parameter, or how that is computed."""
+    """Share a weight of one module with another: its parameter, or its parametrisation."""
     _forget(to, weight)
     parameter = owner._parameters.get(name)
     if parameter is not None:
@@ -263,7 +263,7 @@ def _parametrisations(module: nn.Module) -> nn.ModuleDict:
 
 
 def _forget(module: nn.Module, weight: str) -> None:
-    """Take a weight away, whatever it is."""
+    """Remove a weight, of any kind."""
     if parametrize.is_parametrized(module, weight):
         del _parametrisations(module)[weight]
         delattr(type(module), weight)
@@ -291,7 +291,7 @@ def _with_cells(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
 
 
 def _after_loading(module: nn.Module, keys: Any) -> None:
-    """A key that is missing is so once, by the name of the original."""
+    """Report a missing key once, by the name of the original."""
     assert isinstance(module, Parallelized)
     module._lend_to_cells()
     missing = set(keys.missing_keys)

@@ -37,7 +37,7 @@ _TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pa
 
 
 class UnknownSizes(ValueError):
-    """A cell failed on components that are all of one size, and may have others."""
+    """A cell failed on components of one size; its components may differ in size."""
 
 
 class RNN(nn.Module):
@@ -113,9 +113,9 @@ class RNN(nn.Module):
         input_size = getattr(cell, "input_size", None)
         if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
             now = snapshot(cell)
-            if now.device.type != "meta":  # without values; traced when they are there
+            if now.device.type != "meta":  # without values; traced once it has values
                 self._learn_sizes(())
-                with contextlib.suppress(UnknownSizes):  # a state at the first call may say them
+                with contextlib.suppress(UnknownSizes):  # the state of the first call may give them
                     self._prepare((input_size,), now.dtype, now.device, now)
 
     @property
@@ -159,7 +159,7 @@ class RNN(nn.Module):
         return size
 
     def _said(self) -> Any:
-        """Channels as this layer was told or has learnt, or as the cell says."""
+        """Channels as given, as learnt from a state, or as the cell declares them."""
         return self._hidden_size or getattr(self.cell, "hidden_size", None)
 
     @property
@@ -272,7 +272,7 @@ class RNN(nn.Module):
     def _prefers_cell(
         self, evaluation: Evaluation, x: Tensor, parts: tuple[Tensor, ...], time: int
     ) -> bool:
-        """Whether the loop over the cell as it is does the same as the traced step, and faster."""
+        """Whether a loop over the cell itself gives the same results as the traced step, faster."""
         if evaluation.mixing_plan is None:
             return False
         own, batch, device = evaluation.traced.capture.dtype, x.shape[0], x.device.type
@@ -309,7 +309,7 @@ class RNN(nn.Module):
                 parts = tuple(map(Tensor.contiguous, parts))  # as when it was traced
                 parts = call(x_t, parts) if as_tuple else (call(x_t, parts[0]),)
                 outputs.append(parts[0])
-        vars(self)["_report"] = len(inputs[0])  # past nn.Module's own, which takes 2 us
+        vars(self)["_report"] = len(inputs[0])  # not by nn.Module.__setattr__, which takes 2 us
         return outputs, parts
 
     def _evaluate(
@@ -386,7 +386,7 @@ class RNN(nn.Module):
         return evaluation
 
     def _learn_sizes(self, sizes: tuple[int, ...]) -> None:
-        """Take sizes that the layer was not given from the cell, or from those of a state."""
+        """Learn sizes that were not given from the cell or from a state."""
         if self._num_components is None:
             own, said = getattr(self.cell, "num_components", None), self._said()
             count = len(said if isinstance(said, tuple) else sizes) or None
@@ -397,16 +397,16 @@ class RNN(nn.Module):
             self._hidden_size = sizes[0]
 
     def _may_differ(self) -> bool:
-        """Whether components may have sizes of their own, which nobody has said yet."""
+        """Whether components may differ in size, and their sizes are not known yet."""
         return (self._num_components or 1) > 1 and not isinstance(self._said(), tuple)
 
     def _is_traced(self) -> bool:
-        """Whether the cell is traced as it is now."""
+        """Whether there is a trace of the cell as it is now."""
         valid_while_same(self, RNN._trace_key)
         return self._trace_key() is not None
 
     def _trace_key(self) -> object:
-        """Equal keys, equal traces; None if there is none of the cell as it is now."""
+        """Equal keys mean equal traces; None if there is no trace of the cell as it is now."""
         kept, _ = self._traces.find(self.cell, self.backend, self.solver)
         if kept is None:
             return None
@@ -420,7 +420,7 @@ class RNN(nn.Module):
         device: torch.device,
         sizes: tuple[int, ...],
     ) -> bool:
-        """Trace a cell that has changed, or had not said the size of its input before."""
+        """Trace a cell that has changed, or whose input size was not known before."""
         self._learn_sizes(sizes)
         input_size = getattr(self.cell, "input_size", None)
         known = (input_size,) if isinstance(input_size, int) else features
@@ -434,7 +434,7 @@ class RNN(nn.Module):
         return True
 
     def _get_ready(self) -> bool:
-        """Have the kernels that the compiled program calls."""
+        """Build the kernels that the compiled program calls."""
         evaluation = self.evaluation()
         if not evaluation.is_ready:
             evaluation.get_ready()
@@ -447,7 +447,7 @@ class RNN(nn.Module):
     del _function
 
     def _is_as_before(self, evaluation: Evaluation, x: Tensor, step: bool) -> bool:
-        """Whether x and the layer are like those of the call before."""
+        """Whether x and the layer are as in the previous call."""
         watched = self._watched
         if self._latest is None or watched is None:
             return False
@@ -513,7 +513,7 @@ class RNN(nn.Module):
             kept = self._traced(signature)
             self._traces.add(kept)
         with _SWITCHING:
-            self._watched = None  # so that other threads look for themselves until all is there
+            self._watched = None  # so that other threads check for themselves until all is set
             self._latest, self._is_parametrised = (dtype, device), kept.is_parametrised
             self._signature, self._sizes, self._evaluation, self._watched = kept[:4]
         return kept.evaluation
@@ -544,7 +544,7 @@ class RNN(nn.Module):
         return Kept(signature, sizes, evaluation, watched, is_parametrised)
 
     def _check_claim(self, traced: Traced) -> None:
-        """Refuse a claim that says less than what is there; one that says more is only cautious."""
+        """Refuse a claimed structure that is narrower than the proved one; wider is allowed."""
         found = traced.structure
         claimed = _STRUCTURES.index(self.structure) if self.structure else len(_STRUCTURES)
         if claimed < _STRUCTURES.index(found.split()[0]):
@@ -554,7 +554,7 @@ class RNN(nn.Module):
             )
 
     def _refuse_types(self, error: Exception, x: torch.dtype) -> None:
-        """Say it in words if PyTorch complains of types, and that of x is not the cell's."""
+        """Raise a clear error if PyTorch complains of types and the type of x is not the cell's."""
         own = snapshot(self.cell).dtype
         if x is own or "type" not in str(error):
             return
@@ -567,7 +567,7 @@ class RNN(nn.Module):
         ) from error
 
     def _refuse_sizes(self, error: Exception) -> None:
-        """Say it in words if the cell fails with sizes that it did not say itself."""
+        """Raise a clear error if the cell fails with sizes that it did not declare."""
         hint, sizes, name = self._hint_of_sizes(), self.sizes, type(self.cell).__name__
         if isinstance(self._hidden_size, tuple) and "hidden_size" not in self._given:
             self._hidden_size = None  # learnt from a state, which may have been wrong
@@ -582,7 +582,7 @@ class RNN(nn.Module):
             ) from error
 
     def _hint_of_sizes(self) -> str:
-        """What to do about sizes that were passed and that the cell does not say itself."""
+        """Advice about sizes that were passed and that the cell does not declare."""
         name, hints = type(self.cell).__name__, []
         for option, size in self._given.items():
             own = getattr(self.cell, option, None)
@@ -592,7 +592,7 @@ class RNN(nn.Module):
         return " ".join(hints)
 
     def _find_components(self, features: tuple[int, ...], kind: torch.dtype) -> int:
-        """Try the cell on states of 1, 2, ... components; the right one comes back in its form."""
+        """Try the cell on 1, 2, ... components; the right state comes back in the same form."""
         size, now = self.hidden_size, snapshot(self.cell)
         device = now.device
         x = torch.zeros(_TRIAL_ROWS, *features, dtype=kind, device=device)
@@ -629,7 +629,7 @@ class RNN(nn.Module):
         )
 
     def _parts(self, name: str, state: State | None, rows: int, x: Tensor) -> tuple[Tensor, ...]:
-        """The components of a state, after a check; of none the zeros."""
+        """The components of a state, after a check; zeros if there is no state."""
         sizes, count = self._sizes, len(self._sizes)
         if state is None:
             dtype = x.dtype if x.is_floating_point() else snapshot(self.cell).dtype
@@ -664,7 +664,7 @@ class RNN(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is traced belongs to this process; a copy traces again."""
+        """Leave out traces, which belong to this process; a copy traces again."""
         own = dict.fromkeys(("_evaluation", "_latest", "_watched", "_report"))
         return {**self.__dict__, **own, "_signature": (), "_traces": Traces()}
 
@@ -685,7 +685,7 @@ def _sizes(state: State | None) -> tuple[int, ...]:
 
 
 def _check_cell(cell: object) -> None:
-    """Refuse what is no cell."""
+    """Refuse objects that are not cells."""
     if isinstance(cell, type) and issubclass(cell, nn.Module):
         raise TypeError(
             f"cell is the class {cell.__name__}; pass an instance of it: RNN({cell.__name__}(...))."
@@ -731,7 +731,7 @@ def _map(state: State | None, function: Any) -> State | None:
 
 
 def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
-    """How many initial states there are."""
+    """The number of initial states."""
     if cu_seqlens is None:
         return batch
     if not isinstance(cu_seqlens, Tensor):

@@ -117,7 +117,7 @@ class Mixing:
 
     Attributes:
         step: The recurrent part, in float32 or float64.
-        edges: What it takes besides the state.
+        edges: Its inputs besides the state.
         num_components: Tensors in the state.
         hidden: Channels of each.
         device: Where it was traced.
@@ -139,7 +139,7 @@ class Mixing:
 
     @functools.cached_property
     def work(self) -> int:
-        """Multiplications per row and step, roughly: what it takes once, channels some times."""
+        """Multiplications per row and step, roughly."""
         return (
             sum(math.prod(e.shape) for e in self.edges)
             + len(self.step.module.graph.nodes) * self.num_components * self.hidden
@@ -190,7 +190,7 @@ def arithmetic(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in the type of the arithmetic, if it has one of its own."""
+    """A floating-point or complex tensor in the type of the arithmetic; others as they are."""
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -55,7 +55,7 @@ def untransformed(function: Callable[[], Result]) -> Result:
 
 
 def apart(function: Callable[[], Result]) -> Result:
-    """Call a function where no transform, mode or operator is on: in a thread of its own."""
+    """Call a function in a new thread, where no transform, mode or operator is active."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 

@@ -64,7 +64,7 @@ class Traced:
         layout: Where its drives and coefficients are in their sources; None where chunks are rows
             of a batch.
         mixing: The recurrent part as PyTorch operations on rows, where there is no layout.
-        reason: Why the structure is what it is.
+        reason: The reason for the structure, in words.
         device: Where it was traced.
     """
 

@@ -1,4 +1,4 @@
-"""What a trace depends on, and a quick look at whether it is still the same.
+"""Records everything that a trace depends on, and checks quickly whether it has changed.
 
 A trace holds as long as all that the step's Python read is what it was. A look follows what can be
 reached from the step: attributes, containers, hooks, classes, globals, closures; of objects what
@@ -32,7 +32,7 @@ _HOOKS = tuple(n for n in _MODULE_OWN if "hooks" in n and "state_dict" not in n)
 _PLAIN = (type(None), bool, int, str, bytes, range, type(...), torch.dtype, torch.device)
 _NUMBERS = (float, complex)
 _SILENT = frozenset(("__dict__", "__weakref__", "__doc__", "__annotations__", "__module__"))
-_MOST = 2000  # objects that are looked into; those beyond are known by identity
+_MOST = 2000  # objects to inspect; all others are compared by identity
 _OFTEN = 8
 _NOTHING = object()
 
@@ -53,7 +53,7 @@ class Same:
 
 
 class Change(NamedTuple):
-    """A value that is not what it was, by where it is ("self.options['leak']")."""
+    """A value that has changed, by its place ("self.options['leak']")."""
 
     place: str
     old: object
@@ -81,11 +81,11 @@ class Watched:
         return self._look.quick.tied
 
     def is_current(self, step: Any) -> bool:
-        """Whether all is the very same; a quick look, which may say no although nothing changed."""
+        """Whether all values are identical: a quick check, which may wrongly say no."""
         return step is self.step and self._look.quick.is_current()
 
     def change(self, step: Any) -> Change | None:
-        """The first value that is not what it was when the step was traced, if there is one."""
+        """The first value that has changed since the step was traced, or None."""
         if step is not self.step:
             return Change("the cell", self.step, step)
         old, look = self._look.facts, _Look(step, self.ran, self.tensors_of(step))
@@ -98,13 +98,13 @@ class Watched:
 
 
 class Annealed:
-    """Warns of what changes again and again, for which a step is traced every time."""
+    """Warns of values that change again and again, so that every call traces the step."""
 
     def __init__(self) -> None:
         self._times: Counter[str] = Counter()
 
     def note(self, subject: str, change: Change) -> None:
-        """Count a change, and warn once; a mode that is switched is none to warn of."""
+        """Count a change, and warn once; a switched mode does not count."""
         _, _, name = change.place.rpartition(".")
         if name == "training":
             return
@@ -243,7 +243,7 @@ class _Look:
         self.attributes(place, values)
 
     def function(self, place: str, function: types.FunctionType) -> None:
-        """A function by its code and, if that ran, by what it brings along."""
+        """A function by its code and, if the code ran, by its defaults, closure and attributes."""
         code = function.__code__
         self.fact(place, Same(code))
         if id(code) not in self.ran.codes:
@@ -340,7 +340,7 @@ class _Look:
 
 
 class _Quick:
-    """What containers hold, to be compared by identity."""
+    """The contents of containers, to be compared by identity."""
 
     def __init__(self) -> None:
         self.objects: list[object] = []

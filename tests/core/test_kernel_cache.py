@@ -369,8 +369,22 @@ class BrokenDriver:
         raise RuntimeError("Failed to find C compiler.")
 
 
+def test_triton_that_is_too_old_is_missing(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    triton_build.missing.cache_clear()
+    try:
+        words = triton_build.missing("cuda")
+        assert "Triton 3.5.1 is too old for kernels on a GPU; install Triton 3.6" in words
+    finally:
+        triton_build.missing.cache_clear()
+
+
 def test_triton_that_does_not_work_is_missing(monkeypatch):
     triton = pytest.importorskip("triton")
+    if triton_build.too_old():
+        pytest.skip("which is said first")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(triton.runtime.driver, "_active", BrokenDriver(), raising=False)
     triton_build.missing.cache_clear()

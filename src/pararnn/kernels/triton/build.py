@@ -17,10 +17,22 @@ from types import CodeType, ModuleType
 
 _lock = threading.Lock()
 
+OLDEST = (3, 6)  # Triton 3.5 mixes up constants in tuples of tuples
+
 
 def interpreted() -> bool:
     """Whether Triton runs in its interpreter, on tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def too_old() -> str | None:
+    """What keeps this version of Triton from compiling the kernels for a GPU."""
+    import triton  # which a machine without a GPU need not have
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST:
+        return None
+    needed = "install Triton 3.6 or newer, which comes with PyTorch 2.10"
+    return f"Triton {triton.__version__} is too old for kernels on a GPU; {needed}"
 
 
 @functools.cache
@@ -32,6 +44,8 @@ def missing(device: str) -> str | None:
         return None
     from triton.runtime import driver  # which a machine without a GPU need not have
 
+    if words := too_old():
+        return words
     try:  # this compiles a program of its own
         driver.active.get_current_target()
     except (

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from unittest import mock
@@ -194,7 +195,7 @@ def choices(given):
                 given.cell, given.device, given.dtype, given.solver, given.backend, given.compiler
             )
         except BackendError as error:
-            return {"refused": str(error)}
+            return {"refused": re.sub(r"at \S*/(torch/\S+:)\d+", r"at \1", str(error))}
         return (_elementwise if rnn.evaluation().mixing_plan is None else _mixing)(rnn, given)
 
 

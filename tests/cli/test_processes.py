@@ -1,7 +1,6 @@
 """Whole processes: killed and resumed, stopped by a signal, out of disk space, bare imports."""
 
 import json
-import os
 import random
 import resource
 import signal
@@ -10,6 +9,7 @@ import sys
 import time
 
 import pytest
+from forks import Fork, python
 
 from pararnn.cli.main import main
 
@@ -17,12 +17,6 @@ SETTINGS = """--data text --device cpu --checkpoint-every 4 --architecture.width
 --architecture.num-layers 2 --architecture.num-heads 2 --text.sequence-length 64
 --text.batch-size 4 --text.validation-tokens 200""".split()
 STEPS = 60
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",  # as this process has
-    "OMP_WAIT_POLICY": "passive",
-    "PYTHONUNBUFFERED": "1",
-}
 
 
 @pytest.fixture
@@ -37,23 +31,23 @@ def folder(tmp_path):
 
 @pytest.fixture
 def start(folder):
-    """Starts `pararnn train` in the folder; what still runs at the end of the test is killed."""
+    """Starts `pararnn train` in the folder; what still runs at the end of the test is killed.
+
+    As a user starts it, or, with `fork`, without the imports.
+    """
     processes = []
 
-    def run(*arguments, **options):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pararnn.cli", "train", *arguments],
-            cwd=folder,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
+    def begin(*arguments, fork=True, run=python):
+        command = ["-m", "pararnn.cli", "train", *arguments]
+        if fork:
+            process = Fork(run, *command, folder=folder)
+        else:
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            process = subprocess.Popen([sys.executable, *command], cwd=folder, **streams)
         processes.append(process)
         return process
 
-    yield run
+    yield begin
     for process in processes:
         if process.poll() is None:
             process.kill()
@@ -82,7 +76,7 @@ def curve(folder, name):
 
 @pytest.mark.timeout(280)
 def test_killed_stopped_and_resumed_runs_have_the_same_curve(folder, start, monkeypatch, capsys):
-    killed = start(*SETTINGS, "--steps", str(STEPS), "--out", "killed")
+    killed = start(*SETTINGS, "--steps", str(STEPS), "--out", "killed", fork=False)
     wait_for_step(killed, folder, "killed", random.randrange(1, STEPS - 20))
     killed.kill()
     killed.communicate()
@@ -108,12 +102,14 @@ def test_killed_stopped_and_resumed_runs_have_the_same_curve(folder, start, monk
     assert curve(folder, "killed") == curve(folder, "whole")
 
 
-def test_a_full_disk_is_a_message(start):
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+def with_a_full_disk(*arguments):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    python(*arguments)
 
-    process = start(*SETTINGS, "--steps", "3", "--out", "run", preexec_fn=limit)
+
+def test_a_full_disk_is_a_message(start):
+    process = start(*SETTINGS, "--steps", "3", "--out", "run", run=with_a_full_disk)
     _, error = process.communicate()
     assert process.returncode == 1
     assert "cannot save a checkpoint at step 0" in error
@@ -131,6 +127,6 @@ print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 
 def test_importing_the_package_needs_no_extra():
     result = subprocess.run(
-        [sys.executable, "-c", BARE], capture_output=True, text=True, check=True, env=ENVIRONMENT
+        [sys.executable, "-c", BARE], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def launch(folder):
-    with trainings(folder) as start:
+    with trainings(folder, torchrun=True) as start:
         yield start
 
 
@@ -84,7 +84,7 @@ def test_a_signal_to_one_saves_and_stops_all(folder, whole, launch):
 
 def test_every_architecture_in_parts(folder):
     """Equal to whole models, compiled too, from the first values on."""
-    with Launch(2, HERE / "sharded_steps.py", "cuda", folder=folder) as launched:
+    with Launch(2, HERE / "sharded_steps.py", "cuda", folder=folder, torchrun=True) as launched:
         printed = launched.wait(240)
     assert "all equal" in printed
 
@@ -93,7 +93,7 @@ def test_train_benchmark(folder):
     sizes = "--width 64 --layers 2 --vocab-size 256 --batch-size 2 --sequence-length 64".split()
     models = ["--architectures", "paragru", "transformer", "--out", "table"]
     command = ["-m", "pararnn.cli", "bench", "train", *sizes, *models]
-    with Launch(2, *command, folder=folder) as launched:
+    with Launch(2, *command, folder=folder, torchrun=True) as launched:
         printed = launched.wait(240)
     assert printed.count("train architecture=") == 2
     rows = json.loads((folder / "table/train.json").read_text())["rows"]

@@ -1,11 +1,11 @@
 """Layers as exported programs."""
 
 import json
-import multiprocessing
 import shutil
 
 import pytest
 import torch
+from forks import FORKS
 from torch import nn
 
 import pararnn
@@ -51,13 +51,11 @@ def test_dynamic_batch_and_time(name, strict):
 
 
 X = torch.linspace(-1, 1, 105).view(5, 7, 3)
-OTHERS = multiprocessing.get_context("forkserver")
-OTHERS.set_forkserver_preload(["torch", "pararnn"])  # once for all processes
 
 
 def elsewhere(run, file):
     """What a function makes of a file in a process that has only imported the library."""
-    with OTHERS.Pool(1) as process:
+    with FORKS.Pool(1) as process:
         return torch.tensor(process.apply(run, (file,)))
 
 

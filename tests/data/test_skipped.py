@@ -122,6 +122,8 @@ def test_a_list_is_continued_at_its_row(tmp_path, make, monkeypatch):
             "JSON without a field",
         ),
         ("a.json", b"// not JSON", 'holds no row with a field "text"', "JSON without a field"),
+        ("a.jsonl", b'{"name": 1}\n' * 99, "has no field 'text'; it has name", "JSON without a fi"),
+        ("a.json", b'{"name": 1}\n{}', "has no field 'text'; it has name", "JSON without a field"),
         ("a.json", b"[]", 'holds no row with a field "text"', 'JSON without a field "text"'),
         ("a.txt", "Grüße".encode("utf-16"), "is UTF-16 text; convert it", "not UTF-8"),
         ("a.txt", b"a\0", "is a binary file", "binary"),

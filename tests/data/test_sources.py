@@ -138,7 +138,9 @@ def test_several_sources(texts, lines, make):
 
 
 def test_missing_source(tmp_path, make):
-    with pytest.raises(RunError, match=r"no file or folder .*wikitext. A dataset is written data"):
+    with pytest.raises(
+        RunError, match=r"no file or folder .*wikitext. Other sources .*datasets:NAME, slim"
+    ):
         make(tmp_path / "wikitext")
 
 
@@ -163,9 +165,26 @@ def test_one_document_is_too_few(tmp_path, make):
     (tmp_path / "rows.jsonl").write_text('{"text": "only one"}\n')
     with pytest.raises(RunError, match=r"only one document in .*rows.jsonl; at least two"):
         make(tmp_path / "rows.jsonl")
-    (tmp_path / "text.txt").write_text("a single line")
-    with pytest.raises(RunError, match="has a single line"):
-        make(tmp_path / "text.txt", name="line")
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(RunError, match="has 1 bytes; that is too little to split"):
+        make(tmp_path / "text.txt", name="letter")
+
+
+@pytest.mark.parametrize(
+    ("text", "held_out"),
+    [
+        ("first\nsecond\nthird\n", "third\n"),
+        ("short\n" + "long " * 20, "long " * 20),
+        ("a single line ☃", "☃"),
+        ("a single line ☃\n", "☃\n"),
+    ],
+)
+def test_an_only_text_is_cut_at_a_line_or_a_character(text, held_out, tmp_path, make):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/one.txt").write_text(text)
+    for number, source in enumerate(("texts/one.txt", "texts")):
+        found = byte_texts(make(tmp_path / source, name=str(number), held_out=0.1))
+        assert found == ([text.removesuffix(held_out)], [held_out])
 
 
 def test_the_split_of_a_document_depends_on_its_name_alone(texts, make):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pararnn.lm.data.corpus import prepare_corpus, read_documents
-from pararnn.lm.data.finding import find_files
+from pararnn.lm.data.finding import find_standard_library
 from pararnn.lm.training import RunError
 from pararnn.lm.training.data import Batches, WindowOrder, Windows
 from pararnn.lm.training.text import flat_bytes
@@ -16,11 +16,11 @@ from .conftest import sentences
 
 
 def test_standard_library_is_found():
-    sources, _ = find_files(None)
+    sources = find_standard_library()
     names = {source.name for source in sources}
     assert {"json/decoder.py", "dataclasses.py"} <= names
     assert all(name.endswith(".py") and "site-packages" not in name for name in names)
-    assert [s.name for s in sources] == [s.name for s in find_files(None)[0]]
+    assert [s.name for s in sources] == [s.name for s in find_standard_library()]
 
 
 def test_files_are_split_by_name(text_folder, tmp_path):
@@ -85,7 +85,7 @@ def test_files_that_are_no_text_are_skipped_in_a_folder(text_folder, tmp_path):
 
 
 REFUSED = {
-    "missing": (None, r"does not exist; give a text file or a folder"),
+    "missing": (None, r"there is no file or folder .*data.txt"),
     "empty": (b"", r"every file is empty. Give a UTF-8 text file"),
     "binary": (b"GIF\0", r"is a binary file \(zero byte at offset 3\); give UTF-8 text"),
     "latin1": ("für".encode("latin1"), r"not UTF-8 text \(byte 0xfc at offset 1\); convert it"),

@@ -66,7 +66,7 @@ def test_train_resume_evaluate_and_generate(tokens, capsys):
     assert capsys.readouterr().out.startswith("Text 3")
     assert open_codec(run).decode(open_codec(run).encode("word5 goes")[0]) == "word5 goes"
     assert main(["train", "--resume", "--out", "run", "--steps", "8"]) == 1
-    assert "tokens does not exist" in capsys.readouterr().err
+    assert "there is no file or folder" in capsys.readouterr().err
 
 
 def test_documents_begin_at_the_separator_of_any_tokenizer(tokens, monkeypatch):

@@ -18,14 +18,15 @@ class PrepareArguments:
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE...")]
     """Text files, folders of them, files of JSON rows (.jsonl, .ndjson, .json), all of these also
-    as .gz, .bz2, .xz or .zst; datasets:NAME[:CONFIG]; or the recipe slimpajama-no-books."""
+    as .gz, .bz2, .xz or .zst; datasets:NAME[:CONFIG]; slimpajama-no-books; or
+    python-standard-library."""
     out: Path
     """Folder to write: new, or one of an earlier call with the same settings."""
     tokenizer: str = PrepareConfig.tokenizer
     """bytes, train:VOCAB_SIZE to train a byte-level BPE on the sources, or a folder or name that
     AutoTokenizer.from_pretrained takes."""
     held_out: float = PrepareConfig.held_out
-    """Share of the documents kept for validation; of the lines, when there is one text only."""
+    """Share of the documents kept for validation; of the lines, if there is one text file only."""
     text_field: str = PrepareConfig.text_field
     """Field of JSON rows and datasets that holds the text."""
     on_error: OnError = PrepareConfig.on_error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pararnn.lm.data.sources import is_dataset
+from pararnn.lm.data.sources import is_path
 from pararnn.lm.data.tokenization import BYTES, digests, vocabulary_to_train
 
 OnError = Literal["stop", "skip"]
@@ -17,12 +17,12 @@ class PrepareConfig:
     """What decides the prepared data, to the last bit."""
 
     sources: tuple[str, ...]
-    """Text files, folders, files of JSON rows, datasets:NAME[:CONFIG], or recipes. Paths, a list,
-    or one source by itself are taken, too."""
+    """Text files, folders, files of JSON rows, datasets:NAME[:CONFIG], recipes, or
+    python-standard-library. May also be a path, or a list of them."""
     tokenizer: str = BYTES
     """bytes, train:VOCAB_SIZE, or a folder or name that `AutoTokenizer.from_pretrained` takes."""
     held_out: float = 0.005
-    """Share of the documents kept for validation; of the lines, when there is one file only."""
+    """Share of the documents kept for validation; of the lines, if there is one text file only."""
     text_field: str = "text"
     """Field of JSON lines and datasets that holds the text."""
     on_error: OnError = "stop"
@@ -59,7 +59,7 @@ class PrepareConfig:
 
 def settings_of(config: PrepareConfig) -> dict[str, Any]:
     """The settings that must stay, as JSON values; paths do not depend on the current folder."""
-    sources = [s if is_dataset(s) else str(Path(s).resolve()) for s in config.sources]
+    sources = [str(Path(s).resolve()) if is_path(s) else s for s in config.sources]
     settings = {**dataclasses.asdict(config), "sources": sources}
     del settings["on_error"]
     if Path(config.tokenizer).is_dir():

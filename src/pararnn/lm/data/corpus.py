@@ -14,7 +14,7 @@ from typing import Any
 
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import digest, read_json, write_atomically
-from pararnn.lm.data.finding import SourceFile, find_files
+from pararnn.lm.data.finding import SourceFile, find_files, find_standard_library
 from pararnn.lm.data.index import stored_skipped
 from pararnn.lm.data.reading import (
     DOCUMENT,
@@ -67,7 +67,7 @@ def prepare_corpus(data: Path | None, folder: Path, held_out: float) -> Corpus:
     """
     index = folder / "files.json"
     if not index.exists():
-        files, skipped = find_files(data)
+        files, skipped = (find_standard_library(), Skipped()) if data is None else find_files(data)
         folder.mkdir(parents=True, exist_ok=True)
         _write_corpus(_read_all(data, files, skipped), skipped, folder, held_out)
     try:

@@ -70,46 +70,31 @@ class Texts:
         files: One document each.
         field: That the texts of JSON would have.
         skip_errors: Leave out those that cannot be read.
+        held_out: Of an only file: cut it in two documents, the second of them, with this share of
+            the bytes, to hold out. None: do not cut.
     """
 
     files: tuple[SourceFile, ...]
     field: str
     skip_errors: bool
+    held_out: float | None = None
 
     def documents(self) -> Iterator[Document | Skip]:
-        """One per file."""
+        """One per file, or the two of an only file."""
         for file in self.files:
             try:
                 text = read_text(file.path)
                 refuse_rows(file.path, text, self.field)
             except UnusableError as error:
                 yield skip_or_stop(file, error, self.skip_errors)
+                continue
+            name = str(file.path)
+            if self.held_out is None or not text:
+                yield Document(name, file.position, text)
             else:
-                yield Document(str(file.path), file.position, text)
-
-
-@dataclass(frozen=True)
-class CutText:
-    """The only file of all sources: its last lines are held out."""
-
-    file: SourceFile
-    field: str
-    held_out: float
-
-    def documents(self) -> Iterator[Document | Skip]:
-        """The first lines and the last."""
-        text = read_text(self.file.path)
-        refuse_rows(self.file.path, text, self.field)
-        if not text:
-            return
-        cut = int(len(text) * (1 - self.held_out))
-        cut = text.rfind(b"\n", 0, cut) + 1 or text.find(b"\n") + 1
-        if not 0 < cut < len(text):
-            raise RunError(
-                f"{self.file.path} has a single line, so nothing can be held out; give more text."
-            )
-        yield Document(str(self.file.path), 1.0, text[:cut])
-        yield Document(str(self.file.path), 0.0, text[cut:])
+                cut = _cut(text, self.held_out, name)
+                yield Document(name, 1.0, text[:cut])
+                yield Document(name, 0.0, text[cut:])
 
 
 @dataclass(frozen=True)
@@ -213,6 +198,19 @@ def skip_or_stop(file: SourceFile, error: UnusableError, skip_errors: bool) -> S
 def stopped(error: RunError, what: str) -> RunError:
     """The error with the option that would go on."""
     return RunError(f"{error} Or leave out {what} with --on-error skip.")
+
+
+def _cut(text: bytes, held_out: float, name: str) -> int:
+    """Where to cut a text: at the end of a line, or at a character if it is a single line."""
+    wanted = int(len(text) * (1 - held_out))
+    cut = text.rfind(b"\n", 0, wanted) + 1 or text.find(b"\n") + 1
+    if not 0 < cut < len(text):
+        cut = wanted
+        while cut and text[cut] & 0xC0 == 0x80:  # within a character
+            cut -= 1
+    if not 0 < cut < len(text):
+        raise RunError(f"{name} has {len(text)} bytes; that is too little to split.")
+    return cut
 
 
 def _document(text: str, where: str, name: str) -> Document | Skip:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pararnn.lm.data.documents import Block, CutText, Lines, Nothing, Texts, skip_or_stop
+from pararnn.lm.data.documents import Block, Lines, Nothing, Texts, skip_or_stop
 from pararnn.lm.data.finding import SourceFile
 from pararnn.lm.data.reading import (
     READ_ERRORS,
@@ -22,11 +22,12 @@ from pararnn.lm.data.skipped import EMPTY, Skip
 
 @dataclass(frozen=True)
 class TextReader:
-    """Files that are one document each."""
+    """Files that are one document each; an only file is cut in two if a share is held out."""
 
     files: list[SourceFile]
     text_field: str
     skip_errors: bool
+    held_out: float | None = None
 
     @property
     def size(self) -> int:
@@ -44,32 +45,9 @@ class TextReader:
             size += self.files[index].size
             if size >= unit_bytes or index == len(self.files) - 1:
                 files = tuple(self.files[first : index + 1])
-                yield Block(Texts(files, self.text_field, self.skip_errors), size, index + 1)
+                texts = Texts(files, self.text_field, self.skip_errors, self.held_out)
+                yield Block(texts, size, index + 1)
                 first, size = index + 1, 0
-
-
-@dataclass(frozen=True)
-class CutReader:
-    """A single text file, whose last lines are held out."""
-
-    file: SourceFile
-    text_field: str
-    held_out: float
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.file.size
-
-    def fingerprint(self) -> list[Any]:
-        """Name, size and time."""
-        return [self.file.name, *_stamp(self.file.path)]
-
-    def blocks(self, start: int | None, unit_bytes: int) -> Iterator[Block]:
-        """The whole file, once."""
-        if start is None:
-            content = CutText(self.file, self.text_field, self.held_out)
-            yield Block(content, self.file.size, 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +68,24 @@ class LineReader:
         return [self.file.name, *_stamp(self.file.path)]
 
     def blocks(self, start: list[int] | None, unit_bytes: int) -> Iterator[Block]:
-        """From a byte and the number of the line there; what can be read of a damaged file."""
+        """From a byte and the number of the line there; what can be read of a damaged file.
+
+        A file of a folder is left out if its first block does not hold the name of the field.
+        """
+        for number, block in enumerate(self._blocks(start, unit_bytes)):
+            if number == 0 and start is None and self._holds_other_rows(block):
+                skip = Skip(str(self.file.path), _no_field(self.text_field))
+                yield Block(Nothing(skip), self.size or 0, [-1, 0])
+                return
+            yield block
+
+    def _holds_other_rows(self, block: Block) -> bool:
+        if self.file.named or not isinstance(block.content, Lines):
+            return False
+        names = {f'"{self.text_field}"', json.dumps(self.text_field)}
+        return not any(name.encode() in block.content.content for name in names)
+
+    def _blocks(self, start: list[int] | None, unit_bytes: int) -> Iterator[Block]:
         offset, line = start or (0, 1)
         if offset < 0:  # where a damaged file ended
             return
@@ -197,7 +192,7 @@ class JsonReader:
             raise UnusableError(
                 f"{path} holds no row with a field {field}; name the one that holds the text with "
                 "--text-field.",
-                f"JSON without a field {field}",
+                _no_field(self.text_field),
                 by_kind=True,
             )
         return rows
@@ -221,6 +216,11 @@ class JsonReader:
                 )
                 yield Block(content, size, number)
                 lines, size = [], 0
+
+
+def _no_field(name: str) -> str:
+    """The reason that files without it are left out for."""
+    return f'JSON without a field "{name}"'
 
 
 def _parsed(content: bytes) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.index import is_prepared
 from pararnn.lm.data.reading import UnusableError, kind_of, unreadable
+from pararnn.lm.data.recipes import RECIPES, STANDARD_LIBRARY
 from pararnn.lm.data.skipped import HIDDEN, Skip, Skipped
 
 PYTHONS_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -44,36 +45,51 @@ def position(name: str) -> float:
     return int.from_bytes(digits[:8], "big") / 2**64
 
 
-def find_files(data: Path | None, *, skip_errors: bool = False) -> tuple[list[SourceFile], Skipped]:
+def find_standard_library() -> list[SourceFile]:
+    """The source files of the standard library, in the order of their hash.
+
+    Raises:
+        RunError: This Python comes without them.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in _walk(root, Skipped(), True) if file.path.suffix == ".py"]
+    if not files:
+        raise RunError(f"there is no Python source in {root}; name a text file or a folder.")
+    return _in_order(files)
+
+
+def find_files(data: Path, *, skip_errors: bool = False) -> tuple[list[SourceFile], Skipped]:
     """The files of a source in the order of their hash, and what of a folder is left out.
 
     Args:
-        data: Text file or folder; None for the source of the standard library.
+        data: File or folder.
         skip_errors: Leave out what cannot be read, too.
 
     Raises:
         RunError: The path is missing, is prepared data, or holds no file; something cannot be read.
     """
     skipped = Skipped()
-    if data is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        files = [f for f in _walk(root, Skipped(), True) if f.path.suffix == ".py"]
-        if not files:
-            raise RunError(f"no Python source in {root}; name a text file with --data PATH.")
-    elif stat.S_ISDIR(_status(data).st_mode):
+    if stat.S_ISDIR(_status(data).st_mode):
         files = list(_walk(data, skipped, skip_errors))
         if not files and not skipped.reasons:
-            raise RunError(f"data folder {data} holds no files; put text files into it.")
+            raise RunError(f"the folder {data} holds no files; put text files into it.")
     else:
         files = [_named(data)]
-    return sorted(files, key=lambda file: (file.position, file.name)), skipped
+    return _in_order(files), skipped
+
+
+def _in_order(files: list[SourceFile]) -> list[SourceFile]:
+    return sorted(files, key=lambda file: (file.position, file.name))
 
 
 def _status(data: Path) -> os.stat_result:
     try:
         status = data.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise RunError(f"data path {data} does not exist; give a text file or a folder.") from error
+        raise RunError(
+            f"there is no file or folder {data}. Other sources of pararnn data prepare are "
+            f"datasets:NAME, {', '.join(RECIPES)} and {STANDARD_LIBRARY}."
+        ) from error
     except OSError as error:
         raise unreadable(data, error) from error
     if stat.S_ISDIR(status.st_mode) and is_prepared(data):
@@ -85,7 +101,7 @@ def _named(data: Path) -> SourceFile:
     """A file that the user named."""
     status = _status(data)
     if not stat.S_ISREG(status.st_mode):
-        raise RunError(f"data path {data} is neither a file nor a folder; give one of them.")
+        raise RunError(f"{data} is neither a file nor a folder; give one of them.")
     kind_of(data.name)
     return SourceFile(data, data.name, status.st_size, True)
 

@@ -22,7 +22,7 @@ from pararnn.lm.data.files import alone_in
 from pararnn.lm.data.index import TOKENIZER, Index, write_index
 from pararnn.lm.data.parts import smallest_dtype
 from pararnn.lm.data.progress import Progress, is_finished, remove_work, start_or_continue
-from pararnn.lm.data.sources import Reader, find_readers, is_dataset
+from pararnn.lm.data.sources import Reader, find_readers, is_path
 from pararnn.lm.data.tokenization import BYTES, check_files, digests, load_tokenizer, save_tokenizer
 from pararnn.lm.data.units import Units
 from pararnn.lm.data.words import say
@@ -71,7 +71,10 @@ def prepare(
 
 def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
     readers, skipped = find_readers(
-        config.sources, config.text_field, config.held_out, config.skip_errors
+        config.sources,
+        config.text_field,
+        held_out=config.held_out,
+        skip_errors=config.skip_errors,
     )
     fingerprint = json.dumps([reader.fingerprint() for reader in readers])
     source_sha256 = hashlib.sha256(fingerprint.encode()).hexdigest()
@@ -111,7 +114,7 @@ def _num_cores() -> int:
 
 def _check_apart(config: PrepareConfig, folder: Path) -> None:
     for source in config.sources:
-        if not is_dataset(source) and folder.resolve().is_relative_to(Path(source).resolve()):
+        if is_path(source) and folder.resolve().is_relative_to(Path(source).resolve()):
             raise RunError(
                 f"--out {folder} lies within the source {source}, which would then read its own "
                 "result; name a folder elsewhere."

@@ -1,10 +1,13 @@
-"""Datasets with a name of their own, and the rows of them that are used."""
+"""Sources with a name of their own: the standard library, and datasets with a choice of rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pararnn.lm.data.errors import RunError
+
+STANDARD_LIBRARY = "python-standard-library"
+"""The source files of Python's standard library on this machine."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from pararnn.lm.data.documents import Block, stopped
 from pararnn.lm.data.errors import RunError
-from pararnn.lm.data.file_readers import CutReader, JsonReader, LineReader, TextReader
-from pararnn.lm.data.finding import SourceFile, find_files
-from pararnn.lm.data.reading import Kind, UnusableError, kind_of, unreadable
-from pararnn.lm.data.recipes import RECIPES
+from pararnn.lm.data.file_readers import JsonReader, LineReader, TextReader
+from pararnn.lm.data.finding import SourceFile, find_files, find_standard_library
+from pararnn.lm.data.reading import Kind, UnusableError, kind_of
+from pararnn.lm.data.recipes import RECIPES, STANDARD_LIBRARY
 from pararnn.lm.data.skipped import Skipped
 from pararnn.lm.data.streams import DATASET, DatasetReader
 
@@ -30,9 +30,19 @@ class Reader(Protocol):
 
 
 def find_readers(
-    sources: tuple[str, ...], text_field: str, held_out: float, skip_errors: bool
+    sources: tuple[str, ...],
+    text_field: str,
+    *,
+    held_out: float | None = None,
+    skip_errors: bool = False,
 ) -> tuple[list[Reader], Skipped]:
     """Readers of all sources: first the text files, then rows, then datasets; what is left out.
+
+    Args:
+        sources: As `PrepareConfig` has them.
+        text_field: Field of JSON rows and datasets that holds the text.
+        held_out: Cut a text that is the only file of all sources, to hold out this share of it.
+        skip_errors: Leave out what cannot be read.
 
     Raises:
         RunError: A source is missing or holds no file, or two hold the same one.
@@ -40,22 +50,25 @@ def find_readers(
     files, skipped = _find(sources, skip_errors)
     kinds = [kind_of(file.name) for file in files]
     texts = [f for f, kind in zip(files, kinds, strict=True) if kind is Kind.TEXT]
-    readers: list[Reader] = [TextReader(texts, text_field, skip_errors)] if texts else []
+    datasets = [source for source in sources if is_dataset(source)]
+    cut = held_out if len(texts) == len(files) + len(datasets) == 1 else None
+    readers: list[Reader] = [TextReader(texts, text_field, skip_errors, cut)] if texts else []
     for file, kind in zip(files, kinds, strict=True):
         if kind is Kind.LINES:
             readers.append(LineReader(file, text_field, skip_errors))
         elif kind is Kind.JSON:
             readers.append(JsonReader(file, text_field, skip_errors))
-    datasets = [source for source in sources if is_dataset(source)]
-    readers += [DatasetReader(source, text_field, skip_errors) for source in datasets]
-    if len(readers) == len(files) == len(texts) == 1:
-        return [CutReader(texts[0], text_field, held_out)], skipped
-    return readers, skipped
+    return [*readers, *(DatasetReader(s, text_field, skip_errors) for s in datasets)], skipped
 
 
 def is_dataset(source: str) -> bool:
-    """Whether a source is a dataset and not a path."""
+    """Whether a source is a dataset."""
     return source.startswith(DATASET) or source in RECIPES
+
+
+def is_path(source: str) -> bool:
+    """Whether a source is a file or a folder that the user has."""
+    return source != STANDARD_LIBRARY and not is_dataset(source)
 
 
 def _find(sources: tuple[str, ...], skip_errors: bool) -> tuple[list[SourceFile], Skipped]:
@@ -65,7 +78,9 @@ def _find(sources: tuple[str, ...], skip_errors: bool) -> tuple[list[SourceFile]
     for source in sources:
         if is_dataset(source):
             continue
-        for file in _files(Path(source), skip_errors, skipped):
+        found, left_out = _files(source, skip_errors)
+        skipped.update(left_out)
+        for file in found:
             other = files.setdefault(os.path.realpath(file.path), file)
             if other is not file:
                 raise RunError(
@@ -75,20 +90,12 @@ def _find(sources: tuple[str, ...], skip_errors: bool) -> tuple[list[SourceFile]
     return list(files.values()), skipped
 
 
-def _files(path: Path, skip_errors: bool, skipped: Skipped) -> list[SourceFile]:
+def _files(source: str, skip_errors: bool) -> tuple[list[SourceFile], Skipped]:
+    if source == STANDARD_LIBRARY:
+        return find_standard_library(), Skipped()
     try:
-        path.stat()
-        files, left_out = find_files(path, skip_errors=skip_errors)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise RunError(
-            f"there is no file or folder {path}. A dataset is written datasets:{path}; the recipes "
-            f"are {', '.join(RECIPES)}."
-        ) from error
+        return find_files(Path(source), skip_errors=skip_errors)
     except UnusableError as error:
-        if os.path.isdir(path):
+        if os.path.isdir(source):
             raise stopped(error, "such files") from error
         raise
-    except OSError as error:
-        raise unreadable(path, error) from error
-    skipped.update(left_out)
-    return files

@@ -91,7 +91,7 @@ class Codec:
 
 def check_text(data: Path | None) -> None:
     """Raise RunError where there is no text, before anything is written."""
-    if data is None or not is_prepared(data):
+    if data is not None and not is_prepared(data):
         find_files(data)
 
 

@@ -33,7 +33,9 @@ def test_models_see_the_same_and_are_not_trained_twice(tmp_path, monkeypatch, ca
     printed = run("--architectures", "paragru", "transformer")
     assert first.metrics.stat().st_mtime_ns == written
     second = RunFolder.open(tmp_path / "out/transformer")
-    assert (first.data / "train.bin").read_bytes() == (second.data / "train.bin").read_bytes()
+    assert (first.data / "train-00000.bin").read_bytes() == (
+        second.data / "train-00000.bin"
+    ).read_bytes()
     assert first.read_config().text == second.read_config().text
     rows = {
         row["architecture"]: row for row in json.loads((tmp_path / "out/results.json").read_text())

@@ -13,7 +13,6 @@ import pytest
 
 from pararnn.cli import main
 from pararnn.lm.data import PrepareConfig, open_tokens, prepare
-from pararnn.lm.data.corpus import prepare_corpus
 from pararnn.lm.data.reading import open_content
 from pararnn.lm.training import RunError
 
@@ -166,18 +165,6 @@ def test_rows_under_another_name_are_no_text(content, texts, make, tmp_path):
     assert all_texts(data) == sorted(SENTENCES)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".gz", ".zst", ".csv"])
-def test_training_on_a_text_refuses_rows_and_archives(suffix, texts, tmp_path):
-    path = tmp_path / f"rows{suffix}"
-    path.write_bytes(COMPRESS.get(suffix, bytes)(lines_of(ROWS)))
-    with pytest.raises(RunError, match=r"rows.*(prepare their texts first|looks like rows|JSON l)"):
-        prepare_corpus(path, tmp_path / "out", held_out=0.1)
-    (texts / "rows.jsonl").write_bytes(lines_of(ROWS))
-    corpus = prepare_corpus(texts, tmp_path / "folder", held_out=0.1)
-    assert corpus.num_files == 30
-    assert list(corpus.skipped) == ["JSON, which pararnn data prepare reads"]
-
-
 def test_on_error_skip_leaves_broken_lines_out(lines, make, tmp_path, capsys):
     good = lines.read_bytes().splitlines(keepends=True)
     deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
@@ -259,8 +246,6 @@ def test_unreadable_files_are_named_as_such(texts, make, monkeypatch):
     refuse(13)
     with pytest.raises(RunError, match=r"cannot read .*0.txt: Permission denied; make it readable"):
         make(texts)
-    with pytest.raises(RunError, match=r"cannot read .*0.txt: Permission denied"):
-        prepare_corpus(texts, texts.parent / "corpus", held_out=0.1)
     assert reasons(make(texts, on_error="skip")) == {"no permission to read": 1}
     refuse(5)
     with pytest.raises(
@@ -334,8 +319,6 @@ def test_prepared_tokens_are_no_text(texts, make, tmp_path):
         damage()
         with pytest.raises(RunError, match="holds prepared tokens, not texts"):
             make(folder, name="other")
-        with pytest.raises(RunError, match="holds prepared tokens, not texts"):
-            prepare_corpus(folder, tmp_path / "corpus", held_out=0.1)
     folder.rename(texts / "inside")
     assert reasons(make(texts, name="outside")) == {"prepared tokens": 1}
 

@@ -1,7 +1,10 @@
 import random
 
+import numpy as np
 import pytest
 
+from pararnn.lm.data import TokenSplit
+from pararnn.lm.data.index import Shard
 from pararnn.lm.training import report, train
 from pararnn.lm.training.config import (
     ArchitectureConfig,
@@ -19,6 +22,12 @@ def sentences(seed, num_words=400):
     choose = random.Random(seed)
     words = (choose.choice(WORDS) for _ in range(num_words))
     return "".join(word + choose.choice(" \n") for word in words)
+
+
+def byte_split(path):
+    """A flat file of bytes as a split."""
+    size = path.stat().st_size
+    return TokenSplit(path.parent, [Shard(path.name, size, size, 0, "")], np.dtype(np.uint8))
 
 
 @pytest.fixture

@@ -162,8 +162,6 @@ def damage_file(place, trained, right, name, kind):
         works = None  # where train writes
     if name == "config.json" and kind in ("deleted", "folder"):
         works = ()  # there is no run
-    if name == "data/files.json" and kind == "deleted":
-        works = COMMANDS  # the same text is there to be read again
     told = (name, name.rpartition("/")[2])
     check(place, trained, right, lambda run: EDITS[kind](run / name), told, works=works)
 
@@ -190,12 +188,12 @@ SOME_FILES = [
     ("config.json", "cut"),
     ("config.json", "nested"),
     ("config.json", "not UTF-8"),
-    ("data/files.json", "not UTF-8"),
-    ("data/files.json", "deleted"),
-    ("data/files.json", "folder"),
-    ("data/train.bin", "deleted"),
-    ("data/validation.bin", "random"),
-    ("data/validation.bin", "folder"),
+    ("data/index.json", "not UTF-8"),
+    ("data/index.json", "deleted"),
+    ("data/index.json", "folder"),
+    ("data/train-00000.bin", "deleted"),
+    ("data/validation-00000.bin", "random"),
+    ("data/validation-00000.bin", "folder"),
     ("metrics.jsonl", "not UTF-8"),
     ("metrics.jsonl", "random"),
     ("metrics.jsonl", "folder"),
@@ -265,10 +263,10 @@ SOME_VALUES = [
     ("config.json", "optimizer.precision", "object"),
     ("config.json", "steps", "missing"),
     ("config.json", "execution.compile", "unknown"),
-    ("data/files.json", "corpus", "list"),
-    ("data/files.json", "corpus.sha256", "none"),
-    ("data/files.json", "corpus.num_files", "text"),
-    ("data/files.json", "corpus.train", "text"),
+    ("data/index.json", "splits", "list"),
+    ("data/index.json", "sha256", "none"),
+    ("data/index.json", "vocab_size", "text"),
+    ("data/index.json", "splits.train", "text"),
     (MANIFEST, "step", "huge"),
     (MANIFEST, "step", "infinite"),
     (MANIFEST, "files", "list"),
@@ -286,7 +284,7 @@ def test_a_changed_value(place, trained, right, name, path, kind):
 @pytest.mark.filterwarnings("default")  # the compiler's own, where a change asks for it
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "data/files.json", MANIFEST, f"checkpoints/{NEWEST}/progress.json"],
+    ["config.json", "data/index.json", MANIFEST, f"checkpoints/{NEWEST}/progress.json"],
 )
 def test_every_change_of_every_value(place, trained, right, name):
     paths = leaves(json.loads((trained / name).read_bytes()))

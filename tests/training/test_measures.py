@@ -18,7 +18,9 @@ from pararnn.lm.training.environment import describe_environment
 from pararnn.lm.training.evaluation import evaluate
 from pararnn.lm.training.language_model import generate_text
 from pararnn.lm.training.metrics import MetricsFile, plot_loss, read_metrics
-from pararnn.lm.training.text import Codec, flat_bytes
+from pararnn.lm.training.text import Codec
+
+from .conftest import byte_split
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def split_of(tmp_path):
         flat = torch.randint(1, 256, (num_bytes,)).to(torch.uint8).numpy()
         flat[::700] = 0
         (tmp_path / "flat.bin").write_bytes(flat.tobytes())
-        return flat_bytes(tmp_path / "flat.bin")
+        return byte_split(tmp_path / "flat.bin")
 
     return make
 

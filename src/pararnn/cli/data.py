@@ -1,5 +1,6 @@
 """`pararnn data prepare` and `pararnn data check`."""
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -78,6 +79,8 @@ def run(arguments: list[str]) -> int:
         return 0
     stopped_by = prepare(command.config(), command.out, command.workers)
     if stopped_by is not None:
+        name = signal.Signals(stopped_by).name
+        say(f"Stopped by {name}; what is prepared is kept. Continue with the same command.")
         return 128 + stopped_by
     say(_describe(open_tokens(command.out)))
     return 0

@@ -8,13 +8,13 @@ import tyro
 
 from pararnn.cli.arguments import parse
 from pararnn.lm.data import TokenSplit
-from pararnn.lm.data.corpus import read_documents
+from pararnn.lm.data.prepare import write_split
 from pararnn.lm.data.words import say
 from pararnn.lm.training import RunError, RunFolder, evaluate, load_trained
 from pararnn.lm.training.advice import explained
 from pararnn.lm.training.parallel import choose_device
 from pararnn.lm.training.runs import identity_of
-from pararnn.lm.training.text import Codec, flat_split, open_codec, open_text
+from pararnn.lm.training.text import Codec, open_codec, open_text
 
 _TASK_BATCH = 8  # requests side by side; their logits are kept whole
 
@@ -26,7 +26,7 @@ class EvalArguments:
     run: tyro.conf.Positional[Path]
     """Folder that `pararnn train` wrote; with --tasks also one that `save_pretrained` wrote."""
     data: Path | None = None
-    """Text file or folder; None for all held-out bytes of the run."""
+    """File or folder of texts; None for all held-out bytes of the run."""
     tasks: str | None = None
     """Names of tasks of the harness, separated by commas, instead of a text."""
     task_folder: Path | None = None
@@ -107,7 +107,7 @@ def _run_tasks(parsed: EvalArguments) -> int:
 
 def _split(data: Path, codec: Codec, folder: Path) -> TokenSplit:
     """The documents under a path, written into a folder as tokens."""
-    texts, skipped = read_documents(data)
+    split, skipped = write_split(data, codec.tokenizer, folder)
     for line in skipped.describe():
         say(f"skipped: {line}")
-    return flat_split(texts, codec, folder)
+    return split

@@ -100,7 +100,7 @@ def is_prepared(folder: Path) -> bool:
 
     False where it cannot be entered.
     """
-    shards = (folder / _shard_name(split, 0) for split in SPLITS)
+    shards = (folder / shard_name(split, 0) for split in SPLITS)
     return any(os.path.exists(path) for path in shards) or any(
         _is_ours(folder / name) for name in (INDEX, PROGRESS)
     )
@@ -159,9 +159,9 @@ def stored_shards(values: Any, split: str) -> list[Shard]:
         names = [f.name for f in dataclasses.fields(Shard)]
         if sorted(typed(row, dict, where)) != sorted(names):
             raise ValueError(f"{where} does not have the fields {', '.join(names)}")
-        if row["file"] != _shard_name(split, number):
+        if row["file"] != shard_name(split, number):
             raise ValueError(
-                f"{where}.file is {shown(row['file'])}, not {_shard_name(split, number)}"
+                f"{where}.file is {shown(row['file'])}, not {shard_name(split, number)}"
             )
         for name in ("num_tokens", "num_bytes", "num_documents"):
             natural(row[name], f"{where}.{name}")
@@ -284,7 +284,8 @@ def _no_index(folder: Path) -> RunError:
     )
 
 
-def _shard_name(split: str, number: int) -> str:
+def shard_name(split: str, number: int) -> str:
+    """The name of a shard's file, numbered from 0."""
     return f"{split}-{number:05d}.bin"
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from pararnn.lm.data.config import PrepareConfig
 from pararnn.lm.data.errors import RunError
-from pararnn.lm.data.index import SPLITS
+from pararnn.lm.data.index import SPLITS, shard_name
 from pararnn.lm.data.parts import Part, read_part, read_tokens, smallest_dtype
 from pararnn.lm.data.progress import Progress
 from pararnn.lm.data.shards import write_shard
@@ -73,7 +73,7 @@ class Merger:
         if num_documents or last:
             num_bytes = sum(part.num_bytes[m].sum() for part, m in zip(parts, masks, strict=True))
             shards = self.progress.shards[split]
-            path = self.folder / f"{split}-{len(shards):05d}.bin"
+            path = self.folder / shard_name(split, len(shards))
             pieces = self._pieces(paths, parts, masks, last)
             shards.append(write_shard(path, pieces, int(num_bytes), num_documents))
 
@@ -111,12 +111,16 @@ class Merger:
         skipped = Skipped()
         for more in (self.progress.skipped, *(part.skipped for part in parts)):
             skipped.update(more)
+        sources = ", ".join(self.config.sources)
+        found = (
+            f"there is only one document in {sources}; at least two are needed, one of them held "
+            "out. A single text must be the only file, so that its last lines can be held out."
+            if count
+            else f"there is no text in {sources}."
+        )
         left_out = f" Skipped: {'; '.join(skipped.describe())}." if skipped.reasons else ""
         raise RunError(
-            f"there is {'only one document' if count else 'no text'} in "
-            f"{', '.join(self.config.sources)}; at least two documents are needed, one of them "
-            "held out. Files that are not UTF-8, hidden files and empty documents do not count."
-            f"{left_out} Name more sources, and another folder with --out."
+            f"{found}{left_out} Name other sources or more of them, and another folder with --out."
         )
 
 

@@ -46,15 +46,8 @@ class Part:
     next: Any
 
 
-def write_part(path: Path, block: Block, tokenizer: Path | None) -> None:
-    """Tokenize a block; the file appears when it is whole.
-
-    Args:
-        path: File to write.
-        block: What to tokenize.
-        tokenizer: Folder of the tokenizer; None for bytes.
-    """
-    tokenization = load_tokenizer(tokenizer)
+def encode_block(block: Block, tokenization: Tokenization) -> tuple[Part, np.ndarray]:
+    """Read and tokenize a block: its part, and its tokens as `read_tokens` returns them."""
     dtype = smallest_dtype(tokenization)
     pieces, rows, skipped = [np.empty(0, dtype)], [], Skipped()
     for document in block.content.documents():
@@ -65,14 +58,38 @@ def write_part(path: Path, block: Block, tokenizer: Path | None) -> None:
             position, tokens, num_bytes = encoded
             rows.append((position, len(tokens) + 1, num_bytes))
             pieces += [np.array([tokenization.separator], dtype), tokens.astype(dtype)]
-    facts = {"skipped": skipped.reasons, "source_bytes": block.num_bytes, "next": block.next}
-    content = io.BytesIO()
-    np.savez(
-        content,
-        tokens=np.concatenate(pieces),
+    part = Part(
         positions=np.array([row[0] for row in rows], dtype=np.float64),
         num_tokens=np.array([row[1] for row in rows], dtype=np.int64),
         num_bytes=np.array([row[2] for row in rows], dtype=np.int64),
+        skipped=skipped,
+        source_bytes=block.num_bytes,
+        next=block.next,
+    )
+    return part, np.concatenate(pieces)
+
+
+def write_part(path: Path, block: Block, tokenizer: Path | None) -> None:
+    """Tokenize a block; the file appears when it is whole.
+
+    Args:
+        path: File to write.
+        block: What to tokenize.
+        tokenizer: Folder of the tokenizer; None for bytes.
+    """
+    part, tokens = encode_block(block, load_tokenizer(tokenizer))
+    facts = {
+        "skipped": part.skipped.reasons,
+        "source_bytes": part.source_bytes,
+        "next": part.next,
+    }
+    content = io.BytesIO()
+    np.savez(
+        content,
+        tokens=tokens,
+        positions=part.positions,
+        num_tokens=part.num_tokens,
+        num_bytes=part.num_bytes,
         facts=np.array(json.dumps(facts)),
     )
     write_atomically(path, content.getvalue())

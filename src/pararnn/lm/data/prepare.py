@@ -10,18 +10,21 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+import numpy as np
 
 from pararnn.lm.data.config import PrepareConfig, settings_of
 from pararnn.lm.data.documents import Document
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import alone_in
-from pararnn.lm.data.index import TOKENIZER, Index, write_index
-from pararnn.lm.data.parts import smallest_dtype
+from pararnn.lm.data.index import TOKENIZER, Index, shard_name, write_index
+from pararnn.lm.data.parts import encode_block, smallest_dtype
 from pararnn.lm.data.progress import Progress, is_finished, remove_work, start_or_continue
+from pararnn.lm.data.shards import TokenSplit, stored_dtype, write_shard
+from pararnn.lm.data.skipped import Skipped
 from pararnn.lm.data.sources import Reader, find_readers, is_path
 from pararnn.lm.data.tokenization import BYTES, check_files, digests, load_tokenizer, save_tokenizer
 from pararnn.lm.data.units import Units
@@ -64,9 +67,41 @@ def prepare(
         ) from error
     except OSError as error:
         raise RunError(
-            f"cannot prepare {folder}: {error}. What is prepared so far is kept; when the cause is "
-            "removed, continue with the same command."
+            f"cannot prepare {folder}: {error}. When the cause is removed, continue with the same "
+            "command."
         ) from error
+
+
+def write_split(data: Path, tokenizer: Path | None, folder: Path) -> tuple[TokenSplit, Skipped]:
+    """Write all texts of a file or folder as one split, to evaluate a model on.
+
+    Args:
+        data: File or folder.
+        tokenizer: Folder of the tokenizer; None for bytes.
+        folder: Where to write.
+
+    Returns:
+        The split, and what is left out of it.
+
+    Raises:
+        RunError: There is no text, or a file cannot be read.
+    """
+    readers, skipped = find_readers((str(data.absolute()),), PrepareConfig.text_field)
+    tokenization = load_tokenizer(tokenizer)
+    pieces, num_bytes, num_documents = [], 0, 0
+    for reader in readers:
+        for block in reader.blocks(None, PrepareConfig.unit_bytes):
+            part, tokens = encode_block(block, tokenization)
+            pieces.append(tokens)
+            num_bytes += int(part.num_bytes.sum())
+            num_documents += len(part.num_bytes)
+            skipped.update(part.skipped)
+    if not num_documents:
+        raise RunError(f"there is no text in {data}. Skipped: {'; '.join(skipped.describe())}.")
+    dtype = smallest_dtype(tokenization)
+    pieces.append(np.array([tokenization.separator], dtype))
+    shard = write_shard(folder / shard_name("validation", 0), pieces, num_bytes, num_documents)
+    return TokenSplit(folder, [shard], stored_dtype(dtype.name)), skipped
 
 
 def _prepare(config: PrepareConfig, folder: Path, workers: int) -> int | None:
@@ -97,8 +132,6 @@ def _write(
     units = Units(config, folder, readers, progress, tokenizer)
     stopped_by = units.tokenize(workers)
     if stopped_by is not None:
-        name = signal.Signals(stopped_by).name
-        say(f"Stopped by {name}; what is prepared is kept. Continue with the same command.")
         return stopped_by
     units.finish()
     _write_index(folder, config, progress, tokenizer)
@@ -116,8 +149,8 @@ def _check_apart(config: PrepareConfig, folder: Path) -> None:
     for source in config.sources:
         if is_path(source) and folder.resolve().is_relative_to(Path(source).resolve()):
             raise RunError(
-                f"--out {folder} lies within the source {source}, which would then read its own "
-                "result; name a folder elsewhere."
+                f"{folder} lies within the source {source}, which would then read its own result; "
+                "name a folder elsewhere with --out."
             )
 
 

@@ -145,7 +145,7 @@ class TrainConfig:
     """Train a language model."""
 
     data: Path | None = None
-    """Text file or folder of text files, read as bytes; or a folder that `pararnn data prepare`
+    """File or folder of texts, read as bytes; or a folder that `pararnn data prepare`
     wrote; None for the source of Python's standard library."""
     model: str = "paragru"
     """Architecture: paragru, paralstm or a cell of your own; transformer or mamba2 as baselines."""

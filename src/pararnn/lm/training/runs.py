@@ -33,7 +33,7 @@ from pararnn.lm.training.parallel import Processes, join_processes
 from pararnn.lm.training.report import report
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.sharding import lay_out
-from pararnn.lm.training.text import Text, check_text, check_tokenizer, open_codec, open_text
+from pararnn.lm.training.text import Text, check_tokenizer, open_codec, open_text
 from pararnn.lm.training.trainer import Trainer
 
 
@@ -121,7 +121,6 @@ def identity_of(config: TrainConfig, text: Text) -> str:
 
 
 def _start(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, TrainConfig]:
-    check_text(config.data)
     run = RunFolder.create(config, held)
     return run, run.read_config()
 

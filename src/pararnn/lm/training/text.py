@@ -1,19 +1,16 @@
-"""The training data of a run: a text that it reads itself, or prepared tokens."""
+"""The training data of a run: prepared tokens, or texts that it prepares itself."""
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pararnn.lm.data import TokenSplit, open_tokens
-from pararnn.lm.data.corpus import Corpus, prepare_corpus
+from pararnn.lm.data import PrepareConfig, TokenDataset, TokenSplit, open_tokens, prepare
 from pararnn.lm.data.errors import RunError
-from pararnn.lm.data.finding import find_files
-from pararnn.lm.data.index import TOKENIZER, Shard, is_prepared
-from pararnn.lm.data.shards import TokenDataset, stored_dtype, write_shard
-from pararnn.lm.data.skipped import Skipped
+from pararnn.lm.data.index import INDEX, TOKENIZER, is_prepared
+from pararnn.lm.data.recipes import STANDARD_LIBRARY
 from pararnn.lm.data.tokenization import (
     TOKENIZER_FILES,
     Tokenization,
@@ -89,30 +86,41 @@ class Codec:
         return self.tokenization.decode([t for t in tokens.tolist() if t != self.separator])
 
 
-def check_text(data: Path | None) -> None:
-    """Raise RunError where there is no text, before anything is written."""
-    if data is not None and not is_prepared(data):
-        find_files(data)
-
-
 def open_text(config: TrainConfig, run: RunFolder) -> Text:
-    """The text of a run; everything but prepared shards is copied into its folder.
+    """The text of a run: prepared data, or texts that are prepared as bytes in its folder.
 
     Raises:
-        RunError: Nothing to read, or something is damaged.
+        RunError: There is nothing to read, or something is damaged.
     """
-    if config.data is None or not is_prepared(config.data):
-        return _from_corpus(config, prepare_corpus(config.data, run.data, config.text.held_out))
-    dataset = open_tokens(config.data)
+    folder = config.data
+    if folder is None or not is_prepared(folder):
+        folder = run.data
+        if not (folder / INDEX).exists():
+            _prepare(config, folder)
+    dataset = open_tokens(folder)
     codec = _copied_codec(dataset, run)
-    train, held_out = dataset.train, dataset.validation
     return Text(
-        train,
-        held_out,
-        codec,
-        dataset.sha256,
-        f"{config.data}: {train.num_documents:,} documents, {train.num_tokens:,} {codec.unit} to "
-        f"train on, {held_out.num_tokens:,} held out",
+        dataset.train, dataset.validation, codec, dataset.sha256, _describe(config, dataset)
+    )
+
+
+def _prepare(config: TrainConfig, folder: Path) -> None:
+    source = STANDARD_LIBRARY if config.data is None else str(config.data)
+    settings = PrepareConfig(sources=(source,), held_out=config.text.held_out)
+    stopped_by = prepare(settings, folder, workers=1)
+    if stopped_by is not None:
+        signal.raise_signal(stopped_by)
+
+
+def _describe(config: TrainConfig, dataset: TokenDataset) -> str:
+    source = "Python's standard library" if config.data is None else str(config.data)
+    lost = dataset.skipped.lost.describe()
+    skipped = f" (skipped: {'; '.join(lost)})" if lost else ""
+    train, held_out = dataset.train, dataset.validation
+    unit = "bytes" if dataset.tokenizer is None else "tokens"
+    return (
+        f"{source}: {train.num_documents + held_out.num_documents:,} documents{skipped}, "
+        f"{train.num_tokens:,} {unit} to train on, {held_out.num_tokens:,} held out"
     )
 
 
@@ -149,32 +157,3 @@ def check_tokenizer(codec: Codec, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path.parents[1] / 'data' / TOKENIZER / name} is not what the model "
                 f"was trained with; {remedy}."
             )
-
-
-def flat_bytes(path: Path) -> TokenSplit:
-    """A flat file of bytes as a split."""
-    size = path.stat().st_size
-    return TokenSplit(path.parent, [Shard(path.name, size, size, 0, "")], np.dtype(np.uint8))
-
-
-def flat_split(texts: list[bytes], codec: Codec, folder: Path) -> TokenSplit:
-    """Documents as a split in a file of its own."""
-    separator = np.array([codec.separator], np.int64)
-    pieces = [piece for t in texts for piece in (separator, codec.tokenization.encode(t))]
-    tokens = np.concatenate([*pieces, separator]).astype(np.uint32)
-    shard = write_shard(folder / "text.bin", [tokens], sum(map(len, texts)), len(texts))
-    return TokenSplit(folder, [shard], stored_dtype(tokens.dtype.name))
-
-
-def _from_corpus(config: TrainConfig, corpus: Corpus) -> Text:
-    source = "Python's standard library" if config.data is None else str(config.data)
-    lost = Skipped(corpus.skipped).lost.describe()
-    skipped = f" (skipped: {'; '.join(lost)})" if lost else ""
-    return Text(
-        flat_bytes(corpus.train),
-        flat_bytes(corpus.validation),
-        Codec(),
-        corpus.sha256,
-        f"{source}: {corpus.num_files} files{skipped}, {corpus.num_train_bytes:,} bytes to train "
-        f"on, {corpus.num_validation_bytes:,} held out",
-    )

@@ -1,11 +1,13 @@
 """`pararnn data` as it is called."""
 
 import io
+import signal
 import sys
 
 import pytest
 
 from pararnn.cli import main
+from pararnn.lm.data.parts import write_part
 
 from .conftest import contents
 
@@ -27,6 +29,19 @@ def test_prepare_and_check(capsys):
     assert "validation: " in printed
     assert main(["data", "check", "tokens"]) == 0
     assert capsys.readouterr().out in printed
+
+
+def test_a_stopped_command_says_how_to_continue(capsys, monkeypatch):
+    def write_and_signal(*arguments):
+        write_part(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pararnn.lm.data.units.write_part", write_and_signal)
+        assert prepare() == 128 + signal.SIGTERM
+    printed = capsys.readouterr().out
+    assert "Stopped by SIGTERM; what is prepared is kept. Continue with the same" in printed
+    assert prepare() == 0
 
 
 def test_failures_are_one_line(texts, capsys):

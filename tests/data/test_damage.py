@@ -105,7 +105,9 @@ def one_line(capsys, arguments, message):
     lines = [line for line in printed.splitlines() if "Preparing:" not in line]
     assert len(lines) == 1, printed
     assert message in lines[0]
-    assert any(advice in lines[0] for advice in ("restore", "anew", "remove", "goes on", "delete"))
+    assert any(
+        advice in lines[0] for advice in ("restore", "anew", "remove", "continues", "delete")
+    )
     return lines[0]
 
 
@@ -133,8 +135,8 @@ def change(*keys, to):
 
 SHARD = ("splits", "train", 0)
 EDITS = {
-    "vocabulary is text": (change("vocab_size", to="300"), "vocab_size is '300', no int"),
-    "vocabulary is true": (change("vocab_size", to=True), "vocab_size is True, no int"),
+    "vocabulary is text": (change("vocab_size", to="300"), "vocab_size is '300', not of type int"),
+    "vocabulary is true": (change("vocab_size", to=True), "vocab_size is True, not of type int"),
     "vocabulary is none": (change("vocab_size", to=0), "vocab_size is 0, not from 1"),
     "vocabulary is huge": (change("vocab_size", to=10**30), "vocab_size is 1000000000"),
     "vocabulary is smaller": (
@@ -163,20 +165,23 @@ EDITS = {
     ),
     "size is infinite": (
         change(*SHARD, "num_tokens", to=float("inf")),
-        "num_tokens is inf, no int",
+        "num_tokens is inf, not of type int",
     ),
-    "bytes are others": (change(*SHARD, "num_bytes", to=1), "does not have its own checksum"),
-    "documents are more": (change(*SHARD, "num_documents", to=99), "does not fit the 99 documents"),
-    "checksum is no checksum": (change(*SHARD, "sha256", to="ab"), "sha256 is 'ab', no SHA-256"),
+    "bytes are others": (change(*SHARD, "num_bytes", to=1), "does not match its own checksum"),
+    "documents are more": (
+        change(*SHARD, "num_documents", to=99),
+        "does not match the 99 documents",
+    ),
+    "checksum is no checksum": (change(*SHARD, "sha256", to="ab"), "sha256 is 'ab', not a SHA-256"),
     "checksum is another": (change(*SHARD, "sha256", to="0" * 64), "does not have the checksum"),
     "shard has more": (change(*SHARD, "more", to=1), "does not have the fields file, num_tokens"),
-    "shard is a number": (change(*SHARD, to=1), r"splits.train\[0\] is 1, no dict"),
+    "shard is a number": (change(*SHARD, to=1), r"splits.train\[0\] is 1, not of type dict"),
     "split is missing": (
         change("splits", to={"train": []}),
         r"splits are \['train'\], not train an",
     ),
     "split is empty": (change("splits", "train", to=[]), "it has no documents for train"),
-    "splits are a list": (change("splits", to=[]), r"splits is \[\], no dict"),
+    "splits are a list": (change("splits", to=[]), r"splits is \[\], not of type dict"),
     "tokenizer is bytes": (change("tokenizer", to="bytes"), "tokenizer is 'bytes', but has"),
     "file of another kind": (
         change("tokenizer_files", ".metadata", to="0" * 64),
@@ -186,8 +191,8 @@ EDITS = {
         change("tokenizer_files", "../config.json", to="0" * 64),
         "tokenizer_files names '../config.json', which no tokenizer has",
     ),
-    "settings are text": (change("settings", to="none"), "settings is 'none', no dict"),
-    "skipped is deep": (change("skipped", to={"a": {"count": {}, "first": []}}), "no int"),
+    "settings are text": (change("settings", to="none"), "settings is 'none', not of type dict"),
+    "skipped is deep": (change("skipped", to={"a": {"count": {}, "first": []}}), "not of type int"),
     "version is another": (change("version", to=99), "is of format pararnn-tokens 99, but"),
 }
 
@@ -302,13 +307,13 @@ def test_lost_progress(stopped, source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_units": "4"}, "num_units is '4', no int"),
-        ({"next": [0, 1]}, "does not have its own checksum"),
-        ({"source_bytes": None}, "source_bytes is None, no int"),
-        ({"shards": []}, r"shards is \[\], no dict"),
+        ({"num_units": "4"}, "num_units is '4', not of type int"),
+        ({"next": [0, 1]}, "does not match its own checksum"),
+        ({"source_bytes": None}, "source_bytes is None, not of type int"),
+        ({"shards": []}, r"shards is \[\], not of type dict"),
         ({"shards": {"train": [{"file": "../a"}], "validation": []}}, "does not have the fields"),
         ({"tokenizer_files": {"/dev/zero": "0" * 64}}, "names '/dev/zero', which no tokenizer has"),
-        ({"settings": 5}, "settings is 5, no dict"),
+        ({"settings": 5}, "settings is 5, not of type dict"),
     ],
 )
 def test_edited_progress(changes, message, stopped, source, tmp_path):
@@ -325,4 +330,4 @@ def test_an_unfinished_folder_is_not_opened(stopped, source, capsys):
     line = one_line(
         capsys, ["check", str(stopped)], "is not finished (no index.json); call the sam"
     )
-    assert "goes on where it stopped" in line
+    assert "continues where it stopped" in line

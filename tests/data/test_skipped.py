@@ -111,8 +111,8 @@ def test_a_list_is_continued_at_its_row(tmp_path, make, monkeypatch):
     [
         ("a.zip", b"PK", r"a.zip is an archive.*unpack it", "archive or compression that is not"),
         ("a.tar.gz", b"", r"a.tar.gz is an archive", "archive or compression that is not read"),
-        ("a.csv", b"text\nhere", r"a.csv holds rows of a kind that is not read", "table that is"),
-        ("a.Parquet", b"PAR1", r"a.Parquet holds rows.*datasets:FOLDER", "table that is not read"),
+        ("a.csv", b"text\nhere", r"a.csv is a table, which is not read", "table that is"),
+        ("a.Parquet", b"PAR1", r"a.Parquet is a table.*datasets:FOLDER", "table that is not read"),
         ("a.json", b'{"name": 1}', 'holds no row with a field "text"', 'JSON without a field "te'),
         (
             "a.json",
@@ -170,7 +170,7 @@ def test_on_error_skip_leaves_broken_lines_out(lines, make, tmp_path, capsys):
     deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
     bad = [b'{"text": "cut\n', b'{"text": null}\n', b'{"text": "\xff"}\n', b"[1]\n", deep, b"{}\n"]
     lines.write_bytes(b"".join([*good[:10], *bad, *good[10:]]))
-    with pytest.raises(RunError, match=r"line 11 is not JSON .*leave out such lines with --on-err"):
+    with pytest.raises(RunError, match=r"line 11 is not JSON .*leave out such lines: .*--on-error"):
         make(lines)
     first = make(lines, on_error="skip")  # goes on in the same folder
     assert all_texts(first) == sorted(SENTENCES)
@@ -204,7 +204,7 @@ def test_a_cut_file_keeps_what_can_be_read(suffix, texts, make):
     assert data.skipped.reasons == {"damaged compression": {"count": 1, "first": [str(path)]}}
     assert set(SENTENCES) <= set(all_texts(data))
     path.write_bytes(b"")
-    with pytest.raises(RunError, match=r"cannot read .*: it is compressed, but empty"):
+    with pytest.raises(RunError, match=r"cannot read .*: it has the name of a compressed"):
         make(path, name="empty")
 
 
@@ -306,7 +306,7 @@ def test_links_and_what_is_no_file(texts, make, tmp_path):
         "link to another of the files": 1,
         "broken link": 1,
         "hidden": 1,
-        "no file but a pipe, a socket or a device": 1,
+        "pipe, socket or device": 1,
     }
     (texts / "linked").symlink_to(tmp_path / "secret/key.txt")
     with pytest.raises(RunError, match="neither a file nor a folder"):

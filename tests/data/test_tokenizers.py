@@ -144,7 +144,9 @@ def test_a_vocabulary_that_no_model_could_have(texts, make, tmp_path):
 def test_files_that_are_not_known_are_refused(texts, make, monkeypatch):
     known = tokenization.TOKENIZER_FILES - {"tokenizer_config.json"}
     monkeypatch.setattr(tokenization, "TOKENIZER_FILES", known)
-    with pytest.raises(RunError, match=r"files that are not known here \(tokenizer_config.json\)"):
+    with pytest.raises(
+        RunError, match=r"files that the library does not know \(tokenizer_config.json\)"
+    ):
         make(texts, tokenizer="train:300")
 
 

@@ -1,4 +1,4 @@
-"""Token data for language models: preparing it, and opening it with its checksums compared."""
+"""Token data for language models: prepare it, and open it with its checksums compared."""
 
 from pararnn.lm.data.config import PrepareConfig as PrepareConfig
 from pararnn.lm.data.prepare import prepare as prepare

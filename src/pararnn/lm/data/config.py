@@ -1,4 +1,4 @@
-"""Settings of `pararnn data prepare`, and comparing them with those of a folder."""
+"""Settings of `pararnn data prepare`, and their comparison with those of a folder."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ OnError = Literal["stop", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What decides the prepared data, to the last bit."""
+    """The settings that decide the prepared data, bit for bit."""
 
     sources: tuple[str, ...]
     """Text files, folders, files of JSON rows, datasets:NAME[:CONFIG], recipes, or
@@ -26,10 +26,10 @@ class PrepareConfig:
     text_field: str = "text"
     """Field of JSON lines and datasets that holds the text."""
     on_error: OnError = "stop"
-    """What becomes of lines without a text, and of files in a folder that cannot be read: "stop",
-    or "skip" to leave them out and count them. May change when a stopped run goes on."""
+    """What to do with a line without a text, and with a file in a folder that cannot be read:
+    "stop", or "skip" to leave it out and count it. May change when a stopped run continues."""
     unit_bytes: int = 4 << 20
-    """Source bytes that a process tokenizes at a time; what is whole survives a stop."""
+    """Source bytes that a process tokenizes at a time. Finished units survive a stop."""
     units_per_shard: int = 256
     """Units in a shard."""
 
@@ -53,12 +53,12 @@ class PrepareConfig:
 
     @property
     def skip_errors(self) -> bool:
-        """Whether `on_error` says so."""
+        """Whether `on_error` is "skip"."""
         return self.on_error == "skip"
 
 
 def settings_of(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that must stay, as JSON values; paths do not depend on the current folder."""
+    """The settings that must not change, as JSON values. Paths are absolute."""
     sources = [str(Path(s).resolve()) if is_path(s) else s for s in config.sources]
     settings = {**dataclasses.asdict(config), "sources": sources}
     del settings["on_error"]
@@ -68,7 +68,7 @@ def settings_of(config: PrepareConfig) -> dict[str, Any]:
 
 
 def changes(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The settings that differ, in words."""
+    """The settings that differ, as text."""
     return [
         f"{name} from {_short(stored.get(name))} to {_short(value)}"
         for name, value in wanted.items()
@@ -77,5 +77,5 @@ def changes(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """The value, or its beginning."""
+    """The value as text, cut if it is long."""
     return str(value) if len(str(value)) < 200 else f"{str(value)[:200]}..."

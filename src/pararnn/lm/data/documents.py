@@ -30,10 +30,10 @@ class Document:
 
 
 class Documents(Protocol):
-    """Documents of a block, read where they are tokenized."""
+    """Documents of a block. They are read by the process that tokenizes them."""
 
     def documents(self) -> Iterator[Document | Skip]:
-        """The documents in their order, and what is left out."""
+        """The documents in order, and what is left out in their place."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Block:
     Attributes:
         content: Its documents.
         num_bytes: Its size in the source.
-        next: Where its reader goes on after it, as JSON values.
+        next: Where the reader continues after it, as JSON values.
     """
 
     content: Documents
@@ -53,12 +53,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Nothing:
-    """Something that is left out."""
+    """A block without documents: one thing that is left out."""
 
     skip: Skip
 
     def documents(self) -> Iterator[Document | Skip]:
-        """Nothing but this."""
+        """No document, only the note of what is left out."""
         yield self.skip
 
 
@@ -68,10 +68,10 @@ class Texts:
 
     Attributes:
         files: One document each.
-        field: That the texts of JSON would have.
-        skip_errors: Leave out those that cannot be read.
-        held_out: Of an only file: cut it in two documents, the second of them, with this share of
-            the bytes, to hold out. None: do not cut.
+        field: Text field of JSON rows, to recognise them under another name.
+        skip_errors: Leave out files that cannot be read.
+        held_out: Cut an only file in two documents and hold out the second, which has this share
+            of the bytes. None: do not cut.
     """
 
     files: tuple[SourceFile, ...]
@@ -106,9 +106,9 @@ class Lines:
         name: Of the file in its source, without the suffix of a compression.
         first: Number of the first line.
         content: The lines.
-        field: That holds the text.
+        field: Name of the text field.
         skip_errors: Leave out lines without a text.
-        unit: What the user calls a line.
+        unit: Name of a line in messages.
     """
 
     path: Path
@@ -152,7 +152,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a dataset: number and text; no text for one without, which is left out."""
+    """Rows of a dataset: number and text. A row without a text has None and is left out."""
 
     name: str
     rows: tuple[tuple[int, str | None], ...]
@@ -169,24 +169,24 @@ class Rows:
 
 
 def text_of(row: dict[str, Any], field: str, where: str) -> Any:
-    """The text field of a row.
+    """The value of the text field of a row.
 
     Raises:
         RunError: The row has no such field.
     """
     if field not in row:
         raise RunError(
-            f"{where} has no field {field!r}; it has {', '.join(row) or 'none'}. Name the one "
+            f"{where} has no field {field!r}; it has {', '.join(row) or 'none'}. Name the field "
             "that holds the text with --text-field."
         )
     return row[field]
 
 
 def skip_or_stop(file: SourceFile, error: UnusableError, skip_errors: bool) -> Skip:
-    """What is left out instead of a file.
+    """The note that a file is left out.
 
     Raises:
-        RunError: The user named it, or it would be text if it could be read.
+        RunError: The user named the file, or it is damaged and errors are not skipped.
     """
     if file.named:
         raise error
@@ -196,8 +196,8 @@ def skip_or_stop(file: SourceFile, error: UnusableError, skip_errors: bool) -> S
 
 
 def stopped(error: RunError, what: str) -> RunError:
-    """The error with the option that would go on."""
-    return RunError(f"{error} Or leave out {what} with --on-error skip.")
+    """The error, with the option that leaves the cause out."""
+    return RunError(f"{error} Or leave out {what}: pararnn data prepare --on-error skip.")
 
 
 def _cut(text: bytes, held_out: float, name: str) -> int:
@@ -221,7 +221,7 @@ def _document(text: str, where: str, name: str) -> Document | Skip:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a JSON value, however deep it is."""
+    """The beginning of a JSON value, or its type if it is nested too deeply."""
     try:
         return json.dumps(value)[:40]
     except RecursionError:

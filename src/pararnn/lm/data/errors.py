@@ -1,13 +1,13 @@
-"""Errors that a command answers with a message instead of a traceback."""
+"""Errors that a command reports in one message, without a traceback."""
 
 
 class RunError(Exception):
-    """Something the user can put right; the message says what was wrong and what to do."""
+    """An error that the user can correct; the message says what is wrong and what to do."""
 
 
 class OtherProcessError(RunError):
-    """Raised where another of the processes that train together has told the user why."""
+    """Raised when another process of the same training has already told the user why."""
 
 
 class LostConnectionError(RunError):
-    """Raised where another of the processes that train together is gone."""
+    """Raised when another process of the same training has ended."""

@@ -39,7 +39,7 @@ class TextReader:
         return [[file.name, *_stamp(file.path)] for file in self.files]
 
     def blocks(self, start: int | None, unit_bytes: int) -> Iterator[Block]:
-        """From a file's number."""
+        """Blocks from the number of a file."""
         first, size = start or 0, 0
         for index in range(first, len(self.files)):
             size += self.files[index].size
@@ -68,7 +68,7 @@ class LineReader:
         return [self.file.name, *_stamp(self.file.path)]
 
     def blocks(self, start: list[int] | None, unit_bytes: int) -> Iterator[Block]:
-        """From a byte and the number of the line there; what can be read of a damaged file.
+        """Blocks from [byte, number of the line there]; of a damaged file, what can be read.
 
         A file of a folder is left out if its first block does not hold the name of the field.
         """
@@ -87,7 +87,7 @@ class LineReader:
 
     def _blocks(self, start: list[int] | None, unit_bytes: int) -> Iterator[Block]:
         offset, line = start or (0, 1)
-        if offset < 0:  # where a damaged file ended
+        if offset < 0:  # the end of a file that is left out or damaged
             return
         lines: list[bytes] = []
         size, problem = 0, None
@@ -131,7 +131,7 @@ class JsonReader:
 
     @property
     def size(self) -> int | None:
-        """As that of lines."""
+        """Bytes of the file, unless it is compressed."""
         return self._lines.size
 
     def fingerprint(self) -> list[Any]:
@@ -139,7 +139,7 @@ class JsonReader:
         return self._lines.fingerprint()
 
     def blocks(self, start: Any, unit_bytes: int) -> Iterator[Block]:
-        """From a row's number, or as `LineReader` has it."""
+        """Blocks from the number of a row, or as `LineReader` does for lines."""
         try:
             if self._is_lines():
                 yield from self._lines.blocks(start, unit_bytes)
@@ -156,7 +156,7 @@ class JsonReader:
         return LineReader(self.file, self.text_field, self.skip_errors)
 
     def _is_lines(self) -> bool:
-        """Whether there are several lines, and one of the first two is an object."""
+        """Whether the file has several lines, and one of the first two is an object."""
         try:
             with open_content(self.file.path) as file:
                 lines = filter(bytes.strip, file)
@@ -169,10 +169,10 @@ class JsonReader:
         return bool(second) and any(isinstance(_parsed(line), dict) for line in (first, second))
 
     def _rows(self) -> list[Any]:
-        """The rows of a file that holds one value.
+        """The rows of a file that holds one JSON value.
 
         Raises:
-            UnusableError: It holds something else.
+            UnusableError: The file is damaged, or has no row with the text field.
         """
         path, field = self.file.path, f'"{self.text_field}"'
         try:
@@ -190,15 +190,15 @@ class JsonReader:
         rows = value if isinstance(value, list) else [value]
         if not any(isinstance(row, dict) and self.text_field in row for row in rows):
             raise UnusableError(
-                f"{path} holds no row with a field {field}; name the one that holds the text with "
-                "--text-field.",
+                f"{path} holds no row with a field {field}; name the field that holds the text "
+                "with --text-field.",
                 _no_field(self.text_field),
                 by_kind=True,
             )
         return rows
 
     def _blocks(self, rows: list[Any], first: int, unit_bytes: int) -> Iterator[Block]:
-        """The rows as lines."""
+        """Blocks of rows, each row written as a line."""
         name, size = uncompressed(self.file.name), 0
         lines: list[bytes] = []
         for number, row in enumerate(rows[first:], first + 1):
@@ -219,12 +219,12 @@ class JsonReader:
 
 
 def _no_field(name: str) -> str:
-    """The reason that files without it are left out for."""
+    """The reason for leaving out a file without the text field."""
     return f'JSON without a field "{name}"'
 
 
 def _parsed(content: bytes) -> Any:
-    """The value of a JSON text; None where it is none."""
+    """The value of a JSON text; None if it is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -232,7 +232,7 @@ def _parsed(content: bytes) -> Any:
 
 
 def _pass_over(file: io.BufferedIOBase, count: int) -> None:
-    """Go to a byte."""
+    """Move to a byte, by reading if the file cannot seek."""
     if file.seekable():
         file.seek(count)
         return

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new, nothing between."""
+"""Write files so that a crash leaves either the old content or the new."""
 
 import contextlib
 import errno
@@ -13,12 +13,12 @@ from pararnn.lm.data.errors import RunError
 
 try:
     import fcntl
-except ImportError:  # not on this system
-    fcntl = None  # type: ignore[assignment] # see above
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment] # checked before use
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file through a temporary one beside it."""
+    """Write a temporary file beside a file, then replace the file by it."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -29,7 +29,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The path, with a number at its end where something has that name."""
+    """The path, with a number at its end if the name is taken."""
     number, free = 1, path
     while free.exists():
         number += 1
@@ -41,7 +41,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: It holds something else.
+        ValueError: The file is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -51,12 +51,12 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes from entering the same folder, where the system has such locks.
+    """Lock a folder against other processes, if the system has such locks.
 
-    A lock ends with its process, however that ends, and leaves no file behind.
+    The system releases the lock when the process ends, also after a kill. No file is left behind.
 
     Raises:
-        RunError: Another process is in it.
+        RunError: Another process holds the lock.
     """
     if fcntl is None:
         yield
@@ -76,13 +76,13 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
+    """Wait until the content of a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until a folder's entries are on the disk, where the system can say so."""
+    """Wait until the entries of a folder are on the disk, if the system can do so."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -92,7 +92,7 @@ def sync_folder(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
+    """SHA-256 of the content of a file, as hexadecimal digits."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""The files of a source, and what of a folder is none of them."""
+"""Find the files of a source, and note what is left out of a folder."""
 
 import hashlib
 import os
@@ -22,10 +22,10 @@ class SourceFile:
     """A file of a source.
 
     Attributes:
-        path: Of the file.
-        name: Its path within the source, with / between folders.
+        path: Path of the file.
+        name: Path within the source, with / between folders.
         size: Bytes.
-        named: The user named the file itself and not a folder, so it has to be usable.
+        named: The user named the file itself and not its folder, so it must be usable.
     """
 
     path: Path
@@ -35,12 +35,12 @@ class SourceFile:
 
     @property
     def position(self) -> float:
-        """A number from 0 to 1 that depends on the name alone."""
+        """A number from 0 to 1, a hash of the name."""
         return position(self.name)
 
 
 def position(name: str) -> float:
-    """A number from 0 to 1 that depends on the name alone."""
+    """A number from 0 to 1, a hash of the name."""
     digits = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digits[:8], "big") / 2**64
 
@@ -49,7 +49,7 @@ def find_standard_library() -> list[SourceFile]:
     """The source files of the standard library, in the order of their hash.
 
     Raises:
-        RunError: This Python comes without them.
+        RunError: This Python has no such files.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for file in _walk(root, Skipped(), True) if file.path.suffix == ".py"]
@@ -63,10 +63,10 @@ def find_files(data: Path, *, skip_errors: bool = False) -> tuple[list[SourceFil
 
     Args:
         data: File or folder.
-        skip_errors: Leave out what cannot be read, too.
+        skip_errors: Also leave out what cannot be read.
 
     Raises:
-        RunError: The path is missing, is prepared data, or holds no file; something cannot be read.
+        RunError: The path is missing, is prepared data or holds no file, or cannot be read.
     """
     skipped = Skipped()
     if stat.S_ISDIR(_status(data).st_mode):
@@ -98,7 +98,7 @@ def _status(data: Path) -> os.stat_result:
 
 
 def _named(data: Path) -> SourceFile:
-    """A file that the user named."""
+    """The file that the user named."""
     status = _status(data)
     if not stat.S_ISREG(status.st_mode):
         raise RunError(f"{data} is neither a file nor a folder; give one of them.")
@@ -107,7 +107,7 @@ def _named(data: Path) -> SourceFile:
 
 
 def _walk(root: Path, skipped: Skipped, skip_errors: bool) -> Iterator[SourceFile]:
-    """Files of a folder; links last, so that a file is read under its own name."""
+    """Files of a folder. Links come last, so that a file is read under its own name."""
     top = os.path.realpath(root)
     links: list[SourceFile] = []
     seen: set[str] = set()
@@ -136,7 +136,7 @@ def _walk(root: Path, skipped: Skipped, skip_errors: bool) -> Iterator[SourceFil
 
 
 def _entries(root: Path, top: str, skipped: Skipped) -> Iterator[tuple[Path, OSError | None]]:
-    """Paths of what are no folders, and of folders that cannot be read."""
+    """Paths of everything but folders; folders that cannot be read, with the error."""
     errors: list[OSError] = []
     for folder, folders, files in os.walk(root, onerror=errors.append):
         yield from ((Path(error.filename), error) for error in errors)
@@ -154,7 +154,7 @@ def _entries(root: Path, top: str, skipped: Skipped) -> Iterator[tuple[Path, OSE
 
 
 def _folder_to_skip(path: Path, top: str) -> str | None:
-    """Why a folder is not entered."""
+    """Why a folder is not entered; None if it is."""
     if path.name.startswith("."):
         return HIDDEN
     if path.name in PYTHONS_FOLDERS:
@@ -168,7 +168,7 @@ def _usable(root: Path, path: Path, top: str) -> SourceFile:
     """The file behind a path.
 
     Raises:
-        UnusableError: It is none, or none that is read.
+        UnusableError: There is no file, or it is not one that is read.
     """
     if path.name.startswith("."):
         raise _other(path, HIDDEN)
@@ -181,7 +181,7 @@ def _usable(root: Path, path: Path, top: str) -> SourceFile:
             raise _other(path, "broken link") from error
         raise unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode):
-        raise _other(path, "no file but a pipe, a socket or a device")
+        raise _other(path, "pipe, socket or device")
     kind_of(path.name)
     return SourceFile(path, path.relative_to(root).as_posix(), status.st_size, False)
 

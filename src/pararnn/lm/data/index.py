@@ -1,6 +1,6 @@
-"""What describes prepared data, `index.json`: written with a checksum of its own, read with care.
+"""`index.json`, which describes prepared data: written with its own checksum, checked when read.
 
-A folder may come from anywhere: a name in it is taken only where it is the one that we would write.
+A folder may come from anyone, so a file name in it is accepted only if we would write the same.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ INDEX, PROGRESS, PARTS, TOKENIZER = "index.json", "progress.json", "parts", "tok
 
 @dataclass(frozen=True)
 class Shard:
-    """One flat file.
+    """One flat file of tokens.
 
     Attributes:
-        file: Its name in the folder.
-        num_tokens: Tokens in it, with separators.
-        num_bytes: Bytes of the text that they stand for.
-        num_documents: Documents in it.
+        file: Name in the folder.
+        num_tokens: Tokens, with separators.
+        num_bytes: Bytes of UTF-8 text of these tokens.
+        num_documents: Documents.
         sha256: Digest of the file.
     """
 
@@ -48,14 +48,14 @@ class Index:
     """Content of `index.json`.
 
     Attributes:
-        tokenizer: As `PrepareConfig` has it.
-        tokenizer_files: Digests of the files in the tokenizer's folder, by name.
-        vocab_size: Tokens are below it.
+        tokenizer: As in `PrepareConfig`.
+        tokenizer_files: SHA-256 of the files in the folder of the tokenizer, by name.
+        vocab_size: Number of tokens; each token is below it.
         separator: Token before every document and at the end of a split.
-        dtype: Of the stored tokens.
+        dtype: Type of the stored tokens.
         splits: Shards of each split.
-        skipped: What is left out.
-        settings: Of the preparation.
+        skipped: What is left out of the sources.
+        settings: Settings of the preparation.
         source_sha256: Digest of the names, sizes and times of the source files.
     """
 
@@ -71,7 +71,7 @@ class Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write `index.json`; the folder is finished then."""
+    """Write `index.json`, which makes the folder finished."""
     values = dataclasses.asdict(index)
     values |= {"skipped": index.skipped.reasons, "num_skipped": index.skipped.lost.total}
     write_sealed(folder / INDEX, values)
@@ -81,7 +81,7 @@ def read_index(folder: Path) -> Index:
     """The content of `index.json`.
 
     Raises:
-        RunError: It is missing, damaged or of another version.
+        RunError: The file is missing, damaged or of another version.
     """
     path = folder / INDEX
     if not path.exists():
@@ -96,9 +96,9 @@ def read_index(folder: Path) -> Index:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether `pararnn data prepare` wrote a folder, finished or not, whole or damaged.
+    """Whether `pararnn data prepare` wrote a folder, finished or not, damaged or not.
 
-    False where it cannot be entered.
+    False if the folder cannot be entered.
     """
     shards = (folder / shard_name(split, 0) for split in SPLITS)
     return any(os.path.exists(path) for path in shards) or any(
@@ -114,13 +114,13 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The values of such a file; `check_seal` is to follow when they are looked at.
+    """The values of a file that `write_sealed` wrote. Check them, then call `check_seal`.
 
     Raises:
-        RunError: It is damaged or of another version.
+        RunError: The file is damaged or of another version.
     """
     if not path.is_file():
-        raise damaged(path, "is no file")
+        raise damaged(path, "is not a file")
     try:
         values = json.loads(path.read_bytes())
         kind, version = values["format"], values["version"]
@@ -140,18 +140,18 @@ def check_seal(values: dict[str, Any]) -> None:
     """Compare values with their checksum.
 
     Raises:
-        ValueError: They were changed.
+        ValueError: They do not match.
     """
     rest = {name: value for name, value in values.items() if name != "sha256"}
     if _seal(rest) != values.get("sha256"):
-        raise ValueError("it does not have its own checksum, so it was changed")
+        raise ValueError("it does not match its own checksum, so it was changed")
 
 
 def stored_shards(values: Any, split: str) -> list[Shard]:
     """The shards of a split from JSON values.
 
     Raises:
-        ValueError: They are none.
+        ValueError: The values are not shards.
     """
     shards = []
     for number, row in enumerate(typed(values, list, f"splits.{split}")):
@@ -171,10 +171,10 @@ def stored_shards(values: Any, split: str) -> list[Shard]:
 
 
 def stored_files(values: Any) -> dict[str, str]:
-    """Digests of the tokenizer's files from JSON values.
+    """Digests of the files of a tokenizer from JSON values.
 
     Raises:
-        ValueError: They are none, or a name is not of a tokenizer's file.
+        ValueError: The values are not digests, or a tokenizer has no file of that name.
     """
     for name, sha256 in typed(values, dict, "tokenizer_files").items():
         if name not in TOKENIZER_FILES:
@@ -187,7 +187,7 @@ def stored_skipped(values: Any) -> Skipped:
     """What is left out, from JSON values.
 
     Raises:
-        ValueError: They are something else.
+        ValueError: The values have another form.
     """
     for reason, entry in typed(values, dict, "skipped").items():
         typed(entry, dict, f"skipped[{reason!r}]")
@@ -199,28 +199,28 @@ def stored_skipped(values: Any) -> Skipped:
 
 
 def typed(value: Any, kind: type, name: str) -> Any:
-    """The value, if it is of a kind; raises ValueError otherwise."""
+    """The value, if it has this type; else raises ValueError."""
     if type(value) is not kind:
-        raise ValueError(f"{name} is {shown(value)}, no {kind.__name__}")
+        raise ValueError(f"{name} is {shown(value)}, not of type {kind.__name__}")
     return value
 
 
 def natural(value: Any, name: str) -> int:
-    """The value, if it is a whole number from 0 on; raises ValueError otherwise."""
+    """The value, if it is an integer >= 0; else raises ValueError."""
     if not 0 <= typed(value, int, name) < 1 << 63:
         raise ValueError(f"{name} is {shown(value)}")
     return value
 
 
 def digest_of(value: Any, name: str) -> str:
-    """The value, if it is a SHA-256; raises ValueError otherwise."""
+    """The value, if it is a SHA-256; else raises ValueError."""
     if not re.fullmatch("[0-9a-f]{64}", typed(value, str, name)):
-        raise ValueError(f"{name} is {shown(value)}, no SHA-256")
+        raise ValueError(f"{name} is {shown(value)}, not a SHA-256")
     return value
 
 
 def damaged(path: Path, how: str) -> RunError:
-    """The error for a file of prepared data that is not as it should be."""
+    """The error for a damaged file of prepared data."""
     anew = "prepare the data anew"
     if path.name == PROGRESS:
         anew = f"delete {path.parent} and start anew"
@@ -228,7 +228,7 @@ def damaged(path: Path, how: str) -> RunError:
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value."""
+    """The beginning of a value as text."""
     try:
         return ascii(value)[:40]
     except (ValueError, RecursionError):
@@ -273,8 +273,8 @@ def _index(values: dict[str, Any]) -> Index:
 def _no_index(folder: Path) -> RunError:
     if (folder / PROGRESS).exists() or (folder / PARTS).exists():
         return RunError(
-            f"{folder} is not finished (no {INDEX}); call the same pararnn data prepare once more, "
-            "which goes on where it stopped."
+            f"{folder} is not finished (no {INDEX}); call the same pararnn data prepare again, "
+            "which continues where it stopped."
         )
     if is_prepared(folder):
         return damaged(folder / INDEX, "is missing")

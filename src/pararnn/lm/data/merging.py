@@ -1,4 +1,4 @@
-"""From the parts of consecutive units to a shard of each split."""
+"""Merge the parts of consecutive units into a shard of each split."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +19,10 @@ class Merger:
     """Writes shards.
 
     Args:
-        config: Settings of the run.
-        folder: Where the shards go.
-        progress: Kept up to date, in memory and, until the last shards, in the folder.
-        tokenization: Of the tokens.
+        config: Settings.
+        folder: Where to write the shards.
+        progress: Is kept up to date in memory and, until the last shards, in the folder.
+        tokenization: The tokenizer of the parts.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Merger:
         self.progress, self.tokenization = progress, tokenization
 
     def merge(self, paths: list[Path]) -> None:
-        """Write the next shards and delete the parts that they are made of."""
+        """Write the next shards and delete their parts."""
         parts = [read_part(path) for path in paths]
         positions = _positions(parts)
         self._write(paths, parts, positions < self.config.held_out, last=False)
@@ -41,7 +41,7 @@ class Merger:
             path.unlink()
 
     def merge_last(self, paths: list[Path]) -> None:
-        """Write the last shards; the parts stay, so that it can be done again.
+        """Write the last shards. The parts stay, so that this can be repeated.
 
         Raises:
             RunError: There are not two documents, one for each split.
@@ -68,7 +68,7 @@ class Merger:
     def _write_shard(
         self, split: str, paths: list[Path], parts: list[Part], masks: list[np.ndarray], last: bool
     ) -> None:
-        """A shard of the documents of a split; none when there are none, but always a last one."""
+        """Write a shard of a split, unless it has no documents and is not the last one."""
         num_documents = int(sum(np.sum(mask) for mask in masks))
         if num_documents or last:
             num_bytes = sum(part.num_bytes[m].sum() for part, m in zip(parts, masks, strict=True))
@@ -86,7 +86,7 @@ class Merger:
             yield np.array([self.tokenization.separator], smallest_dtype(self.tokenization))
 
     def _use_both_splits(self, positions: np.ndarray, held_out: np.ndarray) -> None:
-        """However few documents there are, at least one is held out and one is not."""
+        """Change `held_out` where a split would have no document."""
         shards = self.progress.shards
         num_train, num_held_out = (sum(s.num_documents for s in shards[name]) for name in SPLITS)
         if len(positions) and num_train + np.sum(~held_out) == 0:
@@ -101,7 +101,7 @@ class Merger:
                 )
 
     def _check_enough(self, parts: list[Part]) -> None:
-        """Raise RunError where there are not two documents."""
+        """Raise RunError if there are fewer than two documents."""
         count = sum(len(part.positions) for part in parts)
         count += sum(
             shard.num_documents for split in SPLITS for shard in self.progress.shards[split]

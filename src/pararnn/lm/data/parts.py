@@ -1,4 +1,4 @@
-"""What one process makes of one block: a file of its tokens, from which shards are written."""
+"""Parts: the tokens of one block in a file, which one process writes. Shards are made of them."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ DAMAGE = (
     *(ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
 )
-"""What reading a damaged part raises."""
+"""The errors that a damaged part raises when it is read."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Part:
     """The documents of a block.
 
     Attributes:
-        positions: Per document, from 0 to 1; below the share, it is held out.
-        num_tokens: Per document, with its separator.
-        num_bytes: Per document, of its text.
-        skipped: What is left out.
+        positions: From 0 to 1, per document. A document below the held-out share is held out.
+        num_tokens: Tokens per document, with its separator.
+        num_bytes: Bytes of text per document.
+        skipped: What is left out of the block.
         source_bytes: Size of the block in the source.
-        next: Where the reader of the source goes on.
+        next: Where the reader of the source continues.
     """
 
     positions: np.ndarray
@@ -96,14 +96,14 @@ def write_part(path: Path, block: Block, tokenizer: Path | None) -> None:
 
 
 def smallest_dtype(tokenization: Tokenization) -> np.dtype:
-    """The smallest unsigned integers that hold every token."""
+    """The smallest unsigned type that holds every token."""
     return np.min_scalar_type(tokenization.vocab_size - 1)
 
 
 def _encoded(
     document: Document | Skip, tokenization: Tokenization
 ) -> tuple[float, np.ndarray, int] | Skip:
-    """Position, tokens and bytes of a document, or why it is left out."""
+    """Position, tokens and bytes of text of a document, or why it is left out."""
     if isinstance(document, Skip):
         return document
     if not document.text:
@@ -115,7 +115,7 @@ def _encoded(
 
 
 def read_part(path: Path) -> Part:
-    """All of a part but its tokens.
+    """A part, without its tokens.
 
     Raises:
         RunError: It is damaged.
@@ -147,7 +147,7 @@ def read_tokens(path: Path) -> np.ndarray:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise _damaged(path, "it is no file")
+        raise _damaged(path, "it is not a file")
     try:
         with path.open("rb") as file, np.load(file) as stored:
             yield stored
@@ -157,5 +157,5 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _damaged(path: Path, how: str) -> RunError:
     return RunError(
-        f"{path} is damaged ({how}); delete this file, and the same command makes it anew."
+        f"{path} is damaged ({how}); delete this file, and the same command writes it again."
     )

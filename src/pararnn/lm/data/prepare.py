@@ -1,9 +1,8 @@
-"""From sources to shards, in parallel and restartable.
+"""Prepare token data: from sources to shards, in parallel; a stopped run can continue.
 
-The sources are cut into units at places that depend on nothing but the settings. Each process
-writes the tokens of a unit as a part. After every N units the parts are merged into one shard of
-each split and deleted. So the result is the same for any number of processes and however often the
-work was stopped.
+The sources are cut into units at places that depend on the settings alone. Each process writes
+the tokens of a unit as a part. After every N units their parts are merged into one shard of each
+split and deleted. So the result does not depend on the number of processes or on interruptions.
 """
 
 import hashlib
@@ -31,17 +30,17 @@ from pararnn.lm.data.units import Units
 from pararnn.lm.data.words import say
 
 SAMPLE_BYTES = 64 << 20
-"""Text that a tokenizer is trained on, in equal shares of the files of lines and datasets."""
+"""Bytes of text to train a tokenizer on, in equal shares from all readers."""
 
 
 def prepare(
     config: PrepareConfig, folder: str | os.PathLike[str], workers: int | None = None
 ) -> int | None:
-    """Write token data that `open_tokens` reads, or go on where an earlier call stopped.
+    """Write token data that `open_tokens` reads, or continue where an earlier call stopped.
 
     Args:
         config: What to prepare.
-        folder: Where; new, empty, or with an unfinished or finished run of the same settings.
+        folder: Where to write: new, empty, or of an earlier call with the same settings.
         workers: Processes; None for one per core. They import the main module, so a script that
             calls this needs `if __name__ == "__main__":`.
 
@@ -49,7 +48,7 @@ def prepare(
         None, or the number of the signal that stopped the work.
 
     Raises:
-        RunError: A source cannot be read, the folder cannot be written or holds something else.
+        RunError: A source cannot be read, or the folder cannot be written or has other content.
     """
     folder = Path(folder)
     _check_apart(config, folder)
@@ -57,12 +56,12 @@ def prepare(
         return _prepare(config, folder, workers or _num_cores())
     except MemoryError as error:
         raise RunError(
-            "the memory does not suffice for a document or a list of JSON, which are held whole; "
-            "cut them, or continue with the same command and fewer --workers."
+            "out of memory: a document or a list of JSON is held in memory as a whole. Cut it, or "
+            "continue with the same command and fewer --workers."
         ) from error
     except BrokenProcessPool as error:
         raise RunError(
-            "a worker process was killed, perhaps for want of memory; continue with the same "
+            "a worker process was killed, perhaps because memory ran out; continue with the same "
             "command and fewer --workers."
         ) from error
     except OSError as error:
@@ -157,7 +156,7 @@ def _check_apart(config: PrepareConfig, folder: Path) -> None:
 def _tokenizer_folder(
     config: PrepareConfig, folder: Path, readers: list[Reader], progress: Progress
 ) -> Path | None:
-    """The folder of the tokenizer, which is made unless it is there; None for bytes."""
+    """The folder of the tokenizer, made if it is missing; None for bytes."""
     if config.tokenizer == BYTES:
         return None
     path = folder / TOKENIZER
@@ -172,7 +171,7 @@ def _tokenizer_folder(
 
 
 def _sample(config: PrepareConfig, readers: list[Reader]) -> Iterator[str]:
-    """Text of documents that are not held out."""
+    """Texts to train a tokenizer on, none of them held out."""
     share = max(SAMPLE_BYTES // len(readers), 1)
     for reader in readers:
         left = share

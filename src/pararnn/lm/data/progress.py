@@ -1,4 +1,4 @@
-"""What is prepared so far, stored so that a stopped run goes on where it was."""
+"""`progress.json`: what is prepared so far, so that a stopped run can continue."""
 
 import dataclasses
 import shutil
@@ -36,13 +36,13 @@ class Progress:
     """Content of `progress.json`.
 
     Attributes:
-        settings: Of the run.
+        settings: Settings of the run.
         source_sha256: Digest of the names, sizes and times of the source files.
         num_units: Units that are in shards.
-        next: Where reading goes on after them.
-        source_bytes: Bytes of the source in them.
-        skipped: What is left out of the folders, and of those units.
-        tokenizer_files: Digests of the tokenizer's files by name, once there are some.
+        next: Where reading continues after these units.
+        source_bytes: Bytes of the source in these units.
+        skipped: What is left out of the folders and of these units.
+        tokenizer_files: SHA-256 of the files of the tokenizer, by name; empty before it is made.
         shards: Shards of each split.
     """
 
@@ -56,17 +56,17 @@ class Progress:
     shards: dict[str, list[Shard]] = field(default_factory=lambda: {name: [] for name in SPLITS})
 
     def save(self, folder: Path) -> None:
-        """Replace the stored one."""
+        """Replace the stored progress."""
         write_sealed(
             folder / PROGRESS, {**dataclasses.asdict(self), "skipped": self.skipped.reasons}
         )
 
 
 def is_finished(folder: Path, wanted: Progress) -> bool:
-    """Whether the folder holds the whole result already.
+    """Whether the folder already holds the whole result.
 
     Raises:
-        RunError: It holds that of other settings or sources.
+        RunError: It holds the result of other settings or sources.
     """
     if not (folder / INDEX).exists():
         return False
@@ -78,10 +78,10 @@ def is_finished(folder: Path, wanted: Progress) -> bool:
 
 
 def start_or_continue(folder: Path, wanted: Progress) -> Progress:
-    """The progress in a folder, or its beginning in a new one or one where nothing is made yet.
+    """The progress in a folder; `wanted`, if nothing has been prepared there yet.
 
     Raises:
-        RunError: The folder holds something else, or progress with other settings or sources.
+        RunError: The folder has other content, or progress with other settings or sources.
     """
     path = folder / PROGRESS
     if path.exists():
@@ -107,7 +107,7 @@ def start_or_continue(folder: Path, wanted: Progress) -> Progress:
 
 
 def remove_work(folder: Path) -> None:
-    """Delete what a finished folder does not need."""
+    """Delete the files that a finished folder does not need."""
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     (folder / PROGRESS).unlink(missing_ok=True)
 
@@ -133,7 +133,7 @@ def _read(path: Path) -> Progress:
 
 
 def _difference(folder: Path, stored: Progress, wanted: Progress) -> str | None:
-    """Why a run may not go on in a folder."""
+    """Why a run cannot continue in a folder; None if it can."""
     if changed := changes(stored.settings, wanted.settings):
         return (
             f"{folder} was begun with other settings; this would change {', '.join(changed)}. "

@@ -1,4 +1,4 @@
-"""Reading the files of a source: which kind they are, compressed or not, and as UTF-8 text."""
+"""Read the files of a source: their kind, their decompressed content, and UTF-8 text."""
 
 import bz2
 import codecs
@@ -14,7 +14,7 @@ from typing import Any
 from pararnn.lm.data.errors import RunError
 
 DOCUMENT = 0
-"""The byte before every document, and the token that ends generated text."""
+"""The byte before every document; as a token it also ends generated text."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 ARCHIVES = (
@@ -23,11 +23,11 @@ ARCHIVES = (
 )
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx")
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading a file raises, or decompressing it."""
+"""The errors that reading or decompressing a file raises."""
 
 
 class Kind(enum.Enum):
-    """What a file holds, by its name."""
+    """The content of a file, by its name."""
 
     TEXT = enum.auto()
     LINES = enum.auto()
@@ -37,13 +37,13 @@ class Kind(enum.Enum):
 
 
 class UnusableError(RunError):
-    """A file that is no source.
+    """Raised for a file that cannot be used as a source.
 
     Args:
-        message: What was wrong and what to do.
-        reason: A few words that files of its kind are counted under.
-        by_kind: It is something else than text, which a folder may hold beside it; else it is
-            damaged, or cannot be read here and now.
+        message: What is wrong and what to do.
+        reason: A few words; files that are left out are counted under them.
+        by_kind: The file is not text, and a folder may hold it beside texts. Otherwise it is
+            damaged or cannot be read now.
     """
 
     def __init__(self, message: str, reason: str, by_kind: bool) -> None:
@@ -55,23 +55,23 @@ class UnusableError(RunError):
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of file that a name stands for, in capital letters or small ones, compressed or not.
+    """The kind of a file by its name, in upper or lower case, compressed or not.
 
     Raises:
-        UnusableError: It is one that is not read.
+        UnusableError: The library does not read this kind.
     """
     bare = uncompressed(name).lower()
     if bare.endswith(ARCHIVES):
         raise UnusableError(
-            f"{name} is an archive, or compressed in a way that is not read; unpack it. Files may "
-            f"be compressed as {', '.join(COMPRESSED)}.",
+            f"{name} is an archive, or compressed in an unknown way; unpack it. Files may be "
+            f"compressed as {', '.join(COMPRESSED)}.",
             "archive or compression that is not read",
             by_kind=True,
         )
     if bare.endswith(TABLES):
         raise UnusableError(
-            f"{name} holds rows of a kind that is not read from a file; write them as JSON lines, "
-            "or name its folder as datasets:FOLDER.",
+            f"{name} is a table, which is not read; write its rows as JSON lines, or name its "
+            "folder as datasets:FOLDER.",
             "table that is not read",
             by_kind=True,
         )
@@ -81,7 +81,7 @@ def kind_of(name: str) -> Kind:
 
 
 def uncompressed(name: str) -> str:
-    """A name without the suffix of a compression."""
+    """A name without its suffix of a compression."""
     for suffix in COMPRESSED:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
@@ -92,14 +92,14 @@ def open_content(path: Path) -> io.BufferedIOBase:
     """The content of a file, decompressed.
 
     Raises:
-        OSError: It cannot be read. What reading it raises is among `READ_ERRORS`.
-        UnusableError: It needs a package that is not installed.
+        OSError: The file cannot be opened. Reading it raises one of `READ_ERRORS`.
+        UnusableError: A package for its compression is not installed.
     """
     suffix = path.suffix.lower()
     if suffix not in COMPRESSED:
         return path.open("rb")
     if path.stat().st_size == 0:
-        raise EOFError("it is compressed, but empty")
+        raise EOFError("it has the name of a compressed file, but is empty")
     if suffix == ".zst":
         return io.BufferedReader(_Zstandard(path), 1 << 20)
     opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
@@ -131,7 +131,7 @@ def read_text(path: Path) -> bytes:
     """The bytes of a UTF-8 text file, decompressed, without a byte order mark.
 
     Raises:
-        UnusableError: It is not text, or cannot be read.
+        UnusableError: The file is not UTF-8 text, or cannot be read.
     """
     try:
         with open_content(path) as file:
@@ -156,10 +156,10 @@ def read_text(path: Path) -> bytes:
 
 
 def refuse_rows(path: Path, text: bytes, field: str) -> None:
-    """Raise where a text begins with a JSON object that has the field of the texts.
+    """Refuse a text that begins with a JSON object with the text field.
 
     Raises:
-        UnusableError: It does.
+        UnusableError: The text begins so.
     """
     if text.lstrip()[:1] not in (b"{", b"["):
         return
@@ -181,7 +181,7 @@ def _no_text(path: Path, how: str, reason: str) -> UnusableError:
 
 
 class _Zstandard(io.RawIOBase):
-    """A file compressed by zstd, in one frame or more; the end of a cut one raises."""
+    """A file of one or more zstd frames. If the last frame is cut off, its end raises EOFError."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -205,7 +205,7 @@ class _Zstandard(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer, or as much of it as there is at hand."""
+        """Fill a buffer as far as decompressed content is at hand; return the number of bytes."""
         while not self._content and self._fetch():
             pass
         count = min(len(buffer), len(self._content))

@@ -12,11 +12,11 @@ STANDARD_LIBRARY = "python-standard-library"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A dataset and a choice of its rows.
+    """A dataset and a choice of rows.
 
     Attributes:
-        dataset: Its name, as `datasets:` takes it.
-        keep: Says whether a row is used.
+        dataset: Name, as after `datasets:`.
+        keep: Tells for a row whether it is used.
     """
 
     dataset: str
@@ -27,8 +27,8 @@ def _is_no_book(row: dict[str, Any]) -> bool:
     meta = row.get("meta")
     if not isinstance(meta, dict) or "redpajama_set_name" not in meta:
         raise RunError(
-            "a row of the dataset has no meta.redpajama_set_name, so books cannot be told apart; "
-            "it is not SlimPajama as its authors published it."
+            "a row of the dataset has no meta.redpajama_set_name, so books cannot be recognised; "
+            "this is not SlimPajama as its authors published it."
         )
     return meta["redpajama_set_name"] != "RedPajamaBook"
 

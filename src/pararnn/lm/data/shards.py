@@ -1,6 +1,6 @@
-"""Token data on disk: flat files of integers, and reading them.
+"""Token data on disk: write and read flat files of integers.
 
-Every document is stored as the separator and its tokens, and one last separator ends a split.
+Every document is stored as the separator and its tokens. One last separator ends a split.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from pararnn.lm.data.tokenization import BYTES, check_files, load_tokenizer
 
 
 class TokenSplit:
-    """Tokens of one split, mapped from its shards as one sequence.
+    """Tokens of one split: its shards as one sequence, read through memory maps.
 
     Args:
-        folder: Where the shards are.
-        shards: In the order of their tokens.
-        dtype: As they are stored.
+        folder: Folder of the shards.
+        shards: Shards in order.
+        dtype: Type of the stored tokens.
 
     Attributes:
         num_tokens: Tokens, with a separator before every document and one at the end.
-        num_bytes: Bytes of UTF-8 text that they stand for, for bits per byte.
+        num_bytes: Bytes of UTF-8 text of these tokens, for bits per byte.
         num_documents: Documents.
     """
 
@@ -41,10 +41,10 @@ class TokenSplit:
         self.num_documents = sum(shard.num_documents for shard in shards)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop, int64.
+        """Tokens `start` to `stop`: shape (stop - start,), int64.
 
         Raises:
-            IndexError: They are not within the split.
+            IndexError: The range is not within the split.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of a split of {self.num_tokens} tokens")
@@ -66,15 +66,15 @@ class TokenDataset:
     """Token data that `pararnn data prepare` wrote.
 
     Attributes:
-        folder: Where it is.
-        vocab_size: Tokens are below it.
+        folder: Where the data is.
+        vocab_size: Number of tokens; each token is below it.
         separator: Token before every document and at the end of a split.
         tokenizer: Folder for `AutoTokenizer.from_pretrained`; None when tokens are bytes.
-        tokenizer_files: Digests of the files in it, by name.
+        tokenizer_files: SHA-256 of its files, by name.
         sha256: Digest of all shards together.
         train: Tokens to train on.
         validation: Held-out tokens.
-        skipped: What of the sources is left out.
+        skipped: What is left out of the sources.
     """
 
     folder: Path
@@ -89,10 +89,11 @@ class TokenDataset:
 
 
 def open_tokens(folder: str | os.PathLike[str]) -> TokenDataset:
-    """Open prepared data, after comparing every file with its checksum and with the others.
+    """Open prepared data, after comparing every file with its checksum and with the index.
 
     Raises:
-        RunError: There is none, it is not finished, or a file is damaged or missing.
+        RunError: The folder holds no prepared data or is not finished, or a file is damaged or
+            missing.
     """
     folder = Path(folder)
     index = read_index(folder)
@@ -118,7 +119,7 @@ def open_tokens(folder: str | os.PathLike[str]) -> TokenDataset:
 def write_shard(
     path: Path, pieces: Iterable[np.ndarray], num_bytes: int, num_documents: int
 ) -> Shard:
-    """Write tokens piece by piece; the file appears when it is whole."""
+    """Write tokens piece by piece. The file appears when it is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     sha256, num_tokens = hashlib.sha256(), 0
     with temporary.open("wb") as file:
@@ -159,7 +160,7 @@ def _check_shard(path: Path, shard: Shard, index: Index, dtype: np.dtype, ends_s
     expected = shard.num_tokens * dtype.itemsize
     size = path.stat().st_size
     if not path.is_file():
-        raise damaged(path, "is no file")
+        raise damaged(path, "is not a file")
     if size != expected:
         raise damaged(path, f"has {size} bytes instead of {expected}")
     sha256, largest, separators = hashlib.sha256(), 0, 0
@@ -176,7 +177,7 @@ def _check_shard(path: Path, shard: Shard, index: Index, dtype: np.dtype, ends_s
     if separators != shard.num_documents + ends_split:
         raise damaged(
             path,
-            f"holds {separators} separators (token {index.separator}), which does not fit the "
+            f"holds {separators} separators (token {index.separator}), which does not match the "
             f"{shard.num_documents} documents that {INDEX} states",
         )
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a loop to stop after its step; a second one stops at once."""
+"""Ctrl-C or SIGTERM asks a loop to stop after its step; a second signal stops at once."""
 
 import signal
 import threading

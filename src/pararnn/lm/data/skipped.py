@@ -1,20 +1,20 @@
-"""What is left out of a source: by reason, how much it is and the first of it."""
+"""What is left out of a source: for each reason, the number and the first names."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 FIRST = 5
-"""Names that are kept for each reason."""
+"""Number of names that are kept for each reason."""
 EMPTY, HIDDEN = "empty", "hidden"
 
 
 @dataclass(frozen=True)
 class Skip:
-    """Something that is left out.
+    """One thing that is left out.
 
     Attributes:
         name: A file, a folder (with / at its end), or a line or row of a file.
-        reason: A few words that others of its kind are counted under.
+        reason: A few words to count it under.
     """
 
     name: str
@@ -32,11 +32,11 @@ class Skipped:
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, skip: Skip) -> None:
-        """Count one more."""
+        """Count one more thing."""
         self.update(Skipped({skip.reason: {"count": 1, "first": [printable(skip.name)]}}))
 
     def update(self, later: "Skipped") -> None:
-        """Count all that others left out after this."""
+        """Add what was left out later."""
         for reason, more in later.reasons.items():
             here = self.reasons.setdefault(reason, {"count": 0, "first": []})
             here["count"] += more["count"]
@@ -44,12 +44,12 @@ class Skipped:
 
     @property
     def lost(self) -> "Skipped":
-        """Without what is hidden or empty."""
+        """The same without hidden and empty things."""
         return Skipped({r: e for r, e in self.reasons.items() if r not in (EMPTY, HIDDEN)})
 
     @property
     def total(self) -> int:
-        """How much it is."""
+        """The number of things."""
         return sum(entry["count"] for entry in self.reasons.values())
 
     def describe(self) -> list[str]:
@@ -58,7 +58,7 @@ class Skipped:
 
 
 def printable(text: object) -> str:
-    """A name with what is no UTF-8 in it written as escapes."""
+    """A name in UTF-8; other bytes are written as escapes."""
     return str(text).encode(errors="backslashreplace").decode()
 
 

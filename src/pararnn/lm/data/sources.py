@@ -1,4 +1,4 @@
-"""From what the user names to readers that cut it into blocks, always at the same places."""
+"""Find the readers of the sources. A reader cuts its source into blocks at fixed places."""
 
 import os
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from pararnn.lm.data.streams import DATASET, DatasetReader
 
 
 class Reader(Protocol):
-    """A part of the sources that is read in order."""
+    """Reads a part of the sources in order."""
 
     @property
     def size(self) -> int | None:
-        """Its bytes; None when they are not known before it is read."""
+        """Bytes of the source; None if they are not known before it is read."""
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the source does, as JSON values."""
+        """JSON values that change when the source changes."""
 
     def blocks(self, start: Any, unit_bytes: int) -> Iterator[Block]:
-        """Blocks of about unit_bytes from the `next` of an earlier one; None for the beginning."""
+        """Blocks of about unit_bytes each. `start` is the `next` of an earlier block, or None."""
 
 
 def find_readers(
@@ -36,12 +36,12 @@ def find_readers(
     held_out: float | None = None,
     skip_errors: bool = False,
 ) -> tuple[list[Reader], Skipped]:
-    """Readers of all sources: first the text files, then rows, then datasets; what is left out.
+    """Readers of all sources, and what is left out: text files first, then rows, then datasets.
 
     Args:
-        sources: As `PrepareConfig` has them.
+        sources: As in `PrepareConfig`.
         text_field: Field of JSON rows and datasets that holds the text.
-        held_out: Cut a text that is the only file of all sources, to hold out this share of it.
+        held_out: Share to hold out of a text that is the only file; None to leave it whole.
         skip_errors: Leave out what cannot be read.
 
     Raises:
@@ -67,7 +67,7 @@ def is_dataset(source: str) -> bool:
 
 
 def is_path(source: str) -> bool:
-    """Whether a source is a file or a folder that the user has."""
+    """Whether a source is the path of a file or folder."""
     return source != STANDARD_LIBRARY and not is_dataset(source)
 
 

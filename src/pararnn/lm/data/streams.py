@@ -1,10 +1,10 @@
-"""Reading datasets of the `datasets` package as a stream."""
+"""Read datasets of the `datasets` package as a stream."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pararnn.lm.data.documents import Block, Rows, text_of
+from pararnn.lm.data.documents import Block, Rows, stopped, text_of
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.recipes import RECIPES
 from pararnn.lm.data.tokenization import first_line
@@ -22,11 +22,11 @@ class DatasetReader:
     size: None = field(default=None, init=False)
 
     def fingerprint(self) -> list[Any]:
-        """The name alone; whether the dataset changes is not known."""
+        """The name alone; the library cannot know whether the dataset has changed."""
         return [self.source]
 
     def blocks(self, start: list[Any] | None, unit_bytes: int) -> Iterator[Block]:
-        """From a row's number and the state of the stream there."""
+        """Blocks from [number of a row, state of the stream there]."""
         name, keep = self._choice()
         rows = _load(name)
         number, state = start or (0, None)
@@ -53,14 +53,15 @@ class DatasetReader:
         return self.source.removeprefix(DATASET), lambda row: True
 
     def _text(self, row: dict[str, Any], where: str) -> str | None:
-        """The text; None for a row without one."""
+        """The text of a row; None if it has no text."""
         text = text_of(row, self.text_field, where)
         if isinstance(text, str | None) or self.skip_errors:
             return text if isinstance(text, str) else None
-        raise RunError(
+        error = RunError(
             f"{where} holds {type(text).__name__} as {self.text_field!r}; name a field of strings "
-            "with --text-field. Or leave out such rows with --on-error skip."
+            "with --text-field."
         )
+        raise stopped(error, "such rows")
 
 
 def _load(name: str) -> Any:

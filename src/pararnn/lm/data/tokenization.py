@@ -16,7 +16,7 @@ from pararnn.lm.data.reading import DOCUMENT
 BYTES, TRAIN = "bytes", "train:"
 SEPARATOR = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
-"""The bytes and the separator."""
+"""The 256 bytes and the separator."""
 LARGEST_VOCABULARY = 1 << 20
 TOKENIZER_FILES = frozenset(
     {
@@ -26,15 +26,15 @@ TOKENIZER_FILES = frozenset(
         *("spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model"),
     }
 )
-"""What a tokenizer of transformers consists of; nothing else is taken from its folder."""
+"""The files of a tokenizer of transformers. No other file is taken from its folder."""
 
 
 class Tokenization(Protocol):
-    """Text to tokens.
+    """Converts text to tokens and back.
 
     Attributes:
-        vocab_size: Tokens are below it.
-        separator: Token that begins every document and ends a split.
+        vocab_size: Number of tokens; each token is below it.
+        separator: Token before every document and at the end of a split.
     """
 
     vocab_size: int
@@ -44,11 +44,11 @@ class Tokenization(Protocol):
         """Tokens of a document of UTF-8 text."""
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, U+FFFD where it is no UTF-8."""
+        """Text of tokens, with U+FFFD where they are not UTF-8."""
 
 
 class Bytes:
-    """Every byte is a token."""
+    """Each byte is a token."""
 
     vocab_size = 256
     separator = DOCUMENT
@@ -63,7 +63,7 @@ class Bytes:
 
 
 class Transformers:
-    """A tokenizer of transformers; names of special tokens inside a text are plain text."""
+    """A tokenizer of transformers. The name of a special token inside a text is plain text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -78,16 +78,16 @@ class Transformers:
         return np.asarray(encoded["input_ids"], dtype=np.int64)
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens; entries of a model's vocabulary beyond the tokenizer's are left out."""
+        """Text of tokens, without those that the model has but the tokenizer has not."""
         known = [token for token in tokens if token < self.vocab_size]
         return self.tokenizer.decode(known, clean_up_tokenization_spaces=False)
 
 
 def vocabulary_to_train(tokenizer: str) -> int | None:
-    """The number in train:NUMBER, None for another kind of tokenizer.
+    """The size in train:VOCAB_SIZE; None for another kind of tokenizer.
 
     Raises:
-        ValueError: What follows is no number, or too small a one.
+        ValueError: The size is not a number, or is out of range.
     """
     if not tokenizer.startswith(TRAIN):
         return None
@@ -106,11 +106,11 @@ def save_tokenizer(tokenizer: str, sample: Iterator[str], folder: Path) -> None:
 
     Args:
         tokenizer: train:VOCAB_SIZE, or what `AutoTokenizer` takes.
-        sample: Texts to train on; read only for the first kind.
-        folder: Where to write; appears when it is whole.
+        sample: Texts to train on; read for train:VOCAB_SIZE only.
+        folder: Where to write. It appears when it is whole.
 
     Raises:
-        RunError: It cannot be loaded, or has no token to separate documents with.
+        RunError: The tokenizer cannot be loaded, or has no token to separate documents.
     """
     size = vocabulary_to_train(tokenizer)
     made = _from_transformers(tokenizer) if size is None else _train(size, sample)
@@ -130,14 +130,14 @@ def save_tokenizer(tokenizer: str, sample: Iterator[str], folder: Path) -> None:
         names = {path.name for path in Path(temporary).iterdir() if path.is_file()}
         if unknown := sorted(names - TOKENIZER_FILES):
             raise RunError(
-                f"tokenizer {tokenizer} consists of files that are not known here "
-                f"({', '.join(unknown)}); give one that has a tokenizer.json."
+                f"tokenizer {tokenizer} has files that the library does not know "
+                f"({', '.join(unknown)}); give a tokenizer that has a tokenizer.json."
             )
         copy_tokenizer(Path(temporary), folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files, and nothing else that is beside them, into a new folder.
+    """Copy the files of a tokenizer, and no others beside them, into a new folder.
 
     The folder appears when it is whole.
     """
@@ -151,7 +151,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def add_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files, and nothing else that is beside them, into a folder.
+    """Copy the files of a tokenizer, and no others beside them, into a folder.
 
     Raises:
         FileExistsError: The folder has a file of that name.
@@ -163,20 +163,20 @@ def add_tokenizer(source: Path, folder: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of a tokenizer's files, by name."""
+    """The SHA-256 of the files of a tokenizer, by name."""
     return {name: digest(folder / name) for name in _files_in(folder)}
 
 
 def check_files(folder: Path, expected: dict[str, str]) -> None:
-    """Compare a tokenizer's files with their digests.
+    """Compare the files of a tokenizer with their digests.
 
     Raises:
-        RunError: One is missing, too many, or not as it was.
+        RunError: A file is missing, was added or was changed.
     """
     found = digests(folder)
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
-            how = "does not have its checksum" if name in found else "is missing or is no file"
+            how = "does not have its checksum" if name in found else "is missing or not a file"
             raise RunError(
                 f"{folder / name} {how if name in expected else 'was added to the tokenizer'}; "
                 f"{'restore it from a copy' if name in expected else 'remove it'}, or prepare the "
@@ -185,13 +185,13 @@ def check_files(folder: Path, expected: dict[str, str]) -> None:
 
 
 def load_tokenizer(folder: Path | None) -> Tokenization:
-    """The tokenizer of a folder of prepared data; None for bytes."""
+    """The tokenizer in a folder; for None, bytes."""
     return Bytes() if folder is None else _load(folder, _stamps(folder))
 
 
 @functools.lru_cache(maxsize=2)
 def _load(folder: Path, stamps: tuple[Any, ...]) -> Tokenization:
-    """As its files were when they had these times."""
+    """Load once per state of the files."""
     return Transformers(_from_transformers(str(folder)))
 
 
@@ -201,12 +201,12 @@ def _stamps(folder: Path) -> tuple[Any, ...]:
 
 
 def _files_in(folder: Path) -> list[str]:
-    """The names of a tokenizer's files that a folder has."""
+    """The names of the files of a tokenizer in a folder."""
     return [name for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()]
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of a message that may be long, or what kind of error it is."""
+    """The first line of the message of an error, or its type."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -223,7 +223,7 @@ def _from_transformers(name: str) -> Any:
 
 
 def _train(vocab_size: int, sample: Iterator[str]) -> Any:
-    """A byte-level BPE; the same texts give the same one."""
+    """A byte-level BPE; the same texts give the same tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

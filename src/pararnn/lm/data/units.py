@@ -1,4 +1,4 @@
-"""Units of work, tokenized by processes."""
+"""Units: blocks of the sources, which processes tokenize."""
 
 import dataclasses
 import sys
@@ -25,10 +25,10 @@ class Units:
     """The units of a run.
 
     Args:
-        config: Settings of the run.
-        folder: Of the prepared data; parts are in a folder within it.
-        readers: Of the sources.
-        progress: Kept up to date.
+        config: Settings.
+        folder: Folder of the prepared data; parts go into a folder inside.
+        readers: Readers of the sources.
+        progress: Is kept up to date.
         tokenizer: Folder of the tokenizer; None for bytes.
     """
 
@@ -49,10 +49,10 @@ class Units:
         self.num_found = progress.num_units
 
     def tokenize(self, workers: int) -> int | None:
-        """Write the parts that are missing, and shards as soon as they are whole.
+        """Write the missing parts, and each shard as soon as its parts are there.
 
         Returns:
-            None, or the number of the signal that stopped it.
+            None, or the number of the signal that stopped the work.
         """
         first, start, done = self._first_missing()
         total = self._total()
@@ -82,7 +82,7 @@ class Units:
         """Write the last shards.
 
         Raises:
-            RunError: There are not two documents, one for each split.
+            RunError: There are fewer than two documents.
         """
         self.merger.merge_last([self._part(number) for number in self._next_units()])
 
@@ -117,7 +117,7 @@ class Units:
     def _collect(
         self, pending: dict[Future[Any], tuple[int, int]], bar: tqdm, stop: StopSignals, most: int
     ) -> None:
-        """Wait until at most so many units are at work; write the shards that became whole."""
+        """Wait until at most `most` units are in work; write shards whose parts are there."""
         while len(pending) > most and stop.received is None:
             for work in wait(pending, return_when=FIRST_COMPLETED).done:
                 number, num_bytes = pending.pop(work)
@@ -128,12 +128,12 @@ class Units:
             self.merger.merge([self._part(number) for number in self._next_units()])
 
     def _is_whole(self) -> bool:
-        """Whether the next shard is, and is not the last."""
+        """Whether all parts of the next shard are there, and it is not the last shard."""
         is_last = self.num_found <= self.progress.num_units + self.config.units_per_shard
         return not is_last and self.finished.issuperset(self._next_units())
 
     def _next_units(self) -> range:
-        """Units of the next shard."""
+        """Numbers of the units of the next shard."""
         first = self.progress.num_units
         return range(first, min(first + self.config.units_per_shard, self.num_found))
 

@@ -1,4 +1,4 @@
-"""Words for the screen: on terminals of any encoding, and as commands for a shell."""
+"""Text for the user: printed on terminals of any encoding, or as words of a shell."""
 
 import os
 import shlex
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def say(text: str) -> None:
-    """Print at once; characters that the terminal does not know are written as escapes."""
+    """Print at once. Characters that the terminal does not know are written as escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # nobody reads any more, as behind `| head`
+    except BrokenPipeError:  # the reader has ended, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Worker processes, which end with the process that started them."""
 
 import multiprocessing
 import os
@@ -12,20 +12,20 @@ from pararnn.lm.data.signals import SIGNALS
 
 
 class Inline(Executor):
-    """Does the work in this process, when it is submitted."""
+    """Does the work in this process as soon as it is submitted."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call the function; what it raises is raised here."""
+        """Call the function. Its errors are raised here."""
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
 
 
 class Processes(ProcessPoolExecutor):
-    """Processes that leave stop signals to this one, and end when it does, even by a kill.
+    """Processes that ignore stop signals and end when this process ends, even by a kill.
 
     Args:
-        workers: How many.
+        workers: Number of processes.
     """
 
     def __init__(self, workers: int) -> None:
@@ -33,7 +33,7 @@ class Processes(ProcessPoolExecutor):
         super().__init__(workers, context, initializer=_start_worker)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As in the base class; a process that is started here inherits the blocked signals."""
+        """As in the base class. A process that is started here inherits the blocked signals."""
         if not hasattr(signal, "pthread_sigmask"):
             return super().submit(fn, *args, **kwargs)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -44,7 +44,7 @@ class Processes(ProcessPoolExecutor):
 
 
 def _start_worker() -> None:
-    for number in SIGNALS:  # where they cannot be blocked
+    for number in SIGNALS:  # on systems that cannot block them
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -33,8 +33,20 @@ class Net(nn.Module):
         return self.rnn(x)[0]
 
 
-def exported(name, strict=False):
-    net = Net(LAYERS[name]()).eval()
+class TwoKinds(nn.Module):
+    """A layer that has the states of another as its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.elementwise = pararnn.ParaGRU(3, 3, batch_first=True)
+        self.mixing = LAYERS["mixing"]()
+
+    def forward(self, x):
+        return self.mixing(self.elementwise(x)[0])
+
+
+def exported(make, strict=False):
+    net = Net(make()).eval()
     sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("time")},)
     return net, torch.export.export(
         net, (torch.randn(2, 20, 3),), dynamic_shapes=sizes, strict=strict
@@ -44,7 +56,7 @@ def exported(name, strict=False):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("strict", [False, True], ids="strict={}".format)
 def test_dynamic_batch_and_time(name, strict):
-    net, program = exported(name, strict)
+    net, program = exported(LAYERS[name], strict)
     for shape in ((5, 33, 3), (1, 7, 3)):
         x = torch.randn(shape)
         assert_close("y", program.module()(x), net(x), rtol=1e-5)
@@ -75,7 +87,7 @@ def compiled_outputs(file):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_runs_in_another_process(name, tmp_path):
-    net, program = exported(name)
+    net, program = exported(LAYERS[name])
     torch.export.save(program, tmp_path / "net.pt2")
     found = elsewhere(outputs, tmp_path / "net.pt2")
     assert_close("y", found, net(X), rtol=1e-5)
@@ -83,7 +95,7 @@ def test_runs_in_another_process(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["elementwise", "mixing"])
 def test_gradients_in_another_process(name, tmp_path):
-    net, program = exported(name)
+    net, program = exported(LAYERS[name])
     torch.export.save(program, tmp_path / "net.pt2")
     found = elsewhere(input_gradient, tmp_path / "net.pt2")
     x = X.clone().requires_grad_()
@@ -96,11 +108,10 @@ def test_gradients_in_another_process(name, tmp_path):
 )
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")
-@pytest.mark.parametrize("name", ["elementwise", "mixing"])
-def test_ahead_of_time_inductor(name, tmp_path):
+def test_ahead_of_time_inductor(tmp_path):
     """Compiled to a library, which another process loads."""
     with torch.no_grad():
-        net, program = exported(name)
+        net, program = exported(TwoKinds)
         file = str(tmp_path / "net.pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=file)
     found = elsewhere(compiled_outputs, file)

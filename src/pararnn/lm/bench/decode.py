@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, StaticCache
 
 from pararnn.bench.problem import Row
 from pararnn.bench.timing import steps_milliseconds
-from pararnn.kernels.graphs import captured
+from pararnn.layers.stepping import captured_step, compile_options
 from pararnn.lm.bench.models import ModelSize, release
-from pararnn.lm.decoding.decoder import Decoder, decoding_options, largest
+from pararnn.lm.decoding.decoder import Decoder, largest
 from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.models.architectures import missing_kernels
 from pararnn.lm.models.flops import multiplied_parameters
@@ -117,7 +117,8 @@ def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Call
     step()  # the cache makes its tensors
     if model.device.type != "cuda":
         return step
-    return captured(torch.compile(step, dynamic=False, options=decoding_options()))
+    compiled = torch.compile(step, dynamic=False, options=compile_options())
+    return captured_step(compiled, model.device)
 
 
 def _repeated(step: Callable[[], None]) -> Callable[[], None]:

@@ -7,23 +7,18 @@ and replayed; elsewhere the same function is called.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pararnn.kernels.graphs import captured
-from pararnn.layers.rnn import RNN
+from pararnn.layers.stepping import Form, captured_step, compile_options
 from pararnn.lm.models.cache import LayerState, ParaRNNCache, State, map_state
 from pararnn.lm.models.configuration import ATTENTION
 from pararnn.lm.models.convolution import advance_windows
 from pararnn.lm.models.modeling import ParaRNNForCausalLM
 from pararnn.planning.costs import COSTS
-from pararnn.tracing.ran import Ran
-from pararnn.tracing.watch import Watched
 
 _LEAST_NOISE = 2.0**-25  # exponential noise may be drawn as 0, for all below 2**-24
 
@@ -103,10 +98,10 @@ class Decoder:
         self._next: Callable[[], tuple[list[Tensor], list[Tensor]]] = self._advance
         if compiled:
             self._next = torch.compile(
-                self._advance, fullgraph=True, dynamic=False, options=decoding_options()
+                self._advance, fullgraph=True, dynamic=False, options=compile_options()
             )
         self._run: Callable[[], None] = self._replace
-        self._prepared_for: _Form | None = None
+        self._prepared_for: Form | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -203,8 +198,8 @@ class Decoder:
             LayerState(window, map_state(torch.zeros_like, layer.recurrent))
             for window, layer in zip(self._windows, layers, strict=True)
         ]
-        self._prepared_for = _Form(self.model)
-        self._run = _captured(self._replace, self.model.device)
+        self._prepared_for = Form(self.model)
+        self._run = captured_step(self._replace, self.model.device)
         self._ended.zero_()
 
     def _replace(self) -> None:
@@ -237,26 +232,6 @@ class Decoder:
         self._ended.logical_or_(self.tokens == self._end)
 
 
-class _Form:
-    """All that a captured step takes of a model for granted."""
-
-    def __init__(self, model: ParaRNNForCausalLM) -> None:
-        everything = Ran()
-        everything.computes_names = True
-        self._model = model
-        self._watched = Watched(model, everything, lambda _: {})
-        self._layers = self._now()
-
-    def _now(self) -> tuple[list[object], list[int]]:
-        """How its layers are traced, and where its weights are."""
-        layers = [m for m in self._model.modules() if isinstance(m, RNN)]
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        return [layer.evaluation() for layer in layers], [t.data_ptr() for t in tensors]
-
-    def has_changed(self) -> bool:
-        return self._now() != self._layers or self._watched.change(self._model) is not None
-
-
 def largest(scores: Tensor) -> Tensor:
     """`scores.argmax(-1, keepdim=True)` in two stages, for one takes a long row one processor."""
     size = min(COSTS.part_of_scores, scores.shape[-1])
@@ -274,25 +249,8 @@ def _recurrent(layers: list[LayerState]) -> list[Tensor]:
     return [tensor for layer in layers for tensor in _components(layer.recurrent)]
 
 
-def decoding_options() -> dict[str, Any]:
-    """For `torch.compile` of a step: products with one vector by `kernels.matvec`, if it runs."""
-    if importlib.util.find_spec("triton") is None:
-        return {}
-    from pararnn.kernels.matvec_fusion import FuseMatvecs
-
-    return {"post_grad_custom_post_pass": FuseMatvecs()}
-
-
 def _components(state: State) -> tuple[Tensor, ...]:
     return (state,) if isinstance(state, Tensor) else state
-
-
-def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """On a GPU the work of `run` as a CUDA graph."""
-    if device.type != "cuda":
-        return run
-    with torch.cuda.device(device):
-        return captured(run)
 
 
 def _until(tokens: list[int], end: int | None) -> list[int]:

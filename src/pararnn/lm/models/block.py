@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pararnn.layers.rnn import RNN
+from pararnn import RNN
 from pararnn.lm.models.attention import AttentionMixer, AttentionState
 from pararnn.lm.models.boundaries import Boundaries
 from pararnn.lm.models.cache import LayerState

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pararnn.layers.rnn import RNN
+from pararnn import RNN
 from pararnn.lm.models.cache import State, map_state
 
 Model = TypeVar("Model", bound=nn.Module)

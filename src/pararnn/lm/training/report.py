@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from pararnn.layers.rnn import RNN
+from pararnn import RNN
 from pararnn.lm.data.files import write_atomically
 from pararnn.lm.data.words import say
 from pararnn.lm.models.causal_loss import CausalLoss

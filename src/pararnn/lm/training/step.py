@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pararnn.layers.constraints import project_parameters
+from pararnn import project_parameters
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.config import OptimizerConfig
 from pararnn.lm.training.parallel import Processes

@@ -85,7 +85,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_decoder_sees_what_has_changed(make_model, change, monkeypatch):
     made = []
-    monkeypatch.setattr(generation, "_captured", lambda run, device: made.append(1) or run)
+    monkeypatch.setattr(generation, "captured_step", lambda run, device: made.append(1) or run)
     model = make_model()
     decoder = Decoder(model, 3)
     before = decoder.generate(PROMPTS, max_new_tokens=9)
@@ -140,7 +140,7 @@ def test_runs_before_the_capture_leave_no_trace(make_model, cell, monkeypatch):
         run()
         return run
 
-    monkeypatch.setattr(generation, "_captured", captured)
+    monkeypatch.setattr(generation, "captured_step", captured)
     assert generate(model, PROMPTS, max_new_tokens=12, end_of_text=3) == expected
     ended = Decoder(model, 3)
     ended.start(PROMPTS, end_of_text=expected[0][0])

@@ -69,6 +69,7 @@ class Recorder(TorchDispatchMode):
         self._latest_write = ""
         self._saved: list[Tensor] = []
         self._unpacked: Tensor | None = None
+        self._ordinary: set[CodeType] = set()  # code that is not of an autograd function
         self._inputs = {_storage(tensor): name for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
             self._bind(tensor, self.graph.placeholder(name))
@@ -238,12 +239,28 @@ class Recorder(TorchDispatchMode):
                 "packed weights, which cannot be traced. Keep the weights as integers in a buffer "
                 "and multiply with (integers * scale) in the step, or quantise other layers only."
             )
-        if self._grad and not torch.is_grad_enabled() and _inside_autograd_function():
+        if self._grad and not torch.is_grad_enabled() and self._inside_autograd_function():
             raise TraceError(
                 f"{self.subject} calls a torch.autograd.Function at {show_place(place)}; its "
                 "backward cannot be seen by tracing. Write it with ordinary operations and "
                 ".detach()."
             )
+
+    def _inside_autograd_function(self) -> bool:
+        """Whether what is recorded is in one; what records may be, as in reentrant checkpointing.
+
+        Its frame tells: from PyTorch 2.14 on, `apply` itself has none.
+        """
+        running = set()
+        frame: FrameType | None = sys._getframe(3)
+        while frame is not None and frame.f_code is not _run.__code__:
+            running.add(frame.f_code)
+            frame = frame.f_back
+        unknown = running - self._ordinary
+        if unknown and not unknown.isdisjoint(_forwards()):
+            return True
+        self._ordinary |= unknown
+        return False
 
 
 def mapped(
@@ -304,19 +321,14 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return bool(marks.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
 
-def _inside_autograd_function() -> bool:
-    """Whether what is recorded is in one; what records may be, as in reentrant checkpointing."""
-    forwards, classes = set(), [torch.autograd.Function]
-    while classes:  # from PyTorch 2.14 on, `apply` itself has no frame
-        found = classes.pop()
-        forwards.add(getattr(found.forward, "__code__", None))
-        classes += found.__subclasses__()
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None and frame.f_code is not _run.__code__:
-        if frame.f_code in forwards:
-            return True
-        frame = frame.f_back
-    return False
+def _forwards() -> set[CodeType | None]:
+    """The code of every autograd function's forward."""
+    found, classes = set(), [torch.autograd.Function]
+    while classes:
+        function = classes.pop()
+        found.add(getattr(function.forward, "__code__", None))
+        classes += function.__subclasses__()
+    return found
 
 
 def show_place(place: tuple[str, int] | None) -> str:

@@ -61,16 +61,26 @@ class Operations(nn.Module):
 
 
 @functools.cache
-def outcomes(group, dtype, backend):
-    """What the layer and the loop give for a group."""
+def of_the_loop(group, dtype):
+    """A cell, its inputs, and what the loop gives for them."""
     torch.manual_seed(group)
     cell = Operations(GROUPS[group]).to(dtype)
     x = 3 * torch.rand(BATCH, TIME, cell.input_size, dtype=dtype) - 1.5
     x[..., -1] = -1
     state = random_state(cell.num_components, BATCH, HIDDEN, dtype=dtype)
+    return cell, x, state, outcome(functools.partial(loop, cell), cell, x, state)
+
+
+ALIVE = {}  # a layer of every group: the others take the derivatives of its recurrence
+
+
+@functools.cache
+def outcomes(group, dtype, backend):
+    """What the layer and the loop give for a group."""
+    cell, x, state, expected = of_the_loop(group, dtype)
     rnn = RNN(cell, backend=backend)
+    ALIVE.setdefault(group, rnn)
     assert rnn.evaluation().traced.structure == "elementwise", rnn.evaluation().traced.reason
-    expected = outcome(functools.partial(loop, cell), cell, x, state)
     return outcome(rnn, cell, x, state), expected
 
 
@@ -112,6 +122,7 @@ def special_outcomes(group, dtype):
     count = cell.num_components
     x = torch.cat([w.repeat(2 * count), w.new_ones(1)])[None, None]
     rnn = RNN(cell, backend="c")
+    ALIVE.setdefault(group, rnn)
     results = []
     for run in (lambda s: rnn(x, s)[1], lambda s: cell(x[:, 0], s)):
         state = tuple(u[None].clone().requires_grad_() for _ in range(count))

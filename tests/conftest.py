@@ -1,5 +1,6 @@
 """Fixtures of every test: fixed seeds, one thread, and nothing kept by the compiler."""
 
+import gc
 import os
 import sys
 from types import SimpleNamespace
@@ -16,6 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+gc.disable()  # until all is imported: there is no garbage, and to look for it takes seconds
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_auto_num_workers():

@@ -24,7 +24,7 @@ def prepare(*more):
 def test_prepare_and_check(capsys):
     assert prepare("--tokenizer", "train:300", "--held-out", "0.2") == 0
     printed = capsys.readouterr().out
-    assert "tokens: vocabulary of 300 tokens; all checksums are right" in printed
+    assert "tokens: vocabulary of 300 tokens; all checksums match" in printed
     assert "train: " in printed
     assert "validation: " in printed
     assert main(["data", "check", "tokens"]) == 0

@@ -73,7 +73,7 @@ def test_prompt_tuning(model, tokens, peft):
 
 def test_prefix_tuning_is_refused(model, tokens, peft):
     config = peft.PrefixTuningConfig(**VIRTUAL)
-    with pytest.raises(TypeError, match=r"a DynamicCache, but this model goes on from a ParaRNNC"):
+    with pytest.raises(TypeError, match=r"a DynamicCache, but this model continues from a Para"):
         peft.get_peft_model(model, config)(input_ids=tokens)
 
 

@@ -166,7 +166,7 @@ def test_size_is_a_starting_point(tokens, capsys):
     for wrong, message in (
         (["--size", "3b"], "size '3b' has no preset"),
         (["--size", "1b", "--model", "mgu"], "architecture 'mgu' has no preset"),
-        (["--size", "1b", "--resume"], "--size goes without --resume"),
+        (["--size", "1b", "--resume"], "--size does not work with --resume"),
     ):
         with pytest.raises(SystemExit):
             main(["train", *wrong])

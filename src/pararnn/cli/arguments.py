@@ -13,8 +13,8 @@ def parse(
 ) -> Arguments:
     """Parse the arguments of a command.
 
-    A misspelt flag is answered with the nearest right one, a value that a configuration refuses
-    with its reason; both end the process with status 2.
+    A misspelt flag ends the process with status 2 and names the nearest right one. A value that a
+    configuration refuses ends it with status 2 and the reason.
     """
     try:
         return tyro.cli(

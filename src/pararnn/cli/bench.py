@@ -25,8 +25,8 @@ from pararnn.lm.training.parallel import Processes, join_processes
 class BenchArguments:
     """Time the kernels on this GPU, against the copy limit and other implementations.
 
-    bench decode times generation, bench train whole train steps of language models; each has a
-    --help of its own.
+    bench decode times generation, and bench train whole train steps of language models; each has
+    its own --help.
     """
 
     out: Path = Path("benchmarks-gpu")
@@ -34,7 +34,7 @@ class BenchArguments:
     quick: bool = False
     """Only the recurrence at the sizes of the table."""
     pararnn_torch: Path | None = None
-    """Folder that the package pararnn-torch is installed in, to time it too."""
+    """Folder where the package pararnn-torch is installed, to time it too."""
 
 
 @dataclass(kw_only=True)
@@ -42,11 +42,11 @@ class _ModelArguments:
     preset: str = "1b"
     """Size of the paper: 400m, 1b, 2.9b or 7b."""
     architectures: tuple[str, ...] = ARCHITECTURES
-    """Which models, one after the other."""
+    """Models to time, one after the other."""
     width: int | None = None
-    """Channels instead of the preset's."""
+    """Channels; None for those of the preset."""
     layers: int | None = None
-    """Blocks instead of the preset's."""
+    """Blocks; None for those of the preset."""
     vocab_size: int = VOCAB_SIZE
     """Number of tokens in the vocabulary."""
     device: str = "auto"
@@ -82,7 +82,7 @@ class DecodeArguments(_ModelArguments):
     batch_sizes: tuple[int, ...] = (1, 16)
     """Texts side by side."""
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
-    """Tokens before the generated one, where that matters: in the Transformer's cache."""
+    """Numbers of tokens before the generated one; they matter for the cache of the Transformer."""
     table: ClassVar[Table] = DECODE
 
     def rows(self, processes: Processes, rate: float) -> Iterator[Row]:
@@ -98,11 +98,11 @@ class DecodeArguments(_ModelArguments):
 class TrainArguments(_ModelArguments):
     """Time train steps of language models, with the same batch for all.
 
-    Under torchrun the processes share every model as in training.
+    Under torchrun the processes share every model, as in training.
     """
 
     batch_size: int | None = None
-    """Sequences of one process; by default as many as the paper has per GPU."""
+    """Sequences of one process; None for the number of the paper per GPU."""
     sequence_length: int = SEQUENCE_LENGTH
     """Tokens per sequence."""
     table: ClassVar[Table] = TRAIN
@@ -118,7 +118,7 @@ MODELS = {"decode": DecodeArguments, "train": TrainArguments}
 
 
 def run(arguments: list[str]) -> int:
-    """Measure, print every row as it comes, and store them."""
+    """Measure, print every row at once, and store all."""
     name, *rest = arguments or ["kernels"]
     if name.startswith("-"):
         name, rest = "kernels", arguments

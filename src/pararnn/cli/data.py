@@ -15,7 +15,7 @@ from pararnn.lm.data.words import say
 
 @dataclass(kw_only=True)
 class PrepareArguments:
-    """Write the tokens of texts as checksummed shards. A stopped run goes on when called again."""
+    """Write the tokens of texts as checksummed shards. Call it again to continue a stopped run."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE...")]
     """Text files, folders of them, files of JSON rows (.jsonl, .ndjson, .json), all of these also
@@ -31,8 +31,8 @@ class PrepareArguments:
     text_field: str = PrepareConfig.text_field
     """Field of JSON rows and datasets that holds the text."""
     on_error: OnError = PrepareConfig.on_error
-    """What becomes of lines without a text, and of files in a folder that cannot be read: stop, or
-    skip to leave them out and count them."""
+    """What to do with a line without a text, and with a file in a folder that cannot be read:
+    stop, or skip to leave it out and count it."""
     workers: int | None = None
     """Processes; None for one per core."""
 
@@ -54,7 +54,7 @@ class PrepareArguments:
 
 @dataclass(kw_only=True)
 class CheckArguments:
-    """Compare prepared data with its checksums and print what it holds."""
+    """Compare prepared data with its checksums and print its contents."""
 
     folder: tyro.conf.Positional[Path]
     """Folder that `pararnn data prepare` wrote."""
@@ -72,7 +72,7 @@ class DataArguments:
 
 
 def run(arguments: list[str]) -> int:
-    """Prepare or check; returns 0, or 128 and the number of the signal that stopped it."""
+    """Prepare or check. Returns 0, or 128 plus the number of the signal that stopped it."""
     command = parse(DataArguments, "data", arguments).command
     if isinstance(command, CheckArguments):
         say(_describe(open_tokens(command.folder)))
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _describe(data: TokenDataset) -> str:
-    lines = [f"{data.folder}: vocabulary of {data.vocab_size:,} tokens; all checksums are right"]
+    lines = [f"{data.folder}: vocabulary of {data.vocab_size:,} tokens; all checksums match"]
     for name, split in (("train", data.train), ("validation", data.validation)):
         lines.append(
             f"  {name}: {split.num_tokens:,} tokens; documents: {split.num_documents:,}; bytes of "

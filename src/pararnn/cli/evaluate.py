@@ -16,7 +16,7 @@ from pararnn.lm.training.parallel import choose_device
 from pararnn.lm.training.runs import identity_of
 from pararnn.lm.training.text import Codec, open_codec, open_text
 
-_TASK_BATCH = 8  # requests side by side; their logits are kept whole
+_TASK_BATCH = 8  # requests side by side; all their logits are in memory
 
 
 @dataclass(kw_only=True)
@@ -28,11 +28,11 @@ class EvalArguments:
     data: Path | None = None
     """File or folder of texts; None for all held-out bytes of the run."""
     tasks: str | None = None
-    """Names of tasks of the harness, separated by commas, instead of a text."""
+    """Tasks of the harness instead of a text, separated by commas."""
     task_folder: Path | None = None
-    """Folder of further tasks, YAML files as the harness defines them."""
+    """Folder of further tasks, as YAML files of the harness."""
     num_fewshot: int | None = None
-    """Solved examples before each question; None for the task's own number."""
+    """Solved examples before each question; None for the number of the task."""
     limit: int | None = None
     """Questions per task; None for all."""
     device: str = "auto"
@@ -42,12 +42,12 @@ class EvalArguments:
         if self.tasks is None:
             for name in ("task_folder", "num_fewshot", "limit"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"--{name.replace('_', '-')} goes with --tasks.")
+                    raise ValueError(f"--{name.replace('_', '-')} needs --tasks.")
             return
         if self.data is not None:
-            raise ValueError("--data goes without --tasks; a task has its own data.")
+            raise ValueError("--data does not work with --tasks; a task has its own data.")
         if not all(self.task_names):
-            raise ValueError(f"a name is empty in --tasks {self.tasks!r}.")
+            raise ValueError(f"--tasks {self.tasks!r} has an empty name.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"num-fewshot is {self.num_fewshot}; it must be >= 0.")
         if self.limit is not None and self.limit < 1:
@@ -60,7 +60,7 @@ class EvalArguments:
 
 
 def run(arguments: list[str]) -> int:
-    """Print bits per byte, or the harness's table."""
+    """Print bits per byte, or the table of the harness."""
     parsed = parse(EvalArguments, "eval", arguments)
     if parsed.tasks is not None:
         return _run_tasks(parsed)

@@ -1,4 +1,4 @@
-"""Finds the command, and turns the errors that a user can put right into one message."""
+"""Finds the command, and reports errors that the user can correct in one message."""
 
 import difflib
 import importlib
@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after the program's name; None for those of the process.
 
     Returns:
-        Exit status: 0, 1 for a run that failed, 2 for wrong arguments, 128 and the signal's number
-        for a run that a signal stopped.
+        Exit status: 0; 1 for a run that failed; 2 for wrong arguments; 128 plus the number of the
+        signal for a run that a signal stopped.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -67,18 +67,18 @@ def _run(name: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
     except MemoryError:
-        return _fail(f"out of memory in {name}; give it less at once.", FAILED)
+        return _fail(f"out of memory in {name}; give it less data at once.", FAILED)
     except RecursionError as error:
-        return _fail(f"{name} met something nested too deeply ({error}).", FAILED)
+        return _fail(f"{name} read something that is nested too deeply ({error}).", FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", FAILED)
 
 
 def _end_within(seconds: float) -> None:
-    """End this process by then, also where a thread still waits.
+    """End this process after some seconds, even if a thread still waits.
 
-    One that writes a checkpoint may wait for another process, and that one for this to end.
+    A thread that writes a checkpoint may wait for a process that waits for this one to end.
     """
     timer = threading.Timer(seconds, os._exit, (FAILED,))
     timer.daemon = True

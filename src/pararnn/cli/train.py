@@ -35,16 +35,16 @@ class TrainArguments:
     def __post_init__(self) -> None:
         if self.size is not None:
             if self.resume:
-                raise ValueError("--size goes without --resume; a run keeps its settings.")
+                raise ValueError("--size does not work with --resume; a run keeps its settings.")
             preset_config(self.config.model, self.size)
 
 
 def run(arguments: list[str]) -> int:
-    """Train; returns 0, or 128 and the number of the signal that stopped it.
+    """Train. Returns 0, or 128 plus the number of the signal that stopped it.
 
-    One of several processes that a signal stopped returns 0: all has been saved and said, and
-    `torchrun` would take anything else for a failure and print a traceback. Where another process
-    has told the user what failed, 1 and no message.
+    One of several processes returns 0 after a signal: everything is saved and reported, and
+    `torchrun` would take any other status for a failure and print a traceback. If another process
+    has reported an error, returns 1 without a message.
     """
     parsed = parse(TrainArguments, "train", arguments)
     if parsed.resume:

@@ -1,4 +1,4 @@
-"""One token after another: the speed of generation against that of reading the weights."""
+"""Speed of generation, token by token, against the speed of reading the weights."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def decode_rows(
 ) -> Iterator[Row]:
     """Time single steps of generation in bfloat16, greedily.
 
-    Where the state does not grow with the text there is one row for all contexts. The text itself
-    is not read first: attention works through a cache of that length whatever it holds.
+    A model whose state does not grow with the text has one row for all contexts. No text is read
+    first: the time of attention depends on the length of the cache, not on its content.
 
     Args:
-        size: Of the models.
+        size: Size of the models.
         architectures: Names of presets.
         batches: Texts side by side.
-        contexts: Tokens before the one that is generated.
+        contexts: Numbers of tokens before the generated one.
         device: Where to run; on a GPU a step is compiled and captured in a CUDA graph.
-        rate: What the device copies, in GB/s.
+        rate: Speed at which the device copies, in GB/s.
     """
     for architecture in architectures:
         grows = hasattr(size.config(architecture, max(contexts)), "num_key_value_heads")
@@ -82,7 +82,7 @@ def _measure(
 def _steps(
     model: PreTrainedModel, batch: int, context: int | None
 ) -> tuple[Callable[[], None], int]:
-    """A function that runs `_STEPS` steps, and the bytes of state that one reads and writes."""
+    """A function that runs `_STEPS` steps, and the bytes of state that a step reads and writes."""
     if isinstance(model, ParaRNNForCausalLM):
         decoder = Decoder(model, batch, compiled=model.device.type == "cuda")
         decoder.start([[1]] * batch)
@@ -104,7 +104,7 @@ def _steps(
 
 
 def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Callable[[], None]:
-    """One greedy step of a model of transformers, as `Decoder` has it for ours."""
+    """One greedy step of a model of transformers, as `Decoder.step` is for our models."""
     accepted = inspect.signature(model.forward).parameters
     name = "cache_params" if "cache_params" in accepted else "past_key_values"
     tokens = torch.ones(batch, 1, dtype=torch.int64, device=model.device)

@@ -1,4 +1,4 @@
-"""The language models that are timed: the paper's sizes, or smaller ones to try things out."""
+"""The language models that are timed, of the sizes of the paper or smaller ones for a trial."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ModelSize:
 
     Attributes:
         name: A preset of `pararnn.lm.models.presets`.
-        width: Channels instead of the preset's; None for those.
-        num_layers: Blocks instead of the preset's; None for those.
+        width: Channels; None for those of the preset.
+        num_layers: Blocks; None for those of the preset.
         vocab_size: Tokens.
     """
 
@@ -50,7 +50,7 @@ class ModelSize:
     def build(
         self, architecture: str, device: torch.device, dtype: torch.dtype, max_length: int
     ) -> PreTrainedModel:
-        """A new model, made on the device and of the type that it keeps."""
+        """A new model, made on its device and in its type."""
         with torch.device(device):
             config = self.config(architecture, max_length)
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -63,7 +63,7 @@ class ModelSize:
 
 
 def release() -> None:
-    """Give back what the last model used, so that the next starts from an empty device."""
+    """Free the memory of the last model, so that the next starts on an empty device."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

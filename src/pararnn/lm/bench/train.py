@@ -1,4 +1,4 @@
-"""Whole train steps of language models: ours and the baselines, one after the other."""
+"""Time whole train steps of our language models and of the baselines."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def train_rows(
     """Time train steps on random tokens; one row for each architecture.
 
     A step is forward and backward in bfloat16 autocast with float32 weights, and fused AdamW; on a
-    GPU every block is compiled. An architecture that does not fit the memory is tried with half the
-    sequences, then with activation checkpointing; one whose blocks do not compile runs them as they
-    are. Its row says so, or why it was skipped.
+    GPU every block is compiled. If an architecture does not fit into memory, it is tried with half
+    the sequences, then with activation checkpointing. Blocks that do not compile run without. The
+    row says so, or says why the architecture was skipped.
 
     Args:
-        size: Of the models.
+        size: Size of the models.
         architectures: Names of presets.
         batch: Sequences of one process; None for as many as the paper has per GPU at this size.
         time: Tokens per sequence.
-        processes: That share the model (FSDP2), each with sequences of its own. What one of them
-            cannot do is taken for what none can.
+        processes: Processes that share the model (FSDP2), each with its own sequences. An error in
+            one of them counts for all.
     """
     batch = batch or preset(architectures[0], size.name).batch_size
     for architecture in architectures:
@@ -62,7 +62,7 @@ def _row(size: ModelSize, architecture: str, batch: int, time: int, processes: P
         except torch.OutOfMemoryError:
             tries.pop(0)
             continue
-        except Exception as error:  # whatever it is, it must not take the others along
+        except Exception as error:  # any error; the other architectures must still run
             reason = _in_one_line(error)
             if not compiled:
                 return row | {"note": "; ".join(notes), "skipped": reason}
@@ -93,10 +93,10 @@ def measure(
     """The figures of one architecture.
 
     Raises:
-        torch.OutOfMemoryError: It does not fit.
+        torch.OutOfMemoryError: It does not fit into memory.
     """
     device, on_gpu = processes.device, processes.device.type == "cuda"
-    alone = processes.count == 1  # then it is faster made on the device
+    alone = processes.count == 1  # then it is faster to make it on the device
     model = (
         size.build(architecture, device, torch.float32, time)
         if alone
@@ -139,7 +139,7 @@ def _train_step(
 
 
 def _recurrence_share(step: Callable[[], None]) -> float | None:
-    """Share of our kernels in the time that any kernel of one step runs; None if none is seen."""
+    """Share of our kernels in the kernel time of one step; None if no kernel is seen."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -153,7 +153,7 @@ def _recurrence_share(step: Callable[[], None]) -> float | None:
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union: a kernel that is launched early waits while the one before runs."""
+    """Length of the union of spans, which overlap where a kernel waits for the one before."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))

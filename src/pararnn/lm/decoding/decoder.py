@@ -1,8 +1,8 @@
 """Generation: prompts in parallel over time, then one step per token from the recurrent state.
 
-Everything that a step reads and writes lies in tensors made once: the states of all blocks, the
-last tokens, and which sequences have ended. On a GPU the step is therefore captured in a CUDA graph
-and replayed; elsewhere the same function is called.
+A step reads and writes tensors that are made once: the states of all blocks, the last tokens, and
+which sequences have ended. So on a GPU the step is captured in a CUDA graph and replayed. On other
+devices the same function is called.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pararnn.lm.models.convolution import advance_windows
 from pararnn.lm.models.modeling import ParaRNNForCausalLM
 from pararnn.planning.costs import COSTS
 
-_LEAST_NOISE = 2.0**-25  # exponential noise may be drawn as 0, for all below 2**-24
+_LEAST_NOISE = 2.0**-25  # the generator rounds noise below 2**-24 to 0
 
 
 def generate(
@@ -35,12 +35,12 @@ def generate(
     """Continue texts of any lengths side by side.
 
     Args:
-        model: On the device to generate on; put into evaluation mode.
-        prompts: Tokens of every text, at least one.
-        max_new_tokens: Most tokens to add to each.
-        temperature: Of the sampling; 0 takes the most probable token.
-        seed: Of the sampling; PyTorch's own random state is neither used nor changed.
-        end_of_text: Token after which a text is over; None for no such token.
+        model: Model on the device to use; put into evaluation mode.
+        prompts: Tokens of every text, at least one each.
+        max_new_tokens: Largest number of tokens to add to each text.
+        temperature: Temperature of the sampling; 0 takes the most probable token.
+        seed: Seed of the sampling. PyTorch's own random state is neither used nor changed.
+        end_of_text: Token that ends a text; None for no such token.
 
     Returns:
         The new tokens of every text, without `end_of_text`.
@@ -60,14 +60,14 @@ def generate(
 
 
 class Decoder:
-    """Generates for batches of one size; keeps its tensors and its CUDA graph from call to call.
+    """Generates for batches of one size. Keeps its tensors and its CUDA graph between calls.
 
     Args:
-        model: On the device to generate on; put into evaluation mode. What has changed in it is
-            noticed by `start`, and so by `generate`.
+        model: Model on the device to use; put into evaluation mode. `start`, and so `generate`,
+            notices changes of the model.
         batch_size: Texts side by side.
-        compiled: Fuse the operations of a step with `torch.compile`, which is done in the first
-            call. Without it a step is many small kernels.
+        compiled: Fuse the operations of a step with `torch.compile`, in the first call. Without it
+            a step consists of many small kernels.
 
     Raises:
         ValueError: batch_size is less than 1, or the model has attention, whose state grows.
@@ -161,12 +161,12 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take one more token in and choose the next, for every text; nothing waits for it."""
+        """Read the last token and choose the next, for every text. Does not wait for the device."""
         self._draw()
         self._run()
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-        """Tokens with padding on the left, and the mask of what is not padding, if any is."""
+        """Tokens with padding on the left, and the mask of the tokens; None without padding."""
         if len(prompts) != self.batch_size:
             raise ValueError(
                 f"there are {len(prompts)} prompts but batch_size is {self.batch_size}; pass as "
@@ -192,7 +192,7 @@ class Decoder:
         return tokens.to(device), None if mask.all() else mask.to(device)
 
     def _prepare(self, layers: list[LayerState]) -> None:
-        """Make the states' tensors and the graph; what its first runs leave is overwritten."""
+        """Make the tensors of the states, and the graph, whose first runs write into them."""
         self._windows = torch.zeros_like(_windows(layers))
         self._layers = [
             LayerState(window, map_state(torch.zeros_like, layer.recurrent))
@@ -203,27 +203,27 @@ class Decoder:
         self._ended.zero_()
 
     def _replace(self) -> None:
-        """Take a step; states are copied together, for those of one block are small."""
+        """Take a step. One call copies the states of all blocks, which are small."""
         newest, recurrent = self._next()
         advance_windows(self._windows, newest)
         torch._foreach_copy_(_recurrent(self._layers), recurrent)
 
     def _advance(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Choose the next tokens; returns what is new in the windows, and the new states."""
+        """Choose the next tokens. Returns the new entries of the windows and the new states."""
         cache = ParaRNNCache(list(self._layers), 1)
         output = self.model(input_ids=self.tokens, cache_params=cache, use_cache=True)
         self._choose(output.logits)
         return [layer.window[:, -1:] for layer in cache.layers], _recurrent(cache.layers)
 
     def _draw(self) -> None:
-        """New noise; outside the graph, so that the seed of every call counts."""
+        """Draw noise, outside of the graph, so that the seed of each call is used."""
         if self._generator is not None:
             self._noise.exponential_(generator=self._generator)
 
     def _choose(self, logits: Tensor) -> None:
         """Next tokens: the largest logit plus temperature times Gumbel noise is a sample.
 
-        At temperature 0 the noise plays no part. Texts that have ended get their last token again.
+        At temperature 0 the noise has no effect. Texts that have ended repeat their last token.
         """
         gumbel = -self._noise.clamp_min(_LEAST_NOISE).log()
         scores = logits[:, -1] + self._temperature * gumbel
@@ -233,7 +233,7 @@ class Decoder:
 
 
 def largest(scores: Tensor) -> Tensor:
-    """`scores.argmax(-1, keepdim=True)` in two stages, for one takes a long row one processor."""
+    """`scores.argmax(-1, keepdim=True)` in two stages; in one, a long row takes one processor."""
     size = min(COSTS.part_of_scores, scores.shape[-1])
     parts = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf).unflatten(-1, (-1, size))
     values, indices = parts.max(-1)

@@ -17,5 +17,5 @@ from pararnn.lm.models.modeling import ParaRNNPreTrainedModel as ParaRNNPreTrain
 AutoConfig.register(ParaRNNConfig.model_type, ParaRNNConfig, exist_ok=True)
 AutoModel.register(ParaRNNConfig, ParaRNNModel, exist_ok=True)
 AutoModelForCausalLM.register(ParaRNNConfig, ParaRNNForCausalLM, exist_ok=True)
-# Trainer's label smoothing and the pipelines look for the class by name: what shifts its labels
+# Trainer's label smoothing and the pipelines look up by name which classes shift their labels
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ParaRNNConfig.model_type] = ParaRNNForCausalLM.__name__

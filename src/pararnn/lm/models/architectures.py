@@ -1,4 +1,4 @@
-"""Language models of every architecture from one shape: ours, and the baselines of transformers."""
+"""Configurations of our language models and of the baselines of transformers, from one shape."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pararnn.lm.models.configuration import ParaRNNConfig, default_mlp_size
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the architectures have in common.
+    """Sizes that all architectures have in common.
 
     Attributes:
         vocab_size: Number of tokens.
         width: Channels of the residual stream.
         num_layers: Blocks.
-        num_heads: Heads: of a cell's input projection, of attention, of Mamba2's state.
+        num_heads: Heads of the input projection of a cell, of attention, or of the state of Mamba2.
         initializer_range: Standard deviation of linear and embedding weights.
-        state_size: Entries that Mamba2 remembers per channel.
-        conv_kernel: Steps that a causal convolution sees, where there is one.
-        max_length: Steps that attention must reach; the others have no limit.
+        state_size: State entries of Mamba2 per channel.
+        conv_kernel: Width of the causal convolution in steps; attention has none.
+        max_length: Longest sequence for attention, in steps; the others have no limit.
     """
 
     vocab_size: int
@@ -43,7 +43,7 @@ class Shape:
 
 
 def _transformer(shape: Shape, **options: Any) -> PreTrainedConfig:
-    """RMSNorm, SwiGLU, rotary positions, normed queries and keys, as many key as query heads."""
+    """RMSNorm, SwiGLU, rotary positions, normed queries and keys, one key head per query head."""
     return Qwen3Config(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,
@@ -60,7 +60,7 @@ def _transformer(shape: Shape, **options: Any) -> PreTrainedConfig:
 
 
 def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
-    """Mamba2 blocks of twice the width inside; its own initialiser's scale is five times ours."""
+    """Mamba2 with twice the width inside. Its default initializer_range is 5 times ours."""
     return Mamba2Config(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,
@@ -77,7 +77,7 @@ def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
 
 
 _KERNELS = {"mamba2": {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": ""}}
-"""Packages that an architecture is fast with, and what of them transformers imports."""
+"""Packages with the fast kernels of an architecture, and the module that transformers imports."""
 
 BASELINES: dict[str, Callable[..., PreTrainedConfig]] = {
     "transformer": _transformer,
@@ -89,21 +89,21 @@ _CONFIGS = {kind.model_type: kind for kind in (ParaRNNConfig, Qwen3Config, Mamba
 
 
 def foreign_fields(stored: dict[str, Any]) -> list[str]:
-    """Fields of a stored configuration that no model made here has.
+    """Fields of a stored configuration that none of our models has.
 
-    Some of them make transformers fetch code, as `attn_implementation` and `auto_map` do.
+    Some fields make transformers fetch code, for example `attn_implementation` and `auto_map`.
     """
     kind = _CONFIGS.get(str(stored.get("model_type")))
     return ["model_type"] if kind is None else sorted(set(stored) - set(kind().to_dict()))
 
 
 def architectures() -> list[str]:
-    """Names that `make_config` knows: every registered cell, and the baselines."""
+    """The names that `make_config` takes: registered cells and baselines."""
     return [*CELLS, *BASELINES]
 
 
 def check_architecture(name: str) -> None:
-    """Raise ValueError when there is no such architecture, naming the nearest."""
+    """Raise ValueError, with the nearest name, if there is no such architecture."""
     known = architectures()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -114,7 +114,7 @@ def check_architecture(name: str) -> None:
 
 
 def missing_kernels(architecture: str) -> str:
-    """What is missing for an architecture to run as fast as it can; empty when nothing is."""
+    """Which package an architecture lacks for its fast kernels; empty if none."""
     for package, module in _KERNELS.get(architecture, {}).items():
         name = package.replace("-", "_")
         if importlib.util.find_spec(name) is None:
@@ -158,5 +158,5 @@ def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedCo
 
 
 def make_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A new model of a configuration, on the current default device and of the default type."""
+    """A new model of a configuration, on the default device and of the default dtype."""
     return AutoModelForCausalLM.from_config(config)

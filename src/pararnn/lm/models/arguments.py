@@ -1,4 +1,4 @@
-"""What transformers may pass to a forward pass besides the arguments by name."""
+"""Further arguments that transformers passes to the forward pass."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _INSTEAD = {
 
 
 def refuse_others(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that have no meaning here; those that change nothing are let through.
+    """Refuse arguments that the model does not support; ignore those that change nothing.
 
     Raises:
-        TypeError: One that is neither None nor False, and that is not known to change nothing.
+        TypeError: An argument is set (neither None nor False) and would change the result.
     """
     for name, value in arguments.items():
         if value is None or value is False or name in _WITHOUT_EFFECT:
@@ -37,30 +37,30 @@ def refuse_others(arguments: Mapping[str, Any]) -> None:
 
 
 def pop_cache(given: object, arguments: dict[str, Any]) -> ParaRNNCache | None:
-    """The cache that was passed, as `cache_params` or by the name that most models have for it.
+    """The cache that was passed as `cache_params` or, as for most models, `past_key_values`.
 
     Raises:
-        TypeError: It is that of another model.
+        TypeError: The cache is not a `ParaRNNCache`.
     """
     others = arguments.pop("past_key_values", None)
     cache = others if given is None else given
     if cache is None or isinstance(cache, ParaRNNCache):
         return cache
     raise TypeError(
-        f"the cache is a {type(cache).__name__}, but this model goes on from a ParaRNNCache; pass "
-        "the cache_params that it returned."
+        f"the cache is a {type(cache).__name__}, but this model continues from a ParaRNNCache; "
+        "pass the cache_params that it returned."
     )
 
 
 def num_new_tokens(along: Sequence[Tensor | None], num_past: int) -> int:
-    """Tokens after those of a cache that the caller of `generate` hands in.
+    """Number of tokens after those that the cache has seen, in a call of `generate`.
 
     Args:
-        along: Tensors along the text (second axis); the longest is as long as the whole.
+        along: Tensors whose second axis is time; the longest covers the whole text.
         num_past: Tokens that the cache has seen.
 
     Raises:
-        ValueError: None is new.
+        ValueError: There is no new token.
     """
     whole = max(tensor.shape[1] for tensor in along if tensor is not None)
     if whole <= num_past:

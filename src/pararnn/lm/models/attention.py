@@ -1,4 +1,4 @@
-"""Attention as a mixer, for stacks that mix it with recurrences."""
+"""Attention as a mixer, for hybrid stacks of attention and recurrences."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ _PADDING = -1
 
 @dataclass(frozen=True)
 class AttentionState:
-    """What an attention mixer remembers: unlike a recurrence, every token.
+    """The state of an attention mixer, which grows with every token.
 
     Attributes:
         keys: Shape (batch, steps, heads, channels per head), rotated.
         values: Of the same shape.
-        document: Shape (batch, steps): number of the document that a step belongs to, -1 for
-            padding.
+        document: Shape (batch, steps): number of the document of each step, -1 for padding.
     """
 
     keys: Tensor
@@ -56,7 +55,7 @@ class AttentionMixer(nn.Module):
     def forward(
         self, x: Tensor, boundaries: Boundaries | None, state: AttentionState | None
     ) -> tuple[Tensor, AttentionState]:
-        """Mix x, shape (batch, time, hidden_size); returns the result and the state after it."""
+        """Mix x, shape (batch, time, hidden_size). Returns the result and the state after it."""
         queries, keys, values = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         past = 0 if state is None else state.keys.shape[1]
         queries = _rotated(self.query_norm(queries), past)
@@ -83,7 +82,7 @@ class AttentionMixer(nn.Module):
 
 
 def _rotated(x: Tensor, first: int) -> Tensor:
-    """Pairs of channels turned by an angle that grows with the step (arXiv 2104.09864)."""
+    """Rotate pairs of channels by an angle that grows with the step (arXiv 2104.09864)."""
     half = x.shape[-1] // 2
     exact = torch.promote_types(x.dtype, torch.float32)
     steps = torch.arange(first, first + x.shape[1], device=x.device, dtype=exact)
@@ -95,7 +94,7 @@ def _rotated(x: Tensor, first: int) -> Tensor:
 
 
 def _documents(x: Tensor, boundaries: Boundaries | None, state: AttentionState | None) -> Tensor:
-    """Number of the document of every new step, going on from those before."""
+    """Number of the document of every new step, counted on from the state."""
     batch, time, _ = x.shape
     last = 0 if state is None else state.document[:, -1:]
     if boundaries is None:
@@ -107,7 +106,7 @@ def _documents(x: Tensor, boundaries: Boundaries | None, state: AttentionState |
 
 
 def _visible(queries: Tensor, keys: Tensor) -> Tensor:
-    """Which keys a query sees, (batch, 1, queries, keys): of its document, none after it."""
+    """Which keys a query sees, (batch, 1, queries, keys): earlier ones of its own document."""
     past = keys.shape[1] - queries.shape[1]
     step = torch.arange(keys.shape[1], device=keys.device)
     before = step <= step[past:, None]

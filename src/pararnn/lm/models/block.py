@@ -5,8 +5,8 @@ y       = RNN(silu(conv(u)))
 x       = scale * x + W_out norm(y * silu(gate))
 x       = x + W_down (silu(W_gate norm(x)) * (W_up norm(x)))
 
-Branches have projections of their own: cut from the result of one, their gradients would have to
-be copied together.
+Each branch has its own projection. If the branches were slices of one projection, their gradients
+would have to be copied into one tensor.
 """
 
 import torch
@@ -35,12 +35,12 @@ class GatedRMSNorm(nn.RMSNorm):
 
 
 def initialises_itself(module: nn.Module) -> bool:
-    """Whether a module is part of a cell: those keep the weights that they were made with."""
+    """Whether a module is part of a cell. Cells keep the weights that they were made with."""
     return getattr(module, "_part_of_cell", False)
 
 
 def _keep_own_initialisation(cell: nn.Module) -> None:
-    """Keep transformers from initialising a cell, unless it was made without values."""
+    """Keep transformers from initialising a cell, unless it was made on the meta device."""
     for module in cell.modules():
         module._part_of_cell = True  # type: ignore[assignment] # a mark
         if all(not parameter.is_meta for parameter in module.parameters(recurse=False)):
@@ -52,7 +52,7 @@ class ParaRNNMixer(nn.Module):
 
     Args:
         config: Shape of the model.
-        cell: Name in `CELLS` of its recurrence.
+        cell: Name of the recurrence in `CELLS`.
     """
 
     def __init__(self, config: ParaRNNConfig, cell: str) -> None:

@@ -1,4 +1,4 @@
-"""Where sequences begin inside a batch: documents packed into one row, and padding before a row."""
+"""Where sequences begin in a batch: packed documents in one row, and padding before a row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Boundaries:
     real: Tensor | None
 
     def ends_in_padding(self) -> Tensor | None:
-        """Whether some sequence ends in padding, so that nothing can follow it; None without."""
+        """Whether a sequence ends in padding, so that no token can follow; None without padding."""
         if self.real is None:
             return None
         real = self.real.squeeze(-1)
@@ -34,7 +34,7 @@ class Boundaries:
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """The ways in which a caller says where documents begin; any of them may be None.
+    """Where documents begin, in the four ways that a caller can say it; each may be None.
 
     Attributes:
         resets: Shape (batch, time), True at the first token of every document.
@@ -54,7 +54,7 @@ class Documents:
         """Where documents begin, each (batch, time); none where nothing begins.
 
         Raises:
-            ValueError: A shape does not fit.
+            ValueError: A shape does not match.
         """
         found = []
         if self.position_ids is not None:
@@ -90,7 +90,7 @@ def find_boundaries(
         None when there is nothing to reset or to mask.
 
     Raises:
-        ValueError: A shape does not fit, or padding lies between two tokens.
+        ValueError: A shape does not match, or padding lies between two tokens.
     """
     starts = documents.starts(batch, time, num_past)
     real = None
@@ -108,12 +108,12 @@ def find_boundaries(
 
 
 def may_hold(condition: Tensor) -> bool:
-    """Whether a condition holds; while compiling nobody knows, and it may."""
+    """Whether a condition holds; True under torch.compile, which cannot read the values."""
     return torch.compiler.is_compiling() or bool(condition)
 
 
 def require(condition: Tensor, message: str) -> None:
-    """Raise ValueError where a condition does not hold; compiled, the device says so."""
+    """Raise ValueError if a condition does not hold; in a compiled program, assert it."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not condition:
@@ -121,7 +121,7 @@ def require(condition: Tensor, message: str) -> None:
 
 
 def _rows(name: str, tensor: Tensor, batch: int, time: int) -> Tensor:
-    """A row for every sequence of the batch; one may stand for all."""
+    """Rows for all sequences of the batch; a single row is expanded."""
     if tensor.dim() != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != time:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} but the input has {time} steps; pass shape "
@@ -131,7 +131,7 @@ def _rows(name: str, tensor: Tensor, batch: int, time: int) -> Tensor:
 
 
 def _cut(ends: Tensor, batch: int, time: int) -> Tensor:
-    """Starts of documents that lie one after another in the only row, the first left out."""
+    """Starts of documents that follow one another in a single row, without the first."""
     wanted = f"cu_seq_lens_q must rise from 0 to the number of tokens {time} of a single row"
     if batch != 1 or ends.dim() != 1 or len(ends) < 2:
         raise ValueError(f"{wanted}, got shape {tuple(ends.shape)} and {batch} rows.")
@@ -142,7 +142,7 @@ def _cut(ends: Tensor, batch: int, time: int) -> Tensor:
 
 
 def _padding(attention_mask: Tensor, batch: int, time: int, num_past: int) -> tuple[Tensor, Tensor]:
-    """What is no padding, and the first such token of a sequence that padding precedes."""
+    """Where there is no padding, and the first token after padding on the left."""
     shape = attention_mask.shape
     if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (time, time + num_past):
         whole = f" or ({batch}, {time + num_past})" if num_past else ""

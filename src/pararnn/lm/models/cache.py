@@ -1,4 +1,4 @@
-"""What a recurrent model carries from one call to the next."""
+"""The state that a model carries from one call to the next."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ class ParaRNNCache:
         self.num_tokens += num_tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, as transformers asks for it."""
+        """Number of tokens seen, under the name that transformers calls."""
         return self.num_tokens
 
     def reset(self) -> None:
@@ -69,11 +69,11 @@ class ParaRNNCache:
         self.layers, self.num_tokens = [], 0
 
     def detach(self) -> "ParaRNNCache":
-        """The same states, cut off from the graph that made them."""
+        """The same states, detached from the autograd graph."""
         return ParaRNNCache([layer.map(Tensor.detach) for layer in self.layers], self.num_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select the sequences that beam search goes on with, shape (batch,)."""
+        """Select the sequences that beam search continues, shape (batch,)."""
         self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The training loss of any causal language model of transformers, without holding all logits."""
+"""The training loss of any causal language model of transformers, without storing all logits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LOGITS_AT_ONCE = 2**28  # entries: half a GiB in bfloat16
 class CausalLoss(nn.Module):
     """A causal language model whose forward pass is its training loss.
 
-    The logits of a batch of 64 sequences of 2,048 tokens and 50,000 entries would take 26 GiB; here
-    they exist for some rows at a time, and their gradients are taken there and then.
+    The logits of 64 sequences of 2,048 tokens with a vocabulary of 50,000 would take 26 GiB. So the
+    loss and its gradients are computed for some rows of logits at a time.
 
     Args:
-        model: With a `base_model` and an output embedding.
+        model: Must have a `base_model` and an output embedding.
         z_loss_weight: Weight of the mean squared log-partition (PaLM, arXiv 2204.02311).
 
     Attributes:
-        compiled: Fuse what is done with the logits with `torch.compile`.
+        compiled: Fuse the operations on logits with `torch.compile`.
     """
 
     def __init__(self, model: PreTrainedModel, z_loss_weight: float = 0.0) -> None:
@@ -41,7 +41,7 @@ class CausalLoss(nn.Module):
 
     @property
     def separates_documents(self) -> bool:
-        """Whether documents that share a sequence can be kept from seeing each other."""
+        """Whether the model can separate documents that share a sequence."""
         return self.knows_resets or self.knows_positions
 
     def forward(
@@ -51,16 +51,16 @@ class CausalLoss(nn.Module):
 
         Args:
             tokens: Shape (batch, time), int64.
-            targets: What each step must predict, of the same shape; -100 does not count.
-            resets: Shape (batch, time), bool, True at the first token of every document: it is
-                then evaluated as if it stood alone.
+            targets: The token that each step must predict, of the same shape; -100 is ignored.
+            resets: Shape (batch, time), bool, True at the first token of every document.
+                Documents then do not see each other.
 
         Returns:
-            The loss, and without gradients its parts: cross-entropy in nats per token and z-loss
-            before its weight; means over the targets that count.
+            The loss; and its parts without gradients: cross-entropy in nats per token, and z-loss
+            before its weight. All are means over the targets that are not ignored.
 
         Raises:
-            ValueError: The model cannot keep documents apart.
+            ValueError: The model cannot separate documents.
         """
         hidden = self.model.base_model(
             input_ids=tokens, use_cache=False, **self._documents(resets)
@@ -84,7 +84,7 @@ class CausalLoss(nn.Module):
 
 
 def positions_in_documents(resets: Tensor) -> Tensor:
-    """Steps since the document began, shape (batch, time): transformers sees documents in them."""
+    """Steps since the document began, shape (batch, time). transformers finds documents by them."""
     step = torch.arange(resets.shape[1], device=resets.device).expand_as(resets)
     return step - torch.where(resets, step, 0).cummax(1).values
 
@@ -101,12 +101,12 @@ def linear_cross_entropy(
     Args:
         hidden: Shape (rows, width).
         weight: Shape (vocab_size, width).
-        targets: Shape (rows,), int64; -100 does not count.
-        z_loss_weight: Of the z-loss in the result.
-        compiled: Fuse the operations on logits with `torch.compile`: two passes over them.
+        targets: Shape (rows,), int64; -100 is ignored.
+        z_loss_weight: Weight of the z-loss.
+        compiled: Fuse the operations on logits with `torch.compile`, into two passes over them.
 
     Returns:
-        The loss, and without gradients cross-entropy and z-loss, all float32.
+        The loss, then cross-entropy and z-loss without gradients; all float32.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -159,14 +159,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _slices(rows: int, vocab_size: int) -> list[slice]:
-    """Rows whose logits exist together, in powers of two, so that most batches divide evenly."""
+    """Rows whose logits are computed together: a power of two, which divides most batches."""
     most = max(1, _LOGITS_AT_ONCE // vocab_size)
     step = 1 << (most.bit_length() - 1)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def _measure(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-partition of every row, and nats of its chosen entry."""
+    """Log-partition of every row, and cross-entropy of its target in nats."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_partition = exact.logsumexp(1)
     return log_partition, log_partition - exact.gather(1, chosen.unsqueeze(1)).squeeze(1)

@@ -1,4 +1,4 @@
-"""The one table from a configuration's cell name to the cell it builds."""
+"""The table of cells by their names in a configuration."""
 
 from collections.abc import Callable
 
@@ -25,9 +25,9 @@ def register_cell(name: str, factory: CellFactory) -> None:
     """Make a cell available to `ParaRNNConfig(cell=name)`.
 
     Args:
-        name: Not yet taken by another factory.
+        name: A name that no other factory has.
         factory: Called as `factory(input_size, hidden_size, num_heads=..., **cell_options)`;
-            returns a cell as `pararnn.RNN` takes it.
+            returns a cell for `pararnn.RNN`.
 
     Raises:
         ValueError: The name belongs to another factory.

@@ -9,14 +9,14 @@ from pararnn.lm.models.boundaries import Boundaries
 
 
 class CausalConvolution(nn.Module):
-    """Every channel filtered on its own over the last `kernel_size` steps.
+    """Filters each channel separately over the last `kernel_size` steps.
 
     Written as a sum of shifted inputs: it needs no transposition to channels first, and a
     boundary is a mask on a shift.
 
     Args:
         channels: Number of channels.
-        kernel_size: Steps seen, the present one included.
+        kernel_size: Number of steps, with the current one.
     """
 
     def __init__(self, channels: int, kernel_size: int) -> None:
@@ -26,7 +26,7 @@ class CausalConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(kernel_size), as `nn.Conv1d` has it; zero bias."""
+        """Uniform within 1/sqrt(kernel_size), as in `nn.Conv1d`; zero bias."""
         bound = 1 / math.sqrt(self.weight.shape[0])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
@@ -61,7 +61,7 @@ class CausalConvolution(nn.Module):
 
 
 def advance_windows(windows: Tensor, newest: list[Tensor]) -> None:
-    """Let windows, shape (convolutions, batch, history, channels), go on by one step in place.
+    """Move windows, shape (convolutions, batch, history, channels), on by one step, in place.
 
     For single steps, whose windows are those before without the first input, and with the newest,
     shape (batch, 1, channels): all are moved at once.

@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and the utilisation that follows (MFU)."""
+"""Floating-point operations of training, and peaks of GPUs, for the utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PEAK_FLOPS = {  # the first name that fits counts
 
 
 def train_flops_per_token(model: PreTrainedModel, time: int) -> float:
-    """Operations that a train step needs per token, recomputed activations not counted.
+    """Floating-point operations of a train step per token, without recomputed activations.
 
     6 for every parameter that is multiplied with (2 forward, 4 backward): all but the input
     embedding, which is only read from, unless it is the output projection as well. Attention adds
@@ -37,7 +37,7 @@ def train_flops_per_token(model: PreTrainedModel, time: int) -> float:
 
 
 def multiplied_parameters(model: PreTrainedModel) -> int:
-    """Parameters that every token is multiplied with."""
+    """Number of parameters that multiply every token."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     total = sum(parameter.numel() for parameter in model.parameters())
     tied = output is not None and output.weight is embedding.weight
@@ -45,7 +45,7 @@ def multiplied_parameters(model: PreTrainedModel) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 operations per second of a GPU as its maker states them; None if unknown."""
+    """Peak of a GPU in dense bfloat16 operations per second, by its maker; None if unknown."""
     if device.type != "cuda":
         return None
     full_name = torch.cuda.get_device_name(device)

@@ -8,19 +8,19 @@ IGNORED = -100
 def language_model_loss(
     logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and mean squared log-partition over the targets that count.
+    """Mean cross-entropy and mean squared log-partition over the targets that are not ignored.
 
     Args:
         logits: Shape (..., vocab_size), float32.
-        targets: Shape (...), int64; -100 marks a position that does not count.
-        num_items: Divide the sums by this instead: the targets of all micro-batches of a step.
+        targets: Shape (...), int64; -100 is ignored.
+        num_items: Divide the sums by this number, for example of all targets of a step.
 
     Returns:
         Cross-entropy in nats per token, and the z-loss (PaLM, arXiv 2204.02311, section 5) before
         its weight: both scalars, 0 when no target counts.
 
     Raises:
-        ValueError: As many targets as logits are needed.
+        ValueError: The shapes of targets and logits do not match.
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(

@@ -44,7 +44,7 @@ class ParaRNNCausalLMOutput(ModelOutput):
         logits: Shape (batch, time, vocab_size), float32.
         cache_params: State after the last token, when `use_cache`.
         hidden_states: Input of every block and the result, when asked for.
-        cross_entropy: The part of the loss that measures the model, in nats per token.
+        cross_entropy: The loss without the z-loss, in nats per token.
         z_loss: Mean squared log-partition, before its weight; both are sums over
             `num_items_in_batch` when that is given.
     """
@@ -58,7 +58,7 @@ class ParaRNNCausalLMOutput(ModelOutput):
 
 
 class ParaRNNPreTrainedModel(PreTrainedModel):
-    """Initialisation, and what transformers wants to know of the architecture."""
+    """Initialisation, and declarations about the architecture for transformers."""
 
     config: ParaRNNConfig
     config_class = ParaRNNConfig
@@ -86,7 +86,7 @@ class ParaRNNPreTrainedModel(PreTrainedModel):
 
 
 def _reset(module: nn.Module) -> None:
-    """Initialise a part of a cell whose weights a checkpoint lacks."""
+    """Initialise a part of a cell that has no weights in a checkpoint."""
     reset = getattr(module, "reset_parameters", None)
     if not callable(reset):
         raise ValueError(
@@ -133,25 +133,25 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             input_ids: Shape (batch, time), int64; or give `inputs_embeds`.
             attention_mask: Shape (batch, time), or over the tokens of the cache as well; 0 at
                 padding. Padding goes to the left when a cache is returned.
-            position_ids: Shape (batch, time) or (1, time); they say no more than where documents
+            position_ids: Shape (batch, time) or (1, time); used only to find where documents
                 begin, see `Documents`.
             inputs_embeds: Shape (batch, time, hidden_size).
-            cache_params: State to go on from, also as `past_key_values`; updated in place, unless
-                `use_cache` is False.
+            cache_params: State to continue from, also as `past_key_values`; updated in place,
+                unless `use_cache` is False.
             resets: Shape (batch, time), True at the first token of every document.
             seq_idx: Shape (batch, time), the number of the document of every token.
             cu_seq_lens_q: Ends of the documents that lie one after another in a single row.
             use_cache: Return the state after the last token. None: if a cache is passed, or outside
-                training if the configuration's `use_cache` says so and no sequence ends in padding
-                (compiled, where nobody knows: if there is no padding).
+                training if the configuration's `use_cache` is set and no sequence ends in padding
+                (under torch.compile: if there is no padding).
             output_hidden_states: Return the input of every block.
             return_dict: Return an object instead of a tuple.
             kwargs: Other arguments of transformers, see `refuse_others`.
 
         Raises:
-            TypeError: An argument that has no meaning here.
-            ValueError: Both or neither of the two inputs, a shape that does not fit, padding on the
-                right with a cache, or a cache under reentrant activation checkpointing.
+            TypeError: An argument that the model does not support.
+            ValueError: Both or neither of the two inputs, a shape that does not match, padding on
+                the right with a cache, or a cache under reentrant activation checkpointing.
         """
         cache_params = pop_cache(cache_params, kwargs)
         refuse_others({"output_attentions": self.config.output_attentions, **kwargs})
@@ -226,8 +226,8 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
 class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
     """Next-token prediction with `ParaRNNModel`.
 
-    `generate` carries a `ParaRNNCache` as `cache_params`, so that a token costs the same whatever
-    came before it.
+    `generate` carries a `ParaRNNCache` as `cache_params`, so the cost of a token does not depend on
+    the length of the text.
 
     Args:
         config: Shape of the model.
@@ -297,16 +297,16 @@ class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):
             attention_mask: 0 at padding.
             position_ids: Documents begin where they restart.
             inputs_embeds: Shape (batch, time, hidden_size), instead of `input_ids`.
-            cache_params: State to go on from; updated in place.
+            cache_params: State to continue from; updated in place.
             resets: Shape (batch, time), True at the first token of every document.
             seq_idx: Shape (batch, time), the number of the document of every token.
             cu_seq_lens_q: Ends of the documents that lie one after another in a single row.
-            labels: Shape (batch, time), the inputs themselves: shifted here; -100 does not count.
+            labels: Shape (batch, time), the inputs themselves, shifted here; -100 is ignored.
             use_cache: Return the state after the last token.
             output_hidden_states: Return the input of every block.
             return_dict: Return an object instead of a tuple.
-            logits_to_keep: Compute only so many last logits (0 for all), or those at these indices;
-                without labels.
+            logits_to_keep: Number of last logits to compute (0 for all), or their indices. Must be
+                0 with labels.
             num_items_in_batch: Divide the sums over targets by this; None for their number.
             kwargs: `shift_labels`, shape (batch, time), what each step must predict, instead of
                 `labels` (transformers takes every argument by name with "label" in it for one that

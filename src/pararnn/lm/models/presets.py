@@ -1,4 +1,4 @@
-"""The models of the paper (Danieli et al. 2025, Table 3), and what they were trained with.
+"""The models of the paper (Danieli et al. 2025, Table 3), and the settings of their training.
 
 The table prints no widths; with vocabulary 50,432, untied embeddings and a SwiGLU of 8/3 of the
 width rounded up to a multiple of 256, those below give its parameter counts. Nor does it print the
@@ -33,8 +33,8 @@ class Preset:
         num_heads: See `Shape`.
         state_size: See `Shape`.
         learning_rate: Peak of the schedule: 10 % linear warm-up, then a cosine to zero.
-        weight_decay: Of matrices.
-        z_loss_weight: Of the mean squared log-partition.
+        weight_decay: Weight decay of matrices.
+        z_loss_weight: Weight of the mean squared log-partition.
         batch_size: Sequences of 2,048 tokens per GPU.
         global_batch_size: Sequences per optimiser step.
         steps: Optimiser steps.
@@ -153,8 +153,8 @@ def build(
     Args:
         architecture: "paragru", "paralstm", "transformer" or "mamba2".
         size: "400m", "1b", "2.9b" or "7b".
-        device: Where its parameters are made; "meta" for none at all.
-        dtype: Their type; None for PyTorch's default.
+        device: Device of the parameters; "meta" for parameters without values.
+        dtype: Type of the parameters; None for PyTorch's default.
         options: Fields of `Shape` to change, and arguments of the configuration's class.
 
     Raises:

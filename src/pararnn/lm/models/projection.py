@@ -1,7 +1,7 @@
-"""The projection that ends every branch of a block."""
+"""The projection at the end of every branch of a block."""
 
 from torch import nn
 
 
 class ResidualProjection(nn.Linear):
-    """Projects back to the residual stream; initialised smaller the more of them add up."""
+    """Projects back to the residual stream; a deeper model initialises it with smaller weights."""

@@ -1,5 +1,6 @@
 """Fixtures of every test: fixed seeds, one thread, and nothing kept by the compiler."""
 
+import atexit
 import gc
 import os
 import sys
@@ -24,6 +25,7 @@ gc.disable()  # until all is imported: there is no garbage, and to look for it t
 
 def pytest_collection_finish():
     gc.freeze()
+    atexit.register(gc.unfreeze)  # what is left at exit would count as leaked
     gc.enable()
 
 

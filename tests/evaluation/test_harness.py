@@ -1,10 +1,10 @@
 """The harness on a local task, without network; its figures against the model's own logits."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
+from forks import Fork, python
 
 from pararnn.cli.main import main
 from pararnn.lm.data.errors import RunError
@@ -128,18 +128,14 @@ def test_command_on_a_folder(model_folder, task_folder, capsys):
     assert "acc" in printed
 
 
-def test_harness_command(model_folder, task_folder):
-    """`lm_eval` itself, in a process of its own."""
+def test_harness_command(model_folder, task_folder, tmp_path):
+    """`lm_eval` itself, in a process that has imported neither it nor our model of it."""
     command = f"""--model pararnn --model_args pretrained={model_folder} --device cpu
         --tasks tiny_choice --include_path {task_folder}"""
-    done = subprocess.run(
-        [sys.executable, "-m", "pararnn.lm.evaluation", *command.split()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "|tiny_choice|" in done.stdout
+    with Fork(python, "-m", "pararnn.lm.evaluation", *command.split(), folder=tmp_path) as done:
+        printed, error = done.communicate()
+    assert done.returncode == 0, error
+    assert "|tiny_choice|" in printed
 
 
 @pytest.mark.parametrize(

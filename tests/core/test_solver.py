@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from pararnn import RNN, Newton, cells
+from pararnn.kernels.c.backend import _States
 from pararnn.kernels.operators import _problem, backend_of
-from pararnn.solvers.chunks import WHOLE, Cut, Groups, run_steps
+from pararnn.solvers.chunks import run_steps
+from pararnn.solvers.mixing import _InRows
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.shooting import newton_update
 from pararnn.testing import assert_close, loop
@@ -38,30 +40,27 @@ class Sweeps:
                 self.problem = replace(_problem(*given).converted(), chunk=chunk)
             return
         self.problem = evaluation.mixing_plan.forward(edges, self.initial, None, batch, time)
-        self.cut = Cut(batch, time, chunk)
-        self.groups = Groups(self.cut, self.initial.shape[1], 1)
+
+    @property
+    def system(self):
+        """What the driver is given."""
+        if isinstance(self.problem, Problem):
+            return _States(backend_of(self.plan), self.problem)
+        return _InRows(self.problem, self.chunk, run_steps)
 
     def ends(self, boundary):
         """The last states of chunks."""
-        if isinstance(self.problem, Problem):
-            return backend_of(self.plan).forward(self.problem, boundary, None, self.chunk)
-        return self.groups.vectors(self._rows(boundary)[1])
+        return self.system.run(boundary)[1]
 
     def tangents(self, boundary):
         """The derivatives of these, (batch, chunks, components, components, hidden)."""
-        if isinstance(self.problem, Problem):
-            return backend_of(self.plan).tangent(self.problem, boundary)
-        first, (states, _) = self.groups.rows(boundary), self._rows(boundary)
-        return self.problem.tangents(self.cut, first, states, run_steps)
+        return self.system.tangents(boundary, self.system.run(boundary)[0])
 
     def solve(self, settings):
         """All states."""
         if isinstance(self.problem, Problem):
             return backend_of(self.plan).solve(self.problem, settings)[0]
         return self.problem.solve(settings, 1e-13, run_steps)[0]
-
-    def _rows(self, boundary):
-        return run_steps(self.problem.chunks(self.cut), self.groups.rows(boundary), WHOLE)
 
 
 def dense_newton(cell, x, first, guess):

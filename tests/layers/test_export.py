@@ -203,4 +203,4 @@ def test_kernels_for_a_cpu_are_not_run_on_other_tensors():
     initial = torch.zeros(2, 1, 4, device="meta")
     problem = operators.flat_problem(*moved, initial, None, evaluation.plan)
     with pytest.raises(ValueError, match="the kernels are for a CPU and the tensors are on meta"):
-        operators.backend_of(evaluation.plan).forward(problem, initial, None, 5)
+        operators.backend_of(evaluation.plan).solve(problem, pararnn.Newton())

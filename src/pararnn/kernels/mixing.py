@@ -25,7 +25,6 @@ from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.solvers.mixing import Backward, Chain, Forward
 from pararnn.solvers.report import act_on_failure
-from pararnn.solvers.shooting import Progress, sequential_report
 from pararnn.tracing.mixing import Mixing, Step, arithmetic, in_type
 from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.products import unfused
@@ -166,9 +165,7 @@ class Plan:
             return run(tensors, way)
         return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
 
-    def solve(
-        self, chain: Chain, way: Way, dtype: torch.dtype
-    ) -> tuple[list[Tensor], Progress | None]:
+    def solve(self, chain: Chain, way: Way, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         """Solve a problem whose states are kept in `dtype`; see `Chain.solve`."""
         settings = way.settings
         tolerance = settings.tolerance_for(dtype)
@@ -287,8 +284,7 @@ def _mixing(
         edges, (initial, starts) = tensors[:count], tensors[count:]
         with without_autocast(initial.device.type):
             chain = chosen.forward(edges, initial, starts, batch, time)
-            states, progress = chosen.solve(chain, way, dtype)
-        report = sequential_report(batch, initial.device) if progress is None else progress.report()
+            states, report = chosen.solve(chain, way, dtype)
         return [*(s.to(dtype) for s in states), report]
 
     found = chosen.call("forward", run, edges, initial, [starts], batch, time)
@@ -329,10 +325,10 @@ def _mixing_backward(
             if isinstance(way.settings, Sequential):
                 of_initial, gradients = chain.solve_in_pieces(chosen.run_steps)
             else:
-                found, progress = chosen.solve(chain, way, kept_in)
-                if chosen.settings is not None and progress is not None:
+                found, report = chosen.solve(chain, way, kept_in)
+                if chosen.settings is not None:
                     tolerance = chosen.settings.tolerance_for(kept_in)
-                    act_on_failure(progress.report(), chosen.settings, tolerance, backwards=True)
+                    act_on_failure(report, chosen.settings, tolerance, backwards=True)
                 of_initial, gradients = chain.initial_gradient(found), chain.gradients(found)
             shaped = [
                 g.reshape(edges[i].shape).to(edges[i].dtype)

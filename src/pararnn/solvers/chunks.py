@@ -62,19 +62,19 @@ class Groups:
     `n` is the number of entries that influence each other: all components of a group's channels.
 
     Attributes:
-        cut: The rows.
+        batch: Sequences.
         components: Tensors in the state.
         size: Channels of a group.
     """
 
-    cut: Cut
+    batch: int
     components: int
     size: int
 
     def vectors(self, state: Sequence[Tensor]) -> Tensor:
         """From components (rows, hidden)."""
         x = torch.stack(list(state), 1).unflatten(2, (-1, self.size))
-        x = x.unflatten(0, (self.cut.chunks, self.cut.batch))
+        x = x.unflatten(0, (-1, self.batch))
         return x.permute(1, 0, 2, 4, 3).flatten(2, 3)
 
     def rows(self, vectors: Tensor) -> list[Tensor]:
@@ -94,7 +94,7 @@ class Groups:
         """The images of the unit vectors: (batch, chunks, unit vector, n, groups)."""
         count = self.components * self.size
         x = torch.stack(list(state), 1).unflatten(2, (-1, self.size))
-        x = x.unflatten(0, (count, self.cut.chunks, self.cut.batch))
+        x = x.unflatten(0, (count, -1, self.batch))
         return x.permute(2, 1, 0, 3, 5, 4).flatten(3, 4)
 
 
@@ -276,8 +276,9 @@ def swept(chunks: Chunks, history: Sequence[Tensor], sweep: Sweep) -> Swept:
     """The result of a `Run`, from components (steps, rows, hidden)."""
     states = [chunks.cut.join(h) for h in history] if sweep.keep else []
     if sweep.redo is not None:
-        for old, new in zip(sweep.redo.states, states, strict=True):
-            torch.where(sweep.redo.settled[:, None, None], old, new, out=old)
+        settled = sweep.redo.settled[:, None, None]
+        pairs = zip(sweep.redo.states, states, strict=True)
+        states = [torch.where(settled, old, new, out=old) for old, new in pairs]
     return states, [h[-1] for h in history]
 
 

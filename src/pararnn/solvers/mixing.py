@@ -32,10 +32,9 @@ from pararnn.solvers.chunks import (
     states_before,
 )
 from pararnn.solvers.shooting import (
-    Contraction,
-    Progress,
+    System,
     adjoint_residual,
-    shoot,
+    solve,
     state_residual,
 )
 from pararnn.tracing.mixing import Mixing
@@ -116,7 +115,7 @@ class Chain(abc.ABC):
         run: Run,
         give_up: bool = False,
         settle: bool = False,
-    ) -> tuple[list[Tensor], Progress | None]:
+    ) -> tuple[list[Tensor], Tensor]:
         """Evaluate it.
 
         Args:
@@ -128,50 +127,10 @@ class Chain(abc.ABC):
                 host sync.
 
         Returns:
-            Components (batch, time, hidden) after every step, and the progress; None if there is
-            one chunk.
+            Components (batch, time, hidden) after every step, and the values of the report.
         """
         assert settings.chunk != "auto"
-        cut = Cut(self.batch, self.time, min(settings.chunk, self.time), self.backwards)
-        chunks, start = self.chunks(cut), self.first()
-        if cut.chunks == 1:
-            return run(chunks, start.unbind(1), WHOLE)[0], None
-        groups = Groups(cut, self.mixing.num_components, self.group)
-        everywhere = start.repeat(cut.chunks, 1, 1).unbind(1)
-        last = Sweep(first=max(0, cut.chunk - COSTS.warm_up), keep=False)
-        _, warm = run(chunks, everywhere, last)
-        before, warmed = groups.vectors(everywhere), groups.vectors(warm)
-        guess = torch.cat([before[:, :1], warmed[:, :-1]], 1)
-        contraction = None
-        if give_up:
-            moved = torch.inf
-            if settings.coupling == "zero":
-                moved = float(self.residual(warmed[:, :-1], before[:, 1:]).amax())
-            contraction = Contraction(moved, min(1.0, COSTS.warm_up / cut.chunk))
-        first: list[Tensor] = []
-        states: list[Tensor] = []
-
-        def sweep(guess: Tensor) -> Tensor:
-            first[:] = groups.rows(guess)
-            states[:], ends = run(chunks, first, WHOLE)
-            return groups.vectors(ends)
-
-        progress = shoot(
-            sweep,
-            lambda _: self.tangents(cut, first, states, run),
-            guess,
-            settings,
-            tolerance,
-            self.residual,
-            contraction,
-            (lambda _: True) if settle else bool,
-        )
-        if settle:
-            whole = self.chunks(Cut(self.batch, self.time, self.time, self.backwards))
-            run(whole, start.unbind(1), Sweep(redo=Redo(states, progress.converged)))
-        if not progress.all_converged:
-            return self.solve(Sequential(), tolerance, run)[0], progress
-        return states, progress
+        return solve(_InRows(self, settings.chunk, run, settle), settings, tolerance, give_up)
 
     def _adjoint_edges(
         self,
@@ -215,11 +174,45 @@ class Chain(abc.ABC):
 
     def _images(self, linear: Chunks, run: Run) -> Tensor:
         """The adjoint of chunks, applied to unit vectors."""
-        cut = linear.cut
-        groups = Groups(cut, self.mixing.num_components, self.group)
+        cut, groups = linear.cut, self.groups()
         basis = groups.basis(self.first().new_empty(cut.chunks * cut.batch, self.mixing.hidden))
         every = Sweep(copies=self.mixing.num_components * self.group, keep=False)
         return groups.images(run(linear, basis, every)[1])
+
+    def groups(self) -> Groups:
+        """The vectors that couple chunks."""
+        return Groups(self.batch, self.mixing.num_components, self.group)
+
+
+class _InRows(System):
+    """A recurrence whose chunks are rows of one batch. Results are (batch, time, hidden)."""
+
+    def __init__(self, chain: Chain, chunk: int, run: Run, settles: bool = False) -> None:
+        cut = Cut(chain.batch, chain.time, min(chunk, chain.time), chain.backwards)
+        self.chain, self.cut, self.run_steps, self.groups = chain, cut, run, chain.groups()
+        self.all = chain.chunks(cut)
+        super().__init__(chain.first(), cut.chunk, cut.chunks, chain.residual, settles)
+
+    def everywhere(self) -> Tensor:
+        return self.groups.vectors(self.start.unbind(1)).expand(-1, self.chunks, -1, -1)
+
+    def run(self, first: Tensor, last: int | None = None) -> tuple[list[Tensor], Tensor]:
+        sweep = WHOLE if last is None else Sweep(first=self.chunk - last, keep=False)
+        states, ends = self.run_steps(self.all, self.groups.rows(first), sweep)
+        return states, self.groups.vectors(ends)
+
+    def tangents(self, first: Tensor, found: list[Tensor]) -> Tensor:
+        return self.chain.tangents(self.cut, self.groups.rows(first), found, self.run_steps)
+
+    def step_by_step(self, sweep: Sweep = WHOLE) -> list[Tensor]:
+        whole = self.all
+        if self.chunks > 1:
+            whole = self.chain.chunks(replace(self.cut, chunk=self.cut.time))
+        return self.run_steps(whole, self.start.unbind(1), sweep)[0]
+
+    def complete(self, found: list[Tensor], converged: Tensor) -> list[Tensor]:
+        redo = Redo(found, converged) if self.settles else None
+        return self.step_by_step(Sweep(redo=redo))
 
 
 class Forward(Chain):

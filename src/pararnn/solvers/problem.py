@@ -106,7 +106,7 @@ class Problem:
 
     def in_one_chunk(self) -> Problem:
         """The same problem, sequential in time."""
-        return replace(self, chunk=self.time)
+        return self if self.chunk == self.time else replace(self, chunk=self.time)
 
 
 def with_rows(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""Multiple shooting for a recurrence and for its adjoint.
+r"""Multiple shooting: the one driver of all recurrences and of their adjoints.
 
 A chunk maps the state before it to the state after it, $s_{k+1} = \Phi_k(s_k)$. From guesses
 $s$, one iteration runs all chunks at once and corrects every guess through the chunks' tangents
@@ -8,14 +8,15 @@ $$\delta_{k+1} = \Phi_k(s_k) - s_{k+1} + D_k \delta_k, \qquad
 s_{k+1} \gets \Phi_k(s_k) + D_k \delta_k.$$
 
 This is Newton's method. Other methods replace $D_k$ by something cheaper (`_coupling`). The adjoint
-is the same problem with time reversed and linear chunks, so one loop serves both. The first guess
-comes from a warm-up: the last steps of the previous chunk, run from the initial state.
+is the same problem with time reversed and linear chunks, so `solve` serves both: each is a
+`System`. The first guess comes from a warm-up: the last steps of the previous chunk, run from the
+initial state.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,7 @@ from torch import Tensor
 
 from pararnn.planning.costs import COSTS
 from pararnn.planning.settings import Solver
-from pararnn.solvers.problem import Problem
-from pararnn.solvers.report import COMPLETED, CONVERGED, SEQUENTIAL, act_on_failure
-from pararnn.tracing.derivatives import Recurrence
+from pararnn.solvers.report import COMPLETED, CONVERGED, SEQUENTIAL
 
 # The residual of a channel whose states are below 1 / SMALL counts relative to SMALL times the
 # largest of them. A small factor costs ordinary cells an iteration: with 4, a slow ParaLSTM in
@@ -33,211 +32,97 @@ from pararnn.tracing.derivatives import Recurrence
 SMALL = 16.0
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Where a backward pass writes.
+Residual = Callable[[Tensor, Tensor], Tensor]
 
-    Attributes:
-        drives: One (batch, time, hidden) per drive, last stride 1.
-        coefficients: Float64 (batch, chunks, coefficients, hidden), to be summed over the first
-            two.
-        initial: (chunks, rows, components, hidden), zeros, to be summed over the first.
+
+class System(abc.ABC):
+    """A recurrence over time, cut into chunks, as `solve` sees it: the states or their adjoints.
+
+    States of chunks are (batch, chunks, n, groups): the n entries of a group reach each other. The
+    order of chunks is that of the run: those of adjoints begin with the last times.
+
+    Args:
+        start: The state before the first step, (batch, components, hidden).
+        chunk: Steps per chunk.
+        chunks: Chunks of time.
+        residual: The residual of each sequence, (batch,), from ends of chunks and the starts of
+            the next ones.
+        settles: Whether to run all chunks once and leave it to `complete` which sequences
+            converged. So nothing waits for the device.
     """
 
-    drives: Sequence[Tensor]
-    coefficients: Tensor
-    initial: Tensor
+    def __init__(
+        self, start: Tensor, chunk: int, chunks: int, residual: Residual, settles: bool = False
+    ) -> None:
+        self.start, self.chunk, self.chunks = start, chunk, chunks
+        self.residual, self.settles = residual, settles
 
-
-class ShootingBackend(abc.ABC):
-    """A `Backend` that evaluates chunks and leaves the iteration to this module.
-
-    All tensors of its problems are in the type of the arithmetic. `boundary`, `ends`, `incoming`
-    and `outgoing` are (batch, chunks, components, hidden).
-    """
-
-    takes_heads = False
-    recurrence: Recurrence
-    compile_s = 0.0
+    def everywhere(self) -> Tensor:
+        """The first states of all chunks if each has the one that time starts from."""
+        return self.start.unsqueeze(1).expand(-1, self.chunks, -1, -1)
 
     @abc.abstractmethod
-    def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
-        """The chunk length for `Newton(chunk="auto")`."""
+    def run(self, first: Tensor, last: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """Run all chunks.
 
-    @abc.abstractmethod
-    def forward(
-        self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int
-    ) -> Tensor:
-        """Step through the last `limit` steps of every chunk from `boundary`; return the ends.
+        Args:
+            first: The states before their first steps.
+            last: How many of their last steps to run, without a result; None: all.
 
-        With `states`, one (batch, time, hidden) per component, also write every state there.
+        Returns:
+            The result, which the driver only hands on, and the states after the last steps.
         """
 
     @abc.abstractmethod
-    def tangent(self, problem: Problem, boundary: Tensor) -> Tensor:
-        """d(end) / d(boundary) of every chunk, (batch, chunks, components, components, hidden)."""
+    def tangents(self, first: Tensor, found: list[Tensor]) -> Tensor:
+        """d(last state) / d(first state) of all chunks, (batch, chunks, n, n, groups).
 
-    @abc.abstractmethod
-    def backward(
-        self,
-        problem: Problem,
-        states: Sequence[Tensor],
-        grad_states: Sequence[Tensor | None],
-        incoming: Tensor,
-        gradients: Gradients | None,
-        limit: int,
-    ) -> Tensor:
-        """Step back through the first `limit` steps of every chunk; return the adjoint before it.
-
-        With `gradients`, also write them.
+        Args:
+            first: The first states.
+            found: The result of a run from them.
         """
 
-    def parts(self, problem: Problem) -> int:
-        """See `Backend.parts`."""
-        return problem.batch
+    @abc.abstractmethod
+    def step_by_step(self) -> list[Tensor]:
+        """The result of a run in one chunk."""
 
-    def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
-        """See `Backend.solve`."""
-        states, report = solve(self, *self._prepared(problem, settings))
-        kept_in = problem.state_dtype
-        return [s.to(kept_in) for s in states], report
+    def complete(self, found: list[Tensor], converged: Tensor) -> list[Tensor]:
+        """The result if not all have converged.
 
-    def solve_adjoint(
-        self,
-        problem: Problem,
-        settings: Solver,
-        states: Sequence[Tensor],
-        grad_states: Sequence[Tensor | None],
-        grad_drives: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.solve_adjoint`."""
-        dtype = problem.dtype
-        targets = [g if g.dtype is dtype else torch.empty_like(g, dtype=dtype) for g in grad_drives]
-        found = solve_adjoint(
-            self,
-            *self._prepared(problem, settings),
-            [s.to(dtype).contiguous() for s in states],
-            [None if g is None else g.to(dtype).contiguous() for g in grad_states],
-            targets,
-        )
-        for gradient, target in zip(grad_drives, targets, strict=True):
-            if gradient is not target:
-                gradient.copy_(target)
-        return found.coefficients.sum((0, 1)), found.initial.sum(0)
-
-    def _prepared(self, problem: Problem, settings: Solver) -> tuple[Problem, Solver, float]:
-        """The problem in the type of the arithmetic and in chunks, the settings, the tolerance."""
-        chunk = settings.chunk
-        if chunk == "auto":
-            chunk = self.auto_chunk(problem.batch, problem.time, problem.hidden)
-        tolerance = settings.tolerance_for(problem.state_dtype)
-        return problem.converted(min(int(chunk), problem.time)), settings, tolerance
+        Args:
+            found: The result of the last run, which may be overwritten.
+            converged: Boolean (batch,).
+        """
+        return self.step_by_step()
 
 
 def solve(
-    backend: ShootingBackend, problem: Problem, settings: Solver, tolerance: float
+    system: System, settings: Solver, tolerance: float, give_up: bool = False
 ) -> tuple[list[Tensor], Tensor]:
-    """Evaluate a recurrence, cut into `problem.chunk` steps.
+    """Solve a system: warm-up, first guess, iterations, and completion step by step.
+
+    Args:
+        system: The system.
+        settings: Coupling, damping, iterations.
+        tolerance: The tolerance.
+        give_up: Stop iterations that will not reach the tolerance.
 
     Returns:
-        The states, one (batch, time, hidden) per component, and the report's values
-        (iterations, residual, status, chunks).
+        The result, and the values of the report.
     """
-    drive = problem.drives[0]
-    shape = (problem.batch, problem.time, problem.hidden)
-    states = [drive.new_empty(shape) for _ in range(problem.recurrence.num_components)]
-    first = problem.first_states().unsqueeze(1)
-    if problem.chunks == 1:
-        backend.forward(problem, first.contiguous(), states, problem.time)
-        return states, sequential_report(problem.batch, drive.device)
-    everywhere = first.expand(-1, problem.chunks, -1, -1).contiguous()
-    ends = backend.forward(problem, everywhere, None, min(COSTS.warm_up, problem.chunk))
-    guess = torch.cat([first, ends[:, :-1]], 1)
-    progress = shoot(
-        lambda s: backend.forward(problem, s, states, problem.chunk),
-        lambda s: backend.tangent(problem, s),
-        guess,
-        settings,
-        tolerance,
-    )
-    if not progress.all_converged:
-        whole = problem.in_one_chunk()
-        backend.forward(whole, first.contiguous(), states, whole.time)
-    return states, progress.report()
-
-
-def solve_adjoint(
-    backend: ShootingBackend,
-    problem: Problem,
-    settings: Solver,
-    tolerance: float,
-    states: Sequence[Tensor],
-    grad_states: Sequence[Tensor | None],
-    grad_drives: Sequence[Tensor],
-) -> Gradients:
-    """Gradients of all inputs of a recurrence, from those of its states.
-
-    `grad_drives`, laid out like the drives, receives the gradients of the drives.
-    """
-    drive, recurrence = problem.drives[0], problem.recurrence
-    components, chunks = recurrence.num_components, problem.chunks
-    sums = (problem.batch, chunks, recurrence.num_coefficients, problem.hidden)
-    gradients = Gradients(
-        grad_drives,
-        drive.new_empty(sums, dtype=torch.float64),
-        drive.new_zeros((chunks, *problem.initial.shape)),
-    )
-    zeros = drive.new_zeros((problem.batch, chunks, components, problem.hidden))
-    if chunks == 1:
-        backend.backward(problem, states, grad_states, zeros, gradients, problem.time)
-        return gradients
-
-    def sweep(incoming: Tensor) -> Tensor:
-        gradients.initial.zero_()
-        flipped = incoming.flip(1).contiguous()
-        out = backend.backward(problem, states, grad_states, flipped, gradients, problem.chunk)
-        return out.flip(1)
-
-    def tangents(_: Tensor) -> Tensor:
-        ends = torch.stack([s[:, problem.chunk - 1 :: problem.chunk] for s in states], 2)
-        first = problem.first_states().unsqueeze(1)
-        boundary = torch.cat([first, ends[:, : chunks - 1]], 1).contiguous()
-        return backend.tangent(problem, boundary).transpose(2, 3).flip(1)
-
-    limit = min(COSTS.warm_up, problem.chunk)
-    out = backend.backward(problem, states, grad_states, zeros, None, limit).flip(1)
-    guess = torch.cat([zeros[:, :1], out[:, :-1]], 1)
-    progress = shoot(sweep, tangents, guess, settings, tolerance, adjoint_residual)
-    if not progress.all_converged:
-        act_on_failure(progress.report(), settings, tolerance, backwards=True)
-        whole = problem.in_one_chunk()
-        return solve_adjoint(backend, whole, settings, tolerance, states, grad_states, grad_drives)
-    return gradients
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The progress of an iteration, for every sequence.
-
-    Attributes:
-        iterations: Float64 (batch,): iterations until convergence, or all iterations.
-        residual: (batch,): the last residual.
-        converged: Boolean (batch,).
-        all_converged: Whether all have converged; reading it needs no host sync.
-        chunks: Chunks of time.
-    """
-
-    iterations: Tensor
-    residual: Tensor
-    converged: Tensor
-    all_converged: bool
-    chunks: int
-
-    def report(self) -> Tensor:
-        """The values of a report."""
-        status = torch.where(self.converged, CONVERGED, COMPLETED)
-        count = torch.full_like(self.iterations, self.chunks)
-        return torch.stack([self.iterations, self.residual.double(), status.double(), count], 1)
+    if system.chunks == 1:
+        report = sequential_report(len(system.start), system.start.device)
+        return system.step_by_step(), report
+    everywhere, steps = system.everywhere(), min(COSTS.warm_up, system.chunk)
+    _, ends = system.run(everywhere, steps)
+    contraction = None
+    if give_up:
+        moved = torch.inf
+        if settings.coupling == "zero":
+            moved = float(system.residual(ends[:, :-1], everywhere[:, 1:]).amax())
+        contraction = Contraction(moved, steps / system.chunk)
+    guess = torch.cat([everywhere[:, :1], ends[:, :-1]], 1)
+    return _iterate(system, guess, settings, tolerance, contraction)
 
 
 def state_residual(ends: Tensor, starts: Tensor, size: int = 1) -> Tensor:
@@ -287,47 +172,41 @@ class Contraction:
         return not residual * factor ** (left / self.part) <= tolerance
 
 
-def shoot(
-    sweep: Callable[[Tensor], Tensor],
-    tangents: Callable[[Tensor], Tensor],
+def _iterate(
+    system: System,
     guess: Tensor,
     settings: Solver,
     tolerance: float,
-    residual_of: Callable[[Tensor, Tensor], Tensor] = state_residual,
-    contraction: Contraction | None = None,
-    holds: Callable[[Tensor], bool] = bool,
-) -> Progress:
-    """Iterate until every chunk ends where the next one starts.
+    contraction: Contraction | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Iterate until every chunk ends where the next one starts, or complete step by step.
 
     Args:
-        sweep: Runs all chunks from given first states, (batch, chunks, components, hidden), and
-            returns their last states.
-        tangents: The derivatives of the last states in the first, (batch, chunks, components,
-            components, hidden).
+        system: The system.
         guess: First states; those of the first chunk are exact.
         settings: Coupling, damping, iterations.
         tolerance: The tolerance.
-        residual_of: The residual of each sequence, from the ends of all chunks but the last and the
-            starts of the next chunks.
         contraction: The contraction before the first iteration. It stops the loop once the
             remaining iterations will not reach the tolerance. None: never stop early.
-        holds: Turns a boolean on the device into an answer; `bool` is a host sync.
 
     Returns:
-        The progress. The residual is that of the first states of the last sweep.
+        The result, and the values of the report: the iterations until convergence, or all
+        iterations; the residual of the first states of the last sweep.
     """
-    chunks = guess.shape[1]
+    chunks = system.chunks
     most = min(settings.max_iterations or chunks, chunks)
     iterations = guess.new_full(guess.shape[:1], most, dtype=torch.float64)
     for iteration in range(1, most + 1):
-        ends = sweep(guess)
-        residual = residual_of(ends[:, :-1], guess[:, 1:])
+        found, ends = system.run(guess)
+        residual = system.residual(ends[:, :-1], guess[:, 1:])
         converged = residual <= tolerance
         iterations = torch.where(converged, iterations.clamp_max(iteration), iterations)
-        if holds(converged.all()):
-            return Progress(iterations, residual, converged, True, chunks)
+        if system.settles:
+            break
+        if bool(converged.all()):  # a host sync
+            return found, _report(iterations, residual, converged, chunks)
         if iteration == chunks:  # every chunk has started from its exact state
-            return Progress(iterations, residual, torch.ones_like(converged), True, chunks)
+            return found, _report(iterations, residual, torch.ones_like(converged), chunks)
         if contraction is not None:
             now = float(residual.amax())
             if contraction.is_hopeless(now, most - iteration, tolerance, settings.coupling):
@@ -335,17 +214,24 @@ def shoot(
                 break
             contraction = Contraction(now, 1.0)
         if iteration < most:
-            coupling = _coupling(settings.coupling, tangents, guess)
+            coupling = _coupling(settings.coupling, system, guess, found)
             guess = newton_update(ends, guess, coupling, settings.damping)
-    return Progress(iterations, residual, converged, False, chunks)
+    found = system.complete(found, converged)
+    return found, _report(iterations, residual, converged, chunks)
 
 
-def _coupling(kind: str, tangents: Callable[[Tensor], Tensor], guess: Tensor) -> Tensor:
+def _report(iterations: Tensor, residual: Tensor, converged: Tensor, chunks: int) -> Tensor:
+    status = torch.where(converged, CONVERGED, COMPLETED)
+    count = torch.full_like(iterations, chunks)
+    return torch.stack([iterations, residual.double(), status.double(), count], 1)
+
+
+def _coupling(kind: str, system: System, guess: Tensor, found: list[Tensor]) -> Tensor:
     """The coupling of chunks: matrices shaped like tangents, or factors shaped like states."""
     if kind == "tangent":
-        return tangents(guess)
+        return system.tangents(guess, found)
     if kind == "diagonal":
-        return tangents(guess).diagonal(dim1=2, dim2=3).transpose(2, 3)
+        return system.tangents(guess, found).diagonal(dim1=2, dim2=3).transpose(2, 3)
     return (torch.ones_like if kind == "identity" else torch.zeros_like)(guess)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import time
 from collections.abc import Iterable, Sequence
@@ -12,18 +13,22 @@ from torch import Tensor
 from pararnn.kernels.c.build import CompilerError, load
 from pararnn.kernels.c.source import SIZES, c_source
 from pararnn.planning.costs import COSTS, Costs
+from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.shooting import Gradients, ShootingBackend
+from pararnn.solvers.report import act_on_failure
+from pararnn.solvers.shooting import Residual, System, adjoint_residual, solve, state_residual
 from pararnn.tracing.derivatives import Recurrence
 
 
-class CBackend(ShootingBackend):
+class CBackend:
     """One instance per recurrence; the libraries for float32 and float64 are made when needed."""
 
     name = "c"
+    takes_heads = False
 
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
+        self.compile_s = 0.0
         self._libraries: dict[bool, ctypes.CDLL] = {}
         self._obstacles: dict[bool, str] = {}
 
@@ -59,51 +64,73 @@ class CBackend(ShootingBackend):
         wanted = -(-torch.get_num_threads() // lanes)
         return -(-time // max(1, min(wanted, time // COSTS.c_shortest_chunk)))
 
-    def forward(
-        self, problem: Problem, boundary: Tensor, states: Sequence[Tensor] | None, limit: int
-    ) -> Tensor:
-        """See `ShootingBackend.forward`."""
-        ends = torch.empty_like(boundary)
-        outputs = [None] * self.recurrence.num_components if states is None else states
-        self._call("forward", problem, limit, [problem.initial, boundary, ends, *outputs])
-        return ends
+    def parts(self, problem: Problem) -> int:
+        """See `Backend.parts`."""
+        return problem.batch
 
-    def tangent(self, problem: Problem, boundary: Tensor) -> Tensor:
-        """See `ShootingBackend.tangent`."""
-        batch, chunks, components, hidden = boundary.shape
-        tangents = boundary.new_empty((batch, chunks, components, components, hidden))
-        pointers = [problem.initial, boundary, tangents]
-        self._call("tangent", problem, problem.chunk, pointers)
-        return tangents
+    def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
+        """See `Backend.solve`."""
+        kept_in, system = problem.state_dtype, _States(self, self._cut(problem, settings))
+        states, report = solve(system, settings, settings.tolerance_for(kept_in))
+        return [s.to(kept_in) for s in states], report
 
-    def backward(
+    def solve_adjoint(
         self,
         problem: Problem,
+        settings: Solver,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
-        incoming: Tensor,
-        gradients: Gradients | None,
-        limit: int,
-    ) -> Tensor:
-        """See `ShootingBackend.backward`."""
-        outgoing = torch.empty_like(incoming)
-        pointers: list[Tensor | None] = [problem.initial, incoming, outgoing]
-        if gradients is None:
-            pointers += [None, None, *states, *grad_states]
-            self._call("backward", problem, limit, pointers, [0] * 3 * len(problem.drives))
-        else:
-            pointers += [gradients.initial, gradients.coefficients, *states, *grad_states]
-            self._call("backward", problem, limit, pointers, _strided(gradients.drives))
-        return outgoing
+        grad_drives: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.solve_adjoint`."""
+        dtype, tolerance = problem.dtype, settings.tolerance_for(problem.state_dtype)
+        targets = [g if g.dtype is dtype else torch.empty_like(g, dtype=dtype) for g in grad_drives]
+        system = _Adjoints(
+            self,
+            self._cut(problem, settings),
+            [s.to(dtype).contiguous() for s in states],
+            [None if g is None else g.to(dtype).contiguous() for g in grad_states],
+            targets,
+        )
+        (of_initial, sums), report = solve(system, settings, tolerance)
+        act_on_failure(report, settings, tolerance, backwards=True)
+        for gradient, target in zip(grad_drives, targets, strict=True):
+            if gradient is not target:
+                gradient.copy_(target)
+        return sums.sum((0, 1)), of_initial.sum(0)
 
-    def _call(
+    def tangents(self, problem: Problem, before: Tensor) -> Tensor:
+        """d(state after) / d(state before) of all chunks, see `System.tangents`."""
+        batch, chunks, components, hidden = before.shape
+        tangents = before.new_empty((batch, chunks, components, components, hidden))
+        pointers = [problem.initial, before.contiguous(), tangents]
+        self.call("tangent", problem, problem.chunk, pointers)
+        return tangents
+
+    def _cut(self, problem: Problem, settings: Solver) -> Problem:
+        """The problem in the type of the arithmetic, in chunks."""
+        chunk = settings.chunk
+        if chunk == "auto":
+            chunk = self.auto_chunk(problem.batch, problem.time, problem.hidden)
+        return problem.converted(min(chunk, problem.time))
+
+    def call(
         self,
         name: str,
         problem: Problem,
         limit: int,
         pointers: Iterable[Tensor | None],
-        more: Iterable[int] = (),
+        strided: Iterable[Tensor | None] = (),
     ) -> None:
+        """Call a function of `loop.c`.
+
+        Args:
+            name: "forward", "tangent" or "backward".
+            problem: The problem, in the type of the arithmetic.
+            limit: Steps of a chunk, at most: the last ones, or for "backward" the first.
+            pointers: What else it takes, as the struct of its arguments lists it.
+            strided: Likewise: (batch, time, hidden) of any strides.
+        """
         initial = problem.initial
         if not initial.is_cpu:
             raise ValueError(
@@ -127,10 +154,97 @@ class CBackend(ShootingBackend):
         arguments = [sizes[s] for s in SIZES] + [_address(problem.starts)]
         arguments += _strided(problem.drives)
         arguments += [c.data_ptr() for c in problem.coefficients]
-        arguments += [*map(_address, pointers), *more]
+        arguments += [*map(_address, pointers), *_strided(strided)]
         array = (ctypes.c_int64 * len(arguments))(*arguments)
         library = self.library(problem.drives[0].dtype is torch.float64)
         getattr(library, name)(array)
+
+
+class _InC(System):
+    """A system whose chunks run in C. There chunks are in the order of the states."""
+
+    def __init__(
+        self, backend: CBackend, problem: Problem, start: Tensor, residual: Residual
+    ) -> None:
+        super().__init__(start, problem.chunk, problem.chunks, residual)
+        self.backend, self.problem = backend, problem
+
+    def run(self, first: Tensor, last: int | None = None) -> tuple[list[Tensor], Tensor]:
+        return self._run(self.problem, first.contiguous(), last)
+
+    def step_by_step(self) -> list[Tensor]:
+        return self._run(self.problem.in_one_chunk(), self.start.unsqueeze(1).contiguous())[0]
+
+    @abc.abstractmethod
+    def _run(
+        self, problem: Problem, first: Tensor, last: int | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `System.run`."""
+
+
+class _States(_InC):
+    """The states. Results are one (batch, time, hidden) per component."""
+
+    def __init__(self, backend: CBackend, problem: Problem) -> None:
+        super().__init__(backend, problem, problem.first_states(), state_residual)
+        shape = (problem.batch, problem.time, problem.hidden)
+        self.states = [problem.drives[0].new_empty(shape) for _ in self.start.unbind(1)]
+
+    def tangents(self, first: Tensor, found: list[Tensor]) -> Tensor:
+        return self.backend.tangents(self.problem, first)
+
+    def _run(
+        self, problem: Problem, first: Tensor, last: int | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        ends = torch.empty_like(first)
+        states = self.states if last is None else [None] * len(self.states)
+        pointers = [problem.initial, first, ends, *states]
+        self.backend.call("forward", problem, last or problem.chunk, pointers)
+        return self.states, ends
+
+
+class _Adjoints(_InC):
+    """The adjoints, and the gradients of all inputs.
+
+    Results are the gradients of initial states, (chunks, rows, components, hidden), and of
+    coefficients, float64 (batch, chunks, coefficients, hidden), to be summed. Those of the drives
+    are written into `grad_drives`.
+    """
+
+    def __init__(
+        self,
+        backend: CBackend,
+        problem: Problem,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+        grad_drives: Sequence[Tensor],
+    ) -> None:
+        start = states[0].new_zeros(problem.batch, len(states), problem.hidden)
+        super().__init__(backend, problem, start, adjoint_residual)
+        self.states, self.grad_states, self.grad_drives = states, grad_states, grad_drives
+
+    def tangents(self, first: Tensor, found: list[Tensor]) -> Tensor:
+        ends = torch.stack([s[:, self.chunk - 1 :: self.chunk] for s in self.states], 2)
+        before = [self.problem.first_states().unsqueeze(1), ends[:, : self.chunks - 1]]
+        return self.backend.tangents(self.problem, torch.cat(before, 1)).transpose(2, 3).flip(1)
+
+    def _run(
+        self, problem: Problem, first: Tensor, last: int | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        after = first if problem.chunks == 1 else first.flip(1)
+        before = torch.empty_like(after)
+        gradients: list[Tensor] = []
+        if last is None:
+            sums = (problem.batch, problem.chunks, len(problem.coefficients), problem.hidden)
+            gradients += [
+                after.new_zeros(problem.chunks, *problem.initial.shape),
+                after.new_empty(sums, dtype=torch.float64),
+            ]
+        pointers = [problem.initial, after, before, *(gradients or (None, None))]
+        pointers += [*self.states, *self.grad_states]
+        drives = self.grad_drives if gradients else [None] * len(self.grad_drives)
+        self.backend.call("backward", problem, last or problem.chunk, pointers, drives)
+        return gradients, before if problem.chunks == 1 else before.flip(1)
 
 
 def _block(rows: int, hidden: int, threads: int, costs: Costs = COSTS) -> int:
@@ -141,9 +255,12 @@ def _block(rows: int, hidden: int, threads: int, costs: Costs = COSTS) -> int:
     return min(costs.c_block, block)
 
 
-def _strided(tensors: Iterable[Tensor]) -> list[int]:
+def _strided(tensors: Iterable[Tensor | None]) -> list[int]:
     """Address, batch stride and time stride of each."""
-    return [n for t in tensors for n in (t.data_ptr(), t.stride(0), t.stride(1))]
+    found: list[int] = []
+    for t in tensors:
+        found += (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
+    return found
 
 
 def _address(tensor: Tensor | None) -> int:

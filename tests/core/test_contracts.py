@@ -30,9 +30,14 @@ def name(request):
     return request.param
 
 
+ALIVE = {}  # a layer of every cell: the others take the derivatives of its recurrence
+
+
 def layer(name, backend, dtype=torch.float64, chunk="auto", **options):
     cell = make_cell(name, dtype)
-    return RNN(cell, backend=backend, solver=Newton(chunk=chunk), **options)
+    rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk), **options)
+    ALIVE.setdefault(name, rnn)
+    return rnn
 
 
 def data(rnn, batch=3, time=31, dtype=torch.float64):

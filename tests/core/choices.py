@@ -28,8 +28,8 @@ from pararnn.layers.evaluate import BackendError
 from pararnn.layers.replayed import Call
 from pararnn.planning.costs import COSTS
 from pararnn.planning.triton_plan import Work
-from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.solvers.problem import Problem
+from pararnn.solvers.rows import Chunks, Cut
 
 from .pretend_gpu import pretend_gpu
 

@@ -12,8 +12,8 @@ from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
 from pararnn.kernels import mixing as mixing_operator
-from pararnn.solvers.chunks import Chunks, Cut, Redo, Sweep
-from pararnn.solvers.chunks import run_steps as one_by_one
+from pararnn.solvers.rows import Chunks, Cut, Redo, Sweep
+from pararnn.solvers.rows import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.mixing import Step
 from pararnn.tracing.products import unfused

@@ -301,7 +301,7 @@ def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
 @pytest.mark.parametrize("reset", [False, True])
 def test_pieces_of_the_sequential_backward(monkeypatch, pieces, reset):
     small = replace(COSTS, shortest_piece=pieces, piece=1)
-    monkeypatch.setattr(pararnn.solvers.mixing, "COSTS", small)
+    monkeypatch.setattr(pararnn.solvers.systems, "COSTS", small)
     cell = make("lstm")
     rnn = RNN(cell, solver=Sequential())
     x, state = data(rnn)
@@ -324,13 +324,13 @@ def test_chunks_are_coupled_by_their_tangents(monkeypatch, name, chunk):
     resets = torch.zeros(2, 20, dtype=torch.bool)
     resets[1, 12] = True
     seen = []
-    tangents = pararnn.solvers.mixing.Forward.tangents
+    tangents = pararnn.solvers.systems.Forward.tangents
 
     def spy(self, cut, first, states, run):
         seen.append((torch.stack(list(first), 1), tangents(self, cut, first, states, run)))
         return seen[-1][1]
 
-    monkeypatch.setattr(pararnn.solvers.mixing.Forward, "tangents", spy)
+    monkeypatch.setattr(pararnn.solvers.systems.Forward, "tangents", spy)
     with torch.no_grad():
         rnn(x, state, resets)
     first, found = seen[0]

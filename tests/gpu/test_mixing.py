@@ -13,7 +13,7 @@ from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused, graphs
 from pararnn.kernels import mixing as operator
-from pararnn.solvers.chunks import Chunks, Cut
+from pararnn.solvers.rows import Chunks, Cut
 from pararnn.testing import assert_close, loop
 
 pytestmark = pytest.mark.gpu

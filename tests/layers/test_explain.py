@@ -140,7 +140,7 @@ def test_check_cell_says_that_a_cell_is_random():
 
 
 def test_check_cell_sees_a_wrong_result(monkeypatch):
-    from pararnn.solvers.mixing import Backward
+    from pararnn.solvers.systems import Backward
 
     right = Backward.initial_gradient
 

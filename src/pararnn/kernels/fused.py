@@ -17,7 +17,7 @@ from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.expressions import function
 from pararnn.kernels.triton.tuples import OverTime
 from pararnn.planning.costs import COSTS
-from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
+from pararnn.solvers.rows import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
 
@@ -66,7 +66,7 @@ def runs(module: fx.GraphModule, hidden: int, dtype: torch.dtype) -> bool:
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `pararnn.solvers.chunks.Run`: in one kernel, on a GPU or in Triton's interpreter.
+    """See `pararnn.solvers.rows.Run`: in one kernel, on a GPU or in Triton's interpreter.
 
     Raises:
         NotFused: The kernel does not support an operation of the step, or its weights are too

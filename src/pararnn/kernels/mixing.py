@@ -21,10 +21,10 @@ from pararnn.kernels.registry import Name, Registry, read_solver, write, write_s
 from pararnn.planning.automatic import automatic, coupling, free_rows, prefers_cell
 from pararnn.planning.costs import COSTS
 from pararnn.planning.settings import Sequential, Solver
-from pararnn.solvers import chunks as plain
-from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
-from pararnn.solvers.mixing import Backward, Chain, Forward
+from pararnn.solvers import rows as plain
 from pararnn.solvers.report import act_on_failure
+from pararnn.solvers.rows import WHOLE, Chunks, Sweep, Swept
+from pararnn.solvers.systems import Backward, Chain, Forward
 from pararnn.tracing.mixing import Mixing, Step, arithmetic, in_type
 from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.products import unfused
@@ -126,7 +126,7 @@ class Plan:
         return self.generated and _is_fast(step, initial)
 
     def run_steps(self, chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-        """See `pararnn.solvers.chunks.Run`."""
+        """See `pararnn.solvers.rows.Run`."""
         return (run_steps if self.generated else run_operations)(chunks, state, sweep)
 
     def call(

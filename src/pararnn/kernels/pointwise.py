@@ -32,7 +32,7 @@ Function = Callable[..., Sequence[Tensor]]
 
 
 def run(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Run a module of operations; see `pararnn.solvers.mixing.RunModule`."""
+    """Run a module of operations; see `pararnn.solvers.systems.RunModule`."""
     kind = tensors[0].device.type
     if kind != "cuda" or missing(kind):
         return module(*(t.contiguous() for t in tensors))

@@ -32,6 +32,14 @@ from pararnn.lm.training.text import Codec
 
 HERE = Processes(0, 1, torch.device("cpu"))
 MEASURED = ("step", "loss", "z_loss", "bits_per_byte", "grad_norm", "learning_rate")
+LOOP, SAMPLE = report.LARGEST_LOOP, report.SAMPLE_TOKENS
+
+
+@pytest.fixture(autouse=True)
+def _short_report(monkeypatch):
+    """A report takes longer than the run before it."""
+    monkeypatch.setattr(report, "LARGEST_LOOP", 1)
+    monkeypatch.setattr(report, "SAMPLE_TOKENS", 2)
 
 
 def curve(folder):
@@ -45,7 +53,9 @@ def weights(folder):
     return ParaRNNForCausalLM.from_pretrained(newest).state_dict()
 
 
-def test_thirty_steps_lower_the_loss(make_config, capsys):
+def test_thirty_steps_lower_the_loss(make_config, monkeypatch, capsys):
+    monkeypatch.setattr(report, "LARGEST_LOOP", LOOP)
+    monkeypatch.setattr(report, "SAMPLE_TOKENS", SAMPLE)
     config = make_config(steps=30)
     result = train(config)
     losses = [record["loss"] for record in curve(config.out)]
@@ -294,11 +304,11 @@ def test_bfloat16_learns(make_config):
 @pytest.mark.parametrize("model", architectures())
 def test_every_architecture_trains_under_the_same_command(make_config, monkeypatch, capsys, model):
     config = make_config(steps=2, model=model)
-    train(config)
-    printed = capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(report, "LARGEST_LOOP", 1)
-        train(dataclasses.replace(config, steps=3), resume=True)
+        patch.setattr(report, "LARGEST_LOOP", LOOP)
+        train(config)
+    printed = capsys.readouterr().out
+    train(dataclasses.replace(config, steps=3), resume=True)
     assert len(curve(config.out)) == 3
     assert "run step by step: " not in capsys.readouterr().out
     assert ("cannot keep documents apart" in printed) == (model == "mamba2")

@@ -2,13 +2,14 @@
 
 import os
 import re
-import subprocess
-import sys
+import signal
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from forks import Fork
 
 from pararnn.cli.main import main
 from pararnn.layers.evaluate import BackendError
@@ -62,23 +63,19 @@ def test_a_new_folder_is_for_the_first_that_comes(make_config, monkeypatch):
         assert first.result().step == 1
 
 
-DIES = """
-import os, signal, sys, time
-from pathlib import Path
-from pararnn.lm.training.lock import alone_in_run
-with alone_in_run(Path(sys.argv[1])):
-    if os.fork() == 0:
-        time.sleep(5)
-        os._exit(0)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
+def die(folder):
+    with alone_in_run(folder):
+        if os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @needs_flock
 def test_a_lock_ends_with_its_process_even_if_a_child_lives_on(tmp_path):
-    command = [sys.executable, "-c", DIES, str(tmp_path)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    assert subprocess.run(command, check=False, **quiet).returncode == -9
+    with Fork(die, tmp_path, folder=tmp_path) as process:
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
     with alone_in_run(tmp_path):
         pass
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from pararnn.kernels import operators
+from pararnn.kernels.channels import Channels
 from pararnn.kernels.printing import equations
 from pararnn.layers.rnn import RNN
 from pararnn.tracing.expressions import leaf
@@ -80,7 +81,7 @@ def explain(rnn: RNN) -> Explanation:
         )
     evaluation = rnn.evaluation()
     traced = evaluation.traced
-    recurrence = traced.recurrence
+    recurrence = traced.step.recurrence
     if recurrence is None:
         drives = [_name(e) for e in traced.parts.edges if e.meta["by_rows"]]
         coefficients = [_name(e) for e in traced.parts.edges if not e.meta["by_rows"]]
@@ -90,11 +91,10 @@ def explain(rnn: RNN) -> Explanation:
         drives = [names[leaf("drive", i)] for i in range(recurrence.num_drives)]
         coefficients = [names[leaf("coefficient", i)] for i in range(recurrence.num_coefficients)]
         lines = equations(recurrence)
-    if evaluation.mixing_plan is not None:
-        source, compile_s = evaluation.mixing_plan.mixing.step.module.code, 0.0
-    else:
-        backend = operators.backend_of(evaluation.plan)
-        source, compile_s = backend.source(), backend.compile_s
+    path = operators.request_of(evaluation.plan).path
+    source, compile_s = traced.step.module.code, 0.0
+    if isinstance(path, Channels):
+        source, compile_s = path.backend.source(), path.backend.compile_s
     explanation = Explanation(
         traced.subject.name,
         lines,

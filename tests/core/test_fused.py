@@ -6,6 +6,7 @@ import operator
 
 import pytest
 import torch
+from pararnn.tracing.mixing import Step
 from torch import fx, nn
 
 from pararnn import RNN, Jacobi, Newton, Sequential
@@ -15,7 +16,6 @@ from pararnn.kernels import mixing as mixing_operator
 from pararnn.solvers.rows import Chunks, Cut, Redo, Sweep
 from pararnn.solvers.rows import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
-from pararnn.tracing.mixing import Step
 from pararnn.tracing.products import unfused
 
 from .compare import as_tuple, assert_same, outcome, random_state, with_resets

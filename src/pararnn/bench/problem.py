@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pararnn
 from pararnn.kernels import operators
-from pararnn.tracing.structure import Layout
+from pararnn.tracing.step import Layout, step_of_channels
 
 
 class InventedCell(nn.Module):
@@ -72,7 +72,7 @@ class Problem:
         self.size = size
         rnn = pararnn.RNN(self.module.to("cuda"), backend="triton")
         self.traced = rnn.evaluation().traced
-        recurrence = self.traced.recurrence
+        recurrence = self.traced.step.recurrence
         assert recurrence is not None
         self.components = recurrence.num_components
         generator = torch.Generator("cuda").manual_seed(0)
@@ -92,28 +92,25 @@ class Problem:
 
     def plan(self, backend: str, solver: pararnn.Newton | None = None) -> str:
         """Name of the evaluation by a backend, drives and coefficients in one tensor each."""
-        recurrence = self.traced.recurrence
+        recurrence = self.traced.step.recurrence
         assert recurrence is not None
         layout = Layout(
             tuple((0, i) for i in range(recurrence.num_drives)),
             tuple((0, i) for i in range(recurrence.num_coefficients)),
         )
-        return operators.plan(recurrence, layout, backend, solver or pararnn.Newton())
+        return operators.register(step_of_channels(recurrence, layout), backend, solver)
 
     def forward(self, plan: str) -> list[Tensor]:
         """States and the report."""
         with torch.no_grad():
-            return torch.ops.pararnn.recurrence(
-                [self.drives], [self.weights], self.initial, None, plan
-            )
+            return torch.ops.pararnn.solve([self.drives, self.weights], self.initial, None, plan)
 
     def backward(self, plan: str, states: list[Tensor]) -> list[Tensor]:
         """Gradients of drives, coefficients and initial states."""
         grads = [self.cotangent] + [None] * (self.components - 1)
         with torch.no_grad():
-            return torch.ops.pararnn.recurrence_backward(
-                [self.drives], [self.weights], self.initial, None, states, grads, plan
-            )
+            given = [self.drives, self.weights], self.initial, None
+            return torch.ops.pararnn.adjoint(*given, states, grads, plan)
 
     def check(self, states: list[Tensor], grads: list[Tensor]) -> float:
         """Largest relative error on some channels of two rows, against float64 on the CPU."""
@@ -122,14 +119,13 @@ class Problem:
         take = lambda t: t[..., some.to(t.device)][rows].double().cpu()  # noqa: E731
         plan = self.plan("c", pararnn.Newton(chunk=self.size.time))
         given = (
-            [take(self.drives)],
-            [self.weights[:, some.to("cuda")].double().cpu()],
+            [take(self.drives), self.weights[:, some.to("cuda")].double().cpu()],
             take(self.initial),
             None,
         )
-        exact = torch.ops.pararnn.recurrence(*given, plan)[:-1]
+        exact = torch.ops.pararnn.solve(*given, plan)[:-1]
         cotangents = [take(self.cotangent)] + [None] * (self.components - 1)
-        gradients = torch.ops.pararnn.recurrence_backward(*given, exact, cotangents, plan)
+        gradients = torch.ops.pararnn.adjoint(*given, exact, cotangents, plan)
         pairs = [(take(s), e) for s, e in zip(states, exact, strict=True)]
         pairs += [(take(grads[0]), gradients[0]), (take(grads[-1]), gradients[-1])]
         return max(float((a - e).abs().max() / e.abs().max().clamp_min(1e-30)) for a, e in pairs)

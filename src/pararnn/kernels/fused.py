@@ -18,8 +18,8 @@ from pararnn.kernels.triton.expressions import function
 from pararnn.kernels.triton.tuples import OverTime
 from pararnn.planning.costs import COSTS
 from pararnn.solvers.rows import WHOLE, Chunks, Sweep, Swept
-from pararnn.tracing.mixing import Edge
 from pararnn.tracing.products import NotExpressed, Products, products
+from pararnn.tracing.step import Input
 
 _TILE = 16  # see `triton.functions.dot`
 
@@ -140,7 +140,7 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
         return f"the state is of type {like.dtype}"
     for edge, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True):
         skipped = 2 if by_rows else 0
-        kinds.append(Edge(tuple(edge.shape[skipped:]), edge.dtype, by_rows))
+        kinds.append(Input(tuple(edge.shape[skipped:]), edge.dtype, by_rows))
         strides.append(edge.stride()[skipped:])
     try:
         found = products(

@@ -17,25 +17,25 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pararnn.kernels import operators
+from pararnn.kernels.channels import Channels
 from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Problem
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import Operand, leaf, make
-from pararnn.tracing.structure import Layout
+from pararnn.tracing.step import Layout, step_of_channels
 
 
-def recurrence(
-    drives: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    initial: Tensor,
-    starts: Tensor | None,
-    plan: str,
+def solve(
+    inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None, request: str
 ) -> list[Tensor]:
-    """The states; see `pararnn::recurrence`."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        # make_fx, linearize and other recorders cannot see into `_Solve`
-        return operators.step_by_step(drives, coefficients, initial, starts, plan)
-    return list(_Solve.apply(plan, len(drives), starts, initial, *drives, *coefficients))
+    """The states; see `pararnn::solve`."""
+    path = operators.request_of(request).path
+    # make_fx, linearize and other recorders cannot see into `_Solve`
+    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if recorded or not isinstance(path, Channels):
+        return operators.loop(inputs, initial, starts, request)
+    count = path.layout.num_drive_inputs
+    return list(_Solve.apply(request, count, starts, initial, *inputs))
 
 
 def _tracked(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,28 +62,28 @@ def _without_tangents(ctx: Any) -> list[Any]:
 
 
 class _Solve(torch.autograd.Function):
-    """`(plan, number of drives, starts, initial, *drives, *coefficients) -> states`."""
+    """`(request, number of inputs with drives, starts, initial, *inputs) -> states`."""
 
     @staticmethod
     def forward(
-        plan: str, count: int, starts: Tensor | None, initial: Tensor, *sources: Tensor
+        request: str, count: int, starts: Tensor | None, initial: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        found = operators.solve(sources[:count], sources[count:], initial, starts, plan)
+        found = operators.run_solve(inputs, initial, starts, request)
         return tuple(found[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.plan, ctx.count, *tensors = inputs
-        ctx.sources = len(tensors) - 2
+        ctx.request, ctx.count, *tensors = inputs
+        ctx.inputs = len(tensors) - 2
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors, *output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         starts, initial, *rest = ctx.saved_tensors
-        sources, states = rest[: ctx.sources], rest[ctx.sources :]
+        inputs, states = rest[: ctx.inputs], rest[ctx.inputs :]
         *found, of_initial = _Adjoint.apply(
-            ctx.plan, ctx.count, ctx.sources, starts, initial, *sources, *states, *grads
+            ctx.request, ctx.count, ctx.inputs, starts, initial, *inputs, *states, *grads
         )
         return None, None, None, of_initial, *found
 
@@ -91,54 +91,51 @@ class _Solve(torch.autograd.Function):
     @_tracked
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         starts, initial, *rest = _without_tangents(ctx)
-        sources, states = rest[: ctx.sources], rest[ctx.sources :]
-        of_initial, *of_sources = _filled(tangents[3:], [initial, *sources])
+        inputs, states = rest[: ctx.inputs], rest[ctx.inputs :]
+        of_initial, *of_inputs = _filled(tangents[3:], [initial, *inputs])
+        path = operators.request_of(ctx.request).path
+        assert isinstance(path, Channels)
         problem, moved = (
-            operators.flat_problem(t[: ctx.count], t[ctx.count :], i, starts, ctx.plan)
-            for t, i in ((sources, initial), (of_sources, of_initial))
+            path.flat_problem(t, i, starts) for t, i in ((inputs, initial), (of_inputs, of_initial))
         )
         rows, offsets = _linear(problem, moved, states)
         drives = torch.stack([*(entry for row in rows for entry in row), *offsets], 2)
-        like = operators.plan_of(ctx.plan)
-        plan = _linear_plan(len(states), like.backend.name, like.settings)
-        found = _Solve.apply(plan, 1, starts, of_initial, drives.unsqueeze(3))
+        linear = _linear_step(len(states), path.backend.name, path.settings)
+        found = _Solve.apply(linear, 1, starts, of_initial, drives.unsqueeze(3))
         return tuple(f.to(s.dtype) for f, s in zip(found, states, strict=True))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, plan: str, count: int, *tensors: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, request: str, count: int, *tensors: Any) -> Any:
         size, dims = info.batch_size, in_dims[2:]
-        run = functools.partial(_Solve.apply, plan, count)
+        run = functools.partial(_Solve.apply, request, count)
         if dims[0] is not None:
             return _one_by_one(run, size, dims, tensors)
-        starts, initial, *sources = tensors
-        axes = [2, *([3] * count), *([1] * (len(sources) - count))]
-        pairs = zip([initial, *sources], dims[1:], axes, strict=True)
+        starts, initial, *inputs = tensors
+        axes = [2, *([3] * count), *([1] * (len(inputs) - count))]
+        pairs = zip([initial, *inputs], dims[1:], axes, strict=True)
         states = run(starts, *(_joined(t, d, axis, size) for t, d, axis in pairs))
         return tuple(s.unflatten(2, (size, -1)) for s in states), (2,) * len(states)
 
 
 class _Adjoint(torch.autograd.Function):
-    """`(plan, number of drives, of sources, starts, initial, *sources, *states, *their gradients)`.
+    """`(request, as above, number of inputs, starts, initial, *inputs, *states, *their gradients)`.
 
-    Returns the gradients of the sources and of `initial`. Its own derivatives treat the states as
+    Returns the gradients of the inputs and of `initial`. Its own derivatives treat the states as
     functions of the other arguments.
     """
 
     @staticmethod
     def forward(
-        plan: str, count: int, total: int, starts: Tensor | None, initial: Tensor, *rest: Tensor
+        request: str, count: int, total: int, starts: Tensor | None, initial: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        sources, (states, grads) = rest[:total], _halves(rest[total:])
-        drives, coefficients = sources[:count], sources[count:]
-        found = operators.solve_adjoint(
-            drives, coefficients, initial, starts, states, list(grads), plan
-        )
+        inputs, (states, grads) = rest[:total], _halves(rest[total:])
+        found = operators.run_adjoint(inputs, initial, starts, states, list(grads), request)
         # the tangents of views would have to be views
         return tuple(f.clone() if f._is_view() else f for f in found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.plan, ctx.count, ctx.total, *tensors = inputs
+        ctx.request, ctx.count, ctx.total, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -146,8 +143,8 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gradients, given, skipped = _gradients_of_loop(ctx, ctx.saved_tensors)
         of_initial, *found = _vjp(gradients, *given)[1](grads)
-        sources, of_grads = found[: ctx.total], found[ctx.total :]
-        return None, None, None, None, of_initial, *sources, *([None] * skipped), *of_grads
+        inputs, of_grads = found[: ctx.total], found[ctx.total :]
+        return None, None, None, None, of_initial, *inputs, *([None] * skipped), *of_grads
 
     @staticmethod
     @_tracked
@@ -158,17 +155,17 @@ class _Adjoint(torch.autograd.Function):
         return _pushed(gradients, given, _filled(of_given, given))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, plan: str, count: int, total: int, *tensors: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, request: str, count: int, total: int, *tensors: Any) -> Any:
         size, dims = info.batch_size, in_dims[3:]
-        run = functools.partial(_Adjoint.apply, plan, count, total)
+        run = functools.partial(_Adjoint.apply, request, count, total)
         if dims[0] is not None:
             return _one_by_one(run, size, dims, tensors)
         starts, initial, *rest = tensors
-        of_sources = [*([3] * count), *([1] * (total - count))]
-        axes = [2, *of_sources, *([2] * (len(rest) - total))]
+        of_inputs = [*([3] * count), *([1] * (total - count))]
+        axes = [2, *of_inputs, *([2] * (len(rest) - total))]
         pairs = zip([initial, *rest], dims[1:], axes, strict=True)
         found = run(starts, *(_joined(t, d, axis, size) for t, d, axis in pairs))
-        axes = [*of_sources, 2]
+        axes = [*of_inputs, 2]
         apart = (f.unflatten(axis, (size, -1)) for f, axis in zip(found, axes, strict=True))
         return tuple(apart), tuple(axes)
 
@@ -211,18 +208,17 @@ def _gradients_of_loop(
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], int]:
     """What `_Adjoint` computes, step by step, as a function; its arguments; states left out."""
     starts, initial, *rest = saved
-    sources, (states, grads) = rest[: ctx.total], _halves(rest[ctx.total :])
+    inputs, (states, grads) = rest[: ctx.total], _halves(rest[ctx.total :])
 
     def gradients(initial: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        def loop(initial: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
-            drives, coefficients = sources[: ctx.count], sources[ctx.count :]
-            return tuple(operators.step_by_step(drives, coefficients, initial, starts, ctx.plan))
+        def loop(initial: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return tuple(operators.loop(inputs, initial, starts, ctx.request))
 
         _, pull = _vjp(loop, initial, *rest[: ctx.total])
-        of_initial, *of_sources = pull(rest[ctx.total :])
-        return (*of_sources, of_initial)
+        of_initial, *of_inputs = pull(rest[ctx.total :])
+        return (*of_inputs, of_initial)
 
-    return gradients, [initial, *sources, *grads], len(states)
+    return gradients, [initial, *inputs, *grads], len(states)
 
 
 def _pushed(
@@ -256,7 +252,7 @@ def _linear(
 
 
 @functools.lru_cache(maxsize=32)
-def _linear_plan(components: int, backend: str, settings: Solver) -> str:
+def _linear_step(components: int, backend: str, settings: Solver) -> str:
     """`t_i = sum over j of J_ij t_j, + b_i`; its drives are the rows of J, then b."""
     count, step = components**2, []
     for i in range(components):
@@ -266,4 +262,5 @@ def _linear_plan(components: int, backend: str, settings: Solver) -> str:
         step.append(new)
     places = tuple((0, slot) for slot in range(count + components))
     recurrence = Recurrence(tuple(step), len(places), 0, {})
-    return operators.plan(recurrence, Layout(places, ()), backend, settings)
+    linear = step_of_channels(recurrence, Layout(places, ()))
+    return operators.register(linear, backend, settings)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pararnn.kernels import mixing, operators, transforms
+from pararnn.kernels import operators, transforms
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.c.build import find_compiler
+from pararnn.kernels.channels import BACKENDS, Channels
 from pararnn.kernels.lowering import NotLowered, lower
+from pararnn.kernels.rows import Rows
 from pararnn.kernels.triton.build import interpreted
 from pararnn.kernels.triton.build import missing as triton_missing
 from pararnn.layers.replayed import Call
@@ -23,7 +25,7 @@ from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.modes import transformed
 from pararnn.tracing.structure import Traced
 
-NAMES = ("auto", "torch", *operators.BACKENDS)
+NAMES = ("auto", "torch", *BACKENDS)
 
 
 class BackendError(ValueError):
@@ -69,7 +71,7 @@ def choose_backend(
         raise BackendError(f"backend={name!r} is not known; choose one of {', '.join(NAMES)}.")
     if traced is None or device is None:
         return BackendChoice(name, "")
-    if traced.recurrence is None:
+    if traced.step.recurrence is None:
         if name in _OBSTACLES:
             raise BackendError(
                 f"backend={name!r} evaluates elementwise cells and {traced.subject.name} is not "
@@ -82,7 +84,7 @@ def choose_backend(
     chosen = name if name != "auto" else "triton" if device.type == "cuda" else "c"
     obstacle = (
         _solver_obstacle(chosen, solver)
-        or _lowering_obstacle(traced.recurrence)
+        or _lowering_obstacle(traced.step.recurrence)
         or _OBSTACLES[chosen](device)
     )
     missing = None if obstacle else _missing(chosen, device)
@@ -190,27 +192,18 @@ class Evaluation:
 
     def _take(self, traced: Traced, choice: BackendChoice) -> None:
         """Set the step and its backend."""
-        traced = traced.on_rows if choice.name == "torch" else traced
         self.traced, self.choice, self.input_part = traced, choice, traced.input_part
         find = self._owner_of
         self.owners = [find(name) for name in self.input_part.names] if find else []
-        self.mixing_plan: mixing.Plan | None = None
-        if traced.mixing is not None:
-            self.plan = mixing.plan(traced.mixing, traced.group, self.solver, choice.generated)
-            self.mixing_plan = mixing.plan_of(self.plan)
-            return
-        assert traced.recurrence is not None
-        assert traced.layout is not None
-        settings = self.solver or Newton()
-        self.plan = operators.plan(traced.recurrence, traced.layout, choice.name, settings)
+        self.plan = operators.register(traced.step, choice.name, self.solver, choice.generated)
+        path = operators.request_of(self.plan).path
+        self.mixing_plan = path if isinstance(path, Rows) else None
 
     def method(self) -> type[Solver]:
         """The coupling of chunks: the user's, or the chosen one."""
         if self.solver is not None and not isinstance(self.solver, Sequential):
             return type(self.solver)
-        if self.traced.mixing is None:
-            return Newton
-        return coupling(self.traced.mixing.num_components * self.traced.group)
+        return coupling(self.traced.step.num_components * self.traced.step.group)
 
     def describe(self) -> str:
         """The solver, in words."""
@@ -247,7 +240,7 @@ class Evaluation:
         fixed = [*tensors, *self.input_part.constants]
         time = inputs[0].shape[1]
         if transformed():
-            return self._transformed(self.edges(fixed, inputs), initial, starts, time), None
+            return transforms.solve(self.inputs(fixed, inputs), initial, starts, self.plan), None
         given = [*fixed, *inputs, initial, starts]
         call = None
         if not torch.compiler.is_compiling() and time > 1 and self._never_waits(given, initial):
@@ -255,35 +248,28 @@ class Evaluation:
         if call is not None:
             *states, report = call(given)
         else:
-            edges = self.edges(fixed, inputs)
-            *states, report = self.solve(edges, initial, starts, time)
+            *states, report = self.solve(self.inputs(fixed, inputs), initial, starts)
         return states, report
 
     def solve(
-        self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
+        self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
     ) -> list[Tensor]:
         """The states, and the values of the report."""
-        layout = self.traced.layout
-        if layout is None:
-            batch = (initial if starts is None else starts).shape[0]
-            return mixing.recurrence(edges, initial, starts, batch, time, self._written())
-        count = layout.num_drive_sources
-        return operators.recurrence(edges[:count], edges[count:], initial, starts, self._written())
+        return operators.solve(inputs, initial, starts, self._written())
 
     def _written(self) -> str:
-        """The name of the plan, or its text in a program that may run without this layer."""
+        """The name of the request, or its text in a program that may run without this layer."""
         return self._text() if torch.compiler.is_compiling() else self.plan
 
     def _text(self) -> str:
-        kind = operators if self.mixing_plan is None else mixing
-        return kind.plan_of(self.plan).text()
+        return operators.request_of(self.plan).text()
 
     def get_ready(self) -> None:
         """Build the kernels; if that fails, switch to PyTorch operations."""
         self.is_ready = True
-        backend = operators.backend_of(self.plan)
-        if isinstance(backend, CBackend):
-            obstacle = backend.obstacle(self.traced.dtype is torch.float64)
+        path = operators.request_of(self.plan).path
+        if isinstance(path, Channels) and isinstance(path.backend, CBackend):
+            obstacle = path.backend.obstacle(self.traced.step.dtype is torch.float64)
             if obstacle is not None:
                 _warn_slow(obstacle)
                 self._take(self.traced, _without_kernels(obstacle))
@@ -291,50 +277,26 @@ class Evaluation:
     # torch.compile calls `_text` instead of tracing it
     vars(_text)["_dynamo_marked_constant"] = True
 
-    def step_by_step(
-        self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
+    def loop(
+        self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
     ) -> list[Tensor]:
         """The states, by PyTorch operations, which support all derivatives."""
-        layout = self.traced.layout
-        if layout is None:
-            batch = (initial if starts is None else starts).shape[0]
-            return mixing.step_by_step(edges, initial, starts, batch, time, self.plan)
-        count = layout.num_drive_sources
-        return operators.step_by_step(edges[:count], edges[count:], initial, starts, self.plan)
+        return operators.loop(inputs, initial, starts, self.plan)
 
-    def _transformed(
-        self, edges: Sequence[Tensor], initial: Tensor, starts: Tensor | None, time: int
-    ) -> list[Tensor]:
-        """The states under transforms."""
-        layout = self.traced.layout
-        if layout is None:
-            return self.step_by_step(edges, initial, starts, time)
-        count = layout.num_drive_sources
-        return transforms.recurrence(edges[:count], edges[count:], initial, starts, self.plan)
-
-    def solve_adjoint(
+    def adjoint(
         self,
-        edges: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         initial: Tensor,
         starts: Tensor | None,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
-    ) -> tuple[dict[int, Tensor], Tensor]:
-        """The gradients of edges, by edge number, and of the initial states."""
-        layout = self.traced.layout
-        if layout is None:
-            assert self.mixing_plan is not None
-            batch, time = states[0].shape[:2]
-            *found, of_initial = mixing.recurrence_backward(
-                edges, initial, starts, batch, time, states, grad_states, self.plan
-            )
-            numbers = self.mixing_plan.mixing.differentiable
-            return dict(zip(numbers, found, strict=True)), of_initial
-        count = layout.num_drive_sources
-        *found, of_initial = operators.recurrence_backward(
-            edges[:count], edges[count:], initial, starts, states, grad_states, self.plan
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """The gradients of the inputs, None where there is none, and of the initial states."""
+        *found, of_initial = operators.adjoint(
+            inputs, initial, starts, states, grad_states, self.plan
         )
-        return dict(enumerate(found)), of_initial
+        request = operators.request_of(self.plan)
+        return operators.by_input(found, request, len(inputs)), of_initial
 
     def _never_waits(self, given: Sequence[Tensor | None], initial: Tensor) -> bool:
         """Whether a call needs no host sync."""
@@ -345,21 +307,21 @@ class Evaluation:
         tracked = any(t is not None and t.requires_grad for t in given)
         return self.mixing_plan.settles(initial, tracked and torch.is_grad_enabled())
 
-    def edges(self, fixed: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The results of the input part, from its tensors and constants (`fixed`) and inputs."""
-        x = inputs[0]
+    def inputs(self, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs of the step, from tensors and constants (`fixed`) and x (`given`)."""
+        x = given[0]
         batch, time, *_ = x.shape
         time_first = x.stride(0) < x.stride(1)
         if self.mixing_plan is not None and x.device.type == "cpu":
             time_first = True  # steps read all rows of a time
         if time_first:
-            inputs = [i.transpose(0, 1) for i in inputs]
-        values = self.input_part.module(*fixed, *[i.flatten(0, 1) for i in inputs])
+            given = [g.transpose(0, 1) for g in given]
+        values = self.input_part.module(*fixed, *[g.flatten(0, 1) for g in given])
         sizes = (time, batch) if time_first else (batch, time)
-        edges = []
-        for value, by_rows in zip(values, self.traced.by_rows, strict=True):
+        inputs = []
+        for value, by_rows in zip(values, self.traced.step.by_rows, strict=True):
             if by_rows:
                 value = value.view(*sizes, *value.shape[1:])
                 value = value.transpose(0, 1) if time_first else value
-            edges.append(value)
-        return edges
+            inputs.append(value)
+        return inputs

@@ -107,21 +107,20 @@ class Call:
     def _graphs(self) -> Graphs:
         return _graphs.setdefault(self.layer.input_part.module, Graphs())
 
-    def _edges(self, given: Sequence[Any]) -> list[Tensor]:
+    def _inputs(self, given: Sequence[Any]) -> list[Tensor]:
         enabled, dtype = self.autocast
         kind = given[-2].device.type
         # no cache: a tensor that is cast during a capture lies in the memory of that graph
         with torch.autocast(kind, dtype, enabled, cache_enabled=False):
-            return self.layer.edges(given[: self.count], given[self.count : -2])
+            return self.layer.inputs(given[: self.count], given[self.count : -2])
 
     def _forward(self, given: Sequence[Any]) -> list[Tensor]:
         *_, initial, starts = given
-        return self.layer.solve(self._edges(given), initial, starts, given[self.count].shape[1])
+        return self.layer.solve(self._inputs(given), initial, starts)
 
     def _loop(self, *given: Any) -> list[Tensor]:
         *_, initial, starts = given
-        time = given[self.count].shape[1]
-        return self.layer.step_by_step(self._edges(given), initial, starts, time)
+        return self.layer.loop(self._inputs(given), initial, starts)
 
     def _gradients(
         self,
@@ -132,18 +131,17 @@ class Call:
     ) -> list[Tensor]:
         *rest, initial, starts = given
         with torch.enable_grad():
-            edges = self._edges(given)
-        plain = [e.detach() for e in edges]
-        found, of_initial = self.layer.solve_adjoint(plain, initial, starts, states, grad_states)
-        used = [i for i in found if edges[i].requires_grad]
+            inputs = self._inputs(given)
+        plain = [i.detach() for i in inputs]
+        found, of_initial = self.layer.adjoint(plain, initial, starts, states, grad_states)
+        pairs = [
+            (i, g) for i, g in zip(inputs, found, strict=True) if g is not None and i.requires_grad
+        ]
         wanted = [t for t, n in zip(rest, needed, strict=False) if n]
         gradients: Sequence[Tensor] = ()
         if wanted:
             gradients = torch.autograd.grad(
-                [edges[i] for i in used],
-                wanted,
-                [found[i] for i in used],
-                materialize_grads=True,
+                [i for i, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True
             )
         return [*gradients, of_initial] if needed[-2] else list(gradients)
 

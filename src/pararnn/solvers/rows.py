@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pararnn.planning.costs import COSTS
-from pararnn.tracing.mixing import Step
+from pararnn.tracing.step import Step
 
 
 @dataclass(frozen=True)

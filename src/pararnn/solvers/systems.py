@@ -37,7 +37,7 @@ from pararnn.solvers.shooting import (
     solve,
     state_residual,
 )
-from pararnn.tracing.mixing import Mixing
+from pararnn.tracing.step import Step
 
 RunModule = Callable[[fx.GraphModule, Sequence[Tensor]], Sequence[Tensor]]
 """Runs a module, recorded on contiguous tensors, on tensors of any strides."""
@@ -48,9 +48,8 @@ class Chain(abc.ABC):
     """A recurrence over time.
 
     Attributes:
-        mixing: Its step and derivatives.
-        group: Channels that mix with each other.
-        edges: What the step of `mixing` takes; those with rows are (batch, time, ...).
+        step: The step.
+        edges: What the step takes; those with rows are (batch, time, ...).
         initial: Initial states, (rows, components, hidden).
         starts: As in `Problem`.
         batch: Sequences.
@@ -58,8 +57,7 @@ class Chain(abc.ABC):
         run_module: Runs modules of operations for all times at once.
     """
 
-    mixing: Mixing
-    group: int
+    step: Step
     edges: Sequence[Tensor]
     initial: Tensor
     starts: Tensor | None
@@ -145,9 +143,9 @@ class Chain(abc.ABC):
             edges: Those of the recurrence.
             grad_states: Components (a, b, hidden); zeros when None.
         """
-        adjoint, count = self.mixing.adjoint, len(before)
+        adjoint, count = self.step.adjoint, len(before)
         grad_states = _zeros(before) if grad_states is None else grad_states
-        moves = [True] * count + list(self.mixing.step.by_rows) + [True] * count
+        moves = [True] * count + list(self.step.by_rows) + [True] * count
         blocks = [
             self.run_module(
                 adjoint.part.module,
@@ -164,24 +162,24 @@ class Chain(abc.ABC):
         self, cut: Cut, edges: Sequence[Tensor], resets: Tensor | None, reverse: bool = False
     ) -> Chunks:
         """Chunks of the adjoint, from all its edges; it is zero where a sequence starts."""
-        adjoint = self.mixing.adjoint
-        used = [edges[i] for i in adjoint.step_edges]
+        adjoint = self.step.adjoint
+        used = [edges[i] for i in adjoint.step_inputs]
         if resets is None:
             return Chunks(adjoint.step, cut, used, None, [], reverse)
-        zero = self.initial.new_zeros(self.mixing.hidden).expand(*resets.shape[:2], -1)
-        reset_states = [zero] * self.mixing.num_components
+        zero = self.initial.new_zeros(self.step.hidden).expand(*resets.shape[:2], -1)
+        reset_states = [zero] * self.step.num_components
         return Chunks(adjoint.step, cut, used, resets, reset_states, reverse)
 
     def _images(self, linear: Chunks, run: Run) -> Tensor:
         """The adjoint of chunks, applied to unit vectors."""
         cut, groups = linear.cut, self.groups()
-        basis = groups.basis(self.first().new_empty(cut.chunks * cut.batch, self.mixing.hidden))
-        every = Sweep(copies=self.mixing.num_components * self.group, keep=False)
+        basis = groups.basis(self.first().new_empty(cut.chunks * cut.batch, self.step.hidden))
+        every = Sweep(copies=self.step.num_components * self.step.group, keep=False)
         return groups.images(run(linear, basis, every)[1])
 
     def groups(self) -> Groups:
         """The vectors that couple chunks."""
-        return Groups(self.batch, self.mixing.num_components, self.group)
+        return Groups(self.batch, self.step.num_components, self.step.group)
 
 
 class _InRows(System):
@@ -224,11 +222,11 @@ class Forward(Chain):
 
     def chunks(self, cut: Cut) -> Chunks:
         """See `Chain.chunks`."""
-        return Chunks(self.mixing.step, cut, self.edges, *self._resets())
+        return Chunks(self.step, cut, self.edges, *self._resets())
 
     def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
         """See `Chain.residual`."""
-        return state_residual(ends, starts, self.group)
+        return state_residual(ends, starts, self.step.group)
 
     def _resets(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """`resets` and `reset_states` of `Chunks`."""
@@ -292,13 +290,13 @@ class Backward(Chain):
         if self.starts is not None:
             ends = self._ends().unsqueeze(-1)
             after = [torch.where(ends, 0.0, a) for a in after]
-        adjoint = self.mixing.adjoint
+        adjoint = self.step.adjoint
         moves = [True] * len(after) + list(adjoint.by_rows)
         blocks = [
             self.run_module(adjoint.gradients, now)
             for now in in_blocks([*after, *self.adjoint_edges], moves)
         ]
-        by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
+        by_rows = [self.step.inputs[i].by_rows for i in self.step.differentiable]
         return [
             torch.cat(parts).unflatten(0, (self.batch, self.time)) if moves else _sum(parts)
             for parts, moves in zip(zip(*blocks, strict=True), by_rows, strict=True)
@@ -310,7 +308,7 @@ class Backward(Chain):
         Returns:
             The gradients of the initial states and of the differentiable edges.
         """
-        size = max(COSTS.shortest_piece, COSTS.piece // (self.batch * self.mixing.hidden))
+        size = max(COSTS.shortest_piece, COSTS.piece // (self.batch * self.step.hidden))
         pieces, incoming, of_initial = [], self.incoming, torch.zeros_like(self.initial)
         for begin in reversed(range(0, self.time, size)):
             piece = self._piece(begin, min(begin + size, self.time), incoming)
@@ -319,7 +317,7 @@ class Backward(Chain):
             incoming = torch.stack([f[:, 0] for f in found], 1)
             if begin == 0 or self.starts is not None:
                 of_initial += piece.initial_gradient(found)
-        by_rows = [self.mixing.edges[i].by_rows for i in self.mixing.differentiable]
+        by_rows = [self.step.inputs[i].by_rows for i in self.step.differentiable]
         return of_initial, [
             torch.cat(parts, 1) if moves else _sum(parts)
             for parts, moves in zip(zip(*reversed(pieces), strict=True), by_rows, strict=True)
@@ -329,7 +327,7 @@ class Backward(Chain):
         starts = self.starts
         if starts is not None and incoming is not None and end < self.time:
             incoming = torch.where(self.resets()[:, end, None, None], 0.0, incoming)
-        by_rows = self.mixing.step.by_rows
+        by_rows = self.step.by_rows
         return replace(
             self,
             edges=[e[:, begin:end] if r else e for e, r in zip(self.edges, by_rows, strict=True)],

@@ -31,6 +31,7 @@ from pararnn.tracing.operations import (
 )
 from pararnn.tracing.partition import Partition
 from pararnn.tracing.recorder import aten, mapped, show_place
+from pararnn.tracing.step import Input
 
 
 class NotElementwise(Exception):
@@ -72,10 +73,42 @@ class Source:
         if own != target:
             value = graph.call_function(aten.expand.default, (value, [*lead, *self.shape]))
         slots = math.prod(self.shape) // self.hidden_size
-        in_heads = math.prod(self.shape[-2:]) == self.hidden_size
-        channels = self.shape[-2:] if in_heads and len(self.shape) > 1 else (1, self.hidden_size)
-        blocks = [slots, *channels] if self.by_rows else [slots, self.hidden_size]
+        blocks = [slots, *self.channels] if self.by_rows else [slots, self.hidden_size]
         return graph.call_function(aten.reshape.default, (value, [*lead, *blocks]))
+
+    def undo(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
+        """See `Output.undo`."""
+        meta = self.edge.meta
+        own = list(meta["shape"])
+        lead: list[Any] = [-1] if self.by_rows else []
+        rest = own[1:] if self.by_rows or len(own) > len(self.shape) else own
+        value = graph.call_function(aten.reshape.default, (value, [*lead, *self.shape]))
+        for _ in range(len(self.shape) - len(rest)):
+            value = graph.call_function(aten.select.int, (value, 0, 0))
+        for axis, (size, had) in enumerate(zip(self.shape[-len(rest) :], rest, strict=True)):
+            if size != had:  # it was expanded
+                value = graph.call_function(aten.slice.Tensor, (value, axis + len(lead), 0, had))
+        if not self.by_rows and rest != own:
+            value = graph.call_function(aten.reshape.default, (value, own))
+        if not meta["dtype"].is_floating_point:
+            kind = {"dtype": meta["dtype"]}
+            value = graph.call_function(aten._to_copy.default, (value,), kind)
+        return value
+
+    @property
+    def as_input(self) -> Input:
+        """The result of `emit` as an input of the step."""
+        floating = self.edge.meta["dtype"].is_floating_point
+        dtype = self.edge.meta["dtype"] if floating else self.dtype
+        slots = math.prod(self.shape) // self.hidden_size
+        channels = self.channels if self.by_rows else (self.hidden_size,)
+        return Input((slots, *channels), dtype, self.by_rows)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Heads, and channels of each."""
+        in_heads = len(self.shape) > 1 and math.prod(self.shape[-2:]) == self.hidden_size
+        return (self.shape[-2], self.shape[-1]) if in_heads else (1, self.hidden_size)
 
 
 Slot = tuple[Source, int]

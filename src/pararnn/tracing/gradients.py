@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from pararnn.tracing.capture import ROWS, recordable
 from pararnn.tracing.derivatives import torch_function
-from pararnn.tracing.mixing import arithmetic, in_type, recording
 from pararnn.tracing.recorder import TraceError, is_differentiable, mapped
+from pararnn.tracing.step import arithmetic, in_type, recording
 
 if TYPE_CHECKING:
     from pararnn.tracing.structure import Traced
@@ -72,8 +72,7 @@ def check_gradients(traced: Traced, inputs: Inputs, device: torch.device) -> Non
 
 
 def _key(traced: Traced) -> int:
-    step, capture, subject = traced.mixing or traced.recurrence, traced.capture, traced.subject
-    assert step is not None
+    step, capture, subject = traced.step, traced.capture, traced.subject
     places = tuple(n.meta.get("place") for n in capture.graph.nodes)
     kinds = tuple((t.shape, t.dtype, t.requires_grad) for t in subject.tensors.values())
     function = getattr(subject.source, "__code__", None)
@@ -220,7 +219,7 @@ def _of_the_trace(
     """The same from what was traced, as solvers use it."""
     part = traced.input_part
     run = Runner(dtype if dtype is not traced.capture.dtype else None)
-    compute = _elementwise if traced.mixing is None else _mixing
+    compute = _on_rows if traced.step.recurrence is None else _by_channels
     with recording(device):
         tensors = [example.tensors[name] for name in part.names]
         edges = run(part.module, [*tensors, *part.constants, *example.inputs])
@@ -246,17 +245,17 @@ Results = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
 """New components, and the gradients of the state and of all edges."""
 
 
-def _elementwise(
+def _by_channels(
     traced: Traced,
     run: Runner,
     state: list[Tensor],
     edges: list[Tensor],
     terms: list[list[Tensor]],
 ) -> Results:
-    recurrence, layout = traced.recurrence, traced.layout
+    recurrence, layout = traced.step.recurrence, traced.step.layout
     assert recurrence is not None
     assert layout is not None
-    count, of_edges = layout.num_drive_sources, [torch.zeros_like(e) for e in edges]
+    count, of_edges = layout.num_drive_inputs, [torch.zeros_like(e) for e in edges]
 
     def places(of: list[Tensor]) -> list[Tensor]:
         drives = [of[source][:, slot].flatten(1) for source, slot in layout.drives]
@@ -272,22 +271,20 @@ def _elementwise(
     return list(new), list(of_state), of_edges
 
 
-def _mixing(
+def _on_rows(
     traced: Traced,
     run: Runner,
     state: list[Tensor],
     edges: list[Tensor],
     terms: list[list[Tensor]],
 ) -> Results:
-    mixing = traced.mixing
-    assert mixing is not None
-    adjoint, (now, later) = mixing.adjoint, terms
-    new = run(mixing.step.module, [*state, *edges])
+    adjoint, (now, later) = traced.step.adjoint, terms
+    new = run(traced.step.module, [*state, *edges])
     given = run(adjoint.part.module, adjoint.part_arguments(state, edges, now))
-    of_state = run(adjoint.step.module, [*later, *(given[i] for i in adjoint.step_edges)])
+    of_state = run(adjoint.step.module, [*later, *(given[i] for i in adjoint.step_inputs)])
     found = run(adjoint.gradients, [*later, *given])
     of_edges = [torch.zeros_like(e) for e in edges]
-    for i, gradient in zip(mixing.differentiable, found, strict=True):
+    for i, gradient in zip(traced.step.differentiable, found, strict=True):
         of_edges[i] = gradient
     return new, of_state, of_edges
 

@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from pararnn.tracing.capture import ROWS, record_step
 from pararnn.tracing.gradients import Example, Runner, differing, gradients
-from pararnn.tracing.mixing import recording
 from pararnn.tracing.operations import operation_name
 from pararnn.tracing.recorder import (
     NeedsFunctionalization,
@@ -18,6 +17,7 @@ from pararnn.tracing.recorder import (
     record,
     show_place,
 )
+from pararnn.tracing.step import recording
 
 if TYPE_CHECKING:
     from pararnn.tracing.structure import Traced

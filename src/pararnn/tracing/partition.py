@@ -206,12 +206,32 @@ def copy_graph(
     """
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {n: graph.placeholder(name) for n, name in inputs.items()}
+    _copy_nodes(parts, nodes, graph, new, new[rows_of])
+    return graph, new
+
+
+def _copy_nodes(
+    parts: Partition,
+    nodes: Iterable[fx.Node],
+    graph: fx.Graph,
+    new: dict[fx.Node, fx.Node],
+    rows: fx.Node,
+) -> None:
+    """Copy `nodes` into `graph` and note in `new` where they went; see `copy_graph`.
+
+    Args:
+        parts: Where the nodes are from.
+        nodes: Operations to copy, in order.
+        graph: Where they go to.
+        new: Where values went that are in the graph already.
+        rows: A value in the graph whose first size is the number of rows.
+    """
     first_input = next(n for n in parts.capture.graph.nodes if _is_input(n))
 
     def lookup(node: fx.Node) -> fx.Node:
         if node not in new:
             if node is first_input:
-                return new[rows_of]
+                return rows
             assert node.meta.get("is_count"), f"{node} is not available here"
             new[node] = graph.node_copy(node, lookup)
         return new[node]
@@ -221,15 +241,40 @@ def copy_graph(
             new[node] = graph.node_copy(node, lookup)
             if node.target is aten.view.default:
                 new[node].target = aten.reshape.default
-    return graph, new
 
 
 def recurrent_module(parts: Partition, results: Sequence[fx.Node] | None = None) -> fx.GraphModule:
     """The recurrent part as a module, `(*state, *edges) -> results`: all of them when None."""
     inputs = {n: f"state_{i}" for i, n in enumerate(parts.states)}
-    inputs |= {e: f"edge_{i}" for i, e in enumerate(parts.edges)}
+    inputs |= {e: f"input_{i}" for i, e in enumerate(parts.edges)}
     graph, new = copy_graph(parts, parts.recurrent, inputs, parts.states[0])
     graph.output(tuple(new[r] for r in (parts.results if results is None else results)))
+    graph.eliminate_dead_code()
+    return module_of(graph)
+
+
+def module_from(parts: Partition, outputs: Sequence[Output]) -> fx.GraphModule:
+    """The recurrent part as a module `(*state, *outputs of the input part) -> new state`.
+
+    What leads from the outputs to the edges is part of it.
+    """
+    graph = fx.Graph()
+    new = {n: graph.placeholder(f"state_{i}") for i, n in enumerate(parts.states)}
+    for i, output in enumerate(outputs):
+        given = graph.placeholder(f"input_{i}")
+        if output.edge not in new:
+            new[output.edge] = output.undo(graph, given)
+    needed: set[fx.Node] = set()
+    stack = list(parts.results)
+    while stack:
+        node = stack.pop()
+        if node not in needed and node not in new and not node.meta.get("is_count"):
+            assert node.op == "call_function", f"{node} is not available here"
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    body = [n for n in parts.capture.graph.nodes if n in needed]
+    _copy_nodes(parts, body, graph, new, new[parts.states[0]])
+    graph.output(tuple(new[r] for r in parts.results))
     graph.eliminate_dead_code()
     return module_of(graph)
 
@@ -246,6 +291,10 @@ class Output(Protocol):
         """Add operations to a graph that holds the edge's value; return the result."""
         ...
 
+    def undo(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
+        """Add operations that lead from such a result back to the edge's value."""
+        ...
+
 
 @dataclass(frozen=True)
 class AsItIs:
@@ -255,6 +304,10 @@ class AsItIs:
 
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
         """See `Output.emit`."""
+        return value
+
+    def undo(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
+        """See `Output.undo`."""
         return value
 
 

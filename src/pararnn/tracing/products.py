@@ -27,10 +27,10 @@ from pararnn.tracing.elementwise import (
     run_on,
 )
 from pararnn.tracing.expressions import Operand, is_boolean, leaf, make, topological
-from pararnn.tracing.mixing import Edge, recording
 from pararnn.tracing.operations import MOVES, is_pointwise, named_arguments, operation_name
 from pararnn.tracing.partition import Partition
 from pararnn.tracing.recorder import TraceError, record
+from pararnn.tracing.step import Input, recording
 
 _SUBJECT = "the step"
 _PRODUCTS = frozenset("mm bmm addmm".split())
@@ -82,7 +82,7 @@ class Products:
 
 def products(
     module: fx.GraphModule,
-    edges: Sequence[Edge],
+    edges: Sequence[Input],
     strides: Sequence[Sequence[int]],
     components: int,
     hidden: int,
@@ -106,7 +106,7 @@ def products(
     kinds = {f"attribute_{i}": e for i, e in enumerate(edges) if not e.by_rows}
     moving = [i for i, e in enumerate(edges) if e.by_rows]
     kinds |= {f"x_{n}": edges[i] for n, i in enumerate(moving)}
-    kinds |= {f"state_{n}": Edge((hidden,), dtype, True) for n in range(components)}
+    kinds |= {f"state_{n}": Input((hidden,), dtype, True) for n in range(components)}
     names = [f"x_{moving.index(i)}" if e.by_rows else f"attribute_{i}" for i, e in enumerate(edges)]
     if not moving:
         raise NotExpressed("nothing but the state has rows")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,56 +13,30 @@ from pararnn.tracing.dependencies import group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.gradients import check_gradients
-from pararnn.tracing.mixing import Mixing, arithmetic, mixing
 from pararnn.tracing.modes import stand_in, transformed, untransformed, without_tools
 from pararnn.tracing.partition import (
     AsItIs,
     InputPart,
+    Output,
     Partition,
     input_part,
+    module_from,
     partition,
-    recurrent_module,
 )
 from pararnn.tracing.recorder import TraceError, is_differentiable
 from pararnn.tracing.shared import share_weights
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where drives and coefficients are: (index of the source, slot in it) of each."""
-
-    drives: tuple[tuple[int, int], ...]
-    coefficients: tuple[tuple[int, int], ...]
-
-    @property
-    def num_drive_sources(self) -> int:
-        """Tensors that the drives are slices of."""
-        return 1 + max(source for source, _ in self.drives)
-
-    def drives_of(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """The drives (batch, time, heads, head_size), views of sources with slots behind time."""
-        return [sources[source].select(2, slot) for source, slot in self.drives]
-
-    def coefficients_of(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """The coefficients (hidden,), views of sources (slots, hidden)."""
-        return [sources[source].select(0, slot) for source, slot in self.coefficients]
+from pararnn.tracing.step import Layout, Step, input_of, step_of
 
 
 @dataclass
 class Traced:
-    """A step, traced.
+    """A cell, traced.
 
     Attributes:
         subject: What was traced.
         parts: The split graph.
-        input_part: Computes the sources of the drives, (rows, slots, heads, head_size), then those
-            of the coefficients, (slots, hidden_size), if there is a layout; otherwise the edges as
-            they are.
-        by_rows: Which results of the input part have one row per sample.
-        recurrence: The recurrent part of an elementwise step as expressions, else None.
-        layout: Where its drives and coefficients are in their sources; None where chunks are rows
-            of a batch.
-        mixing: The recurrent part as PyTorch operations on rows, where there is no layout.
+        input_part: Computes the inputs of the step for all times.
+        step: The recurrent part.
         reason: The reason for the structure, in words.
         device: Where it was traced.
     """
@@ -71,10 +44,7 @@ class Traced:
     subject: Subject
     parts: Partition
     input_part: InputPart
-    by_rows: list[bool]
-    recurrence: Recurrence | None
-    layout: Layout | None
-    mixing: Mixing | None
+    step: Step
     reason: str
     device: torch.device
 
@@ -84,30 +54,12 @@ class Traced:
         return self.parts.capture
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type that its recurrent part is computed in, float32 or float64."""
-        return arithmetic((self.capture.dtype, *(e.meta["dtype"] for e in self.parts.edges)))
-
-    @functools.cached_property
-    def group(self) -> int:
-        """Channels of the groups that do not mix with each other: 1, the size of a head, or all."""
-        return group_size(self.parts) if self.recurrence is None else 1
-
-    @functools.cached_property
-    def on_rows(self) -> Traced:
-        """The same step by PyTorch operations, with chunks as rows of a batch: the reference."""
-        if self.mixing is not None:
-            return self
-        made = _mixing(self.subject, self.parts, self.reason, self.device)
-        return replace(made, recurrence=self.recurrence)
-
-    @property
     def structure(self) -> str:
         """Elementwise, heads (with their size) or dense."""
-        if self.recurrence is not None:
+        if self.step.recurrence is not None:
             return "elementwise"
-        whole = self.group == self.capture.hidden_size
-        return "dense" if whole else f"heads (size {self.group})"
+        group = self.step.group
+        return "dense" if group == self.step.hidden else f"heads (size {group})"
 
 
 def trace(
@@ -161,23 +113,29 @@ def _elementwise(
 ) -> Traced:
     drives = list(dict.fromkeys(source for source, _ in found.drives))
     coefficients = list(dict.fromkeys(source for source, _ in found.coefficients))
-    step = Recurrence(found.step, len(found.drives), len(found.coefficients), found.names)
+    recurrence = Recurrence(found.step, len(found.drives), len(found.coefficients), found.names)
     layout = Layout(
         tuple((drives.index(source), slot) for source, slot in found.drives),
         tuple((coefficients.index(source), slot) for source, slot in found.coefficients),
     )
     sources = [*drives, *coefficients]
+    module, inputs = module_from(parts, sources), [source.as_input for source in sources]
+    step = step_of(parts, module, inputs, 1, device, recurrence, layout)
     reason = "every operation on the state works on each channel by itself"
-    by_rows = [source.by_rows for source in sources]
-    part = input_part(parts, sources)
-    return Traced(subject, parts, part, by_rows, step, layout, None, reason, device)
+    return Traced(subject, parts, input_part(parts, sources), step, reason, device)
 
 
 def _mixing(subject: Subject, parts: Partition, reason: str, device: torch.device) -> Traced:
-    by_rows = [bool(e.meta["by_rows"]) for e in parts.edges]
-    part = input_part(parts, [AsItIs(e) for e in parts.edges])
-    found = mixing(parts, recurrent_module(parts), device)
-    return Traced(subject, parts, part, by_rows, None, None, found, reason, device)
+    outputs: list[Output] = [AsItIs(e) for e in parts.edges]
+    inputs = [input_of(e) for e in parts.edges]
+    if not any(i.by_rows for i in inputs):  # x has no influence, but says how many steps there are
+        first = next(n for n in parts.capture.graph.nodes if str(n.target) == "x_0")
+        outputs.append(AsItIs(first))
+        inputs.append(input_of(first))
+    module = module_from(parts, outputs)
+    step = step_of(parts, module, inputs, group_size(parts), device)
+    part = input_part(parts, outputs)
+    return Traced(subject, parts, part, step, reason, device)
 
 
 def _check_rows(
@@ -206,20 +164,22 @@ def _check_rows(
 
     with torch.no_grad():
         given, doubled = edges(examples), edges([torch.cat([x, x]) for x in examples])
-        if not traced.input_part.is_random and not _are_doubled(given, doubled, traced.by_rows):
+        if not traced.input_part.is_random and not _are_doubled(
+            given, doubled, traced.step.by_rows
+        ):
             raise _counts_rows(name)
         moved = [edges([_with_other(x, row) for x in examples]) for row in range(ROWS[0])]
         for row, others in enumerate(moved):
-            for one, other, by_rows in zip(given, others, traced.by_rows, strict=True):
+            for one, other, by_rows in zip(given, others, traced.step.by_rows, strict=True):
                 if by_rows and not _equal_beside(one, other, row):
                     raise _mixes_x(name)
-        if traced.mixing is None:
+        if traced.step.recurrence is not None:
             return
-        module = traced.mixing.step.module
+        module = traced.step.module
         size = (ROWS[0], traced.capture.hidden_size)
         state = [_random(size, dtype, device) for _ in range(traced.capture.num_components)]
         new = module(*state, *given)
-        twice = module(*(torch.cat([s, s]) for s in state), *_doubled(given, traced.by_rows))
+        twice = module(*(torch.cat([s, s]) for s in state), *_doubled(given, traced.step.by_rows))
         if not _are_doubled(new, twice, [True] * len(new)):
             raise _counts_rows(name)
         for row in range(ROWS[0]):

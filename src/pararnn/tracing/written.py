@@ -1,4 +1,4 @@
-"""Recurrences as text, so that an exported program can run where its cell was never traced.
+"""Steps as text, so that an exported program can run where its cell was never traced.
 
 A text may come from anywhere: reading one makes nothing but operations of PyTorch that compute
 tensors from tensors, and runs none of them.
@@ -6,6 +6,7 @@ tensors from tensors, and runs none of them.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -15,9 +16,9 @@ from torch import fx
 
 from pararnn.tracing.derivatives import Recurrence, is_operation
 from pararnn.tracing.expressions import LEAVES, Expression, Operand, intern, leaf, topological
-from pararnn.tracing.mixing import Edge, Mixing, Step
 from pararnn.tracing.partition import direct, module_of, operation
 from pararnn.tracing.recorder import aten
+from pararnn.tracing.step import Input, Layout, Step
 
 _PLAIN: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name)
@@ -76,26 +77,9 @@ def read_expressions(
     return tuple(map(pick, text["roots"]))
 
 
-def write_recurrence(of: Recurrence) -> dict[str, Any]:
-    """An elementwise recurrence in lists, numbers and texts."""
-    counts = {"drives": of.num_drives, "coefficients": of.num_coefficients}
-    return write_expressions(of.step) | counts
-
-
-def read_recurrence(text: dict[str, Any]) -> Recurrence:
-    """What `write_recurrence` wrote.
-
-    Raises:
-        ValueError: It did not write that.
-    """
-    drives, coefficients = int(text["drives"]), int(text["coefficients"])
-    counts = {"state": len(text["roots"]), "drive": drives, "coefficient": coefficients}
-    return Recurrence(read_expressions(text, counts), drives, coefficients, {})
-
-
-def write_mixing(of: Mixing) -> dict[str, Any]:
-    """A recurrence whose channels mix in lists, numbers and texts."""
-    nodes = list(of.step.module.graph.nodes)
+def write_step(of: Step) -> dict[str, Any]:
+    """A step in lists, numbers and texts."""
+    nodes = list(of.module.graph.nodes)
     places = {node: i for i, node in enumerate(nodes)}
     show = lambda value: _written(value, places)  # noqa: E731
     (results,) = nodes[-1].args
@@ -106,27 +90,29 @@ def write_mixing(of: Mixing) -> dict[str, Any]:
             if n.op == "call_function"
         ],
         "step": show(results),
-        "edges": [[list(e.shape), str(e.dtype).split(".")[1], e.by_rows] for e in of.edges],
+        "inputs": [[list(i.shape), str(i.dtype).split(".")[1], i.by_rows] for i in of.inputs],
         "components": of.num_components,
         "hidden": of.hidden,
+        "group": of.group,
         "device": of.device.type,
         "dtype": str(of.dtype).split(".")[1],
+        "channel": _write_channel(of),
     }
 
 
-def read_mixing(text: dict[str, Any]) -> Mixing:
-    """What `write_mixing` wrote.
+def read_step(text: dict[str, Any]) -> Step:
+    """What `write_step` wrote.
 
     Raises:
         ValueError: It did not write that.
     """
-    edges = tuple(
-        Edge(tuple(map(int, shape)), _kind("dtype", dtype), bool(by_rows))
-        for shape, dtype, by_rows in text["edges"]
+    inputs = tuple(
+        Input(tuple(map(int, shape)), _kind("dtype", dtype), bool(by_rows))
+        for shape, dtype, by_rows in text["inputs"]
     )
     count, graph = int(text["components"]), fx.Graph()
     made = [graph.placeholder(f"state_{i}") for i in range(count)]
-    made += [graph.placeholder(f"edge_{i}") for i in range(len(edges))]
+    made += [graph.placeholder(f"input_{i}") for i in range(len(inputs))]
     for name, args, kwargs in text["nodes"]:
         given = [_read(a, made) for a in args], {k: _read(a, made) for k, a in kwargs.items()}
         made.append(graph.call_function(_operation(name), tuple(given[0]), given[1]))
@@ -134,9 +120,47 @@ def read_mixing(text: dict[str, Any]) -> Mixing:
     if len(results) != count or not all(isinstance(r, fx.Node) for r in results):
         raise ValueError(f"{len(results)} results for {count} components")
     graph.output(tuple(results))
-    step = Step(module_of(direct(graph)), tuple(e.by_rows for e in edges))
+    hidden, group = int(text["hidden"]), int(text["group"])
+    if group < 1 or hidden % group:
+        raise ValueError(f"{hidden} channels are no groups of {group}")
     device, dtype = torch.device(text["device"]), _kind("dtype", text["dtype"])
-    return Mixing(step, edges, count, int(text["hidden"]), device, dtype)
+    channel = _read_channel(text["channel"], inputs, count, hidden)
+    return Step(module_of(direct(graph)), inputs, count, hidden, group, device, dtype, *channel)
+
+
+def _write_channel(of: Step) -> dict[str, Any] | None:
+    recurrence, layout = of.recurrence, of.layout
+    if recurrence is None or layout is None:
+        return None
+    places = {"drives": layout.drives, "coefficients": layout.coefficients}
+    return write_expressions(recurrence.step) | places
+
+
+def _read_channel(
+    text: dict[str, Any] | None, inputs: Sequence[Input], count: int, hidden: int
+) -> tuple[Recurrence | None, Layout | None]:
+    if text is None:
+        return None, None
+    places = [
+        tuple((int(number), int(slot)) for number, slot in text[kind])
+        for kind in ("drives", "coefficients")
+    ]
+    layout = Layout(*places)
+    if not layout.drives or any(n < 0 for kind in places for place in kind for n in place):
+        raise ValueError("a drive or coefficient is nowhere")
+    first = layout.num_drive_inputs
+    for start, kind in ((0, layout.drives), (first, layout.coefficients)):
+        for number, slot in kind:
+            of = inputs[start + number]
+            size = math.prod(of.shape[1:])
+            if of.by_rows is bool(start) or slot >= of.shape[0] or size != hidden:
+                raise ValueError(f"input {start + number} of shape {of.shape} is no place for it")
+    sizes = [len(kind) for kind in places]
+    counts = {"state": count, "drive": sizes[0], "coefficient": sizes[1]}
+    roots = read_expressions(text, counts)
+    if len(roots) != count:
+        raise ValueError(f"{len(roots)} expressions for {count} components")
+    return Recurrence(roots, sizes[0], sizes[1], {}), layout
 
 
 def _written(value: Any, places: dict[fx.Node, int]) -> Any:

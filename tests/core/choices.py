@@ -20,7 +20,7 @@ from torch import nn
 from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
 from pararnn.kernels import fused, matvec
-from pararnn.kernels import mixing as mixing_operator
+from pararnn.kernels import rows as path_of_rows
 from pararnn.kernels.c import backend as c_backend
 from pararnn.kernels.triton import backend as triton_backend
 from pararnn.layers import evaluate
@@ -228,11 +228,11 @@ def _replays(rnn, given, hidden):
 
 def _elementwise(rnn, given):
     evaluation, (batch, time, hidden) = rnn.evaluation(), given.shape
-    backend = evaluate.operators.backend_of(evaluation.plan)
-    settings = evaluate.operators.plan_of(evaluation.plan).settings
+    path = evaluate.operators.request_of(evaluation.plan).path
+    backend, settings = path.backend, path.settings
     found = {"backend": backend.name, "method": evaluation.method().__name__}
     found["graph"] = _replays(rnn, given, hidden)
-    recurrence = rnn.evaluation().traced.recurrence
+    recurrence = rnn.evaluation().traced.step.recurrence
     dtype = getattr(torch, given.dtype)
     shape = (batch, time, 1, hidden) if backend.takes_heads else (batch, time, hidden)
     drives = [_expanded(*shape, dtype=dtype) for _ in range(recurrence.num_drives)]
@@ -266,7 +266,7 @@ def _mixing(rnn, given):
     evaluation, (batch, time) = rnn.evaluation(), given.shape[:2]
     plan, dtype = evaluation.mixing_plan, getattr(torch, given.dtype)
     if given.cell in ELEMENTWISE:
-        plan = dataclasses.replace(plan, mixing=_with_channels(plan.mixing, given.shape[2]))
+        plan = dataclasses.replace(plan, step=_with_channels(plan.step, given.shape[2]))
     x = _expanded(batch, time, INPUT, dtype=dtype)
     parts = tuple(_expanded(batch, rnn.hidden_size, dtype=dtype) for _ in range(rnn.num_components))
     found = {"backend": evaluation.choice.name, "method": evaluation.method().__name__}
@@ -286,19 +286,19 @@ def _mixing(rnn, given):
         found["settles"] = not one_chunk  # after one iteration, without asking the device
         states = batch * time * rnn.num_components * rnn.hidden_size
         found["solve in a graph"] = not one_chunk and states <= COSTS.graph_elements
-    with mock.patch.object(mixing_operator, "_is_fast", return_value=settles):
+    with mock.patch.object(path_of_rows, "_is_fast", return_value=settles):
         found["graph"] = _replays(rnn, given, rnn.hidden_size)
     piece = COSTS.piece // (batch * rnn.hidden_size)
     found["backward piece"] = max(COSTS.shortest_piece, piece)
     return found
 
 
-def _with_channels(mixing, hidden):
+def _with_channels(step, hidden):
     """An elementwise step with another number of channels."""
-    sizes = [(*e.shape[:-1], e.shape[-1] * hidden // mixing.hidden) for e in mixing.edges]
-    pairs = zip(mixing.edges, sizes, strict=True)
-    edges = tuple(dataclasses.replace(e, shape=size) for e, size in pairs)
-    return dataclasses.replace(mixing, edges=edges, hidden=hidden)
+    sizes = [(*i.shape[:-1], i.shape[-1] * hidden // step.hidden) for i in step.inputs]
+    pairs = zip(step.inputs, sizes, strict=True)
+    inputs = tuple(dataclasses.replace(i, shape=size) for i, size in pairs)
+    return dataclasses.replace(step, inputs=inputs, hidden=hidden)
 
 
 @functools.cache
@@ -306,11 +306,12 @@ def _one_kernel(cell, device, dtype):
     """Warps of the kernel that runs many steps on a GPU, or why there is none."""
     if device != "cuda":
         return "no GPU"
-    of = _layer(cell, device, dtype, "choose", "auto", True).evaluation().traced.mixing
+    of = _layer(cell, device, dtype, "choose", "auto", True).evaluation().traced.step
     cut = Cut(2, 3, 3)
-    edges = [torch.zeros(*([2, 3] if e.by_rows else []), *e.shape, dtype=e.dtype) for e in of.edges]
+    kinds = [([2, 3] if i.by_rows else [], i) for i in of.inputs]
+    inputs = [torch.zeros(*rows, *i.shape, dtype=i.dtype) for rows, i in kinds]
     state = [torch.zeros(2, of.hidden, dtype=of.dtype) for _ in range(of.num_components)]
-    kernel = fused._kernel(Chunks(of.step, cut, edges, None, ()), state)
+    kernel = fused._kernel(Chunks(of, cut, inputs, None, ()), state)
     return kernel if isinstance(kernel, str) else kernel.constants["num_warps"]
 
 

@@ -28,11 +28,11 @@ def texts():
     for name, make in CELLS.items():
         torch.manual_seed(0)
         traced = RNN(make()).evaluation().traced
-        if traced.recurrence is None:
-            found[f"{name}.py"] = _rows(traced.mixing)
+        if traced.step.recurrence is None:
+            found[f"{name}.py"] = _rows(traced.step)
         else:
-            found[f"{name}.py"] = TritonBackend(traced.recurrence).source()
-            found[f"{name}.c"] = _without_written(CBackend(traced.recurrence).source())
+            found[f"{name}.py"] = TritonBackend(traced.step.recurrence).source()
+            found[f"{name}.c"] = _without_written(CBackend(traced.step.recurrence).source())
     return {name: text.rstrip() + "\n" for name, text in found.items()}
 
 
@@ -44,19 +44,19 @@ def _without_written(text):
     return text
 
 
-def _rows(mixing):
+def _rows(of):
     """The steps, forwards and of the adjoint."""
-    count, cut, steps = mixing.num_components, Cut(2, 3, 3), []
-    rows = torch.rand(6, mixing.hidden)
-    edges = [torch.rand(*([6] if e.by_rows else []), *e.shape) for e in mixing.edges]
-    adjoint = mixing.adjoint
-    given = adjoint.part_arguments([rows] * count, edges, [rows] * count)
+    count, cut, steps = of.num_components, Cut(2, 3, 3), []
+    rows = torch.rand(6, of.hidden)
+    inputs = [torch.rand(*([6] if i.by_rows else []), *i.shape) for i in of.inputs]
+    adjoint = of.adjoint
+    given = adjoint.part_arguments([rows] * count, inputs, [rows] * count)
     found = adjoint.part.module(*given)
-    both = (mixing.step, edges), (adjoint.step, [found[i] for i in adjoint.step_edges])
-    for step, edges in both:
+    both = (of, inputs), (adjoint.step, [found[i] for i in adjoint.step_inputs])
+    for step, inputs in both:
         over_time = [
-            e.unflatten(0, (2, 3)) if by_rows else e
-            for e, by_rows in zip(edges, step.by_rows, strict=True)
+            i.unflatten(0, (2, 3)) if by_rows else i
+            for i, by_rows in zip(inputs, step.by_rows, strict=True)
         ]
         kernel = fused._kernel(Chunks(step, cut, over_time, None, ()), [rows[:2]] * count)
         module = sys.modules[kernel.constants["STEP"].fn.__module__]

@@ -19,7 +19,7 @@ NO_COSTS = {
     # numbers that decide about values, or about what counts as equal
     "planning/settings.py": {"_DEFAULT_TOLERANCE"},
     "solvers/shooting.py": {"SMALL"},
-    "kernels/mixing.py": {"_TF32"},
+    "kernels/rows.py": {"_TF32"},
     "kernels/lowering.py": {"_GELU_CUBIC", "_GELU_SCALE", "_SIXTH"},
     "lm/decoding/decoder.py": {"_LEAST_NOISE"},
     # sizes that hardware or Triton demands

@@ -6,17 +6,17 @@ import operator
 
 import pytest
 import torch
-from pararnn.tracing.mixing import Step
 from torch import fx, nn
 
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
-from pararnn.kernels import mixing as mixing_operator
+from pararnn.kernels import rows as path_of_rows
 from pararnn.solvers.rows import Chunks, Cut, Redo, Sweep
 from pararnn.solvers.rows import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.products import unfused
+from pararnn.tracing.step import Input, Step
 
 from .compare import as_tuple, assert_same, outcome, random_state, with_resets
 from .conftest import needs_triton
@@ -99,27 +99,27 @@ def make(name, dtype):
 
 def steps_of(cell, dtype, direction, cut, strided=False):
     """Chunks of the step or its adjoint, at random."""
-    of = RNN(cell).evaluation().traced.mixing
+    of = RNN(cell).evaluation().traced.step
     torch.manual_seed(7)
     count, rows = of.num_components, (cut.batch, cut.time)
     moved = lambda e: torch.randn(*rows, *e.shape).to(e.dtype)  # noqa: E731
     edges = [
         moved(e) if e.by_rows else torch.randn(e.shape).to(e.dtype) * 0.8 / e.shape[-1] ** 0.5
-        for e in of.edges
+        for e in of.inputs
     ]
     if direction == "adjoint":
         before, grads = (
             [torch.rand(cut.batch * cut.time, of.hidden, dtype=dtype) for _ in range(count)]
             for _ in range(2)
         )
-        flat = [e.flatten(0, 1) if k.by_rows else e for e, k in zip(edges, of.edges, strict=True)]
+        flat = [e.flatten(0, 1) if k.by_rows else e for e, k in zip(edges, of.inputs, strict=True)]
         adjoint = of.adjoint
         found = adjoint.part.module(*adjoint.part_arguments(before, flat, grads))
         edges = [
             found[i].unflatten(0, rows) if adjoint.by_rows[i] else found[i]
-            for i in adjoint.step_edges
+            for i in adjoint.step_inputs
         ]
-    step = of.step if direction == "forward" else of.adjoint.step
+    step = of if direction == "forward" else of.adjoint.step
     if strided:
         edges = [
             e.transpose(0, 1).contiguous().transpose(0, 1) if by_rows else e
@@ -220,19 +220,22 @@ def test_sequences_that_are_run_again(resets, backwards):
         assert_close("states", b, e, rtol=RTOL[dtype])
 
 
-def _fused_step(name, edges):
+def _fused_step(name, inputs):
     """A step of `nn.GRUCell` or `nn.LSTMCell` as it is traced on a GPU."""
     gates = {"gru": 3, "lstm": 4}[name]
     graph = fx.Graph()
     h, *c = (graph.placeholder(f"state_{n}") for n in range(gates - 2))
-    given = [graph.placeholder(f"edge_{n}") for n in range(len(edges))]
+    given = [graph.placeholder(f"input_{n}") for n in range(len(inputs))]
     turned = graph.call_function(torch.ops.aten.t.default, (given[1],))
     product = graph.call_function(torch.ops.aten.mm.default, (h, turned))
     operation = getattr(torch.ops.aten, f"_thnn_fused_{name}_cell").default
     both = graph.call_function(operation, (given[0], product, *(c or [h]), *given[2:]))
     results = [graph.call_function(operator.getitem, (both, n)) for n in range(gates - 2)]
     graph.output(results)
-    return Step(fx.GraphModule(nn.Module(), graph), (True, *[False] * (len(edges) - 1)))
+    x, *weights = inputs
+    kinds = [Input(x.shape[2:], x.dtype, True), *(Input(w.shape, w.dtype, False) for w in weights)]
+    module, device = fx.GraphModule(nn.Module(), graph), torch.device("cpu")
+    return Step(module, tuple(kinds), gates - 2, 17, 17, device, x.dtype)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -286,7 +289,7 @@ def _step_of(cell, gates, past):
 @pytest.mark.parametrize("name", ["gru", "heads", "lstm"])
 @pytest.mark.parametrize("reset", [False, True])
 def test_whole_solve_equals_loop(monkeypatch, name, solver, reset):
-    monkeypatch.setattr(mixing_operator, "run_steps", fused.run_steps)
+    monkeypatch.setattr(path_of_rows, "run_steps", fused.run_steps)
     torch.manual_seed(5)
     cell = MIXING[name]().double()
     rnn = RNN(cell, solver=solver)
@@ -304,7 +307,7 @@ def test_whole_solve_equals_loop(monkeypatch, name, solver, reset):
 
 def test_first_read_in_inference_mode(monkeypatch):
     """Inside an operator and without autograd, where the step is recorded for the first time."""
-    monkeypatch.setattr(mixing_operator, "run_steps", fused.run_steps)
+    monkeypatch.setattr(path_of_rows, "run_steps", fused.run_steps)
     fused._known.clear()
     cell = make("heads", torch.float64)
     rnn = RNN(cell, solver=Jacobi(chunk=4))
@@ -377,7 +380,7 @@ def test_source_is_deterministic_and_shows_the_equations():
             for e, r in zip(chunks.edges, chunks.step.by_rows, strict=True)
         ]
         found = products(
-            of.step.module, of.edges, strides, 1, of.hidden, torch.float32, torch.device("cpu")
+            of.module, of.inputs, strides, 1, of.hidden, torch.float32, torch.device("cpu")
         )
         leaves = {"state": 1, "drive": 3, "coefficient": 3, "weight": 3}
         return source("step", leaves, found.step, double=False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pararnn
-from pararnn.kernels import mixing, operators
+from pararnn.kernels.operators import request_of
 from pararnn.tracing import expressions
 
 CELLS = {
@@ -24,18 +24,17 @@ def make(name, chunk=3):
 @pytest.mark.parametrize("name", CELLS)
 def test_plans_die_with_their_layer(name):
     layer = make(name, chunk=4)  # compiled programs of other tests keep their plans
-    kind = operators if name == "elementwise" else mixing
-    plan = weakref.ref(kind.plan_of(layer.evaluation().plan))
+    request = weakref.ref(request_of(layer.evaluation().plan))
     text = str(layer.evaluation().plan)
     other = make(name, chunk=4)  # layers that do the same share it
     del layer
     gc.collect()
-    assert plan() is kind.plan_of(text)
+    assert request() is request_of(text)
     del other
     gc.collect()
-    assert plan() is None
+    assert request() is None
     with pytest.raises(RuntimeError, match="there is no layer with the plan"):
-        kind.plan_of(text)
+        request_of(text)
 
 
 @pytest.mark.parametrize("name", CELLS)

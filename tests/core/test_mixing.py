@@ -12,8 +12,8 @@ from torch import nn
 
 import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
-from pararnn.kernels import graphs
-from pararnn.kernels import mixing as operator
+from pararnn.kernels import graphs, rows
+from pararnn.kernels.operators import request_of
 from pararnn.planning import automatic
 from pararnn.planning.costs import COSTS
 from pararnn.solvers import shooting
@@ -256,7 +256,7 @@ def test_graphs_share_memory_as_long_as_there_are_some(monkeypatch, rerun_graphs
 def test_sweeps_by_graphs(monkeypatch, rerun_graphs, solver):
     monkeypatch.setattr(graphs, "COSTS", replace(COSTS, graph_steps=4))
     monkeypatch.setattr(graphs, "_GRAPHS", 3)
-    monkeypatch.setattr(operator, "run_steps", graphs.replayed)
+    monkeypatch.setattr(rows, "run_steps", graphs.replayed)
     cell = make("heads")
     rnn = RNN(cell, solver=solver)
     for resets in (None, starts(), None):
@@ -272,16 +272,16 @@ def test_sweeps_by_graphs(monkeypatch, rerun_graphs, solver):
 @pytest.mark.parametrize("name", ["rnn", "lstm"])
 def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
     """What a GPU does where it decides by itself which sequences to run step by step."""
-    monkeypatch.setattr(operator, "_is_fast", lambda *_: True)
-    monkeypatch.setattr(operator, "prefers_cell", lambda *_: False)
-    monkeypatch.setattr(operator, "automatic", lambda *_: Jacobi(chunk=8))
+    monkeypatch.setattr(rows, "_is_fast", lambda *_: True)
+    monkeypatch.setattr(rows, "prefers_cell", lambda *_: False)
+    monkeypatch.setattr(rows, "automatic", lambda *_: Jacobi(chunk=8))
     cell = make(name)
     with torch.no_grad():
         cell.weight_hh.mul_(1e-3 if forgets else 3.0)
         cell.bias_hh.mul_(0.0).sub_(9.0 if forgets else 0.0)  # gates that forget, too
     rnn = RNN(cell)
-    plan = operator.plan_of(rnn.evaluation().plan)
-    plan.graphs._known.clear()
+    path = request_of(rnn.evaluation().plan).path
+    path.graphs._known.clear()
     with torch.inference_mode():
         x, state = data(rnn)
         assert_same({"y": rnn(x, state)[0]}, {"y": loop(cell, x, state)[0]}, RTOL[torch.float64])
@@ -294,7 +294,7 @@ def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
         assert rnn.report.iterations == 1
         if forgets or resets is None:
             assert (rnn.report.status == "converged") is forgets
-    assert len(plan.graphs._known) == 4  # forwards and backwards, with resets and without
+    assert len(path.graphs._known) == 4  # forwards and backwards, with resets and without
 
 
 @pytest.mark.parametrize("pieces", [1, 4, 7])
@@ -319,7 +319,7 @@ def test_chunks_are_coupled_by_their_tangents(monkeypatch, name, chunk):
     """What Newton is given equals the Jacobian of the loop over a chunk, resets included."""
     cell = make(name)
     rnn = RNN(cell, solver=Newton(chunk=chunk))
-    components, size = rnn.num_components, rnn.evaluation().traced.group
+    components, size = rnn.num_components, rnn.evaluation().traced.step.group
     x, state = data(rnn, batch=2, time=20)
     resets = torch.zeros(2, 20, dtype=torch.bool)
     resets[1, 12] = True
@@ -360,8 +360,8 @@ def test_chunks_are_coupled_by_their_tangents(monkeypatch, name, chunk):
 def test_heads_are_found_and_probed_together():
     traced = RNN(make("heads")).evaluation().traced
     assert traced.structure == "heads (size 2)"
-    assert traced.group == 2
-    assert RNN(make("gru")).evaluation().traced.group == HIDDEN
+    assert traced.step.group == 2
+    assert RNN(make("gru")).evaluation().traced.step.group == HIDDEN
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -673,10 +673,10 @@ def test_rows_that_are_free():
         def forward(self, x, h):
             return torch.tanh(torch.einsum("ni,nij->nj", h, 0.1 * x.unflatten(1, (6, 6))))
 
-    gru, own = (operator.plan_of(RNN(c).evaluation().plan) for c in (make("gru"), Own()))
-    assert gru.free_rows("cpu") == gru.mixing.launches * 2**15 / gru.mixing.work
-    assert gru.mixing.launches > own.mixing.launches
-    assert own.mixing.work >= 36
+    gru, own = (request_of(RNN(c).evaluation().plan).path for c in (make("gru"), Own()))
+    assert gru.free_rows("cpu") == gru.step.launches * 2**15 / gru.step.work
+    assert gru.step.launches > own.step.launches
+    assert own.step.work >= 36
 
 
 def test_half_precision_is_computed_in_single():
@@ -707,15 +707,14 @@ def test_compiles_without_a_break():
 
 def test_operators_keep_their_promises():
     rnn = RNN(make("lstm"), solver=Newton(chunk=8))
-    plan = operator.plan_of(rnn.evaluation().plan)
-    edges = [
-        torch.randn(*((2, 20) if e.by_rows else ()), *e.shape, dtype=e.dtype, requires_grad=True)
-        for e in plan.mixing.edges
+    inputs = [
+        torch.randn(*((2, 20) if i.by_rows else ()), *i.shape, dtype=i.dtype, requires_grad=True)
+        for i in rnn.evaluation().traced.step.inputs
     ]
     initial = torch.randn(2, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
-    arguments = (edges, initial, None, 2, 20, rnn.evaluation().plan)
+    arguments = (inputs, initial, None, rnn.evaluation().plan)
     torch.library.opcheck(
-        torch.ops.pararnn.mixing,
+        torch.ops.pararnn.solve,
         arguments,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )

@@ -50,5 +50,5 @@ def test_weights_per_head_are_not_copied_for_rows():
     def operation(m, w):
         return m[:, :, None] @ torch.ones(3, 4, 2, dtype=m.dtype)
 
-    edges = RNN(Mixed(operation).double()).evaluation().traced.mixing.edges
-    assert [e.by_rows for e in edges if e.shape[-2:] == (4, 2)] == [False]
+    inputs = RNN(Mixed(operation).double()).evaluation().traced.step.inputs
+    assert [i.by_rows for i in inputs if i.shape[-2:] == (4, 2)] == [False]

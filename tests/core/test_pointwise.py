@@ -9,8 +9,8 @@ from torch import nn
 
 from pararnn import RNN, Jacobi
 from pararnn.cells import HeadSLSTMCell
-from pararnn.kernels import mixing as operator
 from pararnn.kernels import pointwise
+from pararnn.kernels import rows as path_of_rows
 from pararnn.planning.costs import COSTS
 from pararnn.testing import assert_close, loop
 
@@ -43,11 +43,12 @@ class Choosy(nn.Module):
 
 def modules(cell):
     """The modules that run for all times at once, with arguments at random: strides too."""
-    of = RNN(cell).evaluation().traced.mixing
+    of = RNN(cell).evaluation().traced.step
     adjoint, rows, dtype = of.adjoint, 37, of.dtype
     state = lambda: [torch.rand(rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]  # noqa: E731
     edges = [
-        torch.randn(*([rows] if e.by_rows else []), *e.shape).mul(0.5).to(e.dtype) for e in of.edges
+        torch.randn(*([rows] if e.by_rows else []), *e.shape).mul(0.5).to(e.dtype)
+        for e in of.inputs
     ]
     grads = [g[:1, :1].expand(rows, of.hidden) for g in state()]
     arguments = [apart(t) for t in adjoint.part_arguments(state(), edges, grads)]
@@ -117,7 +118,9 @@ def test_sums_of_rows(monkeypatch, rows, keepdim):
 @pytest.mark.parametrize("name", ["gru", "lstm", "slstm", "choosy"])
 def test_gradients_of_a_layer(monkeypatch, name):
     """All of it, with resets."""
-    monkeypatch.setattr(operator, "run_module", lambda m, given: pointwise.fused(m, given)(*given))
+    monkeypatch.setattr(
+        path_of_rows, "run_module", lambda m, given: pointwise.fused(m, given)(*given)
+    )
     torch.manual_seed(3)
     cell = Choosy().double() if name == "choosy" else make(name, torch.float64)
     rnn = RNN(cell, solver=Jacobi(chunk=16))

@@ -43,9 +43,9 @@ def assert_equals_the_loop(cell):
 
 
 def assert_not_copied(cell):
-    """Neither as an edge, nor by an operation of a step or of its adjoint."""
-    mixing = RNN(cell).evaluation().traced.mixing
-    assert sum(e.by_rows for e in mixing.edges) == 1, "x alone has rows"
+    """Neither as an input, nor by an operation of a step or of its adjoint."""
+    step = RNN(cell).evaluation().traced.step
+    assert sum(step.by_rows) == 1, "x alone has rows"
     sizes = []
 
     class Sizes(torch.fx.Interpreter):
@@ -57,7 +57,7 @@ def assert_not_copied(cell):
 
     rows = 64
     given = [torch.rand(rows, cell.hidden_size, dtype=torch.float64)]
-    Sizes(mixing.step.module).run(*given, *(e.example(rows, mixing.device) for e in mixing.edges))
+    Sizes(step.module).run(*given, *(i.example(rows, step.device) for i in step.inputs))
     assert max(sizes) <= rows * cell.hidden_size
 
 

@@ -8,7 +8,7 @@ import torch
 
 from pararnn import RNN, Newton, cells
 from pararnn.kernels.c.backend import _States
-from pararnn.kernels.operators import _problem, backend_of
+from pararnn.kernels.operators import request_of
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.rows import run_steps
 from pararnn.solvers.shooting import newton_update
@@ -30,22 +30,22 @@ class Sweeps:
         evaluation = rnn.evaluation()
         tensors = [resolve(rnn.cell, n) for n in evaluation.input_part.names]
         with torch.no_grad():
-            edges = evaluation.edges(tensors, [x])
+            inputs = evaluation.inputs(tensors, [x])
         self.initial, batch, time = torch.stack(as_tuple(state), 1), *x.shape[:2]
-        self.chunk, self.chunks, self.plan = chunk, -(-time // chunk), evaluation.plan
+        self.chunk, self.chunks = chunk, -(-time // chunk)
+        path = request_of(evaluation.plan).path
         if evaluation.mixing_plan is None:
-            count = evaluation.traced.layout.num_drive_sources
-            given = (edges[:count], edges[count:], self.initial, None, self.plan)
+            self.backend, problem = path.backend, path.problem(inputs, self.initial, None)
             with torch.no_grad():
-                self.problem = replace(_problem(*given).converted(), chunk=chunk)
+                self.problem = replace(problem.converted(), chunk=chunk)
             return
-        self.problem = evaluation.mixing_plan.forward(edges, self.initial, None, batch, time)
+        self.problem = path.forward(inputs, self.initial, None)
 
     @property
     def system(self):
         """What the driver is given."""
         if isinstance(self.problem, Problem):
-            return _States(backend_of(self.plan), self.problem)
+            return _States(self.backend, self.problem)
         return _InRows(self.problem, self.chunk, run_steps)
 
     def ends(self, boundary):
@@ -59,7 +59,7 @@ class Sweeps:
     def solve(self, settings):
         """All states."""
         if isinstance(self.problem, Problem):
-            return backend_of(self.plan).solve(self.problem, settings)[0]
+            return self.backend.solve(self.problem, settings)[0]
         return self.problem.solve(settings, 1e-13, run_steps)[0]
 
 

@@ -11,8 +11,7 @@ from torch import nn
 import pararnn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
-from pararnn.kernels import fused, graphs
-from pararnn.kernels import mixing as operator
+from pararnn.kernels import fused, graphs, rows
 from pararnn.solvers.rows import Chunks, Cut
 from pararnn.testing import assert_close, loop
 
@@ -50,7 +49,7 @@ def test_equals_the_loop(name, solver):
 @pytest.mark.parametrize("graphs_only", [False, True])
 def test_sweeps_see_new_weights_and_inputs(monkeypatch, graphs_only):
     if graphs_only:
-        monkeypatch.setattr(operator, "run_steps", graphs.replayed)
+        monkeypatch.setattr(rows, "run_steps", graphs.replayed)
     rnn = RNN(nn.GRUCell(6, 64)).cuda()
     for _ in range(3):
         x = torch.randn(2, 2000, 6, device="cuda", requires_grad=True)
@@ -116,7 +115,7 @@ def test_long_sequences_are_cut():
 @pytest.fixture
 def fused_only(monkeypatch):
     """Sweeps in one kernel, or an error that says why not."""
-    monkeypatch.setattr(operator, "run_steps", fused.run_steps)
+    monkeypatch.setattr(rows, "run_steps", fused.run_steps)
 
 
 FUSED = {
@@ -169,7 +168,7 @@ def test_what_does_not_fit_goes_by_graphs():
     rnn = RNN(nn.GRUCell(6, 256), solver=Jacobi(chunk=50)).cuda()
     fused._known.clear()
     compare(rnn, torch.randn(2, 200, 6, device="cuda", requires_grad=True))
-    (reason,) = set(fused.reasons(rnn.evaluation().traced.mixing.step.module))
+    (reason,) = set(fused.reasons(rnn.evaluation().traced.step.module))
     assert reason == "its weights take 768 KB on the chip, which has 200 KB"
 
 

@@ -9,7 +9,7 @@ from forks import FORKS
 from torch import nn
 
 import pararnn
-from pararnn.kernels import operators
+from pararnn.kernels.operators import request_of
 from pararnn.testing import assert_close
 
 LAYERS = {
@@ -119,41 +119,81 @@ def test_ahead_of_time_inductor(tmp_path):
 
 
 def call(content):
-    """Call an operator with a plan from a file."""
+    """Call an operator with a request from a file."""
     x = torch.zeros(1, 2, 1, 1, 3)
     text = json.dumps({"pararnn": 1, **content})
-    return torch.ops.pararnn.recurrence([x], [], torch.zeros(1, 1, 3), None, text)
+    return torch.ops.pararnn.solve([x], torch.zeros(1, 1, 3), None, text)
 
 
-def written(node):
-    """An elementwise plan whose step ends in a node."""
-    return {
-        "recurrence": {
-            "nodes": [["state", 0], ["drive", 0], node],
-            "roots": [[2]],
-            "drives": 1,
-            "coefficients": 0,
-        },
+STEP = {
+    "nodes": [
+        ["aten.reshape.default", [{"node": 1}, [-1, 3]], {}],
+        ["aten.add.Tensor", [{"node": 0}, {"node": 2}], {}],
+    ],
+    "step": [{"node": 3}],
+    "inputs": [[[1, 1, 3], "float32", True]],
+    "hidden": 3,
+    "group": 3,
+    "device": "cpu",
+    "dtype": "float32",
+    "channel": None,
+}
+REQUEST = {"backend": "torch", "solver": {"method": "Newton"}, "generated": True}
+
+
+def rows(**changed):
+    """A step on rows, with changes."""
+    return {"step": STEP | changed, **REQUEST}
+
+
+def channels(node=("add", [0], [1]), **changed):
+    """An elementwise step whose expression ends in a node, with changes."""
+    channel = {
+        "nodes": [["state", 0], ["drive", 0], list(node)],
+        "roots": [[2]],
         "drives": [[0, 0]],
         "coefficients": [],
-        "backend": "c",
-        "solver": {"method": "Newton"},
     }
+    step = STEP | {"group": 1, "channel": channel | changed}
+    return {"step": step, **REQUEST, "backend": "c"}
 
 
-def test_a_written_plan_is_read():
-    states, _ = call(written(["add", [0], [1]]))
+@pytest.mark.parametrize("made", [rows, channels])
+def test_a_written_request_is_read(made):
+    states, _ = call(made())
     assert states.shape == (1, 2, 3)
 
 
 BAD = {
-    "a function of PyTorch": written(["load", "file"]),
-    "a name with code in it": written(["add(1, 2) or exit", [0], [1]]),
-    "a private name": written(["__class__", [0]]),
-    "a value that is nowhere": written(["add", [0], [9]]),
-    "a state that is nowhere": written(["state", 7]),
-    "a backend that is none": {**written(["add", [0], [1]]), "backend": "os"},
-    "a solver that is none": {**written(["add", [0], [1]]), "solver": {"method": "exec"}},
+    "a function of PyTorch": channels(["load", "file"]),
+    "a name with code in it": channels(["add(1, 2) or exit", [0], [1]]),
+    "a private name": channels(["__class__", [0]]),
+    "a value that is nowhere": channels(["add", [0], [9]]),
+    "a state that is nowhere": channels(["state", 7]),
+    "a drive that is nowhere": channels(drives=[[1, 0]]),
+    "a slot that is nowhere": channels(drives=[[0, 1]]),
+    "a slot before the first": channels(drives=[[0, -1]]),
+    "no drives": channels(drives=[]),
+    "too many results": channels(roots=[[2], [2]]),
+    "a backend that is none": {**channels(), "backend": "os"},
+    "a solver that is none": {**channels(), "solver": {"method": "exec"}},
+    "kernels for channels that mix": {**rows(), "backend": "c"},
+    "no inputs": rows(inputs=[]),
+    "no input with rows": rows(inputs=[[[1, 1, 3], "float32", False]]),
+    "an input of no type": rows(inputs=[[[1, 1, 3], "load", True]]),
+    "an input of no size": rows(inputs=[[[-3], "float32", True]]),
+    "more inputs than places": channels()
+    | {"step": channels()["step"] | {"inputs": [*STEP["inputs"], [[1, 3], "float32", False]]}},
+    "no components": rows(step=[]),
+    "a result that is no value": rows(step=[3]),
+    "no channels": rows(hidden=0),
+    "a group that does not divide the channels": rows(group=2),
+    "a device that is none": rows(device="os"),
+    "a type of arithmetic that is none": rows(dtype="int64"),
+    "an operation that fails": rows(
+        nodes=[["aten.reshape.default", [{"node": 1}, [-1, 2]], {}], STEP["nodes"][1]]
+    ),
+    "another version": {**rows(), "pararnn": 2},
     "no content": {},
 }
 
@@ -164,43 +204,58 @@ def test_a_program_from_elsewhere_runs_nothing_but_operations(what):
         call(BAD[what])
 
 
+def damaged(content):
+    """The content with one of its parts left out or replaced, for each of them."""
+    yield from (None, -1, 0.5, 10**30, "load", [], {}, [[]], {"node": 99}, True)
+    if isinstance(content, dict | list):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            left_out = content.copy()
+            del left_out[key]
+            yield left_out
+            for part in damaged(content[key]):
+                changed = content.copy()
+                changed[key] = part
+                yield changed
+
+
+def refusal(text):
+    """The message with which a text is refused; empty if it is read."""
+    try:
+        request_of(text)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("made", [rows, channels])
+def test_damaged_texts_are_read_or_refused_in_one_way(made):
+    contents = (c for c in damaged({"pararnn": 1, **made()}) if isinstance(c, dict))
+    refused = [message for message in map(refusal, map(json.dumps, contents)) if message]
+    assert len(refused) > 100
+    assert all("has a plan that cannot be read" in message for message in refused)
+
+
 @pytest.mark.parametrize(
     "name",
     ["aten.from_file.default", "aten.add_.Tensor", "os.system", "pararnn.matvec.default", ""],
 )
 def test_steps_from_elsewhere_call_operations_that_only_compute(name):
-    mixing = {
-        "nodes": [[name, [{"node": 0}], {}]],
-        "step": [{"node": 2}],
-        "edges": [[[3], "float32", True]],
-        "components": 1,
-        "hidden": 3,
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    text = json.dumps(
-        {"pararnn": 1, "mixing": mixing, "group": 3, "solver": None, "generated": True}
-    )
+    content = rows(nodes=[[name, [{"node": 0}], {}]], step=[{"node": 2}])
     with pytest.raises(ValueError, match="is no operation that only computes"):
-        torch.ops.pararnn.mixing([torch.zeros(1, 2, 3)], torch.zeros(1, 1, 3), None, 1, 2, text)
+        call(content)
 
 
 def test_a_name_from_elsewhere_is_refused():
     with pytest.raises(RuntimeError, match="no layer with the plan 'abc' in this process"):
-        torch.ops.pararnn.recurrence(
-            [torch.zeros(1, 2, 1, 1, 3)], [], torch.zeros(1, 1, 3), None, "abc"
-        )
+        torch.ops.pararnn.solve([torch.zeros(1, 2, 1, 1, 3)], torch.zeros(1, 1, 3), None, "abc")
 
 
 def test_kernels_for_a_cpu_are_not_run_on_other_tensors():
     """As of a program that was moved."""
     rnn = pararnn.RNN(pararnn.cells.ParaGRUCell(3, 4), backend="c")
     evaluation = rnn.evaluation()
-    drives, *coefficients = evaluation.edges(
-        [*(p.data for p in rnn.parameters())], [torch.randn(2, 5, 3)]
-    )
-    moved = ([drives.to("meta")], [c.to("meta") for c in coefficients])
-    initial = torch.zeros(2, 1, 4, device="meta")
-    problem = operators.flat_problem(*moved, initial, None, evaluation.plan)
+    inputs = evaluation.inputs([*(p.data for p in rnn.parameters())], [torch.randn(2, 5, 3)])
+    initial, path = torch.zeros(2, 1, 4, device="meta"), request_of(evaluation.plan).path
+    problem = path.flat_problem([i.to("meta") for i in inputs], initial, None)
     with pytest.raises(ValueError, match="the kernels are for a CPU and the tensors are on meta"):
-        operators.backend_of(evaluation.plan).solve(problem, pararnn.Newton())
+        path.backend.solve(problem, pararnn.Newton())

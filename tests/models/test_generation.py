@@ -125,7 +125,7 @@ def test_the_step_can_be_compiled_and_captured(make_model, cell, monkeypatch):
     plain.start(PROMPTS, temperature=1.0)
     with Operations() as seen:
         plain.step()
-    assert "pararnn.recurrence.default" in seen.names
+    assert "pararnn.solve.default" in seen.names
     waits = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.lift_fresh.default"}
     assert not seen.names & waits
 

@@ -86,6 +86,7 @@ class Request:
         """What carries it out."""
         if self.backend in BACKENDS:
             return Channels.of(self.step, self.backend, self.solver)
+        _ = self.step.adjoint  # recorded here: autograd does not work inside an operator
         return Rows(self.step, self.solver, self.generated)
 
     @functools.cached_property

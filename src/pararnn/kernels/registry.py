@@ -65,7 +65,7 @@ class Registry(Generic[Plan]):
             if content.pop("pararnn") != _VERSION:
                 raise ValueError("another version wrote it")
             return self._read(content)
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # a damaged text fails anywhere in reading and recording
             raise ValueError(
                 f"pararnn: the program has a plan that cannot be read ({type(error).__name__}: "
                 f"{error}); export it again with this version of pararnn."

@@ -44,9 +44,6 @@ class Rows:
     generated: bool
     graphs: Graphs = field(default_factory=Graphs)
 
-    def __post_init__(self) -> None:
-        _ = self.step.adjoint  # recorded here: autograd does not work inside an operator
-
     def forward(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> Forward:
         """The problem, in the type of the arithmetic."""
         batch, time = self.sizes(inputs)

@@ -203,6 +203,8 @@ class Evaluation:
         """The coupling of chunks: the user's, or the chosen one."""
         if self.solver is not None and not isinstance(self.solver, Sequential):
             return type(self.solver)
+        if self.mixing_plan is None:
+            return Newton
         return coupling(self.traced.step.num_components * self.traced.step.group)
 
     def describe(self) -> str:

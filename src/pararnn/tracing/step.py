@@ -131,16 +131,25 @@ class Step:
     @functools.cached_property
     def work(self) -> int:
         """Multiplications per row and step, roughly."""
-        return (
-            sum(math.prod(i.shape) for i in self.inputs)
-            + len(self.module.graph.nodes) * self.num_components * self.hidden
-        )
+        given, channel = len(self.inputs), self.recurrence
+        if channel is not None:
+            given = channel.num_drives + channel.num_coefficients
+        values = self.num_components + given + self.launches + 1
+        sizes = sum(math.prod(i.shape) for i in self.inputs)
+        return sizes + values * self.num_components * self.hidden
 
     @functools.cached_property
     def launches(self) -> int:
-        """Operations of a step."""
-        kept = ("placeholder", "output")
-        return sum(n.op not in kept for n in self.module.graph.nodes)
+        """Operations of a step; views of inputs with slots do not count."""
+        nodes = list(self.module.graph.nodes)
+        if self.recurrence is None:
+            return sum(n.op == "call_function" for n in nodes)
+        recurrent = set(nodes[: self.num_components])
+        for node in nodes[self.num_components : -1]:
+            sizes = node.target is torch.Tensor.size
+            if not sizes and not recurrent.isdisjoint(node.all_input_nodes):
+                recurrent.add(node)
+        return len(recurrent) - self.num_components
 
     @functools.cached_property
     def adjoint(self) -> Adjoint:

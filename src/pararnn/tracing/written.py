@@ -91,7 +91,6 @@ def write_step(of: Step) -> dict[str, Any]:
         ],
         "step": show(results),
         "inputs": [[list(i.shape), str(i.dtype).split(".")[1], i.by_rows] for i in of.inputs],
-        "components": of.num_components,
         "hidden": of.hidden,
         "group": of.group,
         "device": of.device.type,
@@ -110,20 +109,24 @@ def read_step(text: dict[str, Any]) -> Step:
         Input(tuple(map(int, shape)), _kind("dtype", dtype), bool(by_rows))
         for shape, dtype, by_rows in text["inputs"]
     )
-    count, graph = int(text["components"]), fx.Graph()
+    if not any(i.by_rows for i in inputs) or any(s < 0 for i in inputs for s in i.shape):
+        raise ValueError("no input has rows, or a size is negative")
+    count, graph = len(text["step"]), fx.Graph()
     made = [graph.placeholder(f"state_{i}") for i in range(count)]
     made += [graph.placeholder(f"input_{i}") for i in range(len(inputs))]
     for name, args, kwargs in text["nodes"]:
         given = [_read(a, made) for a in args], {k: _read(a, made) for k, a in kwargs.items()}
         made.append(graph.call_function(_operation(name), tuple(given[0]), given[1]))
     results = _read(text["step"], made)
-    if len(results) != count or not all(isinstance(r, fx.Node) for r in results):
-        raise ValueError(f"{len(results)} results for {count} components")
+    if not results or not all(isinstance(r, fx.Node) for r in results):
+        raise ValueError("the components of the new state are no values")
     graph.output(tuple(results))
     hidden, group = int(text["hidden"]), int(text["group"])
-    if group < 1 or hidden % group:
+    if hidden < 1 or group < 1 or hidden % group:
         raise ValueError(f"{hidden} channels are no groups of {group}")
     device, dtype = torch.device(text["device"]), _kind("dtype", text["dtype"])
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{dtype} is no type of arithmetic")
     channel = _read_channel(text["channel"], inputs, count, hidden)
     return Step(module_of(direct(graph)), inputs, count, hidden, group, device, dtype, *channel)
 
@@ -146,15 +149,15 @@ def _read_channel(
         for kind in ("drives", "coefficients")
     ]
     layout = Layout(*places)
-    if not layout.drives or any(n < 0 for kind in places for place in kind for n in place):
-        raise ValueError("a drive or coefficient is nowhere")
     first = layout.num_drive_inputs
-    for start, kind in ((0, layout.drives), (first, layout.coefficients)):
-        for number, slot in kind:
-            of = inputs[start + number]
-            size = math.prod(of.shape[1:])
-            if of.by_rows is bool(start) or slot >= of.shape[0] or size != hidden:
-                raise ValueError(f"input {start + number} of shape {of.shape} is no place for it")
+    both = [*layout.drives, *((first + number, slot) for number, slot in layout.coefficients)]
+    if {number for number, _ in both} != set(range(len(inputs))):
+        raise ValueError("an input has no drive or coefficient, or one of them no input")
+    for number, slot in both:
+        of, drives = inputs[number], number < first
+        kind = len(of.shape), of.by_rows, math.prod(of.shape[1:])
+        if kind != (3 if drives else 2, drives, hidden) or not 0 <= slot < of.shape[0]:
+            raise ValueError(f"input {number} of shape {of.shape} is no place for it")
     sizes = [len(kind) for kind in places]
     counts = {"state": count, "drive": sizes[0], "coefficient": sizes[1]}
     roots = read_expressions(text, counts)

@@ -216,7 +216,8 @@ class Rows:
     ) -> list[Tensor]:
         """See `operators.Path`."""
         chain = self.forward(inputs, initial, starts)
-        step = replace(self.step, module=unfused(self.step.module))  # no transform knows the others
+        module = unfused(self.step.module)  # no transform knows the others
+        step = replace(self.step, build=lambda: module)
         states, _ = replace(chain, step=step).solve(Sequential(), 0.0, plain.run_steps)
         return [s.to(self.state_dtype(inputs, initial)) for s in states]
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pararnn.tracing.capture import Capture, record_rows
 from pararnn.tracing.derivatives import Recurrence
@@ -24,9 +24,11 @@ from pararnn.tracing.modes import untransformed
 from pararnn.tracing.partition import (
     AsItIs,
     InputPart,
+    Output,
     Partition,
     direct,
     input_part,
+    module_from,
     module_of,
     partition,
     recurrent_module,
@@ -93,8 +95,7 @@ class Step:
     must be contiguous.
 
     Attributes:
-        module: The reference, `(*state, *inputs) -> state` with components (rows, hidden), in
-            float32 or float64.
+        build: Builds `module`; called when it is needed, as kernels do without.
         inputs: What it takes besides the state.
         num_components: Tensors in the state.
         hidden: Channels of each.
@@ -106,7 +107,7 @@ class Step:
             heads, head_size) with rows, and (slots, hidden) without.
     """
 
-    module: fx.GraphModule
+    build: Callable[[], fx.GraphModule]
     inputs: tuple[Input, ...]
     num_components: int
     hidden: int
@@ -117,6 +118,14 @@ class Step:
     layout: Layout | None = None
 
     @functools.cached_property
+    def module(self) -> fx.GraphModule:
+        """The reference, `(*state, *inputs) -> state` with components (rows, hidden).
+
+        It computes in float32 or float64.
+        """
+        return self.build()
+
+    @functools.cached_property
     def by_rows(self) -> tuple[bool, ...]:
         """Which inputs have one row per sample."""
         return tuple(i.by_rows for i in self.inputs)
@@ -125,8 +134,8 @@ class Step:
     def key(self) -> str:
         """Equal keys, equal functions."""
         sizes = f"{self.num_components} {self.hidden} {self.group} {self.dtype} {self.layout}"
-        channel = "" if self.recurrence is None else self.recurrence.key
-        return f"{self.module.code}{self.inputs}{sizes}{channel}"
+        function = self.module.code if self.recurrence is None else self.recurrence.key
+        return f"{function}{self.inputs}{sizes}"
 
     @functools.cached_property
     def work(self) -> int:
@@ -200,26 +209,30 @@ class Adjoint:
 
 def step_of(
     parts: Partition,
-    module: fx.GraphModule,
+    outputs: Sequence[Output],
     inputs: Sequence[Input],
     group: int,
     device: torch.device,
     recurrence: Recurrence | None = None,
     layout: Layout | None = None,
 ) -> Step:
-    """The step with the recurrent part of a split cell.
+    """The step with the recurrent part of a split cell, which takes outputs of the input part.
 
     Half precision becomes float32, in what the step makes itself too.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.nodes:
-        if node.kwargs.get("dtype") in _HALF:
-            node.kwargs = {**node.kwargs, "dtype": torch.float32}
+
+    def build() -> fx.GraphModule:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(module_from(parts, outputs).graph, {}))
+        for node in graph.nodes:
+            if node.kwargs.get("dtype") in _HALF:
+                node.kwargs = {**node.kwargs, "dtype": torch.float32}
+        return module_of(direct(graph))
+
     inputs = [replace(i, dtype=torch.float32) if i.dtype in _HALF else i for i in inputs]
     captured = parts.capture
     return Step(
-        module_of(direct(graph)),
+        build,
         tuple(inputs),
         captured.num_components,
         captured.hidden_size,
@@ -234,8 +247,12 @@ def step_of(
 def step_of_channels(recurrence: Recurrence, layout: Layout) -> Step:
     """A step that is known by its expressions alone: kernels run it, for any number of channels."""
     device, dtype = torch.device("cpu"), torch.float32
-    count, empty = recurrence.num_components, fx.GraphModule(nn.Module(), fx.Graph())
-    return Step(empty, (), count, 1, 1, device, dtype, recurrence, layout)
+    count = recurrence.num_components
+    return Step(_no_module, (), count, 1, 1, device, dtype, recurrence, layout)
+
+
+def _no_module() -> fx.GraphModule:
+    raise NotImplementedError("this step is known by its expressions alone")
 
 
 def input_of(node: fx.Node) -> Input:
@@ -332,7 +349,11 @@ def _recorded_adjoint(of: Step) -> Adjoint:
         tuple(i.by_rows for i in found),
         moving,
         replace(
-            of, module=module, inputs=tuple(found[i] for i in used), recurrence=None, layout=None
+            of,
+            build=lambda: module,
+            inputs=tuple(found[i] for i in used),
+            recurrence=None,
+            layout=None,
         ),
         used,
         recurrent_module(parts, parts.results[count:]),

@@ -20,7 +20,6 @@ from pararnn.tracing.partition import (
     Output,
     Partition,
     input_part,
-    module_from,
     partition,
 )
 from pararnn.tracing.recorder import TraceError, is_differentiable
@@ -119,8 +118,8 @@ def _elementwise(
         tuple((coefficients.index(source), slot) for source, slot in found.coefficients),
     )
     sources = [*drives, *coefficients]
-    module, inputs = module_from(parts, sources), [source.as_input for source in sources]
-    step = step_of(parts, module, inputs, 1, device, recurrence, layout)
+    inputs = [source.as_input for source in sources]
+    step = step_of(parts, sources, inputs, 1, device, recurrence, layout)
     reason = "every operation on the state works on each channel by itself"
     return Traced(subject, parts, input_part(parts, sources), step, reason, device)
 
@@ -132,8 +131,7 @@ def _mixing(subject: Subject, parts: Partition, reason: str, device: torch.devic
         first = next(n for n in parts.capture.graph.nodes if str(n.target) == "x_0")
         outputs.append(AsItIs(first))
         inputs.append(input_of(first))
-    module = module_from(parts, outputs)
-    step = step_of(parts, module, inputs, group_size(parts), device)
+    step = step_of(parts, outputs, inputs, group_size(parts), device)
     part = input_part(parts, outputs)
     return Traced(subject, parts, part, step, reason, device)
 

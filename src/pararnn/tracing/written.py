@@ -128,7 +128,8 @@ def read_step(text: dict[str, Any]) -> Step:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{dtype} is no type of arithmetic")
     channel = _read_channel(text["channel"], inputs, count, hidden)
-    return Step(module_of(direct(graph)), inputs, count, hidden, group, device, dtype, *channel)
+    module = module_of(direct(graph))
+    return Step(lambda: module, inputs, count, hidden, group, device, dtype, *channel)
 
 
 def _write_channel(of: Step) -> dict[str, Any] | None:

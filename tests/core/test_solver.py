@@ -31,8 +31,8 @@ class Sweeps:
         tensors = [resolve(rnn.cell, n) for n in evaluation.input_part.names]
         with torch.no_grad():
             inputs = evaluation.inputs(tensors, [x])
-        self.initial, batch, time = torch.stack(as_tuple(state), 1), *x.shape[:2]
-        self.chunk, self.chunks = chunk, -(-time // chunk)
+        self.initial = torch.stack(as_tuple(state), 1)
+        self.chunk, self.chunks = chunk, -(-x.shape[1] // chunk)
         path = request_of(evaluation.plan).path
         if evaluation.mixing_plan is None:
             self.backend, problem = path.backend, path.problem(inputs, self.initial, None)

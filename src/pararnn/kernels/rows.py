@@ -20,6 +20,7 @@ from pararnn.planning.settings import Sequential, Solver
 from pararnn.solvers import rows as plain
 from pararnn.solvers.report import act_on_failure
 from pararnn.solvers.rows import WHOLE, Chunks, Sweep, Swept
+from pararnn.solvers.shooting import sequential_report
 from pararnn.solvers.systems import Backward, Chain, Forward
 from pararnn.tracing.products import unfused
 from pararnn.tracing.recorder import is_differentiable
@@ -145,7 +146,7 @@ class Rows:
 
     def _solve_chain(
         self, chain: Chain, way: Way, dtype: torch.dtype
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Solve a problem whose states are kept in `dtype`; see `Chain.solve`."""
         settings = way.settings
         tolerance = settings.tolerance_for(dtype)
@@ -164,6 +165,8 @@ class Rows:
             inputs, (initial, starts) = tensors[:count], tensors[count:]
             chain = self.forward(inputs, initial, starts)
             states, report = self._solve_chain(chain, way, dtype)
+            if report is None:
+                report = sequential_report(chain.batch, initial.device)
             return [*(s.to(dtype) for s in states), report]
 
         found = self.call("forward", run, inputs, initial, [starts])
@@ -198,7 +201,7 @@ class Rows:
                 of_initial, gradients = chain.solve_in_pieces(self.run_steps)
             else:
                 found, report = self._solve_chain(chain, way, kept_in)
-                if self.settings is not None:
+                if self.settings is not None and report is not None:
                     tolerance = self.settings.tolerance_for(kept_in)
                     act_on_failure(report, self.settings, tolerance, backwards=True)
                 of_initial, gradients = chain.initial_gradient(found), chain.gradients(found)

@@ -98,7 +98,7 @@ class System(abc.ABC):
 
 def solve(
     system: System, settings: Solver, tolerance: float, give_up: bool = False
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor | None]:
     """Solve a system: warm-up, first guess, iterations, and completion step by step.
 
     Args:
@@ -108,11 +108,10 @@ def solve(
         give_up: Stop iterations that will not reach the tolerance.
 
     Returns:
-        The result, and the values of the report.
+        The result, and the values of the report; None if there is one chunk.
     """
     if system.chunks == 1:
-        report = sequential_report(len(system.start), system.start.device)
-        return system.step_by_step(), report
+        return system.step_by_step(), None
     everywhere, steps = system.everywhere(), min(COSTS.warm_up, system.chunk)
     _, ends = system.run(everywhere, steps)
     contraction = None

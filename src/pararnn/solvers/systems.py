@@ -113,7 +113,7 @@ class Chain(abc.ABC):
         run: Run,
         give_up: bool = False,
         settle: bool = False,
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Evaluate it.
 
         Args:
@@ -125,7 +125,8 @@ class Chain(abc.ABC):
                 host sync.
 
         Returns:
-            Components (batch, time, hidden) after every step, and the values of the report.
+            Components (batch, time, hidden) after every step, and the values of the report; None
+            if there is one chunk.
         """
         assert settings.chunk != "auto"
         return solve(_InRows(self, settings.chunk, run, settle), settings, tolerance, give_up)

@@ -16,7 +16,14 @@ from pararnn.planning.costs import COSTS, Costs
 from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.report import act_on_failure
-from pararnn.solvers.shooting import Residual, System, adjoint_residual, solve, state_residual
+from pararnn.solvers.shooting import (
+    Residual,
+    System,
+    adjoint_residual,
+    sequential_report,
+    solve,
+    state_residual,
+)
 from pararnn.tracing.derivatives import Recurrence
 
 
@@ -72,6 +79,8 @@ class CBackend:
         """See `Backend.solve`."""
         kept_in, system = problem.state_dtype, _States(self, self._cut(problem, settings))
         states, report = solve(system, settings, settings.tolerance_for(kept_in))
+        if report is None:
+            report = sequential_report(problem.batch, problem.initial.device)
         return [s.to(kept_in) for s in states], report
 
     def solve_adjoint(
@@ -93,7 +102,8 @@ class CBackend:
             targets,
         )
         (of_initial, sums), report = solve(system, settings, tolerance)
-        act_on_failure(report, settings, tolerance, backwards=True)
+        if report is not None:
+            act_on_failure(report, settings, tolerance, backwards=True)
         for gradient, target in zip(grad_drives, targets, strict=True):
             if gradient is not target:
                 gradient.copy_(target)
@@ -188,7 +198,7 @@ class _States(_InC):
     def __init__(self, backend: CBackend, problem: Problem) -> None:
         super().__init__(backend, problem, problem.first_states(), state_residual)
         shape = (problem.batch, problem.time, problem.hidden)
-        self.states = [problem.drives[0].new_empty(shape) for _ in self.start.unbind(1)]
+        self.states = [problem.drives[0].new_empty(shape) for _ in range(self.start.shape[1])]
 
     def tangents(self, first: Tensor, found: list[Tensor]) -> Tensor:
         return self.backend.tangents(self.problem, first)

@@ -111,6 +111,36 @@ def test_factories_are_coefficients(backend):
     check(STEPS["linspace"], backend=backend)
 
 
+BROADCAST = {
+    "a number": lambda c, x, h: torch.tanh(c.a[0] * h + c.lin(x)),
+    "one entry": lambda c, x, h: torch.tanh(c.a[:1] * h + c.lin(x)),
+    "one row": lambda c, x, h: torch.tanh(c.a.view(1, 12) * h + c.lin(x)),
+    "one number per slot": lambda c, x, h: torch.tanh(
+        c.a[:3, None] * h.view(-1, 3, 4) + c.lin(x).view(-1, 3, 4)
+    ).flatten(1),
+    "one number per row": lambda c, x, h: torch.tanh(c.a * h + c.lin(x)[:, :1]),
+    "one slot per row": lambda c, x, h: torch.tanh(
+        0.5 * h.view(-1, 3, 4) + c.lin(x)[:, None, :4]
+    ).flatten(1),
+    "truth values": lambda c, x, h: torch.where(
+        c.lin(x) > 0, torch.tanh(c.a * h + c.lin(x)), h / 2
+    ),
+    "a truth value per row": lambda c, x, h: torch.where(
+        x[:, :1] > 0, torch.tanh(c.a * h + c.lin(x)), h / 2
+    ),
+    "whole numbers": lambda c, x, h: torch.tanh(c.a * h + c.lin(x) + (3 * x[:, :1]).long()),
+    "channels turned": lambda c, x, h: torch.tanh(
+        c.a.flip(0) * h + c.lin(x).view(-1, 4, 3).mT.flatten(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "c"])
+@pytest.mark.parametrize("name", BROADCAST)
+def test_inputs_that_are_broadcast_or_converted(name, backend):
+    check(BROADCAST[name], Newton(chunk=5), backend)
+
+
 def test_one_hot_keeps_to_its_group():
     cell = Cell(lambda c, x, h: straight_through((c.a * h).view(-1, 3, 4), 4).flatten(1) + c.lin(x))
     assert RNN(cell).evaluation().traced.structure == "heads (size 4)"

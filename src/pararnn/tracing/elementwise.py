@@ -83,9 +83,10 @@ class Source:
         lead: list[Any] = [-1] if self.by_rows else []
         rest = own[1:] if self.by_rows or len(own) > len(self.shape) else own
         value = graph.call_function(aten.reshape.default, (value, [*lead, *self.shape]))
-        for _ in range(len(self.shape) - len(rest)):
+        fewer = len(self.shape) - len(rest)
+        for _ in range(fewer):
             value = graph.call_function(aten.select.int, (value, 0, 0))
-        for axis, (size, had) in enumerate(zip(self.shape[-len(rest) :], rest, strict=True)):
+        for axis, (size, had) in enumerate(zip(self.shape[fewer:], rest, strict=True)):
             if size != had:  # it was expanded
                 value = graph.call_function(aten.slice.Tensor, (value, axis + len(lead), 0, had))
         if not self.by_rows and rest != own:

@@ -10,7 +10,8 @@ from torch import nn
 import pararnn
 from pararnn import RNN, Newton, Sequential, TraceError
 from pararnn.testing import loop
-from pararnn.tracing import gradients, mixing
+from pararnn.tracing import gradients
+from pararnn.tracing import step as steps
 
 from .compare import assert_same, outcome, random_state
 
@@ -149,14 +150,14 @@ def test_what_cannot_be_recorded_is_refused_with_its_line(step):
 def test_a_backward_that_changes_where_it_is_recorded_is_refused(monkeypatch):
     """Whatever the reason: here all gradients of hyperbolic tangents are lost."""
     lost = {"tanh_backward": torch.zeros_like}
-    recorded = mixing.vjp
+    recorded = steps.vjp
 
     def without(outputs, adjoints, inputs):
         found = recorded(outputs, adjoints, inputs)
         names = {o.grad_fn.name() for o in outputs if o.grad_fn}
         return [lost["tanh_backward"](f) for f in found] if "TanhBackward0" in names else found
 
-    monkeypatch.setattr(mixing, "vjp", without)
+    monkeypatch.setattr(steps, "vjp", without)
     gradients._known.clear()
     with pytest.raises(TraceError, match=r"the gradient of .* differs from what autograd gives"):
         RNN(Cell(lambda c, x, h: torch.tanh(c.rec(h) + c.lin(x))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pararnn.layers.evaluate import BackendChoice, Evaluation
 from pararnn.layers.rnn import RNN
+from pararnn.layers.runner import Runner
+from pararnn.planning.plan import BackendChoice
 from pararnn.planning.settings import Solver
 from pararnn.solvers.report import SolveReport
 from pararnn.testing.loop import loop
@@ -122,16 +124,16 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
     x, first = _batched(rnn, x, state)
     growth = tangent_growth(cell, x, first)
     errors = _errors(tried, x, first)
-    evaluation = tried.evaluation()
-    method = evaluation.method()
+    runner = tried.runner()
+    method = runner.method()
     found = Diagnosis(
-        evaluation.traced.subject.name,
-        evaluation.traced.structure,
+        runner.traced.subject.name,
+        runner.traced.structure,
         x.shape[1],
         float(growth.mean(0).max()),
         method.__name__,
         {c: _most_growth(growth, c) for c in _chunks(x.shape[1])},
-        *_iterations(tried, evaluation, method, x, first, snapshot(rnn.cell).dtype),
+        *_iterations(tried, runner, method, x, first, snapshot(rnn.cell).dtype),
         *errors,
     )
     found = replace(found, recommendation=_recommendation(found))
@@ -182,7 +184,7 @@ def _chunks(time: int) -> list[int]:
 
 def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Input and first state in float64, (batch, time, ...)."""
-    single = x.dim() == rnn.evaluation().feature_axes + 1
+    single = x.dim() == rnn.runner().feature_axes + 1
     x = x.detach().unsqueeze(0) if single else x.detach()
     x = x if single or rnn.batch_first else x.transpose(0, 1)
     x = x.double() if x.is_floating_point() else x
@@ -199,7 +201,7 @@ def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 def _iterations(
     rnn: RNN,
-    evaluation: Evaluation,
+    runner: Runner,
     method: type[Solver],
     x: Tensor,
     state: Any,
@@ -207,13 +209,13 @@ def _iterations(
 ) -> tuple[dict[int, list[float]], dict[int, int]]:
     """Residuals after every iteration, and iterations to the layer's tolerance, by chunk."""
     parts = state if isinstance(state, tuple) else (state,)
-    first = joined(parts, evaluation.traced.capture.num_components)
-    tensors = [resolve(rnn.cell, name) for name in evaluation.traced.input_part.names]
+    first = joined(parts, runner.traced.capture.num_components)
+    tensors = [resolve(rnn.cell, name) for name in runner.traced.input_part.names]
     choice = BackendChoice("torch", "")
 
     def solve(**settings: Any) -> SolveReport:
         solver = method(**settings)
-        tried = Evaluation(evaluation.traced, choice, solver, evaluation.features)
+        tried = Runner(runner.traced, choice, solver, functools.partial(resolve, rnn.cell))
         with torch.no_grad():
             _, values = tried.run(tensors, [x], first, None)
         assert values is not None

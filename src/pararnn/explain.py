@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -10,6 +11,7 @@ from pararnn.kernels import operators
 from pararnn.kernels.channels import Channels
 from pararnn.kernels.printing import equations
 from pararnn.layers.rnn import RNN
+from pararnn.planning.plan import Plan
 from pararnn.tracing.expressions import leaf
 from pararnn.tracing.recorder import show_place
 from pararnn.tracing.structure import Traced
@@ -28,9 +30,8 @@ class Explanation:
         recurrent_part: Operations that depend on the state.
         drives: Names of what the input part hands over for every time.
         coefficients: Names of what it hands over once.
-        backend: Who evaluates.
-        backend_reason: Why.
-        solver: How it solves.
+        shape: Of x, for the plan.
+        plan: How a call on x of that shape is carried out, and why.
         source: The generated source of that backend.
         compile_s: Seconds that compiling and loading its kernels took in this process so far.
     """
@@ -43,9 +44,8 @@ class Explanation:
     recurrent_part: list[str]
     drives: list[str]
     coefficients: list[str]
-    backend: str
-    backend_reason: str
-    solver: str
+    shape: tuple[int, ...]
+    plan: Plan
     source: str = field(repr=False)
     compile_s: float
 
@@ -58,18 +58,18 @@ class Explanation:
             f"  recurrent part\n{indented(self.recurrent_part)}\n"
             f"  drives        {', '.join(self.drives) or '(none)'}\n"
             f"  coefficients  {', '.join(self.coefficients) or '(none)'}\n"
-            f"  backend       {self.backend}: {self.backend_reason}\n"
-            f"  solver        {self.solver}\n"
+            f"  plan for x of shape {self.shape}\n{indented(str(self.plan).splitlines())}\n"
             f"  source        {len(self.source.splitlines())} lines, in .source; kernels took "
             f"{self.compile_s:.2f} s to compile and load so far"
         )
 
 
-def explain(rnn: RNN) -> Explanation:
-    """Print what a layer found in its cell, and return it.
+def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
+    """Print what a layer found in its cell and how it would carry out a call, and return it.
 
     Args:
         rnn: A layer whose cell says its input size, or that was called once.
+        shape: Of x as the layer takes it; 8 sequences of 1,024 steps when None.
 
     Raises:
         TypeError: Not an `RNN`, or one whose sizes are not known yet.
@@ -79,8 +79,8 @@ def explain(rnn: RNN) -> Explanation:
             f"explain takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), and "
             "take one of .layers of a ParaGRU, a ParaLSTM or what parallelize made."
         )
-    evaluation = rnn.evaluation()
-    traced = evaluation.traced
+    runner = rnn.runner()
+    traced = runner.traced
     recurrence = traced.step.recurrence
     if recurrence is None:
         drives = [_name(e) for e in traced.parts.edges if e.meta["by_rows"]]
@@ -91,7 +91,11 @@ def explain(rnn: RNN) -> Explanation:
         drives = [names[leaf("drive", i)] for i in range(recurrence.num_drives)]
         coefficients = [names[leaf("coefficient", i)] for i in range(recurrence.num_coefficients)]
         lines = equations(recurrence)
-    path = operators.request_of(evaluation.plan).path
+    if shape is None:
+        shape = (8, 1024) if rnn.batch_first else (1024, 8)
+        shape = (*shape, *runner.features)
+    shape = tuple(shape)
+    path = operators.request_of(runner.request).path
     source, compile_s = traced.step.module.code, 0.0
     if isinstance(path, Channels):
         source, compile_s = path.backend.source(), path.backend.compile_s
@@ -104,9 +108,8 @@ def explain(rnn: RNN) -> Explanation:
         _operations(traced, recurrent=True),
         drives,
         coefficients,
-        evaluation.choice.name,
-        evaluation.choice.reason,
-        evaluation.describe(),
+        shape,
+        rnn.plan(shape),
         source,
         compile_s,
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pararnn
 from pararnn.kernels import operators
+from pararnn.planning.plan import BackendChoice
 from pararnn.tracing.step import Layout, step_of_channels
 
 
@@ -71,7 +72,7 @@ class Problem:
         self.module = CELLS[cell](size.hidden)
         self.size = size
         rnn = pararnn.RNN(self.module.to("cuda"), backend="triton")
-        self.traced = rnn.evaluation().traced
+        self.traced = rnn.runner().traced
         recurrence = self.traced.step.recurrence
         assert recurrence is not None
         self.components = recurrence.num_components
@@ -98,7 +99,9 @@ class Problem:
             tuple((0, i) for i in range(recurrence.num_drives)),
             tuple((0, i) for i in range(recurrence.num_coefficients)),
         )
-        return operators.register(step_of_channels(recurrence, layout), backend, solver)
+        return operators.register(
+            step_of_channels(recurrence, layout), BackendChoice(backend, "asked for"), solver
+        )
 
     def forward(self, plan: str) -> list[Tensor]:
         """States and the report."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pararnn.kernels.c.backend import CBackend
+from pararnn.kernels.facts import machine_of, operations_of
 from pararnn.kernels.triton.backend import TritonBackend
-from pararnn.planning.settings import Newton, Solver
+from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, cached
+from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.report import act_on_failure
 from pararnn.tracing.derivatives import Recurrence
@@ -33,25 +35,42 @@ class Channels:
     Attributes:
         backend: The backend.
         layout: Where drives and coefficients are in the inputs.
-        settings: Settings of the solve.
+        chosen: The choice of the backend.
+        solver: The user's settings; None to choose.
+        facts: Of the step.
     """
 
     backend: Backend
     layout: Layout
-    settings: Solver
+    chosen: BackendChoice
+    solver: Solver | None
+    facts: Facts
+    _plans: dict[Call, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, step: Step, backend: str, solver: Solver | None) -> Channels:
+    def of(cls, step: Step, chosen: BackendChoice, solver: Solver | None, facts: Facts) -> Channels:
         """The path for a step whose channels do not reach each other."""
         assert step.recurrence is not None
         assert step.layout is not None
         _ = step.recurrence.vjp  # derived here: autograd does not work inside an operator
-        key = step.recurrence.key, backend
+        if chosen.name == "triton":
+            facts = replace(facts, operations=operations_of(step.recurrence))
+        key = step.recurrence.key, chosen.name
         with _lock:
             made = _backends.get(key)
             if made is None:
-                made = _backends[key] = BACKENDS[backend](step.recurrence)
-        return cls(made, step.layout, solver or Newton())
+                made = _backends[key] = BACKENDS[chosen.name](step.recurrence)
+        return cls(made, step.layout, chosen, solver, facts)
+
+    def plan(self, call: Call, device: torch.device) -> Plan:
+        """How a call is carried out."""
+        machine = machine_of(device)
+        return cached(self._plans, self.facts, call, machine, self.chosen, self.solver)
+
+    def _plan(self, problem: Problem, gradients: int = 0) -> Plan:
+        sizes = problem.batch, problem.time, problem.hidden, problem.state_dtype
+        call = Call(*sizes, problem.drives[0].itemsize, gradients)
+        return self.plan(call, problem.initial.device)
 
     def problem(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> Problem:
         """The tensors as a problem for the backend."""
@@ -77,8 +96,9 @@ class Channels:
     ) -> list[Tensor]:
         """See `operators.Path`."""
         problem = self.problem(inputs, initial, starts)
-        states, report = self.backend.solve(problem, self.settings)
-        act_on_failure(report, self.settings, self.settings.tolerance_for(problem.state_dtype))
+        way = self._plan(problem).forward
+        states, report = self.backend.solve(problem, way)
+        act_on_failure(report, way.solver, way.tolerance)
         return [*states, report]
 
     def adjoint(
@@ -93,8 +113,9 @@ class Channels:
         problem = self.problem(inputs, initial, starts)
         count = self.layout.num_drive_inputs
         found = [self._gradient_like(i, n) for n, i in enumerate(inputs[:count])]
+        way = self._plan(problem, sum(g is not None for g in grad_states)).adjoint
         sums, of_initial = self.backend.solve_adjoint(
-            problem, self.settings, states, grad_states, self._drives(found)
+            problem, way, states, grad_states, self._drives(found)
         )
         found += [self._to_slots(sums, i, n) for n, i in enumerate(inputs[count:])]
         return [*found, of_initial.to(initial.dtype)]

@@ -57,12 +57,19 @@ def reasons(module: fx.GraphModule) -> list[str]:
     return [k for k in _known.get(module, {}).values() if isinstance(k, str)]
 
 
-def runs(module: fx.GraphModule, hidden: int, dtype: torch.dtype) -> bool:
-    """Whether a step of `hidden` channels has run in one kernel, and has never failed to."""
-    kernels = [
-        k for (_, h, t, *_), k in _known.get(module, {}).items() if (h, t) == (hidden, dtype)
-    ]
-    return bool(kernels) and not any(isinstance(k, str) for k in kernels)
+def reason(chunks: Chunks, state: Sequence[Tensor]) -> str | None:
+    """The reason why steps do not run in one kernel; None if they do."""
+    found = _found(chunks, state)
+    return found if isinstance(found, str) else None
+
+
+def _found(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
+    """The kernel for such tensors, or the reason why there is none."""
+    known = _known.setdefault(chunks.step.module, {})
+    key = _key(chunks, state)
+    if key not in known:
+        known[key] = _kernel(chunks, state)
+    return known[key]
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
@@ -72,11 +79,7 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
         NotFused: The kernel does not support an operation of the step, or its weights are too
             large; the message says which.
     """
-    known = _known.setdefault(chunks.step.module, {})
-    key = _key(chunks, state)
-    if key not in known:
-        known[key] = _kernel(chunks, state)
-    kernel = known[key]
+    kernel = _found(chunks, state)
     if isinstance(kernel, str):
         raise NotFused(kernel)
     cut, (rows, hidden), edges = chunks.cut, state[0].shape, chunks.edges
@@ -109,8 +112,9 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
                 **kernel.constants,
             )
         except _out_of_resources() as error:
-            known[key] = f"its weights do not fit on the chip: {error}"
-            raise NotFused(known[key]) from error
+            why = f"its weights do not fit on the chip: {error}"
+            _known[chunks.step.module][_key(chunks, state)] = why
+            raise NotFused(why) from error
     return list(states), ends
 
 

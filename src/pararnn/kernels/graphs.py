@@ -93,15 +93,13 @@ def _as_captured() -> Iterator[None]:
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `pararnn.solvers.rows.Run`: on a GPU in one kernel, or by CUDA graphs."""
+    """See `pararnn.solvers.rows.Run`: in one kernel, or like `run_operations`."""
     device = state[0].device
-    if device.type != "cuda":
-        return plain.run_steps(chunks, state, sweep)
-    with torch.cuda.device(device):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
             return fused.run_steps(chunks, state, sweep)
         except fused.NotFused:  # `fused.reasons` says why
-            return replayed(chunks, state, sweep)
+            return run_operations(chunks, state, sweep)
 
 
 def run_operations(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:

@@ -18,8 +18,10 @@ from torch.autograd import forward_ad
 
 from pararnn.kernels.channels import BACKENDS, Channels
 from pararnn.kernels.direct import Operator
+from pararnn.kernels.facts import facts_of
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.rows import Rows
+from pararnn.planning.plan import BackendChoice, Call, Facts, Plan
 from pararnn.planning.settings import Solver
 from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.step import Step
@@ -32,6 +34,10 @@ class Path(Protocol):
     In all methods `inputs` are those of the step, with rows (batch, time, ...); `initial` and
     `starts` as in `Problem`.
     """
+
+    def plan(self, call: Call, device: torch.device) -> Plan:
+        """How a call is carried out."""
+        ...
 
     def solve(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
@@ -71,54 +77,59 @@ class Request:
 
     Attributes:
         step: The step.
-        backend: "torch", "c" or "triton".
+        backend: The chosen backend: "torch", "c" or "triton".
         solver: The user's settings; None to choose.
-        generated: Whether generated kernels may be used.
+        facts: Of the step, for choices.
     """
 
     step: Step
-    backend: str
+    backend: BackendChoice
     solver: Solver | None
-    generated: bool = True
+    facts: Facts
 
     @functools.cached_property
     def path(self) -> Path:
         """What carries it out."""
-        if self.backend in BACKENDS:
-            return Channels.of(self.step, self.backend, self.solver)
+        if self._by_channels:
+            return Channels.of(self.step, self.backend, self.solver, self.facts)
         _ = self.step.adjoint  # recorded here: autograd does not work inside an operator
-        return Rows(self.step, self.solver, self.generated)
+        return Rows(self.step, self.backend, self.solver, self.facts)
+
+    @property
+    def _by_channels(self) -> bool:
+        return self.step.recurrence is not None and self.backend.name in BACKENDS
 
     @functools.cached_property
     def differentiable(self) -> tuple[int, ...] | None:
         """Which inputs have gradients; None for all."""
-        return None if self.backend in BACKENDS else self.step.differentiable
+        return None if self._by_channels else self.step.differentiable
 
     @functools.cached_property
     def drive(self) -> int:
         """The number of an input that differs over time."""
-        return 0 if self.backend in BACKENDS else self.step.by_rows.index(True)
+        return 0 if self._by_channels else self.step.by_rows.index(True)
 
     def text(self) -> str:
         """The request as text, for another process."""
         return write(
             step=write_step(self.step),
-            backend=self.backend,
+            backend=self.backend.name,
             solver=write_solver(self.solver),
-            generated=self.generated,
+            generated=self.backend.generated,
         )
 
 
 def register(
-    step: Step, backend: str, solver: Solver | None = None, generated: bool = True
+    step: Step, backend: BackendChoice, solver: Solver | None = None, facts: Facts | None = None
 ) -> Name:
     """Register a request, so that operators can be called with its name.
 
     Equal requests have the same name.
     """
-    text = f"{step.key} {step.device} {solver!r} {generated}"
-    name = f"{backend}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    return _requests.add(name, lambda: _made(Request(step, backend, solver, generated)))
+    facts = facts or facts_of(step)
+    text = f"{step.key} {step.device} {solver!r} {backend} {facts}"
+    name = f"{backend.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    return _requests.add(name, lambda: _made(Request(step, backend, solver, facts)))
 
 
 def _made(request: Request) -> Request:
@@ -133,11 +144,11 @@ def request_of(name: str) -> Request:
 
 def _read(content: dict[str, Any]) -> Request:
     """The request that `Request.text` wrote."""
-    step, backend = read_step(content["step"]), content["backend"]
-    if backend not in ("torch", *BACKENDS) or (backend != "torch" and step.recurrence is None):
-        raise ValueError(f"there is no backend {backend!r} for it")
-    solver = read_solver(content["solver"])
-    return _made(Request(step, backend, solver, bool(content["generated"])))
+    step, name = read_step(content["step"]), content["backend"]
+    if name not in ("torch", *BACKENDS) or (name == "c" and step.recurrence is None):
+        raise ValueError(f"there is no backend {name!r} for it")
+    backend = BackendChoice(name, "exported", generated=bool(content["generated"]))
+    return _made(Request(step, backend, read_solver(content["solver"]), facts_of(step)))
 
 
 _requests = Registry(_read)

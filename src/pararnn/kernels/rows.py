@@ -11,22 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pararnn.kernels.fused import runs as runs_in_one_kernel
+from pararnn.kernels import fused
+from pararnn.kernels.facts import machine_of, rounds
 from pararnn.kernels.graphs import Graphs, is_capturing, run_operations, run_steps
 from pararnn.kernels.pointwise import run as run_module
-from pararnn.planning.automatic import automatic, coupling, free_rows, prefers_cell
-from pararnn.planning.costs import COSTS
+from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, Way, cached
 from pararnn.planning.settings import Sequential, Solver
 from pararnn.solvers import rows as plain
 from pararnn.solvers.report import act_on_failure
-from pararnn.solvers.rows import WHOLE, Chunks, Sweep, Swept
+from pararnn.solvers.rows import Cut, Run
 from pararnn.solvers.shooting import sequential_report
 from pararnn.solvers.systems import Backward, Chain, Forward
 from pararnn.tracing.products import unfused
 from pararnn.tracing.recorder import is_differentiable
 from pararnn.tracing.step import Step, arithmetic, in_type
-
-_TF32 = 2.0**-11  # half the spacing at 1
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,28 @@ class Rows:
 
     Attributes:
         step: The step.
-        settings: The user's solver; None to choose.
-        generated: Whether generated kernels may be used; if not, only PyTorch operations.
-        graphs: CUDA graphs of whole calls of small problems.
+        chosen: The choice of the backend.
+        solver: The user's settings; None to choose.
+        facts: Of the step.
+        graphs: CUDA graphs of solves of small problems.
     """
 
     step: Step
-    settings: Solver | None
-    generated: bool
+    chosen: BackendChoice
+    solver: Solver | None
+    facts: Facts
     graphs: Graphs = field(default_factory=Graphs)
+    _plans: dict[Any, Plan] = field(default_factory=dict, repr=False, compare=False)
+    _refused: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def plan(self, call: Call, device: torch.device) -> Plan:
+        """How a call is carried out."""
+        facts = self.facts
+        if self._refused:
+            double = call.kept_in is torch.float64
+            kernels = [self._refused.get((d, double), facts.kernels[d]) for d in (0, 1)]
+            facts = replace(facts, kernels=(kernels[0], kernels[1]))
+        return cached(self._plans, facts, call, machine_of(device), self.chosen, self.solver)
 
     def forward(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> Forward:
         """The problem, in the type of the arithmetic."""
@@ -51,7 +62,7 @@ class Rows:
         dtype = arithmetic(t.dtype for t in (*inputs, initial))
         inputs = [in_type(i, dtype) for i in inputs]
         initial = initial.to(dtype)
-        run = run_module if self.generated else _run_operations
+        run = run_module if self.chosen.generated else _run_operations
         return Forward(self.step, inputs, initial, starts, batch, time, run)
 
     def sizes(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
@@ -67,50 +78,11 @@ class Rows:
         moving = [e.dtype.to_real() for e, r in kinds if r and is_differentiable(e.dtype)]
         return functools.reduce(torch.promote_types, moving or [initial.dtype])
 
-    def chosen(self, batch: int, time: int, device: str) -> Solver:
-        """The user's settings; what the user left open, all or the chunks, is chosen here."""
-        if self.settings is not None and self.settings.chunk != "auto":
-            return self.settings
-        found = automatic(self.entries, self.free_rows(device), batch, time)
-        if self.settings is None:
-            return found
-        return replace(self.settings, chunk=found.chunk)
-
-    def prefers_cell(self, batch: int, time: int, device: str, one_call: bool) -> bool:
-        """Whether a loop over the cell itself is faster; see `automatic.prefers_cell`."""
-        if self.settings is not None:
-            return False
-        return prefers_cell(self.entries, self.free_rows(device), batch, time, device, one_call)
-
-    @property
-    def entries(self) -> int:
-        """All components of the channels of one group."""
-        return self.step.num_components * self.step.group
-
-    def free_rows(self, device: str) -> float:
-        """See `automatic.free_rows`."""
-        return free_rows(self.step.work, self.step.launches, device)
-
-    def describe(self) -> str:
-        """The solver, in words."""
-        if self.settings is not None:
-            return repr(self.settings)
-        return (
-            f"{coupling(self.entries).__name__}, with chunks chosen for every shape, or step by "
-            "step where they do not pay"
-        )
-
-    def settles(self, initial: Tensor, with_gradients: bool) -> bool:
-        """Whether calls need no host sync, see `Way.settle`."""
-        steps = [self.step, self.step.adjoint.step][: 1 + with_gradients]
-        return self.settings is None and all(self._is_fast(step, initial) for step in steps)
-
-    def _is_fast(self, step: Step, initial: Tensor) -> bool:
-        return self.generated and _is_fast(step, initial)
-
-    def run_steps(self, chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-        """See `pararnn.solvers.rows.Run`."""
-        return (run_steps if self.generated else run_operations)(chunks, state, sweep)
+    def _run(self, way: Way) -> Run:
+        """What runs the steps of sweeps."""
+        if way.settle:  # all in one kernel, or none
+            return fused.run_steps
+        return run_steps if self.chosen.name == "triton" else run_operations
 
     def call(
         self,
@@ -130,30 +102,23 @@ class Rows:
             others: Further tensors that it reads.
         """
         tensors, (batch, time) = [*inputs, initial, *others], self.sizes(inputs)
-        device, settings = initial.device, self.chosen(batch, time, initial.device.type)
-        step = self.step if direction == "forward" else self.step.adjoint.step
-        if self.settings is not None or isinstance(settings, Sequential):
-            return run(tensors, Way(Sequential() if is_capturing(device) else settings))
-        if not self._is_fast(step, initial):
-            found = run(tensors, Way(Sequential() if is_capturing(device) else settings))
-            if not self._is_fast(step, initial):
-                return found
-        # `run` above may have shown that it is fast: the first call then continues like later ones
-        way = Way(replace(settings, max_iterations=1), settle=True)
-        if batch * time * initial[0].numel() > COSTS.graph_elements or is_capturing(device):
+        device, kept_in = initial.device, self.state_dtype(inputs, initial)
+        backward = direction == "backward"
+        call = Call(
+            *(batch, time, initial.shape[2], kept_in),
+            rounds=rounds(device, kept_in),
+            capturing=is_capturing(device),
+        )
+        plan = self.plan(call, device)
+        way = plan.adjoint if backward else plan.forward
+        try:
+            if way.in_graph:
+                return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
             return run(tensors, way)
-        return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
-
-    def _solve_chain(
-        self, chain: Chain, way: Way, dtype: torch.dtype
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Solve a problem whose states are kept in `dtype`; see `Chain.solve`."""
-        settings = way.settings
-        tolerance = settings.tolerance_for(dtype)
-        if settings.tolerance is None and _rounds(chain.initial):
-            tolerance = max(tolerance, _TF32)
-        give_up = self.settings is None and not way.settle
-        return chain.solve(settings, tolerance, self.run_steps, give_up, way.settle)
+        except fused.NotFused as error:  # known only now, by the first call of its form
+            self._refused[backward, kept_in is torch.float64] = str(error)
+            self._plans.clear()
+        return self.call(direction, run, inputs, initial, others)
 
     def solve(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
@@ -164,14 +129,14 @@ class Rows:
         def run(tensors: Sequence[Any], way: Way) -> list[Tensor]:
             inputs, (initial, starts) = tensors[:count], tensors[count:]
             chain = self.forward(inputs, initial, starts)
-            states, report = self._solve_chain(chain, way, dtype)
+            states, report = _solve(chain, way, self._run(way))
             if report is None:
                 report = sequential_report(chain.batch, initial.device)
             return [*(s.to(dtype) for s in states), report]
 
         found = self.call("forward", run, inputs, initial, [starts])
-        if self.settings is not None:
-            act_on_failure(found[-1], self.settings, self.settings.tolerance_for(dtype))
+        if self.solver is not None:
+            act_on_failure(found[-1], self.solver, self.solver.tolerance_for(dtype))
         return found
 
     def adjoint(
@@ -197,13 +162,13 @@ class Rows:
             ]
             fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
             chain = Backward(**fields, before=before, grad_states=grads)
-            if isinstance(way.settings, Sequential):
-                of_initial, gradients = chain.solve_in_pieces(self.run_steps)
+            if isinstance(way.solver, Sequential):
+                of_initial, gradients = chain.solve_in_pieces(self._run(way))
             else:
-                found, report = self._solve_chain(chain, way, kept_in)
-                if self.settings is not None and report is not None:
-                    tolerance = self.settings.tolerance_for(kept_in)
-                    act_on_failure(report, self.settings, tolerance, backwards=True)
+                found, report = _solve(chain, way, self._run(way))
+                if self.solver is not None and report is not None:
+                    tolerance = self.solver.tolerance_for(kept_in)
+                    act_on_failure(report, self.solver, tolerance, backwards=True)
                 of_initial, gradients = chain.initial_gradient(found), chain.gradients(found)
             shaped = [
                 g.reshape(inputs[i].shape).to(inputs[i].dtype)
@@ -236,34 +201,28 @@ class Rows:
         return [inputs[i].new_empty(inputs[i].shape) for i in self.step.differentiable]
 
 
-@dataclass(frozen=True)
-class Way:
-    """How one problem is solved.
-
-    Attributes:
-        settings: The settings in force.
-        settle: Sweep once; one more kernel then runs the sequences that did not converge step by
-            step. The device decides which, so there is no host sync.
-    """
-
-    settings: Solver
-    settle: bool = False
-
-
-def _is_fast(step: Step, initial: Tensor) -> bool:
-    """Whether steps run in one kernel: then rerunning a sequence costs less than a host sync."""
-    double = initial.dtype is torch.float64
-    dtype = torch.float64 if double else torch.float32
-    on_gpu = initial.device.type == "cuda"
-    return on_gpu and runs_in_one_kernel(step.module, initial.shape[-1], dtype)
-
-
-def _rounds(x: Tensor) -> bool:
-    """Whether matrix products round their factors (TF32): sweeps then agree to that only."""
-    single = x.dtype is torch.float32 and x.device.type == "cuda"
-    return single and torch.get_float32_matmul_precision() != "highest"
+def _solve(chain: Chain, way: Way, run: Run) -> tuple[list[Tensor], Tensor | None]:
+    return chain.solve(way.solver, way.tolerance, run, way.give_up, way.settle)
 
 
 def _run_operations(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     found: Sequence[Tensor] = module(*(t.contiguous() for t in tensors))
     return found
+
+
+def kernels_of(
+    step: Step, inputs: Sequence[Tensor], initial: Tensor
+) -> tuple[str | None, str | None]:
+    """The reasons why steps forward and backward do not run in one kernel; None if they do.
+
+    Args:
+        step: The step.
+        inputs: An example, with rows (batch, time, ...).
+        initial: Initial states.
+    """
+    rows = Rows(step, BackendChoice("triton", ""), None, Facts())
+    chain = rows.forward(inputs, initial, None)
+    cut, state = Cut(chain.batch, chain.time, chain.time), chain.initial.unbind(1)
+    forward = fused.reason(chain.chunks(cut), state)
+    before = [s.unsqueeze(1).expand(-1, chain.time, -1).contiguous() for s in state]
+    return forward, fused.reason(chain.linear(cut, before), state)

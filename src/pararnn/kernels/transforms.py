@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from pararnn.kernels import operators
 from pararnn.kernels.channels import Channels
+from pararnn.planning.plan import BackendChoice
 from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Problem
 from pararnn.tracing.derivatives import Recurrence
@@ -100,7 +101,7 @@ class _Solve(torch.autograd.Function):
         )
         rows, offsets = _linear(problem, moved, states)
         drives = torch.stack([*(entry for row in rows for entry in row), *offsets], 2)
-        linear = _linear_step(len(states), path.backend.name, path.settings)
+        linear = _linear_step(len(states), path.chosen, path.solver)
         found = _Solve.apply(linear, 1, starts, of_initial, drives.unsqueeze(3))
         return tuple(f.to(s.dtype) for f, s in zip(found, states, strict=True))
 
@@ -252,7 +253,7 @@ def _linear(
 
 
 @functools.lru_cache(maxsize=32)
-def _linear_step(components: int, backend: str, settings: Solver) -> str:
+def _linear_step(components: int, backend: BackendChoice, solver: Solver | None) -> str:
     """`t_i = sum over j of J_ij t_j, + b_i`; its drives are the rows of J, then b."""
     count, step = components**2, []
     for i in range(components):
@@ -263,4 +264,4 @@ def _linear_step(components: int, backend: str, settings: Solver) -> str:
     places = tuple((0, slot) for slot in range(count + components))
     recurrence = Recurrence(tuple(step), len(places), 0, {})
     linear = step_of_channels(recurrence, Layout(places, ()))
-    return operators.register(linear, backend, settings)
+    return operators.register(linear, backend, solver)

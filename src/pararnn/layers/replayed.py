@@ -8,62 +8,93 @@ forward graph keeps none of its results.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from pararnn.kernels.graphs import Graphs, is_capturing
+from pararnn.kernels.graphs import Graphs
 from pararnn.kernels.operators import gradients_of_loop
-from pararnn.planning.costs import COSTS
+from pararnn.tracing.partition import InputPart
 
-if TYPE_CHECKING:
-    from pararnn.layers.evaluate import Evaluation
+DEVICE = "cuda"
+"""Type of devices that have graphs."""
 
-_DEVICE = "cuda"
+
+class Layer(Protocol):
+    """What is replayed of a layer; see `pararnn.layers.runner.Runner`."""
+
+    @property
+    def request(self) -> str:
+        """The name of what it asks of the operators."""
+        ...
+
+    @property
+    def input_part(self) -> InputPart:
+        """Computes the inputs of the step."""
+        ...
+
+    def inputs(self, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs of the step."""
+        ...
+
+    def solve(
+        self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
+    ) -> list[Tensor]:
+        """The states, and the values of the report."""
+        ...
+
+    def loop(
+        self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
+    ) -> list[Tensor]:
+        """The states, by PyTorch operations."""
+        ...
+
+    def adjoint(
+        self,
+        inputs: Sequence[Tensor],
+        initial: Tensor,
+        starts: Tensor | None,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """The gradients of the inputs and of the initial states."""
+        ...
+
+
+def can_replay(tensors: Sequence[Tensor | None], part: InputPart) -> bool:
+    """Whether a graph can repeat a call: it depends on the values of these tensors alone."""
+    return not (
+        part.is_random
+        or not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 @dataclass(frozen=True)
-class Call:
+class Replay:
     """A call of a layer.
 
     Attributes:
         layer: The layer.
-        count: Number of tensors and constants that the input part reads. In `given`, the inputs,
-            the initial states and the starts follow them.
+        count: Number of tensors and constants that the input part reads. In `given`, what differs
+            over time, the initial states and the starts follow them.
         autocast: Whether autocast is on, and its type.
     """
 
-    layer: Evaluation
+    layer: Layer
     count: int
     autocast: tuple[bool, torch.dtype]
 
     @classmethod
-    def now(cls, layer: Evaluation, count: int, given: Sequence[Tensor | None]) -> Call | None:
-        """The call, if the problem is small and a graph can repeat it; else None."""
-        tensors = [t for t in given if t is not None]
-        device = tensors[-1].device
-        if device.type != _DEVICE:
-            return None
-        x, initial = given[count], given[-2]
-        assert x is not None
-        assert initial is not None
-        states = math.prod(x.shape[:2]) * initial[0].numel()
-        if (
-            max(states, *(t.numel() for t in tensors)) > COSTS.graph_elements
-            or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-            or is_capturing(device)
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
-            or layer.input_part.is_random
-        ):
-            return None
-        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        return cls(layer, count, autocast)
+    def now(cls, layer: Layer, count: int, device: torch.device) -> Replay:
+        """The call, with autocast as it is now."""
+        kind = device.type
+        return cls(layer, count, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
 
     def __call__(self, given: Sequence[Tensor | None]) -> list[Tensor]:
         """The states, and the values of the report."""
@@ -101,7 +132,7 @@ class Call:
 
     @property
     def _form(self) -> tuple[Any, ...]:
-        return self.layer.plan, self.count, self.autocast
+        return self.layer.request, self.count, self.autocast
 
     @property
     def _graphs(self) -> Graphs:
@@ -152,7 +183,7 @@ _graphs: weakref.WeakKeyDictionary[fx.GraphModule, Graphs] = weakref.WeakKeyDict
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Replay, *given: Tensor | None) -> tuple[Tensor, ...]:
         found = tuple(call.replayed(given))
         ctx.call, ctx.count = call, len(given)
         ctx.mark_non_differentiable(found[-1])

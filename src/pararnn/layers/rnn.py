@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import threading
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pararnn.layers.compiled import valid_while_same
-from pararnn.layers.evaluate import Evaluation, choose_backend
+from pararnn.layers.runner import Runner
 from pararnn.layers.traces import Kept, Traces
+from pararnn.planning.plan import Plan, check_name
 from pararnn.planning.settings import Solver
 from pararnn.solvers.report import SolveReport
 from pararnn.solvers.shooting import sequential_report
@@ -67,7 +69,7 @@ class RNN(nn.Module):
     """
 
     changes_by_itself = tuple(
-        "_evaluation _latest _watched _report _annealed _signature _traces".split()
+        "_runner _latest _watched _report _annealed _signature _traces".split()
     )
 
     def __init__(
@@ -101,8 +103,8 @@ class RNN(nn.Module):
         self._num_components = num_components
         given = {"hidden_size": hidden_size, "num_components": num_components}
         self._given = {name: size for name, size in given.items() if size is not None}
-        choose_backend(backend)
-        self._evaluation: Evaluation | None = None
+        check_name(backend)
+        self._runner: Runner | None = None
         self._signature: tuple[object, ...] = ()
         self._latest: tuple[torch.dtype, torch.device] | None = None
         self._watched: Watched | None = None
@@ -205,8 +207,8 @@ class RNN(nn.Module):
         _check_tensors("reset_state", reset_state)
         if not (resets is None or isinstance(resets, Tensor)):
             raise TypeError(f"resets must be a tensor of booleans, got {_describe(resets)}.")
-        evaluation = self._evaluation_for(x, state)
-        single = x.dim() == evaluation.feature_axes + 1
+        runner = self._runner_for(x, state)
+        single = x.dim() == runner.feature_axes + 1
         if single:
             x = x.unsqueeze(0)
             state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
@@ -227,15 +229,15 @@ class RNN(nn.Module):
             batch = x.shape[0]
             every = _map(reset_state, lambda s: s.expand(batch, -1) if s.dim() == 1 else s)
             fresh = self._parts("reset_state", every, batch, x)
-        if last is None and self._prefers_cell(evaluation, x, (*parts, *fresh), x.shape[1]):
+        if last is None and self._prefers_cell(runner, x, (*parts, *fresh), x.shape[1]):
             one = 1 in x.shape[:2]
             inputs = x.unbind(1) if one else x.transpose(0, 1).contiguous().unbind(0)
-            outputs, final = self._run_cell(evaluation, inputs, parts, resets, fresh)
+            outputs, final = self._run_cell(runner, inputs, parts, resets, fresh)
             y = torch.stack(outputs, 1)
         else:
             if fresh:  # as `Problem.starts` has it
                 parts = tuple(torch.cat(pair) for pair in zip(parts, fresh, strict=True))
-            y, final = self._evaluate(evaluation, x, parts, starts, last)
+            y, final = self._evaluate(runner, x, parts, starts, last)
         if single:
             y = y.squeeze(0)
             final = final if cu_seqlens is not None else tuple(f.squeeze(0) for f in final)
@@ -254,43 +256,43 @@ class RNN(nn.Module):
             The output, and the state after the step.
         """
         _check_tensors("state", state)
-        evaluation = self._evaluation_for(x_t, state, step=True)
-        single = x_t.dim() == evaluation.feature_axes
+        runner = self._runner_for(x_t, state, step=True)
+        single = x_t.dim() == runner.feature_axes
         if single:
             x_t = x_t.unsqueeze(0)
             state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
         parts = self._parts("state", state, x_t.shape[0], x_t)
-        if self._prefers_cell(evaluation, x_t, parts, 1):
-            (y,), final = self._run_cell(evaluation, [x_t], parts)
+        if self._prefers_cell(runner, x_t, parts, 1):
+            (y,), final = self._run_cell(runner, [x_t], parts)
         else:
-            y, final = self._evaluate(evaluation, x_t.unsqueeze(1), parts, None, None)
+            y, final = self._evaluate(runner, x_t.unsqueeze(1), parts, None, None)
             y = y.squeeze(1)
         if single:
             y, final = y.squeeze(0), tuple(f.squeeze(0) for f in final)
         return y, final if len(final) > 1 else final[0]
 
     def _prefers_cell(
-        self, evaluation: Evaluation, x: Tensor, parts: tuple[Tensor, ...], time: int
+        self, runner: Runner, x: Tensor, parts: tuple[Tensor, ...], time: int
     ) -> bool:
         """Whether a loop over the cell itself gives the same results as the traced step, faster."""
-        if evaluation.mixing_plan is None:
+        if runner.by_channels or torch.compiler.is_compiling() or transformed() or not len(x):
             return False
-        own, batch, device = evaluation.traced.capture.dtype, x.shape[0], x.device.type
-        one_call = isinstance(self._modules["cell"], nn.RNNCellBase) and not torch.is_grad_enabled()
-        return (
-            not torch.compiler.is_compiling()
-            and not transformed()
-            and batch > 0
-            and evaluation.prefers_cell(batch, time, device, one_call)
-            and own not in _HALF
+        own, device = runner.traced.capture.dtype, x.device
+        may_loop = (
+            own not in _HALF
             and (x.dtype is own or not x.is_floating_point())
             and all(p.dtype is own for p in parts)
-            and not torch.is_autocast_enabled(device)
+            and not torch.is_autocast_enabled(device.type)
         )
+        if not may_loop:
+            return False
+        tracked = torch.is_grad_enabled()
+        plan = runner.plan(x.shape[0], time, x.dtype, device, tracked=tracked, may_loop=True)
+        return plan.path == "loop"
 
     def _run_cell(
         self,
-        evaluation: Evaluation,
+        runner: Runner,
         inputs: Sequence[Tensor],
         parts: tuple[Tensor, ...],
         resets: Tensor | None = None,
@@ -314,22 +316,22 @@ class RNN(nn.Module):
 
     def _evaluate(
         self,
-        evaluation: Evaluation,
+        runner: Runner,
         x: Tensor,
         parts: tuple[Tensor, ...],
         starts: Tensor | None,
         last: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs for x (batch, time, *features), and the components after the last steps."""
-        first = joined(parts, evaluation.traced.capture.num_components)
-        names = evaluation.traced.input_part.names
+        first = joined(parts, runner.traced.capture.num_components)
+        names = runner.traced.input_part.names
         if torch.compiler.is_compiling():
             tensors = [resolve(self.cell, name) for name in names]
         else:
             with computed_once() if self._is_parametrised else _AS_IT_IS:
-                tensors = [getattr(owner, name) for owner, name in evaluation.owners]
+                tensors = [getattr(owner, name) for owner, name in runner.owners]
         try:
-            states, report = evaluation.run(tensors, [x], first, starts)
+            states, report = runner.run(tensors, [x], first, starts)
         except RuntimeError as error:
             self._refuse_types(error, x.dtype)
             raise
@@ -348,23 +350,50 @@ class RNN(nn.Module):
             y, final = y[..., : self._sizes[0]], final[0].split(self._sizes, -1)
         return y.to(dtype), tuple([f.to(dtype) for f in final])
 
+    def plan(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Plan:
+        """How a call would be carried out, and why; `print` it.
+
+        Args:
+            shape: Of x, as `forward` takes it.
+            dtype: Of x; that of the cell when None.
+
+        Raises:
+            TypeError: Sizes of the cell are known only after a first call.
+            ValueError: Shapes that the layer refuses.
+        """
+        runner = self.runner()
+        count = runner.feature_axes
+        lead, features = tuple(shape)[: len(shape) - count], tuple(shape)[len(shape) - count :]
+        if len(lead) not in (1, 2) or features != runner.features or min(lead) < 1:
+            expected = ", ".join(map(str, runner.features))
+            raise ValueError(
+                f"shape is {tuple(shape)}; pass that of x: (batch, time, {expected}), laid out as "
+                f"the layer takes it, or (time, {expected})."
+            )
+        batch, time = (1, *lead) if len(lead) == 1 else lead if self.batch_first else lead[::-1]
+        dtype, own = dtype or runner.traced.capture.dtype, runner.traced.capture.dtype
+        parameters = max([p.numel() for p in self.cell.parameters()], default=0)
+        elements = max(parameters, batch * time * math.prod(features))
+        sizes = batch, time, dtype, runner.traced.device, elements
+        return runner.plan(*sizes, tracked=torch.is_grad_enabled(), may_loop=dtype is own)
+
     def extra_repr(self) -> str:  # noqa: D102
         return f"batch_first={self.batch_first}, backend={self.backend!r}"
 
-    def evaluation(self) -> Evaluation:
+    def runner(self) -> Runner:
         """The traced cell and the backend chosen for it.
 
         Raises:
             TypeError: Sizes are known only after a first call.
         """
-        if self._evaluation is None:
+        if self._runner is None:
             raise TypeError(
                 f"{type(self.cell).__name__} does not say the size of its input; call the layer "
                 "once, or set self.input_size = ... in the cell."
             )
-        return self._evaluation
+        return self._runner
 
-    def _evaluation_for(self, x: Tensor, state: State | None, step: bool = False) -> Evaluation:
+    def _runner_for(self, x: Tensor, state: State | None, step: bool = False) -> Runner:
         if not isinstance(x, Tensor):
             way = "use torch.as_tensor(x)"
             if isinstance(x, nn.utils.rnn.PackedSequence):
@@ -375,15 +404,15 @@ class RNN(nn.Module):
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
                 self._trace_for_compiler(features, x.dtype, x.device, _sizes(state))
             self._get_ready()
-            return self.evaluation()
-        evaluation = self._evaluation
-        if evaluation is None or not self._is_as_before(evaluation, x, step):
+            return self.runner()
+        runner = self._runner
+        if runner is None or not self._is_as_before(runner, x, step):
             self._learn_sizes(_sizes(state))
             features, now = self._features(x, step), snapshot(self.cell)
-            evaluation = self._prepare(features, x.dtype, x.device, now)
-        if not evaluation.is_ready:
-            evaluation.get_ready()
-        return evaluation
+            runner = self._prepare(features, x.dtype, x.device, now)
+        if not runner.is_ready:
+            runner.get_ready()
+        return runner
 
     def _learn_sizes(self, sizes: tuple[int, ...]) -> None:
         """Learn sizes that were not given from the cell or from a state."""
@@ -391,7 +420,7 @@ class RNN(nn.Module):
             own, said = getattr(self.cell, "num_components", None), self._said()
             count = len(said if isinstance(said, tuple) else sizes) or None
             self._num_components = own if isinstance(own, int) else count
-        if self._evaluation is None and len(set(sizes)) > 1 and self._may_differ():
+        if self._runner is None and len(set(sizes)) > 1 and self._may_differ():
             self._hidden_size = sizes
         elif self._hidden_size is None and not _has_size(self.cell) and sizes:
             self._hidden_size = sizes[0]
@@ -410,8 +439,8 @@ class RNN(nn.Module):
         kept, _ = self._traces.find(self.cell, self.backend, self.solver)
         if kept is None:
             return None
-        part = kept.evaluation.input_part
-        return kept.evaluation.plan, part.module, part.names
+        part = kept.runner.input_part
+        return kept.runner.request, part.module, part.names
 
     def _trace_for_compiler(
         self,
@@ -435,9 +464,9 @@ class RNN(nn.Module):
 
     def _get_ready(self) -> bool:
         """Build the kernels that the compiled program calls."""
-        evaluation = self.evaluation()
-        if not evaluation.is_ready:
-            evaluation.get_ready()
+        runner = self.runner()
+        if not runner.is_ready:
+            runner.get_ready()
         return True
 
     # The compiler calls these as they are and takes what they return as constants, as it does with
@@ -446,7 +475,7 @@ class RNN(nn.Module):
         vars(_function)["_dynamo_marked_constant"] = True
     del _function
 
-    def _is_as_before(self, evaluation: Evaluation, x: Tensor, step: bool) -> bool:
+    def _is_as_before(self, runner: Runner, x: Tensor, step: bool) -> bool:
         """Whether x and the layer are as in the previous call."""
         watched = self._watched
         if self._latest is None or watched is None:
@@ -454,14 +483,14 @@ class RNN(nn.Module):
         dtype, device = self._latest
         shape, lead = x.shape, 1 if step else 2
         return (
-            len(shape) == lead + evaluation.feature_axes
-            and shape[lead:] == evaluation.features
+            len(shape) == lead + runner.feature_axes
+            and shape[lead:] == runner.features
             and x.dtype is dtype
             and x.device == device
             and 0 not in shape
             and self._signature[-2:] == (self.backend, self.solver)
             and watched.is_current(self._modules["cell"])
-            and self._evaluation is evaluation  # of these, whatever other threads do
+            and self._runner is runner  # of these, whatever other threads do
         )
 
     def _features(self, x: Tensor, step: bool) -> tuple[int, ...]:
@@ -471,8 +500,8 @@ class RNN(nn.Module):
         known: tuple[int, ...] = tuple(x.shape[lead:])
         if isinstance(input_size, int):
             known = (input_size,)
-        elif self._evaluation is not None:
-            known = self._evaluation.features
+        elif self._runner is not None:
+            known = self._runner.features
         expected = ", ".join(map(str, known))
         if x.dim() not in (len(known) + lead - 1, len(known) + lead) or (
             known and tuple(x.shape[-len(known) :]) != known
@@ -494,8 +523,8 @@ class RNN(nn.Module):
 
     def _prepare(
         self, features: tuple[int, ...], dtype: torch.dtype, device: torch.device, now: Snapshot
-    ) -> Evaluation:
-        """The evaluation for such inputs; the cell is traced again when anything has changed."""
+    ) -> Runner:
+        """The runner for such inputs; the cell is traced again when anything has changed."""
         if now.device.type == "meta" != device.type:
             raise ValueError(
                 f"the parameters of {type(self.cell).__name__} have no values (device meta) but x "
@@ -515,8 +544,8 @@ class RNN(nn.Module):
         with _SWITCHING:
             self._watched = None  # so that other threads check for themselves until all is set
             self._latest, self._is_parametrised = (dtype, device), kept.is_parametrised
-            self._signature, self._sizes, self._evaluation, self._watched = kept[:4]
-        return kept.evaluation
+            self._signature, self._sizes, self._runner, self._watched = kept[:4]
+        return kept.runner
 
     def _traced(self, signature: tuple[Any, ...]) -> Kept:
         """A new trace for such inputs."""
@@ -536,12 +565,13 @@ class RNN(nn.Module):
             why = f"its components have {' and '.join(map(str, sizes))} channels, side by side"
             traced = dataclasses.replace(traced, reason=why)
         self._check_claim(traced)
-        choice = choose_backend(self.backend, traced, device, self.solver)
+        tensors = functools.partial(resolve, self.cell)
         owner = functools.partial(owner_of, self.cell)
-        evaluation = Evaluation(traced, choice, self.solver, features, owner)
+        one_call = isinstance(self.cell, nn.RNNCellBase)
+        runner = Runner(traced, self.backend, self.solver, tensors, owner, one_call)
         watched = Watched(self.cell, traced.capture.ran, _tensors_of)
         is_parametrised = any(map(parametrize.is_parametrized, self.cell.modules()))
-        return Kept(signature, sizes, evaluation, watched, is_parametrised)
+        return Kept(signature, sizes, runner, watched, is_parametrised)
 
     def _check_claim(self, traced: Traced) -> None:
         """Refuse a claimed structure that is narrower than the proved one; wider is allowed."""
@@ -658,14 +688,14 @@ class RNN(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> RNN:
         """Trace again at once after `.to(...)`, so that a compiled call finds everything ready."""
         super()._apply(fn, recurse)
-        if self._evaluation is not None:
+        if self._runner is not None:
             now = snapshot(self.cell)
-            self._prepare(self._evaluation.features, now.dtype, now.device, now)
+            self._prepare(self._runner.features, now.dtype, now.device, now)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out traces, which belong to this process; a copy traces again."""
-        own = dict.fromkeys(("_evaluation", "_latest", "_watched", "_report"))
+        own = dict.fromkeys(("_runner", "_latest", "_watched", "_report"))
         return {**self.__dict__, **own, "_signature": (), "_traces": Traces()}
 
 

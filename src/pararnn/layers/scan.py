@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pararnn.layers.evaluate import Evaluation, choose_backend
 from pararnn.layers.rnn import State
+from pararnn.layers.runner import Runner
 from pararnn.planning.settings import Solver
 from pararnn.tracing.capture import Subject
 from pararnn.tracing.structure import trace
@@ -75,10 +75,10 @@ def scan(
     _known.move_to_end(key)  # the latest used come last
     if len(_known) > _MOST_KNOWN:
         _known.popitem(last=False)
-    evaluation = known.evaluation
-    names = [int(n.removeprefix("coefficient_")) for n in evaluation.input_part.names]
+    runner = known.runner
+    names = [int(n.removeprefix("coefficient_")) for n in runner.input_part.names]
     used = [coefficients[i] for i in names]
-    states, _ = evaluation.run(used, drives, torch.stack(parts, 1), None)
+    states, _ = runner.run(used, drives, torch.stack(parts, 1), None)
     last = tuple(s[:, -1] for s in states)
     return (tuple(states), last) if isinstance(state, tuple) else (states[0], last[0])
 
@@ -103,10 +103,9 @@ class _Known:
         sizes = first.shape[1], len(parts), is_tuple
         traced = trace(subject, inputs, *sizes, first.dtype, first.device)
         traced.subject = replace(subject, step=_unknown, source=_unknown, tensors={})
-        choice = choose_backend(backend, traced, first.device, solver)
-        self.evaluation = Evaluation(traced, choice, solver, ())
-        if not self.evaluation.is_ready:
-            self.evaluation.get_ready()
+        self.runner = Runner(traced, backend, solver, own.__getitem__)
+        if not self.runner.is_ready:
+            self.runner.get_ready()
         self._watched = Watched(step, traced.capture.ran, lambda _: own)
         self._coefficients: tuple[Tensor, ...] = ()
         if self._watched.tied:

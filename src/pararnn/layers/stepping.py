@@ -33,7 +33,7 @@ class Form:
         """How the layers are traced, and where the weights are."""
         layers = [m for m in self._model.modules() if isinstance(m, RNN)]
         tensors = [*self._model.parameters(), *self._model.buffers()]
-        return [layer.evaluation() for layer in layers], [t.data_ptr() for t in tensors]
+        return [layer.runner() for layer in layers], [t.data_ptr() for t in tensors]
 
     def has_changed(self) -> bool:
         """Whether the model, its layers or the place of its weights differ from the beginning."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from pararnn.layers.evaluate import Evaluation
+from pararnn.layers.runner import Runner
 from pararnn.tracing.watch import Change, Watched
 
 _MOST = 4
@@ -18,14 +18,14 @@ class Kept(NamedTuple):
     Attributes:
         signature: Inputs, types, device and settings of the trace.
         sizes: Channels of every component of the state.
-        evaluation: Evaluates the trace.
+        runner: Runs the traced cell.
         watched: Everything that the trace depends on.
         is_parametrised: Whether parametrisations compute some weights.
     """
 
     signature: tuple[Any, ...]
     sizes: tuple[int, ...]
-    evaluation: Evaluation
+    runner: Runner
     watched: Watched
     is_parametrised: bool
 

@@ -44,6 +44,10 @@ class Launch:
         """Chunks that `refine` looks at in one go."""
         return min(_power_of_two(self.chunks), COSTS.refine_rows)
 
+    def busy(self, batch: int, hidden: int, processors: int) -> float:
+        """Programs per multiprocessor if time were whole."""
+        return batch * -(-hidden // self.block) / processors
+
     @property
     def corrected(self) -> bool:
         """Whether `correct` runs, whose programs go through all chunks before their own."""

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pararnn.planning.settings import Solver
+from pararnn.planning.plan import Way
 from pararnn.tracing.derivatives import Recurrence
 
 
@@ -138,7 +138,7 @@ class Backend(Protocol):
         """Parts of batch and channels that a report has a row for."""
         ...
 
-    def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
+    def solve(self, problem: Problem, way: Way) -> tuple[list[Tensor], Tensor]:
         """Evaluate a recurrence.
 
         Returns:
@@ -150,7 +150,7 @@ class Backend(Protocol):
     def solve_adjoint(
         self,
         problem: Problem,
-        settings: Solver,
+        way: Way,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
         grad_drives: Sequence[Tensor],

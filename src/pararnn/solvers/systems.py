@@ -253,6 +253,10 @@ class Forward(Chain):
         images = self._images(self._adjoint_chunks(cut, edges, next_resets, reverse=True), run)
         return torch.where(resets[:, :: cut.chunk, :, None, None], 0.0, images)
 
+    def linear(self, cut: Cut, before: Sequence[Tensor]) -> Chunks:
+        """The adjoint of all steps at the states before them, (batch, time, hidden)."""
+        return self._adjoint_chunks(cut, self._adjoint_edges(before, self.edges, None), None)
+
     def before(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The states before every step, components (batch, time, hidden), from those after it."""
         whole = Cut(self.batch, self.time, self.time)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pararnn.layers.evaluate import choose_backend
+from pararnn.kernels.facts import facts_of, obstacles_of
 from pararnn.layers.rnn import RNN
+from pararnn.planning.plan import choose_backend
 from pararnn.planning.settings import Newton
 from pararnn.testing.close import assert_close
 from pararnn.testing.loop import loop
@@ -79,7 +80,7 @@ def check_cell(
     draw = lambda *s: torch.randn(s, generator=generator, dtype=torch.float64)  # noqa: E731
     x = draw(batch, time, *shape)
     probe(x)
-    traced = probe.evaluation().traced
+    traced = probe.runner().traced
     _refuse_random(traced)
     count = len(probe.sizes)
     states = [draw(batch, size) for size in probe.sizes * 2]  # first, then after resets
@@ -112,8 +113,9 @@ def _refuse_random(traced: Traced) -> None:
 
 
 def _possible(probe: RNN) -> list[str]:
-    traced, device = probe.evaluation().traced, torch.device("cpu")
-    best = choose_backend("auto", traced, device).name
+    traced, device = probe.runner().traced, torch.device("cpu")
+    facts = facts_of(traced.step, traced.subject.name, traced.reason)
+    best = choose_backend("auto", facts, obstacles_of(device)).name
     return list(dict.fromkeys(["torch", best]))
 
 

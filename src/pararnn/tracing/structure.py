@@ -24,7 +24,7 @@ from pararnn.tracing.partition import (
 )
 from pararnn.tracing.recorder import TraceError, is_differentiable
 from pararnn.tracing.shared import share_weights
-from pararnn.tracing.step import Layout, Step, input_of, step_of
+from pararnn.tracing.step import Input, Layout, Step, input_of, step_of
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Traced:
 
     Attributes:
         subject: What was traced.
+        given: What differs over time, as the cell takes it.
         parts: The split graph.
         input_part: Computes the inputs of the step for all times.
         step: The recurrent part.
@@ -41,6 +42,7 @@ class Traced:
     """
 
     subject: Subject
+    given: tuple[Input, ...]
     parts: Partition
     input_part: InputPart
     step: Step
@@ -86,7 +88,8 @@ def trace(
             )
             share_weights(captured.graph)
             parts = partition(captured)
-            found = _elementwise_or_not(subject, parts, device)
+            given = tuple(Input(tuple(shape), kind, True) for shape, kind in inputs)
+            found = _elementwise_or_not(subject, given, parts, device)
             _check_rows(found, inputs, dtype, device)
             check_gradients(found, inputs, device)
         return found
@@ -94,21 +97,27 @@ def trace(
     return untransformed(traced)
 
 
-def _elementwise_or_not(subject: Subject, parts: Partition, device: torch.device) -> Traced:
+def _elementwise_or_not(
+    subject: Subject, given: tuple[Input, ...], parts: Partition, device: torch.device
+) -> Traced:
     try:
         found = elementwise(parts)
     except NotElementwise as error:
-        return _mixing(subject, parts, str(error), device)
+        return _mixing(subject, given, parts, str(error), device)
     if not found.drives:
         raise TraceError(
             f"{parts.capture.subject} does not use x in its new state; there is nothing to "
             "evaluate over time."
         )
-    return _elementwise(subject, parts, found, device)
+    return _elementwise(subject, given, parts, found, device)
 
 
 def _elementwise(
-    subject: Subject, parts: Partition, found: Elementwise, device: torch.device
+    subject: Subject,
+    given: tuple[Input, ...],
+    parts: Partition,
+    found: Elementwise,
+    device: torch.device,
 ) -> Traced:
     drives = list(dict.fromkeys(source for source, _ in found.drives))
     coefficients = list(dict.fromkeys(source for source, _ in found.coefficients))
@@ -121,10 +130,16 @@ def _elementwise(
     inputs = [source.as_input for source in sources]
     step = step_of(parts, sources, inputs, 1, device, recurrence, layout)
     reason = "every operation on the state works on each channel by itself"
-    return Traced(subject, parts, input_part(parts, sources), step, reason, device)
+    return Traced(subject, given, parts, input_part(parts, sources), step, reason, device)
 
 
-def _mixing(subject: Subject, parts: Partition, reason: str, device: torch.device) -> Traced:
+def _mixing(
+    subject: Subject,
+    given: tuple[Input, ...],
+    parts: Partition,
+    reason: str,
+    device: torch.device,
+) -> Traced:
     outputs: list[Output] = [AsItIs(e) for e in parts.edges]
     inputs = [input_of(e) for e in parts.edges]
     if not any(i.by_rows for i in inputs):  # x has no influence, but says how many steps there are
@@ -133,7 +148,7 @@ def _mixing(subject: Subject, parts: Partition, reason: str, device: torch.devic
         inputs.append(input_of(first))
     step = step_of(parts, outputs, inputs, group_size(parts), device)
     part = input_part(parts, outputs)
-    return Traced(subject, parts, part, step, reason, device)
+    return Traced(subject, given, parts, part, step, reason, device)
 
 
 def _check_rows(

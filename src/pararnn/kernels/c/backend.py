@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pararnn.kernels.c.build import CompilerError, load
 from pararnn.kernels.c.source import SIZES, c_source
-from pararnn.planning.costs import COSTS, Costs
-from pararnn.planning.settings import Solver
+from pararnn.planning.c_plan import plan_c
+from pararnn.planning.plan import Way
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.report import act_on_failure
 from pararnn.solvers.shooting import (
@@ -65,20 +65,14 @@ class CBackend:
         """The generated C."""
         return c_source(self.recurrence, double)
 
-    def auto_chunk(self, batch: int, time: int, hidden: int) -> int:
-        """One chunk, unless rows and channels are too few to give every thread its own."""
-        lanes = batch * -(-hidden // COSTS.c_vector)
-        wanted = -(-torch.get_num_threads() // lanes)
-        return -(-time // max(1, min(wanted, time // COSTS.c_shortest_chunk)))
-
     def parts(self, problem: Problem) -> int:
         """See `Backend.parts`."""
         return problem.batch
 
-    def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
+    def solve(self, problem: Problem, way: Way) -> tuple[list[Tensor], Tensor]:
         """See `Backend.solve`."""
-        kept_in, system = problem.state_dtype, _States(self, self._cut(problem, settings))
-        states, report = solve(system, settings, settings.tolerance_for(kept_in))
+        kept_in, system = problem.state_dtype, _States(self, _cut(problem, way))
+        states, report = solve(system, way.solver, way.tolerance)
         if report is None:
             report = sequential_report(problem.batch, problem.initial.device)
         return [s.to(kept_in) for s in states], report
@@ -86,24 +80,24 @@ class CBackend:
     def solve_adjoint(
         self,
         problem: Problem,
-        settings: Solver,
+        way: Way,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
         grad_drives: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.solve_adjoint`."""
-        dtype, tolerance = problem.dtype, settings.tolerance_for(problem.state_dtype)
+        dtype = problem.dtype
         targets = [g if g.dtype is dtype else torch.empty_like(g, dtype=dtype) for g in grad_drives]
         system = _Adjoints(
             self,
-            self._cut(problem, settings),
+            _cut(problem, way),
             [s.to(dtype).contiguous() for s in states],
             [None if g is None else g.to(dtype).contiguous() for g in grad_states],
             targets,
         )
-        (of_initial, sums), report = solve(system, settings, tolerance)
+        (of_initial, sums), report = solve(system, way.solver, way.tolerance)
         if report is not None:
-            act_on_failure(report, settings, tolerance, backwards=True)
+            act_on_failure(report, way.solver, way.tolerance, backwards=True)
         for gradient, target in zip(grad_drives, targets, strict=True):
             if gradient is not target:
                 gradient.copy_(target)
@@ -116,13 +110,6 @@ class CBackend:
         pointers = [problem.initial, before.contiguous(), tangents]
         self.call("tangent", problem, problem.chunk, pointers)
         return tangents
-
-    def _cut(self, problem: Problem, settings: Solver) -> Problem:
-        """The problem in the type of the arithmetic, in chunks."""
-        chunk = settings.chunk
-        if chunk == "auto":
-            chunk = self.auto_chunk(problem.batch, problem.time, problem.hidden)
-        return problem.converted(min(chunk, problem.time))
 
     def call(
         self,
@@ -148,16 +135,15 @@ class CBackend:
                 "export the layer on the device that its program is to run on."
             )
         batch, time, hidden, chunks = problem.batch, problem.time, problem.hidden, problem.chunks
-        small = batch * time * hidden < COSTS.c_small
-        threads = 1 if small else torch.get_num_threads()
+        cut = plan_c(batch, time, hidden, problem.chunk, torch.get_num_threads())
         sizes = {
             "batch": batch,
             "time": time,
             "hidden": hidden,
             "chunks": chunks,
             "chunk": problem.chunk,
-            "block": _block(batch * chunks, hidden, threads),
-            "threads": threads,
+            "block": cut.block,
+            "threads": cut.threads,
             "rows": initial.shape[0],
             "limit": limit,
         }
@@ -257,12 +243,9 @@ class _Adjoints(_InC):
         return gradients, before if problem.chunks == 1 else before.flip(1)
 
 
-def _block(rows: int, hidden: int, threads: int, costs: Costs = COSTS) -> int:
-    """Channels per lane: as many as fit, but enough lanes for all threads."""
-    per_row = -(-threads // rows)
-    block = -(-hidden // per_row)
-    block = -(-block // costs.c_vector) * costs.c_vector
-    return min(costs.c_block, block)
+def _cut(problem: Problem, way: Way) -> Problem:
+    """The problem in the type of the arithmetic, in chunks."""
+    return problem.converted(min(int(way.solver.chunk), problem.time))
 
 
 def _strided(tensors: Iterable[Tensor | None]) -> list[int]:

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pararnn.kernels.lowering import lower
 from pararnn.kernels.triton.build import compile_together
 from pararnn.kernels.triton.steps import Precision, adjoint_source, forward_source
-from pararnn.planning.settings import Solver
-from pararnn.planning.triton_plan import Launch, Work, block_of, plan_launch
+from pararnn.planning.plan import Way
+from pararnn.planning.triton_plan import Launch, block_of
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.report import act_on_failure
 from pararnn.tracing.derivatives import Recurrence
-from pararnn.tracing.expressions import topological
 
 if TYPE_CHECKING:
     from pararnn.kernels.triton.launch import Call
@@ -38,15 +36,6 @@ class TritonBackend:
         self._compiled: set[tuple[object, ...]] = set()
         self.compile_s = 0.0
 
-    @functools.cached_property
-    def _operations(self) -> tuple[int, int]:
-        """Arithmetic operations of a step with its Jacobian, forward and adjoint."""
-        recurrence = self.recurrence
-        jacobian = [entry for row in recurrence.jacobian for entry in row]
-        adjoint = [*recurrence.vjp[: recurrence.num_components], *jacobian]
-        forward = len(topological(lower([*recurrence.step, *jacobian])))
-        return forward, max(len(topological(lower(v))) for v in (adjoint, recurrence.vjp))
-
     def source(self) -> str:
         """The generated steps for results in float32, forward and adjoint."""
         both = (
@@ -59,11 +48,10 @@ class TritonBackend:
         """See `Backend.parts`."""
         return problem.batch * -(-problem.hidden // block_of(problem.hidden))
 
-    def solve(self, problem: Problem, settings: Solver) -> tuple[list[Tensor], Tensor]:
+    def solve(self, problem: Problem, way: Way) -> tuple[list[Tensor], Tensor]:
         """See `Backend.solve`."""
-        tolerance = settings.tolerance_for(problem.state_dtype)
-        work = Work(len(problem.drives), problem.drives[0].itemsize, self._operations[0])
-        launch = _launch(problem, settings, work, adjoint=False)
+        settings, launch = way.solver, way.launch
+        assert launch is not None
         drive, components = problem.drives[0], self.recurrence.num_components
         shape = (problem.batch, problem.time, problem.hidden)
         states = [drive.new_empty(shape, dtype=problem.state_dtype) for _ in range(components)]
@@ -74,23 +62,21 @@ class TritonBackend:
             arguments = {"given": written.given_of(problem, states)}
             kinds = self._kinds(problem, launch, most)
             more = {"damping": settings.damping}, {"report": report, "most": most}
-            self._run(written.calls(kinds, arguments, problem, launch, tolerance, *more))
+            self._run(written.calls(kinds, arguments, problem, launch, way.tolerance, *more))
         return states, report
 
     def solve_adjoint(
         self,
         problem: Problem,
-        settings: Solver,
+        way: Way,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
         grad_drives: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.solve_adjoint`."""
-        tolerance = settings.tolerance_for(problem.state_dtype)
+        settings, launch = way.solver, way.launch
+        assert launch is not None
         given = tuple(g is not None for g in grad_states)
-        loads = len(problem.drives) + len(states) + sum(given)
-        work = Work(loads, problem.drives[0].itemsize, self._operations[1])
-        launch = _launch(problem, settings, work, adjoint=True)
         reports = settings.on_failure != "sequential" and launch.chunks > 1
         written = _written()
         drive, components = problem.drives[0], self.recurrence.num_components
@@ -111,9 +97,9 @@ class TritonBackend:
             }
             kinds = self._kinds(problem, launch, chunks, given, reports)
             more: tuple[dict[str, Any], ...] = ({}, {"report": report, "most": most})
-            self._run(written.calls(kinds, arguments, problem, launch, tolerance, *more))
+            self._run(written.calls(kinds, arguments, problem, launch, way.tolerance, *more))
             if report is not None:
-                act_on_failure(report, settings, tolerance, backwards=True)
+                act_on_failure(report, settings, way.tolerance, backwards=True)
             grad_coefficients = sums.new_empty(sums.shape[2:], dtype=problem.dtype)
             if grad_coefficients.numel():
                 overlap = overlaps(drive.device)
@@ -156,25 +142,6 @@ def _written() -> ModuleType:
     from pararnn.kernels.triton import launch
 
     return launch
-
-
-def _launch(problem: Problem, settings: Solver, work: Work, adjoint: bool) -> Launch:
-    device = problem.drives[0].device
-    processors = (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
-    return plan_launch(
-        problem.batch,
-        problem.time,
-        problem.hidden,
-        None if settings.chunk == "auto" else int(settings.chunk),
-        work,
-        settings.tolerance_for(problem.state_dtype),
-        processors,
-        adjoint,
-    )
 
 
 @functools.cache

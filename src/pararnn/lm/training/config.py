@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pararnn.layers.evaluate import choose_backend
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.models import CELLS
 from pararnn.lm.models.architectures import check_architecture
+from pararnn.planning.plan import check_name
 
 DEFAULT_STEPS = 500
 
@@ -176,7 +176,7 @@ class TrainConfig:
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to below 2**63")
         check_architecture(self.model)
-        choose_backend(self.backend)
+        check_name(self.backend)
         every = self.architecture.attention_every
         fits = not every or self.model in CELLS
         _require(fits, "architecture.attention_every", every, f"0 for {self.model}")

@@ -1,0 +1,259 @@
+"""Runs a traced cell over a sequence: the input part for all times, then the recurrence."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pararnn.kernels import operators, transforms
+from pararnn.kernels.c.backend import CBackend
+from pararnn.kernels.channels import Channels
+from pararnn.kernels.facts import facts_of, obstacles_of, rounds
+from pararnn.kernels.graphs import is_capturing
+from pararnn.kernels.rows import kernels_of
+from pararnn.layers.replayed import DEVICE, Replay, can_replay
+from pararnn.planning.automatic import coupling
+from pararnn.planning.plan import (
+    BackendChoice,
+    Call,
+    Plan,
+    choose_backend,
+    without_kernels,
+)
+from pararnn.planning.settings import Sequential, Solver
+from pararnn.tracing.modes import transformed
+from pararnn.tracing.structure import Traced
+
+
+@functools.lru_cache(maxsize=8)
+def _warn_slow(why: str) -> None:
+    warnings.warn(
+        f"pararnn evaluates with PyTorch operations, several times slower than generated kernels: "
+        f"{why}\nInstall or mend what that needs, or pass backend='torch' to agree.",
+        stacklevel=2,
+    )
+
+
+class Runner:
+    """A traced cell, and the backend that solves for its states.
+
+    Attributes:
+        traced: The cell.
+        choice: The chosen backend, or PyTorch if the kernels of the chosen one cannot be built.
+        solver: The user's solver; None to choose.
+        owners: Module and name there of each tensor that the input part reads.
+        is_ready: Whether it can be called; if not, call `get_ready` first.
+        by_channels: Whether kernels solve for every channel by itself.
+
+    Args:
+        traced: The cell.
+        backend: What the user asked for, or a choice.
+        solver: The user's solver; None to choose.
+        tensors: Finds a tensor by its name in the input part.
+        owner_of: Finds module and name of a tensor by its name in the input part; None if `owners`
+            is not needed.
+        one_call: Whether a step of the cell itself is hardly more than one call.
+
+    Raises:
+        BackendError: The named backend cannot run the cell; the message says why.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        backend: str | BackendChoice,
+        solver: Solver | None,
+        tensors: Callable[[str], Tensor],
+        owner_of: Callable[[str], tuple[nn.Module, str]] | None = None,
+        one_call: bool = False,
+    ) -> None:
+        self.traced, self.input_part, self.solver = traced, traced.input_part, solver
+        self.features = traced.given[0].shape  # of one input
+        self.feature_axes = len(self.features)
+        self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
+        facts = facts_of(traced.step, traced.subject.name, traced.reason)
+        self.facts = replace(facts, one_call=one_call)
+        device = traced.device
+        wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
+        if wanted and traced.step.recurrence is None:
+            self.facts = replace(self.facts, kernels=self._kernels(tensors))
+        machine = obstacles_of(device)
+        self._take(
+            choose_backend(backend, self.facts, machine, solver)
+            if isinstance(backend, str)
+            else backend
+        )
+        self.is_ready = not self.choice.automatic
+        if self.choice.missing:
+            _warn_slow(self.choice.missing)
+
+    def _take(self, choice: BackendChoice) -> None:
+        """Set the backend."""
+        self.choice = choice
+        self.request = operators.register(self.traced.step, choice, self.solver, self.facts)
+        self._path = operators.request_of(self.request).path
+        self.by_channels = isinstance(self._path, Channels)
+
+    def _kernels(self, tensors: Callable[[str], Tensor]) -> tuple[str | None, str | None]:
+        """The reasons why steps do not run in one kernel, found by an example."""
+        step, device = self.traced.step, self.traced.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            x = [i.example(2, device).unflatten(0, (1, 2)) for i in self.traced.given]
+            fixed = [*map(tensors, self.input_part.names), *self.input_part.constants]
+            initial = torch.zeros(1, step.num_components, step.hidden, device=device)
+            return kernels_of(step, self.inputs(fixed, x), initial.to(step.dtype))
+
+    def plan(
+        self,
+        batch: int,
+        time: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        elements: int = 0,
+        tracked: bool = False,
+        may_loop: bool = False,
+        capturing: bool = False,
+    ) -> Plan:
+        """How a call is carried out; see `pararnn.planning.plan.Call`."""
+        step = self.traced.step
+        dtype = dtype if dtype.is_floating_point else step.dtype
+        if self.traced.capture.dtype is torch.float64:
+            dtype = torch.float64
+        return self._path.plan(
+            Call(
+                batch,
+                time,
+                step.hidden,
+                dtype,
+                dtype.itemsize,
+                step.num_components,
+                tracked,
+                max(elements, batch * time * step.hidden * step.num_components),
+                may_loop,
+                rounds(device, dtype),
+                capturing,
+            ),
+            device,
+        )
+
+    def method(self) -> type[Solver]:
+        """The coupling of chunks: the user's, or the chosen one."""
+        if self.solver is not None and not isinstance(self.solver, Sequential):
+            return type(self.solver)
+        return coupling(self.facts.entries)
+
+    def run(
+        self,
+        tensors: list[Tensor],
+        given: Sequence[Tensor],
+        initial: Tensor,
+        starts: Tensor | None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Evaluate at all times.
+
+        Args:
+            tensors: The tensors that the input part reads, in its order.
+            given: What differs over time, each (batch, time, ...).
+            initial: (rows, components, hidden).
+            starts: See `Problem.starts`.
+
+        Returns:
+            One (batch, time, hidden) per component, and the values of the report. Under
+            transforms the report is None, since each member of an ensemble has its own.
+        """
+        fixed = [*tensors, *self.input_part.constants]
+        if transformed():
+            inputs = self.inputs(fixed, given)
+            return transforms.solve(inputs, initial, starts, self.request), None
+        replay = None
+        if initial.device.type == DEVICE and not torch.compiler.is_compiling():
+            everything = [*fixed, *given, initial, starts]
+            if can_replay(everything, self.input_part) and self._in_graph(everything, given[0]):
+                replay = Replay.now(self, len(fixed), initial.device)
+        if replay is not None:
+            *states, report = replay([*fixed, *given, initial, starts])
+        else:
+            *states, report = self.solve(self.inputs(fixed, given), initial, starts)
+        return states, report
+
+    def _in_graph(self, tensors: Sequence[Tensor | None], x: Tensor) -> bool:
+        """Whether a call on a GPU is one CUDA graph."""
+        there = [t for t in tensors if t is not None]
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in there)
+        elements, (batch, time) = max(t.numel() for t in there), x.shape[:2]
+        capturing = is_capturing(x.device)
+        return self.plan(
+            batch, time, x.dtype, x.device, elements, tracked, capturing=capturing
+        ).in_graph
+
+    def solve(
+        self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
+    ) -> list[Tensor]:
+        """The states, and the values of the report."""
+        return operators.solve(inputs, initial, starts, self._written())
+
+    def _written(self) -> str:
+        """The name of the request, or its text in a program that may run without this layer."""
+        return self._text() if torch.compiler.is_compiling() else self.request
+
+    def _text(self) -> str:
+        return operators.request_of(self.request).text()
+
+    # torch.compile calls `_text` instead of tracing it
+    vars(_text)["_dynamo_marked_constant"] = True
+
+    def get_ready(self) -> None:
+        """Build the kernels; if that fails, switch to PyTorch operations."""
+        self.is_ready = True
+        path = self._path
+        if isinstance(path, Channels) and isinstance(path.backend, CBackend):
+            obstacle = path.backend.obstacle(self.traced.step.dtype is torch.float64)
+            if obstacle is not None:
+                _warn_slow(obstacle)
+                self._take(without_kernels(obstacle))
+
+    def loop(
+        self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
+    ) -> list[Tensor]:
+        """The states, by PyTorch operations, which support all derivatives."""
+        return operators.loop(inputs, initial, starts, self.request)
+
+    def adjoint(
+        self,
+        inputs: Sequence[Tensor],
+        initial: Tensor,
+        starts: Tensor | None,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """The gradients of the inputs, None where there is none, and of the initial states."""
+        *found, of_initial = operators.adjoint(
+            inputs, initial, starts, states, grad_states, self.request
+        )
+        request = operators.request_of(self.request)
+        return operators.by_input(found, request, len(inputs)), of_initial
+
+    def inputs(self, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs of the step, from tensors and constants (`fixed`) and x (`given`)."""
+        x = given[0]
+        batch, time, *_ = x.shape
+        time_first = x.stride(0) < x.stride(1)
+        if not self.by_channels and x.device.type == "cpu":
+            time_first = True  # steps read all rows of a time
+        if time_first:
+            given = [g.transpose(0, 1) for g in given]
+        values = self.input_part.module(*fixed, *[g.flatten(0, 1) for g in given])
+        sizes = (time, batch) if time_first else (batch, time)
+        inputs = []
+        for value, by_rows in zip(values, self.traced.step.by_rows, strict=True):
+            if by_rows:
+                value = value.view(*sizes, *value.shape[1:])
+                value = value.transpose(0, 1) if time_first else value
+            inputs.append(value)
+        return inputs

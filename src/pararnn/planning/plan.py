@@ -1,0 +1,509 @@
+"""`decide`: how one call is carried out, and why.
+
+Everything that is chosen for a solve is chosen here, from plain numbers: facts of the step, sizes
+of the call, facts of the machine, and what the user asked for. Nothing is run, so every choice can
+be tried without a device. Measured constants are fields of `Costs`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from pararnn.planning.automatic import automatic, free_rows, prefers_cell
+from pararnn.planning.c_plan import plan_c
+from pararnn.planning.costs import COSTS, Costs
+from pararnn.planning.settings import Newton, Sequential, Solver
+from pararnn.planning.triton_plan import Launch, Work, plan_launch
+
+_TF32 = 2.0**-11  # half the spacing at 1
+
+
+class BackendError(ValueError):
+    """The named backend does not exist or cannot run the cell."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice.
+
+    Attributes:
+        what: What was chosen.
+        value: The choice.
+        because: The reason, in words.
+    """
+
+    what: str
+    value: Any
+    because: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What choices depend on of a step.
+
+    Attributes:
+        name: Name of the cell, for messages.
+        structure: Elementwise, heads, or dense.
+        because: The reason for the structure.
+        components: Tensors in the state.
+        group: Channels that reach each other.
+        work: Multiplications per row and step, roughly.
+        launches: PyTorch operations of a step.
+        drives: Tensors that a kernel for elementwise cells loads at every step.
+        operations: Arithmetic operations of such a step with its Jacobian, forward and adjoint.
+        obstacle: The reason why there are no kernels for elementwise cells; None if there are.
+        kernels: The reasons why steps forward and backward do not run in one kernel with the
+            weights on the chip; None if they do.
+        one_call: Whether a step of the cell itself is hardly more than one call.
+    """
+
+    name: str = "the cell"
+    structure: str = "elementwise"
+    because: str = ""
+    components: int = 1
+    group: int = 1
+    work: int = 1
+    launches: int = 1
+    drives: int = 1
+    operations: tuple[int, int] = (1, 1)
+    obstacle: str | None = None
+    kernels: tuple[str | None, str | None] = (None, None)
+    one_call: bool = False
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether channels do not reach each other."""
+        return self.structure == "elementwise"
+
+    @property
+    def entries(self) -> int:
+        """Numbers of the state that reach each other."""
+        return self.components * self.group
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What choices depend on of a machine.
+
+    Attributes:
+        device: Type of the device.
+        processors: Multiprocessors of a GPU; 1 elsewhere.
+        threads: Threads of PyTorch on a CPU.
+        obstacles: The reasons why the backends "c" and "triton" cannot run on the device; None for
+            one that can.
+        missing: What the machine lacks to build their kernels; None for one that it can build.
+    """
+
+    device: str
+    processors: int = 1
+    threads: int = 1
+    obstacles: tuple[tuple[str, str | None], ...] = ()
+    missing: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """What choices depend on of a call.
+
+    Attributes:
+        batch: Sequences.
+        time: Steps.
+        hidden: Channels.
+        kept_in: Type of the states that are stored.
+        itemsize: Bytes of an element of a drive.
+        gradients: Components whose gradient comes from outside.
+        tracked: Whether gradients may be asked for.
+        elements: Elements of the largest tensor.
+        may_loop: Whether a loop over the cell would give the same result.
+        rounds: Whether products of matrices round their factors (TF32).
+        capturing: Whether the call is part of a CUDA graph.
+    """
+
+    batch: int
+    time: int
+    hidden: int
+    kept_in: torch.dtype = torch.float32
+    itemsize: int = 4
+    gradients: int = 1
+    tracked: bool = True
+    elements: int = 0
+    may_loop: bool = False
+    rounds: bool = False
+    capturing: bool = False
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The chosen backend, and the reason.
+
+    Attributes:
+        name: Name of the backend.
+        reason: The reason, in words.
+        automatic: Whether PyTorch operations replace the backend if its kernels cannot be built.
+        generated: Whether the call may use generated kernels.
+        missing: What the machine lacks to build the kernels of a faster one; None for nothing.
+    """
+
+    name: str
+    reason: str
+    automatic: bool = False
+    generated: bool = True
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one direction of a call is solved.
+
+    Attributes:
+        solver: The settings in force, with a number of steps per chunk.
+        tolerance: The tolerance in force.
+        steps: What runs the steps of a sweep: "kernel" (one for all), "graphs" (CUDA graphs of
+            PyTorch operations) or "operations".
+        settle: Whether sequences that have not converged after one iteration are run step by step
+            by one more kernel. The device decides which, so there is no host sync.
+        give_up: Whether iterations stop that will not reach the tolerance.
+        in_graph: Whether the solve is replayed as one CUDA graph.
+        launch: How Triton's kernels for elementwise cells are launched.
+    """
+
+    solver: Solver
+    tolerance: float
+    steps: str = "kernel"
+    settle: bool = False
+    give_up: bool = False
+    in_graph: bool = False
+    launch: Launch | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is carried out; `str()` of it shows every choice with its reason.
+
+    Attributes:
+        backend: "torch", "c" or "triton".
+        path: "kernel" (fused over time), "rows" (chunks as rows of one batch) or "loop" (the cell).
+        forward: How the states are solved for.
+        adjoint: How their adjoints are.
+        in_graph: Whether the whole call, with its input part, is replayed as one CUDA graph.
+        choices: All choices with their reasons.
+    """
+
+    backend: str
+    path: str
+    forward: Way
+    adjoint: Way
+    in_graph: bool
+    choices: tuple[Choice, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        shown = [(c.what, str(c.value), c.because) for c in self.choices]
+        widths = [max(len(row[i]) for row in shown) for i in range(2)]
+        return "\n".join(
+            f"{what:{widths[0]}s}  {value:{widths[1]}s}  {because}".rstrip()
+            for what, value, because in shown
+        )
+
+
+BACKENDS = ("c", "triton")
+NAMES = ("auto", "torch", *BACKENDS)
+
+
+def check_name(name: str) -> None:
+    """Refuse a backend that does not exist."""
+    if name not in NAMES:
+        raise BackendError(f"backend={name!r} is not known; choose one of {', '.join(NAMES)}.")
+
+
+def choose_backend(
+    name: str, facts: Facts, machine: Machine, solver: Solver | None = None
+) -> BackendChoice:
+    """Choose the backend.
+
+    Args:
+        name: What the user asked for: a backend, or "auto".
+        facts: Of the step.
+        machine: Of the device.
+        solver: The user's; None to choose.
+
+    Raises:
+        BackendError: The named backend does not exist or cannot run the step; the message says
+            why.
+    """
+    check_name(name)
+    if name == "torch":
+        return BackendChoice("torch", "asked for", generated=False)
+    if not facts.elementwise:
+        return _backend_of_rows(name, facts, machine)
+    chosen = name if name != "auto" else "triton" if machine.device == "cuda" else "c"
+    obstacle = None
+    if chosen == "triton" and not isinstance(solver, (Newton, Sequential, type(None))):
+        obstacle = f"it solves by Newton's method, not by {type(solver).__name__}"
+    obstacle = obstacle or facts.obstacle or dict(machine.obstacles)[chosen]
+    missing = None if obstacle else dict(machine.missing)[chosen]
+    if obstacle is None and missing is None:
+        if name == chosen:
+            return BackendChoice(chosen, "asked for")
+        return BackendChoice(chosen, _FASTEST[chosen], automatic=True)
+    if name == chosen:
+        raise _cannot_run(name, facts, str(obstacle or missing))
+    return replace(without_kernels(str(obstacle or missing)), missing=missing)
+
+
+_FASTEST = {
+    "c": "generated C is the fastest on a CPU",
+    "triton": "generated Triton is the fastest on a GPU",
+}
+
+
+def _backend_of_rows(name: str, facts: Facts, machine: Machine) -> BackendChoice:
+    mixes = f"channels mix ({facts.because})"
+    if name == "c":
+        raise BackendError(
+            f"backend='c' evaluates elementwise cells and {facts.name} is not one "
+            f"({facts.because}). Use backend='torch', or backend='auto' to choose."
+        )
+    found = [dict(table)["triton"] for table in (machine.obstacles, machine.missing)]
+    needed = facts.kernels if name == "triton" else facts.kernels[:1]
+    obstacle = found[0] or found[1] or next(filter(None, needed), None)
+    if obstacle is None and (name == "triton" or machine.device == "cuda"):
+        reason = "asked for" if name == "triton" else f"{mixes}; its steps run in one kernel"
+        return BackendChoice("triton", reason)
+    if name == "triton":
+        raise _cannot_run(name, facts, obstacle or "")
+    # operations on all times at once may be generated even so
+    return BackendChoice("torch", mixes, generated=found == [None, None])
+
+
+def _cannot_run(name: str, facts: Facts, why: str) -> BackendError:
+    return BackendError(
+        f"backend={name!r} cannot run {facts.name} here: {why}. Use backend='torch', or "
+        "backend='auto' to choose."
+    )
+
+
+def without_kernels(why: str) -> BackendChoice:
+    """PyTorch operations in place of kernels that cannot be had."""
+    reason = f"generated kernels are not possible: {why.splitlines()[0]}"
+    return BackendChoice("torch", reason, generated=False)
+
+
+def decide(
+    facts: Facts,
+    call: Call,
+    machine: Machine,
+    backend: BackendChoice,
+    solver: Solver | None = None,
+    costs: Costs = COSTS,
+) -> Plan:
+    """Decide how a call is carried out.
+
+    Args:
+        facts: Of the step.
+        call: Its sizes.
+        machine: Of the device.
+        backend: See `choose_backend`.
+        solver: The user's; None to choose.
+        costs: What work costs.
+    """
+    choices = [Choice("backend", backend.name, backend.reason)]
+    if facts.elementwise and backend.name in BACKENDS:
+        ways = _kernels(facts, call, machine, backend, solver, costs, choices)
+        path = "kernel"
+    elif call.may_loop and _is_loop(facts, call, machine, solver, costs):
+        choices.append(Choice("path", "loop", "calling the cell at every step is the fastest here"))
+        way = Way(Sequential(), 0.0)
+        return Plan(backend.name, "loop", way, way, False, tuple(choices))
+    else:
+        ways = _rows(facts, call, machine, backend, solver, costs, choices)
+        path = "rows"
+    in_graph = _in_graph(call, machine, ways, solver, costs, choices)
+    return Plan(backend.name, path, *ways, in_graph, tuple(choices))
+
+
+def _is_loop(
+    facts: Facts, call: Call, machine: Machine, solver: Solver | None, costs: Costs
+) -> bool:
+    if solver is not None:
+        return False
+    free = free_rows(facts.work, facts.launches, machine.device, costs)
+    sizes = facts.entries, free, call.batch, call.time
+    one_call = facts.one_call and not call.tracked  # autograd takes as long again
+    return prefers_cell(*sizes, machine.device, one_call, costs)
+
+
+def _kernels(
+    facts: Facts,
+    call: Call,
+    machine: Machine,
+    backend: BackendChoice,
+    solver: Solver | None,
+    costs: Costs,
+    choices: list[Choice],
+) -> tuple[Way, Way]:
+    """Kernels of elementwise cells, which step through chunks."""
+    asked = solver or Newton()
+    tolerance = asked.tolerance_for(call.kept_in)
+    because = "kernels step through all chunks of all channels"
+    choices.append(Choice("path", "kernel", because))
+    method = "asked for" if solver else "the tangents of a channel are cheap"
+    choices.append(Choice("method", type(asked).__name__, method))
+    chunk = None if asked.chunk == "auto" else min(int(asked.chunk), call.time)
+    if backend.name == "c":
+        cut = plan_c(call.batch, call.time, call.hidden, chunk, machine.threads, costs)
+        choices.append(Choice("chunks", cut.chunks, cut.because if chunk is None else "asked for"))
+        choices.append(_warm_up(costs.warm_up, cut.chunk, cut.chunks))
+        way = Way(replace_chunk(asked, cut.chunk), tolerance)
+        return way, way
+    loads = facts.drives, facts.drives + facts.components + call.gradients
+    ways = []
+    for adjoint, name in enumerate(("chunks forward", "chunks backward")):
+        work = Work(loads[adjoint], call.itemsize, facts.operations[adjoint])
+        sizes = call.batch, call.time, call.hidden
+        launch = plan_launch(
+            *sizes, chunk, work, tolerance, machine.processors, bool(adjoint), costs
+        )
+        busy = launch.busy(call.batch, call.hidden, machine.processors)
+        few = f"{busy:.2g} programs per multiprocessor without cutting time"
+        choices.append(Choice(name, launch.chunks, few if chunk is None else "asked for"))
+        choices.append(_warm_up(launch.warm, launch.chunk, launch.chunks))
+        ways.append(Way(replace_chunk(asked, launch.chunk), tolerance, launch=launch))
+    return ways[0], ways[1]
+
+
+def replace_chunk(solver: Solver, chunk: int) -> Solver:
+    """The settings with so many steps per chunk."""
+    return solver if isinstance(solver, Sequential) else replace(solver, chunk=chunk)
+
+
+def _warm_up(steps: int, chunk: int, chunks: int) -> Choice:
+    if chunks == 1:
+        return Choice("warm-up", 0, "there is one chunk")
+    return Choice("warm-up", min(steps, chunk), "steps that the first guess looks back")
+
+
+def _rows(
+    facts: Facts,
+    call: Call,
+    machine: Machine,
+    backend: BackendChoice,
+    solver: Solver | None,
+    costs: Costs,
+    choices: list[Choice],
+) -> tuple[Way, Way]:
+    """Chunks as rows of one batch."""
+    choices.append(Choice("path", "rows", "chunks are rows of one batch, which step together"))
+    free = free_rows(facts.work, facts.launches, machine.device, costs)
+    chosen, because = solver, "asked for"
+    if solver is None or solver.chunk == "auto":
+        chosen = automatic(facts.entries, free, call.batch, call.time, costs)
+        if solver is not None:
+            chosen = replace_chunk(solver, int(chosen.chunk))
+    assert chosen is not None
+    chunk = min(int(chosen.chunk), call.time)
+    chunks = -(-call.time // chunk)
+    if solver is None and chunks > 1:
+        because = f"{facts.entries} numbers reach each other: tangents "
+        because += "are cheap" if isinstance(chosen, Newton) else "would cost too much"
+    elif solver is None:
+        because = "chunks are not worth their warm-up here"
+    choices.append(Choice("method", type(chosen).__name__, because))
+    because = f"arithmetic of {free:.3g} rows takes as long as the launches of a step"
+    given = solver is not None and solver.chunk != "auto"
+    choices.append(Choice("chunks", chunks, "asked for" if given else because))
+    choices.append(_warm_up(costs.warm_up, chunk, chunks))
+    ways = []
+    for direction, name in enumerate(("steps forward", "steps backward")):
+        steps, why = _steps(facts, machine, backend, direction)
+        choices.append(Choice(name, steps, why))
+        tolerance = chosen.tolerance_for(call.kept_in)
+        if chosen.tolerance is None and call.rounds:
+            tolerance = max(tolerance, _TF32)
+        alone = solver is None and not isinstance(chosen, Sequential)
+        settle, now = alone and steps == "kernel", chosen
+        if settle:
+            now = replace(chosen, max_iterations=1)
+        elif call.capturing and not isinstance(chosen, Sequential):
+            now = Sequential()
+            choices.append(Choice(name, "one chunk", "a captured call cannot wait for the device"))
+        small = call.batch * call.time * call.hidden * facts.components <= costs.graph_elements
+        in_graph = settle and small and not call.capturing
+        ways.append(Way(now, tolerance, steps, settle, alone and not settle, in_graph))
+    return ways[0], ways[1]
+
+
+def _steps(
+    facts: Facts, machine: Machine, backend: BackendChoice, direction: int
+) -> tuple[str, str]:
+    """What carries out the steps of a sweep on rows, and why."""
+    if backend.name == "triton":
+        reason = facts.kernels[direction]
+        if reason is None:
+            return "kernel", "one kernel runs all steps, with the weights on the chip"
+    else:
+        reason = facts.kernels[direction] if backend.generated else "PyTorch operations"
+    if machine.device == "cuda":
+        return "graphs", f"CUDA graphs of PyTorch operations: {reason}"
+    return "operations", "PyTorch operations, one step after another"
+
+
+def _in_graph(
+    call: Call,
+    machine: Machine,
+    ways: tuple[Way, Way],
+    solver: Solver | None,
+    costs: Costs,
+    choices: list[Choice],
+) -> bool:
+    """Whether the whole call is one CUDA graph."""
+    if machine.device != "cuda":
+        return False
+    needed = ways if call.tracked else ways[:1]
+    if solver is not None:
+        why = "the solver that was asked for may wait for the device"
+    elif not all(way.steps == "kernel" for way in needed):
+        why = "the solve waits for the device"
+    elif call.time == 1 or call.capturing:
+        why = "there is one step" if call.time == 1 else "the call is captured already"
+    elif call.elements > costs.graph_elements:
+        why = "the GPU takes longer than Python does to launch everything"
+    else:
+        because = "Python takes longer to launch everything than the GPU to run it"
+        choices.append(Choice("CUDA graph", "whole call", because))
+        return True
+    solve = any(way.in_graph for way in needed)
+    choices.append(Choice("CUDA graph", "solve" if solve else "none", why))
+    return False
+
+
+_MOST_PLANS = 256  # kept
+
+
+def cached(
+    known: dict[Any, Plan],
+    facts: Facts,
+    call: Call,
+    machine: Machine,
+    backend: BackendChoice,
+    solver: Solver | None,
+) -> Plan:
+    """`decide`, once for every form of call.
+
+    Args:
+        known: Plans of a step so far.
+        facts: Of the step; the same at every call, as are backend and solver.
+        call: Its sizes.
+        machine: Of the device.
+        backend: See `choose_backend`.
+        solver: The user's; None to choose.
+    """
+    key = call, machine
+    plan = known.get(key)
+    if plan is None:
+        if len(known) >= _MOST_PLANS:
+            known.clear()
+        plan = known[key] = decide(facts, call, machine, backend, solver)
+    return plan

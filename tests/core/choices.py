@@ -19,17 +19,14 @@ from torch import nn
 
 from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
-from pararnn.kernels import fused, matvec
-from pararnn.kernels import rows as path_of_rows
-from pararnn.kernels.c import backend as c_backend
+from pararnn.kernels import facts, fused, matvec, operators
+from pararnn.kernels.facts import facts_of
 from pararnn.kernels.triton import backend as triton_backend
-from pararnn.layers import evaluate
-from pararnn.layers.evaluate import BackendError
-from pararnn.layers.replayed import Call
+from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS
-from pararnn.planning.triton_plan import Work
-from pararnn.solvers.problem import Problem
+from pararnn.planning.plan import BackendError, Call
 from pararnn.solvers.rows import Chunks, Cut
+from pararnn.solvers.problem import Problem
 
 from .pretend_gpu import pretend_gpu
 
@@ -185,9 +182,9 @@ def choices(given):
         if given.device == "cuda":
             stack.enter_context(pretend_gpu(given.processors))
         else:
-            stack.enter_context(mock.patch.object(evaluate, "interpreted", return_value=False))
+            stack.enter_context(mock.patch.object(facts, "interpreted", return_value=False))
         if not given.compiler:
-            stack.enter_context(mock.patch.object(evaluate, "find_compiler", return_value=None))
+            stack.enter_context(mock.patch.object(facts, "find_compiler", return_value=None))
         stack.enter_context(mock.patch.object(torch, "get_num_threads", return_value=given.threads))
         stack.enter_context(torch.set_grad_enabled(given.train))
         try:
@@ -196,7 +193,7 @@ def choices(given):
             )
         except BackendError as error:
             return {"refused": re.sub(r"at \S*/(torch/\S+:)\d+", r"at \1", str(error))}
-        return (_elementwise if rnn.evaluation().mixing_plan is None else _mixing)(rnn, given)
+        return (_elementwise if rnn.runner().by_channels else _mixing)(rnn, given)
 
 
 @functools.cache
@@ -209,85 +206,79 @@ def _layer(cell, device, dtype, solver, backend, _compiler):
         return RNN(made, solver=SOLVERS[solver], backend=backend)
 
 
-def _expanded(*shape, dtype):
-    """A tensor of any shape that takes no memory."""
-    return torch.zeros((), dtype=dtype).expand(shape)
-
-
-def _replays(rnn, given, hidden):
-    """Whether a whole call is a CUDA graph."""
-    evaluation, (batch, time) = rnn.evaluation(), given.shape[:2]
-    dtype = getattr(torch, given.dtype)
-    x = _expanded(batch, time, INPUT, dtype=dtype)
-    initial = _expanded(batch, rnn.num_components, hidden, dtype=dtype)
-    tensors = [x, initial, None]
-    if time == 1 or not evaluation._never_waits([*rnn.cell.parameters(), *tensors], initial):
-        return False
-    return Call.now(evaluation, 0, tensors) is not None
+def _plan(rnn, given, known=None):
+    """The plan for a combination, whatever the number of channels of the layer that is traced."""
+    runner, (batch, time) = rnn.runner(), given.shape[:2]
+    path = operators.request_of(runner.request).path
+    if known is not None:
+        path = dataclasses.replace(path, facts=known, _plans={})
+    hidden = given.shape[2] if given.cell in ELEMENTWISE else rnn.hidden_size
+    dtype, components = getattr(torch, given.dtype), rnn.num_components
+    x = torch.zeros((), dtype=dtype).expand(batch, time, INPUT)
+    tensors = [*rnn.cell.parameters(), x]
+    states = batch * time * hidden * components
+    call = Call(
+        *(batch, time, hidden, torch.float64 if dtype is torch.float64 else dtype),
+        itemsize=dtype.itemsize,
+        gradients=components,
+        tracked=given.train,
+        elements=max(states, *(t.numel() for t in tensors)),
+        may_loop=dtype not in (torch.float16, torch.bfloat16),
+    )
+    return path, path.plan(call, runner.traced.device), call
 
 
 def _elementwise(rnn, given):
-    evaluation, (batch, time, hidden) = rnn.evaluation(), given.shape
-    path = evaluate.operators.request_of(evaluation.plan).path
-    backend, settings = path.backend, path.settings
-    found = {"backend": backend.name, "method": evaluation.method().__name__}
-    found["graph"] = _replays(rnn, given, hidden)
-    recurrence = rnn.evaluation().traced.step.recurrence
-    dtype = getattr(torch, given.dtype)
-    shape = (batch, time, 1, hidden) if backend.takes_heads else (batch, time, hidden)
-    drives = [_expanded(*shape, dtype=dtype) for _ in range(recurrence.num_drives)]
-    rows = 2 * batch if given.resets else batch
-    initial = _expanded(rows, recurrence.num_components, hidden, dtype=dtype)
-    problem = Problem(recurrence, drives, [], initial, None, time)
-    if backend.name == "triton":
+    (batch, time, hidden), step = given.shape, rnn.runner().traced.step
+    path, plan, call = _plan(rnn, given)
+    found = {"backend": plan.backend, "method": rnn.runner().method().__name__}
+    found["graph"] = plan.in_graph
+    if plan.backend == "triton":
+        drive = torch.zeros((), dtype=call.kept_in).expand(1, 1, 1, 8)
+        initial = torch.zeros((), dtype=call.kept_in).expand(1, step.num_components, 8)
+        drives = [drive] * step.recurrence.num_drives
+        problem = Problem(step.recurrence, drives, [], initial, None, 1)
         found["precision"] = triton_backend._precision(problem)
-        loads = [len(drives), len(drives) + 2 * recurrence.num_components]
-        for i, direction in enumerate(("forward", "adjoint")):
-            work = Work(loads[i], drives[0].itemsize, backend._operations[i])
-            launch = triton_backend._launch(problem, settings, work, adjoint=bool(i))
+        for direction, way in (("forward", plan.forward), ("adjoint", plan.adjoint)):
+            launch = way.launch
             more = {"wide": launch.wide_unroll, "rows": launch.rows, "corrected": launch.corrected}
             found[direction] = dataclasses.asdict(launch) | more
         return found
-    chunk = settings.chunk
-    if chunk == "auto":
-        chunk = backend.auto_chunk(batch, time, hidden)
-    cut = dataclasses.replace(problem, chunk=min(chunk, time))
-    found |= {"chunk": cut.chunk, "chunks": cut.chunks}
-    if backend.name == "c":
-        threads = 1 if batch * time * hidden < COSTS.c_small else given.threads
-        found |= {
-            "threads": threads,
-            "block": c_backend._block(batch * cut.chunks, hidden, threads),
-        }
-    return found
+    chunk = min(plan.forward.solver.chunk, time)
+    cut = plan_c(batch, time, hidden, chunk, given.threads)
+    return found | {
+        "chunk": cut.chunk,
+        "chunks": cut.chunks,
+        "threads": cut.threads,
+        "block": cut.block,
+    }
 
 
 def _mixing(rnn, given):
-    evaluation, (batch, time) = rnn.evaluation(), given.shape[:2]
-    plan, dtype = evaluation.mixing_plan, getattr(torch, given.dtype)
+    runner, (batch, time) = rnn.runner(), given.shape[:2]
+    known = None
     if given.cell in ELEMENTWISE:
-        plan = dataclasses.replace(plan, step=_with_channels(plan.step, given.shape[2]))
-    x = _expanded(batch, time, INPUT, dtype=dtype)
-    parts = tuple(_expanded(batch, rnn.hidden_size, dtype=dtype) for _ in range(rnn.num_components))
-    found = {"backend": evaluation.choice.name, "method": evaluation.method().__name__}
-    if rnn._prefers_cell(evaluation, x, parts, time):
+        known = facts_of(_with_channels(runner.traced.step, given.shape[2]))
+    path, plan, call = _plan(rnn, given, known)
+    found = {"backend": plan.backend, "method": runner.method().__name__}
+    if plan.path == "loop":
         return found | {"path": "loop"}
-    settings = plan.chosen(batch, time, given.device)
-    one_chunk = isinstance(settings, Sequential) or settings.chunk >= time
-    found |= {"path": "rows", "chunk": "all" if one_chunk else settings.chunk}
+    way = plan.forward
+    one_chunk = isinstance(way.solver, Sequential) or way.solver.chunk >= time
+    found |= {"path": "rows", "chunk": "all" if one_chunk else way.solver.chunk}
     if not one_chunk:
-        found |= {"solver": type(settings).__name__, "iterations": settings.max_iterations}
-    kernel = _one_kernel(given.cell, given.device, given.dtype) if plan.generated else "asked for"
+        iterations = way.solver.max_iterations
+        found |= {"solver": type(way.solver).__name__, "iterations": iterations}
     if given.device == "cuda":
-        found["path"] = "rows in graphs" if isinstance(kernel, str) else "kernel"
-        found["warps" if isinstance(kernel, int) else "no kernel"] = kernel
-    settles = plan.settings is None and not isinstance(kernel, str) and given.device == "cuda"
-    if settles:  # once it is known that its steps run in one kernel
-        found["settles"] = not one_chunk  # after one iteration, without asking the device
-        states = batch * time * rnn.num_components * rnn.hidden_size
-        found["solve in a graph"] = not one_chunk and states <= COSTS.graph_elements
-    with mock.patch.object(path_of_rows, "_is_fast", return_value=settles):
-        found["graph"] = _replays(rnn, given, rnn.hidden_size)
+        found["path"] = "kernel" if way.steps == "kernel" else "rows in graphs"
+        kernel = _one_kernel(given.cell, given.dtype)
+        found["warps" if way.steps == "kernel" else "no kernel"] = kernel
+        if given.backend == "torch":
+            found["no kernel"] = "asked for"
+    if way.steps == "kernel" and path.solver is None:
+        found["settles"] = way.settle  # after one iteration, without asking the device
+        found["solve in a graph"] = way.in_graph
+    found["graph"] = plan.in_graph
     piece = COSTS.piece // (batch * rnn.hidden_size)
     found["backward piece"] = max(COSTS.shortest_piece, piece)
     return found
@@ -302,14 +293,13 @@ def _with_channels(step, hidden):
 
 
 @functools.cache
-def _one_kernel(cell, device, dtype):
+def _one_kernel(cell, dtype):
     """Warps of the kernel that runs many steps on a GPU, or why there is none."""
-    if device != "cuda":
-        return "no GPU"
-    of = _layer(cell, device, dtype, "choose", "auto", True).evaluation().traced.step
+    of = _layer(cell, "cuda", dtype, "choose", "auto", True).runner().traced.step
     cut = Cut(2, 3, 3)
-    kinds = [([2, 3] if i.by_rows else [], i) for i in of.inputs]
-    inputs = [torch.zeros(*rows, *i.shape, dtype=i.dtype) for rows, i in kinds]
+    inputs = [
+        torch.zeros(*([2, 3] if i.by_rows else []), *i.shape, dtype=i.dtype) for i in of.inputs
+    ]
     state = [torch.zeros(2, of.hidden, dtype=of.dtype) for _ in range(of.num_components)]
     kernel = fused._kernel(Chunks(of, cut, inputs, None, ()), state)
     return kernel if isinstance(kernel, str) else kernel.constants["num_warps"]

@@ -77,7 +77,7 @@ class Runner:
         self.feature_axes = len(self.features)
         self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
         facts = facts_of(traced.step, traced.subject.name, traced.reason)
-        self.facts = replace(facts, one_call=one_call)
+        self.facts, self.by_channels = replace(facts, one_call=one_call), False
         device = traced.device
         wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
         if wanted and traced.step.recurrence is None:

@@ -211,7 +211,7 @@ def _plan(rnn, given, known=None):
     runner, (batch, time) = rnn.runner(), given.shape[:2]
     path = operators.request_of(runner.request).path
     if known is not None:
-        path = dataclasses.replace(path, facts=known, _plans={})
+        path = dataclasses.replace(path, facts=known)
     hidden = given.shape[2] if given.cell in ELEMENTWISE else rnn.hidden_size
     dtype, components = getattr(torch, given.dtype), rnn.num_components
     x = torch.zeros((), dtype=dtype).expand(batch, time, INPUT)
@@ -230,7 +230,7 @@ def _plan(rnn, given, known=None):
 
 def _elementwise(rnn, given):
     (batch, time, hidden), step = given.shape, rnn.runner().traced.step
-    path, plan, call = _plan(rnn, given)
+    _, plan, call = _plan(rnn, given)
     found = {"backend": plan.backend, "method": rnn.runner().method().__name__}
     found["graph"] = plan.in_graph
     if plan.backend == "triton":
@@ -259,7 +259,7 @@ def _mixing(rnn, given):
     known = None
     if given.cell in ELEMENTWISE:
         known = facts_of(_with_channels(runner.traced.step, given.shape[2]))
-    path, plan, call = _plan(rnn, given, known)
+    path, plan, _ = _plan(rnn, given, known)
     found = {"backend": plan.backend, "method": runner.method().__name__}
     if plan.path == "loop":
         return found | {"path": "loop"}

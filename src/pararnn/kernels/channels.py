@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.facts import machine_of, operations_of
 from pararnn.kernels.triton.backend import TritonBackend
-from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, cached
+from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, decide, remembered
 from pararnn.planning.settings import Solver
 from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.report import act_on_failure
@@ -38,6 +39,7 @@ class Channels:
         chosen: The choice of the backend.
         solver: The user's settings; None to choose.
         facts: Of the step.
+        plans: Decisions so far.
     """
 
     backend: Backend
@@ -45,7 +47,7 @@ class Channels:
     chosen: BackendChoice
     solver: Solver | None
     facts: Facts
-    _plans: dict[Call, Plan] = field(default_factory=dict, repr=False, compare=False)
+    plans: dict[Any, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, step: Step, chosen: BackendChoice, solver: Solver | None, facts: Facts) -> Channels:
@@ -63,14 +65,15 @@ class Channels:
         return cls(made, step.layout, chosen, solver, facts)
 
     def plan(self, call: Call, device: torch.device) -> Plan:
-        """How a call is carried out."""
-        machine = machine_of(device)
-        return cached(self._plans, self.facts, call, machine, self.chosen, self.solver)
+        """See `operators.Path`."""
+        return decide(self.facts, call, machine_of(device), self.chosen, self.solver)
 
     def _plan(self, problem: Problem, gradients: int = 0) -> Plan:
-        sizes = problem.batch, problem.time, problem.hidden, problem.state_dtype
-        call = Call(*sizes, problem.drives[0].itemsize, gradients)
-        return self.plan(call, problem.initial.device)
+        device, threads = problem.initial.device, torch.get_num_threads()
+        sizes = problem.batch, problem.time, problem.hidden
+        more = problem.state_dtype, problem.drives[0].itemsize, gradients
+        make = lambda: self.plan(Call(*sizes, *more), device)  # noqa: E731
+        return remembered(self.plans, (sizes, more, device, threads), make)
 
     def problem(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> Problem:
         """The tensors as a problem for the backend."""

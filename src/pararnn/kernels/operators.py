@@ -35,8 +35,13 @@ class Path(Protocol):
     `starts` as in `Problem`.
     """
 
+    @property
+    def plans(self) -> dict[Any, Plan]:
+        """Decisions so far."""
+        ...
+
     def plan(self, call: Call, device: torch.device) -> Plan:
-        """How a call is carried out."""
+        """Decide how a call is carried out."""
         ...
 
     def solve(

@@ -15,7 +15,7 @@ from pararnn.kernels import fused
 from pararnn.kernels.facts import machine_of, rounds
 from pararnn.kernels.graphs import Graphs, is_capturing, run_operations, run_steps
 from pararnn.kernels.pointwise import run as run_module
-from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, Way, cached
+from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, Way, decide, remembered
 from pararnn.planning.settings import Sequential, Solver
 from pararnn.solvers import rows as plain
 from pararnn.solvers.report import act_on_failure
@@ -37,6 +37,7 @@ class Rows:
         solver: The user's settings; None to choose.
         facts: Of the step.
         graphs: CUDA graphs of solves of small problems.
+        plans: Decisions so far.
     """
 
     step: Step
@@ -44,17 +45,17 @@ class Rows:
     solver: Solver | None
     facts: Facts
     graphs: Graphs = field(default_factory=Graphs)
-    _plans: dict[Any, Plan] = field(default_factory=dict, repr=False, compare=False)
+    plans: dict[Any, Plan] = field(default_factory=dict, repr=False, compare=False)
     _refused: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, call: Call, device: torch.device) -> Plan:
-        """How a call is carried out."""
+        """See `operators.Path`."""
         facts = self.facts
         if self._refused:
             double = call.kept_in is torch.float64
             kernels = [self._refused.get((d, double), facts.kernels[d]) for d in (0, 1)]
             facts = replace(facts, kernels=(kernels[0], kernels[1]))
-        return cached(self._plans, facts, call, machine_of(device), self.chosen, self.solver)
+        return decide(facts, call, machine_of(device), self.chosen, self.solver)
 
     def forward(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> Forward:
         """The problem, in the type of the arithmetic."""
@@ -104,12 +105,12 @@ class Rows:
         tensors, (batch, time) = [*inputs, initial, *others], self.sizes(inputs)
         device, kept_in = initial.device, self.state_dtype(inputs, initial)
         backward = direction == "backward"
-        call = Call(
-            *(batch, time, initial.shape[2], kept_in),
-            rounds=rounds(device, kept_in),
-            capturing=is_capturing(device),
+        sizes = batch, time, initial.shape[2], kept_in
+        modes = rounds(device, kept_in), is_capturing(device)
+        make = lambda: self.plan(  # noqa: E731
+            Call(*sizes, rounds=modes[0], capturing=modes[1]), device
         )
-        plan = self.plan(call, device)
+        plan = remembered(self.plans, (sizes, device, modes), make)
         way = plan.adjoint if backward else plan.forward
         try:
             if way.in_graph:
@@ -117,7 +118,7 @@ class Rows:
             return run(tensors, way)
         except fused.NotFused as error:  # known only now, by the first call of its form
             self._refused[backward, kept_in is torch.float64] = str(error)
-            self._plans.clear()
+            self.plans.clear()
         return self.call(direction, run, inputs, initial, others)
 
     def solve(

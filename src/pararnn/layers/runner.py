@@ -23,6 +23,7 @@ from pararnn.planning.plan import (
     Call,
     Plan,
     choose_backend,
+    remembered,
     without_kernels,
 )
 from pararnn.planning.settings import Sequential, Solver
@@ -121,26 +122,31 @@ class Runner:
         capturing: bool = False,
     ) -> Plan:
         """How a call is carried out; see `pararnn.planning.plan.Call`."""
-        step = self.traced.step
-        dtype = dtype if dtype.is_floating_point else step.dtype
-        if self.traced.capture.dtype is torch.float64:
-            dtype = torch.float64
-        return self._path.plan(
-            Call(
+        sizes = batch, time, dtype, device, elements, tracked, may_loop, capturing
+        key = sizes, rounds(device, dtype), torch.get_num_threads()
+
+        def make() -> Plan:
+            step = self.traced.step
+            kept_in = dtype if dtype.is_floating_point else step.dtype
+            if self.traced.capture.dtype is torch.float64:
+                kept_in = torch.float64
+            hidden, components = step.hidden, step.num_components
+            call = Call(
                 batch,
                 time,
-                step.hidden,
-                dtype,
-                dtype.itemsize,
-                step.num_components,
+                hidden,
+                kept_in,
+                kept_in.itemsize,
+                components,
                 tracked,
-                max(elements, batch * time * step.hidden * step.num_components),
+                max(elements, batch * time * hidden * components),
                 may_loop,
-                rounds(device, dtype),
+                rounds(device, kept_in),
                 capturing,
-            ),
-            device,
-        )
+            )
+            return self._path.plan(call, device)
+
+        return remembered(self._path.plans, key, make)
 
     def method(self) -> type[Solver]:
         """The coupling of chunks: the user's, or the chosen one."""

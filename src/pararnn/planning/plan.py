@@ -7,6 +7,7 @@ be tried without a device. Measured constants are fields of `Costs`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -482,28 +483,17 @@ def _in_graph(
 _MOST_PLANS = 256  # kept
 
 
-def cached(
-    known: dict[Any, Plan],
-    facts: Facts,
-    call: Call,
-    machine: Machine,
-    backend: BackendChoice,
-    solver: Solver | None,
-) -> Plan:
-    """`decide`, once for every form of call.
+def remembered(known: dict[Any, Plan], key: Any, make: Callable[[], Plan]) -> Plan:
+    """A plan that is made once for every key: a look takes a microsecond, a decision twenty.
 
     Args:
         known: Plans of a step so far.
-        facts: Of the step; the same at every call, as are backend and solver.
-        call: Its sizes.
-        machine: Of the device.
-        backend: See `choose_backend`.
-        solver: The user's; None to choose.
+        key: All that may differ between calls of the step.
+        make: Decides.
     """
-    key = call, machine
     plan = known.get(key)
     if plan is None:
         if len(known) >= _MOST_PLANS:
             known.clear()
-        plan = known[key] = decide(facts, call, machine, backend, solver)
+        plan = known[key] = make()
     return plan

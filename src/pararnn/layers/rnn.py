@@ -15,8 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pararnn.layers.arguments import (
+    State,
+    check_cell,
+    check_tensors,
+    components_of,
+    describe,
+    map_state,
+    num_sequences,
+    sizes_of,
+    starts_of,
+)
 from pararnn.layers.compiled import valid_while_same
 from pararnn.layers.runner import Runner
+from pararnn.layers.sizes import Sizes, UnknownSizes
 from pararnn.layers.traces import Kept, Traces
 from pararnn.planning.plan import Plan, check_name
 from pararnn.planning.settings import Solver
@@ -25,21 +37,14 @@ from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, owner_of, resolve, snapshot
 from pararnn.tracing.modes import forward_of, transformed
 from pararnn.tracing.packed import joined, side_by_side
-from pararnn.tracing.parametrised import computed, computed_once, given
+from pararnn.tracing.parametrised import computed_once
 from pararnn.tracing.structure import Traced, trace
 from pararnn.tracing.watch import Annealed, Watched
 
-State = Tensor | tuple[Tensor, ...]
 _STRUCTURES = ("elementwise", "heads", "dense")  # each includes those before it
 _HALF = (torch.float16, torch.bfloat16)
-_MOST_COMPONENTS = 8
 _AS_IT_IS = contextlib.nullcontext()
 _SWITCHING = threading.Lock()  # of a layer from one trace to another
-_TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pass for a tuple
-
-
-class UnknownSizes(ValueError):
-    """A cell failed on components of one size; its components may differ in size."""
 
 
 class RNN(nn.Module):
@@ -69,7 +74,7 @@ class RNN(nn.Module):
     """
 
     changes_by_itself = tuple(
-        "_runner _latest _watched _report _annealed _signature _traces".split()
+        "_known _runner _latest _watched _report _annealed _signature _traces".split()
     )
 
     def __init__(
@@ -84,7 +89,7 @@ class RNN(nn.Module):
         structure: str | None = None,
     ) -> None:
         super().__init__()
-        _check_cell(cell)
+        check_cell(cell)
         if solver is not None and not (isinstance(solver, Solver) and hasattr(solver, "coupling")):
             raise TypeError(
                 "solver must be pararnn.Newton(...) or another of the methods (QuasiNewton, "
@@ -98,11 +103,8 @@ class RNN(nn.Module):
         self.solver = solver
         self.backend = backend
         self.structure = structure
-        self._hidden_size = hidden_size
+        self._known = Sizes(hidden_size, num_components)
         self._sizes: tuple[int, ...] = ()  # of the components of what is traced
-        self._num_components = num_components
-        given = {"hidden_size": hidden_size, "num_components": num_components}
-        self._given = {name: size for name, size in given.items() if size is not None}
         check_name(backend)
         self._runner: Runner | None = None
         self._signature: tuple[object, ...] = ()
@@ -113,56 +115,27 @@ class RNN(nn.Module):
         self._annealed = Annealed()
         self._report: Tensor | int | None = None  # a number of rows: they went step by step
         input_size = getattr(cell, "input_size", None)
-        if isinstance(input_size, int) and (hidden_size or _has_size(cell)):
+        if isinstance(input_size, int) and self._known.is_said(cell):
             now = snapshot(cell)
             if now.device.type != "meta":  # without values; traced once it has values
-                self._learn_sizes(())
+                self._known.learn(cell, (), False)
                 with contextlib.suppress(UnknownSizes):  # the state of the first call may give them
                     self._prepare((input_size,), now.dtype, now.device, now)
 
     @property
     def hidden_size(self) -> int:
         """Channels of the first component of the state, which is the output."""
-        size = self._said()
-        size = size[0] if isinstance(size, tuple) and size else size
-        if not isinstance(size, int) or size < 1:
-            name = type(self.cell).__name__
-            raise TypeError(
-                f"{name} does not say how large its state is; set self.hidden_size = ... in "
-                f"{name}.__init__, or pass RNN(cell, hidden_size=...), or give a state at the "
-                "first call."
-            )
-        return size
+        return self._known.hidden_size(self.cell)
 
     @property
     def num_components(self) -> int:
         """Tensors in the state."""
-        count = self._num_components or getattr(self.cell, "num_components", None)
-        size = self._said()
-        count = len(size) if count is None and isinstance(size, tuple) else count
-        if not isinstance(count, int):
-            raise TypeError(
-                f"{type(self.cell).__name__} does not say how many tensors its state has; call "
-                "the layer once, or set self.num_components = ... in the cell."
-            )
-        return count
+        return self._known.num_components(self.cell)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Channels of every component of the state."""
-        size = self._said()
-        if not isinstance(size, tuple):
-            return (self.hidden_size,) * self.num_components
-        if len(size) != self.num_components or not all(isinstance(n, int) and n > 0 for n in size):
-            raise ValueError(
-                f"hidden_size is {size} for {self.num_components} components; give a number of "
-                "channels for each."
-            )
-        return size
-
-    def _said(self) -> Any:
-        """Channels as given, as learnt from a state, or as the cell declares them."""
-        return self._hidden_size or getattr(self.cell, "hidden_size", None)
+        return self._known.of(self.cell)
 
     @property
     def report(self) -> SolveReport | None:
@@ -203,21 +176,21 @@ class RNN(nn.Module):
         Gradients: exact at the solution; they reach x, `state`, `reset_state` (the sum over all
             restarts) and the cell's parameters.
         """
-        _check_tensors("state", state)
-        _check_tensors("reset_state", reset_state)
+        check_tensors("state", state)
+        check_tensors("reset_state", reset_state)
         if not (resets is None or isinstance(resets, Tensor)):
-            raise TypeError(f"resets must be a tensor of booleans, got {_describe(resets)}.")
+            raise TypeError(f"resets must be a tensor of booleans, got {describe(resets)}.")
         runner = self._runner_for(x, state)
         single = x.dim() == runner.feature_axes + 1
         if single:
             x = x.unsqueeze(0)
-            state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
+            state = map_state(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
             resets = None if resets is None else resets.unsqueeze(0)
         elif not self.batch_first:
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
         sequences = num_sequences(x.shape[0], cu_seqlens)
-        starts, last = _starts(x, resets, cu_seqlens)
+        starts, last = starts_of(x, resets, cu_seqlens)
         parts = self._parts("state", state, sequences, x)
         fresh: tuple[Tensor, ...] = ()
         if cu_seqlens is not None and reset_state is not None:
@@ -227,7 +200,7 @@ class RNN(nn.Module):
             )
         if resets is not None:
             batch = x.shape[0]
-            every = _map(reset_state, lambda s: s.expand(batch, -1) if s.dim() == 1 else s)
+            every = map_state(reset_state, lambda s: s.expand(batch, -1) if s.dim() == 1 else s)
             fresh = self._parts("reset_state", every, batch, x)
         if last is None and self._prefers_cell(runner, x, (*parts, *fresh), x.shape[1]):
             one = 1 in x.shape[:2]
@@ -255,12 +228,12 @@ class RNN(nn.Module):
         Returns:
             The output, and the state after the step.
         """
-        _check_tensors("state", state)
+        check_tensors("state", state)
         runner = self._runner_for(x_t, state, step=True)
         single = x_t.dim() == runner.feature_axes
         if single:
             x_t = x_t.unsqueeze(0)
-            state = _map(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
+            state = map_state(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
         parts = self._parts("state", state, x_t.shape[0], x_t)
         if self._prefers_cell(runner, x_t, parts, 1):
             (y,), final = self._run_cell(runner, [x_t], parts)
@@ -398,36 +371,21 @@ class RNN(nn.Module):
             way = "use torch.as_tensor(x)"
             if isinstance(x, nn.utils.rnn.PackedSequence):
                 way = "put the sequences one after another and pass cu_seqlens"
-            raise TypeError(f"x must be a tensor, got {_describe(x)}; {way}.")
+            raise TypeError(f"x must be a tensor, got {describe(x)}; {way}.")
         if torch.compiler.is_compiling():
             if not self._is_traced():
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
-                self._trace_for_compiler(features, x.dtype, x.device, _sizes(state))
+                self._trace_for_compiler(features, x.dtype, x.device, sizes_of(state))
             self._get_ready()
             return self.runner()
         runner = self._runner
         if runner is None or not self._is_as_before(runner, x, step):
-            self._learn_sizes(_sizes(state))
+            self._known.learn(self.cell, sizes_of(state), self._runner is not None)
             features, now = self._features(x, step), snapshot(self.cell)
             runner = self._prepare(features, x.dtype, x.device, now)
         if not runner.is_ready:
             runner.get_ready()
         return runner
-
-    def _learn_sizes(self, sizes: tuple[int, ...]) -> None:
-        """Learn sizes that were not given from the cell or from a state."""
-        if self._num_components is None:
-            own, said = getattr(self.cell, "num_components", None), self._said()
-            count = len(said if isinstance(said, tuple) else sizes) or None
-            self._num_components = own if isinstance(own, int) else count
-        if self._runner is None and len(set(sizes)) > 1 and self._may_differ():
-            self._hidden_size = sizes
-        elif self._hidden_size is None and not _has_size(self.cell) and sizes:
-            self._hidden_size = sizes[0]
-
-    def _may_differ(self) -> bool:
-        """Whether components may differ in size, and their sizes are not known yet."""
-        return (self._num_components or 1) > 1 and not isinstance(self._said(), tuple)
 
     def _is_traced(self) -> bool:
         """Whether there is a trace of the cell as it is now."""
@@ -450,7 +408,7 @@ class RNN(nn.Module):
         sizes: tuple[int, ...],
     ) -> bool:
         """Trace a cell that has changed, or whose input size was not known before."""
-        self._learn_sizes(sizes)
+        self._known.learn(self.cell, sizes, self._runner is not None)
         input_size = getattr(self.cell, "input_size", None)
         known = (input_size,) if isinstance(input_size, int) else features
         now = snapshot(self.cell)
@@ -533,8 +491,7 @@ class RNN(nn.Module):
             )
         kind = now.dtype if dtype.is_floating_point else dtype
         signature = (features, kind, now.dtype, device, self.backend, self.solver)
-        if self._num_components is None:
-            self._num_components = self._find_components(features, kind)
+        self._known.find_components(self.cell, features, kind)
         kept, change = self._traces.find(self.cell, *signature)
         if kept is None or kept.sizes != self.sizes:
             if change is not None:
@@ -559,7 +516,7 @@ class RNN(nn.Module):
             traced = trace(subject, [(features, kind)], channels, count, count > 1, own, device)
         except (RuntimeError, TypeError, IndexError) as error:
             self._refuse_types(error, kind)
-            self._refuse_sizes(error)
+            self._known.refuse(self.cell, error)
             raise
         if count < len(sizes):
             why = f"its components have {' and '.join(map(str, sizes))} channels, side by side"
@@ -596,94 +553,10 @@ class RNN(nn.Module):
             f"({error}); use {' or '.join(ways)}."
         ) from error
 
-    def _refuse_sizes(self, error: Exception) -> None:
-        """Raise a clear error if the cell fails with sizes that it did not declare."""
-        hint, sizes, name = self._hint_of_sizes(), self.sizes, type(self.cell).__name__
-        if isinstance(self._hidden_size, tuple) and "hidden_size" not in self._given:
-            self._hidden_size = None  # learnt from a state, which may have been wrong
-            hint = hint or f"Its state had components of {' and '.join(map(str, sizes))} channels."
-        if hint:
-            raise ValueError(f"{name} raised: {error}. {hint}") from error
-        if self._may_differ() and isinstance(error, RuntimeError):
-            raise UnknownSizes(
-                f"{name} raised: {error}. Its {len(sizes)} components had {sizes[0]} channels "
-                "each; if they differ, set self.hidden_size = (..., ...) in the cell, or pass a "
-                "state."
-            ) from error
-
-    def _hint_of_sizes(self) -> str:
-        """Advice about sizes that were passed and that the cell does not declare."""
-        name, hints = type(self.cell).__name__, []
-        for option, size in self._given.items():
-            own = getattr(self.cell, option, None)
-            if own != size and (own is not None or option == "num_components"):
-                says = "does not say it" if own is None else f"says self.{option} = {own}"
-                hints.append(f"{option}={size} was passed to RNN and {name} {says}; leave it out?")
-        return " ".join(hints)
-
-    def _find_components(self, features: tuple[int, ...], kind: torch.dtype) -> int:
-        """Try the cell on 1, 2, ... components; the right state comes back in the same form."""
-        size, now = self.hidden_size, snapshot(self.cell)
-        device = now.device
-        x = torch.zeros(_TRIAL_ROWS, *features, dtype=kind, device=device)
-        failures: list[str] = []
-        for count in range(1, _MOST_COMPONENTS + 1):
-            zeros = (torch.zeros(_TRIAL_ROWS, size, dtype=now.dtype, device=device),) * count
-            try:
-                with (
-                    torch.no_grad(),
-                    torch.random.fork_rng([device] if device.type == "cuda" else []),
-                    given(self.cell, computed(self.cell)),
-                ):
-                    new = self.cell(x, zeros if count > 1 else zeros[0])
-            except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
-                failures.append(f"raised {type(error).__name__}: {error}")
-                continue
-            parts = new if isinstance(new, tuple) else (new,)
-            whole = isinstance(new, tuple) == (count > 1) and len(parts) == count
-            if whole and all(isinstance(p, Tensor) and p.shape == zeros[0].shape for p in parts):
-                return count
-            failures.append(f"returned {_describe(new)}")
-        name, shape = type(self.cell).__name__, ", ".join(map(str, ("N", *features)))
-        seen = [f"with {n} it {f}" for n, f in enumerate(failures, 1)]
-        shown = f"it {failures[0]}" if len(set(failures)) == 1 else "; ".join(seen[:3])
-        raise TypeError(
-            f"{name}.forward(x, state) was tried on x of shape ({shape}) and 1 to "
-            f"{_MOST_COMPONENTS} state tensors of shape (N, {size}) with N = {_TRIAL_ROWS}, and "
-            f"never returned the new state in the same form: {shown}. "
-            + (
-                self._hint_of_sizes()
-                or f"If the cell is right, set self.num_components = ... in {name}.__init__, or "
-                "pass RNN(cell, num_components=...)."
-            )
-        )
-
     def _parts(self, name: str, state: State | None, rows: int, x: Tensor) -> tuple[Tensor, ...]:
         """The components of a state, after a check; zeros if there is no state."""
-        sizes, count = self._sizes, len(self._sizes)
-        if state is None:
-            dtype = x.dtype if x.is_floating_point() else snapshot(self.cell).dtype
-            first, device = sizes[0], x.device
-            zero = torch.zeros(rows, first, dtype=dtype, device=device)
-            if sizes.count(first) == count:
-                return (zero,) * count
-            return tuple([torch.zeros(rows, n, dtype=dtype, device=device) for n in sizes])
-        parts = state if isinstance(state, tuple) else (state,)
-        if len(parts) != count or isinstance(state, tuple) != (count > 1):
-            wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
-            shapes = " and ".join(f"({rows}, {size})" for size in dict.fromkeys(sizes))
-            seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
-            raise ValueError(f"{name} must be {wanted} of shape {shapes}, got {seen}.")
-        for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-            if part.dim() != 2 or part.shape[0] != rows or part.shape[1] != size:
-                which = name if count == 1 else f"component {i} of {name}"
-                raise ValueError(
-                    f"{which} has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
-                    "(rows, hidden_size), or None for zeros."
-                )
-            if part.device != x.device:
-                raise ValueError(f"{name} is on {part.device} but x is on {x.device}; move one.")
-        return parts
+        dtype_of = lambda: snapshot(self.cell).dtype  # noqa: E731
+        return components_of(name, state, rows, x, self._sizes, dtype_of)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RNN:
         """Trace again at once after `.to(...)`, so that a compiled call finds everything ready."""
@@ -699,47 +572,6 @@ class RNN(nn.Module):
         return {**self.__dict__, **own, "_signature": (), "_traces": Traces()}
 
 
-def _check_tensors(name: str, state: State | None) -> None:
-    for part in state if isinstance(state, tuple) else () if state is None else (state,):
-        if not isinstance(part, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor or a tuple of tensors, got {_describe(state)}"
-                f"{'' if part is state else f' with {_describe(part)} in it'}."
-            )
-
-
-def _sizes(state: State | None) -> tuple[int, ...]:
-    """Channels of a state's components; numbers also where the compiler has symbols for them."""
-    parts = state if isinstance(state, tuple) else () if state is None else (state,)
-    return tuple([operator.index(part.shape[-1]) if part.dim() else 1 for part in parts])
-
-
-def _check_cell(cell: object) -> None:
-    """Refuse objects that are not cells."""
-    if isinstance(cell, type) and issubclass(cell, nn.Module):
-        raise TypeError(
-            f"cell is the class {cell.__name__}; pass an instance of it: RNN({cell.__name__}(...))."
-        )
-    if isinstance(cell, nn.RNNBase):
-        raise TypeError(
-            f"cell is a whole layer, {type(cell).__name__}, that runs over time by itself; use "
-            f"pararnn.parallelize(layer), or a cell: RNN(nn.{type(cell).__name__}Cell(...))."
-        )
-    if not isinstance(cell, nn.Module):
-        raise TypeError(
-            f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for a "
-            "plain function use pararnn.scan."
-        )
-
-
-def _describe(state: Any) -> str:
-    if isinstance(state, Tensor):
-        return f"a tensor of shape {tuple(state.shape)}"
-    if isinstance(state, (tuple, list)):
-        return f"a {type(state).__name__} of {len(state)}"
-    return f"a {type(state).__name__}"
-
-
 def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:
     return snapshot(cell).tensors
 
@@ -748,66 +580,3 @@ def _is_fake(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor  # there when a compiler asks
 
     return isinstance(tensor, FakeTensor)
-
-
-def _has_size(cell: nn.Module) -> bool:
-    return isinstance(getattr(cell, "hidden_size", None), (int, tuple))
-
-
-def _map(state: State | None, function: Any) -> State | None:
-    if state is None:
-        return None
-    return tuple(function(s) for s in state) if isinstance(state, tuple) else function(state)
-
-
-def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
-    """The number of initial states."""
-    if cu_seqlens is None:
-        return batch
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a tensor, got {_describe(cu_seqlens)}.")
-    if cu_seqlens.is_floating_point():
-        raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}.")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; pass boundaries (0, ..., time), one "
-            "more than there are sequences."
-        )
-    return cu_seqlens.shape[0] - 1
-
-
-def _starts(
-    x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which initial state begins where (see `Problem.starts`), and each sequence's last step.
-
-    That is -1 for a sequence without steps.
-    """
-    if resets is None and cu_seqlens is None:
-        return None, None
-    batch, time = x.shape[:2]
-    if resets is not None and cu_seqlens is not None:
-        raise ValueError("pass resets or cu_seqlens, not both.")
-    if resets is not None:
-        if resets.dtype is not torch.bool or tuple(resets.shape) != (batch, time):
-            raise ValueError(
-                f"resets has shape {tuple(resets.shape)} and type {resets.dtype}; pass booleans of "
-                f"shape ({batch}, {time}), laid out like x."
-            )
-        rows = torch.arange(batch, dtype=torch.int32, device=x.device).unsqueeze(1)
-        begin = torch.arange(time, device=x.device) == 0
-        others = torch.where(begin, rows, -1)
-        return torch.where(resets.to(x.device), batch + rows, others).contiguous(), None
-    assert cu_seqlens is not None
-    ends = cu_seqlens.to(x.device).long()
-    begins, ends = ends[:-1], ends[1:]
-    valid = (begins[0] == 0) & (ends[-1] == time) & (begins <= ends).all()
-    wanted = f"cu_seqlens must rise from 0 to the number of steps {time} of an x of batch 1"
-    if torch.compiler.is_compiling() and batch == 1:
-        torch._assert_async(valid, f"{wanted}.")
-    elif batch != 1 or not valid:
-        raise ValueError(f"{wanted} (here {batch}), got {cu_seqlens.tolist()}.")
-    steps = torch.arange(time, device=x.device)
-    rows = torch.searchsorted(ends, steps, right=True)  # the sequence that a step belongs to
-    starts = torch.where(begins[rows] == steps, rows, -1).int()
-    return starts.unsqueeze(0), torch.where(begins < ends, ends - 1, -1)

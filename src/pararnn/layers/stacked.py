@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
-from pararnn.layers.rnn import RNN, State, num_sequences
+from pararnn.layers.arguments import State, num_sequences
+from pararnn.layers.rnn import RNN
 from pararnn.planning.settings import Solver
 
 

@@ -1,0 +1,159 @@
+"""Checks of what a layer is called with, and the form that solvers take it in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+State = Tensor | tuple[Tensor, ...]
+
+
+def check_tensors(name: str, state: State | None) -> None:
+    """Refuse a state with something else than tensors in it."""
+    for part in state if isinstance(state, tuple) else () if state is None else (state,):
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor or a tuple of tensors, got {describe(state)}"
+                f"{'' if part is state else f' with {describe(part)} in it'}."
+            )
+
+
+def sizes_of(state: State | None) -> tuple[int, ...]:
+    """Channels of a state's components; numbers also where the compiler has symbols for them."""
+    parts = state if isinstance(state, tuple) else () if state is None else (state,)
+    return tuple([operator.index(part.shape[-1]) if part.dim() else 1 for part in parts])
+
+
+def check_cell(cell: object) -> None:
+    """Refuse objects that are not cells."""
+    if isinstance(cell, type) and issubclass(cell, nn.Module):
+        raise TypeError(
+            f"cell is the class {cell.__name__}; pass an instance of it: RNN({cell.__name__}(...))."
+        )
+    if isinstance(cell, nn.RNNBase):
+        raise TypeError(
+            f"cell is a whole layer, {type(cell).__name__}, that runs over time by itself; use "
+            f"pararnn.parallelize(layer), or a cell: RNN(nn.{type(cell).__name__}Cell(...))."
+        )
+    if not isinstance(cell, nn.Module):
+        raise TypeError(
+            f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for a "
+            "plain function use pararnn.scan."
+        )
+
+
+def describe(state: Any) -> str:
+    """What was passed for a state, in words."""
+    if isinstance(state, Tensor):
+        return f"a tensor of shape {tuple(state.shape)}"
+    if isinstance(state, (tuple, list)):
+        return f"a {type(state).__name__} of {len(state)}"
+    return f"a {type(state).__name__}"
+
+
+def map_state(state: State | None, function: Any) -> State | None:
+    """A function of every component, in the same form."""
+    if state is None:
+        return None
+    return tuple(function(s) for s in state) if isinstance(state, tuple) else function(state)
+
+
+def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    """The number of initial states."""
+    if cu_seqlens is None:
+        return batch
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {describe(cu_seqlens)}.")
+    if cu_seqlens.is_floating_point():
+        raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; pass boundaries (0, ..., time), one "
+            "more than there are sequences."
+        )
+    return cu_seqlens.shape[0] - 1
+
+
+def starts_of(
+    x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which initial state begins where (see `Problem.starts`), and each sequence's last step.
+
+    That is -1 for a sequence without steps.
+    """
+    if resets is None and cu_seqlens is None:
+        return None, None
+    batch, time = x.shape[:2]
+    if resets is not None and cu_seqlens is not None:
+        raise ValueError("pass resets or cu_seqlens, not both.")
+    if resets is not None:
+        if resets.dtype is not torch.bool or tuple(resets.shape) != (batch, time):
+            raise ValueError(
+                f"resets has shape {tuple(resets.shape)} and type {resets.dtype}; pass booleans of "
+                f"shape ({batch}, {time}), laid out like x."
+            )
+        rows = torch.arange(batch, dtype=torch.int32, device=x.device).unsqueeze(1)
+        begin = torch.arange(time, device=x.device) == 0
+        others = torch.where(begin, rows, -1)
+        return torch.where(resets.to(x.device), batch + rows, others).contiguous(), None
+    assert cu_seqlens is not None
+    ends = cu_seqlens.to(x.device).long()
+    begins, ends = ends[:-1], ends[1:]
+    valid = (begins[0] == 0) & (ends[-1] == time) & (begins <= ends).all()
+    wanted = f"cu_seqlens must rise from 0 to the number of steps {time} of an x of batch 1"
+    if torch.compiler.is_compiling() and batch == 1:
+        torch._assert_async(valid, f"{wanted}.")
+    elif batch != 1 or not valid:
+        raise ValueError(f"{wanted} (here {batch}), got {cu_seqlens.tolist()}.")
+    steps = torch.arange(time, device=x.device)
+    rows = torch.searchsorted(ends, steps, right=True)  # the sequence that a step belongs to
+    starts = torch.where(begins[rows] == steps, rows, -1).int()
+    return starts.unsqueeze(0), torch.where(begins < ends, ends - 1, -1)
+
+
+def components_of(
+    name: str,
+    state: State | None,
+    rows: int,
+    x: Tensor,
+    sizes: tuple[int, ...],
+    dtype_of: Callable[[], torch.dtype],
+) -> tuple[Tensor, ...]:
+    """The components of a state, after a check; zeros if there is no state.
+
+    Args:
+        name: What messages call it.
+        state: The state.
+        rows: Rows that it must have.
+        x: The input.
+        sizes: Channels of every component.
+        dtype_of: The type of zeros where x has whole numbers.
+    """
+    count = len(sizes)
+    if state is None:
+        dtype = x.dtype if x.is_floating_point() else dtype_of()
+        first, device = sizes[0], x.device
+        zero = torch.zeros(rows, first, dtype=dtype, device=device)
+        if sizes.count(first) == count:
+            return (zero,) * count
+        return tuple([torch.zeros(rows, n, dtype=dtype, device=device) for n in sizes])
+    parts = state if isinstance(state, tuple) else (state,)
+    if len(parts) != count or isinstance(state, tuple) != (count > 1):
+        wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
+        shapes = " and ".join(f"({rows}, {size})" for size in dict.fromkeys(sizes))
+        seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
+        raise ValueError(f"{name} must be {wanted} of shape {shapes}, got {seen}.")
+    for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        if part.dim() != 2 or part.shape[0] != rows or part.shape[1] != size:
+            which = name if count == 1 else f"component {i} of {name}"
+            raise ValueError(
+                f"{which} has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
+                "(rows, hidden_size), or None for zeros."
+            )
+        if part.device != x.device:
+            raise ValueError(f"{name} is on {part.device} but x is on {x.device}; move one.")
+    return parts

@@ -138,7 +138,7 @@ _MEMORY = """
 import pathlib, torch, pararnn
 B, T, D = 8, 2048, 512
 rnn = pararnn.RNN(pararnn.cells.{cell}(D, D), backend="c")
-step = rnn.evaluation().traced.step
+step = rnn.runner().traced.step
 count, layout = step.recurrence, step.layout
 slots = [1 + max(s for i, s in layout.drives if i == k) for k in range(layout.num_drive_inputs)]
 drives = [torch.randn(B, T, k, 1, D, requires_grad=True) for k in slots]
@@ -147,7 +147,7 @@ weights = [torch.randn(1 + max(s for i, s in layout.coefficients if i == k), D)
 first = torch.zeros(B, count.num_components, D)
 cotangent = torch.randn(B, T, D)
 run = lambda u, g: torch.autograd.grad(
-    torch.ops.pararnn.solve([*u, *weights], first, None, rnn.evaluation().plan)[0], u, g)
+    torch.ops.pararnn.solve([*u, *weights], first, None, rnn.runner().request)[0], u, g)
 run([torch.randn(B, 64, k, 1, D, requires_grad=True) for k in slots], cotangent[:, :64].clone())
 status = pathlib.Path("/proc/self/status")
 used = lambda key: int(status.read_text().split(key)[1].split()[0]) * 1024

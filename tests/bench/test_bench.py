@@ -35,7 +35,7 @@ def test_invented_cell_is_no_smaller_than_paragru():
     """Of the same size, so that their times may be compared."""
     counts = []
     for name in ("ParaGRU", "invented"):
-        recurrence = RNN(CELLS[name](8)).evaluation().traced.step.recurrence
+        recurrence = RNN(CELLS[name](8)).runner().traced.step.recurrence
         nodes = topological(lower([*recurrence.step, *recurrence.jacobian[0]]))
         counts.append((recurrence.num_drives, recurrence.num_coefficients, len(nodes)))
     assert counts[0][:2] == counts[1][:2]

@@ -55,7 +55,7 @@ def inputs(cell, time=40):
 def test_equals_the_loop(name, backend, chunk):
     cell = make(name)
     rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk))
-    assert rnn.evaluation().traced.structure == "elementwise"
+    assert rnn.runner().traced.structure == "elementwise"
     x = inputs(cell)
     state = random_state(cell.num_components, 2, 8)
     if name == "SLSTMCell":
@@ -68,7 +68,7 @@ def test_equals_the_loop(name, backend, chunk):
 def test_cells_that_mix_channels_equal_the_loop(name):
     cell = make(name)
     rnn = RNN(cell)
-    assert rnn.evaluation().traced.structure == MIXING[name][1]
+    assert rnn.runner().traced.structure == MIXING[name][1]
     x = inputs(cell)
     state = random_state(cell.num_components, 2, 8)
     state = (*state[:2], state[2].abs() + 0.1, state[3])

@@ -27,7 +27,7 @@ def texts():
     found = {}
     for name, make in CELLS.items():
         torch.manual_seed(0)
-        traced = RNN(make()).evaluation().traced
+        traced = RNN(make()).runner().traced
         if traced.step.recurrence is None:
             found[f"{name}.py"] = _rows(traced.step)
         else:

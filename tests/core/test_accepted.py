@@ -143,7 +143,7 @@ def test_inputs_that_are_broadcast_or_converted(name, backend):
 
 def test_one_hot_keeps_to_its_group():
     cell = Cell(lambda c, x, h: straight_through((c.a * h).view(-1, 3, 4), 4).flatten(1) + c.lin(x))
-    assert RNN(cell).evaluation().traced.structure == "heads (size 4)"
+    assert RNN(cell).runner().traced.structure == "heads (size 4)"
 
 
 class Tokens(nn.Module):

@@ -302,11 +302,11 @@ def test_not_traced_again_for_equal_values_or_what_is_not_read(change):
     cell.held.pop()  # the parameter
     cell.held.append(0.3)
     rnn = RNN(cell, backend="torch", solver=Newton(chunk=3))
-    before = rnn.evaluation()
+    before = rnn.runner()
     for number in (0.2, 0.3):
         change(cell, number)
         check(rnn)
-        assert rnn.evaluation() is before
+        assert rnn.runner() is before
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's own are errors to it

@@ -53,7 +53,7 @@ def split(state):
 def test_equals_loop(name, backend, dtype, chunk):
     rnn = layer(name, backend, dtype, chunk)
     x, state = data(rnn, dtype=dtype)
-    assert rnn.evaluation().traced.structure == "elementwise"
+    assert rnn.runner().traced.structure == "elementwise"
     expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, state)
     assert_same(outcome(rnn, rnn.cell, x, state), expected, RTOL[dtype])
 

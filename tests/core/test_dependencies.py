@@ -84,7 +84,7 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_size_of_groups(name):
     body, size = SIZES[name]
-    parts = RNN(Body(body), backend="torch").evaluation().traced.parts
+    parts = RNN(Body(body), backend="torch").runner().traced.parts
     assert group_size(parts) == size
 
 
@@ -97,11 +97,11 @@ def test_components_reach_each_other():
             a, b = state
             return torch.tanh(x + b.unflatten(-1, (2, 3)).cumsum(-1).flatten(1)), a
 
-    assert RNN(Pair()).evaluation().traced.structure == "heads (size 3)"
+    assert RNN(Pair()).runner().traced.structure == "heads (size 3)"
 
 
 def test_large_sizes_are_fast():
-    traced = RNN(nn.LSTMCell(2, 2048)).evaluation().traced
+    traced = RNN(nn.LSTMCell(2, 2048)).runner().traced
     start = time.perf_counter()
     assert traced.structure == "dense"
     assert time.perf_counter() - start < 2

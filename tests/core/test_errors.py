@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from pararnn import RNN, Newton
+from pararnn.kernels import facts
 from pararnn.kernels.c import build as c_build
-from pararnn.layers import evaluate
+from pararnn.layers import runner
 
 from .cells import Cell, SlowGates, paralstm
 
@@ -198,7 +199,7 @@ def test_cell_without_size_takes_it_from_the_state():
 
 def test_explaining_before_sizes_are_known():
     with pytest.raises(TypeError, match="call the layer once"):
-        RNN(Nameless(), hidden_size=7).evaluation()
+        RNN(Nameless(), hidden_size=7).runner()
 
 
 class NeverReturnsItsState(Cell):
@@ -219,17 +220,17 @@ def test_components_that_cannot_be_found():
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setattr(c_build, "find_compiler", lambda: None)
-    monkeypatch.setattr(evaluate, "find_compiler", lambda: None)
-    evaluate._warn_slow.cache_clear()
+    monkeypatch.setattr(facts, "find_compiler", lambda: None)
+    runner._warn_slow.cache_clear()
     yield
-    evaluate._warn_slow.cache_clear()
+    runner._warn_slow.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_auto_without_a_compiler_says_so_once():
     with pytest.warns(UserWarning, match="no C compiler was found"):
         rnn = RNN(SlowGates())
-    choice = rnn.evaluation().choice
+    choice = rnn.runner().choice
     assert choice.name == "torch"
     assert "compiler" in choice.reason
     RNN(SlowGates())  # a second warning would be an error

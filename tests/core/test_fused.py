@@ -11,7 +11,6 @@ from torch import fx, nn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
-from pararnn.kernels import rows as path_of_rows
 from pararnn.solvers.rows import Chunks, Cut, Redo, Sweep
 from pararnn.solvers.rows import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
@@ -99,7 +98,7 @@ def make(name, dtype):
 
 def steps_of(cell, dtype, direction, cut, strided=False):
     """Chunks of the step or its adjoint, at random."""
-    of = RNN(cell).evaluation().traced.step
+    of = RNN(cell).runner().traced.step
     torch.manual_seed(7)
     count, rows = of.num_components, (cut.batch, cut.time)
     moved = lambda e: torch.randn(*rows, *e.shape).to(e.dtype)  # noqa: E731
@@ -235,7 +234,7 @@ def _fused_step(name, inputs):
     x, *weights = inputs
     kinds = [Input(x.shape[2:], x.dtype, True), *(Input(w.shape, w.dtype, False) for w in weights)]
     module, device = fx.GraphModule(nn.Module(), graph), torch.device("cpu")
-    return Step(lambda: module, tuple(kinds), gates - 2, 17, 17, device, x.dtype)
+    return Step(module, tuple(kinds), gates - 2, 17, 17, device, x.dtype)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -288,11 +287,10 @@ def _step_of(cell, gates, past):
 @pytest.mark.parametrize("solver", [Newton(chunk=3), Jacobi(chunk=3), Sequential()], ids=repr)
 @pytest.mark.parametrize("name", ["gru", "heads", "lstm"])
 @pytest.mark.parametrize("reset", [False, True])
-def test_whole_solve_equals_loop(monkeypatch, name, solver, reset):
-    monkeypatch.setattr(path_of_rows, "run_steps", fused.run_steps)
+def test_whole_solve_equals_loop(name, solver, reset):
     torch.manual_seed(5)
     cell = MIXING[name]().double()
-    rnn = RNN(cell, solver=solver)
+    rnn = RNN(cell, solver=solver, backend="triton")
     x = torch.randn(2, 8, INPUT, dtype=torch.float64)
     state = random_state(rnn.num_components, 2, rnn.hidden_size)
     if not reset:
@@ -307,7 +305,6 @@ def test_whole_solve_equals_loop(monkeypatch, name, solver, reset):
 
 def test_first_read_in_inference_mode(monkeypatch):
     """Inside an operator and without autograd, where the step is recorded for the first time."""
-    monkeypatch.setattr(path_of_rows, "run_steps", fused.run_steps)
     fused._known.clear()
     cell = make("heads", torch.float64)
     rnn = RNN(cell, solver=Jacobi(chunk=4))

@@ -17,8 +17,10 @@ from pararnn import RNN, explain
 from pararnn.cells import ParaGRUCell
 from pararnn.kernels import cache
 from pararnn.kernels.c import build as c_build
+from pararnn.kernels.facts import facts_of, obstacles_of
 from pararnn.kernels.triton import build as triton_build
-from pararnn.layers import evaluate
+from pararnn.layers import runner as of_layers
+from pararnn.planning.plan import choose_backend
 from pararnn.testing import assert_close, loop
 
 SOURCE = "int answer(void) { return 42; }"
@@ -30,7 +32,7 @@ def own_temporary_folder(tmp_path, monkeypatch):
     """Nothing that is kept between processes, and every warning anew."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    for function in (cache._private_folder, cache._warn_untrusted, evaluate._warn_slow):
+    for function in (cache._private_folder, cache._warn_untrusted, of_layers._warn_slow):
         function.cache_clear()
     yield
     cache._private_folder.cache_clear()
@@ -391,11 +393,12 @@ def test_triton_that_does_not_work_is_missing(monkeypatch):
     try:
         words = triton_build.missing("cuda")
         assert "does not work with this GPU: RuntimeError: Failed to find C compiler" in words
-        traced = RNN(ParaGRUCell(3, 4)).evaluation().traced
-        with pytest.warns(UserWarning, match="Failed to find C compiler"):
-            choice = evaluate.choose_backend("auto", traced, torch.device("cuda"))
+        traced = RNN(ParaGRUCell(3, 4)).runner().traced
+        known, machine = facts_of(traced.step), obstacles_of(torch.device("cuda"))
+        choice = choose_backend("auto", known, machine)
         assert choice.name == "torch"
+        assert "Failed to find C compiler" in choice.missing
         with pytest.raises(ValueError, match=r"backend='triton' cannot run .*Failed to find"):
-            evaluate.choose_backend("triton", traced, torch.device("cuda"))
+            choose_backend("triton", known, machine)
     finally:
         triton_build.missing.cache_clear()

@@ -24,8 +24,8 @@ def make(name, chunk=3):
 @pytest.mark.parametrize("name", CELLS)
 def test_plans_die_with_their_layer(name):
     layer = make(name, chunk=4)  # compiled programs of other tests keep their plans
-    request = weakref.ref(request_of(layer.evaluation().plan))
-    text = str(layer.evaluation().plan)
+    request = weakref.ref(request_of(layer.runner().request))
+    text = str(layer.runner().request)
     other = make(name, chunk=4)  # layers that do the same share it
     del layer
     gc.collect()

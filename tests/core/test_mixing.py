@@ -12,11 +12,11 @@ from torch import nn
 
 import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
-from pararnn.kernels import graphs, rows
+from pararnn.kernels import fused, graphs, rows
 from pararnn.kernels.operators import request_of
-from pararnn.planning import automatic
+from pararnn.planning import automatic, plan
 from pararnn.planning.costs import COSTS
-from pararnn.solvers import shooting
+from pararnn.solvers import chunks, shooting
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell
@@ -272,15 +272,21 @@ def test_sweeps_by_graphs(monkeypatch, rerun_graphs, solver):
 @pytest.mark.parametrize("name", ["rnn", "lstm"])
 def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
     """What a GPU does where it decides by itself which sequences to run step by step."""
-    monkeypatch.setattr(rows, "_is_fast", lambda *_: True)
-    monkeypatch.setattr(rows, "prefers_cell", lambda *_: False)
-    monkeypatch.setattr(rows, "automatic", lambda *_: Jacobi(chunk=8))
+
+    def settled(*given):
+        way = plan.Way(
+            Jacobi(chunk=8, max_iterations=1), 1e-13, "kernel", settle=True, in_graph=True
+        )
+        return replace(plan.decide(*given), path="rows", forward=way, adjoint=way)
+
+    monkeypatch.setattr(rows, "decide", settled)
+    monkeypatch.setattr(fused, "run_steps", chunks.run_steps)
     cell = make(name)
     with torch.no_grad():
         cell.weight_hh.mul_(1e-3 if forgets else 3.0)
         cell.bias_hh.mul_(0.0).sub_(9.0 if forgets else 0.0)  # gates that forget, too
     rnn = RNN(cell)
-    path = request_of(rnn.evaluation().plan).path
+    path = request_of(rnn.runner().request).path
     path.graphs._known.clear()
     with torch.inference_mode():
         x, state = data(rnn)
@@ -319,7 +325,7 @@ def test_chunks_are_coupled_by_their_tangents(monkeypatch, name, chunk):
     """What Newton is given equals the Jacobian of the loop over a chunk, resets included."""
     cell = make(name)
     rnn = RNN(cell, solver=Newton(chunk=chunk))
-    components, size = rnn.num_components, rnn.evaluation().traced.step.group
+    components, size = rnn.num_components, rnn.runner().traced.step.group
     x, state = data(rnn, batch=2, time=20)
     resets = torch.zeros(2, 20, dtype=torch.bool)
     resets[1, 12] = True
@@ -358,10 +364,10 @@ def test_chunks_are_coupled_by_their_tangents(monkeypatch, name, chunk):
 
 
 def test_heads_are_found_and_probed_together():
-    traced = RNN(make("heads")).evaluation().traced
+    traced = RNN(make("heads")).runner().traced
     assert traced.structure == "heads (size 2)"
     assert traced.step.group == 2
-    assert RNN(make("gru")).evaluation().traced.step.group == HIDDEN
+    assert RNN(make("gru")).runner().traced.step.group == HIDDEN
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -634,8 +640,7 @@ def test_hopeless_iterations_are_given_up():
     with torch.no_grad():
         y, _ = wild(x)
     assert wild.report.status == "completed step by step"
-    chosen = wild.evaluation().mixing_plan.chosen(1, 2000, "cpu")
-    assert wild.report.iterations == 1 < chosen.max_iterations
+    assert wild.report.iterations == 1 < wild.plan(x.shape).forward.solver.max_iterations
     zeros = torch.zeros(1, 24)
     assert_close("y", y[:, :10], loop(wild.cell, x[:, :10], zeros)[0], rtol=1e-4)
 
@@ -673,10 +678,11 @@ def test_rows_that_are_free():
         def forward(self, x, h):
             return torch.tanh(torch.einsum("ni,nij->nj", h, 0.1 * x.unflatten(1, (6, 6))))
 
-    gru, own = (request_of(RNN(c).evaluation().plan).path for c in (make("gru"), Own()))
-    assert gru.free_rows("cpu") == gru.step.launches * 2**15 / gru.step.work
-    assert gru.step.launches > own.step.launches
-    assert own.step.work >= 36
+    gru, own = (RNN(c).runner().facts for c in (make("gru"), Own()))
+    free = automatic.free_rows(gru.work, gru.launches, "cpu")
+    assert free == gru.launches * 2**15 / gru.work
+    assert gru.launches > own.launches
+    assert own.work >= 36
 
 
 def test_half_precision_is_computed_in_single():
@@ -709,10 +715,10 @@ def test_operators_keep_their_promises():
     rnn = RNN(make("lstm"), solver=Newton(chunk=8))
     inputs = [
         torch.randn(*((2, 20) if i.by_rows else ()), *i.shape, dtype=i.dtype, requires_grad=True)
-        for i in rnn.evaluation().traced.step.inputs
+        for i in rnn.runner().traced.step.inputs
     ]
     initial = torch.randn(2, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
-    arguments = (inputs, initial, None, rnn.evaluation().plan)
+    arguments = (inputs, initial, None, rnn.runner().request)
     torch.library.opcheck(
         torch.ops.pararnn.solve,
         arguments,

@@ -50,5 +50,5 @@ def test_weights_per_head_are_not_copied_for_rows():
     def operation(m, w):
         return m[:, :, None] @ torch.ones(3, 4, 2, dtype=m.dtype)
 
-    inputs = RNN(Mixed(operation).double()).evaluation().traced.step.inputs
+    inputs = RNN(Mixed(operation).double()).runner().traced.step.inputs
     assert [i.by_rows for i in inputs if i.shape[-2:] == (4, 2)] == [False]

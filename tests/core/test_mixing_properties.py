@@ -124,7 +124,7 @@ def compare(cell, rnn, x, state, resets):
 @given(cell=cells(), batch=st.integers(1, 3), time=st.integers(1, 20), data=st.data())
 def test_random_mixing_cells(cell, batch, time, data):
     rnn = RNN(cell)
-    structure = rnn.evaluation().traced.structure
+    structure = rnn.runner().traced.structure
     assert not (mixing(cell) & ~allowed(cell, structure)).any()
     x = torch.randn(batch, time, cell.input_size, dtype=torch.float64)
     state = random_state(cell.num_components, batch, cell.hidden_size)
@@ -136,7 +136,7 @@ def test_random_mixing_cells(cell, batch, time, data):
 @pytest.mark.parametrize("name", MIXING)
 def test_every_operation_is_seen_to_mix(name):
     cell = RandomMixing([(name, ("state", 0))], 3, 2).double()
-    structure = RNN(cell).evaluation().traced.structure
+    structure = RNN(cell).runner().traced.structure
     assert structure == HEADS.get(name, "dense")
     assert not (mixing(cell) & ~allowed(cell, structure)).any()
 
@@ -164,5 +164,5 @@ class Rare(nn.Module):
 )
 def test_mixing_that_is_rare_is_seen(condition):
     cell = Rare(condition).double()
-    structure = RNN(cell).evaluation().traced.structure
+    structure = RNN(cell).runner().traced.structure
     assert not (mixing(cell) & ~allowed(cell, structure)).any()

@@ -80,7 +80,7 @@ def outcomes(group, dtype, backend):
     cell, x, state, expected = of_the_loop(group, dtype)
     rnn = RNN(cell, backend=backend)
     ALIVE.setdefault(group, rnn)
-    assert rnn.evaluation().traced.structure == "elementwise", rnn.evaluation().traced.reason
+    assert rnn.runner().traced.structure == "elementwise", rnn.runner().traced.reason
     return outcome(rnn, cell, x, state), expected
 
 

@@ -43,7 +43,7 @@ class Choosy(nn.Module):
 
 def modules(cell):
     """The modules that run for all times at once, with arguments at random: strides too."""
-    of = RNN(cell).evaluation().traced.step
+    of = RNN(cell).runner().traced.step
     adjoint, rows, dtype = of.adjoint, 37, of.dtype
     state = lambda: [torch.rand(rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]  # noqa: E731
     edges = [

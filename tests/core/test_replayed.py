@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pararnn
 from pararnn.cells import ParaLSTMCell
 from pararnn.kernels.graphs import Graphs
-from pararnn.layers import replayed
-from pararnn.layers.evaluate import Evaluation
+from pararnn.layers import runner
 from pararnn.testing import assert_close, loop
 
 from .compare import assert_same, twice
@@ -56,9 +55,9 @@ def calls(monkeypatch):
             return function([None if t is None else t.detach().clone() for t in tensors])
 
     monkeypatch.setattr(Graphs, "call", call)
-    monkeypatch.setattr(replayed, "_DEVICE", "cpu")
-    monkeypatch.setattr(Evaluation, "_never_waits", lambda *_: True)
-    monkeypatch.setattr(Evaluation, "prefers_cell", lambda *_: False)
+    monkeypatch.setattr(runner, "DEVICE", "cpu")
+    monkeypatch.setattr(runner.Runner, "_in_graph", lambda *_: True)
+    monkeypatch.setattr(pararnn.RNN, "_prefers_cell", lambda *_: False)
     return seen
 
 

@@ -44,7 +44,7 @@ def assert_equals_the_loop(cell):
 
 def assert_not_copied(cell):
     """Neither as an input, nor by an operation of a step or of its adjoint."""
-    step = RNN(cell).evaluation().traced.step
+    step = RNN(cell).runner().traced.step
     assert sum(step.by_rows) == 1, "x alone has rows"
     sizes = []
 

@@ -9,10 +9,10 @@ import torch
 from pararnn import RNN, Newton, cells
 from pararnn.kernels.c.backend import _States
 from pararnn.kernels.operators import request_of
-from pararnn.solvers.problem import Problem
 from pararnn.solvers.rows import run_steps
-from pararnn.solvers.shooting import newton_update
 from pararnn.solvers.systems import _InRows
+from pararnn.solvers.problem import Problem
+from pararnn.solvers.shooting import newton_update
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.capture import resolve
 
@@ -27,14 +27,14 @@ class Sweeps:
     """
 
     def __init__(self, rnn, x, state, chunk):
-        evaluation = rnn.evaluation()
+        evaluation = rnn.runner()
         tensors = [resolve(rnn.cell, n) for n in evaluation.input_part.names]
         with torch.no_grad():
             inputs = evaluation.inputs(tensors, [x])
-        self.initial = torch.stack(as_tuple(state), 1)
-        self.chunk, self.chunks = chunk, -(-x.shape[1] // chunk)
-        path = request_of(evaluation.plan).path
-        if evaluation.mixing_plan is None:
+        self.initial, batch, time = torch.stack(as_tuple(state), 1), *x.shape[:2]
+        self.chunk, self.chunks = chunk, -(-time // chunk)
+        path = request_of(evaluation.request).path
+        if evaluation.by_channels:
             self.backend, problem = path.backend, path.problem(inputs, self.initial, None)
             with torch.no_grad():
                 self.problem = replace(problem.converted(), chunk=chunk)

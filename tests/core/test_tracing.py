@@ -119,7 +119,7 @@ class Shifted(Cell):
 
 
 def structure(cell, **options):
-    return RNN(cell, backend="torch", **options).evaluation().traced.structure
+    return RNN(cell, backend="torch", **options).runner().traced.structure
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -132,7 +132,7 @@ def test_dense_cells_of_pytorch(name):
     make, components = DENSE[name]
     cell = make().double()
     rnn = RNN(cell)
-    assert rnn.evaluation().traced.structure == "dense"
+    assert rnn.runner().traced.structure == "dense"
     x = torch.randn(3, 9, 5, dtype=torch.float64)
     state = random_state(components, 3, 6)
     expected = outcome(functools.partial(loop, cell), cell, x, state)
@@ -193,7 +193,7 @@ def test_dense_packed_equals_one_by_one():
 
 
 def test_reason_names_operation_and_line():
-    reason = RNN(Normed(), backend="torch").evaluation().traced.reason
+    reason = RNN(Normed(), backend="torch").runner().traced.reason
     assert "layer_norm" in reason
     assert "test_tracing.py" in reason
 
@@ -207,7 +207,7 @@ def test_equations_use_the_names_of_the_source():
 def test_heads_and_biases_reach_the_recurrence_without_a_pass_over_memory():
     """What the batched product leaves is the drives' source itself; the bias is a coefficient."""
     cell = pararnn.cells.ParaGRUCell(6, 8, num_heads=2)
-    traced = RNN(cell, backend="c").evaluation().traced
+    traced = RNN(cell, backend="c").runner().traced
     tensors = [resolve(cell, name) for name in traced.input_part.names]
     source, *coefficients = traced.input_part(tensors, torch.randn(10, 6))
     assert source.shape == (10, 3, 2, 4)
@@ -252,12 +252,12 @@ def test_traced_again_when_the_cell_changes(change, backend):
 def test_not_traced_again_when_only_values_change():
     cell = make_cell("paralstm")
     rnn = RNN(cell, backend="torch")
-    before = rnn.evaluation()
+    before = rnn.runner()
     with torch.no_grad():
         cell.diagonal.mul_(0.5)
     rnn(torch.randn(2, 6, 5, dtype=torch.float64))
     rnn(torch.randn(1, 60, 5, dtype=torch.float64))
-    assert rnn.evaluation() is before
+    assert rnn.runner() is before
 
 
 class Bad(Cell):

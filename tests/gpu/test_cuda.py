@@ -29,8 +29,7 @@ def test_equals_the_loop(name, chunk):
     state = zeros if rnn.num_components == 1 else (zeros, zeros)
     y, _ = rnn(x, state, resets)
     expected, _ = loop(cell, x, state, resets)
-    elementwise = rnn.evaluation().traced.structure == "elementwise"
-    assert rnn.evaluation().choice.name == ("triton" if elementwise else "torch")
+    assert rnn.runner().choice.name == "triton"
     assert_close("y", y, expected, rtol=1e-12)
     cotangent = torch.randn_like(y)
     inputs = [x, *cell.parameters()]

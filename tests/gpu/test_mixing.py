@@ -168,7 +168,7 @@ def test_what_does_not_fit_goes_by_graphs():
     rnn = RNN(nn.GRUCell(6, 256), solver=Jacobi(chunk=50)).cuda()
     fused._known.clear()
     compare(rnn, torch.randn(2, 200, 6, device="cuda", requires_grad=True))
-    (reason,) = set(fused.reasons(rnn.evaluation().traced.step.module))
+    (reason,) = set(fused.reasons(rnn.runner().traced.step.module))
     assert reason == "its weights take 768 KB on the chip, which has 200 KB"
 
 

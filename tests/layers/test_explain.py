@@ -29,8 +29,8 @@ def test_explanation_of_an_elementwise_cell(capsys):
     assert explanation.equations[-1].startswith("h' = gate * h + (1 - gate) *")
     assert explanation.drives[0] == "gate_x"
     assert explanation.coefficients == ["decay"]
-    assert explanation.backend == "c"
-    assert explanation.backend_reason == "asked for"
+    assert explanation.plan.backend == "c"
+    assert [c.because for c in explanation.plan.choices if c.what == "backend"] == ["asked for"]
     assert any("addmm" in line for line in explanation.input_part)
     assert any(
         "sigmoid" in line and "test_explain.py" in line for line in explanation.recurrent_part
@@ -53,14 +53,14 @@ def test_explanation_of_a_dense_cell_names_the_operation(capsys):
     capsys.readouterr()
     assert explanation.structure == "dense"
     assert "addmm" in explanation.structure_reason
-    assert explanation.backend == "torch"
-    assert "channels mix" in explanation.backend_reason
-    assert explanation.solver.startswith("Newton, with chunks chosen for every shape, or step by")
+    assert explanation.plan.backend == "torch"
+    assert explanation.plan.path == "rows"
+    assert "channels mix" in str(explanation.plan)
 
 
 def test_generated_source_is_deterministic():
-    sources = [pararnn.RNN(Leaky(4, 6), backend="c").evaluation() for _ in range(2)]
-    assert sources[0].plan == sources[1].plan
+    sources = [pararnn.RNN(Leaky(4, 6), backend="c").runner() for _ in range(2)]
+    assert sources[0].request == sources[1].request
 
 
 class Helped(Leaky):

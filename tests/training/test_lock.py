@@ -12,7 +12,7 @@ import pytest
 from forks import Fork
 
 from pararnn.cli.main import main
-from pararnn.layers.evaluate import BackendError
+from pararnn.layers.runner import BackendError
 from pararnn.lm.training import RunError, lock, report, runs, train, trainer
 from pararnn.lm.training.config import ScheduleConfig
 from pararnn.lm.training.lock import alone_in_run

@@ -26,7 +26,7 @@ from pararnn.planning.plan import (
     remembered,
     without_kernels,
 )
-from pararnn.planning.settings import Sequential, Solver
+from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.tracing.modes import transformed
 from pararnn.tracing.structure import Traced
 
@@ -152,7 +152,7 @@ class Runner:
         """The coupling of chunks: the user's, or the chosen one."""
         if self.solver is not None and not isinstance(self.solver, Sequential):
             return type(self.solver)
-        return coupling(self.facts.entries)
+        return Newton if self.by_channels else coupling(self.facts.entries)
 
     def run(
         self,

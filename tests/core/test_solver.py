@@ -9,6 +9,7 @@ import torch
 from pararnn import RNN, Newton, cells
 from pararnn.kernels.c.backend import _States
 from pararnn.kernels.operators import request_of
+from pararnn.planning.plan import Way
 from pararnn.solvers.rows import run_steps
 from pararnn.solvers.systems import _InRows
 from pararnn.solvers.problem import Problem
@@ -31,7 +32,7 @@ class Sweeps:
         tensors = [resolve(rnn.cell, n) for n in evaluation.input_part.names]
         with torch.no_grad():
             inputs = evaluation.inputs(tensors, [x])
-        self.initial, batch, time = torch.stack(as_tuple(state), 1), *x.shape[:2]
+        self.initial, time = torch.stack(as_tuple(state), 1), x.shape[1]
         self.chunk, self.chunks = chunk, -(-time // chunk)
         path = request_of(evaluation.request).path
         if evaluation.by_channels:
@@ -59,7 +60,8 @@ class Sweeps:
     def solve(self, settings):
         """All states."""
         if isinstance(self.problem, Problem):
-            return self.backend.solve(self.problem, settings)[0]
+            way = Way(settings, settings.tolerance_for(self.problem.state_dtype))
+            return self.backend.solve(self.problem, way)[0]
         return self.problem.solve(settings, 1e-13, run_steps)[0]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import pararnn
 from pararnn.kernels.operators import request_of
+from pararnn.planning.plan import Way
 from pararnn.testing import assert_close
 
 LAYERS = {
@@ -258,4 +259,4 @@ def test_kernels_for_a_cpu_are_not_run_on_other_tensors():
     initial, path = torch.zeros(2, 1, 4, device="meta"), request_of(evaluation.request).path
     problem = path.flat_problem([i.to("meta") for i in inputs], initial, None)
     with pytest.raises(ValueError, match="the kernels are for a CPU and the tensors are on meta"):
-        path.backend.solve(problem, pararnn.Newton())
+        path.backend.solve(problem, Way(pararnn.Newton(chunk=5), 1e-6))

@@ -19,7 +19,7 @@ NO_COSTS = {
     # numbers that decide about values, or about what counts as equal
     "planning/settings.py": {"_DEFAULT_TOLERANCE"},
     "solvers/shooting.py": {"SMALL"},
-    "kernels/rows.py": {"_TF32"},
+    "planning/plan.py": {"_TF32", "_MOST_PLANS"},
     "kernels/lowering.py": {"_GELU_CUBIC", "_GELU_SCALE", "_SIXTH"},
     "lm/decoding/decoder.py": {"_LEAST_NOISE"},
     # sizes that hardware or Triton demands
@@ -39,7 +39,7 @@ NO_COSTS = {
     # names of numbers
     "solvers/report.py": {"SEQUENTIAL", "CONVERGED", "COMPLETED"},
     # sizes of what a cell is tried with
-    "layers/rnn.py": {"_MOST_COMPONENTS", "_TRIAL_ROWS"},
+    "layers/sizes.py": {"_MOST_COMPONENTS", "_TRIAL_ROWS"},
 }
 
 

@@ -307,7 +307,7 @@ def test_auto_goes_on_without_a_compiler_that_fails(kind, compiled, use_compiler
     assert_close("y", y, loop(cell, x, torch.zeros(2, 4))[0], rtol=1e-5)
     y.sum().backward()
     layer(x)  # another warning would be an error
-    assert explain(rnn).backend == "torch"
+    assert explain(rnn).plan.backend == "torch"
     assert "generated kernels are not possible" in capsys.readouterr().out
     RNN(cell)(x)
 

@@ -20,13 +20,13 @@ from torch import nn
 from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
 from pararnn.kernels import facts, fused, matvec, operators
-from pararnn.kernels.facts import facts_of
+from pararnn.kernels.facts import facts_of, on_rows
 from pararnn.kernels.triton import backend as triton_backend
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS
 from pararnn.planning.plan import BackendError, Call
-from pararnn.solvers.rows import Chunks, Cut
 from pararnn.solvers.problem import Problem
+from pararnn.solvers.rows import Chunks, Cut
 
 from .pretend_gpu import pretend_gpu
 
@@ -258,7 +258,8 @@ def _mixing(rnn, given):
     runner, (batch, time) = rnn.runner(), given.shape[:2]
     known = None
     if given.cell in ELEMENTWISE:
-        known = facts_of(_with_channels(runner.traced.step, given.shape[2]))
+        step = _with_channels(runner.traced.step, given.shape[2])
+        known = on_rows(facts_of(step), step)
     path, plan, _ = _plan(rnn, given, known)
     found = {"backend": plan.backend, "method": runner.method().__name__}
     if plan.path == "loop":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,7 @@ from pararnn.tracing.step import Step
 
 
 def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
-    """Facts of a step.
+    """Facts of a step; those of an elementwise step on rows are left out (`on_rows`).
 
     Args:
         step: The step.
@@ -31,15 +32,17 @@ def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
             "elementwise",
             because,
             step.num_components,
-            step.group,
-            step.work,
-            step.launches,
             drives=recurrence.num_drives,
             obstacle=_lowering_obstacle(recurrence),
         )
     structure = "dense" if step.group == step.hidden else f"heads (size {step.group})"
     sizes = step.num_components, step.group, step.work, step.launches
     return Facts(name, structure, because, *sizes)
+
+
+def on_rows(facts: Facts, step: Step) -> Facts:
+    """Facts with those of an elementwise step on rows, for which its module is built."""
+    return replace(facts, group=step.group, work=step.work, launches=step.launches)
 
 
 def _lowering_obstacle(recurrence: Recurrence) -> str | None:

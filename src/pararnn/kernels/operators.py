@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from pararnn.kernels.channels import BACKENDS, Channels
 from pararnn.kernels.direct import Operator
-from pararnn.kernels.facts import facts_of
+from pararnn.kernels.facts import facts_of, on_rows
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.rows import Rows
 from pararnn.planning.plan import BackendChoice, Call, Facts, Plan
@@ -98,7 +98,7 @@ class Request:
         if self._by_channels:
             return Channels.of(self.step, self.backend, self.solver, self.facts)
         _ = self.step.adjoint  # recorded here: autograd does not work inside an operator
-        return Rows(self.step, self.backend, self.solver, self.facts)
+        return Rows(self.step, self.backend, self.solver, on_rows(self.facts, self.step))
 
     @property
     def _by_channels(self) -> bool:

@@ -60,3 +60,30 @@ def test_nothing_imports_upwards(folder, rooms):
             if name.startswith(prefix):
                 other = name.removeprefix(prefix).split(".")[0]
                 assert other in below or other.startswith("_"), f"{path} imports {name}"
+
+
+def test_no_import_circles():
+    """Nor circles of imports for types alone."""
+    needs = {}
+    for path in ROOT.rglob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        name = ".".join(["pararnn", *path.relative_to(ROOT).with_suffix("").parts])
+        needs[name] = set()
+        for found in imports(path):
+            module = (
+                found if (ROOT / Path(*found.split(".")[1:]).with_suffix(".py")).exists() else ""
+            )
+            needs[name].add(module or found.rpartition(".")[0])
+    done = set()
+
+    def visit(name, above):
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name in done or name not in needs:
+            return
+        for other in sorted(needs[name]):
+            visit(other, [*above, name])
+        done.add(name)
+
+    for name in needs:
+        visit(name, [])

@@ -14,7 +14,7 @@ from pararnn.layers.rnn import RNN
 from pararnn.planning.plan import Plan
 from pararnn.tracing.expressions import leaf
 from pararnn.tracing.recorder import show_place
-from pararnn.tracing.structure import Traced
+from pararnn.tracing.traced import Traced
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from pararnn.tracing.capture import Snapshot, cell_subject, owner_of, resolve, s
 from pararnn.tracing.modes import forward_of, transformed
 from pararnn.tracing.packed import joined, side_by_side
 from pararnn.tracing.parametrised import computed_once
-from pararnn.tracing.structure import Traced, trace
+from pararnn.tracing.structure import trace
+from pararnn.tracing.traced import Traced
 from pararnn.tracing.watch import Annealed, Watched
 
 _STRUCTURES = ("elementwise", "heads", "dense")  # each includes those before it

@@ -28,7 +28,7 @@ from pararnn.planning.plan import (
 )
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.tracing.modes import transformed
-from pararnn.tracing.structure import Traced
+from pararnn.tracing.traced import Traced
 
 
 @functools.lru_cache(maxsize=8)

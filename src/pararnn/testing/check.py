@@ -18,7 +18,7 @@ from pararnn.testing.close import assert_close
 from pararnn.testing.loop import loop
 from pararnn.tracing.partition import is_random
 from pararnn.tracing.recorder import show_place
-from pararnn.tracing.structure import Traced
+from pararnn.tracing.traced import Traced
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from pararnn.tracing.capture import ROWS, record_step
-from pararnn.tracing.gradients import Example, Runner, differing, gradients
+from pararnn.tracing.example import Example, InType, differing, gradients
 from pararnn.tracing.operations import operation_name
 from pararnn.tracing.recorder import (
     NeedsFunctionalization,
@@ -18,9 +18,7 @@ from pararnn.tracing.recorder import (
     show_place,
 )
 from pararnn.tracing.step import recording
-
-if TYPE_CHECKING:
-    from pararnn.tracing.structure import Traced
+from pararnn.tracing.traced import Traced
 
 _TOLERANCE = 1e-3
 
@@ -68,7 +66,7 @@ def _lost_by_recording(traced: Traced, example: Example) -> fx.Node | None:
 
 def _values(graph: fx.Graph, given: dict[str, Tensor]) -> dict[fx.Node, Any]:
     """What the nodes of a graph are."""
-    run, values = Runner(None), dict[fx.Node, Any]()
+    run, values = InType(None), dict[fx.Node, Any]()
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             values[node] = given[str(node.target)]
@@ -107,7 +105,7 @@ def _both_ways(
     def pulled(*flat: Tensor) -> list[Tensor]:
         now = dict(zip(sources, flat, strict=True))
         mine = {n: now.get(f"x_{i}", values[n]) for i, n in enumerate(taken)}
-        return _pulled([Runner(None).call(node, values | mine)], flat)
+        return _pulled([InType(None).call(node, values | mine)], flat)
 
     graph, constants = record(pulled, sources, "the operation")
     named = sources | {f"constant_{i}": c for i, c in enumerate(constants)}

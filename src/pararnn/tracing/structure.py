@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pararnn.tracing.capture import ROWS, Capture, Subject, capture
+from pararnn.tracing.capture import ROWS, Subject, capture
 from pararnn.tracing.dependencies import group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
@@ -16,7 +16,6 @@ from pararnn.tracing.gradients import check_gradients
 from pararnn.tracing.modes import stand_in, transformed, untransformed, without_tools
 from pararnn.tracing.partition import (
     AsItIs,
-    InputPart,
     Output,
     Partition,
     input_part,
@@ -24,43 +23,8 @@ from pararnn.tracing.partition import (
 )
 from pararnn.tracing.recorder import TraceError, is_differentiable
 from pararnn.tracing.shared import share_weights
-from pararnn.tracing.step import Input, Layout, Step, input_of, step_of
-
-
-@dataclass
-class Traced:
-    """A cell, traced.
-
-    Attributes:
-        subject: What was traced.
-        given: What differs over time, as the cell takes it.
-        parts: The split graph.
-        input_part: Computes the inputs of the step for all times.
-        step: The recurrent part.
-        reason: The reason for the structure, in words.
-        device: Where it was traced.
-    """
-
-    subject: Subject
-    given: tuple[Input, ...]
-    parts: Partition
-    input_part: InputPart
-    step: Step
-    reason: str
-    device: torch.device
-
-    @property
-    def capture(self) -> Capture:
-        """The whole graph."""
-        return self.parts.capture
-
-    @property
-    def structure(self) -> str:
-        """Elementwise, heads (with their size) or dense."""
-        if self.step.recurrence is not None:
-            return "elementwise"
-        group = self.step.group
-        return "dense" if group == self.step.hidden else f"heads (size {group})"
+from pararnn.tracing.step import Input, Layout, input_of, step_of
+from pararnn.tracing.traced import Traced
 
 
 def trace(
@@ -90,8 +54,8 @@ def trace(
             parts = partition(captured)
             given = tuple(Input(tuple(shape), kind, True) for shape, kind in inputs)
             found = _elementwise_or_not(subject, given, parts, device)
-            _check_rows(found, inputs, dtype, device)
-            check_gradients(found, inputs, device)
+            _check_rows(found, dtype, device)
+            check_gradients(found, device)
         return found
 
     return untransformed(traced)
@@ -153,7 +117,6 @@ def _mixing(
 
 def _check_rows(
     traced: Traced,
-    inputs: Sequence[tuple[Sequence[int], torch.dtype]],
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
@@ -167,7 +130,7 @@ def _check_rows(
         raise _mixes_x(name)
     if rows_mix(traced.parts, "state_"):
         raise _mixes_state(name)
-    examples = [_random((ROWS[0], *features), kind, device) for features, kind in inputs]
+    examples = [_random((ROWS[0], *i.shape), i.dtype, device) for i in traced.given]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
     devices = [device] if device.type == "cuda" else []
 

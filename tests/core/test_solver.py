@@ -9,7 +9,6 @@ import torch
 from pararnn import RNN, Newton, cells
 from pararnn.kernels.c.backend import _States
 from pararnn.kernels.operators import request_of
-from pararnn.planning.plan import Way
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.rows import run_steps
 from pararnn.solvers.shooting import newton_update
@@ -34,7 +33,7 @@ class Sweeps:
             inputs = evaluation.inputs(tensors, [x])
         self.initial, time = torch.stack(as_tuple(state), 1), x.shape[1]
         self.chunk, self.chunks = chunk, -(-time // chunk)
-        path = request_of(evaluation.request).path
+        self.path = path = request_of(evaluation.request).path
         if evaluation.by_channels:
             self.backend, problem = path.backend, path.problem(inputs, self.initial, None)
             with torch.no_grad():
@@ -60,8 +59,8 @@ class Sweeps:
     def solve(self, settings):
         """All states."""
         if isinstance(self.problem, Problem):
-            way = Way(settings, settings.tolerance_for(self.problem.state_dtype))
-            return self.backend.solve(self.problem, way)[0]
+            path = replace(self.path, solver=settings, plans={})
+            return self.backend.solve(self.problem, path._plan(self.problem).forward)[0]
         return self.problem.solve(settings, 1e-13, run_steps)[0]
 
 

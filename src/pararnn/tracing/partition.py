@@ -260,8 +260,8 @@ def module_from(parts: Partition, outputs: Sequence[Output]) -> fx.GraphModule:
     """
     graph = fx.Graph()
     new = {n: graph.placeholder(f"state_{i}") for i, n in enumerate(parts.states)}
-    for i, output in enumerate(outputs):
-        given = graph.placeholder(f"input_{i}")
+    inputs = [graph.placeholder(f"input_{i}") for i in range(len(outputs))]
+    for given, output in zip(inputs, outputs, strict=True):
         if output.edge not in new:
             new[output.edge] = output.undo(graph, given)
     needed: set[fx.Node] = set()

@@ -260,3 +260,20 @@ def test_kernels_for_a_cpu_are_not_run_on_other_tensors():
     problem = path.flat_problem([i.to("meta") for i in inputs], initial, None)
     with pytest.raises(ValueError, match="the kernels are for a CPU and the tensors are on meta"):
         path.backend.solve(problem, Way(pararnn.Newton(chunk=5), 1e-6))
+
+
+@pytest.mark.parametrize("cell", ["paragru", "paralstm"])
+def test_the_text_of_an_elementwise_step_on_rows(cell):
+    """Its operations lead from the inputs with slots to the user's own."""
+    torch.manual_seed(0)
+    make = {"paragru": pararnn.cells.ParaGRUCell, "paralstm": pararnn.cells.ParaLSTMCell}[cell]
+    rnn = pararnn.RNN(make(3, 4), backend="torch")
+    runner = rnn.runner()
+    step = runner.traced.step
+    shapes = [(*((2, 7) if i.by_rows else ()), *i.shape) for i in step.inputs]
+    inputs = [torch.randn(shape) for shape in shapes]
+    given = inputs, torch.randn(2, step.num_components, 4), None
+    text = request_of(runner.request).text()
+    expected = torch.ops.pararnn.solve(*given, runner.request)
+    for actual, reference in zip(torch.ops.pararnn.solve(*given, text), expected, strict=True):
+        assert torch.equal(actual, reference)

@@ -110,7 +110,7 @@ def test_guide_shows_what_explain_prints(tmp_path):
     cell = runpy.run_path(str(script))["Oscillator"](6, 10)
     printed = str(pararnn.explain(pararnn.RNN(cell, backend="c"))).splitlines()
     for line in printed:
-        if ".py:" not in line and not line.startswith(("  backend", "  source")):
+        if ".py:" not in line and not line.startswith(("    backend", "  source")):
             assert line in guide
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pararnn.kernels.lowering import NotLowered
-from pararnn.kernels.triton.backend import on_device
 from pararnn.kernels.triton.build import missing
+from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.expressions import function
 from pararnn.kernels.triton.tuples import OverTime
 from pararnn.planning.costs import COSTS

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pararnn.kernels.triton.backend import on_device, overlaps
+from pararnn.kernels.triton.device import on_device, overlaps
 from pararnn.kernels.triton.expressions import function
 from pararnn.planning.costs import COSTS, Costs
 from pararnn.tracing.expressions import Operand

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pararnn.kernels.triton.backend import on_device
 from pararnn.kernels.triton.build import missing
+from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.expressions import express_node, function, is_expressed
 from pararnn.planning.costs import COSTS
 from pararnn.tracing.expressions import Operand, leaf, make

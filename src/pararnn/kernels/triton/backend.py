@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pararnn.kernels.triton.build import compile_together
+from pararnn.kernels.triton.device import on_device, overlaps
 from pararnn.kernels.triton.steps import Precision, adjoint_source, forward_source
 from pararnn.planning.plan import Way
 from pararnn.planning.triton_plan import Launch, block_of
@@ -144,22 +143,7 @@ def _written() -> ModuleType:
     return launch
 
 
-@functools.cache
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel may start before the one that it depends on has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def _precision(problem: Problem) -> Precision:
     if problem.dtype is torch.float64:
         return "double"
     return "single" if problem.state_dtype is torch.float32 else "half"
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """The device of a tensor as the current one; Triton launches there."""
-    if tensor.is_cuda:
-        return torch.cuda.device_of(tensor)
-    import numpy as np  # the interpreter's: floating point is to behave as on a GPU
-
-    return np.errstate(all="ignore")

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pararnn.kernels.triton import adjoint, forward, steps
-from pararnn.kernels.triton.backend import overlaps
 from pararnn.kernels.triton.build import load
+from pararnn.kernels.triton.device import overlaps
 from pararnn.kernels.triton.functions import total
 from pararnn.kernels.triton.tuples import (
     Corrected,

@@ -1,0 +1,25 @@
+"""The device that kernels are launched on."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one that it depends on has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The device of a tensor as the current one; Triton launches there."""
+    if tensor.is_cuda:
+        return torch.cuda.device_of(tensor)
+    import numpy as np  # the interpreter's: floating point is to behave as on a GPU
+
+    return np.errstate(all="ignore")

@@ -11,7 +11,7 @@ from torch import nn
 import pararnn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
-from pararnn.kernels import fused, graphs, rows
+from pararnn.kernels import fused, graphs
 from pararnn.solvers.rows import Chunks, Cut
 from pararnn.testing import assert_close, loop
 
@@ -47,10 +47,8 @@ def test_equals_the_loop(name, solver):
 
 
 @pytest.mark.parametrize("graphs_only", [False, True])
-def test_sweeps_see_new_weights_and_inputs(monkeypatch, graphs_only):
-    if graphs_only:
-        monkeypatch.setattr(rows, "run_steps", graphs.replayed)
-    rnn = RNN(nn.GRUCell(6, 64)).cuda()
+def test_sweeps_see_new_weights_and_inputs(graphs_only):
+    rnn = RNN(nn.GRUCell(6, 64), backend="torch" if graphs_only else "auto").cuda()
     for _ in range(3):
         x = torch.randn(2, 2000, 6, device="cuda", requires_grad=True)
         compare(rnn, x, rtol=3e-5)
@@ -112,12 +110,6 @@ def test_long_sequences_are_cut():
     assert rnn.report.iterations == 1
 
 
-@pytest.fixture
-def fused_only(monkeypatch):
-    """Sweeps in one kernel, or an error that says why not."""
-    monkeypatch.setattr(rows, "run_steps", fused.run_steps)
-
-
 FUSED = {
     "rnn": lambda: nn.RNNCell(6, 19),
     "gru": lambda: nn.GRUCell(6, 64),
@@ -130,9 +122,10 @@ FUSED = {
 
 @pytest.mark.parametrize("solver", [Newton(chunk=20), Jacobi(chunk=64), Sequential()])
 @pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
-def test_fused_steps_equal_the_loop(fused_only, name, solver):
+def test_fused_steps_equal_the_loop(name, solver):
     hidden = 6 if isinstance(solver, Newton) else 40
-    rnn = RNN(CELLS[name](6, hidden), solver=solver).cuda()
+    rnn = RNN(CELLS[name](6, hidden).cuda(), solver=solver, backend="triton")
+    assert {c.value for c in rnn.plan((3, 300, 6)).choices if "steps" in c.what} == {"kernel"}
     x = torch.randn(3, 300, 6, device="cuda", requires_grad=True)
     compare(rnn, x)
     compare(rnn, x, torch.rand(3, 300, device="cuda") < 0.02)
@@ -166,14 +159,14 @@ def test_fused_steps_equal_operations(name, resets, dtype, direction):
 
 def test_what_does_not_fit_goes_by_graphs():
     rnn = RNN(nn.GRUCell(6, 256), solver=Jacobi(chunk=50)).cuda()
-    fused._known.clear()
     compare(rnn, torch.randn(2, 200, 6, device="cuda", requires_grad=True))
-    (reason,) = set(fused.reasons(rnn.runner().traced.step.module))
+    reason, _ = rnn.runner().facts.kernels
+    assert rnn.plan((2, 200, 6)).forward.steps == "graphs"
     assert reason == "its weights take 768 KB on the chip, which has 200 KB"
 
 
 @pytest.mark.parametrize("name", ["gru_of_33", "slstm"])
-def test_sanitized_fused_steps(fused_only, name):
+def test_sanitized_fused_steps(name):
     """For compute-sanitizer: `compute-sanitizer pytest -m gpu -k sanitized`."""
     of, chunks = steps_of(FUSED[name](), torch.float32, "forward", Cut(3, 11, 7))
     compare_steps(chunks, random_rows(of, chunks.cut, torch.float32), torch.float32, run=on_device)

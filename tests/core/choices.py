@@ -19,11 +19,12 @@ from torch import nn
 
 from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
-from pararnn.kernels import facts, fused, matvec, operators
+from pararnn.kernels import facts, fused, operators
 from pararnn.kernels.facts import facts_of, on_rows
 from pararnn.kernels.triton import backend as triton_backend
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import plan_matvec
 from pararnn.planning.plan import BackendError, Call
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.rows import Chunks, Cut
@@ -310,5 +311,5 @@ def _one_kernel(cell, dtype):
 def _matvec(given):
     rows, matrices, heads, inner = given.shape
     itemsize = getattr(torch, given.dtype).itemsize
-    launch = matvec._launch(rows, matrices, heads, inner, itemsize, given.processors)
+    launch = plan_matvec(rows, matrices, heads, inner, itemsize, given.processors)
     return dataclasses.asdict(launch) | {"bytes": math.prod(given.shape) * itemsize}

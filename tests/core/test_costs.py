@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import pararnn
-from pararnn.kernels.matvec import _launch
 from pararnn.planning import automatic, costs, triton_plan
 from pararnn.planning.costs import COSTS, Costs
+from pararnn.planning.kernel_plans import plan_matvec
 
 ROOT = Path(pararnn.__file__).parent
 ROOMS = ("planning", "solvers", "kernels", "layers", "lm/decoding")
@@ -104,4 +104,4 @@ def test_launches_follow_their_costs():
     assert triton_plan.plan_launch(1, 4096, 64, None, work, 4e-3, 132, False, whole).chunks == 1
     few = replace(COSTS, matvec_threads=COSTS.matvec_threads // 2)
     wide = (4096, 1, 1, 1024, 2, 132)
-    assert _launch(*wide, few).programs < _launch(*wide).programs
+    assert plan_matvec(*wide, few).programs < plan_matvec(*wide).programs

@@ -11,8 +11,8 @@ if sys.platform != "linux":
     pytest.skip("Triton exists for Linux only", allow_module_level=True)
 
 
-from pararnn.kernels.matvec import _launch
 from pararnn.kernels.matvec_fusion import FuseMatvecs
+from pararnn.planning.kernel_plans import plan_matvec
 from pararnn.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
@@ -154,7 +154,7 @@ def test_products_of_results_are_left():
 @pytest.mark.parametrize("rows", [1, 333, 2048, 50432])
 def test_launches_have_all_rows_and_fit(rows, inner, heads):
     for itemsize, processors in itertools.product((2, 4), (1, 132)):
-        launch = _launch(rows, 2, heads, inner, itemsize, processors)
+        launch = plan_matvec(rows, 2, heads, inner, itemsize, processors)
         assert launch.block >= inner
         assert launch.rows * launch.block * itemsize <= 128 * 32 * launch.warps
         assert 1 <= launch.programs <= -(-rows // launch.rows) * 2

@@ -16,7 +16,7 @@ from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.expressions import function
 from pararnn.kernels.triton.tuples import OverTime
-from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import rows_obstacle, rows_warps
 from pararnn.solvers.rows import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.products import NotExpressed, Products, products
 from pararnn.tracing.step import Input
@@ -150,11 +150,8 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
         found = products(
             chunks.step.module, kinds, strides, len(state), like.shape[1], like.dtype, like.device
         )
-        size = len(found.weights) * _width(found) ** 2 * like.itemsize
-        most = COSTS.rows_weights
-        if size > most:
-            return f"its weights take {size >> 10} KB on the chip, which has {most >> 10} KB"
-        return _compiled(found, like)
+        obstacle = rows_obstacle(len(found.weights), _width(found), like.itemsize)
+        return _compiled(found, like) if obstacle is None else obstacle
     except (NotExpressed, NotLowered) as error:
         return str(error)
 
@@ -163,9 +160,6 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
     from pararnn.kernels.triton import rows  # needs Triton, which this module does not
 
     count, width, double = len(products.weights), _width(products), like.dtype is torch.float64
-    of_a_warp = 4 * 32 * COSTS.rows_registers  # bytes
-    wanted = max(1, -(-count * width**2 * like.itemsize // of_a_warp))
-    most = min(COSTS.rows_warps, width * 4 // 32)  # four threads a sum, see `_TILE`
     drives, coefficients = products.drives, products.coefficients
     leaves = {"state": len(products.step), "drive": len(drives)}
     leaves |= {"coefficient": len(coefficients), "weight": count}
@@ -183,7 +177,7 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
         "SIZE": products.size,
         "WIDTH": width,
         "TILE": _TILE,
-        "num_warps": min(most, 1 << (wanted - 1).bit_length()),
+        "num_warps": rows_warps(count, width, like.itemsize),
         "num_stages": 1,
     }
     return _Kernel(products, used[0], used[1], rows.run, constants)

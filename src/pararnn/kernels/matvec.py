@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pararnn.kernels.triton.device import on_device, overlaps
 from pararnn.kernels.triton.expressions import function
-from pararnn.planning.costs import COSTS, Costs
+from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import plan_matvec
 from pararnn.tracing.expressions import Operand
 from pararnn.tracing.written import read_expressions, write_expressions
 
@@ -50,46 +51,6 @@ class Vector:
             return cls(leaves, value, tuple(stored))
         except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise ValueError(f"{text[:80]!r} does not say how a vector is computed") from error
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """Programs per head, their rows and columns at a time, and their warps."""
-
-    programs: int
-    rows: int
-    block: int
-    warps: int
-
-
-def _launch(
-    rows: int,
-    matrices: int,
-    heads: int,
-    inner: int,
-    itemsize: int,
-    processors: int,
-    costs: Costs = COSTS,
-) -> _Launch:
-    """As many programs as the device runs at a time, so that no multiprocessor has more to read.
-
-    Of tiles that share the rows equally well the largest: more is on its way at a time.
-    """
-    block = 1 << (inner - 1).bit_length()
-    least, most_warps = costs.matvec_warps
-    warps = min(most_warps, max(least, block // costs.matvec_elements_of_a_warp))
-    most = max(1, processors * costs.matvec_threads // (32 * warps) // heads)
-
-    def launch(height: int) -> _Launch:
-        return _Launch(min(-(-rows // height) * matrices, most), height, block, warps)
-
-    def longest(launch: _Launch) -> int:
-        tiles = -(-rows // launch.rows) * matrices
-        programs = -(-launch.programs * heads // processors)
-        return programs * -(-tiles // launch.programs) * launch.rows
-
-    largest = max(1, costs.matvec_tile * 32 * warps // (block * itemsize))
-    return min((launch(largest >> i) for i in range(largest.bit_length())), key=longest)
 
 
 @functools.cache
@@ -131,7 +92,7 @@ def _run(
     products, *stored = results = _fake(leaves, matrices, kinds, vector)
     first, (heads, rows, inner) = matrices[0], matrices[0].shape
     processors = _processors(first.device)
-    launch = _launch(rows, len(matrices), heads, inner, first.itemsize, processors)
+    launch = plan_matvec(rows, len(matrices), heads, inner, first.itemsize, processors)
     pdl = overlaps(first.device)
     with on_device(first):
         matvec.run[launch.programs, heads](

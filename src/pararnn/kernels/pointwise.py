@@ -22,6 +22,7 @@ from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.expressions import express_node, function, is_expressed
 from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import pointwise_block
 from pararnn.tracing.expressions import Operand, leaf, make
 from pararnn.tracing.operations import operation_name
 from pararnn.tracing.partition import operation
@@ -273,8 +274,7 @@ def _kernel(
     flat = [root for buffer in roots for root in buffer]
     operations = function("operations", {"drive": count}, flat, dtype is torch.float64)
     places = tuple((i, size * n) for i, buffer in enumerate(roots) for n, _ in enumerate(buffer))
-    columns = min(COSTS.pointwise_block, 1 << (size - 1).bit_length())
-    rows_at_once = COSTS.pointwise_block // columns
+    columns, rows_at_once = pointwise_block(size)
 
     def fused_operations(*tensors: Tensor) -> list[Tensor]:
         shape = tensors[whole].shape

@@ -102,7 +102,7 @@ def steps_of(cell, dtype, direction, cut, strided=False):
     torch.manual_seed(7)
     count, rows = of.num_components, (cut.batch, cut.time)
     moved = lambda e: torch.randn(*rows, *e.shape).to(e.dtype)  # noqa: E731
-    edges = [
+    inputs = [
         moved(e) if e.by_rows else torch.randn(e.shape).to(e.dtype) * 0.8 / e.shape[-1] ** 0.5
         for e in of.inputs
     ]
@@ -111,20 +111,20 @@ def steps_of(cell, dtype, direction, cut, strided=False):
             [torch.rand(cut.batch * cut.time, of.hidden, dtype=dtype) for _ in range(count)]
             for _ in range(2)
         )
-        flat = [e.flatten(0, 1) if k.by_rows else e for e, k in zip(edges, of.inputs, strict=True)]
+        flat = [e.flatten(0, 1) if k.by_rows else e for e, k in zip(inputs, of.inputs, strict=True)]
         adjoint = of.adjoint
         found = adjoint.part.module(*adjoint.part_arguments(before, flat, grads))
-        edges = [
+        inputs = [
             found[i].unflatten(0, rows) if adjoint.by_rows[i] else found[i]
             for i in adjoint.step_inputs
         ]
     step = of if direction == "forward" else of.adjoint.step
     if strided:
-        edges = [
+        inputs = [
             e.transpose(0, 1).contiguous().transpose(0, 1) if by_rows else e
-            for e, by_rows in zip(edges, step.by_rows, strict=True)
+            for e, by_rows in zip(inputs, step.by_rows, strict=True)
         ]
-    return of, Chunks(step, cut, edges, None, ())
+    return of, Chunks(step, cut, inputs, None, ())
 
 
 def random_rows(of, cut, dtype, copies=1):
@@ -136,7 +136,7 @@ def doubled(chunks):
     exact = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
     return dataclasses.replace(
         chunks,
-        edges=list(map(exact, chunks.edges)),
+        inputs=list(map(exact, chunks.inputs)),
         reset_states=list(map(exact, chunks.reset_states)),
     )
 
@@ -171,7 +171,7 @@ def with_reset_states(of, chunks, dtype, reverse=False):
     reset_states = [torch.randn(*rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]
     reset_states[-1] = reset_states[-1][:1, :1, :1].expand_as(reset_states[-1])
     return Chunks(
-        chunks.step, chunks.cut, chunks.edges, torch.rand(*rows, 1) < 0.3, reset_states, reverse
+        chunks.step, chunks.cut, chunks.inputs, torch.rand(*rows, 1) < 0.3, reset_states, reverse
     )
 
 
@@ -188,11 +188,11 @@ def test_equals_operations(name, direction, dtype):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_chunks_starts_and_order(name, direction, resets, reverse, backwards):
-    """Strided edges, states that are replaced, both directions, copies, chunks that are cut off."""
+    """Strided inputs, states that are replaced, both directions, copies, chunks cut off."""
     dtype = torch.float64
     for cut in (Cut(2, 8, 3, backwards), Cut(1, 3, 3, backwards)):
         of, chunks = steps_of(make(name, dtype), dtype, direction, cut, strided=True)
-        chunks = Chunks(chunks.step, cut, chunks.edges, None, (), reverse)
+        chunks = Chunks(chunks.step, cut, chunks.inputs, None, (), reverse)
         if resets:
             chunks = with_reset_states(of, chunks, dtype, reverse)
         if not reverse:
@@ -244,11 +244,11 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
     gates, cut = {"gru": 3, "lstm": 4}[name], Cut(2, 4, 3)
     cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[name](INPUT, 17, bias, dtype=dtype)
     x = torch.randn(2, 4, gates * 17, dtype=dtype)
-    edges = [x, cell.weight_hh.detach()]
-    edges += [b.detach() for b in (cell.bias_ih, cell.bias_hh)] if bias else []
-    step = _fused_step(name, edges)
+    inputs = [x, cell.weight_hh.detach()]
+    inputs += [b.detach() for b in (cell.bias_ih, cell.bias_hh)] if bias else []
+    step = _fused_step(name, inputs)
     state = [torch.randn(4, 17, dtype=dtype) for _ in range(gates - 2)]
-    states, _ = fused.run_steps(Chunks(step, cut, edges, None, ()), state)
+    states, _ = fused.run_steps(Chunks(step, cut, inputs, None, ()), state)
     for n in range(2):
         for t in range(4):
             row = n + 2 * (t // 3)
@@ -263,10 +263,12 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_transforms_of_cells_that_a_gpu_fuses(name):
     cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[name](INPUT, 17)
-    edges = [p.detach() for p in (cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+    inputs = [p.detach() for p in (cell.weight_hh, cell.bias_ih, cell.bias_hh)]
     x, *state = (torch.randn(2, n * 17) for n in ([3, 1] if name == "gru" else [4, 1, 1]))
-    module = unfused(_fused_step(name, [x, *edges]).module)
-    found = torch.func.vmap(lambda x, *s: module(*(t[None] for t in s), x[None], *edges))(x, *state)
+    module = unfused(_fused_step(name, [x, *inputs]).module)
+    found = torch.func.vmap(lambda x, *s: module(*(t[None] for t in s), x[None], *inputs))(
+        x, *state
+    )
     for row in range(2):
         expected = _step_of(cell, x[row], [s[row] for s in state])
         for a, e in zip(found, expected, strict=True):
@@ -374,7 +376,7 @@ def test_source_is_deterministic_and_shows_the_equations():
         of, chunks = steps_of(make("gru", torch.float32), torch.float32, "forward", Cut(3, 2, 2))
         strides = [
             e.stride()[2 if r else 0 :]
-            for e, r in zip(chunks.edges, chunks.step.by_rows, strict=True)
+            for e, r in zip(chunks.inputs, chunks.step.by_rows, strict=True)
         ]
         found = products(
             of.module, of.inputs, strides, 1, of.hidden, torch.float32, torch.device("cpu")

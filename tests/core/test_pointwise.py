@@ -46,12 +46,12 @@ def modules(cell):
     of = RNN(cell).runner().traced.step
     adjoint, rows, dtype = of.adjoint, 37, of.dtype
     state = lambda: [torch.rand(rows, of.hidden, dtype=dtype) for _ in range(of.num_components)]  # noqa: E731
-    edges = [
+    inputs = [
         torch.randn(*([rows] if e.by_rows else []), *e.shape).mul(0.5).to(e.dtype)
         for e in of.inputs
     ]
     grads = [g[:1, :1].expand(rows, of.hidden) for g in state()]
-    arguments = [apart(t) for t in adjoint.part_arguments(state(), edges, grads)]
+    arguments = [apart(t) for t in adjoint.part_arguments(state(), inputs, grads)]
     yield adjoint.part.module, arguments
     found = adjoint.part.module(*(a.contiguous() for a in arguments))
     yield adjoint.gradients, [apart(t) for t in (*state(), *found)]

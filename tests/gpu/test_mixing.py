@@ -134,8 +134,8 @@ def test_fused_steps_equal_the_loop(name, solver):
 def on_device(chunks, state, sweep):
     move = lambda tensors: [t.cuda() for t in tensors]  # noqa: E731
     resets = None if chunks.resets is None else chunks.resets.cuda()
-    edges, reset_states = move(chunks.edges), move(chunks.reset_states)
-    cuda = Chunks(chunks.step, chunks.cut, edges, resets, reset_states, chunks.reverse)
+    inputs, reset_states = move(chunks.inputs), move(chunks.reset_states)
+    cuda = Chunks(chunks.step, chunks.cut, inputs, resets, reset_states, chunks.reverse)
     return fused.run_steps(cuda, move(state), sweep)
 
 
@@ -148,7 +148,7 @@ def test_fused_steps_equal_operations(name, resets, dtype, direction):
     for backwards, reverse in itertools.product((False, True), repeat=2):
         cut = Cut(37, 70, 40, backwards)
         of, chunks = steps_of(FUSED[name]().to(dtype), dtype, direction, cut)
-        chunks = Chunks(chunks.step, cut, chunks.edges, None, (), reverse)
+        chunks = Chunks(chunks.step, cut, chunks.inputs, None, (), reverse)
         if resets:
             chunks = with_reset_states(of, chunks, dtype, reverse)
         if not reverse:

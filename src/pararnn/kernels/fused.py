@@ -34,8 +34,8 @@ class _Kernel:
 
     Attributes:
         products: The step.
-        drives: Which edges hold its drives.
-        coefficients: Which edges hold its coefficients.
+        drives: Which inputs hold its drives.
+        coefficients: Which inputs hold its coefficients.
         run: The kernel.
         constants: Its compile-time arguments.
     """
@@ -82,7 +82,7 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
     kernel = _found(chunks, state)
     if isinstance(kernel, str):
         raise NotFused(kernel)
-    cut, (rows, hidden), edges = chunks.cut, state[0].shape, chunks.edges
+    cut, (rows, hidden), inputs = chunks.cut, state[0].shape, chunks.inputs
     states: Sequence[Tensor] = []
     if sweep.keep:
         states = [s.new_empty(cut.batch, cut.time, hidden) for s in state]
@@ -94,9 +94,9 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
     with on_device(state[0]):
         try:
             kernel.run[rows, kernel.products.groups](
-                drives=over_time([edges[i] for i in kernel.drives]),
-                coefficients=tuple(edges[i] for i in kernel.coefficients),
-                weights=_blocks(kernel.products, edges),
+                drives=over_time([inputs[i] for i in kernel.drives]),
+                coefficients=tuple(inputs[i] for i in kernel.coefficients),
+                weights=_blocks(kernel.products, inputs),
                 resets=over_time(resets),
                 reset_states=over_time([_side_by_side(s) for s in chunks.reset_states]),
                 initial=tuple(s.contiguous() for s in state),
@@ -126,12 +126,12 @@ def _out_of_resources() -> type[Exception]:
 
 def _key(chunks: Chunks, state: Sequence[Tensor]) -> tuple[Any, ...]:
     """The key of a generated kernel: forms of all tensors."""
-    edges = [
-        (e.shape[2:], e.stride()[2:], e.dtype) if by_rows else (e.shape, e.stride(), e.dtype)
-        for e, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True)
+    inputs = [
+        (i.shape[2:], i.stride()[2:], i.dtype) if by_rows else (i.shape, i.stride(), i.dtype)
+        for i, by_rows in zip(chunks.inputs, chunks.step.by_rows, strict=True)
     ]
     like = state[0]
-    return len(state), like.shape[1], like.dtype, like.device, *edges
+    return len(state), like.shape[1], like.dtype, like.device, *inputs
 
 
 def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
@@ -142,10 +142,10 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
         return obstacle
     if like.dtype not in (torch.float32, torch.float64):
         return f"the state is of type {like.dtype}"
-    for edge, by_rows in zip(chunks.edges, chunks.step.by_rows, strict=True):
+    for tensor, by_rows in zip(chunks.inputs, chunks.step.by_rows, strict=True):
         skipped = 2 if by_rows else 0
-        kinds.append(Input(tuple(edge.shape[skipped:]), edge.dtype, by_rows))
-        strides.append(edge.stride()[skipped:])
+        kinds.append(Input(tuple(tensor.shape[skipped:]), tensor.dtype, by_rows))
+        strides.append(tensor.stride()[skipped:])
     try:
         found = products(
             chunks.step.module, kinds, strides, len(state), like.shape[1], like.dtype, like.device
@@ -163,9 +163,9 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
     drives, coefficients = products.drives, products.coefficients
     leaves = {"state": len(products.step), "drive": len(drives)}
     leaves |= {"coefficient": len(coefficients), "weight": count}
-    used = [tuple(sorted({p.edge for p in places})) for places in (drives, coefficients)]
+    used = [tuple(sorted({p.input for p in places})) for places in (drives, coefficients)]
     placed = [
-        tuple((of.index(p.edge), p.offset, p.group, p.channel) for p in places)
+        tuple((of.index(p.input), p.offset, p.group, p.channel) for p in places)
         for of, places in zip(used, (drives, coefficients), strict=True)
     ]
     constants = {
@@ -204,15 +204,15 @@ def _side_by_side(states: Tensor) -> Tensor:
     return states if states.stride(2) == 1 else states.contiguous()
 
 
-def _blocks(products: Products, edges: Sequence[Tensor]) -> Tensor:
+def _blocks(products: Products, inputs: Sequence[Tensor]) -> Tensor:
     """The blocks of the weights (blocks, groups, result, factor) side by side."""
     size, padding = products.size, _width(products) - products.size
     found = torch.stack(
         [
-            edges[p.edge].as_strided(
+            inputs[p.input].as_strided(
                 (products.groups, size, size),
                 (p.group, p.result, p.channel),
-                edges[p.edge].storage_offset() + p.offset,
+                inputs[p.input].storage_offset() + p.offset,
             )
             for p in products.weights
         ]

@@ -1,6 +1,6 @@
 """Operations on each element, fused into as few generated Triton kernels as possible.
 
-What an adjoint needs for all times at once, its edges and the gradients, is some products and a
+What an adjoint needs for all times at once, its inputs and the gradients, is some products and a
 dozen operations on each element between them. One after the other these would read and write
 memory a dozen times; in one kernel they do so once.
 """

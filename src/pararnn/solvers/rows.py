@@ -105,7 +105,7 @@ class Chunks:
     Attributes:
         step: The step.
         cut: The chunks.
-        edges: Its inputs besides the state; those with rows are (batch, time, ...).
+        inputs: Inputs of the step; those with rows are (batch, time, ...).
         resets: Boolean (batch, time, 1): where to replace the state before a step; None: nowhere.
         reset_states: The replacement, components (batch, time, hidden); none without `resets`.
         reverse: Whether every chunk runs from its last step to its first.
@@ -113,7 +113,7 @@ class Chunks:
 
     step: Step
     cut: Cut
-    edges: Sequence[Tensor]
+    inputs: Sequence[Tensor]
     resets: Tensor | None
     reset_states: Sequence[Tensor]
     reverse: bool = False
@@ -125,7 +125,7 @@ class Chunks:
         return Rows(
             self.step,
             cut.time if cut.chunks == 1 else cut.chunk,
-            [cut.split(e) if r else e for e, r in zip(self.edges, self.step.by_rows, strict=True)],
+            [cut.split(i) if r else i for i, r in zip(self.inputs, self.step.by_rows, strict=True)],
             None if self.resets is None else cut.split(self.resets),
             [cut.split(f) for f in self.reset_states],
             self.reverse != (cut.backwards and cut.chunks == 1),
@@ -139,7 +139,7 @@ class Rows:
     Attributes:
         step: The step.
         steps: Number of steps.
-        edges: Those with rows are (steps, rows, ...).
+        inputs: Inputs of the step; those with rows are (steps, rows, ...).
         resets: Boolean (steps, rows, 1) or None.
         reset_states: Components (steps, rows, hidden).
         reverse: Whether the last step runs first.
@@ -147,21 +147,21 @@ class Rows:
 
     step: Step
     steps: int
-    edges: Sequence[Tensor]
+    inputs: Sequence[Tensor]
     resets: Tensor | None
     reset_states: Sequence[Tensor]
     reverse: bool = False
 
     def tensors(self) -> list[Tensor]:
         """All tensors that the steps read."""
-        return [*self.edges, *([] if self.resets is None else [self.resets]), *self.reset_states]
+        return [*self.inputs, *([] if self.resets is None else [self.resets]), *self.reset_states]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same with other tensors, in the order of `tensors`."""
-        edges = [change(e) for e in self.edges]
+        inputs = [change(i) for i in self.inputs]
         resets = None if self.resets is None else change(self.resets)
         return replace(
-            self, edges=edges, resets=resets, reset_states=[change(f) for f in self.reset_states]
+            self, inputs=inputs, resets=resets, reset_states=[change(f) for f in self.reset_states]
         )
 
     def piece(self, begin: int, end: int) -> Rows:
@@ -171,9 +171,9 @@ class Rows:
         return replace(
             self,
             steps=end - begin,
-            edges=[
-                e[begin:end] if by_rows else e
-                for e, by_rows in zip(self.edges, self.step.by_rows, strict=True)
+            inputs=[
+                i[begin:end] if by_rows else i
+                for i, by_rows in zip(self.inputs, self.step.by_rows, strict=True)
             ],
             resets=None if self.resets is None else self.resets[begin:end],
             reset_states=[f[begin:end] for f in self.reset_states],
@@ -286,18 +286,18 @@ def run_rows(rows: Rows, state: Sequence[Tensor], first: int = 0, copies: int = 
     """The states after all steps from `first` on, components (steps, copies * rows, hidden)."""
     module, resets = rows.step.module.forward, rows.resets
     moving = rows.step.by_rows
-    edges = [
-        e.contiguous().unbind(0) if by_rows else [e] * rows.steps
-        for e, by_rows in zip(rows.edges, moving, strict=True)
+    inputs = [
+        i.contiguous().unbind(0) if by_rows else [i] * rows.steps
+        for i, by_rows in zip(rows.inputs, moving, strict=True)
     ]
     history: list[list[Tensor]] = [[] for _ in state]
     order = range(first, rows.steps)
     for t in reversed(order) if rows.reverse else order:
-        now = [e[t] for e in edges]
+        now = [i[t] for i in inputs]
         if copies > 1:
             now = [
-                e.expand(copies, *e.shape).flatten(0, 1) if by_rows else e
-                for e, by_rows in zip(now, moving, strict=True)
+                i.expand(copies, *i.shape).flatten(0, 1) if by_rows else i
+                for i, by_rows in zip(now, moving, strict=True)
             ]
         if resets is not None:
             reset, reset_states = resets[t], [f[t] for f in rows.reset_states]

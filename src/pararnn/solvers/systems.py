@@ -49,7 +49,7 @@ class Chain(abc.ABC):
 
     Attributes:
         step: The step.
-        edges: What the step takes; those with rows are (batch, time, ...).
+        inputs: Inputs of the step; those with rows are (batch, time, ...).
         initial: Initial states, (rows, components, hidden).
         starts: As in `Problem`.
         batch: Sequences.
@@ -58,7 +58,7 @@ class Chain(abc.ABC):
     """
 
     step: Step
-    edges: Sequence[Tensor]
+    inputs: Sequence[Tensor]
     initial: Tensor
     starts: Tensor | None
     batch: int
@@ -131,17 +131,17 @@ class Chain(abc.ABC):
         assert settings.chunk != "auto"
         return solve(_InRows(self, settings.chunk, run, settle), settings, tolerance, give_up)
 
-    def _adjoint_edges(
+    def _adjoint_inputs(
         self,
         before: Sequence[Tensor],
-        edges: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         grad_states: Sequence[Tensor] | None,
     ) -> list[Tensor]:
-        """The edges of the adjoint; those with rows are (a, b, ...), like arguments with rows.
+        """The inputs of the adjoint; those with rows are (a, b, ...), like arguments with rows.
 
         Args:
             before: The states before all steps, components (a, b, hidden).
-            edges: Those of the recurrence.
+            inputs: Those of the recurrence.
             grad_states: Components (a, b, hidden); zeros when None.
         """
         adjoint, count = self.step.adjoint, len(before)
@@ -152,7 +152,7 @@ class Chain(abc.ABC):
                 adjoint.part.module,
                 adjoint.part_arguments(now[:count], now[count:-count], now[-count:]),
             )
-            for now in in_blocks([*before, *edges, *grad_states], moves)
+            for now in in_blocks([*before, *inputs, *grad_states], moves)
         ]
         return [
             _joined(parts).unflatten(0, before[0].shape[:2]) if by_rows else parts[0]
@@ -160,11 +160,11 @@ class Chain(abc.ABC):
         ]
 
     def _adjoint_chunks(
-        self, cut: Cut, edges: Sequence[Tensor], resets: Tensor | None, reverse: bool = False
+        self, cut: Cut, inputs: Sequence[Tensor], resets: Tensor | None, reverse: bool = False
     ) -> Chunks:
-        """Chunks of the adjoint, from all its edges; it is zero where a sequence starts."""
+        """Chunks of the adjoint, from all its inputs; it is zero where a sequence starts."""
         adjoint = self.step.adjoint
-        used = [edges[i] for i in adjoint.step_inputs]
+        used = [inputs[i] for i in adjoint.step_inputs]
         if resets is None:
             return Chunks(adjoint.step, cut, used, None, [], reverse)
         zero = self.initial.new_zeros(self.step.hidden).expand(*resets.shape[:2], -1)
@@ -223,7 +223,7 @@ class Forward(Chain):
 
     def chunks(self, cut: Cut) -> Chunks:
         """See `Chain.chunks`."""
-        return Chunks(self.step, cut, self.edges, *self._resets())
+        return Chunks(self.step, cut, self.inputs, *self._resets())
 
     def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
         """See `Chain.residual`."""
@@ -245,17 +245,17 @@ class Forward(Chain):
         """See `Chain.tangents`."""
         resets, reset_states = self._resets()
         before = states_before(first, states, resets, reset_states, cut)
-        edges = self._adjoint_edges(before, self.edges, None)
+        inputs = self._adjoint_inputs(before, self.inputs, None)
         if resets is None:
-            return self._images(self._adjoint_chunks(cut, edges, None, reverse=True), run)
+            return self._images(self._adjoint_chunks(cut, inputs, None, reverse=True), run)
         next_resets = resets.roll(-1, 1)
         next_resets[:, cut.chunk - 1 :: cut.chunk] = False  # unit vectors start here
-        images = self._images(self._adjoint_chunks(cut, edges, next_resets, reverse=True), run)
+        images = self._images(self._adjoint_chunks(cut, inputs, next_resets, reverse=True), run)
         return torch.where(resets[:, :: cut.chunk, :, None, None], 0.0, images)
 
     def linear(self, cut: Cut, before: Sequence[Tensor]) -> Chunks:
         """The adjoint of all steps at the states before them, (batch, time, hidden)."""
-        return self._adjoint_chunks(cut, self._adjoint_edges(before, self.edges, None), None)
+        return self._adjoint_chunks(cut, self._adjoint_inputs(before, self.inputs, None), None)
 
     def before(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The states before every step, components (batch, time, hidden), from those after it."""
@@ -280,12 +280,12 @@ class Backward(Chain):
     backwards = True
 
     @functools.cached_property
-    def adjoint_edges(self) -> list[Tensor]:
-        """The edges of the adjoint, those with rows (batch, time, ...)."""
-        return self._adjoint_edges(self.before, self.edges, self.grad_states)
+    def adjoint_inputs(self) -> list[Tensor]:
+        """The inputs of the adjoint, those with rows (batch, time, ...)."""
+        return self._adjoint_inputs(self.before, self.inputs, self.grad_states)
 
     def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of the differentiable edges, those with rows (batch, time, ...).
+        """The gradients of the differentiable inputs, those with rows (batch, time, ...).
 
         Args:
             found: The solution, components (batch, time, hidden).
@@ -299,7 +299,7 @@ class Backward(Chain):
         moves = [True] * len(after) + list(adjoint.by_rows)
         blocks = [
             self.run_module(adjoint.gradients, now)
-            for now in in_blocks([*after, *self.adjoint_edges], moves)
+            for now in in_blocks([*after, *self.adjoint_inputs], moves)
         ]
         by_rows = [self.step.inputs[i].by_rows for i in self.step.differentiable]
         return [
@@ -311,7 +311,7 @@ class Backward(Chain):
         """Solve step by step, in pieces of time, with little memory besides the result.
 
         Returns:
-            The gradients of the initial states and of the differentiable edges.
+            The gradients of the initial states and of the differentiable inputs.
         """
         size = max(COSTS.shortest_piece, COSTS.piece // (self.batch * self.step.hidden))
         pieces, incoming, of_initial = [], self.incoming, torch.zeros_like(self.initial)
@@ -335,7 +335,7 @@ class Backward(Chain):
         by_rows = self.step.by_rows
         return replace(
             self,
-            edges=[e[:, begin:end] if r else e for e, r in zip(self.edges, by_rows, strict=True)],
+            inputs=[i[:, begin:end] if r else i for i, r in zip(self.inputs, by_rows, strict=True)],
             starts=None if starts is None else starts[:, begin:end],
             time=end - begin,
             before=[b[:, begin:end] for b in self.before],
@@ -371,21 +371,21 @@ class Backward(Chain):
 
     def chunks(self, cut: Cut) -> Chunks:
         """See `Chain.chunks`."""
-        return self._cut(cut, self.adjoint_edges)
+        return self._cut(cut, self.adjoint_inputs)
 
     def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
         """See `Chain.residual`."""
         return adjoint_residual(ends, starts)
 
-    def _cut(self, cut: Cut, edges: Sequence[Tensor]) -> Chunks:
+    def _cut(self, cut: Cut, inputs: Sequence[Tensor]) -> Chunks:
         resets = None if self.starts is None else self._ends().unsqueeze(-1)
-        return self._adjoint_chunks(cut, edges, resets)
+        return self._adjoint_chunks(cut, inputs, resets)
 
     def tangents(
         self, cut: Cut, first: Sequence[Tensor], states: Sequence[Tensor], run: Run
     ) -> Tensor:
         """See `Chain.tangents`."""
-        linear = self._adjoint_edges(self.before, self.edges, None)
+        linear = self._adjoint_inputs(self.before, self.inputs, None)
         return self._images(self._cut(cut, linear), run).transpose(2, 3)
 
 

@@ -121,15 +121,15 @@ def _of_the_trace(
     compute = _on_rows if traced.step.recurrence is None else _by_channels
     with recording(device):
         tensors = [example.tensors[name] for name in part.names]
-        edges = run(part.module, [*tensors, *part.constants, *example.inputs])
-        kind = arithmetic(t.dtype for t in (*edges, *example.state))
-        given = [in_type(t.detach(), kind).resolve_conj().contiguous() for t in edges]
+        inputs = run(part.module, [*tensors, *part.constants, *example.inputs])
+        kind = arithmetic(t.dtype for t in (*inputs, *example.state))
+        given = [in_type(t.detach(), kind).resolve_conj().contiguous() for t in inputs]
         state = [in_type(s.detach(), kind) for s in example.state]
         terms = [[in_type(c, kind) for c in term] for term in example.cotangents]
-        new, of_state, of_edges = compute(traced, run, state, given, terms)
+        new, of_state, of_inputs = compute(traced, run, state, given, terms)
         rest = [t for _, t in example.sources[len(state) :]]
-        grads = [g.reshape(e.shape).to(e.dtype) for g, e in zip(of_edges, edges, strict=True)]
-        found = gradients(edges, grads, rest)
+        grads = [g.reshape(i.shape).to(i.dtype) for g, i in zip(of_inputs, inputs, strict=True)]
+        found = gradients(inputs, grads, rest)
     return _named(example, new, [*of_state, *found])
 
 
@@ -141,20 +141,20 @@ def _named(example: Example, new: Sequence[Tensor], grads: Sequence[Tensor]) -> 
 
 
 Results = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
-"""New components, and the gradients of the state and of all edges."""
+"""New components, and the gradients of the state and of all inputs of the step."""
 
 
 def _by_channels(
     traced: Traced,
     run: InType,
     state: list[Tensor],
-    edges: list[Tensor],
+    inputs: list[Tensor],
     terms: list[list[Tensor]],
 ) -> Results:
     recurrence, layout = traced.step.recurrence, traced.step.layout
     assert recurrence is not None
     assert layout is not None
-    count, of_edges = layout.num_drive_inputs, [torch.zeros_like(e) for e in edges]
+    count, of_inputs = layout.num_drive_inputs, [torch.zeros_like(i) for i in inputs]
 
     def places(of: list[Tensor]) -> list[Tensor]:
         drives = [of[source][:, slot].flatten(1) for source, slot in layout.drives]
@@ -163,26 +163,26 @@ def _by_channels(
     leaves = [*recurrence.leaves, *recurrence.adjoints]
     both = torch_function([*recurrence.step, *recurrence.vjp], leaves)
     total = [a + b for a, b in zip(*terms, strict=True)]
-    results = both(*state, *places(edges), *total)
+    results = both(*state, *places(inputs), *total)
     new, of_state, found = torch.tensor_split(torch.stack(results), (len(state), 2 * len(state)))
-    for target, gradient in zip(places(of_edges), found, strict=True):
+    for target, gradient in zip(places(of_inputs), found, strict=True):
         target += gradient if target.dim() == 2 else gradient.sum(0)
-    return list(new), list(of_state), of_edges
+    return list(new), list(of_state), of_inputs
 
 
 def _on_rows(
     traced: Traced,
     run: InType,
     state: list[Tensor],
-    edges: list[Tensor],
+    inputs: list[Tensor],
     terms: list[list[Tensor]],
 ) -> Results:
     adjoint, (now, later) = traced.step.adjoint, terms
-    new = run(traced.step.module, [*state, *edges])
-    given = run(adjoint.part.module, adjoint.part_arguments(state, edges, now))
+    new = run(traced.step.module, [*state, *inputs])
+    given = run(adjoint.part.module, adjoint.part_arguments(state, inputs, now))
     of_state = run(adjoint.step.module, [*later, *(given[i] for i in adjoint.step_inputs)])
     found = run(adjoint.gradients, [*later, *given])
-    of_edges = [torch.zeros_like(e) for e in edges]
+    of_inputs = [torch.zeros_like(i) for i in inputs]
     for i, gradient in zip(traced.step.differentiable, found, strict=True):
-        of_edges[i] = gradient
-    return new, of_state, of_edges
+        of_inputs[i] = gradient
+    return new, of_state, of_inputs

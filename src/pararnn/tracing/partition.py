@@ -28,7 +28,8 @@ class Partition:
         recurrent: Operations that depend on the state, in order; also those that cost little on
             values of the input part without one row per sample along the first axis, and those that
             number the rows, of which there are others when all times are rows of one batch.
-        edges: Values that the recurrent operations (or the result) take from the input part.
+        edges: The values in the captured graph that the recurrent operations (or the result) take
+            from the input part. Each input of the step is made of one of them, see `Output`.
         results: The new components, nodes of either part.
     """
 

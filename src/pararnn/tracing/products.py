@@ -42,17 +42,17 @@ class NotExpressed(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the channels of a slot of an edge lie in memory, as numbers of elements.
+    """Where the channels of a slot of an input lie in memory, as numbers of elements.
 
     Attributes:
-        edge: Which edge of the step.
-        offset: From the edge, or its row, to the first channel of the first group.
+        input: Which input of the step.
+        offset: From the input, or its row, to the first channel of the first group.
         group: From group to group.
         channel: From channel to channel; for blocks of weights, of what is multiplied.
         result: For blocks, from channel to channel of the result.
     """
 
-    edge: int
+    input: int
     offset: int
     group: int
     channel: int
@@ -82,7 +82,7 @@ class Products:
 
 def products(
     module: fx.GraphModule,
-    edges: Sequence[Input],
+    inputs: Sequence[Input],
     strides: Sequence[Sequence[int]],
     components: int,
     hidden: int,
@@ -93,8 +93,8 @@ def products(
 
     Args:
         module: See `Step`.
-        edges: What it takes besides the state.
-        strides: Of each edge in memory, without that of the rows.
+        inputs: What it takes besides the state.
+        strides: Of each input in memory, without that of the rows.
         components: Tensors in the state.
         hidden: Channels of each.
         dtype: Of the state.
@@ -103,11 +103,14 @@ def products(
     Raises:
         NotExpressed: It does something else; the message says what.
     """
-    kinds = {f"attribute_{i}": e for i, e in enumerate(edges) if not e.by_rows}
-    moving = [i for i, e in enumerate(edges) if e.by_rows]
-    kinds |= {f"x_{n}": edges[i] for n, i in enumerate(moving)}
+    kinds = {f"attribute_{i}": kind for i, kind in enumerate(inputs) if not kind.by_rows}
+    moving = [i for i, kind in enumerate(inputs) if kind.by_rows]
+    kinds |= {f"x_{n}": inputs[i] for n, i in enumerate(moving)}
     kinds |= {f"state_{n}": Input((hidden,), dtype, True) for n in range(components)}
-    names = [f"x_{moving.index(i)}" if e.by_rows else f"attribute_{i}" for i, e in enumerate(edges)]
+    names = [
+        f"x_{moving.index(i)}" if kind.by_rows else f"attribute_{i}"
+        for i, kind in enumerate(inputs)
+    ]
     if not moving:
         raise NotExpressed("nothing but the state has rows")
 
@@ -115,7 +118,7 @@ def products(
 
     def run(*flat: Tensor) -> Sequence[Tensor]:
         given = dict(zip(kinds, flat, strict=True))
-        return plain(*flat[len(edges) :], *(given[name] for name in names))
+        return plain(*flat[len(inputs) :], *(given[name] for name in names))
 
     def at(rows: int) -> tuple[fx.Graph, list[Tensor]]:
         examples = {name: kind.example(rows, device) for name, kind in kinds.items()}
@@ -126,14 +129,14 @@ def products(
             graph, constants = record_rows(at, _SUBJECT)
         if constants:
             raise NotExpressed("it uses tensors from elsewhere")
-        inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+        placeholders = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
         calls = [n for n in graph.nodes if n.op == "call_function" and not n.meta.get("is_count")]
         (results,) = next(n for n in graph.nodes if n.op == "output").args
         parts = Partition(
             Capture(graph, [], {}, components, True, hidden, dtype, _SUBJECT),
-            [inputs[f"state_{n}"] for n in range(components)],
+            [placeholders[f"state_{n}"] for n in range(components)],
             calls,
-            [inputs[name] for name in names],
+            [placeholders[name] for name in names],
             list(results),
         )
         return _Reader(parts, strides).products()
@@ -190,16 +193,16 @@ def unfused(module: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass
 class _Weight:
-    """Entries of an edge without rows, as numbers of elements of its memory."""
+    """Entries of an input without rows, as numbers of elements of its memory."""
 
-    edge: int
+    input: int
     positions: Tensor
 
 
 class _Reader(Reader):
     def __init__(self, parts: Partition, strides: Sequence[Sequence[int]]) -> None:
         super().__init__(parts)
-        self.edges = {node: i for i, node in enumerate(parts.edges)}
+        self.inputs = {node: i for i, node in enumerate(parts.edges)}
         self.strides = strides
         self.weights: dict[Place, int] = {}
         self.sizes: set[int] = set()
@@ -225,13 +228,13 @@ class _Reader(Reader):
         positions = self.positions(of.edge)
         own = positions.shape[1:] if len(positions.shape) > len(of.shape) else positions.shape
         channels = positions.reshape(own).expand(of.shape).reshape(-1, self.hidden_size)[slot]
-        return _fitted(self.edges[of.edge], channels.view(-1, size, 1))
+        return _fitted(self.inputs[of.edge], channels.view(-1, size, 1))
 
-    def positions(self, edge: fx.Node) -> Tensor:
-        """Where the entries of an edge, or of a row of it, are in memory."""
-        shape = edge.meta["shape"][1:] if edge.meta["by_rows"] else edge.meta["shape"]
+    def positions(self, node: fx.Node) -> Tensor:
+        """Where the entries of an input, or of a row of it, are in memory."""
+        shape = node.meta["shape"][1:] if node.meta["by_rows"] else node.meta["shape"]
         found = torch.zeros(shape, dtype=torch.int64)
-        for axis, stride in enumerate(self.strides[self.edges[edge]]):
+        for axis, stride in enumerate(self.strides[self.inputs[node]]):
             along = [1] * len(shape)
             along[axis] = shape[axis]
             found += (torch.arange(shape[axis]) * stride).view(along)
@@ -247,8 +250,8 @@ class _Reader(Reader):
         if name in MOVES and len(operands) == 1 and (weight := self.weight(operands[0])):
             result = run_on(node, {operands[0]: weight.positions})
             if isinstance(result, (tuple, list)):
-                return [_Weight(weight.edge, r) for r in result]
-            return _Weight(weight.edge, result)
+                return [_Weight(weight.input, r) for r in result]
+            return _Weight(weight.input, result)
         if is_pointwise(node.target) and self.lie_apart(operands):
             return self.in_place(node, operands)
         return super().evaluate(node)
@@ -309,8 +312,8 @@ class _Reader(Reader):
         return super().edge_slots(node, shape)
 
     def weight(self, node: fx.Node) -> _Weight | None:
-        if node in self.edges and not node.meta["row_axes"]:
-            return _Weight(self.edges[node], self.positions(node))
+        if node in self.inputs and not node.meta["row_axes"]:
+            return _Weight(self.inputs[node], self.positions(node))
         value = self.values.get(node)
         return value if isinstance(value, _Weight) else None
 
@@ -362,7 +365,7 @@ class _Reader(Reader):
                 places.append((row, n, group))
         size, count = block.shape[1], block.shape[2]
         self.sizes.add(size)
-        slots = [s for family in families for s in self.dots(family, value.slots, weight.edge)]
+        slots = [s for family in families for s in self.dots(family, value.slots, weight.input)]
         column = torch.arange(count)[:, None] * self.hidden_size + torch.arange(size)
         found = [
             (row * len(slots) + n * count) * self.hidden_size + group * size + column.flatten()
@@ -393,7 +396,7 @@ class _Reader(Reader):
         found = positions[order].view(len(slots), size, -1, size)
         return row, tuple(map(int, slots)), first // size, found
 
-    def dots(self, family: _Family, slots: list[Operand], edge: int) -> list[Operand]:
+    def dots(self, family: _Family, slots: list[Operand], number: int) -> list[Operand]:
         """The slots of a product."""
         groups = sorted(family.blocks)
         size = family.blocks[groups[0]].shape[1]
@@ -404,7 +407,7 @@ class _Reader(Reader):
         for o in range(blocks.shape[3]):
             total: Operand = 0.0
             for i, factor in enumerate(family.factors):
-                place = _fitted(edge, blocks[:, i, :, o])
+                place = _fitted(number, blocks[:, i, :, o])
                 weight = leaf("weight", self.weights.setdefault(place, len(self.weights)))
                 total = make("add", total, make("dot", _with_rows(slots[factor]), weight))
             results.append(total)
@@ -436,7 +439,7 @@ def _with_rows(slot: Operand) -> Operand:
     return slot
 
 
-def _fitted(edge: int, positions: Tensor) -> Place:
+def _fitted(number: int, positions: Tensor) -> Place:
     """Positions (groups, size, size or 1) as an offset and strides."""
     offset = int(positions[0, 0, 0])
     strides = [
@@ -450,4 +453,4 @@ def _fitted(edge: int, positions: Tensor) -> Place:
         expected = expected + (torch.arange(positions.shape[axis]) * stride).view(along)
     if not torch.equal(expected.expand_as(positions), positions):
         raise NotElementwise("channels do not lie at equal distances in memory")
-    return Place(edge, offset, *strides)
+    return Place(number, offset, *strides)

@@ -134,17 +134,17 @@ def _check_rows(
     tensors = [subject.tensors[n] for n in traced.input_part.names]
     devices = [device] if device.type == "cuda" else []
 
-    def edges(x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def inputs(x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.random.fork_rng(devices):
             return traced.input_part(tensors, *x)
 
     with torch.no_grad():
-        given, doubled = edges(examples), edges([torch.cat([x, x]) for x in examples])
+        given, doubled = inputs(examples), inputs([torch.cat([x, x]) for x in examples])
         if not traced.input_part.is_random and not _are_doubled(
             given, doubled, traced.step.by_rows
         ):
             raise _counts_rows(name)
-        moved = [edges([_with_other(x, row) for x in examples]) for row in range(ROWS[0])]
+        moved = [inputs([_with_other(x, row) for x in examples]) for row in range(ROWS[0])]
         for row, others in enumerate(moved):
             for one, other, by_rows in zip(given, others, traced.step.by_rows, strict=True):
                 if by_rows and not _equal_beside(one, other, row):

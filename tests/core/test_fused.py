@@ -234,7 +234,7 @@ def _fused_step(name, inputs):
     x, *weights = inputs
     kinds = [Input(x.shape[2:], x.dtype, True), *(Input(w.shape, w.dtype, False) for w in weights)]
     module, device = fx.GraphModule(nn.Module(), graph), torch.device("cpu")
-    return Step(module, tuple(kinds), gates - 2, 17, 17, device, x.dtype)
+    return Step(lambda: module, tuple(kinds), gates - 2, 17, 17, device, x.dtype)
 
 
 @pytest.mark.parametrize("bias", [False, True])

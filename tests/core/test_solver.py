@@ -27,14 +27,14 @@ class Sweeps:
     """
 
     def __init__(self, rnn, x, state, chunk):
-        evaluation = rnn.runner()
-        tensors = [resolve(rnn.cell, n) for n in evaluation.input_part.names]
+        runner = rnn.runner()
+        tensors = [resolve(rnn.cell, n) for n in runner.input_part.names]
         with torch.no_grad():
-            inputs = evaluation.inputs(tensors, [x])
+            inputs = runner.inputs(tensors, [x])
         self.initial, time = torch.stack(as_tuple(state), 1), x.shape[1]
         self.chunk, self.chunks = chunk, -(-time // chunk)
-        self.path = path = request_of(evaluation.request).path
-        if evaluation.by_channels:
+        self.path = path = request_of(runner.request).path
+        if runner.by_channels:
             self.backend, problem = path.backend, path.problem(inputs, self.initial, None)
             with torch.no_grad():
                 self.problem = replace(problem.converted(), chunk=chunk)

@@ -254,9 +254,9 @@ def test_a_name_from_elsewhere_is_refused():
 def test_kernels_for_a_cpu_are_not_run_on_other_tensors():
     """As of a program that was moved."""
     rnn = pararnn.RNN(pararnn.cells.ParaGRUCell(3, 4), backend="c")
-    evaluation = rnn.runner()
-    inputs = evaluation.inputs([*(p.data for p in rnn.parameters())], [torch.randn(2, 5, 3)])
-    initial, path = torch.zeros(2, 1, 4, device="meta"), request_of(evaluation.request).path
+    runner = rnn.runner()
+    inputs = runner.inputs([*(p.data for p in rnn.parameters())], [torch.randn(2, 5, 3)])
+    initial, path = torch.zeros(2, 1, 4, device="meta"), request_of(runner.request).path
     problem = path.flat_problem([i.to("meta") for i in inputs], initial, None)
     with pytest.raises(ValueError, match="the kernels are for a CPU and the tensors are on meta"):
         path.backend.solve(problem, Way(pararnn.Newton(chunk=5), 1e-6))

@@ -33,7 +33,7 @@ def test_plans_die_with_their_layer(name):
     del other
     gc.collect()
     assert request() is None
-    with pytest.raises(RuntimeError, match="there is no layer with the plan"):
+    with pytest.raises(RuntimeError, match="there is no layer with the request"):
         request_of(text)
 
 

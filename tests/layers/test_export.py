@@ -201,7 +201,7 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_program_from_elsewhere_runs_nothing_but_operations(what):
-    with pytest.raises(ValueError, match="has a plan that cannot be read"):
+    with pytest.raises(ValueError, match="has a request that cannot be read"):
         call(BAD[what])
 
 
@@ -233,7 +233,7 @@ def test_damaged_texts_are_read_or_refused_in_one_way(made):
     contents = (c for c in damaged({"pararnn": 1, **made()}) if isinstance(c, dict))
     refused = [message for message in map(refusal, map(json.dumps, contents)) if message]
     assert len(refused) > 100
-    assert all("has a plan that cannot be read" in message for message in refused)
+    assert all("has a request that cannot be read" in message for message in refused)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_steps_from_elsewhere_call_operations_that_only_compute(name):
 
 
 def test_a_name_from_elsewhere_is_refused():
-    with pytest.raises(RuntimeError, match="no layer with the plan 'abc' in this process"):
+    with pytest.raises(RuntimeError, match="no layer with the request 'abc' in this process"):
         torch.ops.pararnn.solve([torch.zeros(1, 2, 1, 1, 3)], torch.zeros(1, 1, 3), None, "abc")
 
 

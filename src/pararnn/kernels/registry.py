@@ -1,4 +1,4 @@
-"""Plans by the names that operators are called with."""
+"""Requests by the names that operators are called with."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from pararnn.planning.settings import Jacobi, Newton, Picard, QuasiNewton, Seque
 from pararnn.tracing.modes import apart
 
 _VERSION = 1
-_READ = 64  # plans of texts that are kept
+_READ = 64  # requests of texts that are kept
 _METHODS = {m.__name__: m for m in (Newton, QuasiNewton, Picard, Jacobi, Sequential)}
 
-Plan = TypeVar("Plan")
+Request = TypeVar("Request")
 
 
 class Name(str):
-    """A name that keeps its plan alive: the plan lives as long as a layer holds the name."""
+    """A name that keeps its request alive: the request lives as long as a layer holds the name."""
 
-    plan: Any
+    request: Any
 
 
-class Registry(Generic[Plan]):
-    """Finds plans by name, or by text in exported and compiled programs.
+class Registry(Generic[Request]):
+    """Finds requests by name, or by text in exported and compiled programs.
 
     Args:
-        read: Makes a plan from the content that `write` wrote.
+        read: Makes a request from the content that `write` wrote.
     """
 
-    def __init__(self, read: Callable[[dict[str, Any]], Plan]) -> None:
+    def __init__(self, read: Callable[[dict[str, Any]], Request]) -> None:
         self._read = read
-        self._alive: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
-        self._latest: OrderedDict[str, Plan] = OrderedDict()
+        self._alive: weakref.WeakValueDictionary[str, Request] = weakref.WeakValueDictionary()
+        self._latest: OrderedDict[str, Request] = OrderedDict()
 
-    def add(self, name: str, make: Callable[[], Plan]) -> Name:
-        """The name of a plan; `make` makes the plan if no plan has this name."""
-        plan = self._alive.get(name)
-        if plan is None:
-            plan = self._alive[name] = make()
+    def add(self, name: str, make: Callable[[], Request]) -> Name:
+        """The name of a request; `make` makes the request if none has this name."""
+        request = self._alive.get(name)
+        if request is None:
+            request = self._alive[name] = make()
         kept = Name(name)
-        kept.plan = plan
+        kept.request = request
         return kept
 
-    def __getitem__(self, name: str) -> Plan:
+    def __getitem__(self, name: str) -> Request:
         found = self._alive.get(name)
         if found is None:
             found = self._alive[name] = self._latest[name] = apart(lambda: self._made(name))
@@ -54,11 +54,11 @@ class Registry(Generic[Plan]):
                 self._latest.popitem(last=False)
         return found
 
-    def _made(self, text: str) -> Plan:
+    def _made(self, text: str) -> Request:
         if not text.startswith("{"):
             raise RuntimeError(
-                f"pararnn: there is no layer with the plan {text!r} in this process; call the "
-                "layer, or export it by torch.export, which writes the plan into the program."
+                f"pararnn: there is no layer with the request {text!r} in this process; call the "
+                "layer, or export it by torch.export, which writes the request into the program."
             )
         try:
             content = json.loads(text)
@@ -67,13 +67,13 @@ class Registry(Generic[Plan]):
             return self._read(content)
         except Exception as error:  # a damaged text fails anywhere in reading and recording
             raise ValueError(
-                f"pararnn: the program has a plan that cannot be read ({type(error).__name__}: "
+                f"pararnn: the program has a request that cannot be read ({type(error).__name__}: "
                 f"{error}); export it again with this version of pararnn."
             ) from error
 
 
 def write(**content: Any) -> str:
-    """The text of a plan."""
+    """The text of a request."""
     return json.dumps({"pararnn": _VERSION, **content}, separators=(",", ":"))
 
 

@@ -91,7 +91,7 @@ class Chain(abc.ABC):
 
     @abc.abstractmethod
     def residual(self, ends: Tensor, starts: Tensor) -> Tensor:
-        """The residual of each sequence, see `shoot`."""
+        """The residual of each sequence, see `System`."""
 
     @abc.abstractmethod
     def tangents(

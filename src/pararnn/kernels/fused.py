@@ -52,11 +52,6 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple[Any, ...], _Kernel 
 )
 
 
-def reasons(module: fx.GraphModule) -> list[str]:
-    """The reasons why a step was not fused, one for each kind of inputs that failed."""
-    return [k for k in _known.get(module, {}).values() if isinstance(k, str)]
-
-
 def reason(chunks: Chunks, state: Sequence[Tensor]) -> str | None:
     """The reason why steps do not run in one kernel; None if they do."""
     found = _found(chunks, state)

@@ -18,7 +18,7 @@ from pararnn.planning.costs import COSTS
 from pararnn.solvers import rows as plain
 from pararnn.solvers.rows import WHOLE, Chunks, Rows, Sweep, Swept
 
-_GRAPHS = 64  # kept per step, plan or layer
+_GRAPHS = 64  # kept per step, path or layer
 _UNUSED = 1024  # calls without use after which a new graph may replace one
 _FORMS = 256  # remembered after their first call
 
@@ -98,7 +98,7 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
             return fused.run_steps(chunks, state, sweep)
-        except fused.NotFused:  # `fused.reasons` says why
+        except fused.NotFused:  # `fused.reason` says why
             return run_operations(chunks, state, sweep)
 
 

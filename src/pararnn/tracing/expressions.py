@@ -16,7 +16,6 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
-Scalar = float | int | bool | str | None
 LEAVES = ("state", "drive", "coefficient", "adjoint", "tangent", "weight")
 
 

@@ -26,8 +26,8 @@ from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import plan_matvec
 from pararnn.planning.plan import BackendError, Call
+from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.rows import Chunks, Cut
 
 from .pretend_gpu import pretend_gpu
 

@@ -12,7 +12,7 @@ from pararnn.kernels import c as c_package
 from pararnn.kernels import fused
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.triton.backend import TritonBackend
-from pararnn.solvers.rows import Chunks, Cut
+from pararnn.solvers.chunks import Chunks, Cut
 
 CELLS = {
     "gru": lambda: ParaGRUCell(3, 4),

@@ -11,8 +11,8 @@ from torch import fx, nn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
-from pararnn.solvers.rows import Chunks, Cut, Redo, Sweep
-from pararnn.solvers.rows import run_steps as one_by_one
+from pararnn.solvers.chunks import Chunks, Cut, Redo, Sweep
+from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.products import unfused
 from pararnn.tracing.step import Input, Step

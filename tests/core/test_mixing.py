@@ -16,8 +16,7 @@ from pararnn.kernels import fused, graphs, rows
 from pararnn.kernels.operators import request_of
 from pararnn.planning import automatic, plan
 from pararnn.planning.costs import COSTS
-from pararnn.solvers import rows as chunks
-from pararnn.solvers import shooting
+from pararnn.solvers import chunks, shooting
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell

@@ -9,8 +9,8 @@ import torch
 from pararnn import RNN, Newton, cells
 from pararnn.kernels.c.backend import _States
 from pararnn.kernels.operators import request_of
+from pararnn.solvers.chunks import run_steps
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.rows import run_steps
 from pararnn.solvers.shooting import newton_update
 from pararnn.solvers.systems import _InRows
 from pararnn.testing import assert_close, loop

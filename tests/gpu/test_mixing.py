@@ -12,7 +12,7 @@ import pararnn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused, graphs
-from pararnn.solvers.rows import Chunks, Cut
+from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.testing import assert_close, loop
 
 pytestmark = pytest.mark.gpu

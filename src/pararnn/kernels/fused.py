@@ -1,4 +1,4 @@
-"""Steps of cells whose channels mix in one kernel, `triton.rows`, with the weights in registers."""
+"""Steps of cells whose channels mix in one kernel, `triton.mixing`: weights are in registers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.expressions import function
 from pararnn.kernels.triton.tuples import OverTime
 from pararnn.planning.kernel_plans import rows_obstacle, rows_warps
-from pararnn.solvers.rows import WHOLE, Chunks, Sweep, Swept
+from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.products import NotExpressed, Products, products
 from pararnn.tracing.step import Input
 
@@ -68,7 +68,7 @@ def _found(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `pararnn.solvers.rows.Run`: in one kernel, on a GPU or in Triton's interpreter.
+    """See `pararnn.solvers.chunks.Run`: in one kernel, on a GPU or in Triton's interpreter.
 
     Raises:
         NotFused: The kernel does not support an operation of the step, or its weights are too
@@ -152,7 +152,7 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
 
 
 def _compiled(products: Products, like: Tensor) -> _Kernel:
-    from pararnn.kernels.triton import rows  # needs Triton, which this module does not
+    from pararnn.kernels.triton import mixing  # needs Triton, which this module does not
 
     count, width, double = len(products.weights), _width(products), like.dtype is torch.float64
     drives, coefficients = products.drives, products.coefficients
@@ -175,7 +175,7 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
         "num_warps": rows_warps(count, width, like.itemsize),
         "num_stages": 1,
     }
-    return _Kernel(products, used[0], used[1], rows.run, constants)
+    return _Kernel(products, used[0], used[1], mixing.run, constants)
 
 
 def _width(products: Products) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from pararnn.kernels import fused
 from pararnn.planning.costs import COSTS
-from pararnn.solvers import rows as plain
-from pararnn.solvers.rows import WHOLE, Chunks, Rows, Sweep, Swept
+from pararnn.solvers import chunks as plain
+from pararnn.solvers.chunks import WHOLE, Chunks, Rows, Sweep, Swept
 
 _GRAPHS = 64  # kept per step, path or layer
 _UNUSED = 1024  # calls without use after which a new graph may replace one
@@ -93,7 +93,7 @@ def _as_captured() -> Iterator[None]:
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `pararnn.solvers.rows.Run`: in one kernel, or like `run_operations`."""
+    """See `pararnn.solvers.chunks.Run`: in one kernel, or like `run_operations`."""
     device = state[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
@@ -103,7 +103,7 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
 
 
 def run_operations(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `pararnn.solvers.rows.Run`: PyTorch operations, on a GPU by CUDA graphs."""
+    """See `pararnn.solvers.chunks.Run`: PyTorch operations, on a GPU by CUDA graphs."""
     device = state[0].device
     if device.type != "cuda":
         return plain.run_steps(chunks, state, sweep)
@@ -112,7 +112,7 @@ def run_operations(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE
 
 
 def replayed(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `pararnn.solvers.rows.Run`: by CUDA graphs; within a capture, step by step."""
+    """See `pararnn.solvers.chunks.Run`: by CUDA graphs; within a capture, step by step."""
     rows = chunks.rows
     if is_capturing(state[0].device) or rows.steps - sweep.first == 1:
         return plain.run_steps(chunks, state, sweep)

@@ -17,9 +17,9 @@ from pararnn.kernels.graphs import Graphs, is_capturing, run_operations, run_ste
 from pararnn.kernels.pointwise import run as run_module
 from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, Way, decide, remembered
 from pararnn.planning.settings import Sequential, Solver
-from pararnn.solvers import rows as plain
+from pararnn.solvers import chunks as plain
+from pararnn.solvers.chunks import Cut, Run
 from pararnn.solvers.report import act_on_failure
-from pararnn.solvers.rows import Cut, Run
 from pararnn.solvers.shooting import sequential_report
 from pararnn.solvers.systems import Backward, Chain, Forward
 from pararnn.tracing.products import unfused

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from pararnn.planning.costs import COSTS
 from pararnn.planning.settings import Sequential, Solver
-from pararnn.solvers.rows import (
+from pararnn.solvers.chunks import (
     WHOLE,
     Chunks,
     Cut,

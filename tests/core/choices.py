@@ -239,7 +239,7 @@ def _elementwise(rnn, given):
         drive = torch.zeros((), dtype=call.kept_in).expand(1, 1, 1, 8)
         initial = torch.zeros((), dtype=call.kept_in).expand(1, step.num_components, 8)
         drives = [drive] * step.recurrence.num_drives
-        problem = Problem(step.recurrence, drives, [], initial, None, 1)
+        problem = Problem(step.recurrence, drives, [], initial, None)
         found["precision"] = triton_backend._precision(problem)
         for direction, way in (("forward", plan.forward), ("adjoint", plan.adjoint)):
             launch = way.launch

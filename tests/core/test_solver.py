@@ -37,7 +37,7 @@ class Sweeps:
         if runner.by_channels:
             self.backend, problem = path.backend, path.problem(inputs, self.initial, None)
             with torch.no_grad():
-                self.problem = replace(problem.converted(), chunk=chunk)
+                self.problem = problem.converted()
             return
         self.problem = path.forward(inputs, self.initial, None)
 
@@ -45,7 +45,7 @@ class Sweeps:
     def system(self):
         """What the driver is given."""
         if isinstance(self.problem, Problem):
-            return _States(self.backend, self.problem)
+            return _States(self.backend, self.problem, self.chunk)
         return _InRows(self.problem, self.chunk, run_steps)
 
     def ends(self, boundary):

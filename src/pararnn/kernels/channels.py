@@ -79,7 +79,7 @@ class Channels:
         """The tensors as a problem for the backend."""
         drives, recurrence = self._drives(inputs), self.backend.recurrence
         coefficients = self.layout.coefficients_of(inputs)
-        return Problem(recurrence, drives, coefficients, initial, starts, drives[0].shape[1])
+        return Problem(recurrence, drives, coefficients, initial, starts)
 
     def _drives(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         first = inputs[: self.layout.num_drive_inputs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from pararnn.tracing.derivatives import Recurrence
 
 @dataclass(frozen=True)
 class Problem:
-    """Drives, coefficients and initial states, cut into chunks of time.
+    """Drives, coefficients and initial states.
 
     Attributes:
         recurrence: The step.
@@ -30,7 +30,6 @@ class Problem:
             starts. Either `initial` has two rows for every row b of the batch, and b starts at time
             0 from row b or batch + b, later from batch + b alone, any number of times (resets); or
             the batch is 1 and no row of `initial` starts twice (packed sequences).
-        chunk: Steps per chunk, for solvers that cut time into equal ones.
     """
 
     recurrence: Recurrence
@@ -38,7 +37,6 @@ class Problem:
     coefficients: Sequence[Tensor]
     initial: Tensor
     starts: Tensor | None
-    chunk: int
 
     @property
     def batch(self) -> int:
@@ -55,11 +53,6 @@ class Problem:
         """Channels."""
         _, _, *sizes = self.drives[0].shape
         return math.prod(sizes)
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of time."""
-        return -(-self.time // self.chunk)
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
@@ -88,12 +81,8 @@ class Problem:
         begins = (self.starts >= 0).unsqueeze(-1)
         return [torch.where(begins, f, b) for f, b in zip(fresh, before, strict=True)]
 
-    def converted(self, chunk: int | None = None) -> Problem:
-        """The same problem with every tensor in the type of the arithmetic, last stride 1.
-
-        Args:
-            chunk: Steps per chunk; as before when None.
-        """
+    def converted(self) -> Problem:
+        """The same problem with every tensor in the type of the arithmetic, last stride 1."""
         dtype = self.dtype
         return Problem(
             self.recurrence,
@@ -101,12 +90,7 @@ class Problem:
             [c.to(dtype).contiguous() for c in self.coefficients],
             self.initial.to(dtype).contiguous(),
             self.starts,
-            self.chunk if chunk is None else chunk,
         )
-
-    def in_one_chunk(self) -> Problem:
-        """The same problem, sequential in time."""
-        return self if self.chunk == self.time else replace(self, chunk=self.time)
 
 
 def with_rows(x: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class CBackend:
 
     def solve(self, problem: Problem, way: Way) -> tuple[list[Tensor], Tensor]:
         """See `Backend.solve`."""
-        kept_in, system = problem.state_dtype, _States(self, _cut(problem, way))
+        kept_in = problem.state_dtype
+        system = _States(self, problem.converted(), _steps_of_a_chunk(problem, way))
         states, report = solve(system, way.solver, way.tolerance)
         if report is None:
             report = sequential_report(problem.batch, problem.initial.device)
@@ -90,7 +91,8 @@ class CBackend:
         targets = [g if g.dtype is dtype else torch.empty_like(g, dtype=dtype) for g in grad_drives]
         system = _Adjoints(
             self,
-            _cut(problem, way),
+            problem.converted(),
+            _steps_of_a_chunk(problem, way),
             [s.to(dtype).contiguous() for s in states],
             [None if g is None else g.to(dtype).contiguous() for g in grad_states],
             targets,
@@ -103,18 +105,19 @@ class CBackend:
                 gradient.copy_(target)
         return sums.sum((0, 1)), of_initial.sum(0)
 
-    def tangents(self, problem: Problem, before: Tensor) -> Tensor:
+    def tangents(self, problem: Problem, chunk: int, before: Tensor) -> Tensor:
         """d(state after) / d(state before) of all chunks, see `System.tangents`."""
         batch, chunks, components, hidden = before.shape
         tangents = before.new_empty((batch, chunks, components, components, hidden))
         pointers = [problem.initial, before.contiguous(), tangents]
-        self.call("tangent", problem, problem.chunk, pointers)
+        self.call("tangent", problem, chunk, chunk, pointers)
         return tangents
 
     def call(
         self,
         name: str,
         problem: Problem,
+        chunk: int,
         limit: int,
         pointers: Iterable[Tensor | None],
         strided: Iterable[Tensor | None] = (),
@@ -124,7 +127,8 @@ class CBackend:
         Args:
             name: "forward", "tangent" or "backward".
             problem: The problem, in the type of the arithmetic.
-            limit: Steps of a chunk, at most: the last ones, or for "backward" the first.
+            chunk: Steps per chunk.
+            limit: How many of these to run: the last ones, or for "backward" the first.
             pointers: What else it takes, as the struct of its arguments lists it.
             strided: Likewise: (batch, time, hidden) of any strides.
         """
@@ -134,14 +138,14 @@ class CBackend:
                 f"the kernels are for a CPU and the tensors are on {initial.device}; "
                 "export the layer on the device that its program is to run on."
             )
-        batch, time, hidden, chunks = problem.batch, problem.time, problem.hidden, problem.chunks
-        cut = plan_c(batch, time, hidden, problem.chunk, torch.get_num_threads())
+        batch, time, hidden = problem.batch, problem.time, problem.hidden
+        cut = plan_c(batch, time, hidden, chunk, torch.get_num_threads())
         sizes = {
             "batch": batch,
             "time": time,
             "hidden": hidden,
-            "chunks": chunks,
-            "chunk": problem.chunk,
+            "chunks": -(-time // chunk),
+            "chunk": chunk,
             "block": cut.block,
             "threads": cut.threads,
             "rows": initial.shape[0],
@@ -160,42 +164,42 @@ class _InC(System):
     """A system whose chunks run in C. There chunks are in the order of the states."""
 
     def __init__(
-        self, backend: CBackend, problem: Problem, start: Tensor, residual: Residual
+        self, backend: CBackend, problem: Problem, chunk: int, start: Tensor, residual: Residual
     ) -> None:
-        super().__init__(start, problem.chunk, problem.chunks, residual)
+        super().__init__(start, chunk, -(-problem.time // chunk), residual)
         self.backend, self.problem = backend, problem
 
     def run(self, first: Tensor, last: int | None = None) -> tuple[list[Tensor], Tensor]:
-        return self._run(self.problem, first.contiguous(), last)
+        return self._run(self.chunk, first.contiguous(), last)
 
     def step_by_step(self) -> list[Tensor]:
-        return self._run(self.problem.in_one_chunk(), self.start.unsqueeze(1).contiguous())[0]
+        return self._run(self.problem.time, self.start.unsqueeze(1).contiguous())[0]
 
     @abc.abstractmethod
     def _run(
-        self, problem: Problem, first: Tensor, last: int | None = None
+        self, chunk: int, first: Tensor, last: int | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """See `System.run`."""
+        """See `System.run`; for any number of steps per chunk."""
 
 
 class _States(_InC):
     """The states. Results are one (batch, time, hidden) per component."""
 
-    def __init__(self, backend: CBackend, problem: Problem) -> None:
-        super().__init__(backend, problem, problem.first_states(), state_residual)
+    def __init__(self, backend: CBackend, problem: Problem, chunk: int) -> None:
+        super().__init__(backend, problem, chunk, problem.first_states(), state_residual)
         shape = (problem.batch, problem.time, problem.hidden)
         self.states = [problem.drives[0].new_empty(shape) for _ in range(self.start.shape[1])]
 
     def tangents(self, first: Tensor, found: list[Tensor]) -> Tensor:
-        return self.backend.tangents(self.problem, first)
+        return self.backend.tangents(self.problem, self.chunk, first)
 
     def _run(
-        self, problem: Problem, first: Tensor, last: int | None = None
+        self, chunk: int, first: Tensor, last: int | None = None
     ) -> tuple[list[Tensor], Tensor]:
         ends = torch.empty_like(first)
         states = self.states if last is None else [None] * len(self.states)
-        pointers = [problem.initial, first, ends, *states]
-        self.backend.call("forward", problem, last or problem.chunk, pointers)
+        pointers = [self.problem.initial, first, ends, *states]
+        self.backend.call("forward", self.problem, chunk, last or chunk, pointers)
         return self.states, ends
 
 
@@ -211,41 +215,43 @@ class _Adjoints(_InC):
         self,
         backend: CBackend,
         problem: Problem,
+        chunk: int,
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
         grad_drives: Sequence[Tensor],
     ) -> None:
         start = states[0].new_zeros(problem.batch, len(states), problem.hidden)
-        super().__init__(backend, problem, start, adjoint_residual)
+        super().__init__(backend, problem, chunk, start, adjoint_residual)
         self.states, self.grad_states, self.grad_drives = states, grad_states, grad_drives
 
     def tangents(self, first: Tensor, found: list[Tensor]) -> Tensor:
         ends = torch.stack([s[:, self.chunk - 1 :: self.chunk] for s in self.states], 2)
         before = [self.problem.first_states().unsqueeze(1), ends[:, : self.chunks - 1]]
-        return self.backend.tangents(self.problem, torch.cat(before, 1)).transpose(2, 3).flip(1)
+        tangents = self.backend.tangents(self.problem, self.chunk, torch.cat(before, 1))
+        return tangents.transpose(2, 3).flip(1)
 
     def _run(
-        self, problem: Problem, first: Tensor, last: int | None = None
+        self, chunk: int, first: Tensor, last: int | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        after = first if problem.chunks == 1 else first.flip(1)
+        problem, chunks = self.problem, first.shape[1]
+        after = first if chunks == 1 else first.flip(1)
         before = torch.empty_like(after)
         gradients: list[Tensor] = []
         if last is None:
-            sums = (problem.batch, problem.chunks, len(problem.coefficients), problem.hidden)
+            sums = (problem.batch, chunks, len(problem.coefficients), problem.hidden)
             gradients += [
-                after.new_zeros(problem.chunks, *problem.initial.shape),
+                after.new_zeros(chunks, *problem.initial.shape),
                 after.new_empty(sums, dtype=torch.float64),
             ]
         pointers = [problem.initial, after, before, *(gradients or (None, None))]
         pointers += [*self.states, *self.grad_states]
         drives = self.grad_drives if gradients else [None] * len(self.grad_drives)
-        self.backend.call("backward", problem, last or problem.chunk, pointers, drives)
-        return gradients, before if problem.chunks == 1 else before.flip(1)
+        self.backend.call("backward", problem, chunk, last or chunk, pointers, drives)
+        return gradients, before if chunks == 1 else before.flip(1)
 
 
-def _cut(problem: Problem, way: Way) -> Problem:
-    """The problem in the type of the arithmetic, in chunks."""
-    return problem.converted(min(int(way.solver.chunk), problem.time))
+def _steps_of_a_chunk(problem: Problem, way: Way) -> int:
+    return min(int(way.solver.chunk), problem.time)
 
 
 def _strided(tensors: Iterable[Tensor | None]) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pararnn.planning.plan import Way
+from pararnn.solvers.chunks import Cut, states_before
 from pararnn.tracing.derivatives import Recurrence
 
 
@@ -68,18 +69,14 @@ class Problem:
         return functools.reduce(torch.promote_types, {d.dtype for d in self.drives})
 
     def first_states(self) -> Tensor:
-        """The state before time 0, (batch, components, hidden)."""
-        return self.initial if self.starts is None else self.initial[self.starts[:, 0].long()]
+        """See the function `first_states`."""
+        return first_states(self.initial, self.starts)
 
     def states_before(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The states before all steps, components (batch, time, hidden), from those after."""
-        first = self.first_states().unsqueeze(1).unbind(2)
-        before = [torch.cat([f, s[:, :-1]], 1) for f, s in zip(first, states, strict=True)]
-        if self.starts is None:
-            return before
-        fresh = self.initial[self.starts.long().clamp_min(0)].unbind(2)
-        begins = (self.starts >= 0).unsqueeze(-1)
-        return [torch.where(begins, f, b) for f, b in zip(fresh, before, strict=True)]
+        resets = resets_of(self.initial, self.starts, self.batch, self.time)
+        whole = Cut(self.batch, self.time, self.time)
+        return states_before(self.first_states().unbind(1), states, *resets, whole)
 
     def converted(self) -> Problem:
         """The same problem with every tensor in the type of the arithmetic, last stride 1."""
@@ -91,6 +88,33 @@ class Problem:
             self.initial.to(dtype).contiguous(),
             self.starts,
         )
+
+
+def first_states(initial: Tensor, starts: Tensor | None) -> Tensor:
+    """The states before time 0, (batch, components, hidden); the arguments are as in `Problem`."""
+    return initial if starts is None else initial[starts[:, 0].long()]
+
+
+def has_reset_states(initial: Tensor, batch: int) -> bool:
+    """Whether `initial` has two states per row: the first state, and the state of resets.
+
+    Two sequences packed into one row have two states as well. The second is then the state that the
+    row restarts from, so both cases are one.
+    """
+    return len(initial) == 2 * batch
+
+
+def resets_of(
+    initial: Tensor, starts: Tensor | None, batch: int, time: int
+) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """Where states are replaced after time 0, and by what: `resets`, `reset_states` of `Chunks`."""
+    if starts is None:
+        return None, ()
+    if has_reset_states(initial, batch):
+        reset_states = initial[batch:].unsqueeze(1).expand(-1, time, -1, -1)
+    else:
+        reset_states = initial[starts.long().clamp_min(0)]
+    return (starts >= batch).unsqueeze(-1), reset_states.unbind(2)
 
 
 def with_rows(x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from pararnn.solvers.chunks import (
     in_blocks,
     states_before,
 )
+from pararnn.solvers.problem import first_states, has_reset_states, resets_of
 from pararnn.solvers.shooting import (
     System,
     adjoint_residual,
@@ -70,15 +71,6 @@ class Chain(abc.ABC):
     @abc.abstractmethod
     def first(self) -> Tensor:
         """The states to start from, (batch, components, hidden)."""
-
-    @property
-    def restarts(self) -> bool:
-        """Whether `initial` has two states per row: the first state, and the state of resets.
-
-        Two sequences packed into one row have two states as well. The second is then the state that
-        the row restarts from, so both cases are one.
-        """
-        return len(self.initial) == 2 * self.batch
 
     def resets(self) -> Tensor:
         """Boolean (batch, time): a sequence starts, but not from the first state of its row."""
@@ -219,7 +211,7 @@ class Forward(Chain):
 
     def first(self) -> Tensor:
         """See `Chain.first`."""
-        return self.initial if self.starts is None else self.initial[self.starts[:, 0].long()]
+        return first_states(self.initial, self.starts)
 
     def chunks(self, cut: Cut) -> Chunks:
         """See `Chain.chunks`."""
@@ -231,13 +223,7 @@ class Forward(Chain):
 
     def _resets(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """`resets` and `reset_states` of `Chunks`."""
-        if self.starts is None:
-            return None, ()
-        if self.restarts:
-            reset_states = self.initial[self.batch :].unsqueeze(1).expand(-1, self.time, -1, -1)
-        else:
-            reset_states = self.initial[self.starts.long().clamp_min(0)]
-        return self.resets().unsqueeze(-1), reset_states.unbind(2)
+        return resets_of(self.initial, self.starts, self.batch, self.time)
 
     def tangents(
         self, cut: Cut, first: Sequence[Tensor], states: Sequence[Tensor], run: Run
@@ -347,7 +333,7 @@ class Backward(Chain):
         """The gradient of the initial states: the adjoint of the solution where they are used."""
         if self.starts is None:
             return torch.stack([f[:, 0] for f in found], 1)
-        if self.restarts:
+        if has_reset_states(self.initial, self.batch):
             first, resets = self.starts[:, :1], self.resets().unsqueeze(-1)
             carried = (first >= 0) & (first < self.batch)
             rows = [torch.where(carried, f[:, 0], 0.0) for f in found]

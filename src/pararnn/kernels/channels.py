@@ -21,7 +21,7 @@ from pararnn.solvers.report import act_on_failure
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.step import Layout, Step
 
-BACKENDS: dict[str, Callable[[Recurrence], Backend]] = {
+_MAKERS: dict[str, Callable[[Recurrence], Backend]] = {
     "c": CBackend,
     "triton": TritonBackend,
 }
@@ -61,7 +61,7 @@ class Channels:
         with _lock:
             made = _backends.get(key)
             if made is None:
-                made = _backends[key] = BACKENDS[chosen.name](step.recurrence)
+                made = _backends[key] = _MAKERS[chosen.name](step.recurrence)
         return cls(made, step.layout, chosen, solver, facts)
 
     def plan(self, call: Call, device: torch.device) -> Plan:

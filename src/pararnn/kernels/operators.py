@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pararnn.kernels.channels import BACKENDS, Channels
+from pararnn.kernels.channels import Channels
 from pararnn.kernels.direct import Operator
 from pararnn.kernels.facts import facts_of, on_rows
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.rows import Rows
-from pararnn.planning.plan import BackendChoice, Call, Facts, Plan
+from pararnn.planning.plan import BACKENDS, BackendChoice, Call, Facts, Plan
 from pararnn.planning.settings import Solver
 from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.step import Step

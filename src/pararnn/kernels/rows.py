@@ -46,6 +46,7 @@ class Rows:
     facts: Facts
     graphs: Graphs = field(default_factory=Graphs)
     plans: dict[Any, Plan] = field(default_factory=dict, repr=False, compare=False)
+    # why steps do not run in one kernel after all, by (whether backward, whether in float64)
     _refused: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, call: Call, device: torch.device) -> Plan:

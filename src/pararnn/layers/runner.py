@@ -45,6 +45,10 @@ class Runner:
 
     Attributes:
         traced: The cell.
+        input_part: Its input part.
+        features: The shape of one input.
+        facts: Facts of its step.
+        request: The name by which operators are called.
         choice: The chosen backend, or PyTorch if the kernels of the chosen one cannot be built.
         solver: The user's solver; None to choose.
         owners: Module and name there of each tensor that the input part reads.
@@ -74,7 +78,7 @@ class Runner:
         one_call: bool = False,
     ) -> None:
         self.traced, self.input_part, self.solver = traced, traced.input_part, solver
-        self.features = traced.given[0].shape  # of one input
+        self.features = traced.given[0].shape
         self.feature_axes = len(self.features)
         self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
         facts = facts_of(traced.step, traced.subject.name, traced.reason)

@@ -19,7 +19,7 @@ from pararnn.planning.costs import COSTS, Costs
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.planning.triton_plan import Launch, Work, plan_launch
 
-_TF32 = 2.0**-11  # half the spacing at 1
+_TF32 = 2.0**-11  # the largest relative error of a factor that is rounded to TF32
 
 
 class BackendError(ValueError):
@@ -164,9 +164,9 @@ class Way:
         tolerance: The tolerance in force.
         steps: What runs the steps of a sweep: "kernel" (one for all), "graphs" (CUDA graphs of
             PyTorch operations) or "operations".
-        settle: Whether sequences that have not converged after one iteration are run step by step
-            by one more kernel. The device decides which, so there is no host sync.
-        give_up: Whether iterations stop that will not reach the tolerance.
+        settle: Whether there is one iteration, after which one more kernel runs the sequences that
+            have not converged step by step. The device decides which, so there is no host sync.
+        give_up: Whether iterations stop early once they will not reach the tolerance.
         in_graph: Whether the solve is replayed as one CUDA graph.
         launch: How Triton's kernels for elementwise cells are launched.
     """
@@ -267,16 +267,16 @@ def _backend_of_rows(name: str, facts: Facts, machine: Machine) -> BackendChoice
             f"backend='c' evaluates elementwise cells and {facts.name} is not one "
             f"({facts.because}). Use backend='torch', or backend='auto' to choose."
         )
-    found = [dict(table)["triton"] for table in (machine.obstacles, machine.missing)]
+    no_kernels = dict(machine.obstacles)["triton"] or dict(machine.missing)["triton"]
     needed = facts.kernels if name == "triton" else facts.kernels[:1]
-    obstacle = found[0] or found[1] or next(filter(None, needed), None)
+    obstacle = no_kernels or next(filter(None, needed), None)
     if obstacle is None and (name == "triton" or machine.device == "cuda"):
         reason = "asked for" if name == "triton" else f"{mixes}; its steps run in one kernel"
         return BackendChoice("triton", reason)
     if name == "triton":
         raise _cannot_run(name, facts, obstacle or "")
-    # operations on all times at once may be generated even so
-    return BackendChoice("torch", mixes, generated=found == [None, None])
+    # kernels for all times at once may be generated even if those of steps are not
+    return BackendChoice("torch", mixes, generated=no_kernels is None)
 
 
 def _cannot_run(name: str, facts: Facts, why: str) -> BackendError:
@@ -357,7 +357,7 @@ def _kernels(
         cut = plan_c(call.batch, call.time, call.hidden, chunk, machine.threads, costs)
         choices.append(Choice("chunks", cut.chunks, cut.because if chunk is None else "asked for"))
         choices.append(_warm_up(costs.warm_up, cut.chunk, cut.chunks))
-        way = Way(replace_chunk(asked, cut.chunk), tolerance)
+        way = Way(_in_chunks(asked, cut.chunk), tolerance)
         return way, way
     loads = facts.drives, facts.drives + facts.components + call.gradients
     ways = []
@@ -371,12 +371,12 @@ def _kernels(
         few = f"{busy:.2g} programs per multiprocessor without cutting time"
         choices.append(Choice(name, launch.chunks, few if chunk is None else "asked for"))
         choices.append(_warm_up(launch.warm, launch.chunk, launch.chunks))
-        ways.append(Way(replace_chunk(asked, launch.chunk), tolerance, launch=launch))
+        ways.append(Way(_in_chunks(asked, launch.chunk), tolerance, launch=launch))
     return ways[0], ways[1]
 
 
-def replace_chunk(solver: Solver, chunk: int) -> Solver:
-    """The settings with so many steps per chunk."""
+def _in_chunks(solver: Solver, chunk: int) -> Solver:
+    """The settings with that many steps per chunk."""
     return solver if isinstance(solver, Sequential) else replace(solver, chunk=chunk)
 
 
@@ -402,7 +402,7 @@ def _rows(
     if solver is None or solver.chunk == "auto":
         chosen = automatic(facts.entries, free, call.batch, call.time, costs)
         if solver is not None:
-            chosen = replace_chunk(solver, int(chosen.chunk))
+            chosen = _in_chunks(solver, int(chosen.chunk))
     assert chosen is not None
     chunk = min(int(chosen.chunk), call.time)
     chunks = -(-call.time // chunk)
@@ -416,23 +416,24 @@ def _rows(
     given = solver is not None and solver.chunk != "auto"
     choices.append(Choice("chunks", chunks, "asked for" if given else because))
     choices.append(_warm_up(costs.warm_up, chunk, chunks))
+    tolerance = chosen.tolerance_for(call.kept_in)
+    if chosen.tolerance is None and call.rounds:
+        tolerance = max(tolerance, _TF32)
+    iterates = not isinstance(chosen, Sequential)
+    ours = iterates and solver is None  # nobody asked for these iterations
     ways = []
     for direction, name in enumerate(("steps forward", "steps backward")):
         steps, why = _steps(facts, machine, backend, direction)
         choices.append(Choice(name, steps, why))
-        tolerance = chosen.tolerance_for(call.kept_in)
-        if chosen.tolerance is None and call.rounds:
-            tolerance = max(tolerance, _TF32)
-        alone = solver is None and not isinstance(chosen, Sequential)
-        settle, now = alone and steps == "kernel", chosen
+        settle, settings = ours and steps == "kernel", chosen
         if settle:
-            now = replace(chosen, max_iterations=1)
-        elif call.capturing and not isinstance(chosen, Sequential):
-            now = Sequential()
+            settings = replace(chosen, max_iterations=1)
+        elif call.capturing and iterates:
+            settings = Sequential()
             choices.append(Choice(name, "one chunk", "a captured call cannot wait for the device"))
         small = call.batch * call.time * call.hidden * facts.components <= costs.graph_elements
         in_graph = settle and small and not call.capturing
-        ways.append(Way(now, tolerance, steps, settle, alone and not settle, in_graph))
+        ways.append(Way(settings, tolerance, steps, settle, ours and not settle, in_graph))
     return ways[0], ways[1]
 
 

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import sys
+import warnings
 from types import SimpleNamespace
 
 import hypothesis
@@ -65,7 +66,9 @@ def forgetful_compiler():
     """Graphs that torch.compile made for one test do not count towards its limit in the next."""
     yield
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where there is a GPU, it imports all of Inductor
+            torch.compiler.reset()
 
 
 @pytest.fixture

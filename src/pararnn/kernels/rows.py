@@ -222,7 +222,8 @@ def kernels_of(
         inputs: An example, with rows (batch, time, ...).
         initial: Initial states.
     """
-    rows = Rows(step, BackendChoice("triton", ""), None, Facts())
+    plain = BackendChoice("torch", "", generated=False)  # an example needs no kernels of its own
+    rows = Rows(step, plain, None, Facts())
     chain = rows.forward(inputs, initial, None)
     cut, state = Cut(chain.batch, chain.time, chain.time), chain.initial.unbind(1)
     forward = fused.reason(chain.chunks(cut), state)

@@ -12,7 +12,7 @@ from pretend_gpu import Driver
 from pararnn import RNN, Newton
 from pararnn.cells import ParaGRUCell
 from pararnn.kernels import facts
-from pararnn.kernels.triton import backend, device
+from pararnn.kernels.triton import backend, device, forward, launch
 
 launched, compiled = [], []
 
@@ -47,4 +47,10 @@ facts.interpreted = lambda: True
 rnn = RNN(ParaGRUCell(8, 32), backend="triton", solver=Newton(chunk=8))
 y, _ = rnn(torch.randn(2, 48, 8))
 y.sum().backward()
-print(json.dumps({"compiled": len(compiled), "together": together, "launched": launched}))
+
+recurrence = rnn.runner().traced.step.recurrence
+version = launch.functions_of(recurrence, "single", False)["version"]
+forward.verdict = forward.judge  # as if its text were another
+changed = version != launch.functions_of(recurrence, "single", False)["version"]
+found = {"compiled": len(compiled), "together": together, "launched": launched, "changed": changed}
+print(json.dumps(found))

@@ -1,10 +1,10 @@
 """Kernels in Triton, written once for all cells; only the steps of a cell are generated (`steps`).
 
-`forward` has three kernels that compute states. `sweep` gives one program a chunk of time and a
-block of channels. It runs the steps before the chunk from the initial state to guess the state that
-the chunk starts from (the warm-up), with the tangent of these steps, which says how much of their
-start is left. If nothing is, it runs the chunk and writes the results; else it runs the chunk with
-its tangent and leaves the results to others.
+`solve` has three kernels. `sweep` gives one program a chunk of time and a block of channels. It
+runs the steps before the chunk from the initial state to guess the state that the chunk starts from
+(the warm-up), with the tangent of these steps, which says how much of their start is left. If
+nothing is, it runs the chunk and writes the results; else it runs the chunk with its tangent and
+leaves the results to others.
 
 `correct` returns at once where every chunk starts where the one before it ends. Else each of its
 programs, which have a chunk each again, computes the right start through the tangents of all chunks
@@ -14,11 +14,12 @@ before, and runs its chunk from there: one iteration of Newton's method. That is
 it iterates, group after group of chunks, until it is, at the latest when every chunk has become
 exact.
 
-`adjoint` has three that compute gradients: they do the same backwards in time, with a product of
-transposed Jacobians in the place of the tangent. Loops are unrolled and load the inputs of the next
-steps while they compute. `tuples` says what kernels are given, `launch` gives it to them.
+They solve two systems. `forward` says how a chunk of states runs and how gaps between chunks are
+measured; `adjoint` says so of gradients, which run backwards in time, with a product of transposed
+Jacobians in the place of the tangent. Loops are unrolled and load the inputs of the next steps
+while they compute. `tuples` says what kernels are given, `launch` gives it to them.
 
-Where channels mix by products, `rows` runs the steps of chunks. `pointwise` computes what stands
+Where channels mix by products, `mixing` runs the steps of chunks. `pointwise` computes what stands
 between products for all times at once, `matvec` a step of generation's products with one vector.
 What they call is generated too, by `expressions`.
 """

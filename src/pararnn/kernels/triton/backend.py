@@ -31,7 +31,7 @@ class TritonBackend:
 
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
-        self._steps: dict[tuple[str, bool], Any] = {}
+        self._functions: dict[tuple[str, bool], Any] = {}
         self._compiled: set[tuple[object, ...]] = set()
         self.compile_s = 0.0
 
@@ -58,10 +58,10 @@ class TritonBackend:
         most = min(settings.max_iterations or launch.chunks, launch.chunks)
         with on_device(drive):
             written = _written()
-            arguments = {"given": written.given_of(problem, states)}
+            given = written.given_of(problem, states)
             kinds = self._kinds(problem, launch, most)
-            more = {"damping": settings.damping}, {"report": report, "most": most}
-            self._run(written.calls(kinds, arguments, problem, launch, way.tolerance, *more))
+            asked = way.tolerance, settings.damping, report, most
+            self._run(written.calls(kinds, given, problem, launch, *asked))
         return states, report
 
     def solve_adjoint(
@@ -75,7 +75,7 @@ class TritonBackend:
         """See `Backend.solve_adjoint`."""
         settings, launch = way.solver, way.launch
         assert launch is not None
-        given = tuple(g is not None for g in grad_states)
+        has_gradient = tuple(g is not None for g in grad_states)
         reports = settings.on_failure != "sequential" and launch.chunks > 1
         written = _written()
         drive, components = problem.drives[0], self.recurrence.num_components
@@ -90,13 +90,11 @@ class TritonBackend:
         report = drive.new_empty((self.parts(problem), 4), dtype=torch.float64) if reports else None
         most = min(settings.max_iterations or chunks, chunks) if reports else None
         with on_device(drive):
-            arguments = {
-                "given": written.given_of(problem, [s.contiguous() for s in states]),
-                "grads": written.grads_of(grad_states, grad_drives, grad_initial, sums),
-            }
-            kinds = self._kinds(problem, launch, chunks, given, reports)
-            more: tuple[dict[str, Any], ...] = ({}, {"report": report, "most": most})
-            self._run(written.calls(kinds, arguments, problem, launch, way.tolerance, *more))
+            grads = written.grads_of(grad_states, grad_drives, grad_initial, sums)
+            given = written.given_of(problem, [s.contiguous() for s in states], grads)
+            kinds = self._kinds(problem, launch, chunks, has_gradient, reports)
+            asked = way.tolerance, None, report, most
+            self._run(written.calls(kinds, given, problem, launch, *asked))
             if report is not None:
                 act_on_failure(report, settings, way.tolerance, backwards=True)
             grad_coefficients = sums.new_empty(sums.shape[2:], dtype=problem.dtype)
@@ -114,15 +112,15 @@ class TritonBackend:
         launch: Launch,
         most: int,
         gradients: Sequence[bool] | None = None,
-        reports: bool = False,
+        reports: bool = True,
     ) -> Any:
         """What the kernels of a direction are compiled for: the adjoint's with `gradients`."""
         written, precision = _written(), _precision(problem)
         key = (precision, gradients is not None)
-        if key not in self._steps:
-            self._steps[key] = written.steps_of(self.recurrence, *key)
+        if key not in self._functions:
+            self._functions[key] = written.functions_of(self.recurrence, *key)
         corrected = launch.corrected and most > 1
-        return written.kinds(self._steps[key], problem, launch, corrected, gradients, reports)
+        return written.kinds(self._functions[key], problem, launch, corrected, gradients, reports)
 
     def _run(self, calls: Sequence[Call]) -> None:
         """Launch kernels one after another; those of a new kind are compiled before, together."""

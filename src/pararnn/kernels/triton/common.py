@@ -1,4 +1,4 @@
-"""What the written kernels of both directions share.
+"""What the kernels in `solve` and both systems share.
 
 A program of `sweep` and `correct` has one chunk of time and a block of channels; its values have
 the shape [BLOCK]. A program of `refine` has a group of chunks: then numbers and first times of
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pararnn.kernels.triton.functions import bounded, magnitude, only, prefetch
+from pararnn.kernels.triton.functions import only, prefetch
 from pararnn.kernels.triton.tuples import Chunk, Program, Stream
 
 
@@ -34,70 +34,49 @@ def program_of(given, batch, time, chunks, chunk, KIND: tl.constexpr):
 
 
 @triton.jit
-def own_chunk(given, grads, p, KIND: tl.constexpr):
+def own_chunk(given, p, KIND: tl.constexpr):
     """The chunk of a program that has one."""
     k = tl.program_id(0) // (p.tiles * p.batch)
     first = k * p.chunk
     length = tl.minimum(p.chunk, p.time - first)
-    return chunk_of(given, grads, p, k, first, length, True, p.inside, p.channels, KIND)
+    return chunk_of(given, p, k, first, length, True, p.inside, p.channels, KIND)
 
 
 @triton.jit
-def group_of(given, grads, p, g, KIND: tl.constexpr):
+def group_of(given, p, g, KIND: tl.constexpr):
     """The group of chunks that begins with chunk `g`."""
     k = g + tl.arange(0, KIND.group)[:, None]
     exists = k < tl.minimum(g + KIND.group, p.chunks)
     here, d = exists & p.inside[None, :], p.channels[None, :]
-    return chunk_of(given, grads, p, k, k * p.chunk, p.chunk, exists, here, d, KIND)
+    return chunk_of(given, p, k, k * p.chunk, p.chunk, exists, here, d, KIND)
 
 
 @triton.jit
-def chunk_of(given, grads, p, k, first, length, exists, here, d, KIND: tl.constexpr):
+def chunk_of(given, p, k, first, length, exists, here, d, KIND: tl.constexpr):
     """A chunk, or a group, with where it is in all tensors over time."""
-    origin, starts, results, before, grad_initial = tl.cast(first, tl.int64), (), (), (), ()
+    origin, starts, results, before = tl.cast(first, tl.int64), (), (), ()
     for n in tl.static_range(len(given.starts)):
         starts = starts + (given.starts[n] + p.b * p.time + origin,)
     if KIND.backward:
-        results, grad_initial = in_heads(grads.drives, p, origin, d, KIND), grads.initial
+        results = in_heads(given.grads.drives, p, origin, d, KIND)
         if KIND.starts == "none":
             before = first_state(given, p, KIND)
-    inputs = streams_of(given, grads, p, origin, d, KIND)
-    lines = streams_of(given, grads, p, origin, p.tile * KIND.block, KIND)
-    return Chunk(
-        p.b,
-        k,
-        first,
-        length,
-        exists,
-        here,
-        d,
-        p.time,
-        p.hidden,
-        p.chunks,
-        p.batch,
-        inputs[0],
-        inputs[1],
-        inputs[2],
-        lines,
-        p.coefficients,
-        given.initial,
-        starts,
-        results,
-        grad_initial,
-        before,
-    )
+    drives, states, gradients = streams_of(given, p, origin, d, KIND)
+    lines = streams_of(given, p, origin, p.tile * KIND.block, KIND)
+    place, read = (k, first, length, exists, here, d), (drives, states, gradients, lines)
+    return Chunk(p, given, *place, *read, starts, results, before)
 
 
 @triton.jit
-def streams_of(given, grads, p, origin, d, KIND: tl.constexpr):
+def streams_of(given, p, origin, d, KIND: tl.constexpr):
     """Streams of drives, states, and gradients of states."""
     states, gradients = (), ()
     for i in tl.static_range(len(given.states)):
         at = given.states[i] + (p.b * p.time + origin) * p.hidden + d
         states = states + (Stream(at, p.hidden, p.hidden - d),)
     if KIND.backward:
-        for n in tl.static_range(len(grads.states)):
-            of = grads.states[n]
+        for n in tl.static_range(len(given.grads.states)):
+            of = given.grads.states[n]
             at = of.at + p.b * of.batch + origin * of.time + d
             gradients = gradients + (Stream(at, of.time, p.hidden - d),)
     return in_heads(given.drives, p, origin, d, KIND), states, gradients
@@ -142,7 +121,7 @@ def prefetch_steps(step, chunk, STEPS: tl.constexpr, KIND: tl.constexpr):
         lines = lines + chunk.lines[1] + chunk.lines[2]
     for n in tl.static_range(len(lines)):
         at, stride, rest = lines[n]
-        last = chunk.time - 1 - origin
+        last = chunk.p.time - 1 - origin
         prefetch(at, stride, step, -origin, last, rest, STEPS, KIND.block)
 
 
@@ -179,7 +158,7 @@ def store_step(streams, number: tl.constexpr, values, mask):
 def exists(step, chunk, KIND: tl.constexpr):
     """Which entries of the values there are at a step of the chunk."""
     if KIND.wide:
-        return chunk.here & (chunk.first + step < chunk.time)
+        return chunk.here & (chunk.first + step < chunk.p.time)
     else:
         return chunk.here
 
@@ -189,7 +168,7 @@ def start_of(step, chunk, KIND: tl.constexpr):
     """The row of the initial states that a sequence starts from at a step, -1 if none does."""
     at = chunk.starts[0] + step
     if KIND.wide:
-        start = tl.load(at, mask=chunk.exists & (chunk.first + step < chunk.time), other=-1)
+        start = tl.load(at, mask=chunk.exists & (chunk.first + step < chunk.p.time), other=-1)
     else:
         start = tl.load(at)
     return tl.cast(start, tl.int64)
@@ -198,7 +177,7 @@ def start_of(step, chunk, KIND: tl.constexpr):
 @triton.jit
 def initial_at(start, i, chunk, count: tl.constexpr):
     """Where a component of that row is."""
-    return tl.maximum(start, 0) * count * chunk.hidden + chunk.d + i * chunk.hidden
+    return tl.maximum(start, 0) * count * chunk.p.hidden + chunk.d + i * chunk.p.hidden
 
 
 @triton.jit
@@ -206,7 +185,7 @@ def restarted(s, start, step, chunk, KIND: tl.constexpr):
     """States, replaced by initial ones where a sequence starts."""
     found, fresh = (), start >= 0
     for i in tl.static_range(len(s)):
-        at = chunk.initial + initial_at(start, i, chunk, len(s))
+        at = chunk.given.initial + initial_at(start, i, chunk, len(s))
         loaded = tl.load(at, mask=only(exists(step, chunk, KIND), fresh)).to(KIND.real)
         found = found + (tl.where(fresh, loaded, s[i]),)
     return found
@@ -314,64 +293,3 @@ def save(of, values, p, k, d, mask):
 def load_stored(stored, p, k, mask):
     """Whether results of chunks were written; those that are not there count as written."""
     return tl.load(stored + (p.b * p.chunks + k) * p.tiles + p.tile, mask=mask, other=1)
-
-
-@triton.jit
-def note_forgotten(g, exact, limit, stored, p, own):
-    """Note whether nothing is left of where the warm-up started; else how many steps to run again.
-
-    The warm-up is also good where it started from the right state (`exact`).
-    """
-    sizes = magnitude(g[0])
-    for n in tl.static_range(1, len(g)):
-        sizes += magnitude(g[n])
-    forgotten = exact | (tl.max(tl.where(p.inside, sizes, 0.0)) <= limit)
-    at = stored + (p.b * p.chunks + own.k) * p.tiles + p.tile
-    tl.store(at, tl.cast(forgotten, tl.int32))
-    return tl.where(forgotten, 0, own.length)
-
-
-@triton.jit
-def newton(n, strength, delta, edges, p, KIND: tl.constexpr):
-    """The corrected start of chunk `n`, and by how much it is corrected.
-
-    `delta` is by how much the start of the chunk before was, the coupling counts times `strength`.
-    What overflows is left out, so that a start that was right stays as it is.
-    """
-    count: tl.constexpr = len(delta)
-    before = n + 1 if KIND.backward else n - 1
-    g = load_edges(edges.coupling, p, before, count * count, p.channels, p.inside, None)
-    start, moved = (), ()
-    for i in tl.static_range(count):
-        total = bounded(g[i * count] * strength) * delta[0]
-        for j in tl.static_range(1, count):
-            total += bounded(g[i * count + j] * strength) * delta[j]
-        old = tl.load(edge(edges.guess, p, n, i, count, p.channels), mask=p.inside)
-        end = tl.load(edge(edges.ends, p, before, i, count, p.channels), mask=p.inside)
-        new = end + bounded(total)
-        start = start + (new,)
-        moved = moved + (tl.where(new == old, 0.0, bounded(new - old)),)
-    return start, moved
-
-
-@triton.jit
-def fold(edges, target, g, last, coupling, p, count: tl.constexpr, KIND: tl.constexpr):
-    """Into `target`, the starts of a group one after another; the first starts exactly."""
-    delta = zeros(count, p.channels, KIND.real)
-    for m in range(0, last - g):
-        n = last - 1 - m if KIND.backward else g + m
-        if n == (p.chunks - 1 if KIND.backward else 0):
-            start = load_edges(edges.guess, p, n, count, p.channels, p.inside, None)
-        else:
-            start, delta = newton(n, tl.where(m > 0, coupling, 0.0), delta, edges, p, KIND)
-        save(target, start, p, n, p.channels, p.inside)
-
-
-@triton.jit
-def write_report(report, p, iterations, residual, status, chunks):
-    """The row of the report that belongs to this block of channels."""
-    part = report + (p.b * p.tiles + p.tile) * 4
-    tl.store(part + 0, tl.cast(iterations, tl.float64))
-    tl.store(part + 1, tl.cast(residual, tl.float64))
-    tl.store(part + 2, tl.cast(status, tl.float64))
-    tl.store(part + 3, tl.cast(chunks, tl.float64))

@@ -125,6 +125,11 @@ if interpreted():
     @triton.jit
     def prefetch(base, stride, step, low, high, channels, STEPS, BLOCK):  # type: ignore[no-untyped-def]
         """Nothing: there is no cache."""
+
+    @triton.jit
+    def anew(number):  # type: ignore[no-untyped-def]
+        """The number."""
+        return number
 else:
     from triton.language.extra import libdevice
 
@@ -157,6 +162,13 @@ else:
     def fast_exp(x):  # type: ignore[no-untyped-def]
         """By the hardware's power of two."""
         return tl.exp(x)
+
+    @triton.jit
+    def anew(number):  # type: ignore[no-untyped-def]
+        """The number, as if it were another every time: nothing is computed from it ahead."""
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
+        )
 
     @triton.jit
     def prefetch(  # type: ignore[no-untyped-def]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from pararnn.kernels.triton import adjoint, forward, steps
+from pararnn.kernels.triton import adjoint, forward, solve, steps
 from pararnn.kernels.triton.build import load
 from pararnn.kernels.triton.device import overlaps
 from pararnn.kernels.triton.functions import total
@@ -63,28 +63,29 @@ class Call:
             self.kernel[(self.programs,)](**given)
 
 
-class Steps(NamedTuple):
-    """The step functions of a direction, as `Kind` has them."""
-
-    step: Any
-    step_with_jacobian: Any
-    entries: tuple[int, ...]
-
-
-def steps_of(recurrence: Recurrence, precision: steps.Precision, backward: bool) -> Steps:
-    """Generate them."""
+def functions_of(
+    recurrence: Recurrence, precision: steps.Precision, backward: bool
+) -> dict[str, Any]:
+    """The functions of a direction, with what else `Kind` has of them."""
+    if backward:
+        cell = load(steps.adjoint_source(recurrence, precision))
+        found = {"step": cell.adjoint_step, "step_with_jacobian": cell.adjoint_with_jacobian}
+    else:
+        cell = load(steps.forward_source(recurrence, precision))
+        found = {"step": cell.step, "step_with_jacobian": cell.step_with_jacobian}
+    system = adjoint if backward else forward
+    names = "load_ahead run run_chunk unmeasured measure judge moved verdict"
+    found |= {name: getattr(system, name) for name in names.split()}
+    # Triton's cache on disk sees only names of functions in tuples; the interpreter has none.
+    keys = "".join(getattr(function, "cache_key", "") for function in found.values())
     coupled, count = steps.coupled(recurrence), range(recurrence.num_components)
     entries = [(j, i) if backward else (i, j) for i in count for j in count]
     places = tuple(coupled.index(e) if e in coupled else -1 for e in entries)
-    if backward:
-        module = load(steps.adjoint_source(recurrence, precision))
-        return Steps(module.adjoint_step, module.adjoint_with_jacobian, places)
-    module = load(steps.forward_source(recurrence, precision))
-    return Steps(module.step, module.step_with_jacobian, places)
+    return found | {"version": hashlib.sha256(keys.encode()).hexdigest(), "entries": places}
 
 
 def kinds(
-    functions: Steps,
+    functions: dict[str, Any],
     problem: Problem,
     launch: Launch,
     corrected: bool,
@@ -94,16 +95,16 @@ def kinds(
     """What `sweep`, `correct` and `refine` are compiled for.
 
     Args:
-        functions: Of the cell.
+        functions: See `functions_of`.
         problem: The problem.
         launch: How it is cut.
         corrected: Whether `correct` runs.
         gradients: For the adjoint, which components of the states have a gradient.
-        reports: Whether its `refine` says how it went.
+        reports: Whether `refine` says how it went.
     """
     given, double = gradients or (), problem.dtype is torch.float64
     sweep = Kind(
-        *functions,
+        **functions,
         real=tl.float64 if double else tl.float32,
         small=SMALL,
         tiny=2.0**-1022 if double else 2.0**-126,
@@ -134,14 +135,15 @@ def starts_of(problem: Problem) -> str:
     return "resets" if problem.initial.shape[0] == 2 * problem.batch else "packed"
 
 
-def given_of(problem: Problem, states: Sequence[Tensor]) -> Given:
-    """What both directions read."""
+def given_of(problem: Problem, states: Sequence[Tensor], grads: Grads | tuple[()] = ()) -> Given:
+    """What a system is given: that of the adjoints with `grads`."""
     return Given(
         _in_heads([with_rows(drive) for drive in problem.drives]),
         tuple(weight.contiguous() for weight in problem.coefficients),
         problem.initial.contiguous(),
         () if problem.starts is None else (problem.starts,),
         tuple(states),
+        grads,
     )
 
 
@@ -189,42 +191,43 @@ def edges_of(problem: Problem, launch: Launch) -> Edges:
 
 def calls(
     kinds: tuple[Kind, Kind, Kind],
-    arguments: dict[str, Any],
+    given: Given,
     problem: Problem,
     launch: Launch,
     tolerance: float,
-    solver: dict[str, Any],
-    report: dict[str, Any],
+    damping: float | None,
+    report: Tensor | None,
+    most: int | None,
 ) -> list[Call]:
     """The kernels of a direction.
 
     Args:
         kinds: What each is compiled for.
-        arguments: That all of them have.
+        given: What the system is given.
         problem: The problem.
         launch: How it is cut.
         tolerance: Of the solve.
-        solver: Arguments of `correct` and `refine`.
-        report: Arguments of `refine`.
+        damping: Of Newton's method; None for the adjoint.
+        report: Where it goes, if anywhere.
+        most: How many iterations count, if there is a report.
     """
     sweep, correct, refine = kinds
-    kernels: ModuleType = adjoint if sweep.backward else forward
     parts, edges = problem.batch * -(-problem.hidden // launch.block), edges_of(problem, launch)
     programs, warps = parts * launch.chunks, launch.warps
-    arguments = arguments | {"edges": edges, "batch": problem.batch, "time": problem.time}
+    arguments = {"given": given, "edges": edges, "batch": problem.batch, "time": problem.time}
     arguments |= {"chunks": launch.chunks, "chunk": launch.chunk}
     first = arguments | {"warm": launch.warm, "limit": tolerance, "KIND": sweep}
-    first |= {} if sweep.backward else {"report": report["report"]}
-    found = [Call(kernels.sweep, programs, warps, first, overlap=False)]
+    first |= {"report": None if sweep.backward else report}
+    found = [Call(solve.sweep, programs, warps, first, overlap=False)]
     if launch.chunks == 1:
         return found
     new = Corrected(*(torch.empty_like(edges.guess) for _ in range(3)))
-    arguments |= solver | {"corrected": new, "tolerance": tolerance}
+    arguments |= {"corrected": new, "tolerance": tolerance, "damping": damping}
     if refine.corrected:
         second = arguments | {"KIND": correct}
-        found.append(Call(kernels.correct, programs, warps, second, correct.overlap))
-    last = arguments | report | {"KIND": refine}
-    return [*found, Call(kernels.refine, parts, launch.group * warps, last, refine.overlap)]
+        found.append(Call(solve.correct, programs, warps, second, correct.overlap))
+    last = arguments | {"report": report, "most": most, "KIND": refine}
+    return [*found, Call(solve.refine, parts, launch.group * warps, last, refine.overlap)]
 
 
 def total_call(sums: Tensor, result: Tensor, overlap: bool) -> Call:

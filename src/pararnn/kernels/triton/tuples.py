@@ -17,16 +17,17 @@ InHeads = namedtuple("InHeads", "at batch time head size")
 # A tensor (batch, time, channels), and its strides.
 OverTime = namedtuple("OverTime", "at batch time")
 
-# What a solve is given.
+# What a system is given.
 # drives: each InHeads
 # coefficients: (channels,)
 # initial: states before the first step, (rows, components, channels)
 # starts: nothing, or one tensor (batch, time): the row of `initial` that a sequence starts from at
 #     a step; -1 where none starts
 # states: (batch, time, channels), which the forward direction writes
-Given = namedtuple("Given", "drives coefficients initial starts states")
+# grads: Grads for the adjoint, else nothing
+Given = namedtuple("Given", "drives coefficients initial starts states grads")
 
-# For the adjoint.
+# Gradients, of which the adjoint is given the first.
 # states: gradients of those components of the states that have one, each OverTime
 # drives: where gradients of drives go, each InHeads
 # initial: where those of initial states go; with resets first those of the rows of the batch, then
@@ -49,6 +50,9 @@ Corrected = namedtuple("Corrected", "guess ends target")
 # step_with_jacobian: the same, and the entries of the Jacobian that are not zero
 # entries: for every entry, row by row, where it is among these; -1 for zeros. The adjoint has those
 #     of the transposed Jacobian
+# load_ahead, run, run_chunk, unmeasured, measure, judge, moved, verdict: those of a system, which
+#     have these names in `forward` and `adjoint`
+# version: text that differs where any of these functions does
 # real: the type of the arithmetic
 # small, tiny: a residual below 1 counts relative to `small` times the largest state of its channel,
 #     and to no less than `tiny`
@@ -64,11 +68,12 @@ Corrected = namedtuple("Corrected", "guess ends target")
 # overlap: whether kernels start before the one before has ended
 # backward: whether it is the adjoint
 # gradients: for every component, where its gradient is among those of states; -1 where none is
-# reports: whether `refine` of the adjoint says how it went
+# reports: whether `refine` says how it went, which it need not for the adjoint
 Kind = namedtuple(
     "Kind",
-    "step step_with_jacobian entries real small tiny starts hidden block unroll distance many group"
-    " rows wide corrected overlap backward gradients reports",
+    "step step_with_jacobian load_ahead run run_chunk unmeasured measure judge moved verdict"
+    " version entries real small tiny starts hidden block unroll distance many group rows wide"
+    " corrected overlap backward gradients reports",
 )
 
 # Inside
@@ -86,11 +91,10 @@ Stream = namedtuple("Stream", "at time rest")
 # k, first, length: its number, first time and steps
 # exists, here, d: which of a group there are, which entries of values, and their channels
 # drives, states, gradients: streams of what is read; `lines` are the same of its first channel
-# coefficients, initial, starts: see Program and Given
-# results, grad_initial: where the adjoint's go
-# before: the adjoint's states before time 0, where sequences do not start inside
+# starts: where those in `given` are
+# results: where gradients of drives go
+# before: for the adjoint the states before time 0, where sequences do not start inside
 Chunk = namedtuple(
     "Chunk",
-    "b k first length exists here d time hidden chunks batch drives states gradients lines"
-    " coefficients initial starts results grad_initial before",
+    "p given k first length exists here d drives states gradients lines starts results before",
 )

@@ -1,0 +1,298 @@
+"""The kernels that solve a system of chunks: `sweep`, `correct` and `refine`.
+
+There are two systems, which `KIND` has as functions: of the states (`forward`) and of the adjoints
+(`adjoint`), which runs backwards in time. "Before" and "first" are meant in the direction of the
+system, and so are steps: a chunk runs from step 0 to step `length`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pararnn.kernels.triton.common import (
+    edge,
+    first_state,
+    group_of,
+    identity,
+    load_edges,
+    load_stored,
+    own_chunk,
+    program_of,
+    save,
+    zeros,
+    zeros_like,
+)
+from pararnn.kernels.triton.functions import anew, bounded, magnitude
+from pararnn.kernels.triton.tuples import Edges
+
+
+@triton.jit(do_not_specialize=["batch", "time", "chunks", "chunk", "warm"])
+def sweep(given, edges, report, batch, time, chunks, chunk, warm, limit, KIND: tl.constexpr):
+    """First guesses, and the results where nothing is left of where the warm-up started."""
+    p = program_of(given, batch, time, chunks, chunk, KIND)
+    if KIND.overlap:  # kernels overlap until one needs what another wrote
+        tl.extra.cuda.gdc_launch_dependents()
+    own = own_chunk(given, p, KIND)
+    if KIND.backward:
+        s = zeros(len(given.states), p.channels, KIND.real)
+        behind = time - own.first - own.length  # steps before the chunk
+    else:
+        s, behind = first_state(given, p, KIND), own.first
+    lead = tl.minimum(warm, behind) if KIND.many else 0
+    ahead = KIND.load_ahead(lead, own, KIND)
+    if KIND.many:
+        # The warm-up, and if it did not forget its start the chunk without results. The bounds
+        # are computed from the pass: Triton 3.6 loses a bound that is assigned in a branch.
+        again, g = 0 * lead, identity(s)
+        for phase in range(0, 2):
+            g = identity(s)
+            begin = tl.where(phase == 0, -lead, 0)
+            end = tl.where(phase == 0, 0, again)
+            s, g, ahead = KIND.run(s, g, ahead, begin, end, own, KIND)
+            if phase == 0:
+                save(edges.guess, s, p, own.k, own.d, own.here)
+                again = note_forgotten(g, lead == behind, limit, edges.stored, p, own)
+        if again == 0:
+            s, _ = KIND.run_chunk(s, (), ahead, own, KIND)
+            g = zeros_like(g)
+        save(edges.ends, s, p, own.k, own.d, own.here)
+        save(edges.coupling, g, p, own.k, own.d, own.here)
+    else:
+        KIND.run_chunk(s, (), ahead, own, KIND)
+        if not KIND.backward:
+            write_report(report, p, 1, 0.0, 0, 1)
+
+
+@triton.jit
+def note_forgotten(g, exact, limit, stored, p, own):
+    """Note whether nothing is left of where the warm-up started; else how many steps to run again.
+
+    The warm-up is also good where it started from the right state (`exact`).
+    """
+    sizes = magnitude(g[0])
+    for n in tl.static_range(1, len(g)):
+        sizes += magnitude(g[n])
+    forgotten = exact | (tl.max(tl.where(p.inside, sizes, 0.0)) <= limit)
+    at = stored + (p.b * p.chunks + own.k) * p.tiles + p.tile
+    tl.store(at, tl.cast(forgotten, tl.int32))
+    return tl.where(forgotten, 0, own.length)
+
+
+@triton.jit(do_not_specialize=["batch", "time", "chunks", "chunk"])
+def correct(
+    given, edges, corrected, batch, time, chunks, chunk, tolerance, damping, KIND: tl.constexpr
+):
+    """One iteration of Newton's method, where chunks do not fit together."""
+    p = program_of(given, batch, time, chunks, chunk, KIND)
+    if KIND.overlap:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    own = own_chunk(given, p, KIND)
+    count: tl.constexpr = len(given.states)
+    guess = load_edges(edges.guess, p, own.k, count, own.d, own.here, None)
+    end = load_edges(edges.ends, p, own.k, count, own.d, own.here, None)
+    start, delta = guess, zeros(count, p.channels, KIND.real)
+    every = tl.arange(0, KIND.group)
+    until_own = every >= own.k if KIND.backward else every <= own.k
+    wrong = tl.max(1 - load_stored(edges.stored, p, every, (every < chunks) & until_own))
+    place = in_order(own.k, chunks, KIND)
+    low = tl.where(wrong > 0, 1, place)  # else only the chunk before matters
+    for n in range(tl.maximum(low, 1), place + 1):
+        k = in_order(n, chunks, KIND)
+        start, delta = newton(k, 1.0 if KIND.backward else 1.0 - damping, delta, edges, p, KIND)
+    moved = KIND.moved(start, end, delta, edges, p, tolerance, KIND)
+    kept = tl.load(edges.stored + (p.b * chunks + own.k) * p.tiles + p.tile)
+    if moved | (kept == 0):
+        ahead = KIND.load_ahead(0, own, KIND)
+        end, _ = KIND.run_chunk(start, (), ahead, own, KIND)
+        guess = start
+    save(corrected.guess, guess, p, own.k, own.d, own.here)
+    save(corrected.ends, end, p, own.k, own.d, own.here)
+
+
+@triton.jit
+def in_order(k, chunks, KIND: tl.constexpr):
+    """The place of a chunk in the direction of the system, or the chunk at a place."""
+    if KIND.backward:
+        return chunks - 1 - k
+    else:
+        return k
+
+
+@triton.jit
+def newton(n, strength, delta, edges, p, KIND: tl.constexpr):
+    """The corrected start of chunk `n`, and by how much it is corrected.
+
+    `delta` is by how much the start of the chunk before was, the coupling counts times `strength`.
+    What overflows is left out, so that a start that was right stays as it is.
+    """
+    count: tl.constexpr = len(delta)
+    before = n + 1 if KIND.backward else n - 1
+    g = load_edges(edges.coupling, p, before, count * count, p.channels, p.inside, None)
+    start, moved = (), ()
+    for i in tl.static_range(count):
+        total = bounded(g[i * count] * strength) * delta[0]
+        for j in tl.static_range(1, count):
+            total += bounded(g[i * count + j] * strength) * delta[j]
+        old = tl.load(edge(edges.guess, p, n, i, count, p.channels), mask=p.inside)
+        end = tl.load(edge(edges.ends, p, before, i, count, p.channels), mask=p.inside)
+        new = end + bounded(total)
+        start = start + (new,)
+        moved = moved + (tl.where(new == old, 0.0, bounded(new - old)),)
+    return start, moved
+
+
+@triton.jit(do_not_specialize=["batch", "time", "chunks", "chunk", "most"])
+def refine(
+    given,
+    edges,
+    corrected,
+    report,
+    batch,
+    time,
+    chunks,
+    chunk,
+    tolerance,
+    damping,
+    most,
+    KIND: tl.constexpr,
+):
+    """Newton's method on all chunks of a block of channels, group after group.
+
+    `most` is how many iterations count; more make the result right all the same.
+    """
+    p = program_of(given, batch, time, chunks, chunk, KIND)
+    if KIND.overlap:
+        tl.extra.cuda.gdc_wait()
+    count: tl.constexpr = len(given.states)
+    iterations = tl.full([], 1, tl.int32)
+    wrong, residual, sizes = any_wrong(edges, p, tolerance, count, True, KIND)
+    if KIND.corrected:
+        edges = Edges(corrected.guess, corrected.ends, edges.coupling, edges.stored)
+        if wrong > 0:
+            iterations += 1
+            wrong, now, sizes = any_wrong(edges, p, tolerance, count, False, KIND)
+            if KIND.reports:
+                residual = tl.where(most > 1, now, residual)
+    if wrong > 0:
+        if not KIND.backward:  # what groups still to come hold may be anything
+            _, sizes = KIND.unmeasured(count, p, KIND.group, KIND)
+        iterations = tl.full([], 1, tl.int32)  # that of `sweep`; others are counted below
+        before, worst, target = residual, tl.zeros_like(residual), corrected.target
+        asked = (tolerance, damping, most)
+        until = 1 if KIND.corrected else chunks  # one group if corrected: see `Launch`
+        for m in range(0, until, KIND.group):
+            n = (until - 1) // KIND.group * KIND.group - m if KIND.backward else m
+            found = refine_group(n, before, sizes, given, edges, target, p, asked, KIND)
+            sweeps, seen, sizes = found
+            iterations = tl.maximum(iterations, sweeps + 1)
+            worst = tl.maximum(worst, seen)
+        residual = worst
+    if KIND.reports:
+        status, residual = KIND.verdict(residual, tolerance, iterations, most)
+        write_report(report, p, tl.minimum(iterations, most), residual, status, chunks)
+
+
+@triton.jit
+def any_wrong(edges, p, tolerance, count: tl.constexpr, stored: tl.constexpr, KIND: tl.constexpr):
+    """Whether chunks do not fit together, or with `stored` lack results; residual and sizes."""
+    rows: tl.constexpr = KIND.rows
+    gaps, sizes = KIND.unmeasured(count, p, rows, KIND)
+    d, lacking = p.channels[None, :], tl.zeros([rows, 1], tl.int32)
+    for n in range(0, p.chunks, rows):
+        k = n + tl.arange(0, rows)[:, None]
+        mask = (k < p.chunks) & (d < p.hidden)
+        gaps, sizes = measure(gaps, sizes, edges, p, k, d, mask, 0, p.chunks, KIND)
+        if stored:
+            lacking = tl.maximum(lacking, 1 - load_stored(edges.stored, p, k, k < p.chunks))
+    wrong, residual = KIND.judge(gaps, sizes, tolerance, KIND)
+    return tl.maximum(wrong, tl.max(lacking)), residual, sizes
+
+
+@triton.jit
+def measure(gaps, sizes, edges, p, k, d, mask, low, high, KIND: tl.constexpr):
+    """The largest gaps between chunks from `low` to `high`, and sizes of the ends, where larger."""
+    if KIND.backward:
+        return KIND.measure(gaps, sizes, edges, p, k + 1, k, d, mask & (k + 1 < high), KIND)
+    else:
+        return KIND.measure(gaps, sizes, edges, p, k - 1, k, d, mask & (k > low), KIND)
+
+
+@triton.jit
+def refine_group(first, residual, sizes, given, edges, target, p, asked, KIND: tl.constexpr):
+    """Iterate until the chunks of the group that begins with chunk `first` fit together.
+
+    `residual` is that before, `sizes` are those that gaps count relative to: of ends of groups
+    before, or of all adjoints; `asked` the tolerance, the damping, and how many iterations count.
+    Returns the sweeps, the residual, and sizes for the group after.
+    """
+    tolerance, damping, most = asked
+    count: tl.constexpr = len(given.states)
+    group = group_of(given, p, first, KIND)
+    last = tl.minimum(first + KIND.group, p.chunks)
+    wrong, seen, after = compare(sizes, edges, p, group, 0, p.chunks, tolerance, count, KIND)
+    sweeps = tl.full([], 1 if KIND.corrected else 0, tl.int32)
+    allowed = sweeps + last - first
+    if not KIND.corrected:
+        wrong = tl.maximum(wrong, tl.max(1 - load_stored(edges.stored, p, group.k, group.exists)))
+    elif KIND.reports:
+        seen = tl.where(sweeps < most, seen, residual)
+    # Addresses are computed anew for every part of a sweep: computed once, they would take
+    # registers all the time, and spill.
+    while (wrong > 0) & (sweeps < allowed):
+        strength = 1.0 if KIND.backward else tl.where(sweeps + 1 < most, 1.0 - damping, 0.0)
+        fold(edges, target, anew(first), last, strength, p, count, KIND)
+        tl.debug_barrier()
+        c = group_of(given, p, anew(first), KIND)
+        s = load_edges(target, p, c.k, count, c.d, c.here, 0.0)
+        save(edges.guess, s, p, c.k, c.d, c.here)
+        ahead = KIND.load_ahead(0, c, KIND)
+        # Adjoints are linear, and tangents of states that are nearly right are so too.
+        g = () if KIND.backward or KIND.corrected else identity(s)
+        s, g = KIND.run_chunk(s, g, ahead, c, KIND)
+        c = group_of(given, p, anew(first), KIND)
+        save(edges.coupling, g, p, c.k, c.d, c.here)
+        save(edges.ends, s, p, c.k, c.d, c.here)
+        tl.debug_barrier()
+        wrong, now, after = compare(sizes, edges, p, c, first, last, tolerance, count, KIND)
+        sweeps += 1
+        if KIND.reports:
+            seen = tl.where(sweeps < most, now, seen)
+    return sweeps, seen, after
+
+
+@triton.jit
+def compare(sizes, edges, p, c, low, high, tolerance, count: tl.constexpr, KIND: tl.constexpr):
+    """Whether gaps between chunks of a group are too large, the residual, and what both count by.
+
+    States count by the sizes of ends until then, adjoints by those of all, which are known.
+    """
+    none, _ = KIND.unmeasured(count, p, KIND.group, KIND)
+    gaps, larger = measure(none, sizes, edges, p, c.k, c.d, c.here, low, high, KIND)
+    after = sizes if KIND.backward else larger
+    wrong, residual = KIND.judge(gaps, after, tolerance, KIND)
+    return wrong, residual, after
+
+
+@triton.jit
+def fold(edges, target, first, last, strength, p, count: tl.constexpr, KIND: tl.constexpr):
+    """Into `target`, the starts of a group one after another; the first starts exactly."""
+    delta = zeros(count, p.channels, KIND.real)
+    for m in range(0, last - first):
+        n = last - 1 - m if KIND.backward else first + m
+        if n == (p.chunks - 1 if KIND.backward else 0):
+            start = load_edges(edges.guess, p, n, count, p.channels, p.inside, None)
+        else:
+            start, delta = newton(n, tl.where(m > 0, strength, 0.0), delta, edges, p, KIND)
+        save(target, start, p, n, p.channels, p.inside)
+
+
+@triton.jit
+def write_report(report, p, iterations, residual, status, chunks):
+    """The row of the report that belongs to this block of channels."""
+    part = report + (p.b * p.tiles + p.tile) * 4
+    tl.store(part + 0, tl.cast(iterations, tl.float64))
+    tl.store(part + 1, tl.cast(residual, tl.float64))
+    tl.store(part + 2, tl.cast(status, tl.float64))
+    tl.store(part + 3, tl.cast(chunks, tl.float64))

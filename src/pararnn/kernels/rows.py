@@ -222,8 +222,8 @@ def kernels_of(
         inputs: An example, with rows (batch, time, ...).
         initial: Initial states.
     """
-    plain = BackendChoice("torch", "", generated=False)  # an example needs no kernels of its own
-    rows = Rows(step, plain, None, Facts())
+    operations = BackendChoice("torch", "", generated=False)  # an example needs no kernels
+    rows = Rows(step, operations, None, Facts())
     chain = rows.forward(inputs, initial, None)
     cut, state = Cut(chain.batch, chain.time, chain.time), chain.initial.unbind(1)
     forward = fused.reason(chain.chunks(cut), state)

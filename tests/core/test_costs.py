@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pararnn
-from pararnn.planning import automatic, costs, triton_plan
+from pararnn.planning import costs, rows_plan, triton_plan
 from pararnn.planning.costs import COSTS, Costs
 from pararnn.planning.kernel_plans import plan_matvec
 
@@ -93,7 +93,7 @@ def test_every_cost_says_where_it_was_measured():
 
 @pytest.mark.parametrize("worth", [1.0, 1e9])
 def test_choices_follow_their_costs(worth):
-    chosen = automatic.automatic(64, 30.0, 1, 4096, replace(COSTS, worth=worth))
+    chosen = rows_plan.plan_rows(64, 30.0, 1, 4096, replace(COSTS, worth=worth))
     assert isinstance(chosen, pararnn.Sequential) == (worth > 1)
 
 

@@ -14,7 +14,7 @@ import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.kernels import fused, graphs, rows
 from pararnn.kernels.operators import request_of
-from pararnn.planning import automatic, plan
+from pararnn.planning import plan, rows_plan
 from pararnn.planning.costs import COSTS
 from pararnn.solvers import chunks, shooting
 from pararnn.testing import assert_close, loop
@@ -646,26 +646,26 @@ def test_hopeless_iterations_are_given_up():
 
 
 def test_automatic_choice_of_the_cell_itself():
-    choose = functools.partial(automatic.prefers_cell, 64, 30.0, device="cpu", one_call=False)
+    choose = functools.partial(rows_plan.prefers_cell, 64, 30.0, device="cpu", one_call=False)
     assert choose(batch=4, time=8)
     assert not choose(batch=4, time=100)
     assert choose(batch=4, time=100, one_call=True)
     assert choose(batch=64, time=4096)
     assert not choose(batch=8, time=4096)
     assert not choose(batch=4, time=8, device="cuda")
-    heads = functools.partial(automatic.prefers_cell, device="cpu", one_call=False, time=1024)
+    heads = functools.partial(rows_plan.prefers_cell, device="cpu", one_call=False, time=1024)
     assert not heads(512, 0.6, batch=8)  # weights decide
     assert heads(32, 9.0, batch=8)  # gates do
 
 
 def test_automatic_choice_by_size():
-    choose = functools.partial(automatic.automatic, time=4096)
+    choose = functools.partial(rows_plan.plan_rows, time=4096)
     few = choose(64, 30.0, batch=1)
     assert isinstance(few, Jacobi)
     assert few.max_iterations >= 1
     assert isinstance(choose(8, 300.0, batch=1), Newton)
     assert isinstance(choose(1024, 0.5, batch=32), Sequential)
-    assert isinstance(automatic.automatic(64, 30.0, 1, 100), Sequential)
+    assert isinstance(rows_plan.plan_rows(64, 30.0, 1, 100), Sequential)
     assert choose(64, 30.0, batch=4).chunk > few.chunk
 
 
@@ -679,7 +679,7 @@ def test_rows_that_are_free():
             return torch.tanh(torch.einsum("ni,nij->nj", h, 0.1 * x.unflatten(1, (6, 6))))
 
     gru, own = (RNN(c).runner().facts for c in (make("gru"), Own()))
-    free = automatic.free_rows(gru.work, gru.launches, "cpu")
+    free = rows_plan.free_rows(gru.work, gru.launches, "cpu")
     assert free == gru.launches * 2**15 / gru.work
     assert gru.launches > own.launches
     assert own.work >= 36

@@ -17,7 +17,6 @@ from pararnn.kernels.facts import facts_of, obstacles_of, rounds
 from pararnn.kernels.graphs import is_capturing
 from pararnn.kernels.rows import kernels_of
 from pararnn.layers.replayed import DEVICE, Replay, can_replay
-from pararnn.planning.automatic import coupling
 from pararnn.planning.plan import (
     BackendChoice,
     Call,
@@ -26,6 +25,7 @@ from pararnn.planning.plan import (
     remembered,
     without_kernels,
 )
+from pararnn.planning.rows_plan import coupling
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.tracing.modes import transformed
 from pararnn.tracing.traced import Traced

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pararnn.planning.automatic import automatic, free_rows, prefers_cell
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS, Costs
+from pararnn.planning.rows_plan import free_rows, plan_rows, prefers_cell
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.planning.triton_plan import Launch, Work, plan_launch
 
@@ -400,7 +400,7 @@ def _rows(
     free = free_rows(facts.work, facts.launches, machine.device, costs)
     chosen, because = solver, "asked for"
     if solver is None or solver.chunk == "auto":
-        chosen = automatic(facts.entries, free, call.batch, call.time, costs)
+        chosen = plan_rows(facts.entries, free, call.batch, call.time, costs)
         if solver is not None:
             chosen = _in_chunks(solver, int(chosen.chunk))
     assert chosen is not None

@@ -1,4 +1,4 @@
-"""What is chosen when nothing is said, for recurrences whose channels mix."""
+"""Chunks as rows of one batch: their number and the method, or a loop over the cell itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def coupling(entries: int, costs: Costs = COSTS) -> type[Newton | Jacobi]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Chunks, and what they are expected to cost, see `automatic`; a step's launches take 1.
+    """Chunks, and what they are expected to cost, see `plan_rows`; a step's launches take 1.
 
     Attributes:
         batch: Sequences.
@@ -35,7 +35,7 @@ class _Cut:
 
     @classmethod
     def of(cls, free: float, batch: int, time: int, costs: Costs) -> _Cut:
-        """Arguments as for `automatic`."""
+        """Arguments as for `plan_rows`."""
         most = time / costs.warm_up
         chunks = int(min(math.sqrt(most * free / batch), most))
         return cls(batch, time, chunks, free, costs.warm_up)
@@ -75,7 +75,7 @@ def free_rows(work: int, launches: int, device: str, costs: Costs = COSTS) -> fl
 
 
 @functools.lru_cache(maxsize=1024)
-def automatic(entries: int, free: float, batch: int, time: int, costs: Costs = COSTS) -> Solver:
+def plan_rows(entries: int, free: float, batch: int, time: int, costs: Costs = COSTS) -> Solver:
     """Chunks and iterations that a recurrence gains from.
 
     With the launches of a step as the unit of time, a step of r rows takes 1 + r / free.
@@ -111,7 +111,7 @@ def prefers_cell(
 ) -> bool:
     """Whether a loop over the cell itself is the fastest.
 
-    Arguments as for `automatic`; `one_call`: a step of the cell is hardly more than one call.
+    Arguments as for `plan_rows`; `one_call`: a step of the cell is hardly more than one call.
     """
     if device != "cpu":
         return False

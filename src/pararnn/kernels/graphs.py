@@ -16,14 +16,14 @@ from torch import Tensor, fx
 from pararnn.kernels import fused
 from pararnn.planning.costs import COSTS
 from pararnn.solvers import chunks as plain
-from pararnn.solvers.chunks import WHOLE, Chunks, Rows, Sweep, Swept
+from pararnn.solvers.chunks import WHOLE, BatchedChunks, Chunks, Sweep, Swept
 
 _GRAPHS = 64  # kept per step, path or layer
 _UNUSED = 1024  # calls without use after which a new graph may replace one
 _FORMS = 256  # remembered after their first call
 
 
-def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None) -> Replay:
+def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None) -> Captured:
     """Capture work in a CUDA graph, which Python launches in one call.
 
     The work runs twice before the capture, to compile and to allocate. Each current stream has one
@@ -48,14 +48,14 @@ def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None)
         # other threads may work during the capture: they pin memory or watch collectives
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             kept = run()
-    return Replay(graph, kept)
+    return Captured(graph, kept)
 
 
 _streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
 
 @dataclass(frozen=True)
-class Replay:
+class Captured:
     """Runs a CUDA graph.
 
     Attributes:
@@ -239,7 +239,7 @@ def _copy(groups: list[list[int]], to: Sequence[Tensor], source: Sequence[Tensor
 _sweeps: weakref.WeakKeyDictionary[fx.GraphModule, Graphs] = weakref.WeakKeyDictionary()
 
 
-def _replayed(rows: Rows, state: Sequence[Tensor], copies: int) -> list[Tensor]:
+def _replayed(rows: BatchedChunks, state: Sequence[Tensor], copies: int) -> list[Tensor]:
     def run(tensors: Sequence[Any]) -> list[Tensor]:
         given = iter(tensors[len(state) :])
         mine = rows.mapped(lambda _: next(given))

@@ -119,10 +119,10 @@ class Chunks:
     reverse: bool = False
 
     @functools.cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> BatchedChunks:
         """The same as rows of a batch."""
         cut = self.cut
-        return Rows(
+        return BatchedChunks(
             self.step,
             cut.time if cut.chunks == 1 else cut.chunk,
             [cut.split(i) if r else i for i, r in zip(self.inputs, self.step.by_rows, strict=True)],
@@ -133,7 +133,7 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchedChunks:
     """Chunks as the rows of a batch, see `Chunks`.
 
     Attributes:
@@ -156,7 +156,7 @@ class Rows:
         """All tensors that the steps read."""
         return [*self.inputs, *([] if self.resets is None else [self.resets]), *self.reset_states]
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Rows:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> BatchedChunks:
         """The same with other tensors, in the order of `tensors`."""
         inputs = [change(i) for i in self.inputs]
         resets = None if self.resets is None else change(self.resets)
@@ -164,7 +164,7 @@ class Rows:
             self, inputs=inputs, resets=resets, reset_states=[change(f) for f in self.reset_states]
         )
 
-    def piece(self, begin: int, end: int) -> Rows:
+    def piece(self, begin: int, end: int) -> BatchedChunks:
         """Steps `begin` to `end`, counted in the order of the run."""
         if self.reverse:
             begin, end = self.steps - end, self.steps - begin
@@ -282,7 +282,9 @@ def swept(chunks: Chunks, history: Sequence[Tensor], sweep: Sweep) -> Swept:
     return states, [h[-1] for h in history]
 
 
-def run_rows(rows: Rows, state: Sequence[Tensor], first: int = 0, copies: int = 1) -> list[Tensor]:
+def run_rows(
+    rows: BatchedChunks, state: Sequence[Tensor], first: int = 0, copies: int = 1
+) -> list[Tensor]:
     """The states after all steps from `first` on, components (steps, copies * rows, hidden)."""
     module, resets = rows.step.module.forward, rows.resets
     moving = rows.step.by_rows

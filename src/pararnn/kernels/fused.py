@@ -18,6 +18,7 @@ from pararnn.kernels.triton.expressions import function
 from pararnn.kernels.triton.tuples import OverTime
 from pararnn.planning.kernel_plans import rows_obstacle, rows_warps
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
+from pararnn.solvers.problem import with_rows
 from pararnn.tracing.products import NotExpressed, Products, products
 from pararnn.tracing.step import Input
 
@@ -93,7 +94,7 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
                 coefficients=tuple(inputs[i] for i in kernel.coefficients),
                 weights=_blocks(kernel.products, inputs),
                 resets=over_time(resets),
-                reset_states=over_time([_side_by_side(s) for s in chunks.reset_states]),
+                reset_states=over_time([with_rows(s) for s in chunks.reset_states]),
                 initial=tuple(s.contiguous() for s in state),
                 states=over_time(states),
                 ends=tuple(ends),
@@ -192,11 +193,6 @@ def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ..
         tensor = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
         found.append(OverTime(tensor, row, step))
     return tuple(found)
-
-
-def _side_by_side(states: Tensor) -> Tensor:
-    """States (batch, time, hidden) with contiguous channels."""
-    return states if states.stride(2) == 1 else states.contiguous()
 
 
 def _blocks(products: Products, inputs: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from pararnn.tracing.step import Step
 
 
 def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
-    """Facts of a step; those of an elementwise step on rows are left out (`on_rows`).
+    """Facts of a step; for an elementwise one without those that only rows need, see `on_rows`.
 
     Args:
         step: The step.
@@ -41,7 +41,7 @@ def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
 
 
 def on_rows(facts: Facts, step: Step) -> Facts:
-    """Facts with those of an elementwise step on rows, for which its module is built."""
+    """All facts of a step, also those that only rows need; the module of the step is built."""
     return replace(facts, group=step.group, work=step.work, launches=step.launches)
 
 
@@ -62,7 +62,7 @@ def operations_of(recurrence: Recurrence) -> tuple[int, int]:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Facts of the machine for calls on a device."""
+    """Facts of the machine for `decide`: how much runs at once."""
     if device.type == "cuda":
         return _gpu(device)
     return Machine(device.type, threads=torch.get_num_threads())
@@ -74,7 +74,7 @@ def _gpu(device: torch.device) -> Machine:
 
 
 def obstacles_of(device: torch.device) -> Machine:
-    """Facts of the machine for the choice of a backend."""
+    """Facts of the machine for the choice of a backend: which ones cannot run there, and why."""
     elsewhere = f"the tensors are on {device}"
     triton = None if device.type in ("cpu", "cuda") else elsewhere
     if device.type == "cpu" and not interpreted():

@@ -81,9 +81,11 @@ def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
 def starts_of(
     x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which initial state begins where (see `Problem.starts`), and each sequence's last step.
+    """Where sequences start and end, after a check of the arguments.
 
-    That is -1 for a sequence without steps.
+    Returns:
+        `starts` as in `Problem`; and with `cu_seqlens` the last step of every sequence, -1 for one
+        without steps.
     """
     if resets is None and cu_seqlens is None:
         return None, None

@@ -116,7 +116,7 @@ class RNN(nn.Module):
         self._annealed = Annealed()
         self._report: Tensor | int | None = None  # a number of rows: they went step by step
         input_size = getattr(cell, "input_size", None)
-        if isinstance(input_size, int) and self._known.is_said(cell):
+        if isinstance(input_size, int) and self._known.is_known(cell):
             now = snapshot(cell)
             if now.device.type != "meta":  # without values; traced once it has values
                 self._known.learn(cell, (), False)

@@ -38,7 +38,7 @@ class Sizes:
 
     def hidden_size(self, cell: nn.Module) -> int:
         """Channels of the first component of the state, which is the output."""
-        size = self._said(cell)
+        size = self._known_size(cell)
         size = size[0] if isinstance(size, tuple) and size else size
         if not isinstance(size, int) or size < 1:
             name = type(cell).__name__
@@ -52,7 +52,7 @@ class Sizes:
     def num_components(self, cell: nn.Module) -> int:
         """Tensors in the state."""
         count = self._num_components or getattr(cell, "num_components", None)
-        size = self._said(cell)
+        size = self._known_size(cell)
         count = len(size) if count is None and isinstance(size, tuple) else count
         if not isinstance(count, int):
             raise TypeError(
@@ -63,7 +63,7 @@ class Sizes:
 
     def of(self, cell: nn.Module) -> tuple[int, ...]:
         """Channels of every component of the state."""
-        size = self._said(cell)
+        size = self._known_size(cell)
         if not isinstance(size, tuple):
             return (self.hidden_size(cell),) * self.num_components(cell)
         count = self.num_components(cell)
@@ -73,11 +73,11 @@ class Sizes:
             )
         return size
 
-    def _said(self, cell: nn.Module) -> Any:
+    def _known_size(self, cell: nn.Module) -> Any:
         """Channels as given, as learnt from a state, or as the cell declares them."""
         return self._hidden_size or getattr(cell, "hidden_size", None)
 
-    def is_said(self, cell: nn.Module) -> bool:
+    def is_known(self, cell: nn.Module) -> bool:
         """Whether channels were given, or the cell declares them."""
         return bool(self._hidden_size) or _declares(cell)
 
@@ -90,8 +90,8 @@ class Sizes:
             is_traced: Whether the cell has been traced before.
         """
         if self._num_components is None:
-            own, said = getattr(cell, "num_components", None), self._said(cell)
-            count = len(said if isinstance(said, tuple) else sizes) or None
+            own, known = getattr(cell, "num_components", None), self._known_size(cell)
+            count = len(known if isinstance(known, tuple) else sizes) or None
             self._num_components = own if isinstance(own, int) else count
         if not is_traced and len(set(sizes)) > 1 and self._may_differ(cell):
             self._hidden_size = sizes
@@ -100,7 +100,7 @@ class Sizes:
 
     def _may_differ(self, cell: nn.Module) -> bool:
         """Whether components may differ in size, and their sizes are not known yet."""
-        return (self._num_components or 1) > 1 and not isinstance(self._said(cell), tuple)
+        return (self._num_components or 1) > 1 and not isinstance(self._known_size(cell), tuple)
 
     def refuse(self, cell: nn.Module, error: Exception) -> None:
         """Raise a clear error if the cell fails with sizes that it did not declare."""

@@ -176,13 +176,13 @@ class Adjoint:
     """The adjoint recurrence, and the gradients that follow from its solution.
 
     Attributes:
-        part: Computes the inputs of both, for all times at once.
-        by_rows: Which of these have one row per sample.
-        moving: Which inputs of the recurrence have.
-        step: `(*adjoint, *its inputs) -> adjoint before`.
-        step_inputs: Which inputs these are.
-        gradients: `(*adjoint, *all inputs) -> gradients of the differentiable inputs`, for any rows
-            at once; those of inputs without rows are sums over the rows.
+        part: Computes what `step` and `gradients` take besides the adjoint, for all times at once.
+        by_rows: Which of its results have one row per sample.
+        moving: Which inputs of the recurrence have one row per sample.
+        step: `(*adjoint, *some results of part) -> adjoint before`.
+        step_inputs: Which results of `part` the step takes.
+        gradients: `(*adjoint, *results of part) -> gradients of the recurrence's differentiable
+            inputs`, for any rows at once; those of inputs without rows are sums over the rows.
     """
 
     part: InputPart
@@ -216,9 +216,9 @@ def step_of(
     recurrence: Recurrence | None = None,
     layout: Layout | None = None,
 ) -> Step:
-    """The step with the recurrent part of a split cell, which takes outputs of the input part.
+    """The recurrent part of a split cell as a step, which takes the outputs of the input part.
 
-    Half precision becomes float32, in what the step makes itself too.
+    What is in half precision becomes float32: inputs, and tensors that the step makes itself.
     """
 
     def build() -> fx.GraphModule:

@@ -1,8 +1,16 @@
 """What is chosen for 827 combinations of cell, shape, device and settings is what was recorded."""
 
+import pytest
+import torch
+
+import pararnn
+from pararnn.cells import ParaGRUCell, ParaLSTMCell
+from pararnn.kernels.operators import request_of
+
 from . import golden
 from .choices import recorded
 from .conftest import needs_triton
+from .pretend_gpu import pretend_gpu
 
 
 @needs_triton
@@ -13,3 +21,19 @@ def test_choices_are_as_recorded():
     other = {name: (stored[name], now) for name, now in found.items() if now != stored[name]}
     shown = "\n".join(f"{n}\n  was {was}\n  is  {now}" for n, (was, now) in list(other.items())[:9])
     assert not other, f"{len(other)} choices are others, for instance\n{shown}"
+
+
+@needs_triton
+@pytest.mark.parametrize("cell", [ParaGRUCell, ParaLSTMCell])
+@pytest.mark.parametrize("shape", [(1, 65536), (4, 4096), (32, 2048)])
+def test_the_plan_that_is_shown_is_the_plan_that_runs(cell, shape):
+    """For a call whose output has a gradient."""
+    with pretend_gpu():
+        rnn = pararnn.RNN(cell(6, 64).bfloat16())
+        shown = rnn.plan((*shape, 6))
+        step, path = rnn.runner().traced.step, request_of(rnn.runner().request).path
+        one = torch.zeros((), dtype=torch.bfloat16)
+        inputs = [one.expand(*shape if i.by_rows else (), *i.shape) for i in step.inputs]
+        problem = path.problem(inputs, one.expand(shape[0], step.num_components, 64), None)
+        assert path._plan(problem).forward == shown.forward
+        assert path._plan(problem, 1).adjoint == shown.adjoint

@@ -141,7 +141,7 @@ class Runner:
                 hidden,
                 kept_in,
                 kept_in.itemsize,
-                components,
+                1,  # component with a gradient from outside: the output
                 tracked,
                 max(elements, batch * time * hidden * components),
                 may_loop,

@@ -141,6 +141,30 @@ def test_inputs_that_are_broadcast_or_converted(name, backend):
     check(BROADCAST[name], Newton(chunk=5), backend)
 
 
+class Delay(nn.Module):
+    """Hands on its state and what is made of x: its step has no operation."""
+
+    input_size, hidden_size, num_components = 5, 12, 2
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(5, 12)
+
+    def forward(self, x, state):
+        return state[1], self.lin(x)
+
+
+@pytest.mark.parametrize("solver", [None, Newton(), Newton(chunk=6)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "c"])
+def test_a_step_without_operations(backend, solver):
+    torch.manual_seed(0)
+    cell = Delay().double()
+    x, state = torch.randn(2, 23, 5, dtype=torch.float64), random_state(2, 2, 12)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    found = outcome(RNN(cell, solver=solver, backend=backend), cell, x, state)
+    assert_same(found, expected, 1e-10, {"gradient of first[0]"})
+
+
 def test_one_hot_keeps_to_its_group():
     cell = Cell(lambda c, x, h: straight_through((c.a * h).view(-1, 3, 4), 4).flatten(1) + c.lin(x))
     assert RNN(cell).runner().traced.structure == "heads (size 4)"

@@ -67,11 +67,12 @@ def free_rows(work: int, launches: int, device: str, costs: Costs = COSTS) -> fl
 
     Args:
         work: Multiplications per row and step.
-        launches: Operations of a step.
+        launches: Operations of a step; one that only hands on what it is given has none, and counts
+            as one.
         device: Type of the device.
         costs: What work costs.
     """
-    return (launches * costs.launch_work if device == "cpu" else costs.step_work) / work
+    return (max(launches, 1) * costs.launch_work if device == "cpu" else costs.step_work) / work
 
 
 @functools.lru_cache(maxsize=1024)

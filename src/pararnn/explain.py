@@ -94,7 +94,7 @@ def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
     if shape is None:
         shape = (8, 1024) if rnn.batch_first else (1024, 8)
         shape = (*shape, *runner.features)
-    shape = tuple(shape)
+    plan = rnn.plan(shape)
     path = operators.request_of(runner.request).path
     source, compile_s = traced.step.module.code, 0.0
     if isinstance(path, Channels):
@@ -108,8 +108,8 @@ def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
         _operations(traced, recurrent=True),
         drives,
         coefficients,
-        shape,
-        rnn.plan(shape),
+        tuple(shape),
+        plan,
         source,
         compile_s,
     )

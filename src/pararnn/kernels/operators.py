@@ -199,13 +199,18 @@ def refuse_tangents() -> None:
         )
 
 
+def _are_sizes(drive: Tensor) -> bool:
+    """Whether there is nothing to compute: no sequences, or tensors without values."""
+    return drive.is_meta or drive.shape[0] == 0
+
+
 def run_solve(
     inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None, request: str
 ) -> list[Tensor]:
     """The implementation of `pararnn::solve`, also under transforms."""
     asked = request_of(request)
     path = asked.path
-    if inputs[asked.drive].shape[0] == 0:
+    if _are_sizes(inputs[asked.drive]):
         return path.like_states(inputs, initial)
     with without_autocast(initial.device.type):
         return path.solve(inputs, initial, starts)
@@ -222,7 +227,7 @@ def run_adjoint(
     """The implementation of `pararnn::adjoint`, also under transforms."""
     asked = request_of(request)
     path = asked.path
-    if inputs[asked.drive].shape[0] == 0:
+    if _are_sizes(inputs[asked.drive]):
         return [torch.zeros_like(t) for t in (*path.like_gradients(inputs), initial)]
     with without_autocast(initial.device.type):
         return path.adjoint(inputs, initial, starts, states, grad_states)

@@ -28,6 +28,20 @@ def sizes_of(state: State | None) -> tuple[int, ...]:
     return tuple([operator.index(part.shape[-1]) if part.dim() else 1 for part in parts])
 
 
+def sizes_in(name: str, shape: Any) -> tuple[int, ...]:
+    """A shape as numbers."""
+    try:
+        return tuple([operator.index(size) for size in shape])
+    except TypeError:
+        seen = describe(shape) if isinstance(shape, Tensor) else repr(shape)
+        raise TypeError(f"{name} must be sizes, such as x.shape, got {seen}.") from None
+
+
+def shape_of(*sizes: str | int) -> str:
+    """A shape of names and numbers, in words."""
+    return f"({', '.join(map(str, sizes))})"
+
+
 def check_cell(cell: object) -> None:
     """Refuse objects that are not cells."""
     if isinstance(cell, type) and issubclass(cell, nn.Module):

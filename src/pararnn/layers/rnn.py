@@ -23,6 +23,8 @@ from pararnn.layers.arguments import (
     describe,
     map_state,
     num_sequences,
+    shape_of,
+    sizes_in,
     sizes_of,
     starts_of,
 )
@@ -35,7 +37,7 @@ from pararnn.planning.settings import Solver
 from pararnn.solvers.report import SolveReport
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import Snapshot, cell_subject, owner_of, resolve, snapshot
-from pararnn.tracing.modes import forward_of, transformed
+from pararnn.tracing.modes import autocasts, forward_of, transformed
 from pararnn.tracing.packed import joined, side_by_side
 from pararnn.tracing.parametrised import computed_once
 from pararnn.tracing.structure import trace
@@ -115,13 +117,8 @@ class RNN(nn.Module):
         self._is_parametrised = False
         self._annealed = Annealed()
         self._report: Tensor | int | None = None  # a number of rows: they went step by step
-        input_size = getattr(cell, "input_size", None)
-        if isinstance(input_size, int) and self._known.is_known(cell):
-            now = snapshot(cell)
-            if now.device.type != "meta":  # without values; traced once it has values
-                self._known.learn(cell, (), False)
-                with contextlib.suppress(UnknownSizes):  # the state of the first call may give them
-                    self._prepare((input_size,), now.dtype, now.device, now)
+        with contextlib.suppress(UnknownSizes):  # the state of the first call may give them
+            self._prepare_early()
 
     @property
     def hidden_size(self) -> int:
@@ -252,13 +249,7 @@ class RNN(nn.Module):
         if runner.by_channels or torch.compiler.is_compiling() or transformed() or not len(x):
             return False
         own, device = runner.traced.capture.dtype, x.device
-        may_loop = (
-            own not in _HALF
-            and (x.dtype is own or not x.is_floating_point())
-            and all(p.dtype is own for p in parts)
-            and not torch.is_autocast_enabled(device.type)
-        )
-        if not may_loop:
+        if not (_may_loop(runner, x.dtype, device) and all(p.dtype is own for p in parts)):
             return False
         tracked = torch.is_grad_enabled()
         plan = runner.plan(x.shape[0], time, x.dtype, device, tracked=tracked, may_loop=True)
@@ -311,7 +302,7 @@ class RNN(nn.Module):
             raise
         if not torch.compiler.is_compiling():
             vars(self)["_report"] = (
-                None if report is None or not report.numel() else report.detach()
+                None if report is None or report.is_meta or not len(report) else report.detach()
             )
         dtype = x.dtype if x.is_floating_point() else states[0].dtype
         if last is None:
@@ -335,37 +326,76 @@ class RNN(nn.Module):
             TypeError: Sizes of the cell are known only after a first call.
             ValueError: Shapes that the layer refuses.
         """
-        runner = self.runner()
-        count = runner.feature_axes
-        lead, features = tuple(shape)[: len(shape) - count], tuple(shape)[len(shape) - count :]
-        if len(lead) not in (1, 2) or features != runner.features or min(lead) < 1:
-            expected = ", ".join(map(str, runner.features))
-            raise ValueError(
-                f"shape is {tuple(shape)}; pass that of x: (batch, time, {expected}), laid out as "
-                f"the layer takes it, or (time, {expected})."
-            )
-        batch, time = (1, *lead) if len(lead) == 1 else lead if self.batch_first else lead[::-1]
-        dtype, own = dtype or runner.traced.capture.dtype, runner.traced.capture.dtype
+        runner, sizes = self.runner(), sizes_in("shape", shape)
+        lead = len(sizes) - runner.feature_axes
+        if lead not in (1, 2) or sizes[lead:] != runner.features:
+            raise ValueError(f"shape is {sizes}; pass that of x: {self._layouts(runner.features)}.")
+        if min(sizes[:lead]) < 1:
+            raise ValueError(f"shape is {sizes}; a plan needs at least one sequence and one step.")
+        batch, time = (
+            (1, sizes[0]) if lead == 1 else sizes[:2] if self.batch_first else sizes[1::-1]
+        )
+        dtype, device = dtype or runner.traced.given[0].dtype, runner.traced.device
         parameters = max([p.numel() for p in self.cell.parameters()], default=0)
-        elements = max(parameters, batch * time * math.prod(features))
-        sizes = batch, time, dtype, runner.traced.device, elements
-        return runner.plan(*sizes, tracked=torch.is_grad_enabled(), may_loop=dtype is own)
+        elements = max(parameters, math.prod(sizes))
+        return runner.plan(
+            batch,
+            time,
+            dtype,
+            device,
+            elements,
+            tracked=torch.is_grad_enabled(),
+            may_loop=_may_loop(runner, dtype, device),
+        )
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"batch_first={self.batch_first}, backend={self.backend!r}"
 
     def runner(self) -> Runner:
-        """The traced cell and the backend chosen for it.
+        """The cell as it is now, traced, and the backend chosen for it.
 
         Raises:
             TypeError: Sizes are known only after a first call.
         """
         if self._runner is None:
+            self._prepare_early()
+        elif not self._is_current():
+            self._prepare_again(self._runner)
+        if self._runner is None:
+            name = type(self.cell).__name__
+            if snapshot(self.cell).device.type == "meta":
+                raise TypeError(
+                    f"the parameters of {name} have no values (device meta); load them."
+                )
             raise TypeError(
-                f"{type(self.cell).__name__} does not say the size of its input; call the layer "
-                "once, or set self.input_size = ... in the cell."
+                f"{name} does not say the size of its input; call the layer once, or set "
+                "self.input_size = ... in the cell."
             )
         return self._runner
+
+    def _is_current(self) -> bool:
+        """Whether the layer is as it was when it was traced."""
+        watched, settings = self._watched, (self.backend, self.solver)
+        unchanged = watched is not None and watched.is_current(self._modules["cell"])
+        return unchanged and self._signature[-2:] == settings
+
+    def _prepare_early(self) -> None:
+        """Trace before the first call, if the cell says its sizes and has values."""
+        input_size = getattr(self.cell, "input_size", None)
+        if isinstance(input_size, int) and self._known.is_known(self.cell):
+            now = snapshot(self.cell)
+            if now.device.type != "meta":
+                self._known.learn(self.cell, (), False)
+                self._prepare((input_size,), now.dtype, now.device, now)
+
+    def _prepare_again(self, runner: Runner) -> None:
+        """Trace for inputs like those before; no more if the cell has lost its values."""
+        now, kind = snapshot(self.cell), runner.traced.given[0].dtype
+        if now.device.type == "meta":
+            self._watched = self._latest = self._runner = None
+        else:
+            kind = now.dtype if kind.is_floating_point else kind
+            self._prepare(runner.features, kind, now.device, now)
 
     def _runner_for(self, x: Tensor, state: State | None, step: bool = False) -> Runner:
         if not isinstance(x, Tensor):
@@ -378,7 +408,8 @@ class RNN(nn.Module):
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
                 self._trace_for_compiler(features, x.dtype, x.device, sizes_of(state))
             self._get_ready()
-            return self.runner()
+            assert self._runner is not None
+            return self._runner
         runner = self._runner
         if runner is None or not self._is_as_before(runner, x, step):
             self._known.learn(self.cell, sizes_of(state), self._runner is not None)
@@ -423,9 +454,8 @@ class RNN(nn.Module):
 
     def _get_ready(self) -> bool:
         """Build the kernels that the compiled program calls."""
-        runner = self.runner()
-        if not runner.is_ready:
-            runner.get_ready()
+        if self._runner is not None and not self._runner.is_ready:
+            self._runner.get_ready()
         return True
 
     # The compiler calls these as they are and takes what they return as constants, as it does with
@@ -436,8 +466,7 @@ class RNN(nn.Module):
 
     def _is_as_before(self, runner: Runner, x: Tensor, step: bool) -> bool:
         """Whether x and the layer are as in the previous call."""
-        watched = self._watched
-        if self._latest is None or watched is None:
+        if self._latest is None:
             return False
         dtype, device = self._latest
         shape, lead = x.shape, 1 if step else 2
@@ -447,8 +476,7 @@ class RNN(nn.Module):
             and x.dtype is dtype
             and x.device == device
             and 0 not in shape
-            and self._signature[-2:] == (self.backend, self.solver)
-            and watched.is_current(self._modules["cell"])
+            and self._is_current()
             and self._runner is runner  # of these, whatever other threads do
         )
 
@@ -461,24 +489,25 @@ class RNN(nn.Module):
             known = (input_size,)
         elif self._runner is not None:
             known = self._runner.features
-        expected = ", ".join(map(str, known))
         if x.dim() not in (len(known) + lead - 1, len(known) + lead) or (
             known and tuple(x.shape[-len(known) :]) != known
         ):
             if step:
                 raise ValueError(
-                    f"x_t has shape {tuple(x.shape)}; pass one time: (batch, {expected}), or "
-                    f"({expected}) without a batch."
+                    f"x_t has shape {tuple(x.shape)}; pass one time: {shape_of('batch', *known)}, "
+                    f"or {shape_of(*known)} without a batch."
                 )
-            layout = "(batch, time" if self.batch_first else "(time, batch"
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; pass {layout}, {expected}), or (time, {expected}) "
-                "for a single sequence."
-            )
+            raise ValueError(f"x has shape {tuple(x.shape)}; pass {self._layouts(known)}.")
         lone = x.dim() == len(known) + 1
         if not step and x.shape[0 if lone or not self.batch_first else 1] == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}; time must be at least 1.")
         return known
+
+    def _layouts(self, features: tuple[int, ...]) -> str:
+        """The shapes that x may have, in words."""
+        lead = ("batch", "time") if self.batch_first else ("time", "batch")
+        single = shape_of("time", *features)
+        return f"{shape_of(*lead, *features)}, or {single} for a single sequence"
 
     def _prepare(
         self, features: tuple[int, ...], dtype: torch.dtype, device: torch.device, now: Snapshot
@@ -563,14 +592,20 @@ class RNN(nn.Module):
         """Trace again at once after `.to(...)`, so that a compiled call finds everything ready."""
         super()._apply(fn, recurse)
         if self._runner is not None:
-            now = snapshot(self.cell)
-            self._prepare(self._runner.features, now.dtype, now.device, now)
+            self._prepare_again(self._runner)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out traces, which belong to this process; a copy traces again."""
         own = dict.fromkeys(("_runner", "_latest", "_watched", "_report"))
         return {**self.__dict__, **own, "_signature": (), "_traces": Traces()}
+
+
+def _may_loop(runner: Runner, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a loop over the cell gives the same results, for x of a type and a state like it."""
+    own = runner.traced.capture.dtype
+    alike = dtype is own or not dtype.is_floating_point
+    return alike and own not in _HALF and not autocasts(device.type)
 
 
 def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
+from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.names import name_nodes
 from pararnn.tracing.parametrised import computed, given
 from pararnn.tracing.ran import Ran
@@ -318,7 +319,7 @@ def record_step(
     with (
         torch.enable_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.autocast(device.type, enabled=False),
+        without_autocast(device.type),
     ):
         focus = getattr(subject.source, "__code__", None)
         labels = {f"attribute_{i}": f"self.{name}" for i, name in enumerate(subject.tensors)}

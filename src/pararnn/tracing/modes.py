@@ -32,9 +32,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device; meta has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, operations on this type of device have the types of what they are given."""
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return _AS_IT_IS
     return torch.autocast(device, enabled=False)
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from pararnn.tracing.capture import Capture, record_rows
 from pararnn.tracing.derivatives import Recurrence
-from pararnn.tracing.modes import untransformed
+from pararnn.tracing.modes import untransformed, without_autocast
 from pararnn.tracing.partition import (
     AsItIs,
     InputPart,
@@ -283,7 +283,7 @@ def recording(device: torch.device) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices),
-        torch.autocast(device.type, enabled=False),
+        without_autocast(device.type),
     ):
         yield
 

@@ -1,0 +1,140 @@
+"""`RNN.plan` says what a call does, whatever has happened to the layer since the last one."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import pararnn
+from pararnn import RNN, Newton, Sequential
+
+
+class Tokens(nn.Module):
+    """An elementwise cell of token numbers, which does not say the size of its input."""
+
+    hidden_size, num_components = 6, 1
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.decay = nn.Embedding(5, 6), nn.Parameter(torch.rand(6))
+
+    def forward(self, x, h):
+        return torch.tanh(self.decay * h + self.table(x))
+
+
+def tokens(**options):
+    rnn = RNN(Tokens(), **options)
+    rnn(torch.zeros(1, 2, dtype=torch.long))
+    return rnn
+
+
+def input_of(rnn, batch, time):
+    """Random inputs, laid out as the layer takes them."""
+    lead = (batch, time) if rnn.batch_first else (time, batch)
+    features = rnn.runner().features
+    return torch.randn(*lead, *features) if features else torch.randint(5, lead)
+
+
+@pytest.fixture
+def assert_kept(monkeypatch):
+    """A function that returns the plan for x, and asserts that a call keeps to it."""
+    loops, run = [], RNN._run_cell
+    monkeypatch.setattr(RNN, "_run_cell", lambda *given: loops.append(given) or run(*given))
+
+    def kept(rnn, x):
+        plan = rnn.plan(x.shape)
+        loops.clear()
+        rnn(x)
+        chunks = {c.what: c.value for c in plan.choices}.get("chunks", 1)
+        assert (rnn.report.chunks, len(loops)) == (chunks, plan.path == "loop"), plan
+        return plan
+
+    return kept
+
+
+LAYERS = {
+    "kernel": lambda: RNN(pararnn.cells.ParaGRUCell(3, 6), solver=Newton(chunk=16)),
+    "elementwise rows": lambda: RNN(pararnn.cells.ParaLSTMCell(3, 6), backend="torch"),
+    "mixing": lambda: RNN(nn.GRUCell(3, 6)),
+    "time first": lambda: RNN(nn.GRUCell(3, 6), batch_first=False),
+    "one chunk": lambda: RNN(nn.RNNCell(3, 6), solver=Sequential()),
+    "tokens": tokens,
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids="grad={}".format)
+@pytest.mark.parametrize("sizes", [(2, 5), (1, 300), (40, 20), (3, 700)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_call_keeps_to_its_plan(name, sizes, grad, assert_kept):
+    rnn = LAYERS[name]()
+    with torch.set_grad_enabled(grad):
+        assert_kept(rnn, input_of(rnn, *sizes))
+        if not rnn.runner().features:
+            return
+        assert_kept(rnn, torch.randn(sizes[1], 3))
+
+
+def test_a_loop_over_the_cell_is_planned_only_where_it_is_taken(assert_kept):
+    x = torch.randn(1, 20, 3)
+    rnn = RNN(nn.GRUCell(3, 6))
+    assert assert_kept(rnn, x).path == "loop"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert assert_kept(rnn, x).path == "rows"
+    assert assert_kept(rnn.bfloat16(), x.bfloat16()).path == "rows"
+
+
+CHANGES = {
+    "a backend": lambda rnn: setattr(rnn, "backend", "torch"),
+    "a solver": lambda rnn: setattr(rnn, "solver", Newton(chunk=7)),
+    "a step that mixes": lambda rnn: setattr(rnn, "cell", nn.GRUCell(3, 6)),
+    "a type": lambda rnn: rnn.double(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_since_the_last_call_is_seen(what, assert_kept):
+    rnn = RNN(pararnn.cells.ParaGRUCell(3, 6), backend="auto")
+    rnn(torch.randn(2, 50, 3))
+    CHANGES[what](rnn)
+    plan = assert_kept(rnn, torch.randn(2, 50, 3, dtype=next(rnn.parameters()).dtype))
+    fresh = RNN(copy.deepcopy(rnn.cell), backend=rnn.backend, solver=rnn.solver)
+    assert str(plan) == str(fresh.plan((2, 50, 3)))
+
+
+def test_a_copy_has_a_plan():
+    rnn = RNN(nn.GRUCell(3, 6))
+    assert str(copy.deepcopy(rnn).plan((2, 50, 3))) == str(rnn.plan((2, 50, 3)))
+
+
+REFUSED = {
+    "features": ((4, 9, 4), ValueError, "shape is (4, 9, 4); pass that of x: (time, batch, 3)"),
+    "no features": ((4, 9), ValueError, "(time, batch, 3), or (time, 3) for a single sequence."),
+    "nothing": ((), ValueError, "shape is (); pass that of x"),
+    "no steps": ((0, 4, 3), ValueError, "at least one sequence and one step"),
+    "a fraction": ((4.0, 9, 3), TypeError, "shape must be sizes, such as x.shape, got (4.0, 9, 3)"),
+    "a tensor": (torch.zeros(4, 9, 3), TypeError, "got a tensor of shape (4, 9, 3)"),
+    "a number": (5, TypeError, "got 5."),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("ask", [RNN.plan, pararnn.explain])
+def test_shapes_that_are_refused(ask, what):
+    shape, error, message = REFUSED[what]
+    with pytest.raises(error, match=re.escape(message)):
+        ask(RNN(nn.GRUCell(3, 6), batch_first=False), shape)
+
+
+def test_inputs_without_features_are_shown_so():
+    message = "pass that of x: (batch, time), or (time) for a single sequence."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokens().plan((4, 9, 1))
+
+
+def test_a_cell_without_values_has_no_plan():
+    rnn = RNN(nn.GRUCell(3, 6))
+    for layer in (rnn.to("meta"), RNN(nn.GRUCell(3, 6, device="meta"))):
+        with pytest.raises(TypeError, match="no values"):
+            layer.plan((2, 50, 3))

@@ -25,6 +25,8 @@ from pararnn.planning.plan import (
     remembered,
     without_kernels,
 )
+from pararnn.planning.plan import BackendError as BackendError
+from pararnn.planning.plan import check_name as check_name
 from pararnn.planning.rows_plan import coupling
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.tracing.modes import transformed

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 import torch
 
+from pararnn.layers.runner import BackendError
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.words import shell_word
 from pararnn.lm.training.checkpoints import CheckpointError
 from pararnn.lm.training.parallel import train_command
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.saving import root_cause
-from pararnn.planning.plan import BackendError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

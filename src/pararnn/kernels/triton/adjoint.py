@@ -50,15 +50,25 @@ def load(inputs, step, number: tl.constexpr, chunk, KIND: tl.constexpr):
 
 
 @triton.jit
-def one(carried, loaded, results, step, number: tl.constexpr, chunk, KIND: tl.constexpr):
+def one(
+    carried,
+    loaded,
+    results,
+    step,
+    number: tl.constexpr,
+    chunk,
+    couple: tl.constexpr,
+    KIND: tl.constexpr,
+):
     """A step backwards, the `number`-th of its round in time.
 
-    `carried` are the adjoint after the step, and either the products, or gradients of coefficients
-    in this round and with resets those of second initial states; returned are those before the
-    step. Without products, gradients of drives are written to `results`.
+    `carried` are the adjoint after the step, and to `couple` chunks the products, else gradients
+    of coefficients in this round and with resets those of second initial states; returned are those
+    before the step. Without products, gradients of drives are written to `results`.
     """
+    # `couple` is an argument since Triton 3.6 knows functions by the values in their arguments, not
+    # by how these lie in tuples: `(s, g, (), ())` and `(s, (), few, ())` were the same to it.
     s, g, few, restarts = carried
-    couple: tl.constexpr = len(g) > 0
     h, u, q = cast(loaded[1], KIND.real), cast(loaded[0], KIND.real), loaded[2]
     there = exists(step, chunk, KIND)
     if KIND.starts != "none":
@@ -114,7 +124,7 @@ def load_ahead(lead, chunk, KIND: tl.constexpr):
 
 
 @triton.jit
-def run_steps(carried, ahead, low, high, chunk, KIND: tl.constexpr):
+def run_steps(carried, ahead, low, high, chunk, couple: tl.constexpr, KIND: tl.constexpr):
     """Steps `high` - 1 down to `low` of a chunk, in rounds of `unroll`; see `one`.
 
     Gradients of coefficients are added up in float64 after every round. `ahead` is what the first
@@ -128,7 +138,7 @@ def run_steps(carried, ahead, low, high, chunk, KIND: tl.constexpr):
             results, few = at_step(chunk.results, i), zeros(len(sums), s[0], KIND.real)
             loaded = load(inputs_at(chunk, i), i, 0, chunk, KIND)
             now = (s, g, few, restarts)
-            s, g, few, restarts = one(now, loaded, results, i, 0, chunk, KIND)
+            s, g, few, restarts = one(now, loaded, results, i, 0, chunk, couple, KIND)
             sums = plus(sums, cast(few, tl.float64))
     rounds = (high - low) // unroll
     for n in range(0, rounds):
@@ -141,7 +151,7 @@ def run_steps(carried, ahead, low, high, chunk, KIND: tl.constexpr):
         for m in tl.static_range(unroll - 1, -1, -1):
             loaded, coming = ahead[m], load(inputs, later, m, chunk, KIND)
             ahead = ahead[:m] + (coming,) + ahead[m + 1 :]
-            now = one(now, loaded, results, i + m, m, chunk, KIND)
+            now = one(now, loaded, results, i + m, m, chunk, couple, KIND)
         s, g, few, restarts = now
         sums = plus(sums, cast(few, tl.float64))
     return s, g, sums, restarts, ahead
@@ -151,7 +161,7 @@ def run_steps(carried, ahead, low, high, chunk, KIND: tl.constexpr):
 def run(s, g, ahead, begin, end, chunk, KIND: tl.constexpr):
     """Steps without results, counted from the last of the chunk."""
     low, high = chunk.length - end, chunk.length - begin
-    s, g, _, _, ahead = run_steps((s, g, (), ()), ahead, low, high, chunk, KIND)
+    s, g, _, _, ahead = run_steps((s, g, (), ()), ahead, low, high, chunk, True, KIND)
     return s, g, ahead
 
 
@@ -162,7 +172,7 @@ def run_chunk(s, g, ahead, chunk, KIND: tl.constexpr):
     sums = zeros(len(chunk.p.coefficients), s[0], tl.float64)
     restarts = zeros(count if KIND.starts == "resets" else 0, s[0], KIND.real)
     carried = (s, (), sums, restarts)
-    s, _, sums, restarts, _ = run_steps(carried, ahead, 0, chunk.length, chunk, KIND)
+    s, _, sums, restarts, _ = run_steps(carried, ahead, 0, chunk.length, chunk, False, KIND)
     p, grads = chunk.p, chunk.given.grads
     save(grads.sums, sums, p, chunk.k, chunk.d, chunk.here)
     row = p.b + 0 * chunk.k if KIND.wide else p.b  # of the shape of a group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import hashlib
 import importlib.util
@@ -110,6 +111,11 @@ def compile_together(launches: Sequence[Callable[..., None]]) -> None:
     mode = getattr(triton, "AsyncCompileMode", None)  # older ones have none
     if len(launches) < 2 or mode is None or interpreted():
         return
-    with ThreadPoolExecutor(len(launches)) as pool, mode(pool):
-        for launch in launches:
-            launch(warmup=True)
+
+    def compile_all() -> None:
+        with ThreadPoolExecutor(len(launches)) as pool, mode(pool):
+            for launch in launches:
+                launch(warmup=True)
+
+    # In a context of its own: when one does not compile, Triton 3.6 does not leave the mode.
+    contextvars.copy_context().run(compile_all)

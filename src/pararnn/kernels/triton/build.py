@@ -18,6 +18,12 @@ from types import CodeType, ModuleType
 
 _lock = threading.Lock()
 
+# Python 3.11 before 3.11.8 and 3.12 before 3.12.2 may raise SystemError where threads parse at the
+# same time (github.com/python/cpython/issues/106905), and to compile is to parse.
+_PARSES_IN_THREADS = not (3, 11) <= sys.version_info < (3, 11, 8) and not (
+    (3, 12) <= sys.version_info < (3, 12, 2)
+)
+
 OLDEST = (3, 6)  # Triton 3.5 mixes up constants in tuples of tuples
 
 
@@ -109,7 +115,7 @@ def compile_together(launches: Sequence[Callable[..., None]]) -> None:
     import triton  # which a machine without a GPU need not have
 
     mode = getattr(triton, "AsyncCompileMode", None)  # older ones have none
-    if len(launches) < 2 or mode is None or interpreted():
+    if len(launches) < 2 or mode is None or interpreted() or not _PARSES_IN_THREADS:
         return
 
     def compile_all() -> None:

@@ -13,6 +13,19 @@ from pararnn.kernels.operators import request_of
 from pararnn.planning.plan import Way
 from pararnn.testing import assert_close
 
+
+class Itself(nn.Module):
+    """Adds x as it is; elementwise, or mixing channels."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.input_size = self.hidden_size = shape[-1]
+        self.w = nn.Parameter(torch.rand(shape) / 2)
+
+    def forward(self, x, h):
+        return torch.tanh(x + (h * self.w if self.w.dim() == 1 else h @ self.w))
+
+
 LAYERS = {
     "elementwise": lambda: pararnn.ParaGRU(3, 4, batch_first=True),
     "mixing": lambda: pararnn.RNN(nn.GRUCell(3, 4)),
@@ -20,6 +33,10 @@ LAYERS = {
     "directions": lambda: pararnn.parallelize(
         nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)
     ),
+    "x itself, elementwise": lambda: pararnn.RNN(Itself(3)),
+    "x itself, elementwise, torch": lambda: pararnn.RNN(Itself(3), backend="torch"),
+    "x itself, mixing": lambda: pararnn.RNN(Itself(3, 3)),
+    "x itself, mixing, torch": lambda: pararnn.RNN(Itself(3, 3), backend="torch"),
 }
 
 
@@ -94,7 +111,9 @@ def test_runs_in_another_process(name, tmp_path):
     assert_close("y", found, net(X), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["elementwise", "mixing"])
+@pytest.mark.parametrize(
+    "name", ["elementwise", "mixing", "x itself, elementwise", "x itself, mixing"]
+)
 def test_gradients_in_another_process(name, tmp_path):
     net, program = exported(LAYERS[name])
     torch.export.save(program, tmp_path / "net.pt2")

@@ -260,7 +260,10 @@ class Runner:
             time_first = True  # steps read all rows of a time
         if time_first:
             given = [g.transpose(0, 1) for g in given]
-        values = self.input_part.module(*fixed, *[g.flatten(0, 1) for g in given])
+        flat = [g.flatten(0, 1) for g in given]
+        if torch.compiler.is_exporting():  # views of x would exclude some of its sizes
+            flat = [f.clone(memory_format=torch.contiguous_format) for f in flat]
+        values = self.input_part.module(*fixed, *flat)
         sizes = (time, batch) if time_first else (batch, time)
         inputs = []
         for value, by_rows in zip(values, self.traced.step.by_rows, strict=True):

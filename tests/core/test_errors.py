@@ -4,14 +4,16 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from pararnn import RNN, Newton
 from pararnn.kernels import facts
 from pararnn.kernels.c import build as c_build
 from pararnn.layers import runner
+from pararnn.tracing.recorder import show_place
 
 from .cells import Cell, SlowGates, paralstm
+from .conftest import needs_triton
 
 
 def layer(**options):
@@ -168,10 +170,66 @@ CALLS = {
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_message(case):
+def test_message(case, capsys):
     call, kind, message = CALLS[case]
     with pytest.raises(kind, match=re.escape(message)):
         call()
+    assert not capsys.readouterr().err
+
+
+class Tokens(nn.Module):
+    """Looks x up; elementwise, or mixing channels."""
+
+    hidden_size = 6
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.table = nn.Embedding(4, 6)
+        self.w = nn.Parameter(torch.rand(shape) / 2)
+
+    def forward(self, x, h):
+        return torch.tanh(self.table(x) + (h * self.w if self.w.dim() == 1 else h @ self.w))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 6)])
+def test_what_fails_inside_a_step_prints_nothing(shape, capsys):
+    rnn = RNN(Tokens(*shape), solver=Newton(chunk=2))
+    tokens = torch.randint(4, (2, 9))
+    rnn(tokens)
+    for call in (rnn, RNN(rnn.cell, solver=rnn.solver), lambda x: rnn.step(x[:, 0])):
+        with pytest.raises(IndexError, match="index out of range"):
+            call(tokens + 4)
+    assert not capsys.readouterr().err
+
+
+class Softmax(nn.Module):
+    """A reduction over channels, which no kernel has."""
+
+    input_size, hidden_size, num_components = 5, 5, 1
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x, h):
+        return torch.softmax(x + h @ self.w, -1)
+
+
+@needs_triton
+def test_what_is_refused_inside_a_step_names_no_generated_code(capsys):
+    with pytest.raises(ValueError, match="cannot run Softmax here: _softmax: it is not an op"):
+        RNN(Softmax(), backend="triton")
+    with pytest.raises(ValueError, match=r"\(mm at .*test_errors.py:\d+: it is not an op"):
+        RNN(Softmax(), backend="c")
+    assert not capsys.readouterr().err
+
+
+def test_generated_code_has_no_place():
+    """As of a cell that FX made."""
+    cell = fx.symbolic_trace(Softmax())
+    with pytest.raises(ValueError, match=r"Softmax is not one \(mm: it is not an operation"):
+        RNN(cell, hidden_size=5, num_components=1, backend="c")(zeros(2, 3, 5))
+    assert show_place(("<eval_with_key>.12", 5)) == show_place(None) == "an unknown line"
 
 
 class Nameless(nn.Module):

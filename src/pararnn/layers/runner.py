@@ -263,7 +263,7 @@ class Runner:
         flat = [g.flatten(0, 1) for g in given]
         if torch.compiler.is_exporting():  # views of x would exclude some of its sizes
             flat = [f.clone(memory_format=torch.contiguous_format) for f in flat]
-        values = self.input_part.module(*fixed, *flat)
+        values = self.input_part.module.forward(*fixed, *flat)
         sizes = (time, batch) if time_first else (batch, time)
         inputs = []
         for value, by_rows in zip(values, self.traced.step.by_rows, strict=True):

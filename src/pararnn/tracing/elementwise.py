@@ -30,7 +30,7 @@ from pararnn.tracing.operations import (
     round_to,
 )
 from pararnn.tracing.partition import Partition
-from pararnn.tracing.recorder import aten, mapped, show_place
+from pararnn.tracing.recorder import aten, is_generated, mapped, show_place
 from pararnn.tracing.step import Input
 
 
@@ -195,8 +195,9 @@ class Reader:
                 self.values[node] = self.evaluate(node)
             except (NotElementwise, UnknownOperation) as error:
                 name = operation_name(node.target) if hasattr(node.target, "_schema") else "this"
-                place = show_place(node.meta.get("place"))
-                raise NotElementwise(f"{name} at {place}: {error}") from None
+                place = node.meta.get("place")
+                at = "" if is_generated(place) else f" at {show_place(place)}"
+                raise NotElementwise(f"{name}{at}: {error}") from None
             self.note_name(node)
         results = [self.broadcast(n, (self.hidden_size,)) for n in self.parts.results]
         return tuple(slots[0] for slots in results)

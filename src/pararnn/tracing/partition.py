@@ -150,7 +150,7 @@ class InputPart(nn.Module):
         self.module = module_of(direct(graph))
 
     def forward(self, tensors: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        return self.module(*tensors, *self.constants, *inputs)
+        return self.module.forward(*tensors, *self.constants, *inputs)
 
 
 def operation(node: fx.Node) -> Any:

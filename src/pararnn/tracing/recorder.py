@@ -332,8 +332,15 @@ def _forwards() -> set[CodeType | None]:
 
 
 def show_place(place: tuple[str, int] | None) -> str:
-    """A file and line as an error message shows them."""
-    return "an unknown line" if place is None else f"{place[0]}:{place[1]}"
+    """A file and line as an error message shows them; unknown where code is generated."""
+    if place is None or is_generated(place):
+        return "an unknown line"
+    return f"{place[0]}:{place[1]}"
+
+
+def is_generated(place: tuple[str, int] | None) -> bool:
+    """Whether a place is in code that FX generated, which is in no file."""
+    return place is not None and place[0].startswith("<eval_with_key>")
 
 
 Look = Callable[[fx.Graph, list[Tensor], dict[fx.Node, Tensor]], None]

@@ -493,6 +493,39 @@ def test_modes_that_alternate_are_compiled_once_for_each():
     assert counter.frame_count == 2
 
 
+class OfModes(nn.Module):
+    """Takes x in another way in each mode."""
+
+    input_size = hidden_size = 4
+    num_components = 1
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.rand(4))
+
+    def forward(self, x, h):
+        return torch.tanh(self.a * h + (x if self.training else x.flip(-1)))
+
+
+def test_compiled_calls_after_others_in_another_mode():
+    counter = CompileCounterWithBackend("aot_eager")
+    rnn = RNN(OfModes().double(), backend="torch", solver=Newton(chunk=3))
+    compiled = torch.compile(rnn, backend=counter, fullgraph=True)
+    state = torch.randn(2, 4).double()
+
+    def holds(call, x):
+        assert_same({"y": call(x, state)[0]}, {"y": loop(rnn.cell, x, state)[0]}, 1e-10)
+
+    for time in (5, 5, 8, 9):
+        x = torch.randn(2, time, 4).double()
+        for call in (rnn, compiled):
+            rnn.train(call is compiled)
+            holds(call, x)
+    assert counter.frame_count == 2  # the second for any time
+    holds(rnn.eval(), x)
+    holds(torch.export.export(rnn.train(), (x, state), strict=False).module(), x)
+
+
 def test_scan_keeps_what_alternates(traced):
     rate = 0.0
 

@@ -425,10 +425,15 @@ class RNN(nn.Module):
         return self._trace_key() is not None
 
     def _trace_key(self) -> object:
-        """Equal keys mean equal traces; None if there is no trace of the cell as it is now."""
+        """Equal keys mean equal traces; None if there is no trace of the cell as it is now.
+
+        The trace is taken up: the latest call may have been of the cell as it was before.
+        """
         kept, _ = self._traces.find(self.cell, self.backend, self.solver)
         if kept is None:
             return None
+        if kept.runner is not self._runner:
+            self._take_up(kept, kept.signature[1])
         part = kept.runner.input_part
         return kept.runner.request, part.module, part.names
 
@@ -528,11 +533,15 @@ class RNN(nn.Module):
                 self._annealed.note(type(self.cell).__name__, change)
             kept = self._traced(signature)
             self._traces.add(kept)
+        self._take_up(kept, dtype)
+        return kept.runner
+
+    def _take_up(self, kept: Kept, dtype: torch.dtype) -> None:
+        """Go on with a trace, for x of a type."""
         with _SWITCHING:
             self._watched = None  # so that other threads check for themselves until all is set
-            self._latest, self._is_parametrised = (dtype, device), kept.is_parametrised
+            self._latest, self._is_parametrised = (dtype, kept.signature[3]), kept.is_parametrised
             self._signature, self._sizes, self._runner, self._watched = kept[:4]
-        return kept.runner
 
     def _traced(self, signature: tuple[Any, ...]) -> Kept:
         """A new trace for such inputs."""

@@ -23,9 +23,9 @@ from pararnn.kernels import facts, fused, operators
 from pararnn.kernels.facts import facts_of, on_rows
 from pararnn.kernels.triton import backend as triton_backend
 from pararnn.planning.c_plan import plan_c
-from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import plan_matvec
 from pararnn.planning.plan import BackendError, Call
+from pararnn.planning.rows_plan import steps_at_once
 from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.solvers.problem import Problem
 
@@ -257,7 +257,7 @@ def _elementwise(rnn, given):
 
 
 def _mixing(rnn, given):
-    runner, (batch, time) = rnn.runner(), given.shape[:2]
+    runner, time = rnn.runner(), given.shape[1]
     known = None
     if given.cell in ELEMENTWISE:
         step = _with_channels(runner.traced.step, given.shape[2])
@@ -282,9 +282,10 @@ def _mixing(rnn, given):
         found["settles"] = way.settle  # after one iteration, without asking the device
         found["solve in a graph"] = way.in_graph
     found["graph"] = plan.in_graph
-    piece = COSTS.piece // (batch * rnn.hidden_size)
-    found["backward piece"] = max(COSTS.shortest_piece, piece)
-    return found
+    piece = plan.adjoint.piece
+    if given.cell in ELEMENTWISE:  # recorded for as many channels as are traced
+        piece = steps_at_once(given.shape[0], rnn.hidden_size)
+    return found | {"backward piece": piece}
 
 
 def _with_channels(step, hidden):

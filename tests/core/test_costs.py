@@ -11,7 +11,7 @@ import pytest
 import pararnn
 from pararnn.planning import costs, rows_plan, triton_plan
 from pararnn.planning.costs import COSTS, Costs
-from pararnn.planning.kernel_plans import plan_matvec
+from pararnn.planning.kernel_plans import plan_matvec, steps_of_graphs
 
 ROOT = Path(pararnn.__file__).parent
 ROOMS = ("planning", "solvers", "kernels", "layers", "lm/decoding")
@@ -25,7 +25,7 @@ NO_COSTS = {
     # sizes that hardware or Triton demands
     "planning/triton_plan.py": {"_WARP"},
     "kernels/fused.py": {"_TILE"},
-    "kernels/triton/build.py": {"OLDEST"},  # a version
+    "kernels/triton/build.py": {"OLDEST", "_PARSES_IN_THREADS"},  # versions
     # bounds of what is kept
     "kernels/graphs.py": {"_GRAPHS", "_UNUSED", "_FORMS"},
     "kernels/pointwise.py": {"_FORMS"},
@@ -95,6 +95,17 @@ def test_every_cost_says_where_it_was_measured():
 def test_choices_follow_their_costs(worth):
     chosen = rows_plan.plan_rows(64, 30.0, 1, 4096, replace(COSTS, worth=worth))
     assert isinstance(chosen, pararnn.Sequential) == (worth > 1)
+
+
+def test_pieces_and_blocks_follow_their_costs():
+    assert rows_plan.steps_at_once(4, 64) == COSTS.piece // 256
+    assert rows_plan.steps_at_once(1 << 20, 64) == COSTS.shortest_piece
+    assert rows_plan.rows_at_once(10**6, 64, "cpu") == COSTS.cached_block // 64
+    assert rows_plan.rows_at_once(10**6, 1 << 20, "cpu") == 1
+    assert rows_plan.rows_at_once(10**6, 64, "cuda") == 10**6
+    few = replace(COSTS, graph_steps=4)
+    assert steps_of_graphs(3, 12, few) == [(3, 7), (7, 11), (11, 12)]
+    assert steps_of_graphs(0, 4, few) == [(0, 4)]
 
 
 def test_launches_follow_their_costs():

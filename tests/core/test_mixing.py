@@ -14,7 +14,7 @@ import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.kernels import fused, graphs, rows
 from pararnn.kernels.operators import request_of
-from pararnn.planning import plan, rows_plan
+from pararnn.planning import kernel_plans, plan, rows_plan
 from pararnn.planning.costs import COSTS
 from pararnn.solvers import chunks, shooting
 from pararnn.testing import assert_close, loop
@@ -254,9 +254,10 @@ def test_graphs_share_memory_as_long_as_there_are_some(monkeypatch, rerun_graphs
 
 @pytest.mark.parametrize("solver", [Newton(chunk=7), Jacobi(chunk=10), Sequential()])
 def test_sweeps_by_graphs(monkeypatch, rerun_graphs, solver):
-    monkeypatch.setattr(graphs, "COSTS", replace(COSTS, graph_steps=4))
+    pieces = functools.partial(kernel_plans.steps_of_graphs, costs=replace(COSTS, graph_steps=4))
+    monkeypatch.setattr(graphs, "steps_of_graphs", pieces)
     monkeypatch.setattr(graphs, "_GRAPHS", 3)
-    monkeypatch.setattr(rows, "run_steps", graphs.replayed)
+    monkeypatch.setattr(rows, "run_operations", graphs.replayed)
     cell = make("heads")
     rnn = RNN(cell, solver=solver)
     for resets in (None, starts(), None):
@@ -275,7 +276,10 @@ def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
 
     def settled(*given):
         way = plan.Way(
-            Jacobi(chunk=8, max_iterations=1), 1e-13, "kernel", settle=True, in_graph=True
+            *(Jacobi(chunk=8, max_iterations=1), 1e-13, "kernel"),
+            settle=True,
+            in_graph=True,
+            warm_up=8,
         )
         return replace(plan.decide(*given), path="rows", forward=way, adjoint=way)
 
@@ -306,8 +310,7 @@ def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
 @pytest.mark.parametrize("pieces", [1, 4, 7])
 @pytest.mark.parametrize("reset", [False, True])
 def test_pieces_of_the_sequential_backward(monkeypatch, pieces, reset):
-    small = replace(COSTS, shortest_piece=pieces, piece=1)
-    monkeypatch.setattr(pararnn.solvers.systems, "COSTS", small)
+    monkeypatch.setattr(plan, "steps_at_once", lambda *_: pieces)
     cell = make("lstm")
     rnn = RNN(cell, solver=Sequential())
     x, state = data(rnn)

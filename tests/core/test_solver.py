@@ -9,6 +9,7 @@ import torch
 from pararnn import RNN, Newton, cells
 from pararnn.kernels.c.backend import _States
 from pararnn.kernels.operators import request_of
+from pararnn.planning.plan import Way
 from pararnn.solvers.chunks import run_steps
 from pararnn.solvers.problem import Problem
 from pararnn.solvers.shooting import newton_update
@@ -61,7 +62,7 @@ class Sweeps:
         if isinstance(self.problem, Problem):
             path = replace(self.path, solver=settings, plans={})
             return self.backend.solve(self.problem, path._plan(self.problem).forward)[0]
-        return self.problem.solve(settings, 1e-13, run_steps)[0]
+        return self.problem.solve(Way(settings, 1e-13, warm_up=settings.chunk), run_steps)[0]
 
 
 def dense_newton(cell, x, first, guess):

@@ -9,6 +9,9 @@ from torch import nn
 
 import pararnn
 from pararnn import RNN, Newton, Sequential
+from pararnn.kernels.c import backend as c_backend
+from pararnn.planning.costs import COSTS
+from pararnn.solvers import systems
 
 
 class Tokens(nn.Module):
@@ -74,6 +77,30 @@ def test_a_call_keeps_to_its_plan(name, sizes, grad, assert_kept):
         if not rnn.runner().features:
             return
         assert_kept(rnn, torch.randn(sizes[1], 3))
+
+
+@pytest.mark.parametrize("chunk", [10, 100])
+@pytest.mark.parametrize("backend", ["c", "torch"])
+def test_the_warm_up_is_that_of_the_plan(backend, chunk, monkeypatch):
+    """In both directions, and shown."""
+    looked, states = [], systems._InRows if backend == "torch" else c_backend._InC
+    run = states.run
+    monkeypatch.setattr(
+        states, "run", lambda s, first, last=None: looked.append(last) or run(s, first, last)
+    )
+    rnn = RNN(pararnn.cells.ParaGRUCell(3, 6), backend=backend, solver=Newton(chunk=chunk))
+    plan = rnn.plan((2, 300, 3))
+    rnn(torch.randn(2, 300, 3))[0].sum().backward()
+    shown = {c.what: c.value for c in plan.choices}["warm-up"]
+    assert shown == plan.forward.warm_up == plan.adjoint.warm_up == min(COSTS.warm_up, chunk)
+    assert [n for n in looked if n is not None] == [shown] * 2
+
+
+def test_a_backward_pass_in_one_chunk_keeps_the_gates_of_a_piece():
+    rnn = RNN(nn.GRUCell(3, 64), solver=Sequential())
+    shown = {c.what: c.value for c in rnn.plan((64, 300, 3)).choices}
+    assert shown["piece backward"] == rnn.plan((64, 300, 3)).adjoint.piece == COSTS.piece // 64**2
+    assert "piece backward" not in str(rnn.plan((64, 30, 3)))
 
 
 def test_a_loop_over_the_cell_is_planned_only_where_it_is_taken(assert_kept):

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from pararnn.kernels import fused
 from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import steps_of_graphs
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import WHOLE, BatchedChunks, Chunks, Sweep, Swept
 
@@ -117,9 +118,8 @@ def replayed(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> S
     if is_capturing(state[0].device) or rows.steps - sweep.first == 1:
         return plain.run_steps(chunks, state, sweep)
     pieces: list[list[Tensor]] = []
-    for begin in range(sweep.first, rows.steps, COSTS.graph_steps):
-        piece = rows.piece(begin, min(begin + COSTS.graph_steps, rows.steps))
-        pieces.append(_replayed(piece, state, sweep.copies))
+    for begin, end in steps_of_graphs(sweep.first, rows.steps):
+        pieces.append(_replayed(rows.piece(begin, end), state, sweep.copies))
         state = [p[-1] for p in pieces[-1]]
     whole = pieces[0] if len(pieces) == 1 else [torch.cat(p) for p in zip(*pieces, strict=True)]
     return plain.swept(chunks, whole, sweep)

@@ -21,7 +21,7 @@ from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import Cut, Run
 from pararnn.solvers.report import act_on_failure
 from pararnn.solvers.shooting import sequential_report
-from pararnn.solvers.systems import Backward, Chain, Forward
+from pararnn.solvers.systems import Backward, Forward
 from pararnn.tracing.products import unfused
 from pararnn.tracing.recorder import is_differentiable
 from pararnn.tracing.step import Step, arithmetic, in_type
@@ -131,7 +131,7 @@ class Rows:
         def run(tensors: Sequence[Any], way: Way) -> list[Tensor]:
             inputs, (initial, starts) = tensors[:count], tensors[count:]
             chain = self.forward(inputs, initial, starts)
-            states, report = _solve(chain, way, self._run(way))
+            states, report = chain.solve(way, self._run(way))
             if report is None:
                 report = sequential_report(chain.batch, initial.device)
             return [*(s.to(dtype) for s in states), report]
@@ -165,9 +165,9 @@ class Rows:
             fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
             chain = Backward(**fields, before=before, grad_states=grads)
             if isinstance(way.solver, Sequential):
-                of_initial, gradients = chain.solve_in_pieces(self._run(way))
+                of_initial, gradients = chain.solve_in_pieces(way, self._run(way))
             else:
-                found, report = _solve(chain, way, self._run(way))
+                found, report = chain.solve(way, self._run(way))
                 if self.solver is not None and report is not None:
                     tolerance = self.solver.tolerance_for(kept_in)
                     act_on_failure(report, self.solver, tolerance, backwards=True)
@@ -188,7 +188,7 @@ class Rows:
         chain = self.forward(inputs, initial, starts)
         module = unfused(self.step.module)  # no transform knows the others
         step = replace(self.step, build=lambda: module)
-        states, _ = replace(chain, step=step).solve(Sequential(), 0.0, plain.run_steps)
+        states, _ = replace(chain, step=step).solve(Way(Sequential(), 0.0), plain.run_steps)
         return [s.to(self.state_dtype(inputs, initial)) for s in states]
 
     def like_states(self, inputs: Sequence[Tensor], initial: Tensor) -> list[Tensor]:
@@ -201,10 +201,6 @@ class Rows:
     def like_gradients(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """See `operators.Path`."""
         return [inputs[i].new_empty(inputs[i].shape) for i in self.step.differentiable]
-
-
-def _solve(chain: Chain, way: Way, run: Run) -> tuple[list[Tensor], Tensor | None]:
-    return chain.solve(way.solver, way.tolerance, run, way.give_up, way.settle)
 
 
 def _run_operations(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

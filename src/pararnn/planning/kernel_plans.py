@@ -77,6 +77,12 @@ def rows_warps(weights: int, width: int, itemsize: int, costs: Costs = COSTS) ->
     return min(most, 1 << (wanted - 1).bit_length())
 
 
+def steps_of_graphs(first: int, steps: int, costs: Costs = COSTS) -> list[tuple[int, int]]:
+    """The steps from `first` on, in pieces (begin, end) that are a CUDA graph each."""
+    begins = range(first, steps, costs.graph_steps)
+    return [(begin, min(begin + costs.graph_steps, steps)) for begin in begins]
+
+
 def pointwise_block(size: int, costs: Costs = COSTS) -> tuple[int, int]:
     """Columns and rows of a program of operations on each element.
 

@@ -15,7 +15,7 @@ import torch
 
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS, Costs
-from pararnn.planning.rows_plan import free_rows, plan_rows, prefers_cell
+from pararnn.planning.rows_plan import free_rows, plan_rows, prefers_cell, steps_at_once
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.planning.triton_plan import Launch, Work, plan_launch
 
@@ -168,6 +168,8 @@ class Way:
             have not converged step by step. The device decides which, so there is no host sync.
         give_up: Whether iterations stop early once they will not reach the tolerance.
         in_graph: Whether the solve is replayed as one CUDA graph.
+        warm_up: Steps that the first guess looks back; 0 with one chunk.
+        piece: Steps of a piece of time that a backward pass in one chunk solves at a time.
         launch: How Triton's kernels for elementwise cells are launched.
     """
 
@@ -177,6 +179,8 @@ class Way:
     settle: bool = False
     give_up: bool = False
     in_graph: bool = False
+    warm_up: int = 0
+    piece: int = 0
     launch: Launch | None = None
 
 
@@ -356,8 +360,8 @@ def _kernels(
     if backend.name == "c":
         cut = plan_c(call.batch, call.time, call.hidden, chunk, machine.threads, costs)
         choices.append(Choice("chunks", cut.chunks, cut.because if chunk is None else "asked for"))
-        choices.append(_warm_up(costs.warm_up, cut.chunk, cut.chunks))
-        way = Way(_in_chunks(asked, cut.chunk), tolerance)
+        warm_up = _warm_up(costs.warm_up, cut.chunk, cut.chunks, choices)
+        way = Way(_in_chunks(asked, cut.chunk), tolerance, warm_up=warm_up)
         return way, way
     loads = facts.drives, facts.drives + facts.components + call.gradients
     ways = []
@@ -370,8 +374,9 @@ def _kernels(
         busy = launch.busy(call.batch, call.hidden, machine.processors)
         few = f"{busy:.2g} programs per multiprocessor without cutting time"
         choices.append(Choice(name, launch.chunks, few if chunk is None else "asked for"))
-        choices.append(_warm_up(launch.warm, launch.chunk, launch.chunks))
-        ways.append(Way(_in_chunks(asked, launch.chunk), tolerance, launch=launch))
+        warm_up = _warm_up(launch.warm, launch.chunk, launch.chunks, choices)
+        settings = _in_chunks(asked, launch.chunk)
+        ways.append(Way(settings, tolerance, warm_up=warm_up, launch=launch))
     return ways[0], ways[1]
 
 
@@ -380,10 +385,13 @@ def _in_chunks(solver: Solver, chunk: int) -> Solver:
     return solver if isinstance(solver, Sequential) else replace(solver, chunk=chunk)
 
 
-def _warm_up(steps: int, chunk: int, chunks: int) -> Choice:
+def _warm_up(steps: int, chunk: int, chunks: int, choices: list[Choice]) -> int:
+    """Steps of the warm-up, which become a choice."""
+    steps, because = min(steps, chunk), "steps that the first guess looks back"
     if chunks == 1:
-        return Choice("warm-up", 0, "there is one chunk")
-    return Choice("warm-up", min(steps, chunk), "steps that the first guess looks back")
+        steps, because = 0, "there is one chunk"
+    choices.append(Choice("warm-up", steps, because))
+    return steps
 
 
 def _rows(
@@ -415,7 +423,8 @@ def _rows(
     because = f"arithmetic of {free:.3g} rows takes as long as the launches of a step"
     given = solver is not None and solver.chunk != "auto"
     choices.append(Choice("chunks", chunks, "asked for" if given else because))
-    choices.append(_warm_up(costs.warm_up, chunk, chunks))
+    warm_up = _warm_up(costs.warm_up, chunk, chunks, choices)
+    piece = steps_at_once(call.batch, call.hidden, costs)
     tolerance = chosen.tolerance_for(call.kept_in)
     if chosen.tolerance is None and call.rounds:
         tolerance = max(tolerance, _TF32)
@@ -433,7 +442,11 @@ def _rows(
             choices.append(Choice(name, "one chunk", "a captured call cannot wait for the device"))
         small = call.batch * call.time * call.hidden * facts.components <= costs.graph_elements
         in_graph = settle and small and not call.capturing
-        ways.append(Way(settings, tolerance, steps, settle, ours and not settle, in_graph))
+        give_up = ours and not settle
+        ways.append(Way(settings, tolerance, steps, settle, give_up, in_graph, warm_up, piece))
+    if isinstance(ways[1].solver, Sequential) and piece < call.time:
+        because = "steps whose gates the backward pass keeps at a time"
+        choices.append(Choice("piece backward", piece, because))
     return ways[0], ways[1]
 
 

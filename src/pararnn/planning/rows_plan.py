@@ -75,6 +75,23 @@ def free_rows(work: int, launches: int, device: str, costs: Costs = COSTS) -> fl
     return (max(launches, 1) * costs.launch_work if device == "cpu" else costs.step_work) / work
 
 
+def steps_at_once(batch: int, hidden: int, costs: Costs = COSTS) -> int:
+    """Steps of a piece of time whose gates a backward pass in one chunk has at a time."""
+    return max(costs.shortest_piece, costs.piece // (batch * hidden))
+
+
+def rows_at_once(rows: int, width: int, device: str, costs: Costs = COSTS) -> int:
+    """Rows of a block that is computed for many times at once: on a CPU, what its cache holds.
+
+    Args:
+        rows: All rows.
+        width: Elements of one.
+        device: Type of the device.
+        costs: What a cache holds.
+    """
+    return max(1, costs.cached_block // width) if device == "cpu" else rows
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_rows(entries: int, free: float, batch: int, time: int, costs: Costs = COSTS) -> Solver:
     """Chunks and iterations that a recurrence gains from.

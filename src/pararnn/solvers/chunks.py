@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pararnn.planning.costs import COSTS
+from pararnn.planning.rows_plan import rows_at_once
 from pararnn.tracing.step import Step
 
 
@@ -205,18 +205,15 @@ def states_before(
 
 
 def in_blocks(tensors: Sequence[Tensor], moves: Sequence[bool]) -> Iterator[list[Tensor]]:
-    """Tensors (a, b, ...) as blocks of rows (rows, ...) that fit into a processor's cache.
-
-    On a GPU all rows are one block.
+    """Tensors (a, b, ...) as blocks of rows (rows, ...), see `rows_at_once`.
 
     Args:
         tensors: Tensors; the first has rows.
         moves: Whether each has rows; the others are in every block, unchanged.
     """
     flat = [t.flatten(0, 1) if by_rows else t for t, by_rows in zip(tensors, moves, strict=True)]
-    rows = flat[0].shape[0]
-    on_cpu = flat[0].device.type == "cpu"
-    size = max(1, COSTS.cached_block // flat[0].shape[1]) if on_cpu else rows
+    rows, width = flat[0].shape
+    size = rows_at_once(rows, width, flat[0].device.type)
     for begin in range(0, rows, size):
         yield [
             f[begin : begin + size] if by_rows else f

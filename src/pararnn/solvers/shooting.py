@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pararnn.planning.costs import COSTS
+from pararnn.planning.plan import Way
 from pararnn.planning.settings import Solver
 from pararnn.solvers.report import COMPLETED, CONVERGED, SEQUENTIAL
 
@@ -96,32 +96,28 @@ class System(abc.ABC):
         return self.step_by_step()
 
 
-def solve(
-    system: System, settings: Solver, tolerance: float, give_up: bool = False
-) -> tuple[list[Tensor], Tensor | None]:
+def solve(system: System, way: Way) -> tuple[list[Tensor], Tensor | None]:
     """Solve a system: warm-up, first guess, iterations, and completion step by step.
 
     Args:
         system: The system.
-        settings: Coupling, damping, iterations.
-        tolerance: The tolerance.
-        give_up: Stop iterations that will not reach the tolerance.
+        way: The settings in force.
 
     Returns:
         The result, and the values of the report; None if there is one chunk.
     """
     if system.chunks == 1:
         return system.step_by_step(), None
-    everywhere, steps = system.everywhere(), min(COSTS.warm_up, system.chunk)
-    _, ends = system.run(everywhere, steps)
+    everywhere = system.everywhere()
+    _, ends = system.run(everywhere, way.warm_up)
     contraction = None
-    if give_up:
+    if way.give_up:
         moved = torch.inf
-        if settings.coupling == "zero":
+        if way.solver.coupling == "zero":
             moved = float(system.residual(ends[:, :-1], everywhere[:, 1:]).amax())
-        contraction = Contraction(moved, steps / system.chunk)
+        contraction = Contraction(moved, way.warm_up / system.chunk)
     guess = torch.cat([everywhere[:, :1], ends[:, :-1]], 1)
-    return _iterate(system, guess, settings, tolerance, contraction)
+    return _iterate(system, guess, way.solver, way.tolerance, contraction)
 
 
 def state_residual(ends: Tensor, starts: Tensor, size: int = 1) -> Tensor:

@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from pararnn.planning.costs import COSTS
-from pararnn.planning.settings import Sequential, Solver
+from pararnn.planning.plan import Way
 from pararnn.solvers.chunks import (
     WHOLE,
     Chunks,
@@ -98,30 +97,18 @@ class Chain(abc.ABC):
             run: Steps through chunks.
         """
 
-    def solve(
-        self,
-        settings: Solver,
-        tolerance: float,
-        run: Run,
-        give_up: bool = False,
-        settle: bool = False,
-    ) -> tuple[list[Tensor], Tensor | None]:
+    def solve(self, way: Way, run: Run) -> tuple[list[Tensor], Tensor | None]:
         """Evaluate it.
 
         Args:
-            settings: The settings, with a number of steps per chunk.
-            tolerance: The tolerance.
+            way: The settings in force.
             run: Steps through chunks.
-            give_up: Stop iterations that will not reach the tolerance.
-            settle: Sweep once, then run the sequences that did not converge step by step, without a
-                host sync.
 
         Returns:
             Components (batch, time, hidden) after every step, and the values of the report; None
             if there is one chunk.
         """
-        assert settings.chunk != "auto"
-        return solve(_InRows(self, settings.chunk, run, settle), settings, tolerance, give_up)
+        return solve(_InRows(self, int(way.solver.chunk), run, way.settle), way)
 
     def _adjoint_inputs(
         self,
@@ -293,17 +280,20 @@ class Backward(Chain):
             for parts, moves in zip(zip(*blocks, strict=True), by_rows, strict=True)
         ]
 
-    def solve_in_pieces(self, run: Run) -> tuple[Tensor, list[Tensor]]:
+    def solve_in_pieces(self, way: Way, run: Run) -> tuple[Tensor, list[Tensor]]:
         """Solve step by step, in pieces of time, with little memory besides the result.
+
+        Args:
+            way: The settings in force, for one chunk.
+            run: Steps through chunks.
 
         Returns:
             The gradients of the initial states and of the differentiable inputs.
         """
-        size = max(COSTS.shortest_piece, COSTS.piece // (self.batch * self.step.hidden))
         pieces, incoming, of_initial = [], self.incoming, torch.zeros_like(self.initial)
-        for begin in reversed(range(0, self.time, size)):
-            piece = self._piece(begin, min(begin + size, self.time), incoming)
-            found, _ = piece.solve(Sequential(), 0.0, run)
+        for begin in reversed(range(0, self.time, way.piece)):
+            piece = self._piece(begin, min(begin + way.piece, self.time), incoming)
+            found, _ = piece.solve(way, run)
             pieces.append(piece.gradients(found))
             incoming = torch.stack([f[:, 0] for f in found], 1)
             if begin == 0 or self.starts is not None:

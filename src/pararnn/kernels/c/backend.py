@@ -73,7 +73,7 @@ class CBackend:
         """See `Backend.solve`."""
         kept_in = problem.state_dtype
         system = _States(self, problem.converted(), _steps_of_a_chunk(problem, way))
-        states, report = solve(system, way.solver, way.tolerance)
+        states, report = solve(system, way)
         if report is None:
             report = sequential_report(problem.batch, problem.initial.device)
         return [s.to(kept_in) for s in states], report
@@ -97,7 +97,7 @@ class CBackend:
             [None if g is None else g.to(dtype).contiguous() for g in grad_states],
             targets,
         )
-        (of_initial, sums), report = solve(system, way.solver, way.tolerance)
+        (of_initial, sums), report = solve(system, way)
         if report is not None:
             act_on_failure(report, way.solver, way.tolerance, backwards=True)
         for gradient, target in zip(grad_drives, targets, strict=True):

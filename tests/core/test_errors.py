@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import fx, nn
 
-from pararnn import RNN, Newton
+from pararnn import RNN, Newton, scan
 from pararnn.kernels import facts
 from pararnn.kernels.c import build as c_build
 from pararnn.layers import runner
+from pararnn.testing import loop
 from pararnn.tracing.recorder import show_place
 
 from .cells import Cell, SlowGates, paralstm
@@ -51,6 +52,40 @@ CALLS = {
         lambda: layer()(zeros(2, 3, 5), (zeros(4, 7), zeros(4, 7))),
         ValueError,
         "state has shape (4, 7) but x needs (2, 7); pass (rows, hidden_size), or None for zeros.",
+    ),
+    "state of complex numbers": (
+        lambda: RNN(SlowGates())(zeros(2, 3, 5), zeros(2, 7, dtype=torch.complex64)),
+        TypeError,
+        "state is of torch.complex64, but a state is of real numbers; pass real and imaginary part "
+        "as two components.",
+    ),
+    "component of complex numbers, one step": (
+        lambda: layer().step(zeros(2, 5), (zeros(2, 7), zeros(2, 7, dtype=torch.complex64))),
+        TypeError,
+        "component 1 of state is of torch.complex64, but a state is of real numbers",
+    ),
+    "reset_state of complex numbers": (
+        lambda: RNN(SlowGates())(
+            zeros(2, 3, 5),
+            resets=zeros(2, 3, dtype=torch.bool),
+            reset_state=zeros(7, dtype=torch.complex64),
+        ),
+        TypeError,
+        "reset_state is of torch.complex64, but a state is of real numbers",
+    ),
+    "component of complex numbers, scan": (
+        lambda: scan(
+            lambda h, x: (torch.tanh(x + h[0]), h[1]),
+            (zeros(2, 7), zeros(2, 7, dtype=torch.complex64)),
+            zeros(2, 3, 7),
+        ),
+        TypeError,
+        "state component 1 is of torch.complex64, but a state is of real numbers",
+    ),
+    "state of integers, scan": (
+        lambda: scan(lambda h, x: torch.tanh(x + h), zeros(2, 7, dtype=torch.long), zeros(2, 3, 7)),
+        TypeError,
+        "state component 0 is of torch.int64; pass floating-point numbers.",
     ),
     "resets of numbers": (
         lambda: layer()(zeros(2, 3, 5), resets=zeros(2, 3)),
@@ -124,6 +159,34 @@ CALLS = {
         lambda: RNN(nn.GRUCell(5, 7)).step(zeros(2, 5, dtype=torch.long)),
         TypeError,
         "use x.to(torch.float32).",
+    ),
+    "x of complex numbers": (
+        lambda: RNN(nn.GRUCell(5, 7))(zeros(2, 3, 5, dtype=torch.complex64)),
+        TypeError,
+        "use torch.view_as_real(x).flatten(-2), twice as many features.",
+    ),
+    "x of complex numbers, one step": (
+        lambda: RNN(nn.GRUCell(5, 7)).step(zeros(2, 5, dtype=torch.complex64)),
+        TypeError,
+        "use torch.view_as_real(x).flatten(-2), twice as many features.",
+    ),
+    "x of complex numbers, which stay": (
+        lambda: RNN(Nameless(), hidden_size=7)(zeros(2, 3, 7, dtype=torch.complex64)),
+        ValueError,
+        "Nameless returned component 0 of type torch.complex64; the state must be floating point; "
+        "keep real and imaginary part as two components.",
+    ),
+    "x of complex numbers, scan": (
+        lambda: scan(
+            lambda h, x: torch.tanh(x + h), zeros(2, 7), zeros(2, 3, 7, dtype=torch.complex64)
+        ),
+        ValueError,
+        "returned component 0 of type torch.complex64; the state must be floating point; keep",
+    ),
+    "plan of a name": (
+        lambda: layer().plan((2, 3, 5), dtype="float32"),
+        TypeError,
+        "dtype is 'float32'; pass a torch.dtype, such as torch.float32, or None for that of the",
     ),
     "unknown backend": (lambda: layer(backend="cuda"), ValueError, "backend='cuda' is not known"),
     "cell is no module": (lambda: RNN(lambda x, h: h), TypeError, "use pararnn.scan"),
@@ -241,6 +304,29 @@ class Nameless(nn.Module):
 
     def forward(self, x, h):
         return torch.tanh(x + self.a * h)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiled_calls_refuse_complex_numbers(backend):
+    rnn = RNN(Nameless(), hidden_size=7, backend=backend)
+    x, state = torch.randn(2, 3, 7), torch.randn(2, 7)
+    y, _ = rnn(x, state)
+    compiled = torch.compile(rnn, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, state)[0], y)
+    with pytest.raises(Exception, match=r"returned component 0 of type torch\.complex64"):
+        compiled(x + 0j, state)
+    with pytest.raises(Exception, match=r"state is of torch\.complex64, but a state is of real"):
+        compiled(x, state + 0j)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiled_calls_of_numbers_of_other_kinds(backend):
+    rnn = RNN(Nameless(), hidden_size=7, backend=backend)
+    compiled = torch.compile(rnn, backend="eager", fullgraph=True)
+    state = torch.randn(2, 7)
+    for x in (torch.randn(2, 3, 7), torch.randint(-2, 3, (2, 3, 7))) * 2:
+        y, _ = compiled(x, state)
+        torch.testing.assert_close(y, loop(rnn.cell, x, state)[0])
 
 
 def test_cell_without_size_says_what_to_add():

@@ -22,6 +22,15 @@ def check_tensors(name: str, state: State | None) -> None:
             )
 
 
+def check_real(name: str, part: Tensor) -> None:
+    """Refuse complex numbers in a state."""
+    if part.is_complex():
+        raise TypeError(
+            f"{name} is of {part.dtype}, but a state is of real numbers; pass real and imaginary "
+            "part as two components."
+        )
+
+
 def sizes_of(state: State | None) -> tuple[int, ...]:
     """Channels of a state's components; numbers also where the compiler has symbols for them."""
     parts = state if isinstance(state, tuple) else () if state is None else (state,)
@@ -164,8 +173,10 @@ def components_of(
         seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
         raise ValueError(f"{name} must be {wanted} of shape {shapes}, got {seen}.")
     for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-        if part.dim() != 2 or part.shape[0] != rows or part.shape[1] != size:
+        fits = part.dim() == 2 and part.shape[0] == rows and part.shape[1] == size
+        if not fits or part.is_complex():
             which = name if count == 1 else f"component {i} of {name}"
+            check_real(which, part)
             raise ValueError(
                 f"{which} has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
                 "(rows, hidden_size), or None for zeros."

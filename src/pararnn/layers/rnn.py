@@ -323,9 +323,14 @@ class RNN(nn.Module):
             dtype: Of x; that of the cell when None.
 
         Raises:
-            TypeError: Sizes of the cell are known only after a first call.
+            TypeError: Sizes of the cell are known only after a first call; `dtype` is no type.
             ValueError: Shapes that the layer refuses.
         """
+        if not (dtype is None or isinstance(dtype, torch.dtype)):
+            raise TypeError(
+                f"dtype is {dtype!r}; pass a torch.dtype, such as torch.float32, or None for that "
+                "of the cell."
+            )
         runner, sizes = self.runner(), sizes_in("shape", shape)
         lead = len(sizes) - runner.feature_axes
         if lead not in (1, 2) or sizes[lead:] != runner.features:
@@ -404,7 +409,7 @@ class RNN(nn.Module):
                 way = "put the sequences one after another and pass cu_seqlens"
             raise TypeError(f"x must be a tensor, got {describe(x)}; {way}.")
         if torch.compiler.is_compiling():
-            if not self._is_traced():
+            if not self._is_traced(x.dtype):
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
                 self._trace_for_compiler(features, x.dtype, x.device, sizes_of(state))
             self._get_ready()
@@ -419,21 +424,22 @@ class RNN(nn.Module):
             runner.get_ready()
         return runner
 
-    def _is_traced(self) -> bool:
-        """Whether there is a trace of the cell as it is now."""
-        valid_while_same(self, RNN._trace_key)
-        return self._trace_key() is not None
+    def _is_traced(self, dtype: torch.dtype) -> bool:
+        """Whether there is a trace of the cell as it is now, for x of a type."""
+        kind = _kind(dtype)
+        valid_while_same(self, functools.partial(RNN._trace_key, kind=kind))
+        return self._trace_key(kind) is not None
 
-    def _trace_key(self) -> object:
+    def _trace_key(self, kind: torch.dtype | None) -> object:
         """Equal keys mean equal traces; None if there is no trace of the cell as it is now.
 
         The trace is taken up: the latest call may have been of the cell as it was before.
         """
-        kept, _ = self._traces.find(self.cell, self.backend, self.solver)
+        kept, _ = self._traces.find(self.cell, kind, self.backend, self.solver)
         if kept is None:
             return None
         if kept.runner is not self._runner:
-            self._take_up(kept, kept.signature[1])
+            self._take_up(kept, kind or kept.signature[1])
         part = kept.runner.input_part
         return kept.runner.request, part.module, part.names
 
@@ -451,8 +457,9 @@ class RNN(nn.Module):
         now = snapshot(self.cell)
         if any(map(_is_fake, now.tensors.values())):
             raise RuntimeError(
-                f"{type(self.cell).__name__} has changed since it was traced, or never was, and "
-                "torch.export passes tensors without values; call the layer once before."
+                f"{type(self.cell).__name__} has changed since it was traced, or never was for x "
+                f"of type {dtype}, and torch.export passes tensors without values; call the layer "
+                "once before."
             )
         self._prepare(known, dtype, device, now)
         return True
@@ -524,9 +531,9 @@ class RNN(nn.Module):
                 f"is on {device}; load them there. Offloading to a CPU or disk does not work for a "
                 "cell: its parameters are read without a call of it."
             )
-        kind = now.dtype if dtype.is_floating_point else dtype
-        signature = (features, kind, now.dtype, device, self.backend, self.solver)
-        self._known.find_components(self.cell, features, kind)
+        kind = _kind(dtype)
+        signature = (features, now.dtype, device, kind, self.backend, self.solver)
+        self._known.find_components(self.cell, features, kind or now.dtype)
         kept, change = self._traces.find(self.cell, *signature)
         if kept is None or kept.sizes != self.sizes:
             if change is not None:
@@ -540,12 +547,13 @@ class RNN(nn.Module):
         """Go on with a trace, for x of a type."""
         with _SWITCHING:
             self._watched = None  # so that other threads check for themselves until all is set
-            self._latest, self._is_parametrised = (dtype, kept.signature[3]), kept.is_parametrised
+            self._latest, self._is_parametrised = (dtype, kept.signature[2]), kept.is_parametrised
             self._signature, self._sizes, self._runner, self._watched = kept[:4]
 
     def _traced(self, signature: tuple[Any, ...]) -> Kept:
         """A new trace for such inputs."""
-        features, kind, own, device, *_ = signature
+        features, own, device, kind, *_ = signature
+        kind = kind or own
         sizes = self.sizes
         subject, count = cell_subject(self.cell), len(sizes)
         if len(set(sizes)) > 1:
@@ -585,7 +593,9 @@ class RNN(nn.Module):
         if x is own or "type" not in str(error):
             return
         ways = [f"x.to({own})"]
-        if x.is_floating_point:
+        if x.is_complex:
+            ways = ["torch.view_as_real(x).flatten(-2), twice as many features"]
+        elif x.is_floating_point:
             ways += [f"cell.to({x})", "torch.autocast"]
         raise TypeError(
             f"x has type {x}, but the parameters of {type(self.cell).__name__} have type {own} "
@@ -608,6 +618,11 @@ class RNN(nn.Module):
         """Leave out traces, which belong to this process; a copy traces again."""
         own = dict.fromkeys(("_runner", "_latest", "_watched", "_report"))
         return {**self.__dict__, **own, "_signature": (), "_traces": Traces()}
+
+
+def _kind(dtype: torch.dtype) -> torch.dtype | None:
+    """The type of x that a trace is for; None for floating point, where it is the cell's."""
+    return None if dtype.is_floating_point else dtype
 
 
 def _may_loop(runner: Runner, dtype: torch.dtype, device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pararnn.layers.rnn import State
+from pararnn.layers.arguments import State, check_real
 from pararnn.layers.runner import Runner
 from pararnn.planning.settings import Solver
 from pararnn.tracing.capture import Subject
@@ -146,6 +146,9 @@ def _check(parts: tuple[Tensor, ...], drives: tuple[Tensor, ...]) -> None:
                 "with the same batch and time, time at least 1."
             )
     for i, part in enumerate(parts):
+        check_real(f"state component {i}", part)
+        if not part.is_floating_point():
+            raise TypeError(f"state component {i} is of {part.dtype}; pass floating-point numbers.")
         if part.dim() != 2 or part.shape[0] != batch or part.shape != parts[0].shape:
             raise ValueError(
                 f"state component {i} has shape {tuple(part.shape)} but the drives have batch "

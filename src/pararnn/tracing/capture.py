@@ -348,9 +348,10 @@ def _checked(
                 f"of shape {shape}; every component must keep the shape (N, hidden_size)."
             )
         if not component.is_floating_point():
+            parts = "; keep real and imaginary part as two components"
             raise TraceError(
                 f"{subject} returned component {i} of type {component.dtype}; "
-                "the state must be floating point."
+                f"the state must be floating point{parts if component.is_complex() else ''}."
             )
     return components
 

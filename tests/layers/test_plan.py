@@ -10,6 +10,7 @@ from torch import nn
 import pararnn
 from pararnn import RNN, Newton, Sequential
 from pararnn.kernels.c import backend as c_backend
+from pararnn.layers import runner
 from pararnn.planning.costs import COSTS
 from pararnn.solvers import systems
 
@@ -165,3 +166,30 @@ def test_a_cell_without_values_has_no_plan():
     for layer in (rnn.to("meta"), RNN(nn.GRUCell(3, 6, device="meta"))):
         with pytest.raises(TypeError, match="no values"):
             layer.plan((2, 50, 3))
+
+
+@pytest.mark.parametrize("what", ["elementwise", "heads", "dense"])
+def test_facts_say_whether_channels_reach_each_other(what):
+    cells = {
+        "elementwise": pararnn.cells.ParaGRUCell(3, 6),
+        "heads": pararnn.cells.HeadSLSTMCell(4, 6, num_heads=2),
+        "dense": nn.GRUCell(3, 6),
+    }
+    made = RNN(cells[what]).runner()
+    facts, step = made.facts, made.traced.step
+    assert facts.elementwise is (what == "elementwise")
+    assert made.traced.structure.startswith(what)
+    if what != "elementwise":
+        assert (facts.group, facts.work, facts.launches) == (step.group, step.work, step.launches)
+
+
+def test_the_backend_of_a_layer_is_chosen_once(monkeypatch):
+    names, choose = [], runner.choose_backend
+    monkeypatch.setattr(runner, "choose_backend", lambda *a: names.append(a[0]) or choose(*a))
+    rnn = RNN(nn.GRUCell(3, 6))
+    plans = [rnn.plan((batch, time, 3)) for batch in (1, 30) for time in (5, 900)]
+    rnn(torch.randn(2, 50, 3))
+    rnn(torch.randn(1, 900, 3))
+    assert names == ["auto"]
+    assert len({p.path for p in plans}) == 2
+    assert {p.backend for p in plans} == {rnn.runner().choice.name}

@@ -23,21 +23,20 @@ def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
     Args:
         step: The step.
         name: Name of its cell.
-        because: The reason for its structure, in words.
+        because: The reason why its channels reach each other or not, in words.
     """
     recurrence = step.recurrence
     if recurrence is not None:
         return Facts(
             name,
-            "elementwise",
-            because,
-            step.num_components,
+            elementwise=True,
+            because=because,
+            components=step.num_components,
             drives=recurrence.num_drives,
             obstacle=_lowering_obstacle(recurrence),
         )
-    structure = "dense" if step.group == step.hidden else f"heads (size {step.group})"
-    sizes = step.num_components, step.group, step.work, step.launches
-    return Facts(name, structure, because, *sizes)
+    known = Facts(name, elementwise=False, because=because, components=step.num_components)
+    return on_rows(known, step)
 
 
 def on_rows(facts: Facts, step: Step) -> Facts:

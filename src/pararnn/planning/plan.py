@@ -1,4 +1,4 @@
-"""`decide`: how one call is carried out, and why.
+"""`choose_backend`: the backend of a layer; `decide`: how one call is carried out, and why.
 
 Everything that is chosen for a solve is chosen here, from plain numbers: facts of the step, sizes
 of the call, facts of the machine, and what the user asked for. Nothing is run, so every choice can
@@ -47,8 +47,8 @@ class Facts:
 
     Attributes:
         name: Name of the cell, for messages.
-        structure: Elementwise, heads, or dense.
-        because: The reason for the structure.
+        elementwise: Whether channels do not reach each other.
+        because: The reason why they do or do not.
         components: Tensors in the state.
         group: Channels that reach each other.
         work: Multiplications per row and step, roughly.
@@ -62,7 +62,7 @@ class Facts:
     """
 
     name: str = "the cell"
-    structure: str = "elementwise"
+    elementwise: bool = True
     because: str = ""
     components: int = 1
     group: int = 1
@@ -73,11 +73,6 @@ class Facts:
     obstacle: str | None = None
     kernels: tuple[str | None, str | None] = (None, None)
     one_call: bool = False
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether channels do not reach each other."""
-        return self.structure == "elementwise"
 
     @property
     def entries(self) -> int:

@@ -45,7 +45,6 @@ triton.knobs.compilation.listener = record
 backend.compile_together = counting
 backend.overlaps = device.overlaps = lambda _device: True
 facts.interpreted = lambda: True
-build._PARSES_IN_THREADS = True
 called, confused = {}, set()
 call_function = CodeGenerator.call_JitFunction
 
@@ -102,6 +101,12 @@ recurrence = rnn.runner().traced.step.recurrence
 version = launch.functions_of(recurrence, "double", False)["version"]
 forward.verdict = forward.judge  # as if its text were another
 changed = version != launch.functions_of(recurrence, "double", False)["version"]
-found = {"compiled": len(compiled), "together": together, "launched": launched, "changed": changed}
+found = {
+    "compiled": len(compiled),
+    "together": together,
+    "threads": build._PARSES_IN_THREADS,
+    "launched": launched,
+    "changed": changed,
+}
 found["confused"] = sorted(confused)
 print(json.dumps(found))

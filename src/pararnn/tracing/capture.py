@@ -1,4 +1,4 @@
-"""Capture: one step of a cell as a graph of aten operations that holds for any number of rows."""
+"""Capture one step of a cell as a graph of aten operations, valid for any number of rows."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ from pararnn.tracing.recorder import (
     show_place,
 )
 
-# Two numbers of rows: an integer that differs between their graphs is linear in the number of rows.
+# Each step is recorded at these two numbers of rows. An integer that differs between the two graphs
+# depends on the number of rows; the two recordings give its slope and offset.
 ROWS = (3, 5)
 
 
 @dataclass
 class Capture:
-    """One step of a cell, written down.
+    """One recorded step of a cell.
 
     Attributes:
         graph: Placeholders are the tensors of the cell (parameters, buffers, tensor attributes),
             then the inputs `x_0`, ..., then the components of the state; the output is the tuple of
-            new components. Every node carries `shape` and `dtype` (with `ROWS[0]` rows),
-            `by_rows` (its first axis has one entry per row), `slopes` (by how much each size grows
-            with a row) and `place`, the user's line.
+            new components. Each node's `meta` has `shape` and `dtype` (at `ROWS[0]` rows),
+            `by_rows` (the first axis has one entry per row), `slopes` (by how much each size grows
+            with a row), `row_axes` (how many sizes grow) and `place` (file and line of the user).
         attributes: Qualified names of the cell's tensors, in the order of their placeholders.
         constants: Tensors from elsewhere (closures, globals), by placeholder name.
         num_components: Tensors in the state.
@@ -48,7 +49,7 @@ class Capture:
         hidden_size: Channels of each component.
         dtype: The type the cell was traced in.
         subject: What messages call the cell.
-        ran: The code that ran.
+        ran: The Python code that ran.
     """
 
     graph: fx.Graph
@@ -64,7 +65,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a cell holds now.
+    """The tensors of a cell at one moment.
 
     Attributes:
         tensors: Parameters, buffers and plain tensor attributes, by qualified name.
@@ -74,18 +75,18 @@ class Snapshot:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the first floating-point tensor."""
+        """The type of the first floating-point tensor; PyTorch's default if none is."""
         kinds = (t.dtype for t in self.tensors.values() if t.is_floating_point())
         return next(kinds, torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:
-        """Where the first tensor is."""
+        """The device of the first tensor; the CPU if there is none."""
         return next((t.device for t in self.tensors.values()), torch.device("cpu"))
 
 
 def snapshot(cell: nn.Module) -> Snapshot:
-    """Look at a cell's tensors as they are now."""
+    """Collect the current tensors of a cell, each once."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for prefix, module in cell.named_modules():
@@ -98,12 +99,12 @@ def snapshot(cell: nn.Module) -> Snapshot:
 
 
 def resolve(cell: nn.Module, name: str) -> Tensor:
-    """The tensor with a qualified name, as it is now."""
+    """The current tensor with a qualified name."""
     return getattr(*owner_of(cell, name))
 
 
 def owner_of(cell: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has the tensor with a qualified name, and what it calls it."""
+    """The module that holds the tensor with a qualified name, and the attribute's name there."""
     prefix, _, attribute = name.rpartition(".")
     return cell.get_submodule(prefix) if prefix else cell, attribute
 
@@ -113,14 +114,14 @@ StepFunction = Callable[[dict[str, Tensor], tuple[Tensor, ...], Any], Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is captured.
+    """A step to capture.
 
     Attributes:
         step: `step(tensors, inputs, state) -> state`.
-        source: The user's function, whose lines and variable names are shown.
-        tensors: What the step reads besides inputs and state, by name.
-        name: What messages call it.
-        state_position: Which parameter of `source` is the state.
+        source: The user's function; nodes are named after its variables.
+        tensors: Tensors that the step reads besides inputs and state, by name.
+        name: What messages call the step.
+        state_position: Index of the state among the parameters of `source`.
     """
 
     step: StepFunction
@@ -131,10 +132,10 @@ class Subject:
 
 
 def cell_subject(cell: nn.Module) -> Subject:
-    """A cell as something to capture.
+    """Make a `Subject` of a cell.
 
     Raises:
-        TraceError: It has backward hooks, or hooks that write.
+        TraceError: The cell has backward hooks, or hooks that write.
     """
     _check_hooks(cell)
     held, weights = snapshot(cell).tensors, computed(cell)
@@ -154,10 +155,10 @@ def _with_others(
     """Call a cell with other tensors in place of its own, in this thread alone.
 
     Args:
-        cell: Keeps its tensors, which other threads compute with meanwhile.
-        others: By the identity of those that they stand for.
-        inputs: Of the cell.
-        state: Likewise.
+        cell: Keeps its own tensors; other threads may compute with them meanwhile.
+        others: Replacements, by the `id` of the tensor that each replaces.
+        inputs: Inputs of the cell.
+        state: State of the cell.
     """
     if not others:
         return cell(*inputs, state)
@@ -189,19 +190,19 @@ def capture(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Capture:
-    """Write down one step.
+    """Record one step.
 
     Args:
         subject: The step.
         inputs: Shape (without the rows) and type of every input.
         hidden_size: Channels of each component.
         num_components: Tensors in the state.
-        is_tuple: Give the step its state as a tuple.
+        is_tuple: Whether the step takes its state as a tuple.
         dtype: Type of the state.
-        device: Where to run.
+        device: Device of the example tensors.
 
     Raises:
-        TraceError: The step does something that has no parallel form; the message names the line.
+        TraceError: The step has no parallel form; the message says why and names the line.
     """
     ran = Ran()
 
@@ -233,25 +234,29 @@ def capture(
 
 
 def _check_taken(subject: Subject, ran: Ran) -> None:
-    """Refuse values of tensors that Python has taken, and that a trace would keep for ever."""
+    """Refuse a step that copied values of a tensor into Python: they would be frozen in the trace.
+
+    Raises:
+        TraceError: It did, for example by `.tolist()`.
+    """
     if ran.taken is not None:
         way, place = ran.taken
         raise TraceError(
             f"{subject.name} takes the values of a tensor into Python at {show_place(place)} "
-            f"(.{way}()), where a trace would keep them; stay with PyTorch operations, and hold "
-            "what never changes as Python numbers or as a NumPy array."
+            f"(.{way}()); a trace would keep these values when the tensor changes. Use PyTorch "
+            "operations, and keep constants as Python numbers or NumPy arrays."
         )
 
 
 def _check_hooks(cell: nn.Module) -> None:
-    """Refuse hooks that run in the backward pass of a single step, or write at every step."""
+    """Refuse hooks that need the backward pass of a single step, or that write at every step."""
     for name, module in cell.named_modules():
         hooks = module._forward_pre_hooks.values()
         if module.training and any(isinstance(hook, SpectralNorm) for hook in hooks):
             raise TraceError(
                 f"self.{name} of {type(cell).__name__} has the older torch.nn.utils.spectral_norm, "
-                "which changes its vectors in every step in training. Use "
-                "torch.nn.utils.parametrizations.spectral_norm, which does so once per call."
+                "which updates its vectors at every step in training. Use "
+                "torch.nn.utils.parametrizations.spectral_norm, which updates them once per call."
             )
     everywhere = nn.modules.module
     found = everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks
@@ -261,19 +266,24 @@ def _check_hooks(cell: nn.Module) -> None:
             place = f"on self.{name}" if name else "on the cell"
     if place:
         raise TraceError(
-            f"{type(cell).__name__} has a backward hook ({place}): all steps are differentiated at "
-            "once, so none has a backward pass in which to run it. Remove it, or register it on "
-            "the layer."
+            f"{type(cell).__name__} has a backward hook ({place}), which cannot run: all steps are "
+            "differentiated at once, so a single step has no backward pass. Remove the hook, or "
+            "register it on the layer."
         )
 
 
 def record_rows(
     run: Callable[[int], tuple[fx.Graph, list[Tensor]]], subject: str
 ) -> tuple[fx.Graph, list[Tensor]]:
-    """A graph that holds for any number of rows, from recordings of `run(rows)` with two.
+    """Merge recordings at the two numbers in `ROWS` into one graph for any number of rows.
+
+    Args:
+        run: `run(rows)` records a graph and its constants; the graph has a placeholder `x_0`, whose
+            first axis is the rows.
+        subject: What messages call the recorded function.
 
     Returns:
-        The graph, which has a placeholder `x_0` with rows, and its constants.
+        The graph and its constants.
     """
     (graph, constants), (other, others) = (run(rows) for rows in ROWS)
     graph = _merge(graph, other, subject)
@@ -283,7 +293,7 @@ def record_rows(
 
 
 def recordable(tensor: Tensor) -> Tensor:
-    """A tensor that autograd takes: a copy of one that was made in inference mode."""
+    """A tensor that autograd accepts: a copy if the tensor was made in inference mode."""
     if not tensor.is_inference():
         return tensor
     with torch.no_grad():
@@ -292,7 +302,7 @@ def recordable(tensor: Tensor) -> Tensor:
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if is_differentiable(dtype):
-        # Not a leaf: autograd itself would refuse a write into one, without naming the line.
+        # Not a leaf: autograd would refuse a write into a leaf itself, without naming the line.
         return torch.rand(shape, dtype=dtype, device=device).requires_grad_().clone()
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -305,7 +315,19 @@ def record_step(
     shape: tuple[int, int],
     look: Look | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
-    """Write down one step on some examples: its tensors, inputs and components of the state."""
+    """Record one step at fixed shapes.
+
+    Args:
+        subject: The step.
+        examples: Tensors of the step, then its inputs, then the components of its state.
+        num_inputs: How many of the examples are inputs.
+        is_tuple: Whether the step takes its state as a tuple.
+        shape: (rows, hidden_size), which every new component must have.
+        look: See `record`.
+
+    Returns:
+        The graph and its constants.
+    """
     own = len(subject.tensors)
     num_components = len(examples) - own - num_inputs
 
@@ -357,12 +379,12 @@ def _checked(
 
 
 def _merge(graph: fx.Graph, other: fx.Graph, subject: str) -> fx.Graph:
-    """Make the integers that depend on the number of rows follow the size of x."""
+    """Replace integers that depend on the number of rows by nodes computed from `x_0.size(0)`."""
     nodes, others = list(graph.nodes), list(other.nodes)
     targets = [(n.op, str(n.target)) for n in nodes], [(n.op, str(n.target)) for n in others]
     if targets[0] != targets[1]:
         raise TraceError(
-            f"{subject} runs other operations for {ROWS[1]} rows than for {ROWS[0]}; its "
+            f"{subject} runs other operations for {ROWS[1]} rows than for {ROWS[0]}; the "
             "operations must not depend on the batch size."
         )
     x = next(n for n in nodes if n.target == "x_0")
@@ -396,7 +418,7 @@ def _merge(graph: fx.Graph, other: fx.Graph, subject: str) -> fx.Graph:
 def _check_constants(
     graph: fx.Graph, constants: list[Tensor], others: list[Tensor], subject: str
 ) -> None:
-    """A tensor from outside that changes with the example is none: it left PyTorch's sight."""
+    """Refuse a constant that differs between the recordings: Python computed it unseen."""
     nodes = [n for n in graph.nodes if n.op == "get_attr"]
     for node, one, other in zip(nodes, constants, others, strict=True):
         if one is other:
@@ -407,9 +429,9 @@ def _check_constants(
         if not same:
             place = show_place(next(iter(node.users)).meta.get("place")) if node.users else "?"
             raise TraceError(
-                f"{subject} uses a tensor at {place} that PyTorch did not compute from x and the "
-                "state and that changes from call to call (made with .numpy(), a list, or random "
-                "numbers from elsewhere?); stay with PyTorch operations."
+                f"{subject} uses a tensor at {place} that changes from call to call, but that "
+                "PyTorch did not compute from x and the state (made with .numpy(), a list, or "
+                "random numbers from elsewhere?); use PyTorch operations."
             )
 
 
@@ -420,6 +442,7 @@ def _rows_node(
     offset: int,
     known: dict[tuple[int, int], fx.Node],
 ) -> fx.Node:
+    """The count node with the value slope * x.size(0) + offset, made if it is not known."""
     if (slope, offset) not in known:
         with graph.inserting_after(x):
             node = graph.call_function(torch.Tensor.size, (x, 0))
@@ -442,7 +465,7 @@ def _mark_rows(graph: fx.Graph, other: fx.Graph) -> None:
 
 
 def mark_rows(node: fx.Node, other: tuple[int, ...]) -> None:
-    """Note where rows are in a value, given its shape for the other number of them."""
+    """Note which axes of a value grow with the rows, given its shape at `ROWS[1]` rows."""
     mine = node.meta.get("shape", ())
     node.meta["by_rows"] = bool(mine) and mine[0] == ROWS[0] and other[0] == ROWS[1]
     sizes = zip(mine, other, strict=False)
@@ -451,13 +474,13 @@ def mark_rows(node: fx.Node, other: tuple[int, ...]) -> None:
 
 
 def shape_at(node: fx.Node, rows: int) -> tuple[int, ...]:
-    """The shape of a value for a number of rows."""
+    """The shape of a value at a given number of rows."""
     sizes = zip(node.meta["shape"], node.meta["slopes"], strict=True)
     return tuple(size + slope * (rows - ROWS[0]) for size, slope in sizes)
 
 
 def count_of(node: fx.Node, rows: int) -> int:
-    """The value of a node that counts rows."""
+    """The integer that a count node has at a given number of rows (see `_rows_node`)."""
     if node.target is torch.Tensor.size:
         return rows
     count, number = node.args

@@ -1,4 +1,4 @@
-"""Records the aten operations of a function, each with the line of the user's code it came from."""
+"""Record the aten operations of a function, each with the line of user code that called it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _MODULES = str(Path(torch.nn.__file__).parent)
 
 
 class TraceError(ValueError):
-    """The cell does something that has no parallel form; says what, where, and a way out."""
+    """The cell has no parallel form; the message says why, where, and what to do instead."""
 
 
 class NeedsFunctionalization(Exception):
-    """A write is seen through another view, so that there has to be a functional form.
+    """A tensor is used after a write through another view of it; functionalize the function first.
 
     Attributes:
-        write: What wrote, and where.
+        write: The operation that wrote, and its file and line.
     """
 
     def __init__(self, write: str) -> None:
@@ -40,13 +40,14 @@ class NeedsFunctionalization(Exception):
 
 
 class Recorder(TorchDispatchMode):
-    """Executes operations as they come and writes them down as an `fx.Graph`.
+    """Runs operations as PyTorch dispatches them and records them in an `fx.Graph`.
 
     Args:
-        inputs: The tensors to become placeholders, by name.
-        subject: What the error messages call the function.
-        focus: Code whose line each node notes in `meta["line"]`, also when a callee made it; a node
-            whose value it holds in a variable notes that in `meta["variable"]`.
+        inputs: Tensors that become placeholders, by name.
+        subject: What error messages call the function.
+        focus: Code object of the user's function. `meta["line"]` of a node is the line that it was
+            at, even when a callee ran the operation; `meta["variable"]` is its local variable that
+            holds the value, if one does.
         labels: What messages call the inputs; their names when None.
     """
 
@@ -76,29 +77,29 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise PyTorch imports its compiler, 2 s, to keep it away from this mode
+        return False  # if True, PyTorch imports its compiler, which takes 2 s
 
     def __enter__(self) -> Recorder:
         self._grad = torch.is_grad_enabled()
         return super().__enter__()
 
     def pack(self, tensor: Tensor) -> int:
-        """Keep a tensor that autograd saves; there it would be part of a cycle nothing frees."""
+        """Keep a tensor that autograd saves; kept by autograd, it is in a cycle nothing frees."""
         self._saved.append(tensor)
         return len(self._saved) - 1
 
     def unpack(self, number: int) -> Tensor:
-        """Note that autograd takes a saved tensor, of which it makes an alias first."""
+        """Give autograd a saved tensor, and note it: autograd detaches it next (see `_same`)."""
         saved = self._saved[number]
         self._unpacked = _inside(saved)
         return saved
 
     def values(self) -> dict[fx.Node, Tensor]:
-        """The tensors that are known, by their nodes; one that was written to has its last one."""
+        """The recorded tensors, by their nodes; a tensor written in place counts for its last."""
         return {self._nodes[id(tensor)]: tensor for tensor in self._alive}
 
     def forget(self) -> None:
-        """Let go of all tensors: autograd holds on to this recorder, whose hooks it calls."""
+        """Drop all tensors: autograd keeps this recorder alive through its hooks."""
         self._saved.clear()
         self._nodes.clear()
         self._alive.clear()
@@ -138,10 +139,10 @@ class Recorder(TorchDispatchMode):
         to_node = lambda a: self.node_of(a) if isinstance(a, Tensor) else a  # noqa: E731
         result = func(*args, **kwargs)
         origin = {"place": place, "line": line}
-        if pure is aten.copy.default:  # it has no derivative in this form
+        if pure is aten.copy.default:  # aten.copy has no derivative; expand and _to_copy have
             source = self._cast(args[1], result.dtype, origin)
             pure, args, kwargs = aten.expand.default, (source, list(result.shape)), {}
-        elif pure is aten.empty_like.default:  # it depends on nothing but the shape
+        elif pure is aten.empty_like.default:  # depends on the shape alone
             kinds = {"dtype": result.dtype, "device": result.device}
             pure, args, kwargs = aten.empty.memory_format, (list(result.shape),), kinds
         given = map_aggregate(args, to_node), map_aggregate(kwargs, to_node)
@@ -163,7 +164,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _without_history(self, new: fx.Node, old: fx.Node | None) -> fx.Node:
-        """The value of `new`; its gradient goes to `old`, which it was written over, or nowhere."""
+        """The value of `new` detached; its gradient goes to `old`, the value that it overwrote."""
 
         def call(func: Any, *args: fx.Node) -> fx.Node:
             node = self.graph.call_function(func, args)
@@ -182,7 +183,7 @@ class Recorder(TorchDispatchMode):
                 self._nodes[id(value)].meta.setdefault("variable", name)
 
     def _same(self, unpacked: Tensor) -> Tensor:
-        """The alias that autograd makes of a saved tensor: not detached, it gets its history."""
+        """Detach a saved tensor for autograd; the alias keeps its node, so its history is kept."""
         alias = unpacked.detach()
         node = self.node_of(unpacked)
         self._nodes[id(alias)] = node
@@ -198,7 +199,12 @@ class Recorder(TorchDispatchMode):
         return cast
 
     def _without_write(self, func: Any, args: Any, place: tuple[str, int] | None) -> Any:
-        """The operation that computes what `func` writes; views of the old value are outdated."""
+        """The functional form of `func`, which writes in place; marks other views as outdated.
+
+        Raises:
+            NeedsFunctionalization: No functional form has the same arguments.
+            TraceError: It writes into an input.
+        """
         packet = func._schema.name.removeprefix("aten::")
         pure = _same_call(getattr(aten, packet.removesuffix("_"), None), func)
         self._latest_write = f"the operation {packet} at {show_place(place)}"
@@ -230,14 +236,14 @@ class Recorder(TorchDispatchMode):
             i.dtype is torch.bool for i in args[1] if i is not None
         ):
             raise TraceError(
-                f"{self.subject} picks entries by a mask at {show_place(place)}, how many depends "
-                "on the data; use torch.where, or numbers of entries as the index."
+                f"{self.subject} picks entries by a mask at {show_place(place)}, so their number "
+                "depends on the data; use torch.where, or an index of integers."
             )
         if func.namespace == "quantized":
             raise TraceError(
                 f"{self.subject} calls {func} at {show_place(place)}, a quantised operation with "
                 "packed weights, which cannot be traced. Keep the weights as integers in a buffer "
-                "and multiply with (integers * scale) in the step, or quantise other layers only."
+                "and multiply by (integers * scale) in the step, or quantise other layers only."
             )
         if self._grad and not torch.is_grad_enabled() and self._inside_autograd_function():
             raise TraceError(
@@ -247,9 +253,10 @@ class Recorder(TorchDispatchMode):
             )
 
     def _inside_autograd_function(self) -> bool:
-        """Whether what is recorded is in one; what records may be, as in reentrant checkpointing.
+        """Whether a `torch.autograd.Function` runs inside the recorded function.
 
-        Its frame tells: from PyTorch 2.14 on, `apply` itself has none.
+        Looks for a frame of its `forward`: from PyTorch 2.14 on, `apply` has none. Frames outside
+        the recorded function do not count; reentrant checkpointing may be there.
         """
         running = set()
         frame: FrameType | None = sys._getframe(3)
@@ -266,14 +273,14 @@ class Recorder(TorchDispatchMode):
 def mapped(
     node: fx.Node, function: Callable[[fx.Node], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a node with what a function makes of every node among them."""
+    """The arguments of a node, with `function` applied to every node among them."""
     found: Any = fx.map_arg((node.args, node.kwargs), function)
     args, kwargs = found
     return args, kwargs
 
 
 def _same_call(packet: Any, func: Any) -> Any:
-    """The overload that takes what `func` takes: pow.Tensor_Scalar for pow_.Scalar."""
+    """The overload with the arguments of `func`: pow.Tensor_Scalar for pow_.Scalar."""
     kinds = lambda f: [(str(a.type), a.default_value) for a in f._schema.arguments]  # noqa: E731
     overloads = [] if packet is None else [getattr(packet, o) for o in packet.overloads()]
     return next((o for o in overloads if kinds(o) == kinds(func)), None)
@@ -282,12 +289,15 @@ def _same_call(packet: Any, func: Any) -> Any:
 def _find_frames(
     focus: CodeType | None,
 ) -> tuple[tuple[str, int] | None, int, FrameType | None]:
-    """The innermost line outside PyTorch and this package; the line and frame of `focus` (or 0).
+    """Find the user's code on the stack.
 
-    Where `focus` is in either itself, so is the line: in PyTorch's modules the innermost.
+    Returns:
+        The innermost file and line outside PyTorch and this package; then the current line of
+        `focus` (0 if it is not running) and its frame. If `focus` itself is code of PyTorch or this
+        package, the place is inside it: for `torch.nn`, the innermost line there.
     """
     place, inside, line = None, None, 0
-    frame = sys._getframe(1).f_back  # none above where autograd calls from a thread of its own
+    frame = sys._getframe(1).f_back  # None in a thread of autograd
     while frame is not None:
         filename = frame.f_code.co_filename
         if place is None and not filename.startswith(LIBRARY):
@@ -303,7 +313,7 @@ def _find_frames(
 
 
 def is_differentiable(dtype: torch.dtype) -> bool:
-    """Whether autograd knows gradients of numbers of a type."""
+    """Whether autograd differentiates tensors of a type."""
     return dtype.is_floating_point or dtype.is_complex
 
 
@@ -344,7 +354,7 @@ def is_generated(place: tuple[str, int] | None) -> bool:
 
 
 Look = Callable[[fx.Graph, list[Tensor], dict[fx.Node, Tensor]], None]
-"""Takes a graph, its constants, and the tensors that its nodes stand for."""
+"""Called with a graph, its constants, and the tensor of each node."""
 
 
 def record(
@@ -355,9 +365,9 @@ def record(
     labels: Mapping[str, str] | None = None,
     look: Look | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
-    """Run `function(*inputs)` and write down its operations.
+    """Run `function(*inputs)` and record its operations.
 
-    Functions that write into tensors through views are recorded in their functional form.
+    A function that writes into tensors through views is functionalized first.
 
     Args:
         function: What to record.
@@ -365,12 +375,16 @@ def record(
         subject: See `Recorder`.
         focus: See `Recorder`.
         labels: See `Recorder`.
-        look: Called with what was recorded while its tensors still have the history they got;
-            a functional form, whose tensors have none, is not tried then.
+        look: Called after the run, while the recorded tensors still have their autograd history.
+            Functionalization, which loses the history, is not tried then.
 
     Returns:
-        The graph, whose output is the tuple of results, and the constants it refers to as
+        The graph, whose output is the tuple of results, and its constants, which the graph names
         `constant_0`, `constant_1` and so on.
+
+    Raises:
+        TraceError: An operation has no parallel form.
+        NeedsFunctionalization: With `look`, the function writes through a view.
     """
     try:
         return _run(function, inputs, Recorder(inputs, subject, focus, labels), look)
@@ -392,10 +406,10 @@ def record(
 
 
 def _functional(function: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
-    """The same function for a recorder below PyTorch's functionalization, which removes writes.
+    """The function under PyTorch's functionalization, which turns writes into new tensors.
 
-    Autograd is above it, so that what it writes into views is seen without writes as well, which
-    `torch.func.functionalize` hides from it.
+    Autograd runs above functionalization, so writes that autograd does itself are turned as well.
+    `torch.func.functionalize` would not do that.
     """
 
     def run(*inputs: Tensor) -> list[Tensor]:
@@ -410,14 +424,14 @@ def _functional(function: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequ
             torch._disable_functionalization()
         for tensor, now in zip(inputs, current, strict=True):
             if now is not tensor:
-                tensor.copy_(now)  # so that the write is refused
+                tensor.copy_(now)  # a write into an input, which the recorder refuses
         return results
 
     return run
 
 
 def _inside(tensor: Tensor) -> Tensor:
-    """What a wrapper of functionalization holds now; any other tensor as it is."""
+    """The tensor inside a functionalization wrapper, with pending writes; others unchanged."""
     if not torch._is_functional_tensor(tensor):
         return tensor
     torch._sync(tensor)
@@ -430,7 +444,7 @@ def _run(
     recorder: Recorder,
     look: Look | None = None,
 ) -> tuple[fx.Graph, list[Tensor]]:
-    # Tensors are saved as they are: activation checkpointing around us would drop and count them.
+    # Activation checkpointing around this call would drop the tensors that autograd saves here.
     as_they_are = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
     try:
         with as_they_are, _Replaced(recorder.subject), sdpa_kernel(SDPBackend.MATH), recorder:
@@ -448,7 +462,7 @@ def _run(
 
 
 class _Replaced(TorchFunctionMode):
-    """Functions whose operations depend on the data or have no recordable derivative."""
+    """Replaces functions whose operations depend on the data or have no recordable derivative."""
 
     def __init__(self, subject: str) -> None:
         super().__init__()
@@ -476,11 +490,15 @@ class _Replaced(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def one_hot(self, tensor: Tensor, num_classes: int = -1) -> Tensor:
-        """Look rows up: PyTorch reads the values first. A class out of range is an error here."""
+        """Look rows up in an identity matrix; PyTorch's `one_hot` reads the values first.
+
+        Raises:
+            TraceError: num_classes is missing.
+        """
         if num_classes < 0:
             raise TraceError(
-                f"{self.subject} calls one_hot without num_classes, which depends on the data "
-                "then; pass num_classes=..."
+                f"{self.subject} calls one_hot without num_classes, so the number of classes "
+                "depends on the data; pass num_classes=..."
             )
         rows = torch.eye(num_classes, dtype=torch.int64, device=tensor.device)
         return nn.functional.embedding(tensor, rows)
@@ -499,7 +517,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Batch normalisation by given statistics, which PyTorch's has no gradient for."""
+    """Batch normalisation with given statistics; PyTorch's gives them no gradient."""
     along = [-1, *[1] * (input.dim() - 2)]
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
@@ -521,7 +539,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalisation of every channel of a row, for which PyTorch makes channels of the rows."""
+    """Normalise each channel of each row; PyTorch's reshapes rows into channels to do it."""
     result = nn.functional.layer_norm(input, input.shape[2:], eps=eps)
     along = [-1, *[1] * (input.dim() - 2)]
     result = result if weight is None else result * weight.view(along)
@@ -529,16 +547,20 @@ def _instance_norm(
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's is one operation, which does not say that it keeps rows apart."""
+    """`bilinear` from several operations: with PyTorch's single one, rows may seem to mix."""
     product = torch.einsum("...i,oij->...oj", input1, weight)
     result = (product * input2.unsqueeze(-2)).sum(-1)
     return result if bias is None else result + bias
 
 
 def _refuse_nested(error: RuntimeError, subject: str) -> None:
-    """Say in our words what PyTorch says of derivatives inside of what is recorded."""
+    """Explain PyTorch's error for `torch.func` derivatives inside the recorded function.
+
+    Raises:
+        TraceError: `error` is about saved tensor hooks.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    python = Path(traceback.__file__).parent  # contextlib and such between PyTorch's frames
+    python = Path(traceback.__file__).parent  # contextlib and others are between PyTorch's frames
     outside = [
         f
         for f in frames

@@ -1,13 +1,13 @@
-"""Proves which channels of a recurrent part reach which, by following marks through its operations.
+"""Prove which channels of a recurrent part reach which, by following marks through its operations.
 
-Every value is followed as a boolean tensor of its shape: an entry is marked if it may depend on a
-marked entry of the state. Row r of the state has the channels of group r marked; since rows do not
-influence each other, a channel of the new state that has no mark in row r does not depend on group
-r, whatever the values. That rows do not is seen likewise, with one row marked.
+Each value has a boolean tensor of its shape, its marks: an entry is marked if it may depend on a
+marked entry of the state. In row r of the state, the channels of group r are marked. Rows do not
+influence each other, so a channel of the new state without a mark in row r cannot depend on group
+r. `rows_mix` checks that about the rows in the same way, with one row marked.
 
-Pointwise operations unite marks, operations that only move entries move them, sums and products of
-matrices unite them along the axes they contract, zeros in a weight or not. The result of any other
-operation is marked all over.
+Pointwise operations combine marks with "or". Operations that move entries move marks. Sums and
+matrix products combine marks along the axes that they contract, even where a weight is zero. Any
+other operation marks its whole result.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from pararnn.tracing.operations import (
 from pararnn.tracing.partition import Partition
 from pararnn.tracing.recorder import mapped
 
-_MOST_MARKS = 2**31  # of the largest value, over all groups: finer groups are not looked for
-_AT_ONCE = 2**24
+_MOST_MARKS = 2**31  # marks of the largest value, over all groups; finer groups are not tried
+_AT_ONCE = 2**24  # marks of the largest value that are followed together
 _MOVED = (MOVES - {"index_select"}) | frozenset(
     "diagonal tril triu slice_backward select_backward".split()
 )
@@ -48,7 +48,7 @@ _ALONG = frozenset(
 
 
 def group_size(parts: Partition) -> int:
-    """Channels of the smallest groups of neighbours that are proved not to reach each other."""
+    """Channels of the smallest groups of neighbours proved independent of each other."""
     hidden = parts.capture.hidden_size
     sizes = [size for size in range(hidden, 0, -1) if hidden % size == 0]
     proved = {hidden}
@@ -60,7 +60,7 @@ def group_size(parts: Partition) -> int:
 
 
 def _are_apart(parts: Partition, size: int) -> bool:
-    """Whether groups of so many channels do not reach each other."""
+    """Whether groups of `size` channels are proved independent of each other."""
     groups = parts.capture.hidden_size // size
     entries = max(shape.numel() for shape in map(_row_shape, [*parts.recurrent, *parts.states]))
     if entries * groups > _MOST_MARKS:
@@ -75,7 +75,7 @@ def _are_apart(parts: Partition, size: int) -> bool:
 
 
 def _given(parts: Partition, state: Tensor) -> dict[fx.Node, Any]:
-    """Marks of what the recurrent part takes: those of every component, (rows, hidden); no more."""
+    """Marks of all that the recurrent part takes: `state`, (rows, hidden), for each component."""
     marks = {edge: _everywhere(False, shape_at(edge, len(state))) for edge in parts.edges}
     return marks | dict.fromkeys(parts.states, state)
 
@@ -85,9 +85,10 @@ def _row_shape(node: fx.Node) -> torch.Size:
 
 
 def rows_mix(parts: Partition, inputs: str) -> bool:
-    """Whether a row of some inputs (`x_` or `state_`) reaches other rows of the new state.
+    """Whether a row of some inputs (`x_` or `state_`) may reach other rows of the new state.
 
-    Operations without a rule count as working on every row by itself; that is to be tried.
+    An operation without a rule counts as keeping rows apart if its values have rows; the caller
+    has to test that.
     """
     marks: dict[fx.Node, Any] = {}
     nodes = [n for n in parts.capture.graph.nodes if not n.meta.get("is_count")]
@@ -109,7 +110,7 @@ def _follow(
     rows: int,
     by_rows: bool = False,
 ) -> list[Tensor]:
-    """Marks of the results of some operations, given those of all that they take."""
+    """Marks of `results`, given the marks of all that the operations take; frees others early."""
     last = {a: node for node in operations for a in node.all_input_nodes}
     for node in operations:
         marks[node] = _marks_after(node, marks, rows, by_rows)
@@ -120,7 +121,10 @@ def _follow(
 
 
 def _marks_after(node: fx.Node, marks: dict[fx.Node, Any], rows: int, by_rows: bool) -> Any:
-    """Marks of the result of one operation; a tuple, or those of its rows, if it has several."""
+    """Marks of the result of one operation.
+
+    An operation with several results gives a tuple of marks, or one mark for each row.
+    """
 
     def given(argument: fx.Node) -> Any:
         return marks[argument] if argument in marks else count_of(argument, rows)
@@ -157,7 +161,7 @@ def _marks_after(node: fx.Node, marks: dict[fx.Node, Any], rows: int, by_rows: b
 
 
 def _rows_of(values: Sequence[tuple[Tensor, bool]], rows: int) -> Tensor:
-    """Which rows of some values have a mark; all of them if one that is not by rows has any."""
+    """Which rows of some values have a mark; all rows if a value without rows has one."""
     found = [
         m.reshape(rows, -1).any(1) if by_rows else m.any().expand(rows) for m, by_rows in values
     ]
@@ -165,7 +169,7 @@ def _rows_of(values: Sequence[tuple[Tensor, bool]], rows: int) -> Tensor:
 
 
 def _of_rows(marked: Tensor, node: fx.Node, rows: int) -> Tensor:
-    """Marks of a value whose rows are marked or not; all over if it is not by rows."""
+    """Expand marks of rows to the shape of a value; a value without rows takes any of them."""
     shape = shape_at(node, rows)
     if not node.meta["by_rows"]:
         return marked.any().expand(shape)
@@ -184,13 +188,13 @@ def _united(marks: Sequence[Tensor | None]) -> Tensor:
 def _reduced(marks: Tensor, dim: int | Sequence[int] | None, keepdim: bool) -> Tensor:
     axes = [dim] if isinstance(dim, int) else list(dim or range(marks.dim()))
     for axis in axes if marks.dim() else ():
-        if marks.shape[axis] > 1 and marks.stride(axis) == 0:  # expanded: all entries are the first
+        if marks.shape[axis] > 1 and marks.stride(axis) == 0:  # broadcast: one entry tells all
             marks = marks.narrow(axis, 0, 1)
     return marks.any(axes, keepdim) if marks.dim() else marks
 
 
 def _spread(marks: Tensor, dim: int | Sequence[int]) -> Tensor:
-    """Every entry along some axes gets the marks of all of them."""
+    """Mark all entries along some axes where one of them is marked."""
     return _reduced(marks, dim, True).expand_as(marks)
 
 

@@ -1,4 +1,4 @@
-"""Finds the operation of a step at which a gradient is lost between autograd and its recording."""
+"""Find the operation of a step whose recorded gradient differs from that of autograd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _TOLERANCE = 1e-3
 
 
 def find(traced: Traced, example: Example) -> str:
-    """The first operation whose recorded gradient is another, with its line; else all of them."""
+    """Name the first operation whose recorded gradient differs, with its line, for a message.
+
+    If none is found, it names all operations of the recurrent part.
+    """
     with recording(example.state[0].device):
         try:
             node = _lost_by_recording(traced, example)
@@ -42,7 +45,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _lost_by_recording(traced: Traced, example: Example) -> fx.Node | None:
-    """The first operation with another history than its recording shows."""
+    """The first operation whose recorded value or gradient differs from the run's own."""
     capture, own = traced.capture, example.tensors
     given = {f"attribute_{i}": tensor for i, tensor in enumerate(own.values())}
     given |= {f"x_{i}": x for i, x in enumerate(example.inputs)}
@@ -65,7 +68,7 @@ def _lost_by_recording(traced: Traced, example: Example) -> fx.Node | None:
 
 
 def _values(graph: fx.Graph, given: dict[str, Tensor]) -> dict[fx.Node, Any]:
-    """What the nodes of a graph are."""
+    """Run a graph; the value of each node."""
     run, values = InType(None), dict[fx.Node, Any]()
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
@@ -76,7 +79,7 @@ def _values(graph: fx.Graph, given: dict[str, Tensor]) -> dict[fx.Node, Any]:
 
 
 def _lost_backwards(traced: Traced, example: Example) -> fx.Node | None:
-    """The first recurrent operation whose backward does something else where it is recorded."""
+    """The first recurrent operation whose backward, when recorded, gives other gradients."""
     capture = traced.capture
     own = example.tensors.values()
     given = {f"attribute_{i}": tensor for i, tensor in enumerate(own)} | capture.constants
@@ -100,7 +103,7 @@ def _lost_backwards(traced: Traced, example: Example) -> fx.Node | None:
 def _both_ways(
     node: fx.Node, values: dict[fx.Node, Any], taken: list[fx.Node], sources: dict[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of what an operation takes, by autograd and by a recording of it."""
+    """The gradients of an operation's arguments, by autograd and by a recording of autograd."""
 
     def pulled(*flat: Tensor) -> list[Tensor]:
         now = dict(zip(sources, flat, strict=True))
@@ -115,7 +118,7 @@ def _both_ways(
 
 
 def _pulled(values: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a fixed mixture of all entries of some values."""
+    """Gradients of a fixed weighted sum of all entries of some values."""
     weights = [
         torch.arange(1.0, v.numel() + 1, device=v.device).cos().view(v.shape) for v in values
     ]

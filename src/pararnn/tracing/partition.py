@@ -1,4 +1,8 @@
-"""Partition: which operations of a cell depend on its state, and what crosses into them."""
+"""Split a captured step into its input part and its recurrent part.
+
+The recurrent part has the operations that depend on the state. The input part has the others and
+runs for all times at once; its values that the recurrent part takes are the edges.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +29,12 @@ class Partition:
     Attributes:
         capture: The whole graph.
         states: Placeholders of the state's components.
-        recurrent: Operations that depend on the state, in order; also those that cost little on
-            values of the input part without one row per sample along the first axis, and those that
-            number the rows, of which there are others when all times are rows of one batch.
-        edges: The values in the captured graph that the recurrent operations (or the result) take
-            from the input part. Each input of the step is made of one of them, see `Output`.
-        results: The new components, nodes of either part.
+        recurrent: Operations of the recurrent part, in order: those that depend on the state; cheap
+            ones whose value lacks one row per sample along the first axis; and those that number
+            the rows (in the input part, all times are rows of one batch, numbered differently).
+        edges: Nodes of the captured graph that the recurrent operations (or the result) take from
+            the input part. Each input of the step is made from one of them, see `Output`.
+        results: Nodes of the new components, in either part.
     """
 
     capture: Capture
@@ -41,15 +45,15 @@ class Partition:
 
 
 def partition(capture: Capture, draw_in: bool = False) -> Partition:
-    """Split a captured step into what can run for all times at once and what cannot.
+    """Split a captured step; operations without users are removed from its graph.
 
     Args:
         capture: The step.
-        draw_in: Count a value that does not depend on the state as recurrent if it does not have
-            one row per sample along its first axis, instead of refusing it.
+        draw_in: Move a value of the input part that lacks one row per sample along its first axis
+            into the recurrent part, even if it is costly, instead of refusing it.
 
     Raises:
-        TraceError: A random operation in the recurrent part, or rows that influence each other.
+        TraceError: The recurrent part draws random numbers, or the input part moves or mixes rows.
     """
     graph = capture.graph
     _drop_unused(graph)
@@ -75,8 +79,8 @@ def partition(capture: Capture, draw_in: bool = False) -> Partition:
         if is_random(node):
             raise TraceError(
                 f"{capture.subject} uses the random operation {node.target} on its state at "
-                f"{show_place(node.meta.get('place'))}; draw it in the input part (from x alone) "
-                "or outside the cell."
+                f"{show_place(node.meta.get('place'))}; draw random numbers in the input part "
+                "(from x alone) or outside the cell."
             )
     for node in odd:
         does = "moves" if node.meta["row_axes"] == 1 else "mixes"
@@ -104,12 +108,13 @@ def _followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
 
 
 def _lacks_rows(node: fx.Node, from_x: set[fx.Node]) -> bool:
+    """Whether a value that x or the number of rows changes lacks one row per sample in front."""
     by_rows = node.meta["by_rows"]
     return (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows)
 
 
 def _costs_little(node: fx.Node) -> bool:
-    """Whether an operation moves entries, fills, or computes each on its own: at every step too."""
+    """Whether an operation is cheap enough for every step: it moves, fills or is pointwise."""
     made_by: Any = node.args[0] if node.target is operator.getitem else node
     if not hasattr(made_by.target, "_schema") or is_random(made_by):
         return False
@@ -118,7 +123,7 @@ def _costs_little(node: fx.Node) -> bool:
 
 
 def _numbers_rows(node: fx.Node, given: set[fx.Node]) -> bool:
-    """Whether a value has rows but is made of their number alone, as `torch.arange(len(x))` is."""
+    """Whether a value has rows but depends on their number alone, as `torch.arange(len(x))`."""
     if node in given or not node.meta["row_axes"] or node.op != "call_function":
         return False
     made_by = getattr(node.target, "_schema", None)
@@ -136,10 +141,10 @@ def _drop_unused(graph: fx.Graph) -> None:
 
 
 class InputPart(nn.Module):
-    """The operations of a cell that do not depend on its state, for any number of rows at once.
+    """The input part of a cell as a module, for any number of rows.
 
-    Called with the tensors of `names` as they are now, and the inputs of shape (rows, *features);
-    returns one tensor per requested output.
+    Takes the current tensors of `names` and the inputs, shape (rows, *features); returns one tensor
+    for each requested output.
     """
 
     def __init__(self, names: list[str], constants: list[Tensor], graph: fx.Graph) -> None:
@@ -154,14 +159,14 @@ class InputPart(nn.Module):
 
 
 def operation(node: fx.Node) -> Any:
-    """What a node calls, before `direct`."""
+    """The operator that a node called before `direct` replaced it."""
     return node.meta.get("overload", node.target)
 
 
 def direct(graph: fx.Graph) -> fx.Graph:
-    """The same calls by PyTorch's own functions, which take a third less time than operators.
+    """Replace operators in a graph by PyTorch's own functions, whose calls take a third less time.
 
-    What was called before says `operation`.
+    `operation` gives the operator that a node called before.
     """
     for node in graph.nodes:
         plain = not node.kwargs and None not in tree_leaves(node.args)
@@ -177,10 +182,9 @@ _modules: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDi
 
 
 def module_of(graph: fx.Graph) -> fx.GraphModule:
-    """A module that runs a graph without attributes; the same one for graphs that do the same.
+    """A module that runs a graph without attributes; graphs with equal code share one module.
 
-    So that torch.compile, which looks at the modules that it meets, compiles one layer of a model
-    and finds all others to be like it.
+    torch.compile guards on modules: with a shared one it compiles one layer of a model for all.
     """
     code = graph.python_code("self").src
     module = _modules.get(code)
@@ -194,16 +198,16 @@ def copy_graph(
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Copy `nodes` into a graph of their own.
 
-    Strides may be others than those of the recording, so what was a view may have to copy.
+    `view` becomes `reshape`: strides may differ from those of the recording.
 
     Args:
-        parts: Where the nodes are from.
+        parts: The partition that the nodes belong to.
         nodes: Operations to copy, in order.
-        inputs: Values to become placeholders, with their names.
+        inputs: Values that become placeholders, with their names.
         rows_of: The input whose first size is the number of rows.
 
     Returns:
-        The graph, still without an output, and where each old node went.
+        The graph, still without an output, and the new node of each old one.
     """
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {n: graph.placeholder(name) for n, name in inputs.items()}
@@ -218,14 +222,14 @@ def _copy_nodes(
     new: dict[fx.Node, fx.Node],
     rows: fx.Node,
 ) -> None:
-    """Copy `nodes` into `graph` and note in `new` where they went; see `copy_graph`.
+    """Copy `nodes` into `graph`; see `copy_graph`.
 
     Args:
-        parts: Where the nodes are from.
+        parts: The partition that the nodes belong to.
         nodes: Operations to copy, in order.
-        graph: Where they go to.
-        new: Where values went that are in the graph already.
-        rows: A value in the graph whose first size is the number of rows.
+        graph: The graph to copy into.
+        new: The node in `graph` of each node that is copied already; extended.
+        rows: A node of `graph` whose first size is the number of rows.
     """
     first_input = next(n for n in parts.capture.graph.nodes if _is_input(n))
 
@@ -245,7 +249,7 @@ def _copy_nodes(
 
 
 def recurrent_module(parts: Partition, results: Sequence[fx.Node] | None = None) -> fx.GraphModule:
-    """The recurrent part as a module, `(*state, *edges) -> results`: all of them when None."""
+    """The recurrent part as a module `(*state, *edges) -> results`; the new state when None."""
     inputs = {n: f"state_{i}" for i, n in enumerate(parts.states)}
     inputs |= {e: f"input_{i}" for i, e in enumerate(parts.edges)}
     graph, new = copy_graph(parts, parts.recurrent, inputs, parts.states[0])
@@ -257,7 +261,7 @@ def recurrent_module(parts: Partition, results: Sequence[fx.Node] | None = None)
 def module_from(parts: Partition, outputs: Sequence[Output]) -> fx.GraphModule:
     """The recurrent part as a module `(*state, *outputs of the input part) -> new state`.
 
-    What leads from the outputs to the edges is part of it.
+    It begins with the operations that turn the outputs back into the edges (`Output.undo`).
     """
     graph = fx.Graph()
     new = {n: graph.placeholder(f"state_{i}") for i, n in enumerate(parts.states)}
@@ -281,25 +285,25 @@ def module_from(parts: Partition, outputs: Sequence[Output]) -> fx.GraphModule:
 
 
 class Output(Protocol):
-    """A result of the input part: an edge and what is still to be done to it."""
+    """A result of the input part: an edge, in the form that the step takes it."""
 
     @property
     def edge(self) -> fx.Node:
-        """The value in the captured graph."""
+        """The node of the captured graph."""
         ...
 
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
-        """Add operations to a graph that holds the edge's value; return the result."""
+        """Add operations to `graph` that make the result from the edge's `value`."""
         ...
 
     def undo(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
-        """Add operations that lead from such a result back to the edge's value."""
+        """Add operations to `graph` that turn the result `value` back into the edge's value."""
         ...
 
 
 @dataclass(frozen=True)
 class AsItIs:
-    """An edge to which nothing is to be done."""
+    """An edge that the step takes unchanged."""
 
     edge: fx.Node
 
@@ -327,7 +331,7 @@ def input_part(parts: Partition, outputs: Sequence[Output]) -> InputPart:
     own = [n for n in sources if n in needed and n.op == "placeholder" and n not in given]
     constants = [n for n in sources if n in needed and n.op == "get_attr"]
     index = {f"attribute_{i}": name for i, name in enumerate(capture.attributes)}
-    inputs = {n: str(n.target) for n in (*own, *constants, *given)}  # never a name of the user's
+    inputs = {n: str(n.target) for n in (*own, *constants, *given)}  # not the user's names
     body = [n for n in capture.graph.nodes if n in needed and n.op == "call_function"]
     graph, new = copy_graph(parts, body, inputs, given[0])
     rows = graph.call_function(torch.Tensor.size, (new[given[0]], 0))

@@ -1,4 +1,4 @@
-"""Which Python a step ran, and the names that it may have read."""
+"""Record the Python code that a step ran, and the names that this code may have read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _FOLDERS = Path(torch.__file__).parent, Path(__file__).parents[1]
 LIBRARY = (*(str(folder) + os.sep for folder in _FOLDERS), "<frozen")
 _PYTHON = tuple({_PATHS[kind] + os.sep for kind in ("stdlib", "platstdlib")})
 _PACKAGES = tuple({_PATHS[kind] + os.sep for kind in ("purelib", "platlib")})
-_TAKES = ("tolist", "numpy")
-# With one of these a program reads attributes whose names it computes.
+_TAKES = ("tolist", "numpy")  # copy values into Python without an operation
+# Code that names one of these may read attributes by names that it computes.
 _BY_COMPUTED_NAME = frozenset(
     "getattr vars dir __dict__ __slots__ __getattribute__ attrgetter methodcaller eval exec "
     "globals locals getattr_static __reduce_ex__".split()
@@ -30,7 +30,7 @@ _BY_COMPUTED_NAME = frozenset(
 
 
 def unnoted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of ours of which `Ran.noting` sees nothing; many small ones would take time."""
+    """Hide a function of ours, and what it calls, from `Ran.noting`, which would slow it down."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -47,13 +47,15 @@ def unnoted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Ran:
-    """The user's code that ran, and code of Python's own library that it called.
+    """The user's code that ran, and the functions of Python's standard library that it called.
 
     Attributes:
-        codes: By identity, with the globals that each saw.
-        names: What this code names, and all of Python's own that ran: globals, attributes, keys.
-        computes_names: Whether it may have read any attribute, by a name that it computed.
-        taken: Where it took the values of a tensor into Python, without an operation, and how.
+        codes: Code objects with their globals, by the `id` of the code.
+        names: Names and strings in this code and in all standard-library code that ran: globals,
+            attributes, keys.
+        computes_names: Whether this code may have read an attribute by a computed name.
+        taken: The method (`tolist` or `numpy`) that last copied values of a tensor into Python, and
+            the file and line that called it. None if there was no such call.
     """
 
     def __init__(self) -> None:
@@ -61,11 +63,11 @@ class Ran:
         self.names: set[str] = set()
         self.taken: tuple[str, tuple[str, int]] | None = None
         self._pythons: dict[int, CodeType] = {}
-        self._known: dict[int, CodeType] = {}  # with nothing more to note
+        self._known: dict[int, CodeType] = {}  # code that needs no further note
         self.computes_names = False
 
     def reads(self, name: str) -> bool:
-        """Whether this code may have read an attribute of this name."""
+        """Whether the code may have read an attribute of this name."""
         return self.computes_names or name in self.names
 
     def globals(self) -> list[tuple[dict[str, Any], list[str]]]:
@@ -79,7 +81,7 @@ class Ran:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
-        """Note what runs in this thread; another profiler and callbacks of `gc` wait meanwhile."""
+        """Note the code that runs in this thread; other profilers and garbage collection pause."""
         before, collects = sys.getprofile(), gc.isenabled()
         gc.disable()
         sys.setprofile(self._note)
@@ -92,7 +94,7 @@ class Ran:
             if callable(before):
                 sys.setprofile(before)
             elif before is not None:
-                before.enable()  # cProfile's, up to Python 3.11
+                before.enable()  # a cProfile.Profile, up to Python 3.11
             names = {n for code, _ in self.codes.values() for n in _names(code)}
             self.computes_names = not names.isdisjoint(_BY_COMPUTED_NAME)
             self.names = names.union(*map(_names, self._pythons.values()))
@@ -116,12 +118,12 @@ class Ran:
             self.codes[id(code)] = code, frame.f_globals
 
     def _note_taken(self, frame: FrameType | None, way: str, owner: Any) -> None:
-        """If it is a tensor's and the user's code asks, perhaps through NumPy, which asks PyTorch.
+        """Note a method that the user's code called on a tensor, itself or by `np.asarray`.
 
         Args:
-            frame: That calls it.
+            frame: The caller.
             way: The name of the method.
-            owner: Of the method.
+            owner: The object whose method it is.
         """
         if not isinstance(owner, Tensor):
             return
@@ -150,7 +152,7 @@ def has_users_code(value: type | ModuleType) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Names and texts in some code, that of functions within it included."""
+    """Names and strings in a code object and in the functions within it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):

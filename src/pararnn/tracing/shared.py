@@ -1,8 +1,8 @@
-"""Products with a weight that is expanded along the rows, as products with the weight itself.
+"""Rewrite batched products with a weight that all rows share as products with the weight itself.
 
-PyTorch multiplies two lists of matrices of one length. For a weight that all rows share, `expand`
-makes that list, in `matmul` without the user's doing, and `bmm` reads, or has to be given, a copy
-for every row. Here the rows become rows of the other factor instead.
+`bmm` multiplies two batches of matrices. `matmul` expands a shared weight to such a batch, so the
+weight is read, or even copied, once for every row. The rewritten product has the weight once; the
+rows of the batch become rows of the other factor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COPIES = frozenset("_to_copy clone contiguous".split())
 
 
 def share_weights(graph: fx.Graph) -> None:
-    """Rewrite the products of a captured step whose weight is the same for all rows."""
+    """Rewrite, in place, the products of a captured step whose weight all rows share."""
     for node in [n for n in graph.nodes if n.target is aten.baddbmm.default]:
         _taken_apart(graph, node)
     for node in [n for n in graph.nodes if n.target is aten.bmm.default]:
@@ -34,7 +34,7 @@ def share_weights(graph: fx.Graph) -> None:
 
 
 def _taken_apart(graph: fx.Graph, node: fx.Node) -> None:
-    """A product with something added, if its weight is the same for all rows, as two operations."""
+    """Split `baddbmm` into `bmm` and an addition if all rows share its weight."""
     given = named_arguments(node.target, tuple(node.args), dict(node.kwargs))
     if not (_is_repeated(given["batch1"]) or _is_repeated(given["batch2"])):
         return
@@ -50,13 +50,16 @@ def _taken_apart(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _is_repeated(node: fx.Node) -> bool:
-    """Whether a list of matrices has some for every row, which are the same for all of them."""
+    """Whether a batch of matrices repeats the same matrices for every row."""
     first, *others = node.meta["slopes"]
     return bool(first and not any(others) and _path(node)) and _repetition(node) is not None
 
 
 def _path(node: fx.Node) -> list[fx.Node] | None:
-    """Operations that make the value from what has no rows, in order; None if there are others."""
+    """Operations, in order, that compute a value from values without rows.
+
+    None if one of them is neither a move, a copy nor pointwise, or is random.
+    """
     found: dict[fx.Node, None] = {}
     stack = [node]
     while stack:
@@ -74,7 +77,10 @@ def _path(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _repetition(node: fx.Node) -> str | None:
-    """In which order rows are in a list that is the same for all of them; None if it is not."""
+    """How a batch repeats the matrices of one row.
+
+    "outside" as `Tensor.repeat` does, "inside" as `repeat_interleave` does, None if it does not.
+    """
     one, some = _computed(node, 1), _computed(node, ROWS[0])
     if torch.equal(some, one.repeat(ROWS[0], 1, 1)):
         return "outside"
@@ -82,7 +88,7 @@ def _repetition(node: fx.Node) -> str | None:
 
 
 def _computed(node: fx.Node, rows: int) -> Tensor:
-    """A value for a number of rows, from the same random numbers each time."""
+    """A value at a number of rows, from random numbers that are the same in every call."""
     values: dict[fx.Node, Any] = {}
 
     def given(argument: Any) -> Any:
@@ -109,8 +115,8 @@ def _numbers(like: fx.Node, seed: int) -> Tensor:
     return torch.randint(0, 2 if dtype is torch.bool else 100, shape, generator=draw).to(dtype)
 
 
-def _without_values(node: fx.Node, rows: int) -> Tensor:
-    """The result of an operation for a number of rows, on PyTorch's device without values."""
+def _on_meta(node: fx.Node, rows: int) -> Tensor:
+    """The result of an operation at a number of rows, on the meta device."""
 
     def given(argument: Any) -> Any:
         if not isinstance(argument, fx.Node):
@@ -126,23 +132,23 @@ def _without_values(node: fx.Node, rows: int) -> Tensor:
 
 
 class _Product:
-    """Writes what stands in place of a product.
+    """Replaces one product.
 
     Args:
-        graph: Where it is.
+        graph: The graph of the product.
         node: The product.
-        turned: Whether the weight is on the left, so that transposes are multiplied.
+        turned: Whether the weight is on the left; the transposes are multiplied then.
     """
 
     def __init__(self, graph: fx.Graph, node: fx.Node, turned: bool = False) -> None:
         self.graph, self.node, self.turned = graph, node, turned
 
     def call(self, func: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """An operation on values that are there."""
+        """Insert an operation before the product, with its metadata."""
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(func, args, kwargs)
         new.meta.update(place=self.node.meta.get("place"), line=self.node.meta.get("line", 0))
-        results = [_without_values(new, rows) for rows in ROWS]
+        results = [_on_meta(new, rows) for rows in ROWS]
         new.meta.update(shape=tuple(results[0].shape), dtype=results[0].dtype)
         mark_rows(new, tuple(results[1].shape))
         return new
@@ -154,7 +160,7 @@ class _Product:
         return self.call(aten.reshape.default, value, list(shape))
 
     def replace(self, value: fx.Node, repeated: fx.Node) -> None:
-        """Multiply `value` with the weight for one row."""
+        """Replace the product by one of `value` and the weight of one row."""
         order, weight = _repetition(repeated), self.of_one_row(repeated)
         if self.turned:
             value, weight = self.transposed(value), self.transposed(weight)
@@ -178,7 +184,7 @@ class _Product:
         self.graph.erase_node(self.node)
 
     def of_one_row(self, repeated: fx.Node) -> fx.Node:
-        """The weight as it is for one row; one matrix if it has several that are the same."""
+        """The weight at one row; a single matrix if its matrices are all equal."""
         new: dict[fx.Node, fx.Node] = {}
 
         def given(argument: Any) -> Any:

@@ -268,6 +268,6 @@ def test_whole_numbers_keep_their_digits(name, dtype):
 
 def test_kernels_refuse_whole_numbers_that_they_would_round():
     cell, x = Phase(WHOLE["sum"]), torch.zeros(2, 6, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"add at .*whole numbers, of which kernels keep 24 bits"):
+    with pytest.raises(ValueError, match=r"add at .*integers, of which kernels keep 24 bits"):
         RNN(cell, backend="c")(x)
     RNN(cell, backend="c")(x.to(torch.int16))

@@ -280,9 +280,11 @@ class Softmax(nn.Module):
 
 @needs_triton
 def test_what_is_refused_inside_a_step_names_no_generated_code(capsys):
-    with pytest.raises(ValueError, match="cannot run Softmax here: _softmax: it is not an op"):
+    with pytest.raises(
+        ValueError, match="cannot run Softmax here: _softmax: it is not a pointwise op"
+    ):
         RNN(Softmax(), backend="triton")
-    with pytest.raises(ValueError, match=r"\(mm at .*test_errors.py:\d+: it is not an op"):
+    with pytest.raises(ValueError, match=r"\(mm at .*test_errors.py:\d+: it is not a pointwise op"):
         RNN(Softmax(), backend="c")
     assert not capsys.readouterr().err
 
@@ -290,7 +292,9 @@ def test_what_is_refused_inside_a_step_names_no_generated_code(capsys):
 def test_generated_code_has_no_place():
     """As of a cell that FX made."""
     cell = fx.symbolic_trace(Softmax())
-    with pytest.raises(ValueError, match=r"Softmax is not one \(mm: it is not an operation"):
+    with pytest.raises(
+        ValueError, match=r"Softmax is not one \(mm: it is not a pointwise operation"
+    ):
         RNN(cell, hidden_size=5, num_components=1, backend="c")(zeros(2, 3, 5))
     assert show_place(("<eval_with_key>.12", 5)) == show_place(None) == "an unknown line"
 

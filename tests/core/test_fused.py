@@ -352,10 +352,10 @@ class Squared(nn.Module):
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
-        (Softmax, "softmax: it is not an operation on each element by itself"),
-        (Normed, "layer_norm: it is not an operation on each element by itself"),
-        (Twisted, "mul: the rows or channels of its operands lie apart differently"),
-        (Squared, "bmm: none of the factors is a weight"),
+        (Softmax, "softmax: it is not a pointwise operation"),
+        (Normed, "layer_norm: it is not a pointwise operation"),
+        (Twisted, "mul: it combines entries of different rows or channels"),
+        (Squared, "bmm: neither factor is a weight"),
         (lambda: nn.GRUCell(INPUT, 200), "its weights take 1536 KB on the chip, which has 200 KB"),
     ],
 )

@@ -1,9 +1,9 @@
-"""Proves that the channels of a recurrent part do not mix, by reading its operations.
+"""Prove that the channels of a recurrent part do not mix, by reading its operations.
 
-Every value is followed as a list of slots: a tensor (N, ...) of k * hidden_size entries per row is
-k slots, each one expression per channel. Operations that only move entries (views, cat, chunk) are
-run on a tensor of addresses, so that one rule covers them all; pointwise operations combine slots
-of the same channel. Anything else is the reason why the recurrent part is not elementwise.
+Each value is a list of slots: a tensor (N, ...) with k * hidden_size entries per row has k slots.
+A slot is one expression, the same for every channel. Operations that only move entries (views, cat,
+chunk) run on a tensor of addresses instead, so one rule covers them all. Pointwise operations
+combine slots channel by channel. Any other operation makes the recurrent part not elementwise.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from pararnn.tracing.step import Input
 
 
 class NotElementwise(Exception):
-    """The channels mix, or cannot be shown not to; the message says where."""
+    """The channels mix, or cannot be proved not to; the message says where."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A value of the input part whose entries are whole components: drives or coefficients.
+    """An edge that gives the step drives or coefficients; it consists of slots.
 
-    Slices of one value (of a projection that is cut into gates) share a source, so that nothing is
-    copied between the projection and the recurrence, forward or backward. For the same reason
-    channels may lie in heads that are not side by side, as batched matrix products leave them.
+    Slices of one value (a projection cut into gates) share a source. So nothing is copied between
+    the projection and the recurrence, forward or backward. For the same reason the heads need not
+    be contiguous in memory: batched matrix products leave gaps between them.
 
     Attributes:
-        edge: The value.
-        shape: What it is broadcast to, without the rows.
-        hidden_size: Channels.
-        by_rows: One row per sample (drives), or none (coefficients).
-        dtype: What whole numbers become.
+        edge: Node of the value in the captured graph.
+        shape: The shape that it is broadcast to, without the rows.
+        hidden_size: Channels of a slot.
+        by_rows: Whether it has one row per sample (drives) or no rows (coefficients).
+        dtype: The type that integers and booleans are converted to.
     """
 
     edge: fx.Node
@@ -61,7 +61,10 @@ class Source:
     dtype: torch.dtype
 
     def emit(self, graph: fx.Graph, value: fx.Node, rows: fx.Node) -> fx.Node:
-        """Add what turns the edge into (rows, slots, heads, head_size) or (slots, hidden_size)."""
+        """Reshape the edge to (rows, slots, heads, head_size), or (slots, hidden_size) if no rows.
+
+        See `Output.emit`.
+        """
         lead: list[Any] = [rows] if self.by_rows else []
         if not self.edge.meta["dtype"].is_floating_point:
             value = graph.call_function(torch.Tensor.to, (value, self.dtype))
@@ -87,7 +90,7 @@ class Source:
         for _ in range(fewer):
             value = graph.call_function(aten.select.int, (value, 0, 0))
         for axis, (size, had) in enumerate(zip(self.shape[fewer:], rest, strict=True)):
-            if size != had:  # it was expanded
+            if size != had:  # `emit` expanded it
                 value = graph.call_function(aten.slice.Tensor, (value, axis + len(lead), 0, had))
         if not self.by_rows and rest != own:
             value = graph.call_function(aten.reshape.default, (value, own))
@@ -107,7 +110,7 @@ class Source:
 
     @property
     def channels(self) -> tuple[int, int]:
-        """Heads, and channels of each."""
+        """Heads, and channels of a head."""
         in_heads = len(self.shape) > 1 and math.prod(self.shape[-2:]) == self.hidden_size
         return (self.shape[-2], self.shape[-1]) if in_heads else (1, self.hidden_size)
 
@@ -118,13 +121,13 @@ _WIDE = (torch.int32, torch.int64, torch.uint32, torch.uint64)
 
 @dataclass(frozen=True)
 class Elementwise:
-    """What one channel computes.
+    """The step of one channel.
 
     Attributes:
-        step: New components, over leaves `state`, `drive` and `coefficient`.
-        drives: Where drive i comes from.
-        coefficients: Where coefficient i comes from.
-        names: Names of the user's source for expressions.
+        step: Expressions of the new components; the leaves are `state`, `drive`, `coefficient`.
+        drives: Source and slot of each drive.
+        coefficients: Source and slot of each coefficient.
+        names: Variable names in the user's source, by expression.
     """
 
     step: tuple[Operand, ...]
@@ -140,8 +143,8 @@ class Value:
     Attributes:
         shape: Without the rows.
         slots: One expression each.
-        numbers: Where the entries are, as numbers of `Reader.addresses` for this value alone; None
-            if they lie row by row and slot by slot.
+        numbers: The address of each entry, as `Reader.addresses` numbers this value alone; None if
+            the entries are in order: row by row, slot by slot, channel by channel.
     """
 
     shape: tuple[int, ...]
@@ -153,13 +156,13 @@ def elementwise(parts: Partition) -> Elementwise:
     """Express the recurrent part channel by channel.
 
     Raises:
-        NotElementwise: With the operation and line that mixes channels.
+        NotElementwise: The message names the operation that mixes channels, and its line.
     """
     return Reader(parts).read()
 
 
 def _is_wide(node: fx.Node) -> bool:
-    """Whether a value is of whole numbers that may have many digits."""
+    """Whether a value has integers that may need more than the 24 bits of float32."""
     if node.meta.get("dtype") not in _WIDE or not hasattr(node.target, "_schema"):
         return node.meta.get("dtype") in _WIDE
     moves = operation_name(node.target) in MOVES | IDENTITIES | {"_to_copy"}
@@ -180,12 +183,12 @@ class Reader:
         self.whole = {e for e in parts.edges if _is_wide(e)}
 
     def read(self) -> Elementwise:
-        """Express the new components."""
+        """Express the recurrent part; see `elementwise`."""
         step = self.results()
         return Elementwise(step, tuple(self.drives), tuple(self.coefficients), self.names)
 
     def results(self) -> tuple[Operand, ...]:
-        """The new components."""
+        """Expressions of the new components."""
         for i, node in enumerate(self.parts.states):
             self.values[node] = Value((self.hidden_size,), [leaf("state", i)])
             if "name" in node.meta:
@@ -203,7 +206,7 @@ class Reader:
         return tuple(slots[0] for slots in results)
 
     def note_name(self, node: fx.Node) -> None:
-        """Keep the name that the user gave a value."""
+        """Keep the user's variable name of a value of one slot."""
         value, name = self.values[node], node.meta.get("name")
         if name and isinstance(value, Value) and len(value.slots) == 1:
             (slot,) = value.slots
@@ -214,7 +217,7 @@ class Reader:
                 self.names.setdefault(slot, f"{name}'" if taken else name)
 
     def evaluate(self, node: fx.Node) -> Any:
-        """The value of a node, or a list of them where it makes several."""
+        """The value of a node, or a list of values if it has several results."""
         func = node.target
         for value in (node, *node.all_input_nodes):
             if value.meta.get("dtype", torch.float32).is_complex:
@@ -232,7 +235,7 @@ class Reader:
         if operation_name(func) in MOVES:
             return self.move(node)
         if not is_pointwise(func):
-            raise NotElementwise("it is not an operation on each element by itself")
+            raise NotElementwise("it is not a pointwise operation")
         if operation_name(func) == "log_sigmoid_forward":
             shape = tuple(node.args[0].meta["shape"][1:])  # type: ignore[union-attr]
         else:
@@ -240,9 +243,9 @@ class Reader:
         return self.pointwise(node, shape)
 
     def follow_whole(self, node: fx.Node) -> None:
-        """Refuse what is computed from whole numbers of x exactly, where kernels would round them.
+        """Refuse integer arithmetic on integers of x: PyTorch's is exact, kernels round to 24 bits.
 
-        As operands of other numbers PyTorch rounds them as well.
+        Operations with a floating-point result pass; PyTorch itself rounds the integers there.
         """
         dtype = node.meta.get("dtype", torch.int64)
         if dtype.is_floating_point:
@@ -250,25 +253,25 @@ class Reader:
         name = operation_name(node.target) if hasattr(node.target, "_schema") else "getitem"
         if name not in MOVES | IDENTITIES | {"where", "getitem"}:
             raise NotElementwise(
-                "it computes with whole numbers, of which kernels keep 24 bits; of type int16 or "
-                "int8 they would be exact"
+                "it computes with integers, of which kernels keep 24 bits; int16 or int8 would be "
+                "exact"
             )
         self.whole.add(node)
 
     def require_rows(self, node: fx.Node) -> None:
-        """Refuse a value that does not have one row per sample along its first axis alone."""
+        """Refuse a value whose rows are not one per sample along its first axis, and only there."""
         if not node.meta["by_rows"] or node.meta["row_axes"] != 1:
             raise NotElementwise("the result does not keep one row per sample")
 
     def count(self, shape: tuple[int, ...]) -> int:
-        """The slots of a value."""
+        """The number of slots in a shape."""
         slots, rest = divmod(math.prod(shape), self.hidden_size)
         if rest:
             raise NotElementwise(f"shape (N, {shape}) is not made of whole components")
         return slots
 
     def pointwise(self, node: fx.Node, shape: tuple[int, ...]) -> Any:
-        """An operation on each element by itself, slot by slot."""
+        """Express a pointwise operation, slot by slot."""
         count = self.count(shape)
         tensors = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
         if not all(map(is_value, tensors)):
@@ -285,13 +288,13 @@ class Reader:
         return Value(shape, results)
 
     def rounded(self, result: Any, dtype: torch.dtype | None) -> Any:
-        """A result of a type narrower than the state's, rounded as the cell rounds it."""
+        """Round a result to its own type, if that is narrower than the state's."""
         if isinstance(result, tuple) or dtype is None or not dtype.is_floating_point:
             return result
         return round_to(result, dtype, self.parts.capture.dtype)
 
     def broadcast(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
-        """The slots of a value after broadcasting it to (N, *shape)."""
+        """The slots of a value, broadcast to (N, *shape)."""
         if node not in self.values:
             return self.edge_slots(node, shape)
         value = self.values[node]
@@ -303,9 +306,9 @@ class Reader:
         return self.decode(addresses, value.slots).slots
 
     def edge_slots(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
-        """The slots of a value of the input part after broadcasting it to (N, *shape)."""
+        """The slots of an edge, broadcast to (N, *shape)."""
         terms = self.terms(node)
-        if terms:  # added where the sum is used, it costs no pass over memory
+        if terms:  # added inside the step, a bias costs no pass over memory
             pairs = list(zip(*(self.edge_slots(term, shape) for term in terms), strict=True))
             if "name" in node.meta and len(pairs) == 1:
                 name = node.meta["name"]
@@ -319,7 +322,7 @@ class Reader:
         return [self.leaf(node, shape, j) for j in range(self.count(shape))]
 
     def terms(self, node: fx.Node) -> list[fx.Node]:
-        """The terms of an edge that is a value with rows plus one without, as a bias is."""
+        """The terms of an edge that is a value with rows plus one without rows, such as a bias."""
         if not hasattr(node.target, "_schema") or operation_name(node.target) != "add":
             return []
         values: list[fx.Node] = [a for a in node.args if is_value(a)]  # type: ignore[misc]
@@ -330,7 +333,7 @@ class Reader:
         return [*rows, *plain] if whole and kinds == {self.parts.capture.dtype} else []
 
     def leaf(self, node: fx.Node, shape: tuple[int, ...], slot: int) -> Operand:
-        """The drive or coefficient that is one slot of an edge broadcast to a shape."""
+        """The drive or coefficient of one slot of an edge that is broadcast to `shape`."""
         by_rows = node.meta["by_rows"]
         known = self.drives if by_rows else self.coefficients
         source = Source(node, shape, self.hidden_size, by_rows, self.dtype)
@@ -343,7 +346,7 @@ class Reader:
         return make("ne", made, 0.0) if node.meta["dtype"] is torch.bool else made
 
     def origin(self, node: fx.Node, shape: tuple[int, ...], slot: int) -> Slot | None:
-        """The slot of the largest value that this slot of an edge is only a view of."""
+        """The slot of the value before all moves that this slot of an edge is a view of, if any."""
         base, addresses = self.trail(node)
         entries = math.prod(base.meta["shape"][1:])
         if base is node or entries % self.hidden_size:
@@ -359,7 +362,11 @@ class Reader:
         return Source(base, own, self.hidden_size, True, self.dtype), first // self.hidden_size
 
     def trail(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
-        """Follow operations that only move entries back to where they start; number the entries."""
+        """Follow moves back to the value that they start from.
+
+        Returns:
+            That value's node, and for each entry of `node` the flat index of its entry there.
+        """
         is_part = node.target is operator.getitem
         made_by: Any = node.args[0] if is_part else node
         if hasattr(made_by.target, "_schema") and operation_name(made_by.target) in MOVES:
@@ -372,7 +379,7 @@ class Reader:
         return node, torch.arange(math.prod(shape)).view(shape)
 
     def addresses(self, values: list[Value]) -> list[Tensor]:
-        """Number all entries of some values: row, then slot, then channel."""
+        """Number all entries of some values: row by row, then slot by slot, channel by channel."""
         total = sum(len(v.slots) for v in values) * self.hidden_size
         offsets = torch.arange(ROWS[0]).unsqueeze(1) * total
         tensors, start = [], 0
@@ -388,7 +395,11 @@ class Reader:
         return tensors
 
     def decode(self, addresses: Tensor, slots: list[Operand]) -> Value:
-        """Read moved addresses back as slots; each must be a whole component in its order."""
+        """Turn moved addresses back into slots.
+
+        Raises:
+            NotElementwise: The channels of a slot would be out of order or of different rows.
+        """
         shape, total = tuple(addresses.shape[1:]), len(slots) * self.hidden_size
         self.count(shape)
         if addresses.shape[0] != ROWS[0]:
@@ -417,11 +428,11 @@ class Reader:
         return self.moved(result, slots)
 
     def moved(self, addresses: Tensor, slots: list[Operand]) -> Value:
-        """What moved addresses are."""
+        """The value at moved addresses."""
         return self.decode(addresses, slots)
 
     def as_value(self, node: fx.Node) -> Value:
-        """A value of either part as slots."""
+        """A value of the recurrent part, or an edge, as slots."""
         if node in self.values:
             return self.values[node]
         if not node.meta["by_rows"]:
@@ -431,18 +442,18 @@ class Reader:
 
 
 def is_value(argument: Any) -> bool:
-    """Whether an argument of an operation is a tensor."""
+    """Whether an argument of an operation is a tensor, not a number."""
     return isinstance(argument, fx.Node) and not argument.meta.get("is_count")
 
 
 def run_on(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> Any:
-    """Run a moving operation on tensors of entry numbers in place of its operands."""
+    """Run an operation that moves entries on tensors of addresses in place of its operands."""
 
     def replace(argument: fx.Node) -> Any:
         return numbers[argument] if argument in numbers else count_of(argument, ROWS[0])
 
     args, kwargs = mapped(node, replace)
-    # Numbers may have other strides than the values had when they were recorded.
+    # Addresses may have other strides than the recorded values, so `view` could fail.
     views = (aten.view.default, aten._unsafe_view.default)
     function: Any = aten.reshape.default if node.target in views else node.target
     return function(*args, **kwargs)

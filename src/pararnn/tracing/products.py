@@ -1,10 +1,10 @@
-"""Reads a step whose channels mix by products with weights as expressions: see `elementwise`.
+"""Read a step whose channels mix only by products with weights, as expressions of slots.
 
-To the operations on each element by itself comes one: the product of the channels of a group in one
-slot with a block of a weight, `dot(slot, weight)`. A product of (N, a * H) values with a weight
-(a * H, b * H) gives b slots, each a sum of a such dots; with one weight per head, each head is a
-group. Where blocks and drives lie in memory is part of what is read, so that a transposed weight
-is nothing but other strides.
+Slots are those of `elementwise`. One operation is added to the pointwise ones: `dot(slot, weight)`
+multiplies the channels of a group, in one slot, with a block of a weight. A product of values
+(N, a * H) with a weight (a * H, b * H) gives b slots, each a sum of a dots. With one weight per
+head, each head is a group. Offsets and strides of drives and blocks are read as well, so a
+transposed weight only has other strides.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _PRODUCTS = frozenset("mm bmm addmm".split())
 
 
 class NotExpressed(Exception):
-    """The step does something else than products and operations on each element."""
+    """The step has an operation other than products with weights, pointwise ones and moves."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the channels of a slot of an input lie in memory, as numbers of elements.
+    """The place of a slot in an input's memory, or of a block in a weight's. Units: elements.
 
     Attributes:
-        input: Which input of the step.
-        offset: From the input, or its row, to the first channel of the first group.
-        group: From group to group.
-        channel: From channel to channel; for blocks of weights, of what is multiplied.
-        result: For blocks, from channel to channel of the result.
+        input: Index of the input of the step.
+        offset: From the start of the input, or of its row, to the first channel of the first group.
+        group: Stride from group to group.
+        channel: Stride from channel to channel; of a block, along the multiplied channels.
+        result: Of a block, stride along the channels of the product.
     """
 
     input: int
@@ -61,15 +61,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Products:
-    """What a step computes for the channels of a group.
+    """The step of one group of channels.
 
     Attributes:
-        step: New components, over leaves `state`, `drive`, `coefficient` and `weight`.
-        drives: Where drive i is in a row.
-        coefficients: Where coefficient i is.
-        weights: Where block i is.
+        step: Expressions of the new components; the leaves are `state`, `drive`, `coefficient` and
+            `weight`.
+        drives: Place of each drive in a row.
+        coefficients: Place of each coefficient.
+        weights: Place of each block.
         size: Channels of a group.
-        groups: Their number.
+        groups: Number of groups.
     """
 
     step: tuple[Operand, ...]
@@ -92,16 +93,16 @@ def products(
     """Read a step.
 
     Args:
-        module: See `Step`.
-        inputs: What it takes besides the state.
-        strides: Of each input in memory, without that of the rows.
+        module: The step, see `Step.module`.
+        inputs: Its inputs besides the state.
+        strides: Strides of each input, in elements, without that of the rows.
         components: Tensors in the state.
-        hidden: Channels of each.
-        dtype: Of the state.
-        device: Where the module runs.
+        hidden: Channels of each component.
+        dtype: Type of the state.
+        device: Device that the module runs on.
 
     Raises:
-        NotExpressed: It does something else; the message says what.
+        NotExpressed: The step has another operation; the message names it.
     """
     kinds = {f"attribute_{i}": kind for i, kind in enumerate(inputs) if not kind.by_rows}
     moving = [i for i, kind in enumerate(inputs) if kind.by_rows]
@@ -112,7 +113,7 @@ def products(
         for i, kind in enumerate(inputs)
     ]
     if not moving:
-        raise NotExpressed("nothing but the state has rows")
+        raise NotExpressed("no input besides the state has rows")
 
     plain = unfused(module)
 
@@ -128,7 +129,7 @@ def products(
         with recording(device):
             graph, constants = record_rows(at, _SUBJECT)
         if constants:
-            raise NotExpressed("it uses tensors from elsewhere")
+            raise NotExpressed("it uses tensors that are not its inputs")
         placeholders = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
         calls = [n for n in graph.nodes if n.op == "call_function" and not n.meta.get("is_count")]
         (results,) = next(n for n in graph.nodes if n.op == "output").args
@@ -180,7 +181,7 @@ _CELLS = {"_thnn_fused_gru_cell": _gru_cell, "_thnn_fused_lstm_cell": _lstm_cell
 
 
 def unfused(module: fx.GraphModule) -> fx.GraphModule:
-    """A step with PyTorch's fused cells, which only GPUs have, as what they are made of."""
+    """Replace PyTorch's fused GRU and LSTM cells, which only GPUs have, by pointwise operations."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for node in graph.nodes:
@@ -193,7 +194,7 @@ def unfused(module: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass
 class _Weight:
-    """Entries of an input without rows, as numbers of elements of its memory."""
+    """Entries of an input without rows, by their positions in its memory (in elements)."""
 
     input: int
     positions: Tensor
@@ -211,9 +212,9 @@ class _Reader(Reader):
         step = self.results()
         if len(self.sizes) != 1:
             raise NotElementwise(
-                "the products are of groups of several sizes"
+                "its products have groups of different sizes"
                 if self.sizes
-                else "there is no product with a weight"
+                else "it has no product with a weight"
             )
         (size,) = self.sizes
         drives, coefficients = (
@@ -231,7 +232,7 @@ class _Reader(Reader):
         return _fitted(self.inputs[of.edge], channels.view(-1, size, 1))
 
     def positions(self, node: fx.Node) -> Tensor:
-        """Where the entries of an input, or of a row of it, are in memory."""
+        """Memory positions of the entries of an input, or of one row of it (in elements)."""
         shape = node.meta["shape"][1:] if node.meta["by_rows"] else node.meta["shape"]
         found = torch.zeros(shape, dtype=torch.int64)
         for axis, stride in enumerate(self.strides[self.inputs[node]]):
@@ -257,12 +258,12 @@ class _Reader(Reader):
         return super().evaluate(node)
 
     def lie_apart(self, operands: Sequence[fx.Node]) -> bool:
-        """Whether the rows of some of these values do."""
+        """Whether the entries of one of these values are not in order; see `Value.numbers`."""
         values = [self.values.get(o) for o in operands]
         return any(isinstance(v, Value) and v.numbers is not None for v in values)
 
     def in_place(self, node: fx.Node, operands: Sequence[fx.Node]) -> Value:
-        """An operation on each element of values whose rows lie apart in the same way."""
+        """A pointwise operation on values whose entries are out of order; so are the result's."""
         distinct = list(dict.fromkeys(operands))
         values = [self.as_value(o) for o in distinct]
         numbers = [self.addresses([v])[0] for v in values]
@@ -273,7 +274,7 @@ class _Reader(Reader):
         if not all(torch.equal(r, rows[0]) for r in rows) or not all(
             torch.equal(c, channels[0]) for c in channels
         ):
-            raise NotElementwise("the rows or channels of its operands lie apart differently")
+            raise NotElementwise("it combines entries of different rows or channels")
         slots = torch.stack(
             [
                 (n // self.hidden_size % len(v.slots)).flatten()
@@ -295,19 +296,19 @@ class _Reader(Reader):
     def moved(self, addresses: Tensor, slots: list[Operand]) -> Value:
         try:
             return super().moved(addresses, slots)
-        except NotElementwise:  # rows may lie apart for a while
+        except NotElementwise:  # entries may be out of order until a later move
             return Value((), slots, addresses)
 
     def broadcast(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
         value = self.values.get(node)
         if isinstance(value, _Weight):
-            raise NotElementwise("a weight is used otherwise than in a product")
+            raise NotElementwise("a weight is used outside a product")
         if isinstance(value, Value) and value.numbers is not None:
             self.decode(value.numbers, value.slots)
         return super().broadcast(node, shape)
 
     def edge_slots(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
-        if 0 in node.meta["shape"]:  # a buffer that the device has no use for
+        if 0 in node.meta["shape"]:  # an empty buffer, such as log_sigmoid has on a GPU
             return [0.0] * self.count(shape)
         return super().edge_slots(node, shape)
 
@@ -335,17 +336,17 @@ class _Reader(Reader):
         return Value(shape, sums)
 
     def times(self, left: fx.Node, right: fx.Node) -> Value:
-        """The product of two matrices, or of two lists of them, of which one is a weight."""
+        """The product of two matrices, or two batches of them; one factor must be a weight."""
         weight = self.weight(right)
         if weight is not None:
             return self.moved(*self.blocks(self.as_value(left), weight, turned=False))
         weight = self.weight(left)
         if weight is None:
-            raise NotElementwise("none of the factors is a weight")
+            raise NotElementwise("neither factor is a weight")
         return self.moved(*self.blocks(self.as_value(right), weight, turned=True))
 
     def blocks(self, value: Value, weight: _Weight, turned: bool) -> tuple[Tensor, list[Operand]]:
-        """Addresses and slots of the product of a value and a weight, in this order or turned."""
+        """Addresses and slots of value @ weight, or of weight @ value if `turned`."""
         numbers, positions = self.addresses([value])[0], weight.positions
         if turned:
             numbers, positions = numbers.mT, positions.mT
@@ -378,11 +379,16 @@ class _Reader(Reader):
     def block(
         self, entries: Tensor, total: int, positions: Tensor
     ) -> tuple[int, tuple[int, ...], int, Tensor]:
-        """A vector times a matrix.
+        """One vector times a matrix.
+
+        Args:
+            entries: Addresses of the vector.
+            total: Entries of a row.
+            positions: Memory positions of the matrix.
 
         Returns:
-            The row of the vector, its slots, its group, and where the matrix is in memory,
-            (slots, size, slots of the result, size).
+            The row of the vector, its slots, its group, and the memory positions of the matrix,
+            shape (slots, size, slots of the result, size).
         """
         row, (inner, order) = int(entries[0]) // total, (entries % total).sort()
         slots = (inner // self.hidden_size).unique()
@@ -390,14 +396,14 @@ class _Reader(Reader):
         first = int(inner[0]) % self.hidden_size
         expected = slots[:, None] * self.hidden_size + first + torch.arange(size)
         if (entries // total != row).any() or not torch.equal(inner, expected.flatten()):
-            raise NotElementwise("what is multiplied is not made of groups of channels")
+            raise NotElementwise("the multiplied value does not consist of groups of channels")
         if positions.shape[1] % size or first % size or self.hidden_size % size:
-            raise NotElementwise("the result is not made of groups of channels")
+            raise NotElementwise("the result does not consist of groups of channels")
         found = positions[order].view(len(slots), size, -1, size)
         return row, tuple(map(int, slots)), first // size, found
 
     def dots(self, family: _Family, slots: list[Operand], number: int) -> list[Operand]:
-        """The slots of a product."""
+        """The slots of a product, each a sum of dots."""
         groups = sorted(family.blocks)
         size = family.blocks[groups[0]].shape[1]
         if groups != list(range(self.hidden_size // size)):
@@ -416,11 +422,11 @@ class _Reader(Reader):
 
 @dataclass
 class _Family:
-    """Products with the weights of all groups.
+    """One product for each group, of the same slots.
 
     Attributes:
-        factors: The slots that are multiplied.
-        blocks: Where the weight of a group is in memory.
+        factors: The multiplied slots.
+        blocks: Memory positions of the weight of each group.
     """
 
     factors: tuple[int, ...]
@@ -429,18 +435,22 @@ class _Family:
     def add(self, factors: tuple[int, ...], group: int, block: Tensor) -> None:
         known = self.blocks.setdefault(group, block)
         if factors != self.factors or not torch.equal(known, block):
-            raise NotElementwise("rows are multiplied with weights of their own")
+            raise NotElementwise("rows are multiplied with different weights")
 
 
 def _with_rows(slot: Operand) -> Operand:
     slot = make("to_float", slot) if is_boolean(slot) else slot
     if not any(e.op in ("state", "drive") for e in topological([slot])):
-        raise NotElementwise("what is multiplied does not depend on the row")
+        raise NotElementwise("the multiplied value does not depend on the row")
     return slot
 
 
 def _fitted(number: int, positions: Tensor) -> Place:
-    """Positions (groups, size, size or 1) as an offset and strides."""
+    """Express memory positions (groups, size, size or 1) as an offset and strides.
+
+    Raises:
+        NotElementwise: No strides give these positions.
+    """
     offset = int(positions[0, 0, 0])
     strides = [
         int(positions.select(axis, 1)[0, 0]) - offset if positions.shape[axis] > 1 else 0
@@ -452,5 +462,5 @@ def _fitted(number: int, positions: Tensor) -> Place:
         along[axis] = positions.shape[axis]
         expected = expected + (torch.arange(positions.shape[axis]) * stride).view(along)
     if not torch.equal(expected.expand_as(positions), positions):
-        raise NotElementwise("channels do not lie at equal distances in memory")
+        raise NotElementwise("its channels have no constant stride in memory")
     return Place(number, offset, *strides)

@@ -1,4 +1,4 @@
-"""From a cell to what can be evaluated: its input part, its recurrent part, and their structure."""
+"""Trace a step: capture it, split it into input part and recurrent part, and find its structure."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def trace(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Traced:
-    """Capture a step, split it and find its structure; the arguments are those of `capture`.
+    """Trace a step; the arguments are those of `capture`.
 
     Raises:
-        TraceError: The step cannot be evaluated for all times; the message names the line.
+        TraceError: The step cannot be evaluated for all times at once; the message says why and,
+            where it can, names the line.
     """
     if transformed():
         subject = replace(subject, tensors={n: stand_in(t) for n, t in subject.tensors.items()})
@@ -106,7 +107,7 @@ def _mixing(
 ) -> Traced:
     outputs: list[Output] = [AsItIs(e) for e in parts.edges]
     inputs = [input_of(e) for e in parts.edges]
-    if not any(i.by_rows for i in inputs):  # x has no influence, but says how many steps there are
+    if not any(i.by_rows for i in inputs):  # x has no influence, but its size is that of time
         first = next(n for n in parts.capture.graph.nodes if str(n.target) == "x_0")
         outputs.append(AsItIs(first))
         inputs.append(input_of(first))
@@ -120,10 +121,13 @@ def _check_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """No row of x or the state may reach another one.
+    """Check that no row of x or of the state reaches another row.
 
-    By the rules of operations, which see what happens rarely, and by changing a row, for operations
-    without a rule: no other row of any result may follow.
+    Marks (`rows_mix`) prove it, even for values that occur rarely, except through operations
+    without a rule. For these the step is run with one row changed; no other row may change.
+
+    Raises:
+        TraceError: Rows mix, or a value depends on their number.
     """
     subject, name = traced.subject, traced.subject.name
     if rows_mix(traced.parts, "x_"):
@@ -181,30 +185,30 @@ def _mixes_x(name: str) -> TraceError:
 def _counts_rows(name: str) -> TraceError:
     return TraceError(
         f"{name} computes with the number of rows (len(x), x.shape[0], or numbers along the rows); "
-        "all times together are rows of one batch, so no value may depend on how many there are."
+        "all times together are rows of one batch, so no value may depend on their number."
     )
 
 
 def _doubled(values: Sequence[Tensor], by_rows: Sequence[bool]) -> list[Tensor]:
-    """Values for every row twice."""
+    """Repeat the rows of values that have rows."""
     return [torch.cat([v, v]) if r else v for v, r in zip(values, by_rows, strict=True)]
 
 
 def _are_doubled(once: Sequence[Tensor], twice: Sequence[Tensor], by_rows: Sequence[bool]) -> bool:
-    """Whether values for every row twice are those for every row once, twice."""
+    """Whether the values computed from repeated rows are the repeated values."""
     pairs = zip(_doubled(once, by_rows), twice, strict=True)
     return all(a.shape == b.shape and _equal(a, b) for a, b in pairs)
 
 
 def _with_other(x: Tensor, row: int) -> Tensor:
-    """A copy in which one row is another."""
+    """A copy with one row changed."""
     changed = x.clone()
-    changed[row] = changed[row] * 2 + 1  # integers were 0: 1 is an index that most tables have
+    changed[row] = changed[row] * 2 + 1  # integers go from 0 to 1, a valid index in most tables
     return changed
 
 
 def _equal_beside(a: Tensor, b: Tensor, row: int) -> bool:
-    """Whether all rows but one are equal."""
+    """Whether all rows except `row` are equal."""
     rest = [i for i in range(a.shape[0]) if i != row]
     return _equal(a[rest], b[rest])
 

@@ -1,10 +1,10 @@
-"""Records everything that a trace depends on, and checks quickly whether it has changed.
+"""Record everything that a trace depends on, and check quickly whether it has changed.
 
-A trace holds as long as all that the step's Python read is what it was. A look follows what can be
-reached from the step: attributes, containers, hooks, classes, globals, closures; of objects what
-the code that ran names. The quick look, at every call, compares by identity what containers hold.
-Where it finds a difference, the slow one compares by value, so that another tuple of equal numbers
-is no other step.
+A trace is valid while everything that the step's Python code read is unchanged. `_Look` follows all
+that can be reached from the step: attributes, containers, hooks, classes, globals, closures. Of an
+object it follows only attributes that the code that ran names. The quick check runs at every call;
+it compares the contents of containers by identity. If it finds a difference, a new `_Look` compares
+by value, so another tuple of equal numbers does not count as a change.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _PLAIN = (type(None), bool, int, str, bytes, range, type(...), torch.dtype, torc
 _NUMBERS = (float, complex)
 _SILENT = frozenset(("__dict__", "__weakref__", "__doc__", "__annotations__", "__module__"))
 _MOST = 2000  # objects to inspect; all others are compared by identity
-_OFTEN = 8
+_OFTEN = 8  # changes of one value before a warning
 _NOTHING = object()
 
 
 class Same:
-    """Stands for an object that is compared by identity."""
+    """Wraps an object, to compare it by identity."""
 
     __slots__ = ("value",)
 
@@ -53,7 +53,7 @@ class Same:
 
 
 class Change(NamedTuple):
-    """A value that has changed, by its place ("self.options['leak']")."""
+    """A changed value, with its place ("self.options['leak']")."""
 
     place: str
     old: object
@@ -61,12 +61,12 @@ class Change(NamedTuple):
 
 
 class Watched:
-    """All that a trace depends on.
+    """Everything that a trace depends on.
 
     Args:
-        step: What was traced: a cell, or a function.
-        ran: What ran then.
-        tensors_of: The tensors of a step that the trace takes anew at every call, by name.
+        step: The traced cell or function.
+        ran: The Python code that ran in the trace.
+        tensors_of: Gives the tensors of a step that the trace reads again at every call, by name.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Watched:
 
     @property
     def tied(self) -> bool:
-        """Whether the step also reads one of these tensors from somewhere else."""
+        """Whether the step also reads one of these tensors under another name or place."""
         return self._look.quick.tied
 
     def is_current(self, step: Any) -> bool:
-        """Whether all values are identical: a quick check, which may wrongly say no."""
+        """Whether all values are identical; quick, and False if in doubt."""
         return step is self.step and self._look.quick.is_current()
 
     def change(self, step: Any) -> Change | None:
@@ -98,13 +98,13 @@ class Watched:
 
 
 class Annealed:
-    """Warns of values that change again and again, so that every call traces the step."""
+    """Warns of values that change again and again, each time with a new trace."""
 
     def __init__(self) -> None:
         self._times: Counter[str] = Counter()
 
     def note(self, subject: str, change: Change) -> None:
-        """Count a change, and warn once; a switched mode does not count."""
+        """Count a change; warn at the eighth of one value. `training` does not count."""
         _, _, name = change.place.rpartition(".")
         if name == "training":
             return
@@ -114,18 +114,23 @@ class Annealed:
                 f"Keep it as a tensor that changes in place: self.register_buffer({name!r}, "
                 f"torch.tensor(...)), then self.{name}.fill_(...)."
                 if name.isidentifier() and all(map(_is_number, (change.old, change.new)))
-                else "Tensors that change in place, such as buffers, need no new trace. What "
-                "hooks only record belongs in a container that nothing else writes into."
+                else "Tensors that change in place, such as buffers, need no new trace. Keep "
+                "values that hooks only record in a container that nothing else writes into."
             )
             warnings.warn(
-                f"{subject} has been traced anew {_OFTEN} times because {change.place} changed, "
-                f"for which kernels may be compiled anew. {advice}",
+                f"{subject} has been traced again {_OFTEN} times because {change.place} changed; "
+                f"each time kernels may be compiled again. {advice}",
                 stacklevel=2,
             )
 
 
 class _Look:
-    """One look at everything."""
+    """One inspection of everything that can be reached from the step.
+
+    Attributes:
+        facts: Values to compare, by place.
+        quick: Containers and their contents, to compare by identity.
+    """
 
     def __init__(self, step: Any, ran: Ran, tensors: Mapping[str, Tensor]) -> None:
         self.ran = ran
@@ -135,7 +140,7 @@ class _Look:
         self._with_grad = ran.reads("requires_grad")
         self._seen: dict[int, str] = {}
         self._queue: deque[tuple[str, Any]] = deque()
-        self._alive = [step, tensors]  # so that an identity stays one
+        self._alive = [step, tensors]  # keeps the ids in `_seen` valid
         self.value("self" if isinstance(step, nn.Module) else "step", step)
         for name, hooks in HOOKS_OF_ALL.items():
             self.hooks(name, hooks, [h for h in hooks.values() if not is_a_tools(h)])
@@ -144,15 +149,15 @@ class _Look:
         while self._queue:
             self.look_into(*self._queue.popleft())
         self.quick.hold()
-        del self._names, self._seen, self._alive  # `facts` has what is to be kept
+        del self._names, self._seen, self._alive  # `facts` and `quick` keep what they need
 
     def fact(self, place: str, value: object) -> None:
-        while place in self.facts:  # of two classes with one name
+        while place in self.facts:  # two classes have the same name
             place += "'"
         self.facts[place] = value
 
     def value(self, place: str, value: Any) -> None:
-        """Note a value; what has parts is looked into later, what is near first."""
+        """Note a value; containers and objects are queued, so near ones are inspected first."""
         if type(value) in _PLAIN:
             self.fact(place, (type(value), value))
         elif isinstance(value, _NUMBERS):
@@ -168,7 +173,7 @@ class _Look:
             self.fact(place, Same(value))
 
     def see(self, place: str, value: Any) -> bool:
-        """Whether this is the first time."""
+        """Note an object as seen; True if it is new."""
         new = id(value) not in self._seen
         if new:
             self._seen[id(value)] = place
@@ -183,7 +188,7 @@ class _Look:
         next(looks, _Look.other)(self, place, value)
 
     def tensor(self, place: str, tensor: Tensor) -> None:
-        """A tensor by its name, or one that is a constant of the trace by identity."""
+        """Note a tensor by its name, or by identity if it is a constant of the trace."""
         name = self._names.get(id(tensor))
         kind = (tensor.shape, tensor.dtype, self._with_grad and tensor.requires_grad)
         self.fact(place, (name or Same(tensor), kind))
@@ -210,7 +215,7 @@ class _Look:
         self.type_of(place, module)
 
     def tensors(self, place: str, store: dict[str, Tensor | None]) -> None:
-        """Parameters or buffers: those that the trace takes at every call may be others then."""
+        """Parameters or buffers; a tensor that the trace reads at every call may be replaced."""
         constant = [n for n, t in store.items() if t is not None and id(t) not in self._names]
         self.quick.tensors(store, self._with_grad)
         self.quick.read(store, constant)
@@ -218,7 +223,7 @@ class _Look:
             self.value(f"{place}.{name}", tensor)
 
     def hooks(self, place: str, hooks: dict[int, Any], which: list[Any] | None = None) -> None:
-        """Hooks, in their order, all or some; the numbers that are their keys mean nothing."""
+        """All hooks, or those of `which`, in their order; their numeric keys do not matter."""
         values = list(self.quick.dictionary(hooks).values())
         for number, hook in enumerate(values if which is None else which):
             self.value(f"{place}[{number}]", hook)
@@ -281,13 +286,13 @@ class _Look:
         self.fact(place, Same(value))
 
     def text_or_number(self, place: str, value: Any) -> None:
-        """Of a subclass of Python's own."""
+        """A value of a subclass of `int`, `str` or `bytes`."""
         base = next(b for b in (int, str, bytes) if isinstance(value, b))
         self.fact(place, (type(value), base.__repr__(value)))
         self.attributes(place, value)
 
     def other(self, place: str, value: Any) -> None:
-        """An array by its content, an object by its attributes; what has neither by identity."""
+        """An array by its content, an object by its attributes, anything else by identity."""
         content = _content(value)
         if content is not None:
             kind = getattr(value, "shape", None), str(getattr(value, "dtype", None))
@@ -316,7 +321,7 @@ class _Look:
         self.class_of(f"type({place})", type(value))
 
     def class_of(self, place: str, kind: type) -> None:
-        """A class, and what those of the user's among its bases define."""
+        """A class, and what the user's classes among its bases define."""
         self.fact(place, Same(kind))
         for base in kind.__mro__:
             if has_users_code(base) and self.see(base.__name__, vars(base)):
@@ -324,14 +329,14 @@ class _Look:
                 self.named(base.__name__, vars(base), own)
 
     def reads_of_class(self, name: str) -> bool:
-        """Whether what ran may have taken this from a class; operators name nothing."""
+        """Whether the code may have read this name from a class; operators read it unnamed."""
         by_operator = name == "forward" or (name[:2] == "__" and name not in _SILENT)
         return by_operator or self.ran.reads(name)
 
     def named(
         self, place: str, values: Mapping[str, Any], names: list[str], whole: bool = True
     ) -> None:
-        """Some values of many; with `whole` no other names may appear."""
+        """Some values of a namespace; with `whole`, a new name in it counts as a change."""
         if whole:
             self.quick.names(values)
         self.quick.read(values, names)
@@ -340,17 +345,20 @@ class _Look:
 
 
 class _Quick:
-    """The contents of containers, to be compared by identity."""
+    """The contents of containers, compared by identity.
+
+    The methods add containers; `hold` then reads all contents, and `is_current` compares them.
+    """
 
     def __init__(self) -> None:
         self.objects: list[object] = []
         self.readers: list[tuple[Callable[[Any], Iterable[object]], Any]] = []
         self.contents: list[tuple[Any, bytes]] = []
-        self.tied = False  # whether something else holds a tensor of a module's
+        self.tied = False  # whether a tensor of the step is also read from another place
         self._empty: list[Any] = []
         self._sized: list[Any] = []
         self._named: list[Mapping[str, Any]] = []
-        self._stores: list[Iterable[Tensor | None]] = []  # views, which show what is there now
+        self._stores: list[Iterable[Tensor | None]] = []  # dict views, always up to date
         self._kind: Callable[[Any], object] = _KIND
 
     def read(self, values: Mapping[str, Any], names: list[str]) -> None:
@@ -396,9 +404,9 @@ class _Quick:
         self._kinds = [t if t is None else self._kind(t) for t in self._tensors]
 
     def is_current(self) -> bool:
-        """Whether all is as it was held, except that tensors may be others of the same kinds.
+        """Whether nothing has changed; tensors may be replaced by others of the same kinds.
 
-        Every call of a layer asks, so it is one function.
+        Every call of a layer runs this, so it is one function.
         """
         try:
             if (
@@ -417,11 +425,11 @@ class _Quick:
             if not (all(map(operator.is_, tensors, self._tensors)) or self._may_be_others(tensors)):
                 return False
             return not self.contents or all(_content(v) == c for v, c in self.contents)
-        except (KeyError, RuntimeError):  # one is gone, or changes while it is read
+        except (KeyError, RuntimeError):  # a name is gone, or a container changes while it is read
             return False
 
     def _may_be_others(self, tensors: list[Tensor | None]) -> bool:
-        """Whether no two of these tensors are one, unless they were before."""
+        """Whether tensors may be replaced: as many as before, all distinct, and none tied."""
         each = [t for t in tensors if t is not None]
         before = sum(t is not None for t in self._tensors)
         return not self.tied and len(set(map(id, each))) == len(each) == before
@@ -463,7 +471,7 @@ def _contents(cells: tuple[types.CellType, ...]) -> list[object]:
 def _content_of(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
-    except ValueError:  # a name that has no value yet
+    except ValueError:  # the variable has no value yet
         return _NOTHING
 
 
@@ -472,14 +480,14 @@ def _of_slots(names: list[str], value: object) -> list[object]:
 
 
 def _slots(kind: type) -> tuple[str, ...]:
-    """The attributes that a class keeps without a dictionary."""
+    """The names in `__slots__` of a class and its bases."""
     found = (vars(base).get("__slots__", ()) for base in kind.__mro__)
     names = chain.from_iterable((s,) if isinstance(s, str) else s for s in found)
     return tuple(n for n in names if n not in _SILENT)
 
 
 def _content(value: Any) -> bytes | None:
-    """The bytes of an array, or None."""
+    """The bytes of an array; None if the value is no array."""
     try:
         return memoryview(value).tobytes()
     except (TypeError, ValueError, BufferError):
@@ -487,20 +495,20 @@ def _content(value: Any) -> bytes | None:
 
 
 def _is_pytorchs(kind: type) -> bool:
-    """Whether code that is not the user's reads attributes of such a module."""
+    """Whether a module class has code of PyTorch or this package, which may read any attribute."""
     bases = (b for b in kind.__mro__ if b is not nn.Module and issubclass(b, nn.Module))
     return not all(map(has_users_code, bases))
 
 
 def _asks_for_mode(kind: type) -> bool:
-    """Whether methods of such a module name the attribute `training`."""
+    """Whether methods of a module class name the attribute `training`."""
     methods = chain.from_iterable(vars(b).values() for b in kind.__mro__ if b is not nn.Module)
     codes = (m.__code__ for m in methods if isinstance(m, types.FunctionType))
     return any("training" in code.co_names for code in codes)
 
 
 def _function_of(value: Any) -> Any:
-    """What a class keeps of a method or a property."""
+    """The function inside a property, class method or static method; other values unchanged."""
     if isinstance(value, property):
         return value.fget
     if isinstance(value, functools.cached_property):

@@ -20,11 +20,11 @@ from torch import nn
 from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
 from pararnn.kernels import facts, fused, operators
-from pararnn.kernels.facts import facts_of, on_rows
+from pararnn.kernels.facts import all_facts, facts_of
 from pararnn.kernels.triton import backend as triton_backend
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.kernel_plans import plan_matvec
-from pararnn.planning.plan import BackendError, Call
+from pararnn.planning.plan import BackendError
 from pararnn.planning.rows_plan import steps_at_once
 from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.solvers.problem import Problem
@@ -182,7 +182,6 @@ def choices(given):
     with contextlib.ExitStack() as stack:
         if given.device == "cuda":
             stack.enter_context(pretend_gpu(given.processors))
-            facts._gpu.cache_clear()  # of another GPU that is not there
         else:
             stack.enter_context(mock.patch.object(facts, "interpreted", return_value=False))
         if not given.compiler:
@@ -211,33 +210,30 @@ def _layer(cell, device, dtype, solver, backend, _compiler):
 def _plan(rnn, given, known=None):
     """The plan for a combination, whatever the number of channels of the layer that is traced."""
     runner, (batch, time) = rnn.runner(), given.shape[:2]
-    path = operators.request_of(runner.request).path
-    if known is not None:
-        path = dataclasses.replace(path, facts=known)
+    planner = operators.request_of(runner.request).planner
+    planner = dataclasses.replace(planner, facts=known or planner.facts)  # of this machine
     hidden = given.shape[2] if given.cell in ELEMENTWISE else rnn.hidden_size
-    dtype, components = getattr(torch, given.dtype), rnn.num_components
+    dtype = getattr(torch, given.dtype)
     x = torch.zeros((), dtype=dtype).expand(batch, time, INPUT)
     tensors = [*rnn.cell.parameters(), x]
-    states = batch * time * hidden * components
-    call = Call(
-        *(batch, time, hidden, torch.float64 if dtype is torch.float64 else dtype),
+    return planner.plan(
+        *(batch, time, hidden, dtype),
         itemsize=dtype.itemsize,
-        gradients=components,
+        gradients=rnn.num_components,
         tracked=given.train,
-        elements=max(states, *(t.numel() for t in tensors)),
+        elements=max(t.numel() for t in tensors),
         may_loop=dtype not in (torch.float16, torch.bfloat16),
     )
-    return path, path.plan(call, runner.traced.device), call
 
 
 def _elementwise(rnn, given):
     (batch, time, hidden), step = given.shape, rnn.runner().traced.step
-    _, plan, call = _plan(rnn, given)
+    plan, dtype = _plan(rnn, given), getattr(torch, given.dtype)
     found = {"backend": plan.backend, "method": rnn.runner().method().__name__}
     found["graph"] = plan.in_graph
     if plan.backend == "triton":
-        drive = torch.zeros((), dtype=call.kept_in).expand(1, 1, 1, 8)
-        initial = torch.zeros((), dtype=call.kept_in).expand(1, step.num_components, 8)
+        drive = torch.zeros((), dtype=dtype).expand(1, 1, 1, 8)
+        initial = torch.zeros((), dtype=dtype).expand(1, step.num_components, 8)
         drives = [drive] * step.recurrence.num_drives
         problem = Problem(step.recurrence, drives, [], initial, None)
         found["precision"] = triton_backend._precision(problem)
@@ -261,8 +257,8 @@ def _mixing(rnn, given):
     known = None
     if given.cell in ELEMENTWISE:
         step = _with_channels(runner.traced.step, given.shape[2])
-        known = on_rows(facts_of(step), step)
-    path, plan, _ = _plan(rnn, given, known)
+        known = all_facts(facts_of(step), step, runner.choice)
+    plan = _plan(rnn, given, known)
     found = {"backend": plan.backend, "method": runner.method().__name__}
     if plan.path == "loop":
         return found | {"path": "loop"}
@@ -278,7 +274,7 @@ def _mixing(rnn, given):
         found["warps" if way.steps == "kernel" else "no kernel"] = kernel
         if not runner.choice.generated:
             found["no kernel"] = "asked for"
-    if way.steps == "kernel" and path.solver is None:
+    if way.steps == "kernel" and runner.solver is None:
         found["settles"] = way.settle  # after one iteration, without asking the device
         found["solve in a graph"] = way.in_graph
     found["graph"] = plan.in_graph

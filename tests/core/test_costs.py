@@ -19,7 +19,7 @@ NO_COSTS = {
     # numbers that decide about values, or about what counts as equal
     "planning/settings.py": {"_DEFAULT_TOLERANCE"},
     "solvers/shooting.py": {"SMALL"},
-    "planning/plan.py": {"_TF32", "_MOST_PLANS"},
+    "planning/plan.py": {"_TF32"},
     "kernels/lowering.py": {"_GELU_CUBIC", "_GELU_SCALE", "_SIXTH"},
     "lm/decoding/decoder.py": {"_LEAST_NOISE"},
     # sizes that hardware or Triton demands
@@ -27,6 +27,7 @@ NO_COSTS = {
     "kernels/fused.py": {"_TILE"},
     "kernels/triton/build.py": {"OLDEST", "_PARSES_IN_THREADS"},  # versions
     # bounds of what is kept
+    "kernels/facts.py": {"_MOST_PLANS"},
     "kernels/graphs.py": {"_GRAPHS", "_UNUSED", "_FORMS"},
     "kernels/pointwise.py": {"_FORMS"},
     "layers/traces.py": {"_MOST"},

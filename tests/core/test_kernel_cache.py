@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pararnn import RNN, explain
 from pararnn.cells import ParaGRUCell
 from pararnn.kernels import cache
 from pararnn.kernels.c import build as c_build
-from pararnn.kernels.facts import facts_of, obstacles_of
+from pararnn.kernels.facts import facts_of, machine_of
 from pararnn.kernels.triton import build as triton_build
 from pararnn.layers import runner as of_layers
 from pararnn.planning.plan import choose_backend
@@ -389,12 +390,14 @@ def test_triton_that_does_not_work_is_missing(monkeypatch):
         pytest.skip("which is said first")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(triton.runtime.driver, "_active", BrokenDriver(), raising=False)
+    gpu = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     triton_build.missing.cache_clear()
     try:
         words = triton_build.missing("cuda")
         assert "does not work with this GPU: RuntimeError: Failed to find C compiler" in words
         traced = RNN(ParaGRUCell(3, 4)).runner().traced
-        known, machine = facts_of(traced.step), obstacles_of(torch.device("cuda"))
+        known, machine = facts_of(traced.step), machine_of(torch.device("cuda"))
         choice = choose_backend("auto", known, machine)
         assert choice.name == "torch"
         assert "Failed to find C compiler" in choice.missing

@@ -12,7 +12,7 @@ from torch import nn
 
 import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
-from pararnn.kernels import fused, graphs, rows
+from pararnn.kernels import facts, fused, graphs, rows
 from pararnn.kernels.operators import request_of
 from pararnn.planning import kernel_plans, plan, rows_plan
 from pararnn.planning.costs import COSTS
@@ -283,7 +283,7 @@ def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
         )
         return replace(plan.decide(*given), path="rows", forward=way, adjoint=way)
 
-    monkeypatch.setattr(rows, "decide", settled)
+    monkeypatch.setattr(facts, "decide", settled)
     monkeypatch.setattr(fused, "run_steps", chunks.run_steps)
     cell = make(name)
     with torch.no_grad():
@@ -305,6 +305,38 @@ def test_whole_calls_by_graphs(monkeypatch, rerun_graphs, name, forgets):
         if forgets or resets is None:
             assert (rnn.report.status == "converged") is forgets
     assert len(path.graphs._known) == 4  # forwards and backwards, with resets and without
+
+
+def test_a_call_without_a_kernel_changes_no_later_one(monkeypatch):
+    """Weights that lie otherwise than those that were traced may have none."""
+    way, ran = plan.Way(Jacobi(chunk=8, max_iterations=1), 1e-13, "kernel", True, warm_up=8), []
+
+    def settled(known, *given):
+        made = plan.decide(known, *given)
+        return made if known.kernels[0] else replace(made, forward=way)
+
+    def run_steps(chunks_, *given):
+        odd = any(i.is_contiguous() for i in chunks_.inputs if i.dim() == 2)
+        ran.append("refused" if odd else "kernel")
+        if odd:
+            raise fused.NotFused("weights lie apart")
+        return chunks.run_steps(chunks_, *given)
+
+    monkeypatch.setattr(facts, "decide", settled)
+    monkeypatch.setattr(fused, "run_steps", run_steps)
+    cell = make("rnn")
+    runner = RNN(cell).runner()
+    x, path = torch.randn(2, 40, INPUT), request_of(runner.request).path
+    with torch.no_grad():
+        inputs = runner.inputs([*cell.parameters()], [x.double()])
+        odd = [i.contiguous() if i.dim() == 2 else i for i in inputs]
+        initial, found = torch.zeros(2, 1, HIDDEN, dtype=torch.float64), []
+        for given in (inputs, odd, inputs, odd):
+            ran.clear()
+            found.append(path.solve(given, initial, None))
+            assert set(ran) == ({"refused"} if given is odd else {"kernel"})
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("pieces", [1, 4, 7])

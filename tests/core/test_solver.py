@@ -60,7 +60,8 @@ class Sweeps:
     def solve(self, settings):
         """All states."""
         if isinstance(self.problem, Problem):
-            path = replace(self.path, solver=settings, plans={})
+            planner = replace(self.path.planner, solver=settings)
+            path = replace(self.path, planner=planner)
             return self.backend.solve(self.problem, path._plan(self.problem).forward)[0]
         return self.problem.solve(Way(settings, 1e-13, warm_up=settings.chunk), run_steps)[0]
 

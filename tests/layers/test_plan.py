@@ -10,6 +10,7 @@ from torch import nn
 import pararnn
 from pararnn import RNN, Newton, Sequential
 from pararnn.kernels.c import backend as c_backend
+from pararnn.kernels.facts import Planner
 from pararnn.layers import runner
 from pararnn.planning.costs import COSTS
 from pararnn.solvers import systems
@@ -78,6 +79,27 @@ def test_a_call_keeps_to_its_plan(name, sizes, grad, assert_kept):
         if not rnn.runner().features:
             return
         assert_kept(rnn, torch.randn(sizes[1], 3))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids="grad={}".format)
+@pytest.mark.parametrize("sizes", [(2, 5), (1, 300), (40, 20)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_all_who_ask_have_the_plan_that_is_shown(name, sizes, grad, monkeypatch):
+    """The layer, and the operators forwards and backwards."""
+    found, ask = [], Planner.plan
+    keep = lambda *given, **more: found.append(ask(*given, **more)) or found[-1]  # noqa: E731
+    rnn = LAYERS[name]()
+    x = input_of(rnn, *sizes)
+    with torch.set_grad_enabled(grad):
+        shown = rnn.plan(x.shape)
+        monkeypatch.setattr(Planner, "plan", keep)
+        y, _ = rnn(x)
+    if grad:
+        y.sum().backward()
+    assert len(found) >= 1 + grad or shown.path == "loop"
+    assert all((p.forward, p.adjoint) == (shown.forward, shown.adjoint) for p in found)
+    decided = {id(p) for p in found}
+    assert len(decided) == 1 or (rnn.runner().by_channels, len(decided)) == (False, 2)
 
 
 @pytest.mark.parametrize("chunk", [10, 100])

@@ -5,17 +5,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pararnn.kernels.c.backend import CBackend
-from pararnn.kernels.facts import machine_of, operations_of
+from pararnn.kernels.facts import Planner
 from pararnn.kernels.triton.backend import TritonBackend
-from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, decide, remembered
-from pararnn.planning.settings import Solver
+from pararnn.planning.plan import Plan
 from pararnn.solvers.problem import Backend, Problem
 from pararnn.solvers.report import act_on_failure
 from pararnn.tracing.derivatives import Recurrence
@@ -36,44 +34,31 @@ class Channels:
     Attributes:
         backend: The backend.
         layout: Where drives and coefficients are in the inputs.
-        chosen: The choice of the backend.
-        solver: The user's settings; None to choose.
-        facts: Of the step.
-        plans: Decisions so far.
+        planner: Plans of calls.
     """
 
     backend: Backend
     layout: Layout
-    chosen: BackendChoice
-    solver: Solver | None
-    facts: Facts
-    plans: dict[Any, Plan] = field(default_factory=dict, repr=False, compare=False)
+    planner: Planner
 
     @classmethod
-    def of(cls, step: Step, chosen: BackendChoice, solver: Solver | None, facts: Facts) -> Channels:
+    def of(cls, step: Step, planner: Planner) -> Channels:
         """The path for a step whose channels do not reach each other."""
         assert step.recurrence is not None
         assert step.layout is not None
         _ = step.recurrence.vjp  # derived here: autograd does not work inside an operator
-        if chosen.name == "triton":
-            facts = replace(facts, operations=operations_of(step.recurrence))
-        key = step.recurrence.key, chosen.name
+        name = planner.backend.name
+        key = step.recurrence.key, name
         with _lock:
             made = _backends.get(key)
             if made is None:
-                made = _backends[key] = _MAKERS[chosen.name](step.recurrence)
-        return cls(made, step.layout, chosen, solver, facts)
+                made = _backends[key] = _MAKERS[name](step.recurrence)
+        return cls(made, step.layout, planner)
 
-    def plan(self, call: Call, device: torch.device) -> Plan:
-        """See `operators.Path`."""
-        return decide(self.facts, call, machine_of(device), self.chosen, self.solver)
-
-    def _plan(self, problem: Problem, gradients: int = 0) -> Plan:
-        device, threads = problem.initial.device, torch.get_num_threads()
+    def _plan(self, problem: Problem, gradients: int = 1) -> Plan:
         sizes = problem.batch, problem.time, problem.hidden
-        more = problem.state_dtype, problem.drives[0].itemsize, gradients
-        make = lambda: self.plan(Call(*sizes, *more), device)  # noqa: E731
-        return remembered(self.plans, (sizes, more, device, threads), make)
+        kinds = problem.state_dtype, problem.drives[0].itemsize
+        return self.planner.plan(*sizes, *kinds, gradients)
 
     def problem(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> Problem:
         """The tensors as a problem for the backend."""

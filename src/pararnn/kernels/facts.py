@@ -1,24 +1,27 @@
-"""What `planning.plan` decides by: facts of steps, and of the machine that they run on."""
+"""What `planning.plan` decides by, facts of steps and of the machine, and the plans of a step."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from pararnn.kernels.c.build import find_compiler
+from pararnn.kernels.graphs import is_capturing
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton.build import interpreted
 from pararnn.kernels.triton.build import missing as triton_missing
-from pararnn.planning.plan import Facts, Machine
+from pararnn.planning.plan import BackendChoice, Call, Facts, Machine, Plan, by_channels, decide
+from pararnn.planning.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.expressions import topological
 from pararnn.tracing.step import Step
 
 
 def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
-    """Facts of a step; for an elementwise one without those that only rows need, see `on_rows`.
+    """Facts of a step; for an elementwise one without those in `all_facts`.
 
     Args:
         step: The step.
@@ -35,13 +38,18 @@ def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
             drives=recurrence.num_drives,
             obstacle=_lowering_obstacle(recurrence),
         )
-    known = Facts(name, elementwise=False, because=because, components=step.num_components)
-    return on_rows(known, step)
+    sizes = step.num_components, step.group, step.work, step.launches
+    return Facts(name, False, because, *sizes)
 
 
-def on_rows(facts: Facts, step: Step) -> Facts:
-    """All facts of a step, also those that only rows need; the module of the step is built."""
-    return replace(facts, group=step.group, work=step.work, launches=step.launches)
+def all_facts(facts: Facts, step: Step, backend: BackendChoice) -> Facts:
+    """Also those facts that only the way of this backend needs."""
+    if not by_channels(facts, backend):  # the module of the step is built
+        return replace(facts, group=step.group, work=step.work, launches=step.launches)
+    if backend.name != "triton":
+        return facts
+    assert step.recurrence is not None
+    return replace(facts, operations=operations_of(step.recurrence))
 
 
 def _lowering_obstacle(recurrence: Recurrence) -> str | None:
@@ -61,36 +69,93 @@ def operations_of(recurrence: Recurrence) -> tuple[int, int]:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Facts of the machine for `decide`: how much runs at once."""
-    if device.type == "cuda":
-        return _gpu(device)
-    return Machine(device.type, threads=torch.get_num_threads())
-
-
-@functools.lru_cache(maxsize=64)
-def _gpu(device: torch.device) -> Machine:
-    return Machine("cuda", torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def obstacles_of(device: torch.device) -> Machine:
-    """Facts of the machine for the choice of a backend: which ones cannot run there, and why."""
+    """Facts of the machine: how much runs at once, which backends cannot run there, and why."""
     elsewhere = f"the tensors are on {device}"
     triton = None if device.type in ("cpu", "cuda") else elsewhere
     if device.type == "cpu" and not interpreted():
         triton = "the tensors are on the CPU, where Triton runs with TRITON_INTERPRET=1 only"
+    processors, compiler = 1, "no C compiler was found (looked for $CC, cc, gcc, clang)"
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Machine(
         device.type,
+        processors,
         obstacles=(("c", None if device.type == "cpu" else elsewhere), ("triton", triton)),
-        missing=(("c", _no_compiler()), ("triton", triton_missing(device.type))),
+        missing=(
+            ("c", None if find_compiler() else compiler),
+            ("triton", triton_missing(device.type)),
+        ),
     )
 
 
-def _no_compiler() -> str | None:
-    return None if find_compiler() else "no C compiler was found (looked for $CC, cc, gcc, clang)"
+def _rounds(dtype: torch.dtype) -> bool:
+    """Whether a GPU's products of matrices round (TF32), for states that are kept in a type."""
+    return dtype is not torch.float64 and torch.get_float32_matmul_precision() != "highest"
 
 
-def rounds(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of matrices round their factors (TF32), for states that are kept so."""
-    if device.type != "cuda" or dtype is torch.float64:
-        return False
-    return torch.get_float32_matmul_precision() != "highest"
+_MOST_PLANS = 256  # kept of a step
+
+
+@dataclass(frozen=True)
+class Planner:
+    """The plans of a step. Who shows, chooses or runs asks here, so all have the same plan.
+
+    Attributes:
+        facts: Of the step; all that its way needs, see `all_facts`.
+        device: Where it runs.
+        backend: The chosen backend.
+        solver: The user's; None to choose.
+    """
+
+    facts: Facts
+    device: torch.device
+    backend: BackendChoice
+    solver: Solver | None
+    _known: dict[tuple[Any, ...], Plan] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def by_channels(self) -> bool:
+        """Whether kernels solve for every channel by itself."""
+        return by_channels(self.facts, self.backend)
+
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """Facts of the device."""
+        return machine_of(self.device)
+
+    def plan(
+        self,
+        batch: int,
+        time: int,
+        hidden: int,
+        kept_in: torch.dtype,
+        itemsize: int,
+        gradients: int = 1,
+        tracked: bool = True,
+        elements: int = 0,
+        may_loop: bool = False,
+    ) -> Plan:
+        """How a call is carried out now; see `Call`. A look takes a microsecond, a decision twenty.
+
+        How the states and their adjoints are solved for depends on the first six alone, which are
+        all that an operator knows.
+        """
+        sizes = batch, time, hidden, kept_in, itemsize, gradients, tracked, elements, may_loop
+        rounds = capturing = False
+        if self.machine.device == "cuda":
+            rounds, capturing = _rounds(kept_in), is_capturing(self.device)
+        call = *sizes, rounds, capturing, torch.get_num_threads()
+        plan = self._known.get(call)
+        if plan is None:
+            if len(self._known) >= _MOST_PLANS:
+                self._known.clear()
+            given = Call(*call), self.machine, self.backend, self.solver
+            plan = self._known[call] = decide(self.facts, *given)
+        return plan
+
+    def without_kernel(self, direction: int, why: str) -> Planner:
+        """Plans without the kernel for all steps of one direction."""
+        kernels = [why if d == direction else k for d, k in enumerate(self.facts.kernels)]
+        return replace(self, facts=replace(self.facts, kernels=(kernels[0], kernels[1])))

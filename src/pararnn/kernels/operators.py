@@ -18,10 +18,10 @@ from torch.autograd import forward_ad
 
 from pararnn.kernels.channels import Channels
 from pararnn.kernels.direct import Operator
-from pararnn.kernels.facts import facts_of, on_rows
+from pararnn.kernels.facts import Planner, all_facts, facts_of
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.rows import Rows
-from pararnn.planning.plan import BACKENDS, BackendChoice, Call, Facts, Plan
+from pararnn.planning.plan import BACKENDS, BackendChoice, Facts
 from pararnn.planning.settings import Solver
 from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.step import Step
@@ -34,15 +34,6 @@ class Path(Protocol):
     In all methods `inputs` are those of the step, with rows (batch, time, ...); `initial` and
     `starts` as in `Problem`.
     """
-
-    @property
-    def plans(self) -> dict[Any, Plan]:
-        """Decisions so far."""
-        ...
-
-    def plan(self, call: Call, device: torch.device) -> Plan:
-        """Decide how a call is carried out."""
-        ...
 
     def solve(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
@@ -93,26 +84,28 @@ class Request:
     facts: Facts
 
     @functools.cached_property
+    def planner(self) -> Planner:
+        """Plans of its calls."""
+        facts = all_facts(self.facts, self.step, self.backend)
+        return Planner(facts, self.step.device, self.backend, self.solver)
+
+    @functools.cached_property
     def path(self) -> Path:
         """What carries it out."""
-        if self._by_channels:
-            return Channels.of(self.step, self.backend, self.solver, self.facts)
+        if self.planner.by_channels:
+            return Channels.of(self.step, self.planner)
         _ = self.step.adjoint  # recorded here: autograd does not work inside an operator
-        return Rows(self.step, self.backend, self.solver, on_rows(self.facts, self.step))
-
-    @property
-    def _by_channels(self) -> bool:
-        return self.step.recurrence is not None and self.backend.name in BACKENDS
+        return Rows(self.step, self.planner)
 
     @functools.cached_property
     def differentiable(self) -> tuple[int, ...] | None:
         """Which inputs have gradients; None for all."""
-        return None if self._by_channels else self.step.differentiable
+        return None if self.planner.by_channels else self.step.differentiable
 
     @functools.cached_property
     def drive(self) -> int:
         """The number of an input that differs over time."""
-        return 0 if self._by_channels else self.step.by_rows.index(True)
+        return 0 if self.planner.by_channels else self.step.by_rows.index(True)
 
     def text(self) -> str:
         """The request as text, for another process."""

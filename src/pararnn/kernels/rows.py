@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from pararnn.kernels import fused
-from pararnn.kernels.facts import machine_of, rounds
-from pararnn.kernels.graphs import Graphs, is_capturing, run_operations, run_steps
+from pararnn.kernels.facts import Planner
+from pararnn.kernels.graphs import Graphs, run_operations, run_steps
 from pararnn.kernels.pointwise import run as run_module
-from pararnn.planning.plan import BackendChoice, Call, Facts, Plan, Way, decide, remembered
-from pararnn.planning.settings import Sequential, Solver
+from pararnn.planning.plan import BackendChoice, Facts, Way
+from pararnn.planning.settings import Sequential
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import Cut, Run
 from pararnn.solvers.report import act_on_failure
@@ -33,30 +33,13 @@ class Rows:
 
     Attributes:
         step: The step.
-        chosen: The choice of the backend.
-        solver: The user's settings; None to choose.
-        facts: Of the step.
+        planner: Plans of calls.
         graphs: CUDA graphs of solves of small problems.
-        plans: Decisions so far.
     """
 
     step: Step
-    chosen: BackendChoice
-    solver: Solver | None
-    facts: Facts
+    planner: Planner
     graphs: Graphs = field(default_factory=Graphs)
-    plans: dict[Any, Plan] = field(default_factory=dict, repr=False, compare=False)
-    # why steps do not run in one kernel after all, by (whether backward, whether in float64)
-    _refused: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
-
-    def plan(self, call: Call, device: torch.device) -> Plan:
-        """See `operators.Path`."""
-        facts = self.facts
-        if self._refused:
-            double = call.kept_in is torch.float64
-            kernels = [self._refused.get((d, double), facts.kernels[d]) for d in (0, 1)]
-            facts = replace(facts, kernels=(kernels[0], kernels[1]))
-        return decide(facts, call, machine_of(device), self.chosen, self.solver)
 
     def forward(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> Forward:
         """The problem, in the type of the arithmetic."""
@@ -64,7 +47,7 @@ class Rows:
         dtype = arithmetic(t.dtype for t in (*inputs, initial))
         inputs = [in_type(i, dtype) for i in inputs]
         initial = initial.to(dtype)
-        run = run_module if self.chosen.generated else _run_operations
+        run = run_module if self.planner.backend.generated else _run_operations
         return Forward(self.step, inputs, initial, starts, batch, time, run)
 
     def sizes(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
@@ -84,7 +67,7 @@ class Rows:
         """What runs the steps of sweeps."""
         if way.settle:  # all in one kernel, or none
             return fused.run_steps
-        return run_steps if self.chosen.name == "triton" else run_operations
+        return run_steps if self.planner.backend.name == "triton" else run_operations
 
     def call(
         self,
@@ -103,24 +86,18 @@ class Rows:
             initial: Initial states.
             others: Further tensors that it reads.
         """
-        tensors, (batch, time) = [*inputs, initial, *others], self.sizes(inputs)
-        device, kept_in = initial.device, self.state_dtype(inputs, initial)
+        tensors, kept_in = [*inputs, initial, *others], self.state_dtype(inputs, initial)
+        sizes = *self.sizes(inputs), initial.shape[2]
+        plan = self.planner.plan(*sizes, kept_in, kept_in.itemsize)
         backward = direction == "backward"
-        sizes = batch, time, initial.shape[2], kept_in
-        modes = rounds(device, kept_in), is_capturing(device)
-        make = lambda: self.plan(  # noqa: E731
-            Call(*sizes, rounds=modes[0], capturing=modes[1]), device
-        )
-        plan = remembered(self.plans, (sizes, device, modes), make)
         way = plan.adjoint if backward else plan.forward
         try:
             if way.in_graph:
                 return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
             return run(tensors, way)
-        except fused.NotFused as error:  # known only now, by the first call of its form
-            self._refused[backward, kept_in is torch.float64] = str(error)
-            self.plans.clear()
-        return self.call(direction, run, inputs, initial, others)
+        except fused.NotFused as error:  # of tensors laid out as none that the step was traced with
+            planner = self.planner.without_kernel(backward, str(error))
+        return replace(self, planner=planner).call(direction, run, inputs, initial, others)
 
     def solve(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
@@ -137,8 +114,9 @@ class Rows:
             return [*(s.to(dtype) for s in states), report]
 
         found = self.call("forward", run, inputs, initial, [starts])
-        if self.solver is not None:
-            act_on_failure(found[-1], self.solver, self.solver.tolerance_for(dtype))
+        solver = self.planner.solver
+        if solver is not None:
+            act_on_failure(found[-1], solver, solver.tolerance_for(dtype))
         return found
 
     def adjoint(
@@ -168,9 +146,10 @@ class Rows:
                 of_initial, gradients = chain.solve_in_pieces(way, self._run(way))
             else:
                 found, report = chain.solve(way, self._run(way))
-                if self.solver is not None and report is not None:
-                    tolerance = self.solver.tolerance_for(kept_in)
-                    act_on_failure(report, self.solver, tolerance, backwards=True)
+                solver = self.planner.solver
+                if solver is not None and report is not None:
+                    tolerance = solver.tolerance_for(kept_in)
+                    act_on_failure(report, solver, tolerance, backwards=True)
                 of_initial, gradients = chain.initial_gradient(found), chain.gradients(found)
             shaped = [
                 g.reshape(inputs[i].shape).to(inputs[i].dtype)
@@ -219,7 +198,7 @@ def kernels_of(
         initial: Initial states.
     """
     operations = BackendChoice("torch", "", generated=False)  # an example needs no kernels
-    rows = Rows(step, operations, None, Facts())
+    rows = Rows(step, Planner(Facts(), initial.device, operations, None))
     chain = rows.forward(inputs, initial, None)
     cut, state = Cut(chain.batch, chain.time, chain.time), chain.initial.unbind(1)
     forward = fused.reason(chain.chunks(cut), state)

@@ -101,7 +101,7 @@ class _Solve(torch.autograd.Function):
         )
         rows, offsets = _linear(problem, moved, states)
         drives = torch.stack([*(entry for row in rows for entry in row), *offsets], 2)
-        linear = _linear_step(len(states), path.chosen, path.solver)
+        linear = _linear_step(len(states), path.planner.backend, path.planner.solver)
         found = _Solve.apply(linear, 1, starts, of_initial, drives.unsqueeze(3))
         return tuple(f.to(s.dtype) for f, s in zip(found, states, strict=True))
 

@@ -248,11 +248,11 @@ class RNN(nn.Module):
         """Whether a loop over the cell itself gives the same results as the traced step, faster."""
         if runner.by_channels or torch.compiler.is_compiling() or transformed() or not len(x):
             return False
-        own, device = runner.traced.capture.dtype, x.device
-        if not (_may_loop(runner, x.dtype, device) and all(p.dtype is own for p in parts)):
+        own = runner.traced.capture.dtype
+        if not (_may_loop(runner, x.dtype, x.device) and all(p.dtype is own for p in parts)):
             return False
         tracked = torch.is_grad_enabled()
-        plan = runner.plan(x.shape[0], time, x.dtype, device, tracked=tracked, may_loop=True)
+        plan = runner.plan(x.shape[0], time, x.dtype, tracked=tracked, may_loop=True)
         return plan.path == "loop"
 
     def _run_cell(
@@ -347,7 +347,6 @@ class RNN(nn.Module):
             batch,
             time,
             dtype,
-            device,
             elements,
             tracked=torch.is_grad_enabled(),
             may_loop=_may_loop(runner, dtype, device),

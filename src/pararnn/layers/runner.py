@@ -13,18 +13,10 @@ from torch import Tensor, nn
 from pararnn.kernels import operators, transforms
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.channels import Channels
-from pararnn.kernels.facts import facts_of, obstacles_of, rounds
-from pararnn.kernels.graphs import is_capturing
+from pararnn.kernels.facts import facts_of, machine_of
 from pararnn.kernels.rows import kernels_of
 from pararnn.layers.replayed import DEVICE, Replay, can_replay
-from pararnn.planning.plan import (
-    BackendChoice,
-    Call,
-    Plan,
-    choose_backend,
-    remembered,
-    without_kernels,
-)
+from pararnn.planning.plan import BackendChoice, Plan, choose_backend, without_kernels
 from pararnn.planning.plan import BackendError as BackendError
 from pararnn.planning.plan import check_name as check_name
 from pararnn.planning.rows_plan import coupling
@@ -89,9 +81,8 @@ class Runner:
         wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
         if wanted and traced.step.recurrence is None:
             self.facts = replace(self.facts, kernels=self._kernels(tensors))
-        machine = obstacles_of(device)
         self._take(
-            choose_backend(backend, self.facts, machine, solver)
+            choose_backend(backend, self.facts, machine_of(device), solver)
             if isinstance(backend, str)
             else backend
         )
@@ -103,8 +94,9 @@ class Runner:
         """Set the backend."""
         self.choice = choice
         self.request = operators.register(self.traced.step, choice, self.solver, self.facts)
-        self._path = operators.request_of(self.request).path
-        self.by_channels = isinstance(self._path, Channels)
+        asked = operators.request_of(self.request)
+        self._path, self._planner = asked.path, asked.planner
+        self.by_channels = self._planner.by_channels
 
     def _kernels(self, tensors: Callable[[str], Tensor]) -> tuple[str | None, str | None]:
         """The reasons why steps do not run in one kernel, found by an example."""
@@ -121,38 +113,18 @@ class Runner:
         batch: int,
         time: int,
         dtype: torch.dtype,
-        device: torch.device,
         elements: int = 0,
         tracked: bool = False,
         may_loop: bool = False,
-        capturing: bool = False,
     ) -> Plan:
-        """How a call is carried out; see `pararnn.planning.plan.Call`."""
-        sizes = batch, time, dtype, device, elements, tracked, may_loop, capturing
-        key = sizes, rounds(device, dtype), torch.get_num_threads()
-
-        def make() -> Plan:
-            step = self.traced.step
-            kept_in = dtype if dtype.is_floating_point else step.dtype
-            if self.traced.capture.dtype is torch.float64:
-                kept_in = torch.float64
-            hidden, components = step.hidden, step.num_components
-            call = Call(
-                batch,
-                time,
-                hidden,
-                kept_in,
-                kept_in.itemsize,
-                1,  # component with a gradient from outside: the output
-                tracked,
-                max(elements, batch * time * hidden * components),
-                may_loop,
-                rounds(device, kept_in),
-                capturing,
-            )
-            return self._path.plan(call, device)
-
-        return remembered(self._path.plans, key, make)
+        """How a call is carried out, for x of a type; see `pararnn.planning.plan.Call`."""
+        step = self.traced.step
+        kept_in = dtype if dtype.is_floating_point else step.dtype
+        if self.traced.capture.dtype is torch.float64:
+            kept_in = torch.float64
+        one = 1  # component with a gradient from outside: the output
+        sizes = batch, time, step.hidden, kept_in, kept_in.itemsize, one
+        return self._planner.plan(*sizes, tracked, elements, may_loop)
 
     def method(self) -> type[Solver]:
         """The coupling of chunks: the user's, or the chosen one."""
@@ -199,10 +171,7 @@ class Runner:
         there = [t for t in tensors if t is not None]
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in there)
         elements, (batch, time) = max(t.numel() for t in there), x.shape[:2]
-        capturing = is_capturing(x.device)
-        return self.plan(
-            batch, time, x.dtype, x.device, elements, tracked, capturing=capturing
-        ).in_graph
+        return self.plan(batch, time, x.dtype, elements, tracked).in_graph
 
     def solve(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None

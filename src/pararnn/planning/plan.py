@@ -2,14 +2,14 @@
 
 Everything that is chosen for a solve is chosen here, from plain numbers: facts of the step, sizes
 of the call, facts of the machine, and what the user asked for. Nothing is run, so every choice can
-be tried without a device. Measured constants are fields of `Costs`.
+be tried without a device. Measured constants are fields of `Costs`. Who needs a plan asks
+`kernels.facts.Planner`, which gathers these and keeps the plans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,7 +87,6 @@ class Machine:
     Attributes:
         device: Type of the device.
         processors: Multiprocessors of a GPU; 1 elsewhere.
-        threads: Threads of PyTorch on a CPU.
         obstacles: The reasons why the backends "c" and "triton" cannot run on the device; None for
             one that can.
         missing: What the machine lacks to build their kernels; None for one that it can build.
@@ -95,14 +94,12 @@ class Machine:
 
     device: str
     processors: int = 1
-    threads: int = 1
     obstacles: tuple[tuple[str, str | None], ...] = ()
     missing: tuple[tuple[str, str | None], ...] = ()
 
 
-@dataclass(frozen=True)
-class Call:
-    """What choices depend on of a call.
+class Call(NamedTuple):
+    """What choices depend on of a call: equal calls of a step have one plan.
 
     Attributes:
         batch: Sequences.
@@ -112,10 +109,11 @@ class Call:
         itemsize: Bytes of an element of a drive.
         gradients: Components whose gradient comes from outside.
         tracked: Whether gradients may be asked for.
-        elements: Elements of the largest tensor.
+        elements: Elements of the largest tensor that it is given.
         may_loop: Whether a loop over the cell would give the same result.
         rounds: Whether products of matrices round their factors (TF32).
         capturing: Whether the call is part of a CUDA graph.
+        threads: Threads of PyTorch on a CPU.
     """
 
     batch: int
@@ -129,6 +127,7 @@ class Call:
     may_loop: bool = False
     rounds: bool = False
     capturing: bool = False
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -210,6 +209,11 @@ class Plan:
 
 BACKENDS = ("c", "triton")
 NAMES = ("auto", "torch", *BACKENDS)
+
+
+def by_channels(facts: Facts, backend: BackendChoice) -> bool:
+    """Whether kernels solve for every channel by itself; else chunks are rows."""
+    return facts.elementwise and backend.name in BACKENDS
 
 
 def check_name(name: str) -> None:
@@ -310,7 +314,7 @@ def decide(
         costs: What work costs.
     """
     choices = [Choice("backend", backend.name, backend.reason)]
-    if facts.elementwise and backend.name in BACKENDS:
+    if by_channels(facts, backend):
         ways = _kernels(facts, call, machine, backend, solver, costs, choices)
         path = "kernel"
     elif call.may_loop and _is_loop(facts, call, machine, solver, costs):
@@ -320,7 +324,7 @@ def decide(
     else:
         ways = _rows(facts, call, machine, backend, solver, costs, choices)
         path = "rows"
-    in_graph = _in_graph(call, machine, ways, solver, costs, choices)
+    in_graph = _in_graph(facts, call, machine, ways, solver, costs, choices)
     return Plan(backend.name, path, *ways, in_graph, tuple(choices))
 
 
@@ -353,7 +357,7 @@ def _kernels(
     choices.append(Choice("method", type(asked).__name__, method))
     chunk = None if asked.chunk == "auto" else min(int(asked.chunk), call.time)
     if backend.name == "c":
-        cut = plan_c(call.batch, call.time, call.hidden, chunk, machine.threads, costs)
+        cut = plan_c(call.batch, call.time, call.hidden, chunk, call.threads, costs)
         choices.append(Choice("chunks", cut.chunks, cut.because if chunk is None else "asked for"))
         warm_up = _warm_up(costs.warm_up, cut.chunk, cut.chunks, choices)
         way = Way(_in_chunks(asked, cut.chunk), tolerance, warm_up=warm_up)
@@ -435,7 +439,7 @@ def _rows(
         elif call.capturing and iterates:
             settings = Sequential()
             choices.append(Choice(name, "one chunk", "a captured call cannot wait for the device"))
-        small = call.batch * call.time * call.hidden * facts.components <= costs.graph_elements
+        small = _elements(facts, call) <= costs.graph_elements
         in_graph = settle and small and not call.capturing
         give_up = ours and not settle
         ways.append(Way(settings, tolerance, steps, settle, give_up, in_graph, warm_up, piece))
@@ -443,6 +447,11 @@ def _rows(
         because = "steps whose gates the backward pass keeps at a time"
         choices.append(Choice("piece backward", piece, because))
     return ways[0], ways[1]
+
+
+def _elements(facts: Facts, call: Call) -> int:
+    """Elements of all states."""
+    return call.batch * call.time * call.hidden * facts.components
 
 
 def _steps(
@@ -461,6 +470,7 @@ def _steps(
 
 
 def _in_graph(
+    facts: Facts,
     call: Call,
     machine: Machine,
     ways: tuple[Way, Way],
@@ -472,13 +482,14 @@ def _in_graph(
     if machine.device != "cuda":
         return False
     needed = ways if call.tracked else ways[:1]
+    largest = max(call.elements, _elements(facts, call))
     if solver is not None:
         why = "the solver that was asked for may wait for the device"
     elif not all(way.steps == "kernel" for way in needed):
         why = "the solve waits for the device"
     elif call.time == 1 or call.capturing:
         why = "there is one step" if call.time == 1 else "the call is captured already"
-    elif call.elements > costs.graph_elements:
+    elif largest > costs.graph_elements:
         why = "the GPU takes longer than Python does to launch everything"
     else:
         because = "Python takes longer to launch everything than the GPU to run it"
@@ -487,22 +498,3 @@ def _in_graph(
     solve = any(way.in_graph for way in needed)
     choices.append(Choice("CUDA graph", "solve" if solve else "none", why))
     return False
-
-
-_MOST_PLANS = 256  # kept
-
-
-def remembered(known: dict[Any, Plan], key: Any, make: Callable[[], Plan]) -> Plan:
-    """A plan that is made once for every key: a look takes a microsecond, a decision twenty.
-
-    Args:
-        known: Plans of a step so far.
-        key: All that may differ between calls of the step.
-        make: Decides.
-    """
-    plan = known.get(key)
-    if plan is None:
-        if len(known) >= _MOST_PLANS:
-            known.clear()
-        plan = known[key] = make()
-    return plan

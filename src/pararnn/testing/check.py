@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pararnn.kernels.facts import facts_of, obstacles_of
+from pararnn.kernels.facts import facts_of, machine_of
 from pararnn.layers.rnn import RNN
 from pararnn.planning.plan import choose_backend
 from pararnn.planning.settings import Newton
@@ -115,7 +115,7 @@ def _refuse_random(traced: Traced) -> None:
 def _possible(probe: RNN) -> list[str]:
     traced, device = probe.runner().traced, torch.device("cpu")
     facts = facts_of(traced.step, traced.subject.name, traced.reason)
-    best = choose_backend("auto", facts, obstacles_of(device)).name
+    best = choose_backend("auto", facts, machine_of(device)).name
     return list(dict.fromkeys(["torch", best]))
 
 

@@ -239,8 +239,8 @@ def _elementwise(rnn, given):
         found["precision"] = triton_backend._precision(problem)
         for direction, way in (("forward", plan.forward), ("adjoint", plan.adjoint)):
             launch = way.launch
-            more = {"wide": launch.wide_unroll, "rows": launch.rows, "corrected": launch.corrected}
-            found[direction] = dataclasses.asdict(launch) | more
+            found[direction] = dataclasses.asdict(launch) | {"corrected": launch.corrected}
+            found[direction]["wide"] = found[direction].pop("wide_unroll")
         return found
     chunk = min(plan.forward.solver.chunk, time)
     cut = plan_c(batch, time, hidden, chunk, given.threads)

@@ -69,6 +69,33 @@ def test_no_constant_decides_outside():
     assert {path: names for path, names in found.items() if names} == NO_COSTS
 
 
+def names_in(path):
+    """Names that a file of the library imports, and those that it calls."""
+    tree = list(ast.walk(ast.parse(path.read_text())))
+    imported = {a.name for n in tree if isinstance(n, ast.ImportFrom) for a in n.names}
+    return imported, {ast.unparse(n.func) for n in tree if isinstance(n, ast.Call)}
+
+
+def test_only_the_planner_decides():
+    """Solvers, paths and layers follow a plan, or ask for what depends on sizes on the way."""
+    imported, called = {}, {}
+    for path in (p for room in ROOMS for p in (ROOT / room).rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(("planning/", "lm/")):
+            imported[name], called[name] = names_in(path)
+    who = lambda name, of: {n for n, names in of.items() if name in names}  # noqa: E731
+    assert who("decide", imported) == who("decide", called) == {"kernels/facts.py"}
+    for name in ("plan_launch", "plan_rows", "prefers_cell", "free_rows", "steps_at_once"):
+        assert not who(name, imported), name
+    assert who("COSTS", imported) == {  # numbers of a kernel, whatever the call
+        "kernels/c/source.py",
+        "kernels/graphs.py",
+        "kernels/matvec.py",
+        "kernels/matvec_fusion.py",
+        "kernels/pointwise.py",
+    }
+
+
 def test_constants_are_found():
     text = "A = 1 << 4; _B: int = 2; C, D = range(2); E = {'x': (3, 4)}; _F = 2.0**-1"
     others = "G = 'g'; h = 1; I = {'x': lambda y: 2 * y}; J = (1, 'j'); K: int"

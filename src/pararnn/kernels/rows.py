@@ -67,7 +67,7 @@ class Rows:
         """What runs the steps of sweeps."""
         if way.settle:  # all in one kernel, or none
             return fused.run_steps
-        return run_steps if self.planner.backend.name == "triton" else run_operations
+        return run_steps if way.steps == "kernel" else run_operations
 
     def call(
         self,

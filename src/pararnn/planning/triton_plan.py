@@ -21,6 +21,8 @@ class Launch:
         warm: Steps before a chunk that its first guess looks back.
         group: Chunks that one program of `refine` runs side by side.
         distance: Steps beyond those that are brought into the L2 cache.
+        wide_unroll: Steps that `refine` loads ahead: fewer where its programs have many warps.
+        rows: Chunks that `refine` looks at in one go.
         warps: Warps of a program of `sweep`; `refine` has as many for every chunk of its group.
     """
 
@@ -31,18 +33,9 @@ class Launch:
     warm: int
     group: int
     distance: int
+    wide_unroll: int
+    rows: int
     warps: int = 1
-
-    @property
-    def wide_unroll(self) -> int:
-        """Steps that `refine` loads ahead: fewer where its programs have many warps."""
-        few = self.group * self.warps <= COSTS.refine_warps
-        return self.unroll if few else min(self.unroll, COSTS.refine_unroll)
-
-    @property
-    def rows(self) -> int:
-        """Chunks that `refine` looks at in one go."""
-        return min(_power_of_two(self.chunks), COSTS.refine_rows)
 
     def busy(self, batch: int, hidden: int, processors: int) -> float:
         """Programs per multiprocessor if time were whole."""
@@ -136,4 +129,6 @@ def plan_launch(
     ahead = costs.in_flight / (max(busy * chunks, 1) * work.loads * work.itemsize * block) - unroll
     distance = next((d for d in costs.distances if d <= min(ahead, chunk - unroll)), 0)
     group = _power_of_two(min(chunks, costs.refine_group))
-    return Launch(chunk, chunks, block, unroll, warm, group, distance)
+    wide = unroll if group <= costs.refine_warps else min(unroll, costs.refine_unroll)
+    rows = min(_power_of_two(chunks), costs.refine_rows)
+    return Launch(chunk, chunks, block, unroll, warm, group, distance, wide, rows)

@@ -1,4 +1,4 @@
-"""`diagnose`: whether parallel evaluation pays for a cell, and what its iterations do."""
+"""`diagnose`: whether parallel evaluation pays for a cell, and how its iterations converge."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from pararnn.tracing.capture import resolve, snapshot
 from pararnn.tracing.packed import joined
 
 _MOST_ITERATIONS = 10
-_CHUNKS = (1, 8, 64)
+_CHUNKS = (1, 8, 64)  # steps per chunk
 _FEW = 5  # iterations
 _SMALLEST = 1e-300
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; `str()` of it is the report.
+    """Results of `diagnose`; `str()` gives the report.
 
     Attributes:
         cell: Name of the cell's class.
         structure: "elementwise", "heads (size n)" or "dense".
-        steps: Length of the sequence that it was tried on.
-        lyapunov_exponent: Mean growth of a small difference of states, in nats per step, of the
-            fastest-growing sequence. Below 0 the cell forgets, and iterations converge in a number
-            that hardly depends on the length; above 0 it is chaotic, and they do not.
-        method: How chunks are coupled: the layer's solver, or what is chosen for such a cell.
-        contraction: For every number of steps per chunk, by how much the tangent that measures the
-            exponent grew at most over so many steps: about the largest norm of a chunk's tangent.
-        residuals: For every number of steps per chunk, the residual after 1, 2, ... iterations
-            (`SolveReport.residual`); empty if the sequence is one step.
-        iterations: For every number of steps per chunk, iterations to the tolerance of the layer.
-        value_error: Largest difference of the layer's outputs from the loop's, relative to the
-            largest output.
-        gradient_error: The same of the gradients of x and the parameters, with random cotangents.
-        recommendation: What follows from it.
+        steps: Length of the sequence.
+        lyapunov_exponent: Mean growth of a small difference of states, in nats per step, in the
+            sequence where it grows fastest. Below 0 the cell forgets: the number of iterations
+            hardly depends on the length. Above 0 it is chaotic: iterations grow with the length.
+        method: Name of the layer's solver, or of the one chosen for the cell.
+        contraction: Largest growth of a tangent over one chunk, a factor, by steps per chunk. It
+            is about the largest norm of a chunk's Jacobian.
+        residuals: Residuals after 1, 2, ... iterations (`SolveReport.residual`), by steps per
+            chunk; empty if the sequence has one step.
+        iterations: Iterations to the tolerance of the layer, by steps per chunk.
+        value_error: Largest difference of the layer's outputs from those of the loop, relative to
+            the largest output.
+        gradient_error: The same for gradients of x and the parameters, with random cotangents; the
+            largest over these tensors.
+        recommendation: Advice, in words.
     """
 
     cell: str
@@ -81,10 +82,10 @@ class Diagnosis:
         return "\n".join(lines)
 
     def plot(self, file: Path | str) -> None:
-        """Draw residual against iteration, one line per chunk length; needs matplotlib.
+        """Draw the residual over iterations, one line per chunk length, with matplotlib.
 
         Args:
-            file: Where to, its ending says the format.
+            file: Path of the image; its ending gives the format.
         """
         from matplotlib.figure import Figure
 
@@ -99,26 +100,24 @@ class Diagnosis:
 
 
 def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
-    """Try a layer on an input in float64, print what was found, and return it.
-
-    The layer itself is left as it is.
+    """Evaluate a float64 copy of a layer on an input; print the report and return it.
 
     Args:
-        rnn: The layer.
-        x: (batch, time, *features) as the layer takes it with `batch_first`; some hundred steps of
-            real data say more than random ones.
-        state: State before the first step; zeros when None.
+        rnn: The layer; unchanged.
+        x: Input as the layer takes it, (batch, time, *features) with `batch_first`. A few hundred
+            steps of real data tell more than random ones.
+        state: State before the first step, as the layer takes it; zeros when None.
 
     Raises:
-        TypeError: Not an `RNN`.
-        ValueError: Shapes that the layer refuses.
+        TypeError: `rnn` is not an `RNN`.
+        ValueError: The layer refuses the shapes.
     """
     if not isinstance(rnn, RNN):
         raise TypeError(
-            f"diagnose takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), "
-            "and take one of .layers of a ParaGRU, a ParaLSTM or what parallelize made."
+            f"diagnose takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), or "
+            "pass one of .layers of a ParaGRU, a ParaLSTM or what parallelize made."
         )
-    rnn(x, state)  # refuses what is wrong, and learns sizes that the cell does not say
+    rnn(x, state)  # checks the arguments, and learns sizes that the cell does not declare
     cell = copy.deepcopy(rnn.cell).double()
     tried = RNN(cell, hidden_size=rnn.sizes, num_components=len(rnn.sizes), solver=rnn.solver)
     x, first = _batched(rnn, x, state)
@@ -142,15 +141,20 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
 
 
 def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
-    """Growth of a small difference of states in every step, in nats, (steps, batch).
+    """Growth of a small difference of states in every step.
 
-    A tangent is carried along the trajectory by the exact Jacobian and kept at length 1; the first
-    tenth of the steps is left out (Benettin et al. 1980).
+    The exact Jacobian carries a random tangent along the trajectory; each step rescales it to
+    length 1.
 
     Args:
         cell: `forward(x, state) -> state`.
-        x: (batch, time, *features).
-        state: (batch, hidden_size), or a tuple of them.
+        x: Inputs, (batch, time, *features).
+        state: State before the first step, (batch, hidden_size), or a tuple of them.
+
+    Returns:
+        Logarithms of the growth factors, in nats, (steps, batch), without the first tenth of steps.
+
+    Source: Benettin et al. 1980.
     """
     parts = state if isinstance(state, tuple) else (state,)
     generator = torch.Generator(x.device).manual_seed(0)
@@ -172,7 +176,7 @@ def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
 
 
 def _most_growth(growth: Tensor, steps: int) -> float:
-    """The largest factor over so many steps."""
+    """The largest growth factor over `steps` successive steps."""
     sums = torch.cat([torch.zeros_like(growth[:1]), growth.cumsum(0)])
     steps = min(steps, len(growth))
     return float((sums[steps:] - sums[:-steps]).max().exp())
@@ -183,7 +187,7 @@ def _chunks(time: int) -> list[int]:
 
 
 def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Input and first state in float64, (batch, time, ...)."""
+    """Input (batch, time, ...) and first state, in float64."""
     single = x.dim() == rnn.runner().feature_axes + 1
     x = x.detach().unsqueeze(0) if single else x.detach()
     x = x if single or rnn.batch_first else x.transpose(0, 1)
@@ -207,7 +211,7 @@ def _iterations(
     state: Any,
     dtype: torch.dtype,
 ) -> tuple[dict[int, list[float]], dict[int, int]]:
-    """Residuals after every iteration, and iterations to the layer's tolerance, by chunk."""
+    """Residuals after each iteration, and iterations to the layer's tolerance, by chunk length."""
     parts = state if isinstance(state, tuple) else (state,)
     first = joined(parts, runner.traced.capture.num_components)
     tensors = [resolve(rnn.cell, name) for name in runner.traced.input_part.names]
@@ -236,7 +240,7 @@ def _iterations(
 
 
 def _errors(rnn: RNN, x: Tensor, state: Any) -> tuple[float, float]:
-    """Largest relative differences from the loop, of outputs and of gradients."""
+    """Largest relative differences from the loop: of outputs, and of gradients."""
     x = x.requires_grad_(x.is_floating_point())
     wanted = [t for t in (x, *rnn.cell.parameters()) if t.requires_grad]
     ours, theirs = rnn(x, state)[0], loop(rnn.cell, x, state)[0]
@@ -255,21 +259,21 @@ def _apart(actual: Tensor, expected: Tensor) -> float:
 
 
 def _recommendation(found: Diagnosis) -> str:
-    """In words, what a user should do."""
+    """Advice for the user, in words."""
     chaotic = found.lyapunov_exponent > 0
     if not found.residuals:
-        return "The sequence is one step: there is nothing to evaluate in parallel."
+        return "The sequence has one step; nothing can be evaluated in parallel."
     if chaotic:
         return (
-            "Small differences grow, so iterations grow with the length, and so do differences in "
-            "rounding: two evaluations agree to rounding times exp(exponent * steps), however they "
-            "go. Sequential() does no more than the loop. Smaller "
-            "recurrent weights would make it forget."
+            "The cell is chaotic: small differences grow, so iterations grow with the length. "
+            "Rounding errors grow as well: any two evaluations agree to rounding times "
+            "exp(exponent * steps). Sequential() costs no more than the loop. Smaller recurrent "
+            "weights would make the cell forget."
         )
     most, best = (f(found.iterations, key=found.iterations.__getitem__) for f in (max, min))
     if found.iterations[most] <= _FEW:
-        return "It forgets and converges in a few iterations: leave chunk='auto'."
+        return "The cell forgets, and a few iterations suffice: leave chunk='auto'."
     return (
-        f"It forgets, but chunks of {most} take {found.iterations[most]} iterations, and chunks of "
-        f"{best} take {found.iterations[best]}: leave chunk='auto', which takes long ones."
+        f"The cell forgets, but chunks of {most} take {found.iterations[most]} iterations; chunks "
+        f"of {best} take {found.iterations[best]}. So leave chunk='auto', which makes long chunks."
     )

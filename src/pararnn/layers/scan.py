@@ -18,8 +18,8 @@ from pararnn.tracing.capture import Subject
 from pararnn.tracing.structure import trace
 from pararnn.tracing.watch import Watched
 
-_MOST_KNOWN = 64
-_MOST_KEPT = 4  # of one step, whose surroundings alternate
+_MOST_KNOWN = 64  # keys: a step with its shapes and settings
+_MOST_KEPT = 4  # traces of one key: what a step reads from outside may alternate
 _known: OrderedDict[Any, list[_Known]] = OrderedDict()
 
 
@@ -34,17 +34,17 @@ def scan(
 ) -> tuple[State, State]:
     """Evaluate `state = step(state, *drives_t, *coefficients)` over time.
 
-    The step is traced at its first call with each set of shapes, so define it once, outside the
-    loop that calls `scan`, and again when something that it reads from outside has changed.
+    The first call with each set of shapes traces the step, so define the function once, outside the
+    loop that calls `scan`. If something that it reads from outside changes, it is traced again.
 
     Args:
         step: Function of tensors with rows first: the state (N, hidden) or a tuple of them, one
-            tensor (N, ...) per drive, and the coefficients as they are. Returns the new state.
+            tensor (N, ...) per drive, and the coefficients unchanged. Returns the new state.
         state: State before the first step, (batch, hidden), or a tuple of them.
-        drives: What changes over time, each (batch, time, ...).
-        coefficients: What does not.
-        solver: How to solve; see `RNN`; None to choose.
-        backend: "torch", "c", or "auto" to choose.
+        drives: Tensors that change over time, each (batch, time, ...).
+        coefficients: Tensors that do not, of any shape.
+        solver: See `RNN`.
+        backend: See `RNN`.
 
     Returns:
         The states at all times, (batch, time, hidden) or a tuple of them, and the last state.
@@ -52,8 +52,9 @@ def scan(
     Gradients: exact at the solution; they reach the state, the drives and the coefficients.
 
     Raises:
-        TraceError: The step cannot be evaluated for all times.
-        ValueError: Shapes do not fit.
+        TraceError: The step cannot be evaluated for all times at once.
+        TypeError: The state or the drives are not tensors, or the state is not of real numbers.
+        ValueError: Shapes do not fit, or the backend cannot run the step.
     """
     drives = (drives,) if isinstance(drives, Tensor) else tuple(drives)
     coefficients = (coefficients,) if isinstance(coefficients, Tensor) else tuple(coefficients)
@@ -84,7 +85,7 @@ def scan(
 
 
 class _Known:
-    """A step, traced for such arguments."""
+    """A step traced for one key of `_known`."""
 
     def __init__(
         self,
@@ -110,15 +111,15 @@ class _Known:
         self._coefficients: tuple[Tensor, ...] = ()
         if self._watched.tied:
             self._coefficients = coefficients
-        else:  # nothing else keeps what was passed
+        else:  # do not keep the caller's tensors alive
             own = {}
 
     def is_current(self, coefficients: tuple[Tensor, ...]) -> bool:
-        """As `holds`; a quick look, which may say no although the trace holds."""
+        """A quick `holds`; False may be wrong."""
         return self._has(coefficients) and self._watched.is_current(self._watched.step)
 
     def holds(self, coefficients: tuple[Tensor, ...]) -> bool:
-        """Whether the trace is one of the step as it is now."""
+        """Whether the trace is still valid for the step and these coefficients."""
         return self._has(coefficients) and self._watched.change(self._watched.step) is None
 
     def _has(self, coefficients: tuple[Tensor, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""The sizes of a cell's state: as given, as the cell declares them, or found."""
+"""The sizes of a cell's state: given by the user, declared by the cell, or found by trial."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pararnn.tracing.capture import snapshot
 from pararnn.tracing.parametrised import computed, given
 
 _MOST_COMPONENTS = 8
-_TRIAL_ROWS = 11  # more than components, so that unpacking a tensor does not pass for a tuple
+_TRIAL_ROWS = 11  # more than components, so that a cell cannot unpack a tensor as its tuple
 
 
 class UnknownSizes(ValueError):
-    """A cell failed on components of one size; its components may differ in size."""
+    """The cell failed on components of equal size; its components may differ in size."""
 
 
 class Sizes:
-    """What is known of the sizes of a cell's state.
+    """The known sizes of a cell's state.
 
-    Every method takes the cell, which may declare sizes itself and may change.
+    Every method takes the cell, since it may declare sizes itself and may change them.
 
     Args:
-        hidden_size: Channels of each component, or a tuple of them; None if they were not given.
-        num_components: Tensors in the state; None if they were not given.
+        hidden_size: Channels of each component, or a tuple of them, as given by the user, or None.
+        num_components: Tensors in the state, as given by the user, or None.
     """
 
     def __init__(
@@ -37,20 +37,28 @@ class Sizes:
         self._given = {name: size for name, size in passed.items() if size is not None}
 
     def hidden_size(self, cell: nn.Module) -> int:
-        """Channels of the first component of the state, which is the output."""
+        """Channels of the first component of the state, which is the output.
+
+        Raises:
+            TypeError: The number is not known.
+        """
         size = self._known_size(cell)
         size = size[0] if isinstance(size, tuple) and size else size
         if not isinstance(size, int) or size < 1:
             name = type(cell).__name__
             raise TypeError(
                 f"{name} does not say how large its state is; set self.hidden_size = ... in "
-                f"{name}.__init__, or pass RNN(cell, hidden_size=...), or give a state at the "
+                f"{name}.__init__, or pass RNN(cell, hidden_size=...), or pass a state at the "
                 "first call."
             )
         return size
 
     def num_components(self, cell: nn.Module) -> int:
-        """Tensors in the state."""
+        """Tensors in the state.
+
+        Raises:
+            TypeError: Their number is not known.
+        """
         count = self._num_components or getattr(cell, "num_components", None)
         size = self._known_size(cell)
         count = len(size) if count is None and isinstance(size, tuple) else count
@@ -62,19 +70,24 @@ class Sizes:
         return count
 
     def of(self, cell: nn.Module) -> tuple[int, ...]:
-        """Channels of every component of the state."""
+        """Channels of every component of the state.
+
+        Raises:
+            TypeError: They are not known.
+            ValueError: There are more or fewer of them than components.
+        """
         size = self._known_size(cell)
         if not isinstance(size, tuple):
             return (self.hidden_size(cell),) * self.num_components(cell)
         count = self.num_components(cell)
         if len(size) != count or not all(isinstance(n, int) and n > 0 for n in size):
             raise ValueError(
-                f"hidden_size is {size} for {count} components; give a number of channels for each."
+                f"hidden_size is {size} for {count} components; give the channels of each of them."
             )
         return size
 
     def _known_size(self, cell: nn.Module) -> Any:
-        """Channels as given, as learnt from a state, or as the cell declares them."""
+        """Channels as the user gave them, as learnt from a state, or as the cell declares them."""
         return self._hidden_size or getattr(cell, "hidden_size", None)
 
     def is_known(self, cell: nn.Module) -> bool:
@@ -82,12 +95,12 @@ class Sizes:
         return bool(self._hidden_size) or _declares(cell)
 
     def learn(self, cell: nn.Module, sizes: tuple[int, ...], is_traced: bool) -> None:
-        """Learn sizes that were not given from the cell or from a state.
+        """Learn sizes that the user did not give from the cell or from a state.
 
         Args:
             cell: The cell.
-            sizes: Channels of a state's components; empty without a state.
-            is_traced: Whether the cell has been traced before.
+            sizes: Channels of the components of a state; empty without a state.
+            is_traced: Whether the cell has been traced already.
         """
         if self._num_components is None:
             own, known = getattr(cell, "num_components", None), self._known_size(cell)
@@ -99,14 +112,19 @@ class Sizes:
             self._hidden_size = sizes[0]
 
     def _may_differ(self, cell: nn.Module) -> bool:
-        """Whether components may differ in size, and their sizes are not known yet."""
+        """Whether several components may differ in size: no tuple of sizes is known yet."""
         return (self._num_components or 1) > 1 and not isinstance(self._known_size(cell), tuple)
 
     def refuse(self, cell: nn.Module, error: Exception) -> None:
-        """Raise a clear error if the cell fails with sizes that it did not declare."""
+        """Explain an error that the cell raised, if the sizes may be the cause.
+
+        Raises:
+            ValueError: The cell does not declare the sizes that it got.
+            UnknownSizes: Its components may differ in size.
+        """
         hint, sizes, name = self._hint(cell), self.of(cell), type(cell).__name__
         if isinstance(self._hidden_size, tuple) and "hidden_size" not in self._given:
-            self._hidden_size = None  # learnt from a state, which may have been wrong
+            self._hidden_size = None  # learnt from a state that may have been wrong
             hint = hint or f"Its state had components of {' and '.join(map(str, sizes))} channels."
         if hint:
             raise ValueError(f"{name} raised: {error}. {hint}") from error
@@ -118,7 +136,7 @@ class Sizes:
             ) from error
 
     def _hint(self, cell: nn.Module) -> str:
-        """Advice about sizes that were passed and that the cell does not declare."""
+        """Advice about sizes that the user gave but the cell does not declare."""
         name, hints = type(cell).__name__, []
         for option, size in self._given.items():
             own = getattr(cell, option, None)
@@ -132,12 +150,15 @@ class Sizes:
     ) -> None:
         """Try the cell on 1, 2, ... components, unless their number is known.
 
-        The right state comes back in the same form.
+        The number is right if the cell returns a state of the same form.
 
         Args:
             cell: The cell.
             features: Shape of one input.
-            kind: Its type.
+            kind: Type of the input.
+
+        Raises:
+            TypeError: No number is right.
         """
         if self._num_components is not None:
             return

@@ -1,4 +1,4 @@
-"""Layers and directions around `RNN`; `ParaGRU` and `ParaLSTM`, the paper's cells as such."""
+"""`StackedRNN`: layers and directions of `RNN`; `ParaGRU` and `ParaLSTM` with the paper's cells."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pararnn.planning.settings import Solver
 
 
 class StackedRNN(nn.Module):
-    """Layers of recurrences, in one or both directions, called as `nn.GRU` is.
+    """Layers of recurrences in one or both directions, called like `nn.GRU`.
 
     Args:
         layers: One `RNN` (batch first) per layer and direction: layer by layer, forwards first.
         batch_first: Inputs and outputs are (batch, time, size) instead of (time, batch, size).
         dropout: Probability of zeroing an output between layers, in training.
-        bidirectional: Every second one of `layers` runs backwards in time.
+        bidirectional: Every second of `layers` runs backwards in time.
     """
 
     def __init__(
@@ -53,26 +53,30 @@ class StackedRNN(nn.Module):
         """Evaluate all layers at all times.
 
         Args:
-            x: (time, batch, input_size), (batch, time, input_size) with `batch_first`,
+            x: Inputs, (time, batch, input_size), (batch, time, input_size) with `batch_first`,
                 (time, input_size) for a single sequence, or a `PackedSequence`.
-            state: (num_layers * directions, batch, hidden_size), a pair of them for an LSTM;
-                without batch axis for a single sequence; zeros when None.
-            resets: Boolean, laid out like x: where true, another sequence begins with this step,
-                and the state before it is `reset_state`; backwards in time, that before the step
-                before it.
+            state: State before the first step, (num_layers * directions, batch, hidden_size), or a
+                pair of them for an LSTM; without batch axis for a single sequence; zeros when None.
+            resets: Boolean, (time, batch), laid out like x. Where true, a new sequence begins: the
+                state before this step is `reset_state`. A backward layer restarts at the step
+                before this one, the last of the previous sequence.
             cu_seqlens: Boundaries of sequences packed into an x of batch 1; see `RNN.forward`.
-            reset_state: What resets restart from, like `state`, or without batch axis for all
-                sequences; zeros when None.
+            reset_state: State at resets, like `state`, or without batch axis for all sequences;
+                zeros when None.
 
         Returns:
-            The last layer's outputs (both directions side by side), laid out like x, and the last
+            The last layer's outputs (both directions concatenated), laid out like x, and the last
             states, like `state`.
+
+        Raises:
+            TypeError: x or a state is not a tensor, or not the right number of them.
+            ValueError: Shapes do not fit, or resets are given with a `PackedSequence`.
         """
         if isinstance(x, PackedSequence):
             if not (resets is None and cu_seqlens is None and reset_state is None):
                 raise ValueError(
-                    "x is a PackedSequence, which says itself where sequences begin; pass a tensor "
-                    "with resets, reset_state or cu_seqlens."
+                    "x is a PackedSequence, which says itself where sequences begin; to use "
+                    "resets, reset_state or cu_seqlens, pass x as a tensor."
                 )
             return self._packed(x, state)
         if not isinstance(x, Tensor):
@@ -103,10 +107,17 @@ class StackedRNN(nn.Module):
         return y, last
 
     def step(self, x_t: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Evaluate one step: x_t (batch, input_size), state and results as in `forward`.
+        """Evaluate one step.
+
+        Args:
+            x_t: Inputs, (batch, input_size).
+            state: As in `forward`.
+
+        Returns:
+            The outputs, (batch, hidden_size), and the new state, like `state`.
 
         Raises:
-            ValueError: The layer is bidirectional, so that a step depends on the future.
+            ValueError: The layer is bidirectional: each step needs the future.
         """
         if self.bidirectional:
             raise ValueError("a bidirectional layer cannot go step by step; it needs the future.")
@@ -128,10 +139,10 @@ class StackedRNN(nn.Module):
         reset_state: State | None = None,
         backwards: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """All layers on x (batch, time, size).
+        """Evaluate all layers on x (batch, time, size).
 
-        `backwards` (batch, time) says which step comes when in the other direction, if it is not
-        simply the last one first; it is its own inverse, and `resets` hold for both directions.
+        `backwards` (batch, time) holds the order of the steps for backward layers, as indices; None
+        reverses time. It must be its own inverse. With it, both directions use the same `resets`.
         """
         directions = 2 if self.bidirectional else 1
         held: Any = self._modules["layers"]
@@ -150,7 +161,7 @@ class StackedRNN(nn.Module):
             lasts.append(last)
             if self.bidirectional:
                 turned = resets
-                if resets is not None and backwards is None:  # nothing begins after the last step
+                if resets is not None and backwards is None:  # no sequence begins after the last
                     turned = F.pad(resets[:, 1:], (0, 1)).flip(1)
                 ends = None if cu_seqlens is None else cu_seqlens[-1] - cu_seqlens.flip(0)
                 first = firsts[i + 1] if ends is None else _each(firsts[i + 1], lambda s: s.flip(0))
@@ -164,7 +175,7 @@ class StackedRNN(nn.Module):
         return x, torch.stack([s for s in lasts if isinstance(s, Tensor)])
 
     def _split(self, name: str, state: State | None, rows: int) -> list[State | None]:
-        """One state per layer and direction."""
+        """Split a state into one per layer and direction; None for each when None."""
         if state is None:
             return [None] * (self.num_layers * (2 if self.bidirectional else 1))
         parts = state if isinstance(state, tuple) else (state,)
@@ -202,7 +213,7 @@ class StackedRNN(nn.Module):
 
 
 class ParaRNNStack(StackedRNN):
-    """Layers of one kind of cell of the paper; see `ParaGRU`."""
+    """Layers of one of the paper's cells; see `ParaGRU` for the arguments."""
 
     make_cell: ClassVar[Callable[..., nn.Module]]
 
@@ -255,21 +266,24 @@ class ParaGRU(ParaRNNStack):
     Args:
         input_size: Size of the inputs.
         hidden_size: Size of the state.
-        num_layers: Layers, each on the outputs of the one before.
-        bias: Learn biases.
+        num_layers: Number of layers; each takes the outputs of the one before.
+        bias: Whether to learn biases.
         batch_first: Inputs and outputs are (batch, time, size) instead of (time, batch, size).
         dropout: Probability of zeroing an output between layers, in training.
-        bidirectional: Add layers that run backwards in time.
+        bidirectional: Whether each layer also runs backwards in time.
         num_heads: Blocks of every input projection; must divide all sizes.
         max_recurrent_weight: Bound on the diagonal weights, kept by `project_parameters`.
         solver: See `RNN`.
         backend: See `RNN`.
-        device: Where to make the parameters.
-        dtype: Their type.
-        max_timescale: Longest time of forgetting at the start, in steps; see the cell.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        max_timescale: Longest time of forgetting at initialisation, in steps; see the cell.
 
-    Unlike `nn.GRU`, the recurrent weights are diagonal: every channel sees its own past, channels
-    mix in the input projection. Weights of an `nn.GRU` do not fit in.
+    Unlike in `nn.GRU`, the recurrent weights are diagonal: a channel of the state sees only its own
+    past, and channels mix in the input projection. Weights of an `nn.GRU` cannot be loaded.
+
+    Raises:
+        ValueError: num_layers, dropout or num_heads is out of range.
 
     Source: Danieli et al. 2025, arXiv 2510.21450, eq. 3.1a.
     """
@@ -290,7 +304,7 @@ class ParaLSTM(ParaRNNStack):
 
 
 def _for_all(rows: int) -> Callable[[Tensor], Tensor]:
-    """Gives every row a state that has no batch axis."""
+    """A function that gives a state without batch axis to every row."""
     return lambda s: s.unsqueeze(1).expand(-1, rows, -1) if s.dim() == 2 else s
 
 

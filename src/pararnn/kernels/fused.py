@@ -1,4 +1,7 @@
-"""Steps of cells whose channels mix in one kernel, `triton.mixing`: weights are in registers."""
+"""Run all steps of a cell whose channels mix in one kernel, `triton.mixing`.
+
+The kernel keeps the weights in registers.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,10 @@ class _Kernel:
     """The kernel of a step.
 
     Attributes:
-        products: The step.
-        drives: Which inputs hold its drives.
-        coefficients: Which inputs hold its coefficients.
-        run: The kernel.
+        products: The step, as expressions.
+        drives: Indices of the inputs with drives.
+        coefficients: Indices of the inputs with coefficients.
+        run: The Triton kernel.
         constants: Its compile-time arguments.
     """
 
@@ -54,13 +57,13 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple[Any, ...], _Kernel 
 
 
 def reason(chunks: Chunks, state: Sequence[Tensor]) -> str | None:
-    """The reason why steps do not run in one kernel; None if they do."""
+    """The reason why the steps cannot run in one kernel; None if they can."""
     found = _found(chunks, state)
     return found if isinstance(found, str) else None
 
 
 def _found(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
-    """The kernel for such tensors, or the reason why there is none."""
+    """The kernel for tensors of these shapes and types, or the reason why there is none; cached."""
     known = _known.setdefault(chunks.step.module, {})
     key = _key(chunks, state)
     if key not in known:
@@ -69,11 +72,11 @@ def _found(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """See `pararnn.solvers.chunks.Run`: in one kernel, on a GPU or in Triton's interpreter.
+    """Run a sweep in one kernel, on a GPU or in Triton's interpreter; see `chunks.Run`.
 
     Raises:
-        NotFused: The kernel does not support an operation of the step, or its weights are too
-            large; the message says which.
+        NotFused: The kernel does not support the step, or its weights are too large; the message
+            says why.
     """
     kernel = _found(chunks, state)
     if isinstance(kernel, str):
@@ -121,7 +124,7 @@ def _out_of_resources() -> type[Exception]:
 
 
 def _key(chunks: Chunks, state: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The key of a generated kernel: forms of all tensors."""
+    """The key of a kernel: shapes, strides and types of all tensors, without batch and time."""
     inputs = [
         (i.shape[2:], i.stride()[2:], i.dtype) if by_rows else (i.shape, i.stride(), i.dtype)
         for i, by_rows in zip(chunks.inputs, chunks.step.by_rows, strict=True)
@@ -131,7 +134,7 @@ def _key(chunks: Chunks, state: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
-    """The kernel, or the reason why there is none."""
+    """Generate the kernel, or say why it cannot be."""
     like, kinds, strides = state[0], [], []
     obstacle = missing(like.device.type)
     if obstacle is not None:
@@ -180,12 +183,12 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
 
 
 def _width(products: Products) -> int:
-    """Channels of a program, a power of two."""
+    """Channels of a program: those of a group, rounded up to a power of two."""
     return max(_TILE, 1 << (products.size - 1).bit_length())
 
 
 def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ...]:
-    """Tensors (batch, time, ...) that begin at the first step of the run."""
+    """Tensors (batch, time, ...) with their strides, from the first step of the run."""
     found = []
     for tensor in tensors:
         row, step, *_ = tensor.stride()
@@ -196,7 +199,7 @@ def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ..
 
 
 def _blocks(products: Products, inputs: Sequence[Tensor]) -> Tensor:
-    """The blocks of the weights (blocks, groups, result, factor) side by side."""
+    """Copy the blocks of the weights into one tensor (blocks, groups, result, factor), padded."""
     size, padding = products.size, _width(products) - products.size
     found = torch.stack(
         [

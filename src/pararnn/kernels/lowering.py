@@ -1,6 +1,6 @@
-"""Lowers aten operations to the few primitives that kernels compute, by one rule for each.
+"""Lower aten operations to the primitives that kernels compute; each operation has one rule.
 
-Formulas follow the definitions in PyTorch's documentation. Operands may be numbers as well.
+Formulas follow PyTorch's documentation. Operands are expressions or numbers.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 from pararnn.kernels.primitives import PRIMITIVES
 from pararnn.tracing.expressions import Expression, Operand, make, rewrite
 
-REDUCTIONS = frozenset(["dot", "mean"])  # over the channels of a group: only in Triton
+REDUCTIONS = frozenset(["dot", "mean"])  # over the channels of a group; in Triton alone
 
 
 class NotLowered(ValueError):
-    """No rule for an operation; the message names it."""
+    """An operation has no rule; the message names it."""
 
 
 def lower(roots: Iterable[Operand]) -> list[Operand]:
     """Rewrite expressions into primitives.
 
     Raises:
-        NotLowered: An operation has no rule; kernels cannot be generated for it.
+        NotLowered: An operation has no rule.
     """
 
     def rule(op: str, args: tuple[Operand, ...]) -> Operand:
@@ -64,7 +64,7 @@ def _pow(base: Operand, exponent: Operand) -> Operand:
 
 
 def _clamp(x: Any, low: Any, high: Any) -> Any:
-    # A bound that is an expression may be NaN, which a comparison would lose.
+    # If a bound is an expression it may be NaN, which `where` would drop.
     if low is not None:
         x = maximum(x, low) if isinstance(low, Expression) else where(x < low, low, x)
     if high is not None:
@@ -141,7 +141,7 @@ def _logaddexp(exponential: Callable[..., Any], unit: float) -> Callable[..., An
 
 
 def _rest(a: Any, b: Any) -> tuple[Any, Any]:
-    """`fmod(a, b)`, and whether its sign is not the one of b, as the floored quotient wants."""
+    """`fmod(a, b)`, and whether its sign differs from that of b: a floored quotient is 1 less."""
     rest = fmod(a, b)
     return rest, ne(rest, 0.0) & logical_xor(rest < 0.0, b < 0.0)
 
@@ -152,7 +152,7 @@ def _remainder(a: Any, b: Any) -> Operand:
 
 
 def _div_floor(a: Any, b: Any) -> Operand:
-    """The floor of the exact quotient, not of the rounded one: 1 // 0.1 is 9."""
+    """The floor of the exact quotient, not of the rounded quotient: 1 // 0.1 is 9."""
     rest, differ = _rest(a, b)
     quotient = rounded((a - rest) / b - to_float(differ))
     signed = where(eq(quotient, 0.0), copysign(0.0, a / b), quotient)
@@ -166,7 +166,7 @@ def _nan_to_num(x: Any, nan: Any, posinf: Any, neginf: Any) -> Operand:
     return where(eq(x, -math.inf), -largest if neginf is None else neginf, x)
 
 
-_SIXTH = 0.1666666716337204  # what PyTorch multiplies with, also in float64
+_SIXTH = 0.1666666716337204  # float32's 1/6, which PyTorch uses in float64 as well
 
 
 def _sign(x: Any) -> Any:

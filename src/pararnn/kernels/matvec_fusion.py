@@ -1,8 +1,8 @@
-"""A pass of PyTorch's compiler that fuses products with one vector for steps of generation.
+"""A pass of PyTorch's compiler that fuses matrix-vector products, for steps of generation.
 
-Products of matrices with the same vector become one `pararnn::matvec`. It also computes the vector:
-the operations on each element, and means, that lead from other tensors to it. Results in between
-are not rounded, as in all code that the compiler fuses.
+Products of several matrices with one vector become one `pararnn::matvec`. It also computes the
+vector itself, by pointwise operations and means. Intermediate results are not rounded, as in all
+code that the compiler fuses.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class _Group:
-    """Products with one vector, or one per head.
+    """Products with one vector, or with one vector per head.
 
     Attributes:
         nodes: The products.
-        matrices: Theirs.
+        matrices: Their matrices.
     """
 
     nodes: list[fx.Node] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _Group:
 
     @property
     def vector(self) -> fx.Node:
-        """The vector that they multiply, before it got its shape."""
+        """The vector, before operations that only change its shape."""
         return _unshaped(self.nodes[0].args[0])
 
     @property
@@ -77,12 +77,12 @@ class FuseMatvecs(CustomGraphPass):
             stable_topological_sort(graph)
 
     def uuid(self) -> bytes:
-        """A key that changes with the text of this file and of the kernel's."""
+        """A cache key that changes with this file and with that of the operator."""
         return get_hash_for_files((__file__, matvec.__file__))
 
 
 def _cut_before_joining(graph: fx.Graph) -> None:
-    """Replace a slice of a concatenation by a slice of the part that it lies in."""
+    """Replace a slice of a concatenation by a slice of the part that contains it."""
     for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
         joined, axis, first, last, step = _cut(node)
         while joined.target is aten.slice.Tensor and _cut(joined)[1] == axis and step == 1:
@@ -133,6 +133,7 @@ def _groups(graph: fx.Graph) -> list[_Group]:
 
 
 def _serves(x: fx.Node, matrix: fx.Node) -> bool:
+    """Whether the operator supports a product: one row times a contiguous weight."""
     value, (least, most) = _value(matrix), COSTS.matvec_inner
     return (
         _value(x).shape[-2] == 1
@@ -145,11 +146,11 @@ def _serves(x: fx.Node, matrix: fx.Node) -> bool:
 
 
 class _Region:
-    """The operations that a product can absorb.
+    """The operations that compute the vector of a group inside the fused operator.
 
     Attributes:
-        inside: The operations, in order; none if the vector is given.
-        leaves: What they are computed from.
+        inside: The operations, in order; empty if the vector itself is a leaf.
+        leaves: The tensors that they read.
     """
 
     def __init__(self, graph: fx.Graph, group: _Group) -> None:
@@ -169,7 +170,7 @@ class _Region:
         self.leaves = list(dict.fromkeys(operands or [group.vector]))
 
     def _takes(self, node: fx.Node) -> bool:
-        """Whether the kernel can compute a node: a vector, or one number for all."""
+        """Whether the kernel can compute a node; its tensors are vectors or single numbers."""
         tensors = [node, *node.all_input_nodes]
         if node.op != "call_function" or len(tensors) == 1:
             return False
@@ -189,7 +190,7 @@ class _Region:
         return is_expressed(node, leaves, torch.float32)
 
     def vector(self, stored: Sequence[fx.Node]) -> Vector:
-        """The computation of the vector and of stored results."""
+        """Express the vector, and results that other operations need as well (`stored`)."""
         expressions: dict[fx.Node, Operand] = {
             n: leaf("drive", i) for i, n in enumerate(self.leaves)
         }
@@ -271,7 +272,7 @@ def _transposed(node: Any) -> fx.Node | None:
 
 
 def _unshaped(node: Any) -> fx.Node:
-    """The first of the nodes with the same elements in the same order."""
+    """Undo reshapes: the earliest node with the same elements in the same order."""
     while node.target in _MOVES:
         (given,) = node.all_input_nodes
         if node.target is aten.permute.default:

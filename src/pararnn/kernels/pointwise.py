@@ -1,8 +1,8 @@
-"""Operations on each element, fused into as few generated Triton kernels as possible.
+"""Fuse pointwise operations into as few generated Triton kernels as possible.
 
-What an adjoint needs for all times at once, its inputs and the gradients, is some products and a
-dozen operations on each element between them. One after the other these would read and write
-memory a dozen times; in one kernel they do so once.
+Before and after an adjoint, its inputs and the gradients are computed for all times at once: by a
+few matrix products and a dozen pointwise operations between them. Unfused, these operations would
+read and write memory a dozen times; in one kernel, they do once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pararnn.tracing.expressions import Operand, leaf, make
 from pararnn.tracing.operations import operation_name
 from pararnn.tracing.partition import operation
 
-_FORMS = 64  # kept per module
+_FORMS = 64  # functions kept for each module
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -37,7 +37,7 @@ def run(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     kind = tensors[0].device.type
     if kind != "cuda" or missing(kind):
         return module(*(t.contiguous() for t in tensors))
-    rows = max(t.shape[:1] for t in tensors)  # any number of these is served by one function
+    rows = max(t.shape[:1] for t in tensors)  # not part of the key: a function takes any number
     form = tuple((t.shape[:1] == rows or t.shape[:1], t.shape[1:], t.dtype) for t in tensors)
     known = _known.setdefault(module, OrderedDict())
     if form not in known:
@@ -53,9 +53,9 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, OrderedDict[Hashable, Function
 
 
 def fused(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Function:
-    """The module as a function with few kernels, for these shapes and any number of rows.
+    """Fuse the operations of a module, for these shapes and any number of rows.
 
-    Arguments may have any strides; what is not an operation on each element gets them contiguous.
+    The function takes tensors of any strides. Operations that are not fused get them contiguous.
     """
     try:
         values = _Shapes(module).of(tensors)
@@ -65,7 +65,7 @@ def fused(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Function:
 
 
 def _as_it_is(module: weakref.ref[fx.GraphModule]) -> Function:
-    """The module, which this cache does not keep alive."""
+    """The module unfused, by a weak reference, so that the cache does not keep it alive."""
 
     def run(*given: Tensor) -> Sequence[Tensor]:
         found = module()
@@ -76,7 +76,7 @@ def _as_it_is(module: weakref.ref[fx.GraphModule]) -> Function:
 
 
 class _Shapes(fx.Interpreter):
-    """Finds shapes and types of the nodes of a graph, without computing values."""
+    """Finds shapes and types of a graph's nodes on the meta device, without computing values."""
 
     def of(self, tensors: Sequence[Tensor]) -> dict[fx.Node, Any]:
         self.found: dict[fx.Node, Any] = {}
@@ -90,10 +90,10 @@ class _Shapes(fx.Interpreter):
 
 @dataclass
 class _Cluster:
-    """Operations on each element of tensors of one shape.
+    """Pointwise operations that become one kernel.
 
     Attributes:
-        shape: Theirs.
+        shape: Shape of all their results.
         nodes: The operations, in order.
     """
 
@@ -102,10 +102,11 @@ class _Cluster:
 
 
 class _Fusion:
-    """Orders the operations of a graph so that clusters are contiguous.
+    """Orders the operations of a graph in stages, so that each cluster can run at once.
 
-    Stage by stage first comes what has been waiting for the clusters of the stage before, then the
-    clusters, of which none waits for another.
+    A stage has first the operations that are not fused, then the clusters. An operation that takes
+    the result of a cluster other than its own is in a later stage, so clusters of one stage are
+    independent.
     """
 
     def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
@@ -127,7 +128,7 @@ class _Fusion:
         self.contiguous: dict[fx.Node, fx.Node] = {}
 
     def place(self, node: fx.Node) -> None:
-        """Find the stage of an operation, and its cluster if it is one on each element."""
+        """Find the stage of an operation, and its cluster if it can be fused."""
         shape = self.values[node].shape if self.fits(node) else None
         stage = 0
         for operand in node.all_input_nodes:
@@ -141,7 +142,7 @@ class _Fusion:
             self.of[node] = cluster
 
     def fits(self, node: fx.Node) -> bool:
-        """Whether a kernel can do an operation."""
+        """Whether a kernel can compute an operation."""
         value = self.values[node]
         operands = [self.values[n] for n in node.all_input_nodes]
         if (
@@ -156,12 +157,12 @@ class _Fusion:
         return is_expressed(node, leaves, self.dtype)
 
     def leaf(self, node: fx.Node, index: int) -> Operand:
-        """The operand that stands for a tensor in a kernel."""
+        """The kernel's operand for a tensor."""
         made = leaf("drive", index)
         return make("ne", made, 0.0) if self.values[node].dtype is torch.bool else made
 
     def module(self) -> fx.GraphModule:
-        """The function."""
+        """Build the new graph."""
         for node in self.old.nodes:
             if node.op == "placeholder":
                 self.made[node] = self.new.placeholder(str(node.target))
@@ -178,7 +179,7 @@ class _Fusion:
         return fx.GraphModule(torch.nn.Module(), self.new)
 
     def copied(self, node: fx.Node) -> fx.Node:
-        """An operation that is not fused."""
+        """Copy an operation that is not fused; sums over rows become `sum_of_rows`."""
         if operation_of(node) == "sum" and len(node.args) > 1 and node.args[1] == [0]:
             (summed,) = node.all_input_nodes
             if self.values[summed].dim() > 1 and not node.kwargs:
@@ -187,7 +188,7 @@ class _Fusion:
         return self.new.node_copy(node, self.as_recorded)
 
     def as_recorded(self, node: fx.Node) -> fx.Node:
-        """A value, contiguous if it was given."""
+        """A value as the recording had it: an argument is made contiguous."""
         if node.op != "placeholder":
             return self.made[node]
         if node not in self.contiguous:
@@ -196,7 +197,7 @@ class _Fusion:
         return self.contiguous[node]
 
     def generate(self, cluster: _Cluster) -> None:
-        """The kernel of a cluster, and its results."""
+        """Add the call of a cluster's kernel, and its results."""
         inputs: list[fx.Node] = []
         expressions: dict[fx.Node, Operand] = {}
         for node in cluster.nodes:
@@ -219,7 +220,7 @@ class _Fusion:
             self.made[node] = self.new.call_function(operator.getitem, (call, i))
 
     def joined(self, cluster: _Cluster, users: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-        """Concatenations of results of a cluster, which can be written in place."""
+        """Concatenations of a cluster's results, with their parts; the kernel writes them."""
         last = len(cluster.shape) - 1
         found = {}
         for user in users:
@@ -242,7 +243,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def sum_of_rows(x: Tensor, keepdim: bool) -> Tensor:
-    """`x.sum(0, keepdim)`."""
+    """`x.sum(0, keepdim)`; long sums in parts first."""
     if len(x) < COSTS.long_sum:
         return x.sum(0, keepdim)
     count = COSTS.parts_of_a_sum
@@ -259,15 +260,15 @@ def _kernel(
     count: int,
     dtype: torch.dtype,
 ) -> Callable[..., list[Tensor]]:
-    """A function of `count` tensors.
+    """A function of `count` tensors that runs one kernel.
 
     Args:
-        size: The last axis of all values.
-        whole: Which argument has the shape of all values.
-        roots: What is computed, side by side in one tensor per list.
-        kinds: Types of these.
-        count: Arguments, the leaves `drive`.
-        dtype: Of the arithmetic.
+        size: Size of the last axis of all values.
+        whole: Index of an argument with the shape of the values; others are broadcast to it.
+        roots: For each result, the expressions to concatenate in it; their leaves are `drive`.
+        kinds: Types of the results.
+        count: Number of arguments.
+        dtype: Type of the arithmetic.
     """
     from pararnn.kernels.triton import pointwise  # needs Triton, which this module does not
 

@@ -1,8 +1,8 @@
-"""Recurrences under PyTorch's transforms: those of `torch.func`, and forward-mode tangents.
+"""Evaluate recurrences under the transforms of `torch.func`, and with forward-mode tangents.
 
-The operators support reverse mode only. Under a transform, the functions of this module call the
-same kernels for elementwise recurrences: an ensemble becomes more channels, and tangents follow a
-linear recurrence. All other recurrences, and derivatives of gradients, go step by step in PyTorch
+The operators support reverse mode only. For elementwise recurrences, this module calls the same
+kernels under a transform: an ensemble becomes more channels, and tangents follow a linear
+recurrence. All other recurrences, and derivatives of gradients, run step by step as PyTorch
 operations, which every transform supports.
 """
 
@@ -29,9 +29,9 @@ from pararnn.tracing.step import Layout, step_of_channels
 def solve(
     inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None, request: str
 ) -> list[Tensor]:
-    """The states; see `pararnn::solve`."""
+    """The states; the arguments are those of `pararnn::solve`."""
     path = operators.request_of(request).path
-    # make_fx, linearize and other recorders cannot see into `_Solve`
+    # make_fx, linearize and other tracers cannot see into `_Solve`
     recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     if recorded or not isinstance(path, Channels):
         return operators.loop(inputs, initial, starts, request)
@@ -40,7 +40,7 @@ def solve(
 
 
 def _tracked(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """A `jvp` rule with forward mode on, for tangents of tangents: PyTorch turns it off."""
+    """Run a `jvp` rule with forward mode on, for tangents of tangents; PyTorch turns it off."""
 
     @functools.wraps(rule)
     def tracked(ctx: Any, *tangents: Any) -> Any:
@@ -51,7 +51,7 @@ def _tracked(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _vjp(function: Callable[..., Any], *given: Any) -> tuple[Any, Callable[..., Any]]:
-    """Values of a function, and the function from their adjoints to those of its arguments."""
+    """`torch.func.vjp` without auxiliary results: the values, and the pull-back."""
     values, pull = torch.func.vjp(function, *given)[:2]
     return values, pull
 
@@ -119,10 +119,11 @@ class _Solve(torch.autograd.Function):
 
 
 class _Adjoint(torch.autograd.Function):
-    """`(request, as above, number of inputs, starts, initial, *inputs, *states, *their gradients)`.
+    """The adjoint of `_Solve`: gradients of the inputs, then of `initial`.
 
-    Returns the gradients of the inputs and of `initial`. Its own derivatives treat the states as
-    functions of the other arguments.
+    Arguments: `(request, number of inputs with drives, number of inputs, starts, initial, *inputs,
+    *states, *gradients of states)`. Its own derivatives treat the states as functions of the other
+    arguments.
     """
 
     @staticmethod
@@ -131,7 +132,7 @@ class _Adjoint(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         inputs, (states, grads) = rest[:total], _halves(rest[total:])
         found = operators.run_adjoint(inputs, initial, starts, states, list(grads), request)
-        # the tangents of views would have to be views
+        # no views: PyTorch wants the tangent of a view to be a view
         return tuple(f.clone() if f._is_view() else f for f in found)
 
     @staticmethod
@@ -172,7 +173,7 @@ class _Adjoint(torch.autograd.Function):
 
 
 def _filled(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """With zeros where there are none."""
+    """Tangents, with zeros for None."""
     pairs = zip(tangents, like, strict=True)
     return [torch.zeros_like(x) if t is None else t for t, x in pairs]
 
@@ -182,7 +183,7 @@ def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tenso
 
 
 def _joined(tensor: Tensor, dim: int | None, axis: int, size: int) -> Tensor:
-    """Members of an ensemble side by side along an axis of what each of them has."""
+    """Merge the ensemble's axis `dim` into an axis of each member; None repeats the tensor."""
     if dim is None:
         shape = (*tensor.shape[:axis], size, *tensor.shape[axis:])
         return tensor.unsqueeze(axis).expand(shape).flatten(axis, axis + 1)
@@ -195,7 +196,7 @@ def _one_by_one(
     dims: Sequence[int | None],
     tensors: Sequence[Tensor | None],
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Members of an ensemble that begin at steps of their own, one after another."""
+    """Run the members of an ensemble one after another: each has its own starts."""
     pairs = list(zip(tensors, dims, strict=True))
     found = [
         run(*(t if t is None or d is None else t.select(d, i) for t, d in pairs))
@@ -207,7 +208,11 @@ def _one_by_one(
 def _gradients_of_loop(
     ctx: Any, saved: Sequence[Tensor]
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], int]:
-    """What `_Adjoint` computes, step by step, as a function; its arguments; states left out."""
+    """`_Adjoint` as a function of (initial, *inputs, *gradients of states), step by step.
+
+    Returns:
+        The function, its arguments, and the number of states, which it computes itself.
+    """
     starts, initial, *rest = saved
     inputs, (states, grads) = rest[: ctx.total], _halves(rest[ctx.total :])
 
@@ -227,7 +232,7 @@ def _pushed(
     given: Sequence[Tensor],
     tangents: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Tangents by reverse mode alone: forward mode does not nest outside of `torch.func`."""
+    """Tangents of a function by reverse mode twice: outside `torch.func`, forward does not nest."""
     values, pull = _vjp(function, *given)
     zeros = tuple(torch.zeros_like(v) for v in values)
     (found,) = _vjp(lambda u: pull(u), zeros)[1](tuple(tangents))
@@ -237,7 +242,7 @@ def _pushed(
 def _linear(
     problem: Problem, tangents: Problem, states: Sequence[Tensor]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """What the tangents follow, for all times at once: rows of matrices, and offsets."""
+    """The linear recurrence of the tangents, for all times: rows of Jacobians, and offsets."""
     before = problem.states_before([s.to(problem.dtype) for s in states])
     shape, count = problem.drives[0].shape, len(before)
     fixed = [c.expand(shape) for c in problem.coefficients]
@@ -254,7 +259,7 @@ def _linear(
 
 @functools.lru_cache(maxsize=32)
 def _linear_step(components: int, backend: BackendChoice, solver: Solver | None) -> str:
-    """`t_i = sum over j of J_ij t_j, + b_i`; its drives are the rows of J, then b."""
+    """Register the step `t_i = b_i + sum_j J_ij t_j`; its drives are the rows of J, then b."""
     count, step = components**2, []
     for i in range(components):
         new: Operand = leaf("drive", count + i)

@@ -1,9 +1,9 @@
-"""Calls of small layers, replayed as one CUDA graph in each direction.
+"""Replay calls of small layers as one CUDA graph in each direction.
 
-A small call is bound by the host: Python takes longer to launch its kernels than the GPU to run
-them. The forward graph leads from the inputs to the states, the backward graph from the gradients
-of the states to those of the inputs. The backward graph computes the input part again, so the
-forward graph keeps none of its results.
+A small call is bound by the host: launching its kernels from Python takes longer than running them.
+The forward graph computes the states from the inputs. The backward graph computes the gradients of
+the inputs from those of the states; it runs the input part again, so the forward graph keeps no
+results of it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from pararnn.kernels.operators import gradients_of_loop
 from pararnn.tracing.partition import InputPart
 
 DEVICE = "cuda"
-"""Type of devices that have graphs."""
+"""Type of the devices that have graphs."""
 
 
 class Layer(Protocol):
-    """What is replayed of a layer; see `pararnn.layers.runner.Runner`."""
+    """The parts of a layer that a graph runs; see `pararnn.layers.runner.Runner`."""
 
     @property
     def request(self) -> str:
-        """The name of what it asks of the operators."""
+        """Name of the layer's `Request` in `kernels.operators`."""
         ...
 
     @property
     def input_part(self) -> InputPart:
-        """Computes the inputs of the step."""
+        """The input part."""
         ...
 
     def inputs(self, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs of the step."""
+        """The inputs of the step, from tensors and constants (`fixed`) and x (`given`)."""
         ...
 
     def solve(
@@ -50,7 +50,7 @@ class Layer(Protocol):
     def loop(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
     ) -> list[Tensor]:
-        """The states, by PyTorch operations."""
+        """The states, step by step by PyTorch operations."""
         ...
 
     def adjoint(
@@ -66,7 +66,10 @@ class Layer(Protocol):
 
 
 def can_replay(tensors: Sequence[Tensor | None], part: InputPart) -> bool:
-    """Whether a graph can repeat a call: it depends on the values of these tensors alone."""
+    """Whether a graph can repeat a call.
+
+    Not if it draws random numbers, a tensor is of a subclass, or a mode or transform is active.
+    """
     return not (
         part.is_random
         or not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
@@ -79,10 +82,12 @@ def can_replay(tensors: Sequence[Tensor | None], part: InputPart) -> bool:
 class Replay:
     """A call of a layer.
 
+    Its methods take `given`: the tensors and constants that the input part reads, then the inputs
+    that change over time, the initial states and the starts.
+
     Attributes:
         layer: The layer.
-        count: Number of tensors and constants that the input part reads. In `given`, what differs
-            over time, the initial states and the starts follow them.
+        count: Number of tensors and constants that the input part reads.
         autocast: Whether autocast is on, and its type.
     """
 
@@ -92,7 +97,7 @@ class Replay:
 
     @classmethod
     def now(cls, layer: Layer, count: int, device: torch.device) -> Replay:
-        """The call, with autocast as it is now."""
+        """A call with the current autocast."""
         kind = device.type
         return cls(layer, count, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
 
@@ -119,7 +124,7 @@ class Replay:
 
         def run(tensors: Sequence[Any]) -> list[Tensor]:
             own, states = tensors[:total], tensors[total : total + count]
-            # launch something first: cuBLAS warns if it comes first in a thread of autograd's
+            # launch a kernel first: cuBLAS warns if it is the first to run in an autograd thread
             states[0].new_zeros(1)
             pairs = zip(own, needed, strict=True)
             own = [None if t is None else t.detach().requires_grad_(n) for t, n in pairs]
@@ -141,7 +146,7 @@ class Replay:
     def _inputs(self, given: Sequence[Any]) -> list[Tensor]:
         enabled, dtype = self.autocast
         kind = given[-2].device.type
-        # no cache: a tensor that is cast during a capture lies in the memory of that graph
+        # no cache: a tensor cast during a capture is in the memory of that graph
         with torch.autocast(kind, dtype, enabled, cache_enabled=False):
             return self.layer.inputs(given[: self.count], given[self.count : -2])
 
@@ -193,6 +198,6 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # once: checkpointing computes them anew for every look
+        saved = ctx.saved_tensors  # read once: under checkpointing, each read recomputes them
         given, states = saved[: ctx.count], saved[ctx.count :]
         return None, *ctx.call.gradients(given, states, grads[:-1], ctx.needs_input_grad[1:])

@@ -81,16 +81,18 @@ def test_a_call_keeps_to_its_plan(name, sizes, grad, assert_kept):
         assert_kept(rnn, torch.randn(sizes[1], 3))
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids="autocast={}".format)
 @pytest.mark.parametrize("grad", [True, False], ids="grad={}".format)
 @pytest.mark.parametrize("sizes", [(2, 5), (1, 300), (40, 20)])
 @pytest.mark.parametrize("name", LAYERS)
-def test_all_who_ask_have_the_plan_that_is_shown(name, sizes, grad, monkeypatch):
+def test_all_who_ask_have_the_plan_that_is_shown(name, sizes, grad, autocast, monkeypatch):
     """The layer, and the operators forwards and backwards."""
     found, ask = [], Planner.plan
     keep = lambda *given, **more: found.append(ask(*given, **more)) or found[-1]  # noqa: E731
     rnn = LAYERS[name]()
     x = input_of(rnn, *sizes)
-    with torch.set_grad_enabled(grad):
+    enabled = torch.autocast("cpu", torch.bfloat16, autocast)
+    with torch.set_grad_enabled(grad), enabled:
         shown = rnn.plan(x.shape)
         monkeypatch.setattr(Planner, "plan", keep)
         y, _ = rnn(x)

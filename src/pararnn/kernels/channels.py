@@ -57,8 +57,11 @@ class Channels:
 
     def _plan(self, problem: Problem, gradients: int = 1) -> Plan:
         sizes = problem.batch, problem.time, problem.hidden
-        kinds = problem.state_dtype, problem.drives[0].itemsize
-        return self.planner.plan(*sizes, *kinds, gradients)
+        return self.planner.plan(*sizes, *_kinds(problem), gradients)
+
+    def kinds(self, inputs: Sequence[Tensor], initial: Tensor) -> tuple[torch.dtype, int]:
+        """See `operators.Path`."""
+        return _kinds(self.problem(inputs, initial, None))
 
     def problem(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> Problem:
         """The tensors as a problem for the backend."""
@@ -160,3 +163,7 @@ class Channels:
         for slot, i in of.items():
             gradient[slot] = sums[i]
         return gradient
+
+
+def _kinds(problem: Problem) -> tuple[torch.dtype, int]:
+    return problem.state_dtype, problem.drives[0].itemsize

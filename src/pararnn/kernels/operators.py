@@ -35,6 +35,10 @@ class Path(Protocol):
     `starts` as in `Problem`.
     """
 
+    def kinds(self, inputs: Sequence[Tensor], initial: Tensor) -> tuple[torch.dtype, int]:
+        """The type of the states that are stored, and bytes of an element of a drive."""
+        ...
+
     def solve(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
     ) -> list[Tensor]:

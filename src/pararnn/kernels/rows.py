@@ -55,6 +55,11 @@ class Rows:
         batch, time = inputs[self.step.by_rows.index(True)].shape[:2]
         return batch, time
 
+    def kinds(self, inputs: Sequence[Tensor], initial: Tensor) -> tuple[torch.dtype, int]:
+        """See `operators.Path`."""
+        kept_in = self.state_dtype(inputs, initial)
+        return kept_in, kept_in.itemsize
+
     def state_dtype(self, inputs: Sequence[Tensor], initial: Tensor) -> torch.dtype:
         """The type of stored states: that of the inputs with rows, which are as large."""
         if arithmetic(t.dtype for t in (*inputs, initial)) is torch.float64:
@@ -86,9 +91,8 @@ class Rows:
             initial: Initial states.
             others: Further tensors that it reads.
         """
-        tensors, kept_in = [*inputs, initial, *others], self.state_dtype(inputs, initial)
-        sizes = *self.sizes(inputs), initial.shape[2]
-        plan = self.planner.plan(*sizes, kept_in, kept_in.itemsize)
+        tensors, sizes = [*inputs, initial, *others], (*self.sizes(inputs), initial.shape[2])
+        plan = self.planner.plan(*sizes, *self.kinds(inputs, initial))
         backward = direction == "backward"
         way = plan.adjoint if backward else plan.forward
         try:

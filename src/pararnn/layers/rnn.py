@@ -350,6 +350,7 @@ class RNN(nn.Module):
             elements,
             tracked=torch.is_grad_enabled(),
             may_loop=_may_loop(runner, dtype, device),
+            shown=True,
         )
 
     def extra_repr(self) -> str:  # noqa: D102

@@ -21,7 +21,7 @@ from pararnn.planning.plan import BackendError as BackendError
 from pararnn.planning.plan import check_name as check_name
 from pararnn.planning.rows_plan import coupling
 from pararnn.planning.settings import Newton, Sequential, Solver
-from pararnn.tracing.modes import transformed
+from pararnn.tracing.modes import autocasts, transformed
 from pararnn.tracing.traced import Traced
 
 
@@ -80,7 +80,9 @@ class Runner:
         device = traced.device
         wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
         if wanted and traced.step.recurrence is None:
-            self.facts = replace(self.facts, kernels=self._kernels(tensors))
+            with torch.no_grad():
+                example = self._example([*map(tensors, self.input_part.names)])
+                self.facts = replace(self.facts, kernels=kernels_of(traced.step, *example))
         self._take(
             choose_backend(backend, self.facts, machine_of(device), solver)
             if isinstance(backend, str)
@@ -98,15 +100,23 @@ class Runner:
         self._path, self._planner = asked.path, asked.planner
         self.by_channels = self._planner.by_channels
 
-    def _kernels(self, tensors: Callable[[str], Tensor]) -> tuple[str | None, str | None]:
-        """The reasons why steps do not run in one kernel, found by an example."""
+    def _example(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Inputs of the step and initial states, of two times.
+
+        Args:
+            tensors: The tensors that the input part reads.
+            dtype: Of x; as it was traced when None.
+        """
         step, device = self.traced.step, self.traced.device
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            x = [i.example(2, device).unflatten(0, (1, 2)) for i in self.traced.given]
-            fixed = [*map(tensors, self.input_part.names), *self.input_part.constants]
+            x, *others = [i.example(2, device).unflatten(0, (1, 2)) for i in self.traced.given]
+            given = [x.to(dtype or x.dtype), *others]
             initial = torch.zeros(1, step.num_components, step.hidden, device=device)
-            return kernels_of(step, self.inputs(fixed, x), initial.to(step.dtype))
+            inputs = self.inputs([*tensors, *self.input_part.constants], given)
+            return inputs, initial.to(step.dtype)
 
     def plan(
         self,
@@ -116,15 +126,25 @@ class Runner:
         elements: int = 0,
         tracked: bool = False,
         may_loop: bool = False,
+        shown: bool = False,
     ) -> Plan:
-        """How a call is carried out, for x of a type; see `pararnn.planning.plan.Call`."""
+        """How a call is carried out, for x of a type; see `pararnn.planning.plan.Call`.
+
+        To be shown, with the types that autocast leads to. The way of the whole call does not
+        depend on them.
+        """
         step = self.traced.step
         kept_in = dtype if dtype.is_floating_point else step.dtype
         if self.traced.capture.dtype is torch.float64:
             kept_in = torch.float64
+        kinds = kept_in, kept_in.itemsize
+        if shown and autocasts(self.traced.device.type):
+            tensors = [getattr(owner, name) for owner, name in self.owners]
+            kinds = self._path.kinds(*self._example(tensors, dtype))
         one = 1  # component with a gradient from outside: the output
-        sizes = batch, time, step.hidden, kept_in, kept_in.itemsize, one
-        return self._planner.plan(*sizes, tracked, elements, may_loop)
+        return self._planner.plan(
+            batch, time, step.hidden, *kinds, one, tracked, elements, may_loop
+        )
 
     def method(self) -> type[Solver]:
         """The coupling of chunks: the user's, or the chosen one."""

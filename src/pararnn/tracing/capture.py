@@ -418,7 +418,7 @@ def _merge(graph: fx.Graph, other: fx.Graph, subject: str) -> fx.Graph:
 def _check_constants(
     graph: fx.Graph, constants: list[Tensor], others: list[Tensor], subject: str
 ) -> None:
-    """Refuse a constant that differs between the recordings: Python computed it unseen."""
+    """Refuse a constant that differs between the recordings: PyTorch did not compute it."""
     nodes = [n for n in graph.nodes if n.op == "get_attr"]
     for node, one, other in zip(nodes, constants, others, strict=True):
         if one is other:

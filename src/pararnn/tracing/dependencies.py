@@ -75,7 +75,7 @@ def _are_apart(parts: Partition, size: int) -> bool:
 
 
 def _given(parts: Partition, state: Tensor) -> dict[fx.Node, Any]:
-    """Marks of all that the recurrent part takes: `state`, (rows, hidden), for each component."""
+    """Marks of the arguments: `state`, (rows, hidden), for each component; none on the edges."""
     marks = {edge: _everywhere(False, shape_at(edge, len(state))) for edge in parts.edges}
     return marks | dict.fromkeys(parts.states, state)
 

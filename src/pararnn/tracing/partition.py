@@ -108,7 +108,7 @@ def _followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
 
 
 def _lacks_rows(node: fx.Node, from_x: set[fx.Node]) -> bool:
-    """Whether a value that x or the number of rows changes lacks one row per sample in front."""
+    """Whether a value varies with x or the number of rows, but not one row per sample in front."""
     by_rows = node.meta["by_rows"]
     return (node in from_x and not by_rows) or node.meta["row_axes"] != int(by_rows)
 

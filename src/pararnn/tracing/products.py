@@ -253,17 +253,17 @@ class _Reader(Reader):
             if isinstance(result, (tuple, list)):
                 return [_Weight(weight.input, r) for r in result]
             return _Weight(weight.input, result)
-        if is_pointwise(node.target) and self.lie_apart(operands):
-            return self.in_place(node, operands)
+        if is_pointwise(node.target) and self.any_scattered(operands):
+            return self.pointwise_scattered(node, operands)
         return super().evaluate(node)
 
-    def lie_apart(self, operands: Sequence[fx.Node]) -> bool:
-        """Whether the entries of one of these values are not in order; see `Value.numbers`."""
+    def any_scattered(self, operands: Sequence[fx.Node]) -> bool:
+        """Whether one of these values is scattered: its entries are not in order (`Value`)."""
         values = [self.values.get(o) for o in operands]
         return any(isinstance(v, Value) and v.numbers is not None for v in values)
 
-    def in_place(self, node: fx.Node, operands: Sequence[fx.Node]) -> Value:
-        """A pointwise operation on values whose entries are out of order; so are the result's."""
+    def pointwise_scattered(self, node: fx.Node, operands: Sequence[fx.Node]) -> Value:
+        """A pointwise operation on scattered values; the result is scattered alike."""
         distinct = list(dict.fromkeys(operands))
         values = [self.as_value(o) for o in distinct]
         numbers = [self.addresses([v])[0] for v in values]

@@ -84,7 +84,7 @@ class Recorder(TorchDispatchMode):
         return super().__enter__()
 
     def pack(self, tensor: Tensor) -> int:
-        """Keep a tensor that autograd saves; kept by autograd, it is in a cycle nothing frees."""
+        """Keep a tensor for autograd, which would keep it in a reference cycle that never ends."""
         self._saved.append(tensor)
         return len(self._saved) - 1
 
@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
         return saved
 
     def values(self) -> dict[fx.Node, Tensor]:
-        """The recorded tensors, by their nodes; a tensor written in place counts for its last."""
+        """The recorded tensors by node; a tensor written in place is at its latest node."""
         return {self._nodes[id(tensor)]: tensor for tensor in self._alive}
 
     def forget(self) -> None:
@@ -164,7 +164,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _without_history(self, new: fx.Node, old: fx.Node | None) -> fx.Node:
-        """The value of `new` detached; its gradient goes to `old`, the value that it overwrote."""
+        """The value of `new` detached; its gradient goes to `old`, which it overwrote, if any."""
 
         def call(func: Any, *args: fx.Node) -> fx.Node:
             node = self.graph.call_function(func, args)

@@ -107,7 +107,7 @@ def _mixing(
 ) -> Traced:
     outputs: list[Output] = [AsItIs(e) for e in parts.edges]
     inputs = [input_of(e) for e in parts.edges]
-    if not any(i.by_rows for i in inputs):  # x has no influence, but its size is that of time
+    if not any(i.by_rows for i in inputs):  # nothing uses x, but it gives the number of steps
         first = next(n for n in parts.capture.graph.nodes if str(n.target) == "x_0")
         outputs.append(AsItIs(first))
         inputs.append(input_of(first))

@@ -77,7 +77,7 @@ class Watched:
 
     @property
     def tied(self) -> bool:
-        """Whether the step also reads one of these tensors under another name or place."""
+        """Whether the step also reads one of these tensors from another place."""
         return self._look.quick.tied
 
     def is_current(self, step: Any) -> bool:

@@ -2,7 +2,7 @@
 
 Before and after an adjoint, its inputs and the gradients are computed for all times at once: by a
 few matrix products and a dozen pointwise operations between them. Unfused, these operations would
-read and write memory a dozen times; in one kernel, they do once.
+read and write memory a dozen times; in one kernel they do so once.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def scan(
             tensor (N, ...) per drive, and the coefficients unchanged. Returns the new state.
         state: State before the first step, (batch, hidden), or a tuple of them.
         drives: Tensors that change over time, each (batch, time, ...).
-        coefficients: Tensors that do not, of any shape.
+        coefficients: Tensors that stay the same, of any shape.
         solver: See `RNN`.
         backend: See `RNN`.
 

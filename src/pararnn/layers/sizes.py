@@ -95,7 +95,7 @@ class Sizes:
         return bool(self._hidden_size) or _declares(cell)
 
     def learn(self, cell: nn.Module, sizes: tuple[int, ...], is_traced: bool) -> None:
-        """Learn sizes that the user did not give from the cell or from a state.
+        """Learn, from the cell or from a state, the sizes that the user did not give.
 
         Args:
             cell: The cell.

@@ -225,6 +225,23 @@ def test_whole_equals_steps(name, backend):
     assert_same(outcome(steps, rnn.cell, x, state), expected, 1e-12)
 
 
+@pytest.mark.parametrize("time", [1, 9])
+def test_the_state_is_no_part_of_the_outputs(name, backend, time):
+    """Whoever resets a row of the state in place keeps the outputs, and the other way round."""
+    rnn = layer(name, backend)
+    x, state = data(rnn, time=time)
+    calls = [lambda: rnn(x, state), lambda: rnn.step(x[:, 0], state)]
+    calls.append(lambda: rnn(x[:1], None, cu_seqlens=torch.tensor([0, time])))
+    for call in calls:
+        with torch.no_grad():
+            y, last = call()
+            kept = y.clone()
+            for part in split(last):
+                part.zero_()
+            assert torch.equal(y, kept)
+        assert all(p.untyped_storage().nbytes() == p.nbytes for p in split(call()[1]))
+
+
 @pytest.mark.parametrize("chunk", [4, "auto"], ids="chunk={}".format)
 def test_packed_equals_one_by_one(name, backend, chunk):
     rnn = layer(name, backend, chunk=chunk)

@@ -277,7 +277,7 @@ class RNN(nn.Module):
                 parts = call(x_t, parts) if as_tuple else (call(x_t, parts[0]),)
                 outputs.append(parts[0])
         vars(self)["_report"] = len(inputs[0])  # not by nn.Module.__setattr__, which takes 2 us
-        return outputs, parts
+        return outputs, tuple([p.clone() for p in parts])  # a part may be an output, or given
 
     def _evaluate(
         self,
@@ -313,7 +313,8 @@ class RNN(nn.Module):
         y = states[0]
         if len(parts) > len(states):
             y, final = y[..., : self._sizes[0]], final[0].split(self._sizes, -1)
-        return y.to(dtype), tuple([f.to(dtype) for f in final])
+        # copies: with views, writing into y would change the state, which would keep all of y alive
+        return y.to(dtype), tuple([f.to(dtype, copy=True) for f in final])
 
     def plan(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Plan:
         """How a call would be carried out, and why; `print` it.

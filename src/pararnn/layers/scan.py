@@ -80,7 +80,7 @@ def scan(
     names = [int(n.removeprefix("coefficient_")) for n in runner.input_part.names]
     used = [coefficients[i] for i in names]
     states, _ = runner.run(used, drives, torch.stack(parts, 1), None)
-    last = tuple(s[:, -1] for s in states)
+    last = tuple(s[:, -1].clone() for s in states)
     return (tuple(states), last) if isinstance(state, tuple) else (states[0], last[0])
 
 

@@ -214,6 +214,7 @@ def test_second_derivatives_of_autograd(pair):
 def test_operations_that_are_recorded(pair):
     """Who records what a transform does sees all of it."""
     *layers, x, state, resets = pair
+    x, resets = x[:, :3], resets[:, :3]
     other, move, found = torch.randn_like(x), torch.randn_like(x), []
 
     def waves(layer):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 import pararnn
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
+from pararnn.kernels import facts
 from pararnn.kernels.operators import request_of
 
 from . import golden
@@ -37,3 +39,15 @@ def test_the_plan_that_is_shown_is_the_plan_that_runs(cell, shape):
         problem = path.problem(inputs, one.expand(shape[0], step.num_components, 64), None)
         assert path._plan(problem).forward == shown.forward
         assert path._plan(problem, 1).adjoint == shown.adjoint
+
+
+def test_rows_are_planned_for_the_device_that_they_are_on(monkeypatch):
+    """As those of a program that was moved."""
+    rnn, decided, decide = pararnn.RNN(nn.GRUCell(3, 4)), [], facts.decide
+    runner = rnn.runner()
+    inputs = runner.inputs([p.detach() for p in rnn.parameters()], [torch.randn(2, 5, 3)])
+    path = request_of(request_of(runner.request).text()).path
+    monkeypatch.setattr(facts, "decide", lambda *a: decided.append(a[2].device) or decide(*a))
+    with pretend_gpu():
+        path.call("forward", lambda *_: [], inputs, torch.zeros(2, 1, 4), [None])
+    assert decided == ["cuda"]

@@ -92,7 +92,10 @@ class Rows:
             others: Further tensors that it reads.
         """
         tensors, sizes = [*inputs, initial, *others], (*self.sizes(inputs), initial.shape[2])
-        plan = self.planner.plan(*sizes, *self.kinds(inputs, initial))
+        planner, device = self.planner, initial.device
+        if device.type != planner.device.type:  # of a program that was moved
+            planner = replace(planner, device=device)
+        plan = planner.plan(*sizes, *self.kinds(inputs, initial))
         backward = direction == "backward"
         way = plan.adjoint if backward else plan.forward
         try:

@@ -271,3 +271,49 @@ def test_kernels_refuse_whole_numbers_that_they_would_round():
     with pytest.raises(ValueError, match=r"add at .*integers, of which kernels keep 24 bits"):
         RNN(cell, backend="c")(x)
     RNN(cell, backend="c")(x.to(torch.int16))
+
+
+def in_autocast(self, x, h):
+    with torch.autocast(h.device.type, torch.bfloat16):
+        reached = self.rec(h)
+    return torch.tanh(reached.to(h.dtype) + self.lin(x))
+
+
+NARROW = {
+    "state": lambda self, x, h: torch.tanh((self.a * h).half().to(h.dtype) + self.lin(x)),
+    "drive": lambda self, x, h: torch.tanh((self.lin(x).half() * h.half()).to(h.dtype) + self.a),
+    "weight": lambda self, x, h: torch.tanh(
+        (h.bfloat16() @ self.rec.weight.bfloat16()).to(h.dtype) + self.lin(x)
+    ),
+    "float32": lambda self, x, h: torch.tanh((self.lin(x).float() * h.float()).to(h.dtype)),
+    "autocast": in_autocast,
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_narrower_type_in_a_step_rounds_as_it_does_in_the_loop(name, backend, dtype):
+    torch.manual_seed(0)
+    cell = Cell(NARROW[name]).to(dtype)
+    x, state = torch.randn(3, 21, 5, dtype=dtype), random_state(1, 3, 12, dtype=dtype)
+    expected = loop(cell, x, state)[0]
+    for solver in (Newton(chunk=21), Newton(chunk=5)):
+        y = RNN(cell, backend=backend, solver=solver)(x, state)[0]
+        assert_close("y", y, expected, rtol=1e-6 if dtype is torch.float32 else 1e-14)
+
+
+def test_a_step_of_a_half_cell_that_casts_to_the_type_of_its_weights():
+    def step(self, x, h):
+        return torch.tanh(self.rec(h.float().to(self.rec.weight.dtype)) + self.lin(x))
+
+    torch.manual_seed(0)
+    cell = Cell(step).bfloat16()
+    x = torch.randn(3, 21, 5).bfloat16()
+    y = RNN(cell, solver=Newton(chunk=5))(x)[0]
+    expected = loop(cell.float(), x.float(), torch.zeros(3, 12))[0]
+    assert_close("y", y.float(), expected, rtol=0.03)
+
+
+def test_gradient_of_digamma():
+    check(lambda self, x, h: torch.tanh(0.1 * torch.digamma(h.abs() + 1) + self.lin(x)))

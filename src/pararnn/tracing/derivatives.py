@@ -163,6 +163,7 @@ _TORCH: dict[str, Callable[..., Any]] = {
     "log_sigmoid": lambda x: torch.nn.functional.logsigmoid(x),
     "log_sigmoid_backward": lambda g, x: g * torch.sigmoid(-x),
     "clamp": lambda x, low, high: aten.clamp(x, low, high),
+    "polygamma": lambda n, x: torch.polygamma(int(n), x),
     "detach": torch.Tensor.detach,
     "div_floor": functools.partial(torch.div, rounding_mode="floor"),
 }
@@ -196,7 +197,7 @@ def _takes_tensor(node: Expression, position: int) -> bool:
         return not any(isinstance(a, Expression) for a in node.args[1:])
     if node.op == "clamp":
         return position == 0 or any(isinstance(a, Expression) for a in node.args[1:])
-    if node.op in ("add", "sub", "mul", "div"):
+    if node.op in ("add", "sub", "mul", "div", "polygamma"):
         return False
     return position == 0 or node.op in _OF_TENSORS or _is_always_tensor(node.op, position)
 

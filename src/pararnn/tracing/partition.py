@@ -248,29 +248,27 @@ def _copy_nodes(
                 new[node].target = aten.reshape.default
 
 
-def recurrent_module(parts: Partition, results: Sequence[fx.Node] | None = None) -> fx.GraphModule:
-    """The recurrent part as a module `(*state, *edges) -> results`; the new state when None."""
-    inputs = {n: f"state_{i}" for i, n in enumerate(parts.states)}
-    inputs |= {e: f"input_{i}" for i, e in enumerate(parts.edges)}
-    graph, new = copy_graph(parts, parts.recurrent, inputs, parts.states[0])
-    graph.output(tuple(new[r] for r in (parts.results if results is None else results)))
-    graph.eliminate_dead_code()
-    return module_of(graph)
+def module_from(
+    parts: Partition, outputs: Sequence[Output], results: Sequence[fx.Node] | None = None
+) -> fx.GraphModule:
+    """The recurrent part as a module `(*state, *outputs of the input part) -> results`.
 
-
-def module_from(parts: Partition, outputs: Sequence[Output]) -> fx.GraphModule:
-    """The recurrent part as a module `(*state, *outputs of the input part) -> new state`.
-
-    It begins with the operations that turn the outputs back into the edges (`Output.undo`).
+    The results are the new state when None. The module begins with the operations that turn the
+    outputs back into the edges (`Output.undo`).
     """
     graph = fx.Graph()
     new = {n: graph.placeholder(f"state_{i}") for i, n in enumerate(parts.states)}
     inputs = [graph.placeholder(f"input_{i}") for i in range(len(outputs))]
     for given, output in zip(inputs, outputs, strict=True):
         if output.edge not in new:
-            new[output.edge] = output.undo(graph, given)
+            edge = output.undo(graph, given)
+            if _is_narrow(parts, output.edge):
+                kind = {"dtype": output.edge.meta["dtype"]}
+                edge = graph.call_function(aten._to_copy.default, (edge,), kind)
+            new[output.edge] = edge
     needed: set[fx.Node] = set()
-    stack = list(parts.results)
+    results = parts.results if results is None else results
+    stack = list(results)
     while stack:
         node = stack.pop()
         if node not in needed and node not in new and not node.meta.get("is_count"):
@@ -279,7 +277,7 @@ def module_from(parts: Partition, outputs: Sequence[Output]) -> fx.GraphModule:
             stack.extend(node.all_input_nodes)
     body = [n for n in parts.capture.graph.nodes if n in needed]
     _copy_nodes(parts, body, graph, new, new[parts.states[0]])
-    graph.output(tuple(new[r] for r in parts.results))
+    graph.output(tuple(new[r] for r in results))
     graph.eliminate_dead_code()
     return module_of(graph)
 
@@ -335,8 +333,18 @@ def input_part(parts: Partition, outputs: Sequence[Output]) -> InputPart:
     body = [n for n in capture.graph.nodes if n in needed and n.op == "call_function"]
     graph, new = copy_graph(parts, body, inputs, given[0])
     rows = graph.call_function(torch.Tensor.size, (new[given[0]], 0))
-    graph.output(tuple(o.emit(graph, new[o.edge], rows) for o in outputs))
+    values = [o.emit(graph, new[o.edge], rows) for o in outputs]
+    for i, output in enumerate(outputs):
+        if _is_narrow(parts, output.edge):  # states are kept in the type of the drives
+            values[i] = graph.call_function(torch.Tensor.to, (values[i], capture.dtype))
+    graph.output(tuple(values))
     if not rows.users:
         graph.erase_node(rows)
-    values = [capture.constants[str(n.target)] for n in constants]
-    return InputPart([index[n.target] for n in own], values, graph)
+    kept = [capture.constants[str(n.target)] for n in constants]
+    return InputPart([index[n.target] for n in own], kept, graph)
+
+
+def _is_narrow(parts: Partition, edge: fx.Node) -> bool:
+    """Whether the step itself rounds an edge to a type that is narrower than the cell's."""
+    kind = edge.meta["dtype"]
+    return kind.is_floating_point and kind.itemsize < parts.capture.dtype.itemsize

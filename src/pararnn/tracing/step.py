@@ -31,11 +31,11 @@ from pararnn.tracing.partition import (
     module_from,
     module_of,
     partition,
-    recurrent_module,
 )
 from pararnn.tracing.recorder import aten, is_differentiable, record
 
 _SUBJECT = "the derivative of the cell"
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -218,19 +218,20 @@ def step_of(
 ) -> Step:
     """The recurrent part of a split cell as a step, which takes the outputs of the input part.
 
-    What is in half precision becomes float32: inputs, and tensors that the step makes itself.
+    Inputs in half precision become float32. So do the tensors that the step of a cell in half
+    precision makes itself; a wider cell that computes in half precision rounds as it says.
     """
+    captured = parts.capture
 
     def build() -> fx.GraphModule:
         graph = fx.Graph()
         graph.output(graph.graph_copy(module_from(parts, outputs).graph, {}))
-        for node in graph.nodes:
+        for node in graph.nodes if captured.dtype in _HALF else ():
             if node.kwargs.get("dtype") in _HALF:
                 node.kwargs = {**node.kwargs, "dtype": torch.float32}
         return module_of(direct(graph))
 
     inputs = [replace(i, dtype=torch.float32) if i.dtype in _HALF else i for i in inputs]
-    captured = parts.capture
     return Step(
         build,
         tuple(inputs),
@@ -343,9 +344,10 @@ def _recorded_adjoint(of: Step) -> Adjoint:
     captured = Capture(graph, names, {}, count, True, of.hidden, of.dtype, _SUBJECT)
     parts = partition(captured, draw_in=True)
     found = tuple(map(input_of, parts.edges))
-    module, used = _without_unused(recurrent_module(parts, parts.results[:count]), count)
+    edges = [AsItIs(e) for e in parts.edges]
+    module, used = _without_unused(module_from(parts, edges, parts.results[:count]), count)
     return Adjoint(
-        input_part(parts, [AsItIs(e) for e in parts.edges]),
+        input_part(parts, edges),
         tuple(i.by_rows for i in found),
         moving,
         replace(
@@ -356,7 +358,7 @@ def _recorded_adjoint(of: Step) -> Adjoint:
             layout=None,
         ),
         used,
-        recurrent_module(parts, parts.results[count:]),
+        module_from(parts, edges, parts.results[count:]),
     )
 
 

@@ -23,7 +23,7 @@ from pararnn.tracing.partition import (
 )
 from pararnn.tracing.recorder import TraceError, is_differentiable
 from pararnn.tracing.shared import share_weights
-from pararnn.tracing.step import Input, Layout, input_of, step_of
+from pararnn.tracing.step import Input, Layout, in_type, input_of, step_of
 from pararnn.tracing.traced import Traced
 
 
@@ -55,7 +55,7 @@ def trace(
             parts = partition(captured)
             given = tuple(Input(tuple(shape), kind, True) for shape, kind in inputs)
             found = _elementwise_or_not(subject, given, parts, device)
-            _check_rows(found, dtype, device)
+            _check_rows(found, device)
             check_gradients(found, device)
         return found
 
@@ -116,11 +116,7 @@ def _mixing(
     return Traced(subject, given, parts, part, step, reason, device)
 
 
-def _check_rows(
-    traced: Traced,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
+def _check_rows(traced: Traced, device: torch.device) -> None:
     """Check that no row of x or of the state reaches another row.
 
     Marks (`rows_mix`) prove it, even for values that occur rarely, except through operations
@@ -155,9 +151,10 @@ def _check_rows(
                     raise _mixes_x(name)
         if traced.step.recurrence is not None:
             return
-        module = traced.step.module
+        module, wide = traced.step.module, traced.step.dtype
+        given, *moved = (tuple(in_type(i, wide) for i in every) for every in (given, *moved))
         size = (ROWS[0], traced.capture.hidden_size)
-        state = [_random(size, dtype, device) for _ in range(traced.capture.num_components)]
+        state = [_random(size, wide, device) for _ in range(traced.capture.num_components)]
         new = module(*state, *given)
         twice = module(*(torch.cat([s, s]) for s in state), *_doubled(given, traced.step.by_rows))
         if not _are_doubled(new, twice, [True] * len(new)):

@@ -635,3 +635,28 @@ def test_many(changes):
             check(rnn, f"{change} {number}")
     finally:
         restore()
+
+
+def test_a_compiled_function_in_a_step_is_traced_as_it_was_written():
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda a, h: torch.tanh(a * h), backend=backend)
+
+    class Compiled(nn.Module):
+        input_size = hidden_size = 4
+
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.rand(4))
+
+        def forward(self, x, h):
+            return x + function(self.a, h)
+
+    RNN(Compiled(), structure="elementwise")(torch.randn(2, 5, 4))
+    assert not compiled
+    function(torch.ones(5), torch.ones(5))
+    assert compiled  # outside of a trace it is compiled as ever

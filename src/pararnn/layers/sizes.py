@@ -9,6 +9,7 @@ from torch import nn
 
 from pararnn.layers.arguments import describe
 from pararnn.tracing.capture import snapshot
+from pararnn.tracing.modes import uncompiled
 from pararnn.tracing.parametrised import computed, given
 
 _MOST_COMPONENTS = 8
@@ -173,6 +174,7 @@ class Sizes:
                     torch.no_grad(),
                     torch.random.fork_rng([device] if device.type == "cuda" else []),
                     given(cell, computed(cell)),
+                    uncompiled(),
                 ):
                     new = cell(x, zeros if count > 1 else zeros[0])
             except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:

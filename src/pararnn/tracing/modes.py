@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -85,6 +87,35 @@ def without_tools() -> Iterator[None]:
         for hooks, held in before:
             hooks.clear()
             hooks.update(held)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, functions made by `torch.compile` run as they were written, so that all is seen."""
+    if "torch._dynamo" not in sys.modules:  # there is none, and the import takes a second
+        yield
+        return
+    with _EAGER.lock:
+        _EAGER.users += 1
+        if _EAGER.users == 1:
+            _EAGER.stance.enter_context(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _EAGER.lock:
+            _EAGER.users -= 1
+            if _EAGER.users == 0:
+                _EAGER.stance.close()
+
+
+class _Eager:
+    """PyTorch's stance is one for all threads: the first sets it, the last one sets it back."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.stance = threading.Lock(), 0, contextlib.ExitStack()
+
+
+_EAGER = _Eager()
 
 
 def stand_in(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pararnn.tracing.dependencies import group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.gradients import check_gradients
-from pararnn.tracing.modes import stand_in, transformed, untransformed, without_tools
+from pararnn.tracing.modes import stand_in, transformed, uncompiled, untransformed, without_tools
 from pararnn.tracing.partition import (
     AsItIs,
     Output,
@@ -47,7 +47,12 @@ def trace(
     devices = [device] if device.type == "cuda" else []
 
     def traced() -> Traced:
-        with torch.inference_mode(False), torch.random.fork_rng(devices), without_tools():
+        with (
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices),
+            without_tools(),
+            uncompiled(),
+        ):
             captured = capture(
                 subject, inputs, hidden_size, num_components, is_tuple, dtype, device
             )

@@ -217,7 +217,7 @@ def _plan(rnn, given, known=None):
     x = torch.zeros((), dtype=dtype).expand(batch, time, INPUT)
     tensors = [*rnn.cell.parameters(), x]
     return planner.plan(
-        *(batch, time, hidden, dtype),
+        *(torch.device(given.device), batch, time, hidden, dtype),
         itemsize=dtype.itemsize,
         gradients=rnn.num_components,
         tracked=given.train,

@@ -7,7 +7,9 @@ from torch import nn
 import pararnn
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
 from pararnn.kernels import facts
-from pararnn.kernels.operators import request_of
+from pararnn.kernels.operators import register, request_of
+from pararnn.planning.plan import BackendChoice
+from pararnn.tracing.step import step_of_channels
 
 from . import golden
 from .choices import recorded
@@ -51,3 +53,17 @@ def test_rows_are_planned_for_the_device_that_they_are_on(monkeypatch):
     with pretend_gpu():
         path.call("forward", lambda *_: [], inputs, torch.zeros(2, 1, 4), [None])
     assert decided == ["cuda"]
+
+
+@needs_triton
+def test_a_step_without_a_layer_is_planned_for_the_device_that_it_is_on():
+    """As the one that tangents follow, which is known by its expressions alone."""
+    rnn = pararnn.RNN(ParaGRUCell(6, 64))
+    step = rnn.runner().traced.step
+    with pretend_gpu():
+        asked = BackendChoice("triton", "", generated=True)
+        path = request_of(register(step_of_channels(step.recurrence, step.layout), asked)).path
+        inputs = [torch.zeros((2, 4096) * i.by_rows + i.shape) for i in step.inputs]
+        plan = path._plan(path.problem(inputs, torch.zeros(2, 1, 64), None))
+        assert plan.forward == pararnn.RNN(ParaGRUCell(6, 64)).plan((2, 4096, 6)).forward
+    assert plan.forward.launch.chunks > 1

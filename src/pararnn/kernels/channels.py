@@ -56,8 +56,8 @@ class Channels:
         return cls(made, step.layout, planner)
 
     def _plan(self, problem: Problem, gradients: int = 1) -> Plan:
-        sizes = problem.batch, problem.time, problem.hidden
-        return self.planner.plan(*sizes, *_kinds(problem), gradients)
+        device, sizes = problem.initial.device, (problem.batch, problem.time, problem.hidden)
+        return self.planner.plan(device, *sizes, *_kinds(problem), gradients)
 
     def kinds(self, inputs: Sequence[Tensor], initial: Tensor) -> tuple[torch.dtype, int]:
         """See `operators.Path`."""

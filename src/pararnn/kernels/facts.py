@@ -102,13 +102,11 @@ class Planner:
 
     Attributes:
         facts: Of the step; all that its way needs, see `all_facts`.
-        device: Where it runs.
         backend: The chosen backend.
         solver: The user's; None to choose.
     """
 
     facts: Facts
-    device: torch.device
     backend: BackendChoice
     solver: Solver | None
     _known: dict[tuple[Any, ...], Plan] = field(
@@ -120,13 +118,9 @@ class Planner:
         """Whether kernels solve for every channel by itself."""
         return by_channels(self.facts, self.backend)
 
-    @functools.cached_property
-    def machine(self) -> Machine:
-        """Facts of the device."""
-        return machine_of(self.device)
-
     def plan(
         self,
+        device: torch.device,
         batch: int,
         time: int,
         hidden: int,
@@ -139,20 +133,21 @@ class Planner:
     ) -> Plan:
         """How a call is carried out now; see `Call`. A look takes a microsecond, a decision twenty.
 
-        How the states and their adjoints are solved for depends on the first six alone, which are
-        all that an operator knows.
+        How the states and their adjoints are solved for depends on the first seven alone, which are
+        all that an operator knows. The device is that of the tensors: a step that was exported and
+        moved, or is known by its expressions alone, does not know it.
         """
         sizes = batch, time, hidden, kept_in, itemsize, gradients, tracked, elements, may_loop
         rounds = capturing = False
-        if self.machine.device == "cuda":
-            rounds, capturing = _rounds(kept_in), is_capturing(self.device)
+        if device.type == "cuda":
+            rounds, capturing = _rounds(kept_in), is_capturing(device)
         call = *sizes, rounds, capturing, torch.get_num_threads()
-        plan = self._known.get(call)
+        plan = self._known.get((device, call))
         if plan is None:
             if len(self._known) >= _MOST_PLANS:
                 self._known.clear()
-            given = Call(*call), self.machine, self.backend, self.solver
-            plan = self._known[call] = decide(self.facts, *given)
+            given = Call(*call), machine_of(device), self.backend, self.solver
+            plan = self._known[device, call] = decide(self.facts, *given)
         return plan
 
     def without_kernel(self, direction: int, why: str) -> Planner:

@@ -91,7 +91,7 @@ class Request:
     def planner(self) -> Planner:
         """Plans of its calls."""
         facts = all_facts(self.facts, self.step, self.backend)
-        return Planner(facts, self.step.device, self.backend, self.solver)
+        return Planner(facts, self.backend, self.solver)
 
     @functools.cached_property
     def path(self) -> Path:

@@ -92,10 +92,7 @@ class Rows:
             others: Further tensors that it reads.
         """
         tensors, sizes = [*inputs, initial, *others], (*self.sizes(inputs), initial.shape[2])
-        planner, device = self.planner, initial.device
-        if device.type != planner.device.type:  # of a program that was moved
-            planner = replace(planner, device=device)
-        plan = planner.plan(*sizes, *self.kinds(inputs, initial))
+        plan = self.planner.plan(initial.device, *sizes, *self.kinds(inputs, initial))
         backward = direction == "backward"
         way = plan.adjoint if backward else plan.forward
         try:
@@ -205,7 +202,7 @@ def kernels_of(
         initial: Initial states.
     """
     operations = BackendChoice("torch", "", generated=False)  # an example needs no kernels
-    rows = Rows(step, Planner(Facts(), initial.device, operations, None))
+    rows = Rows(step, Planner(Facts(), operations, None))
     chain = rows.forward(inputs, initial, None)
     cut, state = Cut(chain.batch, chain.time, chain.time), chain.initial.unbind(1)
     forward = fused.reason(chain.chunks(cut), state)

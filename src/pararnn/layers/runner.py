@@ -142,8 +142,9 @@ class Runner:
             tensors = [getattr(owner, name) for owner, name in self.owners]
             kinds = self._path.kinds(*self._example(tensors, dtype))
         one = 1  # component with a gradient from outside: the output
+        sizes = batch, time, step.hidden
         return self._planner.plan(
-            batch, time, step.hidden, *kinds, one, tracked, elements, may_loop
+            self.traced.device, *sizes, *kinds, one, tracked, elements, may_loop
         )
 
     def method(self) -> type[Solver]:

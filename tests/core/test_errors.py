@@ -113,6 +113,11 @@ CALLS = {
         ValueError,
         "reset_state has shape (4, 7) but x needs (2, 7)",
     ),
+    "reset_state of another size, without resets": (
+        lambda: layer()(zeros(2, 3, 5), reset_state=(zeros(9), zeros(9))),
+        ValueError,
+        "component 0 of reset_state has shape (2, 9) but x needs (2, 7)",
+    ),
     "reset_state and cu_seqlens": (
         lambda: layer()(
             zeros(1, 3, 5), cu_seqlens=torch.tensor([0, 3]), reset_state=(zeros(7), zeros(7))

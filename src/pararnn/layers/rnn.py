@@ -196,10 +196,11 @@ class RNN(nn.Module):
                 "reset_state is what resets restart from; with cu_seqlens every sequence starts "
                 "from its own row of state."
             )
-        if resets is not None:
+        if resets is not None or reset_state is not None:
             batch = x.shape[0]
             every = map_state(reset_state, lambda s: s.expand(batch, -1) if s.dim() == 1 else s)
-            fresh = self._parts("reset_state", every, batch, x)
+            restarts = self._parts("reset_state", every, batch, x)
+            fresh = () if resets is None else restarts
         if last is None and self._prefers_cell(runner, x, (*parts, *fresh), x.shape[1]):
             one = 1 in x.shape[:2]
             inputs = x.unbind(1) if one else x.transpose(0, 1).contiguous().unbind(0)

@@ -42,6 +42,12 @@ def _in_place(u, w):
     return t
 
 
+def _masked(u, w):
+    t = u * w
+    t[w > 0.3] = 0.25
+    return t
+
+
 OPERATIONS = [
     *_table(
         "real",
@@ -142,6 +148,7 @@ OPERATIONS = [
         mask_where=lambda u, w: torch.where(torch.where(u > 0, w > 0, w < 0.1), u, w),
         masked_fill=lambda u, w: u.masked_fill(w > 0.3, 0.25),
         masked_fill_in_place=lambda u, w: (u * 1.5).masked_fill_(w > 0.3, 0.25),
+        number_where_a_mask_holds=_masked,
         lerp=lambda u, w: torch.lerp(u, w, 0.3),
         lerp_far=lambda u, w: torch.lerp(u, w, 0.8),
         lerp_tensor=lambda u, w: torch.lerp(u, w, torch.sigmoid(u)),

@@ -76,7 +76,25 @@ def over_drives(c, x, h):
     return torch.tanh(h * 0.5 + read.repeat(1, 3, 1).flatten(1) + c.lin(x))
 
 
+def overwritten(c, x, h, mask, value):
+    new = torch.tanh(c.lin(x) + c.a * h) + 0.1 * c.rec(h)
+    new[mask(x, h)] = value(c)
+    return new
+
+
 STEPS = {
+    "a number where a mask holds": functools.partial(
+        overwritten, mask=lambda x, h: h > 0.2, value=lambda c: 0.25
+    ),
+    "a weight where a mask holds": functools.partial(
+        overwritten, mask=lambda x, h: h > 0.2, value=lambda c: c.a[3]
+    ),
+    "rows where a mask of x holds": functools.partial(
+        overwritten, mask=lambda x, h: x[:, 0] > 0.5, value=lambda c: 0.25
+    ),
+    "rows where a mask of the state holds": functools.partial(
+        overwritten, mask=lambda x, h: h.sum(1) > 0, value=lambda c: 0.0
+    ),
     "eye": lambda c, x, h: torch.tanh(
         h @ (c.rec.weight - c.rec.weight.T - 0.1 * torch.eye(12, dtype=h.dtype)) + c.lin(x)
     ),

@@ -145,6 +145,10 @@ class Recorder(TorchDispatchMode):
         elif pure is aten.empty_like.default:  # depends on the shape alone
             kinds = {"dtype": result.dtype, "device": result.device}
             pure, args, kwargs = aten.empty.memory_format, (list(result.shape),), kinds
+        elif pure is aten.index_put.default and _fills_a_mask(*args):
+            # `h[mask] = number`: the gradient of the number would pick entries by the mask
+            mask = self._unsqueezed(args[1][0], args[0].dim(), origin)
+            pure, args, kwargs = aten.where.self, (mask, args[2], args[0]), {}
         given = map_aggregate(args, to_node), map_aggregate(kwargs, to_node)
         node = self.graph.call_function(pure, *given)
         node.meta.update(origin)
@@ -197,6 +201,13 @@ class Recorder(TorchDispatchMode):
         cast = self.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
         cast.meta.update(origin, shape=tuple(tensor.shape), dtype=dtype)
         return cast
+
+    def _unsqueezed(self, tensor: Tensor, dims: int, origin: dict[str, Any]) -> fx.Node:
+        node, shape = self.node_of(tensor), tuple(tensor.shape)
+        while len(shape) < dims:
+            node, shape = self.graph.call_function(aten.unsqueeze.default, (node, -1)), (*shape, 1)
+            node.meta.update(origin, shape=shape, dtype=tensor.dtype)
+        return node
 
     def _without_write(self, func: Any, args: Any, place: tuple[str, int] | None) -> Any:
         """The functional form of `func`, which writes in place; marks other views as outdated.
@@ -279,6 +290,15 @@ def mapped(
     return args, kwargs
 
 
+def _fills_a_mask(
+    tensor: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
+) -> bool:
+    """Whether `index_put` writes one number wherever a mask of the leading axes holds."""
+    mask = indices[0]
+    is_mask = mask is not None and mask.dtype is torch.bool and len(indices) == 1
+    return is_mask and values.dim() == 0 and not accumulate
+
+
 def _same_call(packet: Any, func: Any) -> Any:
     """The overload with the arguments of `func`: pow.Tensor_Scalar for pow_.Scalar."""
     kinds = lambda f: [(str(a.type), a.default_value) for a in f._schema.arguments]  # noqa: E731
@@ -298,7 +318,7 @@ def _find_frames(
     """
     place, inside, line = None, None, 0
     frame = sys._getframe(1).f_back  # None in a thread of autograd
-    while frame is not None:
+    while frame is not None and frame.f_code is not _run.__code__:
         filename = frame.f_code.co_filename
         if place is None and not filename.startswith(LIBRARY):
             place = filename, frame.f_lineno

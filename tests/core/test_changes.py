@@ -660,3 +660,31 @@ def test_a_compiled_function_in_a_step_is_traced_as_it_was_written():
     assert not compiled
     function(torch.ones(5), torch.ones(5))
     assert compiled  # outside of a trace it is compiled as ever
+
+
+class Inner(nn.Module):
+    """A cell with a module inside that `torch.compile` made."""
+
+    input_size, hidden_size = 5, 6
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.compile(nn.GRUCell(5, 6), backend="eager")
+
+    def forward(self, x, h):
+        return self.inner(x, h)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_modules_made_by_the_compiler_inside_a_compiled_layer(whole):
+    torch.manual_seed(0)
+    cell = torch.compile(nn.GRUCell(5, 6), backend="eager") if whole else Inner()
+    rnn, x = RNN(cell, solver=Newton(chunk=3)), torch.randn(2, 7, 5)  # no loop over the cell
+    found = []
+    for layer in (rnn, torch.compile(rnn, fullgraph=True, backend="aot_eager")):
+        y = layer(x)[0]
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [*rnn.parameters()])])
+    assert all(map(torch.equal, *found))
+    with torch.no_grad():
+        next(rnn.parameters()).mul_(2)
+    assert torch.equal(torch.compile(rnn, fullgraph=True, backend="aot_eager")(x)[0], rnn(x)[0])

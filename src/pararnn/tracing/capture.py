@@ -104,9 +104,12 @@ def resolve(cell: nn.Module, name: str) -> Tensor:
 
 
 def owner_of(cell: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the tensor with a qualified name, and the attribute's name there."""
-    prefix, _, attribute = name.rpartition(".")
-    return cell.get_submodule(prefix) if prefix else cell, attribute
+    """The module that holds the tensor with a qualified name, and the attribute's name there.
+
+    A module made by `torch.compile` answers for the one inside, which compiled code sees alone.
+    """
+    *path, attribute = (part for part in name.split(".") if part != "_orig_mod")
+    return cell.get_submodule(".".join(path)), attribute
 
 
 StepFunction = Callable[[dict[str, Tensor], tuple[Tensor, ...], Any], Any]

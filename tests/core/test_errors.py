@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from pararnn import RNN, Newton, scan
+from pararnn import RNN, Newton, ParaGRU, scan
 from pararnn.kernels import facts
 from pararnn.kernels.c import build as c_build
 from pararnn.layers import runner
@@ -96,6 +96,41 @@ CALLS = {
         lambda: layer()(zeros(2, 3, 5), resets=zeros(3, 2, dtype=torch.bool)),
         ValueError,
         "resets has shape (3, 2)",
+    ),
+    "resets laid out unlike x, time first": (
+        lambda: layer(batch_first=False)(zeros(3, 2, 5), resets=zeros(2, 3, dtype=torch.bool)),
+        ValueError,
+        "resets has shape (2, 3) and type torch.bool; pass booleans of shape (3, 2), laid out like",
+    ),
+    "resets laid out unlike x, layers": (
+        lambda: ParaGRU(5, 7)(zeros(3, 2, 5), resets=zeros(2, 3, dtype=torch.bool)),
+        ValueError,
+        "resets has shape (2, 3) and type torch.bool; pass booleans of shape (3, 2), laid out like",
+    ),
+    "resets with a batch axis, single sequence": (
+        lambda: layer()(zeros(3, 5), resets=zeros(1, 3, dtype=torch.bool)),
+        ValueError,
+        "resets has shape (1, 3) and type torch.bool; pass booleans of shape (3,), laid out like x",
+    ),
+    "resets without a batch axis, time first": (
+        lambda: layer(batch_first=False)(zeros(3, 2, 5), resets=zeros(3, dtype=torch.bool)),
+        ValueError,
+        "resets has shape (3,) and type torch.bool; pass booleans of shape (3, 2), laid out like x",
+    ),
+    "resets in a list, layers": (
+        lambda: ParaGRU(5, 7)(zeros(3, 2, 5), resets=[[False] * 2] * 3),
+        TypeError,
+        "resets must be a tensor of booleans, got a list of 3",
+    ),
+    "cu_seqlens of complex numbers": (
+        lambda: layer()(zeros(1, 3, 5), cu_seqlens=torch.tensor([0, 3j])),
+        TypeError,
+        "cu_seqlens must be integers, got torch.complex64",
+    ),
+    "cu_seqlens of booleans": (
+        lambda: layer()(zeros(1, 1, 5), cu_seqlens=torch.tensor([False, True])),
+        TypeError,
+        "cu_seqlens must be integers, got torch.bool",
     ),
     "resets and cu_seqlens": (
         lambda: layer()(

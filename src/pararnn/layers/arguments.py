@@ -85,14 +85,30 @@ def map_state(state: State | None, function: Any) -> State | None:
     return tuple(function(s) for s in state) if isinstance(state, tuple) else function(state)
 
 
+def check_resets(resets: Any, layout: tuple[int, ...], cu_seqlens: Tensor | None) -> None:
+    """Refuse resets that are not booleans in the layout of x, as the user passed it."""
+    if resets is None:
+        return
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets must be a tensor of booleans, got {describe(resets)}.")
+    if cu_seqlens is not None:
+        raise ValueError("pass resets or cu_seqlens, not both.")
+    if resets.dtype is not torch.bool or resets.shape != layout:
+        raise ValueError(
+            f"resets has shape {tuple(resets.shape)} and type {resets.dtype}; pass booleans of "
+            f"shape {tuple(layout)}, laid out like x."
+        )
+
+
 def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     """The number of initial states."""
     if cu_seqlens is None:
         return batch
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got {describe(cu_seqlens)}.")
-    if cu_seqlens.is_floating_point():
-        raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}.")
+    kind = cu_seqlens.dtype
+    if kind.is_floating_point or kind.is_complex or kind is torch.bool:
+        raise TypeError(f"cu_seqlens must be integers, got {kind}.")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; pass boundaries (0, ..., time), one "
@@ -104,7 +120,7 @@ def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
 def starts_of(
     x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Where sequences start and end, after a check of the arguments.
+    """Where sequences start and end, after a check of `cu_seqlens`.
 
     Returns:
         `starts` as in `Problem`; and with `cu_seqlens` the last step of every sequence, -1 for one
@@ -113,14 +129,7 @@ def starts_of(
     if resets is None and cu_seqlens is None:
         return None, None
     batch, time = x.shape[:2]
-    if resets is not None and cu_seqlens is not None:
-        raise ValueError("pass resets or cu_seqlens, not both.")
     if resets is not None:
-        if resets.dtype is not torch.bool or tuple(resets.shape) != (batch, time):
-            raise ValueError(
-                f"resets has shape {tuple(resets.shape)} and type {resets.dtype}; pass booleans of "
-                f"shape ({batch}, {time}), laid out like x."
-            )
         rows = torch.arange(batch, dtype=torch.int32, device=x.device).unsqueeze(1)
         begin = torch.arange(time, device=x.device) == 0
         others = torch.where(begin, rows, -1)

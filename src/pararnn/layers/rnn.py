@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from pararnn.layers.arguments import (
     State,
     check_cell,
+    check_resets,
     check_tensors,
     components_of,
     describe,
@@ -176,10 +177,9 @@ class RNN(nn.Module):
         """
         check_tensors("state", state)
         check_tensors("reset_state", reset_state)
-        if not (resets is None or isinstance(resets, Tensor)):
-            raise TypeError(f"resets must be a tensor of booleans, got {describe(resets)}.")
         runner = self._runner_for(x, state)
         single = x.dim() == runner.feature_axes + 1
+        check_resets(resets, x.shape[: 1 if single else 2], cu_seqlens)
         if single:
             x = x.unsqueeze(0)
             state = map_state(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)

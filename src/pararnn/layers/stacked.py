@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
-from pararnn.layers.arguments import State, num_sequences
+from pararnn.layers.arguments import State, check_resets, num_sequences
 from pararnn.layers.rnn import RNN
 from pararnn.planning.settings import Solver
 
@@ -69,7 +69,7 @@ class StackedRNN(nn.Module):
             states, like `state`.
 
         Raises:
-            TypeError: x or a state is not a tensor, or not the right number of them.
+            TypeError: x, a state or resets are not tensors, or not the right number of them.
             ValueError: Shapes do not fit, or resets are given with a `PackedSequence`.
         """
         if isinstance(x, PackedSequence):
@@ -91,6 +91,7 @@ class StackedRNN(nn.Module):
                 f"x has shape {tuple(x.shape)}; pass {layout}, {self.input_size}), or "
                 f"(time, {self.input_size}) for a single sequence."
             )
+        check_resets(resets, x.shape[:-1], cu_seqlens)
         if single:
             x = x.unsqueeze(0)
             state = _each(state, lambda s: s.unsqueeze(1) if cu_seqlens is None else s)

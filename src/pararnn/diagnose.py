@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from pararnn.layers.rnn import RNN
 from pararnn.layers.runner import Runner
 from pararnn.planning.plan import BackendChoice
 from pararnn.planning.settings import Solver
-from pararnn.solvers.report import SolveReport
+from pararnn.solvers.report import ConvergenceError, SolveReport
 from pararnn.testing.loop import loop
 from pararnn.tracing.capture import resolve, snapshot
 from pararnn.tracing.packed import joined
@@ -36,7 +38,8 @@ class Diagnosis:
         steps: Length of the sequence.
         lyapunov_exponent: Mean growth of a small difference of states, in nats per step, in the
             sequence where it grows fastest. Below 0 the cell forgets: the number of iterations
-            hardly depends on the length. Above 0 it is chaotic: iterations grow with the length.
+            hardly depends on the length. Above 0 it is chaotic, unless its step is linear in the
+            state: iterations grow with the length.
         method: Name of the layer's solver, or of the one chosen for the cell.
         contraction: Largest growth of a tangent over one chunk, a factor, by steps per chunk. It
             is about the largest norm of a chunk's Jacobian.
@@ -110,16 +113,28 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
 
     Raises:
         TypeError: `rnn` is not an `RNN`.
-        ValueError: The layer refuses the shapes.
+        ValueError: The layer refuses the shapes, or x has no sequences.
     """
     if not isinstance(rnn, RNN):
         raise TypeError(
             f"diagnose takes a pararnn.RNN, got {type(rnn).__name__}; wrap a cell as RNN(cell), or "
             "pass one of .layers of a ParaGRU, a ParaLSTM or what parallelize made."
         )
-    rnn(x, state)  # checks the arguments, and learns sizes that the cell does not declare
-    cell = copy.deepcopy(rnn.cell).double()
-    tried = RNN(cell, hidden_size=rnn.sizes, num_components=len(rnn.sizes), solver=rnn.solver)
+    with contextlib.suppress(ConvergenceError):  # which is what a user may want to understand
+        rnn(x, state)  # checks the arguments, and learns sizes that the cell does not declare
+    if not x.numel():
+        raise ValueError(f"x has shape {tuple(x.shape)}; diagnose needs at least one sequence.")
+    with torch.inference_mode(False), torch.enable_grad():
+        found = _diagnosed(rnn, x, state)
+    print(found)
+    return found
+
+
+def _diagnosed(rnn: RNN, x: Tensor, state: Any) -> Diagnosis:
+    cell, solver = copy.deepcopy(rnn.cell).double(), rnn.solver
+    if solver is not None and solver.on_failure != "sequential":
+        solver = replace(solver, on_failure="sequential")
+    tried = RNN(cell, hidden_size=rnn.sizes, num_components=len(rnn.sizes), solver=solver)
     x, first = _batched(rnn, x, state)
     growth = tangent_growth(cell, x, first)
     errors = _errors(tried, x, first)
@@ -135,16 +150,14 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
         *_iterations(tried, runner, method, x, first, snapshot(rnn.cell).dtype),
         *errors,
     )
-    found = replace(found, recommendation=_recommendation(found))
-    print(found)
-    return found
+    return replace(found, recommendation=_recommendation(found))
 
 
 def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
     """Growth of a small difference of states in every step.
 
     The exact Jacobian carries a random tangent along the trajectory; each step rescales it to
-    length 1.
+    length 1. Where a step forgets the state entirely, a new random tangent goes on.
 
     Args:
         cell: `forward(x, state) -> state`.
@@ -158,9 +171,9 @@ def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
     """
     parts = state if isinstance(state, tuple) else (state,)
     generator = torch.Generator(x.device).manual_seed(0)
-    tangents = tuple(
-        torch.randn(p.shape, generator=generator, device=x.device).to(p) for p in parts
-    )
+    drawn = [torch.randn(p.shape, generator=generator, device=x.device).to(p) for p in parts]
+    length = torch.cat(drawn, -1).norm(dim=-1, keepdim=True)
+    start = tangents = tuple(d / length for d in drawn)
     growth = []
     for x_t in x.unbind(1):
 
@@ -169,9 +182,11 @@ def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
 
         new, moved = torch.autograd.functional.jvp(step, parts, tangents)
         parts, moved = (v if isinstance(v, tuple) else (v,) for v in (new, moved))
-        length = torch.cat(moved, -1).norm(dim=-1, keepdim=True).clamp_min(_SMALLEST)
-        growth.append(length.log())
-        tangents = tuple(m / length for m in moved)
+        length = torch.cat(moved, -1).norm(dim=-1, keepdim=True)
+        growth.append(length.clamp_min(_SMALLEST).log())
+        gone = length < _SMALLEST
+        pairs = zip(start, moved, strict=True)
+        tangents = tuple(torch.where(gone, s, m / length) for s, m in pairs)
     return torch.stack(growth[len(growth) // 10 :])
 
 
@@ -187,18 +202,18 @@ def _chunks(time: int) -> list[int]:
 
 
 def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Input (batch, time, ...) and first state, in float64."""
+    """Copies of the input (batch, time, ...) and of the first state, in float64."""
     single = x.dim() == rnn.runner().feature_axes + 1
-    x = x.detach().unsqueeze(0) if single else x.detach()
-    x = x if single or rnn.batch_first else x.transpose(0, 1)
-    x = x.double() if x.is_floating_point() else x
+    x = x.detach().to(torch.float64 if x.is_floating_point() else x.dtype, copy=True)
+    x = x.unsqueeze(0) if single else x if rnn.batch_first else x.transpose(0, 1)
     count = rnn.num_components
     if state is None:
         zeros = tuple(
             torch.zeros(len(x), n, dtype=torch.float64, device=x.device) for n in rnn.sizes
         )
         return x, zeros if count > 1 else zeros[0]
-    parts = [p.detach().double() for p in (state if count > 1 else (state,))]
+    given = state if count > 1 else (state,)
+    parts = [p.detach().to(torch.float64, copy=True) for p in given]
     parts = [p.unsqueeze(0) if p.dim() == 1 else p for p in parts]
     return x, tuple(parts) if count > 1 else parts[0]
 
@@ -260,20 +275,26 @@ def _apart(actual: Tensor, expected: Tensor) -> float:
 
 def _recommendation(found: Diagnosis) -> str:
     """Advice for the user, in words."""
-    chaotic = found.lyapunov_exponent > 0
     if not found.residuals:
         return "The sequence has one step; nothing can be evaluated in parallel."
-    if chaotic:
+    if not math.isfinite(found.lyapunov_exponent + found.value_error):
+        return "The states or their derivatives are not finite: look at x and at the loop's states."
+    grown = found.lyapunov_exponent * found.steps  # in nats
+    most, best = (f(found.iterations, key=found.iterations.__getitem__) for f in (max, min))
+    few = found.iterations[most] <= _FEW
+    if grown > 1 and not few:
         return (
             "The cell is chaotic: small differences grow, so iterations grow with the length. "
             "Rounding errors grow as well: any two evaluations agree to rounding times "
             "exp(exponent * steps). Sequential() costs no more than the loop. Smaller recurrent "
             "weights would make the cell forget."
         )
-    most, best = (f(found.iterations, key=found.iterations.__getitem__) for f in (max, min))
-    if found.iterations[most] <= _FEW:
-        return "The cell forgets, and a few iterations suffice: leave chunk='auto'."
+    words = "The cell forgets" if grown < -1 else "Small differences keep their size"
+    words = "Small differences grow" if grown > 1 else words
+    if few:
+        but = "but" if grown > 1 else "and"
+        return f"{words}, {but} a few iterations suffice: leave chunk='auto'."
     return (
-        f"The cell forgets, but chunks of {most} take {found.iterations[most]} iterations; chunks "
+        f"{words}, but chunks of {most} take {found.iterations[most]} iterations; chunks "
         f"of {best} take {found.iterations[best]}. So leave chunk='auto', which makes long chunks."
     )

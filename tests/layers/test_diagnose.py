@@ -1,6 +1,7 @@
 """`diagnose`: exponents that are known, iterations, agreement, words, plot, mistakes."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -40,6 +41,61 @@ def test_exponent_of_the_logistic_map_is_the_logarithm_of_two():
     assert found.lyapunov_exponent == pytest.approx(math.log(2), rel=0.1)
     assert "iterations grow with the length" in found.recommendation
     assert "agree to rounding times exp(exponent * steps)" in found.recommendation
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_exponent_of_few_steps(steps):
+    found = diagnose(RNN(Map(lambda h: 0.5 * h)), torch.randn(2, steps, 1))
+    assert found.lyapunov_exponent == pytest.approx(math.log(0.5), rel=1e-12)
+
+
+class Restarting(Map):
+    """The logistic map, which starts anew where x is 1."""
+
+    def forward(self, x, h):
+        return (1 - x) * super().forward(x, h) + x * 0.3
+
+
+def test_a_step_that_forgets_all_does_not_hide_what_follows():
+    x = torch.zeros(1, 1500, 1)
+    x[:, 3] = 1
+    found = diagnose(RNN(Restarting(lambda h: 4 * h * (1 - h))), x, torch.full((1, 3), 0.3))
+    assert found.lyapunov_exponent == pytest.approx(math.log(2), rel=0.1)
+    assert "iterations grow with the length" in found.recommendation
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [(1.0, "Small differences keep their size, and a few"), (1.1, "Small differences grow, but")],
+)
+def test_a_linear_cell_is_never_chaotic(factor, words):
+    found = diagnose(RNN(Map(lambda h: factor * h)), torch.randn(2, 100, 1))
+    assert found.recommendation.startswith(words)
+
+
+def test_states_that_are_not_finite_are_told():
+    found = diagnose(RNN(Map(lambda h: 0.5 * h)), torch.full((2, 30, 1), math.nan))
+    assert "not finite" in found.recommendation
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_where_gradients_are_off(mode, dtype):
+    with mode():
+        rnn = RNN(cells.ParaGRUCell(4, 6).to(dtype))
+        found = diagnose(rnn, torch.randn(2, 30, 4, dtype=dtype), torch.randn(2, 6, dtype=dtype))
+    assert 0 < found.gradient_error < 1e-12
+
+
+@pytest.mark.parametrize("reaction", ["raise", "warn"])
+def test_a_layer_that_does_not_converge(reaction):
+    """As the message of `ConvergenceError` advises."""
+    solver = Newton(chunk=1, max_iterations=1, on_failure=reaction)
+    rnn = RNN(cells.ParaGRUCell(4, 6), solver=solver)
+    with pytest.warns() if reaction == "warn" else nullcontext():
+        found = diagnose(rnn, torch.randn(2, 30, 4))
+    assert 1 < found.iterations[1] < 10
+    assert found.value_error < 1e-12
 
 
 def test_report_of_a_layer(tmp_path, capsys):
@@ -114,3 +170,5 @@ def test_mistakes():
         diagnose(parallelize(nn.GRU(4, 6)), torch.randn(2, 5, 4))
     with pytest.raises(ValueError, match="x has shape"):
         diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(2, 5, 3))
+    with pytest.raises(ValueError, match=r"x has shape \(0, 5, 4\); .* at least one sequence"):
+        diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(0, 5, 4))

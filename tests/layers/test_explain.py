@@ -92,6 +92,27 @@ def test_values_that_a_function_returns_have_the_names_of_their_variables(capsys
     capsys.readouterr()
 
 
+class Reassigned(Leaky):
+    """Gives one name to several values, and uses the first after the second."""
+
+    def forward(self, x, h):
+        gate = self.decay * h
+        kept = torch.cos(gate)
+        gate = torch.sin(gate)
+        h = gate + self.project(x).chunk(2, -1)[0]
+        return torch.tanh(h) * kept
+
+
+def test_values_of_one_variable_have_names_of_their_own(capsys):
+    *lines, last = pararnn.explain(pararnn.RNN(Reassigned(4, 6), backend="torch")).equations
+    assert "gate = decay * h" in lines
+    assert "gate_2 = sin(gate)" in lines
+    assert "kept = cos(gate)" in lines
+    assert any(line.startswith("h_2 = gate_2 + ") for line in lines)
+    assert last == "h' = tanh(h_2) * kept"
+    capsys.readouterr()
+
+
 def test_a_cell_whose_last_line_is_a_function_of_its_own(capsys):
     class Swapped(Leaky):
         num_components = 2

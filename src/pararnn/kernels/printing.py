@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 
 from pararnn.kernels.lowering import lower
 from pararnn.tracing.derivatives import Recurrence
@@ -167,14 +168,26 @@ def pair(i: int, j: int) -> str:
 
 def equations(recurrence: Recurrence) -> list[str]:
     """The step as mathematics, one line per named intermediate value and component."""
-    names = dict(recurrence.names)
-    lines = [
-        f"{names[e]} = {formula(e, names)}"
-        for e in topological(recurrence.step)
-        if e in names and e.op not in LEAVES
-    ]
-    for i, root in enumerate(recurrence.step):
-        new = f"{names.get(leaf('state', i), f'state{i}')}'"
+    given = recurrence.names
+    news = [f"{given.get(leaf('state', i), f'state{i}')}'" for i in range(len(recurrence.step))]
+    names = {e: name for e, name in given.items() if e.op in LEAVES}
+    taken = {*names.values(), *news}
+    lines = []
+    for e in topological(recurrence.step):
+        if e in given and e.op not in LEAVES:
+            names[e] = given[e]
+            if (e, given[e]) not in zip(recurrence.step, news, strict=True):
+                names[e] = _unlike(given[e].removesuffix("'"), taken)
+            lines.append(f"{names[e]} = {formula(e, names)}")
+    for root, new in zip(recurrence.step, news, strict=True):
         if not isinstance(root, Expression) or names.get(root) != new:
             lines.append(f"{new} = {formula(root, names)}")
     return lines
+
+
+def _unlike(name: str, taken: set[str]) -> str:
+    """The name, with a number behind where another value has it; it is taken from then on."""
+    numbered = (f"{name}_{i}" for i in count(2))
+    new = next(n for n in chain([name], numbered) if n not in taken)
+    taken.add(new)
+    return new

@@ -112,6 +112,9 @@ class Planner:
     _known: dict[tuple[Any, ...], Plan] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
+    _machines: dict[torch.device, Machine] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     @functools.cached_property
     def by_channels(self) -> bool:
@@ -146,7 +149,9 @@ class Planner:
         if plan is None:
             if len(self._known) >= _MOST_PLANS:
                 self._known.clear()
-            given = Call(*call), machine_of(device), self.backend, self.solver
+            if device not in self._machines:
+                self._machines[device] = machine_of(device)  # takes longer than a decision
+            given = Call(*call), self._machines[device], self.backend, self.solver
             plan = self._known[device, call] = decide(self.facts, *given)
         return plan
 

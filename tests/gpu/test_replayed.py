@@ -142,7 +142,7 @@ def test_many_shapes_are_not_captured():
     assert not cached._known
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a device that is not the current one")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 @pytest.mark.parametrize("name", CELLS)
 def test_another_device_than_the_current_one(replays, name):
     rnn = RNN(CELLS[name](6, 16)).to("cuda:1")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pararnn.layers.arguments import batched, by_row, map_state
 from pararnn.layers.rnn import RNN
 from pararnn.layers.runner import Runner
 from pararnn.planning.plan import BackendChoice
@@ -20,7 +22,6 @@ from pararnn.planning.settings import Solver
 from pararnn.solvers.report import ConvergenceError, SolveReport
 from pararnn.testing.loop import loop
 from pararnn.tracing.capture import resolve, snapshot
-from pararnn.tracing.packed import joined
 
 _MOST_ITERATIONS = 10
 _CHUNKS = (1, 8, 64)  # steps per chunk
@@ -134,7 +135,7 @@ def _diagnosed(rnn: RNN, x: Tensor, state: Any) -> Diagnosis:
     cell, solver = copy.deepcopy(rnn.cell).double(), rnn.solver
     if solver is not None and solver.on_failure != "sequential":
         solver = replace(solver, on_failure="sequential")
-    tried = RNN(cell, hidden_size=rnn.sizes, num_components=len(rnn.sizes), solver=solver)
+    tried = RNN(cell, state_shape=rnn.state_shapes, solver=solver)
     x, first = _batched(rnn, x, state)
     growth = tangent_growth(cell, x, first)
     errors = _errors(tried, x, first)
@@ -162,7 +163,7 @@ def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
     Args:
         cell: `forward(x, state) -> state`.
         x: Inputs, (batch, time, *features).
-        state: State before the first step, (batch, hidden_size), or a tuple of them.
+        state: State before the first step, (batch, *state_shape), or a tuple of such tensors.
 
     Returns:
         Logarithms of the growth factors, in nats, (steps, batch), without the first tenth of steps.
@@ -172,8 +173,8 @@ def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
     parts = state if isinstance(state, tuple) else (state,)
     generator = torch.Generator(x.device).manual_seed(0)
     drawn = [torch.randn(p.shape, generator=generator, device=x.device).to(p) for p in parts]
-    length = torch.cat(drawn, -1).norm(dim=-1, keepdim=True)
-    start = tangents = tuple(d / length for d in drawn)
+    length = _lengths(drawn)
+    start = tangents = tuple(d / by_row(length, d) for d in drawn)
     growth = []
     for x_t in x.unbind(1):
 
@@ -182,12 +183,17 @@ def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
 
         new, moved = torch.autograd.functional.jvp(step, parts, tangents)
         parts, moved = (v if isinstance(v, tuple) else (v,) for v in (new, moved))
-        length = torch.cat(moved, -1).norm(dim=-1, keepdim=True)
+        length = _lengths(moved)
         growth.append(length.clamp_min(_SMALLEST).log())
         gone = length < _SMALLEST
         pairs = zip(start, moved, strict=True)
-        tangents = tuple(torch.where(gone, s, m / length) for s, m in pairs)
+        tangents = tuple(torch.where(by_row(gone, s), s, m / by_row(length, m)) for s, m in pairs)
     return torch.stack(growth[len(growth) // 10 :])
+
+
+def _lengths(parts: Sequence[Tensor]) -> Tensor:
+    """The length of each row, (batch,), over all tensors."""
+    return torch.cat([part.flatten(1) for part in parts], -1).norm(dim=-1)
 
 
 def _most_growth(growth: Tensor, steps: int) -> float:
@@ -209,13 +215,11 @@ def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     count = rnn.num_components
     if state is None:
         zeros = tuple(
-            torch.zeros(len(x), n, dtype=torch.float64, device=x.device) for n in rnn.sizes
+            torch.zeros(len(x), *s, dtype=torch.float64, device=x.device) for s in rnn.state_shapes
         )
         return x, zeros if count > 1 else zeros[0]
-    given = state if count > 1 else (state,)
-    parts = [p.detach().to(torch.float64, copy=True) for p in given]
-    parts = [p.unsqueeze(0) if p.dim() == 1 else p for p in parts]
-    return x, tuple(parts) if count > 1 else parts[0]
+    state = batched(state, rnn.state_shapes)
+    return x, map_state(state, lambda s: s.detach().to(torch.float64, copy=True))
 
 
 def _iterations(
@@ -228,7 +232,7 @@ def _iterations(
 ) -> tuple[dict[int, list[float]], dict[int, int]]:
     """Residuals after each iteration, and iterations to the layer's tolerance, by chunk length."""
     parts = state if isinstance(state, tuple) else (state,)
-    first = joined(parts, runner.traced.capture.num_components)
+    first = runner.traced.packing.join(parts)
     tensors = [resolve(rnn.cell, name) for name in runner.traced.input_part.names]
     choice = BackendChoice("torch", "")
 
@@ -236,7 +240,7 @@ def _iterations(
         solver = method(**settings)
         tried = Runner(runner.traced, choice, solver, functools.partial(resolve, rnn.cell))
         with torch.no_grad():
-            _, values = tried.run(tensors, [x], first, None)
+            *_, values = tried.run(tensors, [x], first, None)
         assert values is not None
         return SolveReport(values)
 

@@ -71,7 +71,7 @@ def test_equals_the_loop(case, solver, with_resets):
     options = {"resets": resets, "reset_state": fresh if with_resets else None}
     rnn = pararnn.RNN(cell, solver=SOLVERS[solver])
     found, expected = rnn(x, state, **options), loop(cell, x, state, **options)
-    assert rnn.sizes == tuple(s.shape[1] for s in state)
+    assert rnn.state_shapes == tuple(s.shape[1:] for s in state)
     inputs = [x, *state, *(fresh if with_resets else ()), *cell.parameters()]
     flat = [(y, *last) for y, last in (found, expected)]
     cotangents = [torch.randn_like(t) for t in flat[0]]
@@ -114,7 +114,7 @@ def test_sizes_are_said_or_found():
     cell.hidden_size = 8
     for rnn in (pararnn.RNN(cell), pararnn.RNN(cell, hidden_size=(8, 4))):
         assert torch.equal(rnn(x, state)[0], expected)
-        assert (rnn.hidden_size, rnn.num_components, rnn.sizes) == (8, 2, (8, 4))
+        assert (rnn.hidden_size, rnn.num_components, rnn.state_shapes) == (8, 2, ((8,), (4,)))
         assert torch.equal(copy.deepcopy(rnn)(x, state)[0], expected)
         assert rnn(x[0])[1][1].shape == (4,)
     compiled = torch.compile(pararnn.RNN(cell), backend="eager", fullgraph=True)
@@ -136,7 +136,7 @@ def test_mistakes():
     rnn = pararnn.RNN(Rssm(8))
     with pytest.raises(ValueError, match=r"2 components had 8 channels each; if they differ, set"):
         rnn(x)
-    with pytest.raises(ValueError, match=r"Its state had components of 8 and 5 channels"):
+    with pytest.raises(ValueError, match=r"Its state had tensors of shape \(N, 8\) and \(N, 5\)"):
         rnn(x, zeros(8, 5))
     assert rnn(x, zeros(8, 4))[0].shape == (2, 9, 8)
     with pytest.raises(
@@ -149,5 +149,7 @@ def test_mistakes():
         rnn(x, zeros(8)[0])
     with pytest.raises(ValueError, match=r"hidden_size is \(8, 4, 3\) for 2 components; give"):
         pararnn.RNN(Rssm((8, 4, 3)))
-    with pytest.raises(ValueError, match="returned component 1 with 5 channels for one of 4"):
+    with pytest.raises(
+        ValueError, match=r"component 1 of shape \(3, 5\) for one of shape \(3, 4\)"
+    ):
         pararnn.RNN(Rssm(latent=5))

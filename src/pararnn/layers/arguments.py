@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,34 @@ def check_real(name: str, part: Tensor) -> None:
         )
 
 
-def sizes_of(state: State | None) -> tuple[int, ...]:
-    """Channels of a state's components; numbers also where the compiler has symbols for them."""
+def shapes_of(state: State | None, single: bool) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a state's tensors without the batch; numbers also where the compiler has symbols.
+
+    Args:
+        state: The state.
+        single: Whether it may be that of a single sequence, without a batch axis.
+    """
     parts = state if isinstance(state, tuple) else () if state is None else (state,)
-    return tuple([operator.index(part.shape[-1]) if part.dim() else 1 for part in parts])
+    shapes = [tuple([operator.index(n) for n in part.shape]) for part in parts]
+    if single and not (all(len(s) > 1 and s[0] == 1 for s in shapes)):
+        return tuple(shapes)
+    return tuple([s[1:] if len(s) > 1 else s for s in shapes])
+
+
+def batched(state: State | None, shapes: Sequence[tuple[int, ...]]) -> State | None:
+    """The state of a single sequence with a batch axis; one that has it already is left as it is.
+
+    Args:
+        state: The state.
+        shapes: Of its tensors, without the batch.
+    """
+    if state is None:
+        return None
+    parts = state if isinstance(state, tuple) else (state,)
+    if len(parts) == len(shapes):
+        pairs = zip(parts, shapes, strict=True)
+        parts = tuple([p.unsqueeze(0) if p.dim() == len(shape) else p for p, shape in pairs])
+    return parts if isinstance(state, tuple) else parts[0]
 
 
 def sizes_in(name: str, shape: Any) -> tuple[int, ...]:
@@ -83,6 +107,11 @@ def map_state(state: State | None, function: Any) -> State | None:
     if state is None:
         return None
     return tuple(function(s) for s in state) if isinstance(state, tuple) else function(state)
+
+
+def by_row(rows: Tensor, like: Tensor) -> Tensor:
+    """Values of rows, shape (rows,), as (rows, 1, ...) with the axes of another tensor."""
+    return rows.view(-1, *[1] * (like.dim() - 1))
 
 
 def check_resets(resets: Any, layout: tuple[int, ...], cu_seqlens: Tensor | None) -> None:
@@ -154,7 +183,7 @@ def components_of(
     state: State | None,
     rows: int,
     x: Tensor,
-    sizes: tuple[int, ...],
+    shapes: tuple[tuple[int, ...], ...],
     dtype_of: Callable[[], torch.dtype],
 ) -> tuple[Tensor, ...]:
     """The components of a state, after a check; zeros if there is no state.
@@ -164,31 +193,32 @@ def components_of(
         state: The state.
         rows: Rows that it must have.
         x: The input.
-        sizes: Channels of every component.
+        shapes: Of every component, without the rows.
         dtype_of: The type of zeros where x has whole numbers.
     """
-    count = len(sizes)
+    count = len(shapes)
     if state is None:
         dtype = x.dtype if x.is_floating_point() else dtype_of()
-        first, device = sizes[0], x.device
-        zero = torch.zeros(rows, first, dtype=dtype, device=device)
-        if sizes.count(first) == count:
+        first, device = shapes[0], x.device
+        zero = torch.zeros(rows, *first, dtype=dtype, device=device)
+        if shapes.count(first) == count:
             return (zero,) * count
-        return tuple([torch.zeros(rows, n, dtype=dtype, device=device) for n in sizes])
+        return tuple([torch.zeros(rows, *s, dtype=dtype, device=device) for s in shapes])
     parts = state if isinstance(state, tuple) else (state,)
     if len(parts) != count or isinstance(state, tuple) != (count > 1):
         wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
-        shapes = " and ".join(f"({rows}, {size})" for size in dict.fromkeys(sizes))
+        shown = " and ".join(shape_of(rows, *shape) for shape in dict.fromkeys(shapes))
         seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
-        raise ValueError(f"{name} must be {wanted} of shape {shapes}, got {seen}.")
-    for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-        fits = part.dim() == 2 and part.shape[0] == rows and part.shape[1] == size
+        raise ValueError(f"{name} must be {wanted} of shape {shown}, got {seen}.")
+    for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+        fits = part.dim() == len(shape) + 1 and part.shape[0] == rows and part.shape[1:] == shape
         if not fits or part.is_complex():
             which = name if count == 1 else f"component {i} of {name}"
             check_real(which, part)
+            last = "hidden_size" if len(shape) == 1 else "*state_shape"
             raise ValueError(
-                f"{which} has shape {tuple(part.shape)} but x needs ({rows}, {size}); pass "
-                "(rows, hidden_size), or None for zeros."
+                f"{which} has shape {tuple(part.shape)} but x needs {shape_of(rows, *shape)}; pass "
+                f"(rows, {last}), or None for zeros."
             )
         if part.device != x.device:
             raise ValueError(f"{name} is on {part.device} but x is on {x.device}; move one.")

@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 
 from pararnn.layers.arguments import (
     State,
+    batched,
+    by_row,
     check_cell,
     check_resets,
     check_tensors,
@@ -25,8 +27,8 @@ from pararnn.layers.arguments import (
     map_state,
     num_sequences,
     shape_of,
+    shapes_of,
     sizes_in,
-    sizes_of,
     starts_of,
 )
 from pararnn.layers.compiled import valid_while_same
@@ -37,9 +39,16 @@ from pararnn.planning.plan import Plan, check_name
 from pararnn.planning.settings import Solver
 from pararnn.solvers.report import SolveReport
 from pararnn.solvers.shooting import sequential_report
-from pararnn.tracing.capture import Snapshot, cell_subject, owner_of, resolve, snapshot
+from pararnn.tracing.capture import (
+    Snapshot,
+    cell_subject,
+    owner_of,
+    readout_of,
+    resolve,
+    snapshot,
+)
 from pararnn.tracing.modes import autocasts, forward_of, transformed
-from pararnn.tracing.packed import joined, side_by_side
+from pararnn.tracing.packed import Shape
 from pararnn.tracing.parametrised import computed_once
 from pararnn.tracing.structure import trace
 from pararnn.tracing.traced import Traced
@@ -56,11 +65,15 @@ class RNN(nn.Module):
 
     Args:
         cell: Module with `forward(x, state) -> state`, as `nn.GRUCell`: `x` (N, *features), state a
-            tensor (N, hidden_size) or a tuple of them, the output first.
-        hidden_size: Channels of each component, or a tuple of them where they differ;
-            `cell.hidden_size` when None.
+            tensor (N, *state_shape) or a tuple of them. With a method `readout(x, state) -> y` the
+            layer hands out y (N, ...), of the state after the step; else the first tensor of the
+            state.
+        hidden_size: Short for `state_shape=(hidden_size,)` of each tensor, or a tuple of sizes
+            where they differ; `cell.hidden_size` when None.
         num_components: Tensors in the state; `cell.num_components` when None, and without that
             found by trying.
+        state_shape: Shape of the state without the batch, or a tuple of the shapes of its tensors;
+            `cell.state_shape` when None.
         batch_first: x is (batch, time, *features), else (time, batch, *features).
         solver: How to solve: `Newton`, `QuasiNewton`, `Picard`, `Jacobi` or `Sequential`; None to
             choose from structure, shape and device.
@@ -87,6 +100,7 @@ class RNN(nn.Module):
         *,
         hidden_size: int | tuple[int, ...] | None = None,
         num_components: int | None = None,
+        state_shape: Shape | tuple[Shape, ...] | None = None,
         batch_first: bool = True,
         solver: Solver | None = None,
         backend: str = "auto",
@@ -107,8 +121,8 @@ class RNN(nn.Module):
         self.solver = solver
         self.backend = backend
         self.structure = structure
-        self._known = Sizes(hidden_size, num_components)
-        self._sizes: tuple[int, ...] = ()  # of the components of what is traced
+        self._known = Sizes(hidden_size, num_components, state_shape)
+        self._shapes: tuple[Shape, ...] = ()  # of the state of what is traced
         check_name(backend)
         self._runner: Runner | None = None
         self._signature: tuple[object, ...] = ()
@@ -123,8 +137,8 @@ class RNN(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the first component of the state, which is the output."""
-        return self._known.hidden_size(self.cell)
+        """Entries of the first tensor of the state."""
+        return math.prod(self.state_shapes[0])
 
     @property
     def num_components(self) -> int:
@@ -132,9 +146,22 @@ class RNN(nn.Module):
         return self._known.num_components(self.cell)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Channels of every component of the state."""
+    def state_shapes(self) -> tuple[Shape, ...]:
+        """The shape of every tensor in the state, without the batch."""
         return self._known.of(self.cell)
+
+    @property
+    def output_shape(self) -> Shape:
+        """The shape of an output, without batch and time.
+
+        Raises:
+            TypeError: It is known only after a first call.
+        """
+        if readout_of(self.cell) is None:
+            return self.state_shapes[0]
+        readout = self.runner().traced.readout
+        assert readout is not None
+        return readout.shape
 
     @property
     def report(self) -> SolveReport | None:
@@ -158,19 +185,20 @@ class RNN(nn.Module):
         Args:
             x: Inputs, (batch, time, *features), or (time, batch, *features) without `batch_first`,
                 or (time, *features) for a single sequence.
-            state: State before the first step: (batch, hidden_size), or a tuple of them, which may
-                differ in size; without batch axis for a single sequence; zeros when None.
+            state: State before the first step: (batch, *state_shape), or a tuple of such tensors;
+                without batch axis for a single sequence; zeros when None.
             resets: Boolean, (batch, time) laid out like x: where true, the state before this step
                 is `reset_state`, at the first step too.
             cu_seqlens: Boundaries (0, ..., time) of sequences packed one after another into x of
                 batch 1; `state` then has one row per sequence, and so has the returned state. A
                 sequence may have no steps: its state stays as it is.
-            reset_state: What resets restart from, like `state`, or (hidden_size,) for all
+            reset_state: What resets restart from, like `state`, or without batch axis for all
                 sequences; zeros when None.
 
         Returns:
-            The outputs (the state's first component) at all times, laid out like x, and the state
-            after the last step, like `state`. Both have the type of x.
+            The outputs at all times, laid out like x: what the cell's `readout` returns, or without
+            one the first tensor of the state. And the state after the last step, like `state`. Both
+            have the type of x.
 
         Gradients: exact at the solution; they reach x, `state`, `reset_state` (the sum over all
             restarts) and the cell's parameters.
@@ -182,7 +210,7 @@ class RNN(nn.Module):
         check_resets(resets, x.shape[: 1 if single else 2], cu_seqlens)
         if single:
             x = x.unsqueeze(0)
-            state = map_state(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
+            state = batched(state, self._shapes)
             resets = None if resets is None else resets.unsqueeze(0)
         elif not self.batch_first:
             x = x.transpose(0, 1)
@@ -198,7 +226,8 @@ class RNN(nn.Module):
             )
         if resets is not None or reset_state is not None:
             batch = x.shape[0]
-            every = map_state(reset_state, lambda s: s.expand(batch, -1) if s.dim() == 1 else s)
+            every = batched(reset_state, self._shapes)
+            every = map_state(every, lambda s: s.expand(batch, *s.shape[1:]) if len(s) == 1 else s)
             restarts = self._parts("reset_state", every, batch, x)
             fresh = () if resets is None else restarts
         if last is None and self._prefers_cell(runner, x, (*parts, *fresh), x.shape[1]):
@@ -232,7 +261,7 @@ class RNN(nn.Module):
         single = x_t.dim() == runner.feature_axes
         if single:
             x_t = x_t.unsqueeze(0)
-            state = map_state(state, lambda s: s.unsqueeze(0) if s.dim() == 1 else s)
+            state = batched(state, self._shapes)
         parts = self._parts("state", state, x_t.shape[0], x_t)
         if self._prefers_cell(runner, x_t, parts, 1):
             (y,), final = self._run_cell(runner, [x_t], parts)
@@ -267,16 +296,19 @@ class RNN(nn.Module):
         """Outputs of the cell itself for every time, and the components after the last."""
         as_tuple, outputs = len(parts) > 1, []
         cell: Any = self._modules["cell"]
-        call = forward_of(cell) if len(inputs) > 1 else cell
-        begins = None if resets is None else resets.to(parts[0].device).unsqueeze(-1).unbind(1)
+        call, readout = forward_of(cell) if len(inputs) > 1 else cell, readout_of(cell)
+        begins = None if resets is None else resets.to(parts[0].device).unbind(1)
         with computed_once() if self._is_parametrised else _AS_IT_IS:
             for t, x_t in enumerate(inputs):
                 if begins is not None:
                     pairs = zip(fresh, parts, strict=True)
-                    parts = tuple(torch.where(begins[t], f, p) for f, p in pairs)
+                    parts = tuple(torch.where(by_row(begins[t], p), f, p) for f, p in pairs)
                 parts = tuple(map(Tensor.contiguous, parts))  # as when it was traced
                 parts = call(x_t, parts) if as_tuple else (call(x_t, parts[0]),)
-                outputs.append(parts[0])
+                if readout is None:
+                    outputs.append(parts[0])
+                else:
+                    outputs.append(readout(x_t, parts if as_tuple else parts[0]))
         vars(self)["_report"] = len(inputs[0])  # not by nn.Module.__setattr__, which takes 2 us
         return outputs, tuple([p.clone() for p in parts])  # a part may be an output, or given
 
@@ -289,7 +321,8 @@ class RNN(nn.Module):
         last: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs for x (batch, time, *features), and the components after the last steps."""
-        first = joined(parts, runner.traced.capture.num_components)
+        packing = runner.traced.packing
+        first = packing.join(parts)
         names = runner.traced.input_part.names
         if torch.compiler.is_compiling():
             tensors = [resolve(self.cell, name) for name in names]
@@ -297,7 +330,7 @@ class RNN(nn.Module):
             with computed_once() if self._is_parametrised else _AS_IT_IS:
                 tensors = [getattr(owner, name) for owner, name in runner.owners]
         try:
-            states, report = runner.run(tensors, [x], first, starts)
+            y, states, report = runner.run(tensors, [x], first, starts)
         except RuntimeError as error:
             self._refuse_types(error, x.dtype)
             raise
@@ -311,11 +344,11 @@ class RNN(nn.Module):
         else:  # a sequence without steps ends where it began
             pairs = zip(states, first.unbind(1), strict=True)
             final = [torch.where((last < 0).unsqueeze(1), p, s[0, last]) for s, p in pairs]
-        y = states[0]
-        if len(parts) > len(states):
-            y, final = y[..., : self._sizes[0]], final[0].split(self._sizes, -1)
+        if y is None:
+            y = packing.split(states)[0]
         # copies: with views, writing into y would change the state, which would keep all of y alive
-        return y.to(dtype), tuple([f.to(dtype, copy=True) for f in final])
+        parts = packing.split([f.to(dtype, copy=True) for f in final])
+        return y.to(dtype), tuple([p.contiguous() for p in parts])
 
     def plan(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Plan:
         """How a call would be carried out, and why; `print` it.
@@ -413,13 +446,15 @@ class RNN(nn.Module):
         if torch.compiler.is_compiling():
             if not self._is_traced(x.dtype):
                 features = tuple([operator.index(n) for n in x.shape[1 if step else 2 :]])
-                self._trace_for_compiler(features, x.dtype, x.device, sizes_of(state))
+                shapes = shapes_of(state, self._is_single(x, step))
+                self._trace_for_compiler(features, x.dtype, x.device, shapes)
             self._get_ready()
             assert self._runner is not None
             return self._runner
         runner = self._runner
         if runner is None or not self._is_as_before(runner, x, step):
-            self._known.learn(self.cell, sizes_of(state), self._runner is not None)
+            shapes = shapes_of(state, self._is_single(x, step))
+            self._known.learn(self.cell, shapes, self._runner is not None)
             features, now = self._features(x, step), snapshot(self.cell)
             runner = self._prepare(features, x.dtype, x.device, now)
         if not runner.is_ready:
@@ -450,10 +485,10 @@ class RNN(nn.Module):
         features: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        sizes: tuple[int, ...],
+        shapes: tuple[Shape, ...],
     ) -> bool:
         """Trace a cell that has changed, or whose input size was not known before."""
-        self._known.learn(self.cell, sizes, self._runner is not None)
+        self._known.learn(self.cell, shapes, self._runner is not None)
         input_size = getattr(self.cell, "input_size", None)
         known = (input_size,) if isinstance(input_size, int) else features
         now = snapshot(self.cell)
@@ -493,6 +528,11 @@ class RNN(nn.Module):
             and self._is_current()
             and self._runner is runner  # of these, whatever other threads do
         )
+
+    def _is_single(self, x: Tensor, step: bool) -> bool:
+        """Whether x is a single sequence or, with `step`, one input without a batch."""
+        known = isinstance(getattr(self.cell, "input_size", None), int)
+        return known and x.dim() == (1 if step else 2)
 
     def _features(self, x: Tensor, step: bool) -> tuple[int, ...]:
         """The shape of one input, after a check of x: a sequence, or with `step` one time."""
@@ -537,7 +577,7 @@ class RNN(nn.Module):
         signature = (features, now.dtype, device, kind, self.backend, self.solver)
         self._known.find_components(self.cell, features, kind or now.dtype)
         kept, change = self._traces.find(self.cell, *signature)
-        if kept is None or kept.sizes != self.sizes:
+        if kept is None or kept.shapes != self.state_shapes:
             if change is not None:
                 self._annealed.note(type(self.cell).__name__, change)
             kept = self._traced(signature)
@@ -550,25 +590,22 @@ class RNN(nn.Module):
         with _SWITCHING:
             self._watched = None  # so that other threads check for themselves until all is set
             self._latest, self._is_parametrised = (dtype, kept.signature[2]), kept.is_parametrised
-            self._signature, self._sizes, self._runner, self._watched = kept[:4]
+            self._signature, self._shapes, self._runner, self._watched = kept[:4]
 
     def _traced(self, signature: tuple[Any, ...]) -> Kept:
         """A new trace for such inputs."""
         features, own, device, kind, *_ = signature
         kind = kind or own
-        sizes = self.sizes
-        subject, count = cell_subject(self.cell), len(sizes)
-        if len(set(sizes)) > 1:
-            subject, count = side_by_side(subject, sizes), 1
-        channels = sum(sizes) // count
+        shapes, subject = self.state_shapes, cell_subject(self.cell)
         try:
-            traced = trace(subject, [(features, kind)], channels, count, count > 1, own, device)
+            traced = trace(subject, [(features, kind)], shapes, len(shapes) > 1, own, device)
         except (RuntimeError, TypeError, IndexError) as error:
             self._refuse_types(error, kind)
             self._known.refuse(self.cell, error)
             raise
-        if count < len(sizes):
-            why = f"its components have {' and '.join(map(str, sizes))} channels, side by side"
+        if traced.capture.num_components < len(shapes):
+            sizes = " and ".join(str(math.prod(shape)) for shape in shapes)
+            why = f"its components have {sizes} channels, side by side"
             traced = dataclasses.replace(traced, reason=why)
         self._check_claim(traced)
         tensors = functools.partial(resolve, self.cell)
@@ -577,7 +614,7 @@ class RNN(nn.Module):
         runner = Runner(traced, self.backend, self.solver, tensors, owner, one_call)
         watched = Watched(self.cell, traced.capture.ran, _tensors_of)
         is_parametrised = any(map(parametrize.is_parametrized, self.cell.modules()))
-        return Kept(signature, sizes, runner, watched, is_parametrised)
+        return Kept(signature, shapes, runner, watched, is_parametrised)
 
     def _check_claim(self, traced: Traced) -> None:
         """Refuse a claimed structure that is narrower than the proved one; wider is allowed."""
@@ -607,7 +644,7 @@ class RNN(nn.Module):
     def _parts(self, name: str, state: State | None, rows: int, x: Tensor) -> tuple[Tensor, ...]:
         """The components of a state, after a check; zeros if there is no state."""
         dtype_of = lambda: snapshot(self.cell).dtype  # noqa: E731
-        return components_of(name, state, rows, x, self._sizes, dtype_of)
+        return components_of(name, state, rows, x, self._shapes, dtype_of)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RNN:
         """Trace again at once after `.to(...)`, so that a compiled call finds everything ready."""

@@ -41,6 +41,7 @@ class Runner:
         traced: The cell.
         input_part: Its input part.
         features: The shape of one input.
+        reads: The code of the readout; empty if there is none.
         facts: Facts of its step.
         request: The name by which operators are called.
         choice: The chosen backend, or PyTorch if the kernels of the chosen one cannot be built.
@@ -72,6 +73,7 @@ class Runner:
         one_call: bool = False,
     ) -> None:
         self.traced, self.input_part, self.solver = traced, traced.input_part, solver
+        self.reads = traced.readout.module.code if traced.readout else ""
         self.features = traced.given[0].shape
         self.feature_axes = len(self.features)
         self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
@@ -116,7 +118,7 @@ class Runner:
             given = [x.to(dtype or x.dtype), *others]
             initial = torch.zeros(1, step.num_components, step.hidden, device=device)
             inputs = self.inputs([*tensors, *self.input_part.constants], given)
-            return inputs, initial.to(step.dtype)
+            return inputs[: len(step.inputs)], initial.to(step.dtype)
 
     def plan(
         self,
@@ -141,10 +143,11 @@ class Runner:
         if shown and autocasts(self.traced.device.type):
             tensors = [getattr(owner, name) for owner, name in self.owners]
             kinds = self._path.kinds(*self._example(tensors, dtype))
-        one = 1  # component with a gradient from outside: the output
+        readout = self.traced.readout
+        outside = 1 if readout is None else len(readout.components)  # with a gradient from there
         sizes = batch, time, step.hidden
         return self._planner.plan(
-            self.traced.device, *sizes, *kinds, one, tracked, elements, may_loop
+            self.traced.device, *sizes, *kinds, outside, tracked, elements, may_loop
         )
 
     def method(self) -> type[Solver]:
@@ -159,7 +162,7 @@ class Runner:
         given: Sequence[Tensor],
         initial: Tensor,
         starts: Tensor | None,
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
         """Evaluate at all times.
 
         Args:
@@ -169,23 +172,38 @@ class Runner:
             starts: See `Problem.starts`.
 
         Returns:
-            One (batch, time, hidden) per component, and the values of the report. Under
-            transforms the report is None, since each member of an ensemble has its own.
+            The result of the readout, (batch, time, ...), None if the cell has none; one (batch,
+            time, hidden) per component; and the values of the report. Under transforms the report
+            is None, since each member of an ensemble has its own.
         """
-        fixed = [*tensors, *self.input_part.constants]
+        fixed, count = [*tensors, *self.input_part.constants], len(self.traced.step.inputs)
         if transformed():
             inputs = self.inputs(fixed, given)
-            return transforms.solve(inputs, initial, starts, self.request), None
+            states = transforms.solve(inputs[:count], initial, starts, self.request)
+            return self.read(states, inputs), states, None
         replay = None
         if initial.device.type == DEVICE and not torch.compiler.is_compiling():
             everything = [*fixed, *given, initial, starts]
-            if can_replay(everything, self.input_part) and self._in_graph(everything, given[0]):
-                replay = Replay.now(self, len(fixed), initial.device)
+            draws = self.input_part.is_random or getattr(self.traced.readout, "is_random", False)
+            if can_replay(everything, draws) and self._in_graph(everything, given[0]):
+                replay = Replay.now(self, len(fixed), initial.shape[1], initial.device)
         if replay is not None:
-            *states, report = replay([*fixed, *given, initial, starts])
-        else:
-            *states, report = self.solve(self.inputs(fixed, given), initial, starts)
-        return states, report
+            return replay([*fixed, *given, initial, starts])
+        inputs = self.inputs(fixed, given)
+        *states, report = self.solve(inputs, initial, starts)
+        return self.read(states, inputs), states, report
+
+    def read(self, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
+        """What the readout makes of the states, (batch, time, ...); None if the cell has none.
+
+        Args:
+            states: One (batch, time, hidden) per component.
+            inputs: As `inputs` returns them.
+        """
+        readout = self.traced.readout
+        if readout is None:
+            return None
+        return readout(states, inputs[len(self.traced.step.inputs) :])
 
     def _in_graph(self, tensors: Sequence[Tensor | None], x: Tensor) -> bool:
         """Whether a call on a GPU is one CUDA graph."""
@@ -197,8 +215,9 @@ class Runner:
     def solve(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
     ) -> list[Tensor]:
-        """The states, and the values of the report."""
-        return operators.solve(inputs, initial, starts, self._written())
+        """The states, and the values of the report; inputs as `inputs` returns them."""
+        own = inputs[: len(self.traced.step.inputs)]
+        return operators.solve(own, initial, starts, self._written())
 
     def _written(self) -> str:
         """The name of the request, or its text in a program that may run without this layer."""
@@ -224,7 +243,8 @@ class Runner:
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
     ) -> list[Tensor]:
         """The states, by PyTorch operations, which support all derivatives."""
-        return operators.loop(inputs, initial, starts, self.request)
+        own = inputs[: len(self.traced.step.inputs)]
+        return operators.loop(own, initial, starts, self.request)
 
     def adjoint(
         self,
@@ -234,15 +254,21 @@ class Runner:
         states: Sequence[Tensor],
         grad_states: Sequence[Tensor | None],
     ) -> tuple[list[Tensor | None], Tensor]:
-        """The gradients of the inputs, None where there is none, and of the initial states."""
+        """The gradients of the step's inputs, None where there is none, and of initial states."""
+        own = inputs[: len(self.traced.step.inputs)]
         *found, of_initial = operators.adjoint(
-            inputs, initial, starts, states, grad_states, self.request
+            own, initial, starts, states, grad_states, self.request
         )
         request = operators.request_of(self.request)
-        return operators.by_input(found, request, len(inputs)), of_initial
+        return operators.by_input(found, request, len(own)), of_initial
 
     def inputs(self, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs of the step, from tensors and constants (`fixed`) and x (`given`)."""
+        """The inputs of the step and then of the readout.
+
+        Args:
+            fixed: Tensors and constants that the input part reads.
+            given: What differs over time.
+        """
         x = given[0]
         batch, time, *_ = x.shape
         time_first = x.stride(0) < x.stride(1)
@@ -256,7 +282,7 @@ class Runner:
         values = self.input_part.module.forward(*fixed, *flat)
         sizes = (time, batch) if time_first else (batch, time)
         inputs = []
-        for value, by_rows in zip(values, self.traced.step.by_rows, strict=True):
+        for value, by_rows in zip(values, self.traced.by_rows, strict=True):
             if by_rows:
                 value = value.view(*sizes, *value.shape[1:])
                 value = value.transpose(0, 1) if time_first else value

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pararnn.layers.arguments import State, check_real
 from pararnn.layers.runner import Runner
 from pararnn.planning.settings import Solver
-from pararnn.tracing.capture import Subject
+from pararnn.tracing.capture import StepFunction, Subject
 from pararnn.tracing.structure import trace
 from pararnn.tracing.watch import Watched
 
@@ -29,6 +28,7 @@ def scan(
     drives: Tensor | Sequence[Tensor],
     coefficients: Tensor | Sequence[Tensor] = (),
     *,
+    readout: Callable[..., Tensor] | None = None,
     solver: Solver | None = None,
     backend: str = "auto",
 ) -> tuple[State, State]:
@@ -38,16 +38,19 @@ def scan(
     loop that calls `scan`. If something that it reads from outside changes, it is traced again.
 
     Args:
-        step: Function of tensors with rows first: the state (N, hidden) or a tuple of them, one
+        step: Function of tensors with rows first: the state (N, ...) or a tuple of them, one
             tensor (N, ...) per drive, and the coefficients unchanged. Returns the new state.
-        state: State before the first step, (batch, hidden), or a tuple of them.
+        state: State before the first step, (batch, ...), or a tuple of them.
         drives: Tensors that change over time, each (batch, time, ...).
         coefficients: Tensors that stay the same, of any shape.
+        readout: Function of the same tensors as `step`, with the state after the step. Returns what
+            is handed out, (N, ...).
         solver: See `RNN`.
         backend: See `RNN`.
 
     Returns:
-        The states at all times, (batch, time, hidden) or a tuple of them, and the last state.
+        The states at all times, (batch, time, ...) or a tuple of them; with `readout` what it
+        returns at all times, (batch, time, ...). And the last state.
 
     Gradients: exact at the solution; they reach the state, the drives and the coefficients.
 
@@ -62,15 +65,16 @@ def scan(
     _check(parts, drives)
     key = (
         step,
+        readout,
         tuple((d.shape[2:], d.dtype) for d in drives),
         tuple((c.shape, c.dtype) for c in coefficients),
-        (len(parts), isinstance(state, tuple), parts[0].shape[1], parts[0].dtype, parts[0].device),
+        (isinstance(state, tuple), *(p.shape[1:] for p in parts), parts[0].dtype, parts[0].device),
         (solver, backend),
     )
     kept = _known.get(key, [])
     looks = (k for look in (_Known.is_current, _Known.holds) for k in kept if look(k, coefficients))
     known = next(looks, None) or _Known(
-        step, parts, isinstance(state, tuple), drives, coefficients, solver, backend
+        step, readout, parts, isinstance(state, tuple), drives, coefficients, solver, backend
     )
     _known[key] = [known, *(k for k in kept if k is not known)][:_MOST_KEPT]
     _known.move_to_end(key)  # the latest used come last
@@ -79,9 +83,13 @@ def scan(
     runner = known.runner
     names = [int(n.removeprefix("coefficient_")) for n in runner.input_part.names]
     used = [coefficients[i] for i in names]
-    states, _ = runner.run(used, drives, torch.stack(parts, 1), None)
-    last = tuple(s[:, -1].clone() for s in states)
-    return (tuple(states), last) if isinstance(state, tuple) else (states[0], last[0])
+    packing = runner.traced.packing
+    y, states, _ = runner.run(used, drives, packing.join(parts), None)
+    last = tuple(s.contiguous() for s in packing.split([s[:, -1].clone() for s in states]))
+    everything = packing.split(states)
+    if isinstance(state, tuple):
+        return everything if y is None else y, last
+    return everything[0] if y is None else y, last[0]
 
 
 class _Known:
@@ -90,6 +98,7 @@ class _Known:
     def __init__(
         self,
         step: Callable[..., State],
+        readout: Callable[..., Tensor] | None,
         parts: tuple[Tensor, ...],
         is_tuple: bool,
         drives: tuple[Tensor, ...],
@@ -97,13 +106,17 @@ class _Known:
         solver: Solver | None,
         backend: str,
     ) -> None:
-        call = lambda own, inputs, state: step(state, *inputs, *own.values())  # noqa: E731
+        def taking(function: Callable[..., Any]) -> StepFunction:
+            return lambda own, inputs, state: function(state, *inputs, *own.values())
+
+        read = None if readout is None else taking(readout)
         own = {f"coefficient_{i}": c for i, c in enumerate(coefficients)}
-        subject = Subject(call, step, own, getattr(step, "__name__", "step"), 0)
+        subject = Subject(taking(step), step, own, getattr(step, "__name__", "step"), 0, read)
         first, inputs = parts[0], [(tuple(d.shape[2:]), d.dtype) for d in drives]
-        sizes = first.shape[1], len(parts), is_tuple
-        traced = trace(subject, inputs, *sizes, first.dtype, first.device)
-        traced.subject = replace(subject, step=_unknown, source=_unknown, tensors={})
+        shapes = tuple(tuple(p.shape[1:]) for p in parts)
+        traced = trace(subject, inputs, shapes, is_tuple, first.dtype, first.device)
+        read = None if read is None else _unknown
+        traced.subject = replace(subject, step=_unknown, source=_unknown, readout=read, tensors={})
         self.runner = Runner(traced, backend, solver, own.__getitem__)
         if not self.runner.is_ready:
             self.runner.get_ready()
@@ -150,8 +163,8 @@ def _check(parts: tuple[Tensor, ...], drives: tuple[Tensor, ...]) -> None:
         check_real(f"state component {i}", part)
         if not part.is_floating_point():
             raise TypeError(f"state component {i} is of {part.dtype}; pass floating-point numbers.")
-        if part.dim() != 2 or part.shape[0] != batch or part.shape != parts[0].shape:
+        if part.dim() < 2 or part.shape[0] != batch:
             raise ValueError(
                 f"state component {i} has shape {tuple(part.shape)} but the drives have batch "
-                f"{batch}; pass ({batch}, hidden_size), the same for all components."
+                f"{batch}; pass ({batch}, ...)."
             )

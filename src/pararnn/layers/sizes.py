@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from pararnn.layers.arguments import describe
+from pararnn.layers.arguments import describe, shape_of
 from pararnn.tracing.capture import snapshot
 from pararnn.tracing.modes import uncompiled
+from pararnn.tracing.packed import Shape
 from pararnn.tracing.parametrised import computed, given
 
 _MOST_COMPONENTS = 8
@@ -21,38 +23,36 @@ class UnknownSizes(ValueError):
 
 
 class Sizes:
-    """The known sizes of a cell's state.
+    """The known shapes of a cell's state.
 
-    Every method takes the cell, since it may declare sizes itself and may change them.
+    Every method takes the cell, since it may declare shapes itself and may change them.
 
     Args:
         hidden_size: Channels of each component, or a tuple of them, as given by the user, or None.
         num_components: Tensors in the state, as given by the user, or None.
+        state_shape: Shape of the state, or a tuple of the shapes of its tensors, as given by the
+            user, or None.
     """
 
     def __init__(
-        self, hidden_size: int | tuple[int, ...] | None, num_components: int | None
+        self,
+        hidden_size: int | tuple[int, ...] | None,
+        num_components: int | None,
+        state_shape: Shape | tuple[Shape, ...] | None = None,
     ) -> None:
-        self._hidden_size, self._num_components = hidden_size, num_components
-        passed = {"hidden_size": hidden_size, "num_components": num_components}
+        passed = {
+            "hidden_size": hidden_size,
+            "num_components": num_components,
+            "state_shape": state_shape,
+        }
         self._given = {name: size for name, size in passed.items() if size is not None}
-
-    def hidden_size(self, cell: nn.Module) -> int:
-        """Channels of the first component of the state, which is the output.
-
-        Raises:
-            TypeError: The number is not known.
-        """
-        size = self._known_size(cell)
-        size = size[0] if isinstance(size, tuple) and size else size
-        if not isinstance(size, int) or size < 1:
-            name = type(cell).__name__
-            raise TypeError(
-                f"{name} does not say how large its state is; set self.hidden_size = ... in "
-                f"{name}.__init__, or pass RNN(cell, hidden_size=...), or pass a state at the "
-                "first call."
+        if hidden_size is not None and state_shape is not None:
+            raise ValueError(
+                f"hidden_size={hidden_size} and state_shape={state_shape} were both passed; "
+                "hidden_size=n is short for state_shape=(n,), so pass one."
             )
-        return size
+        self._num_components = num_components
+        self._size = _size(hidden_size, state_shape, num_components)  # given or learnt
 
     def num_components(self, cell: nn.Module) -> int:
         """Tensors in the state.
@@ -70,8 +70,8 @@ class Sizes:
             )
         return count
 
-    def of(self, cell: nn.Module) -> tuple[int, ...]:
-        """Channels of every component of the state.
+    def of(self, cell: nn.Module) -> tuple[Shape, ...]:
+        """The shape of every tensor in the state, without the batch.
 
         Raises:
             TypeError: They are not known.
@@ -79,41 +79,67 @@ class Sizes:
         """
         size = self._known_size(cell)
         if not isinstance(size, tuple):
-            return (self.hidden_size(cell),) * self.num_components(cell)
+            return ((self._channels(cell),),) * self.num_components(cell)
         count = self.num_components(cell)
-        if len(size) != count or not all(isinstance(n, int) and n > 0 for n in size):
+        if len(size) != count:
+            shown = tuple(s[0] for s in size) if all(len(s) == 1 for s in size) else size
+            name = "hidden_size" if all(len(s) == 1 for s in size) else "state_shape"
             raise ValueError(
-                f"hidden_size is {size} for {count} components; give the channels of each of them."
+                f"{name} is {shown} for {count} components; give that of each of them."
             )
         return size
 
-    def _known_size(self, cell: nn.Module) -> Any:
-        """Channels as the user gave them, as learnt from a state, or as the cell declares them."""
-        return self._hidden_size or getattr(cell, "hidden_size", None)
+    def _channels(self, cell: nn.Module) -> int:
+        """Channels of the first component.
+
+        Raises:
+            TypeError: The number is not known.
+        """
+        size = self._known_size(cell)
+        if isinstance(size, tuple):
+            return math.prod(size[0])
+        if size is None:
+            name = type(cell).__name__
+            raise TypeError(
+                f"{name} does not say how large its state is; set self.hidden_size = ... or "
+                f"self.state_shape = (...) in {name}.__init__, or pass RNN(cell, hidden_size=...), "
+                "or pass a state at the first call."
+            )
+        return size
+
+    def _known_size(self, cell: nn.Module) -> int | tuple[Shape, ...] | None:
+        """Channels of each tensor, or the shapes of all of them: given, learnt or declared."""
+        if self._size is not None:
+            return self._size
+        own = [getattr(cell, name, None) for name in ("hidden_size", "state_shape")]
+        count = self._num_components or getattr(cell, "num_components", None)
+        return _size(None if own[1] is not None else own[0], own[1], count)
 
     def is_known(self, cell: nn.Module) -> bool:
-        """Whether channels were given, or the cell declares them."""
-        return bool(self._hidden_size) or _declares(cell)
+        """Whether shapes were given, or the cell declares them."""
+        return self._known_size(cell) is not None
 
-    def learn(self, cell: nn.Module, sizes: tuple[int, ...], is_traced: bool) -> None:
+    def learn(self, cell: nn.Module, shapes: tuple[Shape, ...], is_traced: bool) -> None:
         """Learn, from the cell or from a state, the sizes that the user did not give.
 
         Args:
             cell: The cell.
-            sizes: Channels of the components of a state; empty without a state.
+            shapes: Of the tensors of a state; empty without a state.
             is_traced: Whether the cell has been traced already.
         """
+        known = self._known_size(cell)
         if self._num_components is None:
-            own, known = getattr(cell, "num_components", None), self._known_size(cell)
-            count = len(known if isinstance(known, tuple) else sizes) or None
+            own = getattr(cell, "num_components", None)
+            count = len(known if isinstance(known, tuple) else shapes) or None
             self._num_components = own if isinstance(own, int) else count
-        if not is_traced and len(set(sizes)) > 1 and self._may_differ(cell):
-            self._hidden_size = sizes
-        elif self._hidden_size is None and not _declares(cell) and sizes:
-            self._hidden_size = sizes[0]
+        if not is_traced and len(set(shapes)) > 1 and self._may_differ(cell):
+            self._size = shapes
+        elif known is None and shapes:
+            plain = len(set(shapes)) == 1 and len(shapes[0]) == 1
+            self._size = shapes[0][0] if plain else shapes
 
     def _may_differ(self, cell: nn.Module) -> bool:
-        """Whether several components may differ in size: no tuple of sizes is known yet."""
+        """Whether several components may differ in size: not all shapes are known yet."""
         return (self._num_components or 1) > 1 and not isinstance(self._known_size(cell), tuple)
 
     def refuse(self, cell: nn.Module, error: Exception) -> None:
@@ -123,15 +149,17 @@ class Sizes:
             ValueError: The cell does not declare the sizes that it got.
             UnknownSizes: Its components may differ in size.
         """
-        hint, sizes, name = self._hint(cell), self.of(cell), type(cell).__name__
-        if isinstance(self._hidden_size, tuple) and "hidden_size" not in self._given:
-            self._hidden_size = None  # learnt from a state that may have been wrong
-            hint = hint or f"Its state had components of {' and '.join(map(str, sizes))} channels."
+        hint, shapes, name = self._hint(cell), self.of(cell), type(cell).__name__
+        passed = self._given.keys() & {"hidden_size", "state_shape"}
+        if isinstance(self._size, tuple) and not passed:
+            self._size = None  # learnt from a state that may have been wrong
+            shown = " and ".join(shape_of("N", *shape) for shape in shapes)
+            hint = hint or f"Its state had tensors of shape {shown}."
         if hint:
             raise ValueError(f"{name} raised: {error}. {hint}") from error
         if self._may_differ(cell) and isinstance(error, RuntimeError):
             raise UnknownSizes(
-                f"{name} raised: {error}. Its {len(sizes)} components had {sizes[0]} channels "
+                f"{name} raised: {error}. Its {len(shapes)} components had {shapes[0][0]} channels "
                 "each; if they differ, set self.hidden_size = (..., ...) in the cell, or pass a "
                 "state."
             ) from error
@@ -163,7 +191,7 @@ class Sizes:
         """
         if self._num_components is not None:
             return
-        size, now = self.hidden_size(cell), snapshot(cell)
+        size, now = self._channels(cell), snapshot(cell)
         device = now.device
         x = torch.zeros(_TRIAL_ROWS, *features, dtype=kind, device=device)
         failures: list[str] = []
@@ -202,5 +230,43 @@ class Sizes:
         )
 
 
-def _declares(cell: nn.Module) -> bool:
-    return isinstance(getattr(cell, "hidden_size", None), (int, tuple))
+def _size(hidden_size: Any, state_shape: Any, count: Any) -> int | tuple[Shape, ...] | None:
+    """Channels of each tensor of a state, or the shapes of all; None if nothing is said.
+
+    Args:
+        hidden_size: Channels of each tensor, or a tuple of them.
+        state_shape: A shape, or a tuple of shapes.
+        count: Tensors in the state; if it is not known, one shape means one tensor.
+
+    Raises:
+        TypeError: `state_shape` is something else.
+        ValueError: A size is less than 1.
+    """
+    if isinstance(state_shape, int):
+        state_shape = (state_shape,)
+    if isinstance(state_shape, (tuple, list)):
+        if all(isinstance(n, int) for n in state_shape):
+            shapes = (tuple(state_shape),) * (count if isinstance(count, int) else 1)
+        elif all(isinstance(s, (tuple, list)) for s in state_shape):
+            shapes = tuple(map(tuple, state_shape))
+        else:
+            raise TypeError(_no_shape(state_shape))
+    elif state_shape is not None:
+        raise TypeError(_no_shape(state_shape))
+    elif isinstance(hidden_size, tuple) and hidden_size:
+        shapes = tuple((n,) for n in hidden_size)
+    else:
+        return hidden_size if isinstance(hidden_size, int) and hidden_size > 0 else None
+    if not all(isinstance(n, int) and n > 0 for shape in shapes for n in shape):
+        name, seen = ("hidden_size", hidden_size)
+        if state_shape is not None:
+            name, seen = ("state_shape", state_shape)
+        raise ValueError(f"{name} is {seen}; sizes must be whole numbers of at least 1.")
+    return shapes
+
+
+def _no_shape(seen: Any) -> str:
+    return (
+        f"state_shape is {seen!r}; it must be a shape without the batch, such as (4, 8), or a "
+        "tuple of shapes, such as ((4, 8), (4,)), one for each tensor in the state."
+    )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pararnn.layers.runner import Runner
+from pararnn.tracing.packed import Shape
 from pararnn.tracing.watch import Change, Watched
 
 _MOST = 4
@@ -17,14 +18,14 @@ class Kept(NamedTuple):
 
     Attributes:
         signature: Inputs, types, device and settings of the trace.
-        sizes: Channels of every component of the state.
+        shapes: Of the tensors in the state.
         runner: Runs the traced cell.
         watched: Everything that the trace depends on.
         is_parametrised: Whether parametrisations compute some weights.
     """
 
     signature: tuple[Any, ...]
-    sizes: tuple[int, ...]
+    shapes: tuple[Shape, ...]
     runner: Runner
     watched: Watched
     is_parametrised: bool

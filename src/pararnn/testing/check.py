@@ -16,6 +16,7 @@ from pararnn.planning.plan import choose_backend
 from pararnn.planning.settings import Newton
 from pararnn.testing.close import assert_close
 from pararnn.testing.loop import loop
+from pararnn.tracing.packed import Shape
 from pararnn.tracing.partition import is_random
 from pararnn.tracing.recorder import show_place
 from pararnn.tracing.traced import Traced
@@ -40,6 +41,7 @@ def check_cell(
     features: int | tuple[int, ...] | None = None,
     hidden_size: int | tuple[int, ...] | None = None,
     num_components: int | None = None,
+    state_shape: Shape | tuple[Shape, ...] | None = None,
     batch: int = 3,
     time: int = 37,
     rtol: float = 1e-12,
@@ -56,6 +58,7 @@ def check_cell(
         features: Shape of one input; `cell.input_size` when None.
         hidden_size: As for `RNN`.
         num_components: As for `RNN`.
+        state_shape: As for `RNN`.
         batch: Rows.
         time: Steps.
         rtol: Allowed error relative to the largest entry of each tensor.
@@ -74,7 +77,11 @@ def check_cell(
             f"{name} does not say the size of its input; pass check_cell(features=...)."
         )
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    options: dict[str, Any] = {"hidden_size": hidden_size, "num_components": num_components}
+    options: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_components": num_components,
+        "state_shape": state_shape,
+    }
     probe = RNN(cell, backend="torch", **options)
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *s: torch.randn(s, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -82,10 +89,11 @@ def check_cell(
     probe(x)
     traced = probe.runner().traced
     _refuse_random(traced)
-    count = len(probe.sizes)
-    states = [draw(batch, size) for size in probe.sizes * 2]  # first, then after resets
+    count = len(probe.state_shapes)
+    states = [draw(batch, *s) for s in probe.state_shapes * 2]  # first, then after resets
     resets = torch.rand(batch, time, generator=generator) < 0.1
-    cotangents = [draw(batch, time, probe.hidden_size), *(draw(*s.shape) for s in states[:count])]
+    outputs = draw(batch, time, *probe.output_shape)
+    cotangents = [outputs, *(draw(*s.shape) for s in states[:count])]
     as_tuple = count > 1
     run = functools.partial(loop, cell)
     expected = _everything(cell, run, x, states, resets, cotangents, as_tuple)

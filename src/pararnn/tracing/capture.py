@@ -39,9 +39,11 @@ class Capture:
     Attributes:
         graph: Placeholders are the tensors of the cell (parameters, buffers, tensor attributes),
             then the inputs `x_0`, ..., then the components of the state; the output is the tuple of
-            new components. Each node's `meta` has `shape` and `dtype` (at `ROWS[0]` rows),
-            `by_rows` (the first axis has one entry per row), `slopes` (by how much each size grows
-            with a row), `row_axes` (how many sizes grow) and `place` (file and line of the user).
+            new components, and what the readout makes of them if the step has one. The readout
+            takes the new components from placeholders `after_0`, .... Each node's `meta` has
+            `shape` and `dtype` (at `ROWS[0]` rows), `by_rows` (the first axis has one entry per
+            row), `slopes` (by how much each size grows with a row), `row_axes` (how many sizes
+            grow) and `place` (file and line of the user).
         attributes: Qualified names of the cell's tensors, in the order of their placeholders.
         constants: Tensors from elsewhere (closures, globals), by placeholder name.
         num_components: Tensors in the state.
@@ -50,6 +52,7 @@ class Capture:
         dtype: The type the cell was traced in.
         subject: What messages call the cell.
         ran: The Python code that ran.
+        has_readout: Whether the last result is what the readout makes of the new components.
     """
 
     graph: fx.Graph
@@ -61,6 +64,7 @@ class Capture:
     dtype: torch.dtype
     subject: str
     ran: Ran = field(default_factory=Ran)
+    has_readout: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def owner_of(cell: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 StepFunction = Callable[[dict[str, Tensor], tuple[Tensor, ...], Any], Any]
+AFTER = "after_"
+"""The readout's placeholders of the new components are named so."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,8 @@ class Subject:
         tensors: Tensors that the step reads besides inputs and state, by name.
         name: What messages call the step.
         state_position: Index of the state among the parameters of `source`.
+        readout: `readout(tensors, inputs, state) -> y`, of the state after the step; None if the
+            step hands out the first component.
     """
 
     step: StepFunction
@@ -132,6 +140,16 @@ class Subject:
     tensors: dict[str, Tensor]
     name: str
     state_position: int
+    readout: StepFunction | None = None
+
+
+def readout_of(cell: nn.Module) -> Callable[..., Any] | None:
+    """The method `readout` of a cell, if its class has one; a submodule may be called so as well.
+
+    A module made by `torch.compile` answers for the one inside.
+    """
+    inside = cell._modules.get("_orig_mod", cell)
+    return inside.readout if callable(getattr(type(inside), "readout", None)) else None  # type: ignore
 
 
 def cell_subject(cell: nn.Module) -> Subject:
@@ -144,29 +162,44 @@ def cell_subject(cell: nn.Module) -> Subject:
     held, weights = snapshot(cell).tensors, computed(cell)
     tensors = held | weights
 
-    def step(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
-        others = {id(held[name]): own[name] for name in held if own[name] is not held[name]}
-        with given(cell, {name: own[name] for name in weights}):
-            return _with_others(cell, others, inputs, state)
+    def with_own(function: Callable[..., Any]) -> StepFunction:
+        def call(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
+            others = {id(held[name]): own[name] for name in held if own[name] is not held[name]}
+            with given(cell, {name: own[name] for name in weights}):
+                return _with_others(function, others, inputs, state)
 
-    return Subject(step, inspect.unwrap(type(cell).forward), tensors, type(cell).__name__, 2)
+        return call
+
+    readout, source = readout_of(cell), inspect.unwrap(type(cell).forward)
+    return Subject(
+        with_own(cell),
+        source,
+        tensors,
+        type(cell).__name__,
+        2,
+        None if readout is None else with_own(readout),
+    )
 
 
 def _with_others(
-    cell: nn.Module, others: dict[int, Tensor], inputs: tuple[Tensor, ...], state: Any
+    function: Callable[..., Any],
+    others: dict[int, Tensor],
+    inputs: tuple[Tensor, ...],
+    state: Any,
 ) -> Any:
     """Call a cell with other tensors in place of its own, in this thread alone.
 
     Args:
-        cell: Keeps its own tensors; other threads may compute with them meanwhile.
+        function: The cell, or a method of it. It keeps its own tensors; other threads may compute
+            with them meanwhile.
         others: Replacements, by the `id` of the tensor that each replaces.
         inputs: Inputs of the cell.
         state: State of the cell.
     """
     if not others:
-        return cell(*inputs, state)
+        return function(*inputs, state)
     with _Others(others) as mode:
-        return map_aggregate(cell(*inputs, state), mode.instead)
+        return map_aggregate(function(*inputs, state), mode.instead)
 
 
 class _Others(TorchFunctionMode):
@@ -221,6 +254,8 @@ def capture(
 
     graph, constants = record_rows(run, subject.name)
     _check_taken(subject, ran)
+    if subject.readout is not None:
+        cut_readout(graph, subject.name)
     names = {f"attribute_{i}": name for i, name in enumerate(subject.tensors)}
     name_nodes(graph, subject.source, names, subject.state_position)
     return Capture(
@@ -233,6 +268,7 @@ def capture(
         dtype,
         subject.name,
         ran,
+        subject.readout is not None,
     )
 
 
@@ -338,7 +374,11 @@ def record_step(
         tensors = dict(zip(subject.tensors, flat[:own], strict=True))
         inputs, state = flat[own : own + num_inputs], flat[own + num_inputs :]
         new = subject.step(tensors, inputs, state if is_tuple else state[0])
-        return _checked(new, subject.name, num_components, is_tuple, shape)
+        new = _checked(new, subject.name, num_components, is_tuple, shape)
+        if subject.readout is None:
+            return new
+        y = subject.readout(tensors, inputs, new if is_tuple else new[0])
+        return *new, _checked_output(y, subject.name, shape[0])
 
     device = examples["state_0"].device
     with (
@@ -379,6 +419,80 @@ def _checked(
                 f"the state must be floating point{parts if component.is_complex() else ''}."
             )
     return components
+
+
+def _checked_output(y: Any, subject: str, rows: int) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise TraceError(
+            f"{subject}.readout returned a {type(y).__name__}; it must return one tensor with the "
+            "rows first."
+        )
+    if not y.dim() or y.shape[0] != rows or not (y.is_floating_point() or y.is_complex()):
+        raise TraceError(
+            f"{subject}.readout returned a tensor of shape {tuple(y.shape)} and type {y.dtype} for "
+            f"{rows} rows; it must be floating point, of shape (N, ...)."
+        )
+    return y
+
+
+def cut_readout(graph: fx.Graph, subject: str) -> None:
+    """Let the readout take the new components from placeholders of its own, in place.
+
+    Raises:
+        TraceError: It takes something else that depends on the state before the step.
+    """
+    *new, y = next(n for n in graph.nodes if n.op == "output").args[0]
+    before = [n for n in graph.nodes if n.op == "placeholder" and n.target.startswith("state_")]
+    reached = followers(graph, set(before))
+    instead: dict[fx.Node, fx.Node] = {}  # of a value that the step computes as well
+    last = before[-1]
+    for i, node in enumerate(new):
+        if node in reached and node not in instead:
+            with graph.inserting_after(last):
+                last = instead[node] = graph.placeholder(f"{AFTER}{i}")
+            last.meta.update(node.meta)
+    own = ancestors([y], set(instead))
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    with graph.inserting_before(output):
+        for node in [n for n in graph.nodes if n in own]:
+            if not instead.keys().isdisjoint(node.all_input_nodes):
+                instead[node] = graph.node_copy(node, lambda n: instead.get(n, n))
+    y = instead.get(y, y)
+    output.args = ((*new, y),)
+    used = ancestors([y])
+    if not used.isdisjoint(before):
+        node = next(n for n in graph.nodes if n in used & reached and n not in before)
+        raise TraceError(
+            f"{subject}.readout uses a value made at {show_place(node.meta.get('place'))} that "
+            "depends on the state before the step; it may use x and the state after the step. Make "
+            "the value a component of the state."
+        )
+    if used.isdisjoint(instead.values()):
+        raise TraceError(
+            f"{subject}.readout does not use the state; leave it out, and compute from x outside."
+        )
+
+
+def ancestors(nodes: Sequence[fx.Node], known: set[fx.Node] = frozenset()) -> set[fx.Node]:  # type: ignore
+    """The nodes and all that they are computed from, without what is known already."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in known:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
+    """The sources and all operations that depend on them."""
+    reached = set(sources)
+    operations = (n for n in graph.nodes if n.op == "call_function" and not n.meta.get("is_count"))
+    for node in operations:
+        if reached & set(node.all_input_nodes):
+            reached.add(node)
+    return reached
 
 
 def _merge(graph: fx.Graph, other: fx.Graph, subject: str) -> fx.Graph:

@@ -13,6 +13,7 @@ other operation marks its whole result.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,10 +30,12 @@ from pararnn.tracing.operations import (
     named_arguments,
     operation_name,
 )
+from pararnn.tracing.packed import Packing
 from pararnn.tracing.partition import Partition
 from pararnn.tracing.recorder import mapped
 
 _MOST_MARKS = 2**31  # marks of the largest value, over all groups; finer groups are not tried
+_MOST_AXES = 64  # combinations of axes that are tried
 _AT_ONCE = 2**24  # marks of the largest value that are followed together
 _MOVED = (MOVES - {"index_select"}) | frozenset(
     "diagonal tril triu slice_backward select_backward".split()
@@ -47,37 +50,89 @@ _ALONG = frozenset(
 )
 
 
-def group_size(parts: Partition) -> int:
-    """Channels of the smallest groups of neighbours proved independent of each other."""
-    hidden = parts.capture.hidden_size
-    sizes = [size for size in range(hidden, 0, -1) if hidden % size == 0]
-    proved = {hidden}
+def group_size(parts: Partition, blocks: int = 1) -> int:
+    """Channels of the smallest groups of neighbours proved independent of each other.
+
+    Args:
+        parts: The split step.
+        blocks: Blocks of channels that are known not to reach each other.
+    """
+    block = parts.capture.hidden_size // blocks
+    sizes = [size for size in range(block, 0, -1) if block % size == 0]
+    proved = {block}
     for size in sizes[1:]:
         coarser = {s for s in sizes if s > size and s % size == 0}
-        if coarser <= proved and _are_apart(parts, size):
-            proved.add(size)
+        if coarser <= proved:
+            groups = torch.eye(block // size, dtype=torch.bool, device="cpu")
+            marks = groups.repeat_interleave(size, 1).repeat(1, blocks)  # of all blocks at once
+            if _are_apart(parts, [marks] * len(parts.states)):
+                proved.add(size)
     return min(proved)
 
 
-def _are_apart(parts: Partition, size: int) -> bool:
-    """Whether groups of `size` channels are proved independent of each other."""
-    groups = parts.capture.hidden_size // size
+def axes_apart(parts: Partition, packing: Packing) -> tuple[tuple[int, ...], ...]:
+    """For each tensor of the state, the axes along which no entry is proved to reach another.
+
+    The first one of each tensor has the same size as that of the others, and belongs to it: an
+    entry may reach entries of the same index there in all tensors. So have the second ones, and so
+    on.
+
+    Args:
+        parts: The split step.
+        packing: Where the entries lie.
+    """
+    found: list[tuple[int, ...]] = []
+    for axes in _axes_together(packing.shapes):
+        taken = any(a in used for a, used in zip(axes, zip(*found, strict=True), strict=False))
+        if not taken and _are_apart(parts, _marks_along(packing, axes)):
+            found.append(axes)
+    return tuple(zip(*found, strict=True)) or ((),) * len(packing.shapes)
+
+
+def _axes_together(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Axes that may belong to each other, one of each tensor; axes of one entry are left out."""
+    if sum(map(len, shapes)) == len(shapes) and len(set(shapes)) < 2:
+        return []  # plain vectors: their groups tell all
+    if len(set(shapes)) == 1:
+        return [(a,) * len(shapes) for a, size in enumerate(shapes[0]) if size > 1]
+    choices = itertools.product(*(range(len(shape)) for shape in shapes))
+    sizes = ((c, {shape[a] for a, shape in zip(c, shapes, strict=True)}) for c in choices)
+    return [c for c, s in sizes if len(s) == 1 and s != {1}][:_MOST_AXES]
+
+
+def _marks_along(packing: Packing, axes: tuple[int, ...]) -> list[Tensor]:
+    """Marks of components: in row i, the entries with index i along one axis of each tensor."""
+    parts = []
+    for shape, axis in zip(packing.shapes, axes, strict=True):
+        size = shape[axis]
+        marks = torch.eye(size, dtype=torch.bool, device="cpu")
+        marks = marks.view(size, *(size if a == axis else 1 for a in range(len(shape))))
+        parts.append(marks.expand(size, *shape))
+    return list(packing.join(parts).unbind(1))
+
+
+def _are_apart(parts: Partition, groups: Sequence[Tensor]) -> bool:
+    """Whether groups of entries are proved independent of each other.
+
+    Args:
+        parts: The split step.
+        groups: Of each component, (groups, hidden): the entries of each group.
+    """
     entries = max(shape.numel() for shape in map(_row_shape, [*parts.recurrent, *parts.states]))
-    if entries * groups > _MOST_MARKS:
+    if entries * len(groups[0]) > _MOST_MARKS:
         return False
-    device = torch.device("cpu")
-    own = torch.eye(groups, dtype=torch.bool, device=device).repeat_interleave(size, 1)
-    return not any(
-        (new & ~some).any()
-        for some in own.split(max(1, _AT_ONCE // entries))
-        for new in _follow(parts.recurrent, _given(parts, some), parts.results, len(some))
-    )
+    size = max(1, _AT_ONCE // entries)
+    for some in zip(*(marks.split(size) for marks in groups), strict=True):
+        found = _follow(parts.recurrent, _given(parts, some), parts.results, len(some[0]))
+        if any((new & ~own).any() for new, own in zip(found, some, strict=True)):
+            return False
+    return True
 
 
-def _given(parts: Partition, state: Tensor) -> dict[fx.Node, Any]:
-    """Marks of the arguments: `state`, (rows, hidden), for each component; none on the edges."""
-    marks = {edge: _everywhere(False, shape_at(edge, len(state))) for edge in parts.edges}
-    return marks | dict.fromkeys(parts.states, state)
+def _given(parts: Partition, state: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """Marks of the arguments: of the components, each (rows, hidden); none on the edges."""
+    marks = {edge: _everywhere(False, shape_at(edge, len(state[0]))) for edge in parts.edges}
+    return marks | dict(zip(parts.states, state, strict=True))
 
 
 def _row_shape(node: fx.Node) -> torch.Size:
@@ -99,7 +154,8 @@ def rows_mix(parts: Partition, inputs: str) -> bool:
                 marks[node] = marks[node].clone()
                 marks[node][0] = True
     operations = [n for n in nodes if n.op == "call_function"]
-    found = _follow(operations, marks, parts.results, ROWS[0], by_rows=True)
+    results = [*parts.results, *([parts.readout.result] if parts.readout else [])]
+    found = _follow(operations, marks, results, ROWS[0], by_rows=True)
     return any(bool(new[1:].any()) for new in found)
 
 

@@ -28,12 +28,14 @@ class Example:
         inputs: What differs over time.
         state: Components.
         cotangents: What arrives at the new components from outside, and from later steps.
+        handed: What arrives at the result of the readout; None if there is none.
     """
 
     tensors: dict[str, Tensor]
     inputs: tuple[Tensor, ...]
     state: tuple[Tensor, ...]
     cotangents: tuple[list[Tensor], list[Tensor]]
+    handed: Tensor | None = None
 
     @property
     def sources(self) -> list[tuple[str, Tensor]]:
@@ -90,7 +92,10 @@ def draw(
     if dtype is not capture.dtype:
         tensors = {name: widened(tensor) for name, tensor in tensors.items()}
     cotangents = [[c.detach() for c in term] for term in terms]
-    return Example(tensors, given, tuple(state), (cotangents[0], cotangents[1]))
+    handed = None
+    if traced.readout is not None:
+        handed = numbers((ROWS[0], *traced.readout.shape), dtype).detach()
+    return Example(tensors, given, tuple(state), (cotangents[0], cotangents[1]), handed)
 
 
 def differing(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> list[str]:

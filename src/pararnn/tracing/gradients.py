@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pararnn.tracing.derivatives import torch_function
 from pararnn.tracing.example import Example, InType, differing, draw, gradients
-from pararnn.tracing.recorder import TraceError
+from pararnn.tracing.recorder import TraceError, is_differentiable
 from pararnn.tracing.step import arithmetic, in_type, recording
 from pararnn.tracing.traced import Traced
 
@@ -67,7 +67,7 @@ def _key(traced: Traced) -> int:
     places = tuple(n.meta.get("place") for n in capture.graph.nodes)
     kinds = tuple((t.shape, t.dtype, t.requires_grad) for t in subject.tensors.values())
     function = getattr(subject.source, "__code__", None)
-    code = traced.input_part.module.code
+    code = traced.input_part.module.code, traced.readout and traced.readout.module.code
     ran = function, frozenset(capture.ran.codes)
     return hash((step.key, code, places, kinds, ran, capture.dtype, capture.hidden_size))
 
@@ -105,8 +105,13 @@ def _of_the_step(traced: Traced, example: Example, device: torch.device) -> dict
         state: Any = example.state if is_tuple else example.state[0]
         new = traced.subject.step(example.tensors, example.inputs, state)
         new = tuple(new) if is_tuple else (new,)
+        cotangents = example.total
+        if traced.subject.readout is not None and example.handed is not None:
+            after = new if is_tuple else new[0]
+            new = *new, traced.subject.readout(example.tensors, example.inputs, after)
+            cotangents = [*cotangents, example.handed]
         try:
-            grads = gradients(new, example.total, [t for _, t in example.sources])
+            grads = gradients(new, cotangents, [t for _, t in example.sources])
         except RuntimeError as error:
             raise _NoGradient from error
     return _named(example, new, grads)
@@ -126,15 +131,42 @@ def _of_the_trace(
         given = [in_type(t.detach(), kind).resolve_conj().contiguous() for t in inputs]
         state = [in_type(s.detach(), kind) for s in example.state]
         terms = [[in_type(c, kind) for c in term] for term in example.cotangents]
-        new, of_state, of_inputs = compute(traced, run, state, given, terms)
+        count = len(traced.step.inputs)
+        taken, read = given[:count], given[count:]
+        new, of_state, of_inputs = compute(traced, run, state, taken, terms)
+        if example.handed is not None:
+            y, of_new, of_read = _through_readout(traced, run, new, read, example.handed)
+            terms = [[a + b for a, b in zip(terms[0], of_new, strict=True)], terms[1]]
+            new, of_state, of_inputs = compute(traced, run, state, taken, terms)
+            new, of_inputs = [*new, y], [*of_inputs, *of_read]
         rest = [t for _, t in example.sources[len(state) :]]
         grads = [g.reshape(i.shape).to(i.dtype) for g, i in zip(of_inputs, inputs, strict=True)]
         found = gradients(inputs, grads, rest)
     return _named(example, new, [*of_state, *found])
 
 
+def _through_readout(
+    traced: Traced,
+    run: InType,
+    new: Sequence[Tensor],
+    read: Sequence[Tensor],
+    cotangent: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """What the readout hands out, and the gradients of the new components and of its inputs."""
+    readout = traced.readout
+    assert readout is not None
+    leaves = [t.detach().requires_grad_(is_differentiable(t.dtype)) for t in (*new, *read)]
+    (y,) = run(readout.module, [*(leaves[i] for i in readout.components), *leaves[len(new) :]])
+    wanted = [t for t in leaves if t.requires_grad]
+    found = iter(gradients([y], [cotangent], wanted))
+    every = [next(found) if t.requires_grad else torch.zeros_like(t) for t in leaves]
+    return y, every[: len(new)], every[len(new) :]
+
+
 def _named(example: Example, new: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, Tensor]:
     values = {f"component {i} of the new state": n.detach() for i, n in enumerate(new)}
+    if example.handed is not None:
+        values["the result of the readout"] = values.popitem()[1]
     for (name, _), gradient in zip(example.sources, grads, strict=True):
         values[f"the gradient of {name}"] = gradient
     return {name: in_type(value, torch.float64) for name, value in values.items()}

@@ -6,6 +6,7 @@ runs for all times at once; its values that the recurrent part takes are the edg
 
 from __future__ import annotations
 
+import math
 import operator
 import weakref
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from pararnn.tracing.capture import Capture
+from pararnn.tracing.capture import AFTER, Capture, ancestors, followers
 from pararnn.tracing.operations import MOVES, creation_value, is_pointwise, operation_name
 from pararnn.tracing.recorder import TraceError, aten, show_place
 
@@ -35,6 +36,7 @@ class Partition:
         edges: Nodes of the captured graph that the recurrent operations (or the result) take from
             the input part. Each input of the step is made from one of them, see `Output`.
         results: Nodes of the new components, in either part.
+        readout: The readout; None if the step hands out its first component.
     """
 
     capture: Capture
@@ -42,39 +44,52 @@ class Partition:
     recurrent: list[fx.Node]
     edges: list[fx.Node]
     results: list[fx.Node]
+    readout: ReadoutPart | None = None
 
 
-def partition(capture: Capture, draw_in: bool = False) -> Partition:
+@dataclass
+class ReadoutPart:
+    """What is computed from the state after the step.
+
+    Attributes:
+        after: Placeholders of the new components that it takes.
+        operations: Those that depend on the new components, in order, and cheap ones as in
+            `Partition.recurrent`.
+        edges: Nodes that they take from the input part.
+        result: The node of what is handed out.
+    """
+
+    after: list[fx.Node]
+    operations: list[fx.Node]
+    edges: list[fx.Node]
+    result: fx.Node
+
+    @property
+    def components(self) -> list[int]:
+        """The components that it takes, by their numbers."""
+        return [int(str(n.target).removeprefix(AFTER)) for n in self.after]
+
+
+def partition(capture: Capture, draw_in: bool = False, keep_small: bool = False) -> Partition:
     """Split a captured step; operations without users are removed from its graph.
 
     Args:
         capture: The step.
         draw_in: Move a value of the input part that lacks one row per sample along its first axis
             into the recurrent part, even if it is costly, instead of refusing it.
+        keep_small: Move cheap operations whose result is larger than all that it is made from, such
+            as an outer product, into the recurrent part: less is kept for every time.
 
     Raises:
         TraceError: The recurrent part draws random numbers, or the input part moves or mixes rows.
     """
-    graph = capture.graph
+    graph, count = capture.graph, capture.num_components
     _drop_unused(graph)
-    states = [
-        n for n in graph.nodes if n.op == "placeholder" and str(n.target).startswith("state_")
-    ]
-    (results,) = next(n for n in graph.nodes if n.op == "output").args
-    from_x = _followers(graph, {n for n in graph.nodes if _is_input(n)})
-    given = _followers(graph, {n for n in graph.nodes if n.op != "call_function" or is_random(n)})
-    drawn: set[fx.Node] = set()
-    while True:
-        reached = _followers(graph, {*states, *drawn})
-        recurrent = [n for n in graph.nodes if n in reached and n.op == "call_function"]
-        taken = [a for n in recurrent for a in n.all_input_nodes] + list(results)
-        edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
-        odd = [n for n in edges if _lacks_rows(n, from_x)]
-        drawable = odd if draw_in else [n for n in odd if _costs_little(n)]
-        drawable = [*drawable, *(n for n in edges if _numbers_rows(n, given))]
-        if not drawable:
-            break
-        drawn.update(drawable)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    states = [n for n in inputs if str(n.target).startswith("state_")]
+    results = list(next(n for n in graph.nodes if n.op == "output").args[0])
+    new, handed = (results[:count], results[count:]) if capture.has_readout else (results, [])
+    recurrent, edges = _split(capture, states, new, draw_in, keep_small)
     for node in recurrent:
         if is_random(node):
             raise TraceError(
@@ -82,6 +97,38 @@ def partition(capture: Capture, draw_in: bool = False) -> Partition:
                 f"{show_place(node.meta.get('place'))}; draw random numbers in the input part "
                 "(from x alone) or outside the cell."
             )
+    readout = None
+    if handed:
+        after = [n for n in inputs if str(n.target).startswith(AFTER) and n.users]
+        readout = ReadoutPart(after, *_split(capture, after, handed, draw_in, False), handed[0])
+    return Partition(capture, states, recurrent, edges, new, readout)
+
+
+def _split(
+    capture: Capture,
+    sources: Sequence[fx.Node],
+    results: Sequence[fx.Node],
+    draw_in: bool,
+    keep_small: bool,
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The operations on the way from some nodes to the results, and what they take besides."""
+    graph, needed = capture.graph, ancestors(results)
+    from_x = followers(graph, {n for n in graph.nodes if _is_input(n)})
+    given = followers(graph, {n for n in graph.nodes if n.op != "call_function" or is_random(n)})
+    drawn: set[fx.Node] = set()
+    while True:
+        reached = followers(graph, {*sources, *drawn})
+        found = [n for n in graph.nodes if n in reached & needed and n.op == "call_function"]
+        taken = [a for n in found for a in n.all_input_nodes] + list(results)
+        edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]
+        odd = [n for n in edges if _lacks_rows(n, from_x)]
+        drawable = odd if draw_in else [n for n in odd if _costs_little(n)]
+        drawable = [*drawable, *(n for n in edges if _numbers_rows(n, given))]
+        if keep_small:
+            drawable += [n for n in edges if _least_entries(n) < _entries(n)]
+        if not drawable:
+            break
+        drawn.update(drawable)
     for node in odd:
         does = "moves" if node.meta["row_axes"] == 1 else "mixes"
         raise TraceError(
@@ -89,22 +136,12 @@ def partition(capture: Capture, draw_in: bool = False) -> Partition:
             f"(a value of shape {node.meta['shape']} without one row per sample along its first "
             "axis); every row must be computed on its own, with the rows first."
         )
-    return Partition(capture, states, recurrent, edges, list(results))
+    return found, edges
 
 
 def is_random(node: fx.Node) -> bool:
     """Whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _followers(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
-    """The sources and all operations that depend on them."""
-    reached = set(sources)
-    operations = (n for n in graph.nodes if n.op == "call_function" and not n.meta.get("is_count"))
-    for node in operations:
-        if reached & set(node.all_input_nodes):
-            reached.add(node)
-    return reached
 
 
 def _lacks_rows(node: fx.Node, from_x: set[fx.Node]) -> bool:
@@ -120,6 +157,30 @@ def _costs_little(node: fx.Node) -> bool:
         return False
     fills = creation_value(made_by.target, made_by.args) is not None
     return fills or operation_name(made_by.target) in MOVES or is_pointwise(made_by.target)
+
+
+def _entries(node: fx.Node) -> int:
+    """Entries of a value per row; none if it has no rows."""
+    return math.prod(node.meta["shape"][1:]) if node.meta["by_rows"] else 0
+
+
+def _least_entries(node: fx.Node) -> int:
+    """Entries per row from which cheap operations make a value."""
+    own = _entries(node)
+    if not own or node.op != "call_function" or "shape" not in node.meta:
+        return own
+    tensors = [a for a in node.all_input_nodes if not a.meta.get("is_count")]
+    moves = hasattr(node.target, "_schema") and operation_name(node.target) in MOVES
+    if not (_costs_little(node) or _is_outer(node)) or (moves and len(tensors) > 1):
+        return own
+    if not all("shape" in a.meta for a in tensors):
+        return own
+    return min(own, sum(map(_least_entries, dict.fromkeys(tensors))))
+
+
+def _is_outer(node: fx.Node) -> bool:
+    """Whether a product of matrices sums over one entry."""
+    return node.target is aten.bmm.default and node.args[0].meta["shape"][-1] == 1  # type: ignore
 
 
 def _numbers_rows(node: fx.Node, given: set[fx.Node]) -> bool:
@@ -249,15 +310,24 @@ def _copy_nodes(
 
 
 def module_from(
-    parts: Partition, outputs: Sequence[Output], results: Sequence[fx.Node] | None = None
+    parts: Partition,
+    outputs: Sequence[Output],
+    results: Sequence[fx.Node] | None = None,
+    states: Sequence[fx.Node] | None = None,
 ) -> fx.GraphModule:
     """The recurrent part as a module `(*state, *outputs of the input part) -> results`.
 
-    The results are the new state when None. The module begins with the operations that turn the
-    outputs back into the edges (`Output.undo`).
+    The module begins with the operations that turn the outputs back into the edges (`Output.undo`).
+
+    Args:
+        parts: The split step.
+        outputs: Of the input part.
+        results: The new state when None.
+        states: Placeholders that it takes as state; those before the step when None.
     """
     graph = fx.Graph()
-    new = {n: graph.placeholder(f"state_{i}") for i, n in enumerate(parts.states)}
+    states = parts.states if states is None else states
+    new = {n: graph.placeholder(f"state_{i}") for i, n in enumerate(states)}
     inputs = [graph.placeholder(f"input_{i}") for i in range(len(outputs))]
     for given, output in zip(inputs, outputs, strict=True):
         if output.edge not in new:
@@ -276,7 +346,7 @@ def module_from(
             needed.add(node)
             stack.extend(node.all_input_nodes)
     body = [n for n in parts.capture.graph.nodes if n in needed]
-    _copy_nodes(parts, body, graph, new, new[parts.states[0]])
+    _copy_nodes(parts, body, graph, new, next(iter(new.values())))
     graph.output(tuple(new[r] for r in results))
     graph.eliminate_dead_code()
     return module_of(graph)

@@ -342,7 +342,7 @@ def _recorded_adjoint(of: Step) -> Adjoint:
         node.replace_all_uses_with(node.args[0])  # it has done its work, and would be an input
     names = [f"input_{i}" for i in fixed]
     captured = Capture(graph, names, {}, count, True, of.hidden, of.dtype, _SUBJECT)
-    parts = partition(captured, draw_in=True)
+    parts = partition(captured, draw_in=True, keep_small=True)
     found = tuple(map(input_of, parts.edges))
     edges = [AsItIs(e) for e in parts.edges]
     module, used = _without_unused(module_from(parts, edges, parts.results[:count]), count)

@@ -6,37 +6,48 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from pararnn.tracing.capture import ROWS, Subject, capture
-from pararnn.tracing.dependencies import group_size, rows_mix
+from pararnn.tracing.capture import AFTER, ROWS, Subject, capture
+from pararnn.tracing.dependencies import axes_apart, group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.gradients import check_gradients
 from pararnn.tracing.modes import stand_in, transformed, uncompiled, untransformed, without_tools
+from pararnn.tracing.packed import Packing, Shape
 from pararnn.tracing.partition import (
     AsItIs,
     Output,
     Partition,
     input_part,
+    is_random,
+    module_from,
     partition,
 )
 from pararnn.tracing.recorder import TraceError, is_differentiable
+from pararnn.tracing.repeated import compute_once
 from pararnn.tracing.shared import share_weights
-from pararnn.tracing.step import Input, Layout, in_type, input_of, step_of
-from pararnn.tracing.traced import Traced
+from pararnn.tracing.step import Input, Layout, Step, in_type, input_of, step_of
+from pararnn.tracing.traced import Readout, Traced
 
 
 def trace(
     subject: Subject,
     inputs: Sequence[tuple[Sequence[int], torch.dtype]],
-    hidden_size: int,
-    num_components: int,
+    shapes: tuple[Shape, ...],
     is_tuple: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Traced:
-    """Trace a step; the arguments are those of `capture`.
+    """Trace a step.
+
+    Args:
+        subject: The step.
+        inputs: Shape (without the rows) and type of every input.
+        shapes: Of the tensors in the state, without the rows.
+        is_tuple: Whether the step takes its state as a tuple.
+        dtype: Type of the state.
+        device: Device of the example tensors.
 
     Raises:
         TraceError: The step cannot be evaluated for all times at once; the message says why and,
@@ -53,13 +64,8 @@ def trace(
             without_tools(),
             uncompiled(),
         ):
-            captured = capture(
-                subject, inputs, hidden_size, num_components, is_tuple, dtype, device
-            )
-            share_weights(captured.graph)
-            parts = partition(captured)
             given = tuple(Input(tuple(shape), kind, True) for shape, kind in inputs)
-            found = _elementwise_or_not(subject, given, parts, device)
+            found = _packed(subject, given, Packing(shapes), is_tuple, dtype, device)
             _check_rows(found, device)
             check_gradients(found, device)
         return found
@@ -67,28 +73,47 @@ def trace(
     return untransformed(traced)
 
 
-def _elementwise_or_not(
-    subject: Subject, given: tuple[Input, ...], parts: Partition, device: torch.device
+def _packed(
+    subject: Subject,
+    given: tuple[Input, ...],
+    packing: Packing,
+    is_tuple: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Traced:
+    """Trace a step whose state lies in memory as `packing` says, or so that groups are smaller."""
+    packed = subject if packing.is_plain else packing.packed(subject, is_tuple)
+    sizes = packing.hidden_size, packing.num_components, is_tuple or not packing.is_plain
+    captured = capture(packed, [(i.shape, i.dtype) for i in given], *sizes, dtype, device)
+    share_weights(captured.graph)
+    if packed.readout is not None:
+        compute_once(captured.graph)
+    parts = partition(captured)
     try:
-        found = elementwise(parts)
+        return _elementwise(packed, given, packing, parts, elementwise(parts), device)
     except NotElementwise as error:
-        return _mixing(subject, given, parts, str(error), device)
-    if not found.drives:
-        raise TraceError(
-            f"{parts.capture.subject} does not use x in its new state; there is nothing to "
-            "evaluate over time."
-        )
-    return _elementwise(subject, given, parts, found, device)
+        reason = str(error)
+    if not packing.apart:
+        better = Packing(packing.shapes, axes_apart(parts, packing))
+        if not better.lies_like(packing):
+            return _packed(subject, given, better, is_tuple, dtype, device)
+        packing = better
+    return _mixing(packed, given, packing, partition(captured, keep_small=True), reason, device)
 
 
 def _elementwise(
     subject: Subject,
     given: tuple[Input, ...],
+    packing: Packing,
     parts: Partition,
     found: Elementwise,
     device: torch.device,
 ) -> Traced:
+    if not found.drives:
+        raise TraceError(
+            f"{parts.capture.subject} does not use x in its new state; there is nothing to "
+            "evaluate over time."
+        )
     drives = list(dict.fromkeys(source for source, _ in found.drives))
     coefficients = list(dict.fromkeys(source for source, _ in found.coefficients))
     recurrence = Recurrence(found.step, len(found.drives), len(found.coefficients), found.names)
@@ -100,12 +125,13 @@ def _elementwise(
     inputs = [source.as_input for source in sources]
     step = step_of(parts, sources, inputs, 1, device, recurrence, layout)
     reason = "every operation on the state works on each channel by itself"
-    return Traced(subject, given, parts, input_part(parts, sources), step, reason, device)
+    return _traced(subject, given, packing, parts, sources, step, reason, device)
 
 
 def _mixing(
     subject: Subject,
     given: tuple[Input, ...],
+    packing: Packing,
     parts: Partition,
     reason: str,
     device: torch.device,
@@ -116,9 +142,33 @@ def _mixing(
         first = next(n for n in parts.capture.graph.nodes if str(n.target) == "x_0")
         outputs.append(AsItIs(first))
         inputs.append(input_of(first))
-    step = step_of(parts, outputs, inputs, group_size(parts), device)
-    part = input_part(parts, outputs)
-    return Traced(subject, given, parts, part, step, reason, device)
+    step = step_of(parts, outputs, inputs, group_size(parts, packing.blocks), device)
+    return _traced(subject, given, packing, parts, outputs, step, reason, device)
+
+
+def _traced(
+    subject: Subject,
+    given: tuple[Input, ...],
+    packing: Packing,
+    parts: Partition,
+    outputs: Sequence[Output],
+    step: Step,
+    reason: str,
+    device: torch.device,
+) -> Traced:
+    """The traced cell, with its readout."""
+    readout, taken = None, [AsItIs(e) for e in parts.readout.edges] if parts.readout else []
+    if parts.readout is not None:
+        after, result = parts.readout.after, parts.readout.result
+        readout = Readout(
+            module_from(parts, taken, [result], after),
+            tuple(parts.readout.components),
+            tuple(input_of(e) for e in parts.readout.edges),
+            tuple(result.meta["shape"][1:]),
+            any(map(is_random, parts.readout.operations)),
+        )
+    part = input_part(parts, [*outputs, *taken])
+    return Traced(subject, given, packing, parts, part, step, readout, reason, device)
 
 
 def _check_rows(traced: Traced, device: torch.device) -> None:
@@ -133,7 +183,7 @@ def _check_rows(traced: Traced, device: torch.device) -> None:
     subject, name = traced.subject, traced.subject.name
     if rows_mix(traced.parts, "x_"):
         raise _mixes_x(name)
-    if rows_mix(traced.parts, "state_"):
+    if rows_mix(traced.parts, "state_") or rows_mix(traced.parts, AFTER):
         raise _mixes_state(name)
     examples = [_random((ROWS[0], *i.shape), i.dtype, device) for i in traced.given]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
@@ -145,32 +195,55 @@ def _check_rows(traced: Traced, device: torch.device) -> None:
 
     with torch.no_grad():
         given, doubled = inputs(examples), inputs([torch.cat([x, x]) for x in examples])
-        if not traced.input_part.is_random and not _are_doubled(
-            given, doubled, traced.step.by_rows
-        ):
+        if not traced.input_part.is_random and not _are_doubled(given, doubled, traced.by_rows):
             raise _counts_rows(name)
         moved = [inputs([_with_other(x, row) for x in examples]) for row in range(ROWS[0])]
         for row, others in enumerate(moved):
-            for one, other, by_rows in zip(given, others, traced.step.by_rows, strict=True):
+            for one, other, by_rows in zip(given, others, traced.by_rows, strict=True):
                 if by_rows and not _equal_beside(one, other, row):
                     raise _mixes_x(name)
-        if traced.step.recurrence is not None:
-            return
-        module, wide = traced.step.module, traced.step.dtype
+        wide, count = traced.step.dtype, len(traced.step.inputs)
         given, *moved = (tuple(in_type(i, wide) for i in every) for every in (given, *moved))
         size = (ROWS[0], traced.capture.hidden_size)
         state = [_random(size, wide, device) for _ in range(traced.capture.num_components)]
-        new = module(*state, *given)
-        twice = module(*(torch.cat([s, s]) for s in state), *_doubled(given, traced.step.by_rows))
-        if not _are_doubled(new, twice, [True] * len(new)):
-            raise _counts_rows(name)
-        for row in range(ROWS[0]):
-            others = module(*(_with_other(s, row) for s in state), *given)
-            if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
-                raise _mixes_state(name)
-            others = module(*state, *moved[row])
-            if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
-                raise _mixes_x(name)
+        if traced.step.recurrence is None:
+            now = [every[:count] for every in (given, *moved)]
+            _check_rows_of(traced.step.module, state, now, traced.step.by_rows, name)
+        readout = traced.readout
+        if readout is not None and not readout.is_random:
+            state = [state[i] for i in readout.components]
+            now = [every[count:] for every in (given, *moved)]
+            _check_rows_of(readout.module, state, now, traced.by_rows[count:], name)
+
+
+def _check_rows_of(
+    module: fx.GraphModule,
+    state: Sequence[Tensor],
+    inputs: Sequence[Sequence[Tensor]],
+    by_rows: Sequence[bool],
+    name: str,
+) -> None:
+    """Check that no row reaches another in a module of the state and inputs.
+
+    Args:
+        module: The module.
+        state: Its state.
+        inputs: Its inputs, and those in which row 0, 1, ... of x is another.
+        by_rows: Which of them have rows.
+        name: Name of the cell.
+    """
+    given, *moved = inputs
+    new = module(*state, *given)
+    twice = module(*(torch.cat([s, s]) for s in state), *_doubled(given, by_rows))
+    if not _are_doubled(new, twice, [True] * len(new)):
+        raise _counts_rows(name)
+    for row in range(ROWS[0]):
+        others = module(*(_with_other(s, row) for s in state), *given)
+        if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
+            raise _mixes_state(name)
+        others = module(*state, *moved[row])
+        if not all(_equal_beside(a, b, row) for a, b in zip(new, others, strict=True)):
+            raise _mixes_x(name)
 
 
 def _mixes_state(name: str) -> TraceError:

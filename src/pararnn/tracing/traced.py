@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, fx
 
 from pararnn.tracing.capture import Capture, Subject
+from pararnn.tracing.modes import autocasts
+from pararnn.tracing.packed import Packing
 from pararnn.tracing.partition import InputPart, Partition
 from pararnn.tracing.step import Input, Step
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a cell hands out, computed from the states after the steps, for all times at once.
+
+    Attributes:
+        module: `(*components, *inputs) -> (y,)`, all with the rows first.
+        components: The components of the state that it takes, by their numbers.
+        inputs: What it takes from the input part, whose last results they are.
+        shape: Of y, without the rows.
+        is_random: Whether it draws random numbers.
+    """
+
+    module: fx.GraphModule
+    components: tuple[int, ...]
+    inputs: tuple[Input, ...]
+    shape: tuple[int, ...]
+    is_random: bool
+
+    def __call__(self, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """What is handed out, (batch, time, *shape).
+
+        Args:
+            states: All components, (batch, time, hidden).
+            inputs: Those with rows (batch, time, ...).
+        """
+        batch, time = states[0].shape[:2]
+        by_rows = [True] * len(self.components) + [i.by_rows for i in self.inputs]
+        given = [*(states[i] for i in self.components), *inputs]
+        if not autocasts(states[0].device.type):
+            floats = [t.dtype for t in given if t.is_floating_point()]
+            wide = functools.reduce(torch.promote_types, floats)
+            given = [t.to(wide) if t.is_floating_point() else t for t in given]
+        rows = [
+            t.flatten(0, 1).contiguous() if r else t for t, r in zip(given, by_rows, strict=True)
+        ]
+        (y,) = self.module(*rows)
+        return y.unflatten(0, (batch, time))
 
 
 @dataclass
@@ -18,18 +62,22 @@ class Traced:
     Attributes:
         subject: What was traced.
         given: What differs over time, as the cell takes it.
+        packing: Where the entries of the cell's state lie in the components of the step.
         parts: The split graph.
-        input_part: Computes the inputs of the step for all times.
+        input_part: Computes the inputs of the step, then those of the readout, for all times.
         step: The recurrent part.
+        readout: What the cell hands out; None for the first tensor of its state.
         reason: The reason for the structure, in words.
         device: Where it was traced.
     """
 
     subject: Subject
     given: tuple[Input, ...]
+    packing: Packing
     parts: Partition
     input_part: InputPart
     step: Step
+    readout: Readout | None
     reason: str
     device: torch.device
 
@@ -37,6 +85,12 @@ class Traced:
     def capture(self) -> Capture:
         """The whole graph."""
         return self.parts.capture
+
+    @property
+    def by_rows(self) -> tuple[bool, ...]:
+        """Which results of the input part have one row per sample."""
+        read = self.readout.inputs if self.readout else ()
+        return (*self.step.by_rows, *(i.by_rows for i in read))
 
     @property
     def structure(self) -> str:

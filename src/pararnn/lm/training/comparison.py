@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from pararnn import RNN
-from pararnn.lm.models.cache import State, map_state
+from pararnn.lm.models.cache import State
+from pararnn.testing import loop
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,23 +26,16 @@ class StepLoop(nn.Module):
     def __init__(self, rnn: RNN) -> None:
         super().__init__()
         self.cell = rnn.cell
-        self.hidden_size, self.num_components = rnn.hidden_size, rnn.num_components
+        self.shapes = rnn.state_shapes
 
     def forward(
         self, x: Tensor, state: State | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """As `RNN.forward` with the batch first; without a state it starts from zeros."""
         if state is None:
-            zeros = x.new_zeros(x.shape[0], self.hidden_size)
-            state = zeros if self.num_components == 1 else (zeros,) * self.num_components
-        outputs = []
-        for t in range(x.shape[1]):
-            if resets is not None:
-                kept = ~resets[:, t].unsqueeze(1)
-                state = map_state(lambda part, kept=kept: part * kept, state)
-            state = self.cell(x[:, t], state)
-            outputs.append(state if isinstance(state, Tensor) else state[0])
-        return torch.stack(outputs, dim=1), state
+            zeros = tuple(x.new_zeros(x.shape[0], *shape) for shape in self.shapes)
+            state = zeros if len(zeros) > 1 else zeros[0]
+        return loop(self.cell, x, state, resets)
 
 
 def step_by_step(model: Model) -> Model:

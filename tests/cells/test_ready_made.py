@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from core.compare import RTOL, assert_same, outcome, random_state
 from torch import nn
 
@@ -30,6 +31,8 @@ MIXING = {
         functools.partial(cells.HeadSLSTMCell, num_heads=2, bias=False),
         "heads (size 4)",
     ),
+    "block GRU": (functools.partial(cells.BlockGRUCell, num_blocks=2), "dense"),
+    "layer norm LSTM": (cells.LayerNormLSTMCell, "dense"),
 }
 
 
@@ -71,9 +74,26 @@ def test_cells_that_mix_channels_equal_the_loop(name):
     assert rnn.runner().traced.structure == MIXING[name][1]
     x = inputs(cell)
     state = random_state(cell.num_components, 2, 8)
-    state = (*state[:2], state[2].abs() + 0.1, state[3])
+    if isinstance(cell, cells.HeadSLSTMCell):
+        state = (*state[:2], state[2].abs() + 0.1, state[3])
     expected = outcome(functools.partial(loop, cell), cell, x, state)
     assert_same(outcome(rnn, cell, x, state), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_cells_that_mix_channels_pass_the_check_with_resets(name):
+    assert pararnn.testing.check_cell(make(name), rtol=1e-11).structure == MIXING[name][1]
+
+
+@pytest.mark.parametrize("name", ["block GRU", "layer norm LSTM"])
+def test_norms_start_from_nothing_in_float32(name):
+    cell = make(name).float()
+    x = inputs(cell, 100).float()
+    zeros = torch.zeros(2, 8)
+    state = zeros if cell.num_components == 1 else (zeros, zeros)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(RNN(cell), cell, x, state), expected, 1e-4)
+    assert_close("from None", RNN(cell)(x)[0], expected["y"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -111,6 +131,69 @@ def test_elman_is_pytorchs_with_diagonal_weights(nonlinearity):
         theirs.bias_hh.zero_()
     x, h = torch.randn(3, 6).double(), torch.randn(3, 8).double()
     assert_close("state", cell(x, h), theirs(x, h), rtol=1e-12)
+
+
+def rms_norm(v, scale):
+    return v / (v.square().mean(-1, keepdim=True) + 1e-4).sqrt() * scale
+
+
+def layer_norm(v, gain, bias=0.0):
+    centred = v - v.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain + bias
+
+
+def test_block_gru_is_written_out_block_by_block():
+    cell, size = make("block GRU"), 4
+    x, h = torch.randn(3, 6).double(), torch.randn(3, 8).double()
+    e = F.silu(rms_norm(h @ cell.brief.weight.T + cell.brief.bias, cell.brief_norm.weight))
+    from_x = x @ cell.input.weight.T + cell.input.bias
+    blocks = [slice(0, size), slice(size, None)]
+    summed = torch.cat(
+        [
+            from_x[:, b] + h[:, b] @ cell.recurrent[i, 0].T + e @ cell.spread.weight[b].T
+            for i, b in enumerate(blocks)
+        ],
+        1,
+    )
+    u = F.silu(rms_norm(summed, cell.norm.weight))
+    new = []
+    for i, b in enumerate(blocks):
+        reset, candidate, update = (
+            u[:, b] @ weight.T + bias[b]
+            for weight, bias in zip(cell.gates[i], cell.bias, strict=True)
+        )
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)
+        new.append(update * candidate + (1 - update) * h[:, b])
+    assert_close("state", cell(x, h), torch.cat(new, 1), rtol=1e-12)
+
+
+def test_block_gru_has_a_share_of_a_full_grus_weights_on_the_state():
+    cell = cells.BlockGRUCell(16, 512)
+    on_state = (cell.brief.weight, cell.recurrent, cell.spread.weight, *cell.gates.unbind(1))
+    assert {weight.numel() for weight in on_state} == {512**2 // 8}
+
+
+def test_layer_norm_lstm_is_written_out():
+    cell = make("layer norm LSTM")
+    x, (h, c) = torch.randn(3, 6).double(), random_state(2, 3, 8)
+    of_x, of_h, of_c = cell.input_norm, cell.recurrent_norm, cell.cell_norm
+    gates = layer_norm(x @ cell.input.weight.T, of_x.weight, of_x.bias)
+    gates = gates + layer_norm(h @ cell.recurrent.weight.T, of_h.weight)
+    f, i, o, z = gates[:, :8], gates[:, 8:16], gates[:, 16:24], gates[:, 24:]
+    new_c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
+    new_h = torch.sigmoid(o) * torch.tanh(layer_norm(new_c, of_c.weight, of_c.bias))
+    for actual, expected in zip(cell(x, (h, c)), (new_h, new_c), strict=True):
+        assert_close("state", actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make_cell", [lambda: cells.BlockGRUCell(32, 64), lambda: cells.LayerNormLSTMCell(32, 64)]
+)
+def test_new_cells_with_norms_forget(make_cell):
+    """A gain of 1 on the state of the LSTM would make it chaotic."""
+    found = pararnn.diagnose(RNN(make_cell()), torch.randn(2, 128, 32))
+    assert -0.4 < found.lyapunov_exponent < -0.02
 
 
 def test_stabiliser_changes_nothing_but_the_range():
@@ -247,6 +330,13 @@ def test_mistakes():
         cells.MinimalGatedCell(6, 8, num_heads=3)
     with pytest.raises(ValueError, match=r"pass \(batch, time, 7\)"):
         RNN(cells.ClosedFormContinuousCell(6, 8))(torch.randn(2, 5, 6))
+    with pytest.raises(ValueError, match="hidden_size 12 cannot be split into 8 blocks"):
+        cells.BlockGRUCell(6, 12)
+    for make_cell in (cells.BlockGRUCell, cells.LayerNormLSTMCell):
+        with pytest.raises(ValueError, match="input_size is 0; it must be at least 1"):
+            make_cell(0, 8)
+    with pytest.raises(ValueError, match="hidden_size is -8; it must be at least 1"):
+        cells.LayerNormLSTMCell(6, -8)
 
 
 def test_bounds_hold_after_projection():

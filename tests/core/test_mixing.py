@@ -12,6 +12,7 @@ from torch import nn
 
 import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
+from pararnn.cells import BlockGRUCell, LayerNormLSTMCell
 from pararnn.kernels import facts, fused, graphs, rows
 from pararnn.kernels.operators import request_of
 from pararnn.planning import kernel_plans, plan, rows_plan
@@ -93,6 +94,8 @@ MIXING = {
     "heads": Heads,
     "partly": Partly,
     "normed": Normed,
+    "block_gru": lambda: BlockGRUCell(INPUT, HIDDEN, num_blocks=2),
+    "layer_norm_lstm": lambda: LayerNormLSTMCell(INPUT, HIDDEN),
 }
 COUPLINGS = [Newton, QuasiNewton, Picard, Jacobi]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pararnn import RNN, Jacobi
-from pararnn.cells import HeadSLSTMCell
+from pararnn.cells import BlockGRUCell, HeadSLSTMCell, LayerNormLSTMCell
 from pararnn.kernels import pointwise
 from pararnn.kernels import rows as path_of_rows
 from pararnn.planning.costs import COSTS
@@ -17,7 +17,7 @@ from pararnn.testing import assert_close, loop
 from .compare import assert_same, outcome, random_state
 from .conftest import needs_triton
 from .pretend_gpu import pretend_gpu
-from .test_fused import CELLS, INPUT, make
+from .test_fused import CELLS, INPUT
 
 pytestmark = needs_triton
 
@@ -39,6 +39,19 @@ class Choosy(nn.Module):
         left, right = (h @ self.weight).chunk(2, 1)
         mixed = torch.cat([torch.where(u[:, :3] > 0, left.tanh(), left * 0.5), right.sigmoid()], 1)
         return mixed * u[:, :1].cos() + 0.1 * h.clamp(-1, 1)
+
+
+EVERY = {
+    **CELLS,
+    "choosy": Choosy,
+    "block_gru": lambda: BlockGRUCell(INPUT, 6, num_blocks=2),
+    "layer_norm_lstm": lambda: LayerNormLSTMCell(INPUT, 6),
+}
+
+
+def make(name, dtype):
+    torch.manual_seed(5)
+    return EVERY[name]().to(dtype)
 
 
 def modules(cell):
@@ -69,17 +82,20 @@ def nodes(function, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", [*CELLS, "choosy"])
+@pytest.mark.parametrize("name", EVERY)
 def test_equals_operations(monkeypatch, name, dtype):
     small = replace(COSTS, long_sum=8, parts_of_a_sum=5)
     monkeypatch.setattr(pointwise, "COSTS", small)
-    cell = Choosy().to(dtype) if name == "choosy" else make(name, dtype)
+    cell = make(name, dtype)
     for i, (module, arguments) in enumerate(modules(cell)):
         exact = [a.double().contiguous() if a.is_floating_point() else a for a in arguments]
         expected, function = module(*exact), pointwise.fused(module, arguments)
         assert i == 0 or nodes(function, "fused_operations")
         found = function(*arguments)
+        (made_by,) = module.graph.output_node().args
         for n, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+            if "empty" in str(made_by[n].target):  # room that the backward of silu fills later
+                continue
             assert actual.dtype is (dtype if reference.is_floating_point() else reference.dtype)
             if not reference.any():  # what autograd made for a part that has no gradient
                 assert not actual.any()
@@ -115,14 +131,13 @@ def test_sums_of_rows(monkeypatch, rows, keepdim):
     assert_close("sum", found, x.sum(0, keepdim), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gru", "lstm", "slstm", "choosy"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "slstm", "choosy", "block_gru", "layer_norm_lstm"])
 def test_gradients_of_a_layer(monkeypatch, name):
     """All of it, with resets."""
     monkeypatch.setattr(
         path_of_rows, "run_module", lambda m, given: pointwise.fused(m, given)(*given)
     )
-    torch.manual_seed(3)
-    cell = Choosy().double() if name == "choosy" else make(name, torch.float64)
+    cell = make(name, torch.float64)
     rnn = RNN(cell, solver=Jacobi(chunk=16))
     x = torch.randn(2, 40, cell.input_size, dtype=torch.float64)
     state = random_state(rnn.num_components, 2, rnn.hidden_size)

@@ -1,11 +1,13 @@
 """Ready-made cells: plain PyTorch modules, one file each, nothing but `forward(x, state)`."""
 
+from pararnn.cells.block_gru import BlockGRUCell as BlockGRUCell
 from pararnn.cells.cfc import ClosedFormContinuousCell as ClosedFormContinuousCell
 from pararnn.cells.diagonal import DiagonalCell as DiagonalCell
 from pararnn.cells.elman import DiagonalElmanCell as DiagonalElmanCell
 from pararnn.cells.full_lstm import DiagonalLSTMCell as DiagonalLSTMCell
 from pararnn.cells.gru import ParaGRUCell as ParaGRUCell
 from pararnn.cells.janet import ForgetGateCell as ForgetGateCell
+from pararnn.cells.layer_norm_lstm import LayerNormLSTMCell as LayerNormLSTMCell
 from pararnn.cells.lstm import ParaLSTMCell as ParaLSTMCell
 from pararnn.cells.mgu import MinimalGatedCell as MinimalGatedCell
 from pararnn.cells.min_gru import MinGRUCell as MinGRUCell

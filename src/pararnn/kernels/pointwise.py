@@ -87,6 +87,11 @@ class _Shapes(fx.Interpreter):
         self.found[n] = super().run_node(n)
         return self.found[n]
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Tensors that an operation makes on a device of its own are on the meta device as well."""
+        named = {"device": torch.device("meta")} if "device" in kwargs else {}
+        return super().call_function(target, args, {**kwargs, **named})
+
 
 @dataclass
 class _Cluster:

@@ -7,7 +7,13 @@ import pytest
 
 import pararnn.lm
 
-ALLOWED = ("pararnn.layers", "pararnn.lm", "pararnn.bench", "pararnn.planning.costs")
+ALLOWED = (
+    "pararnn.layers",
+    "pararnn.lm",
+    "pararnn.bench",
+    "pararnn.planning.costs",
+    "pararnn.testing",
+)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def _least_entries(node: fx.Node) -> int:
     moves = hasattr(node.target, "_schema") and operation_name(node.target) in MOVES
     if not (_costs_little(node) or _is_outer(node)) or (moves and len(tensors) > 1):
         return own
-    if not all("shape" in a.meta for a in tensors):
+    if not all("shape" in a.meta and a.meta["row_axes"] == a.meta["by_rows"] for a in tensors):
         return own
     return min(own, sum(map(_least_entries, dict.fromkeys(tensors))))
 

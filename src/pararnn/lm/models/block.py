@@ -9,6 +9,8 @@ Each branch has its own projection. If the branches were slices of one projectio
 would have to be copied into one tensor.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,8 +68,21 @@ class ParaRNNMixer(nn.Module):
         if not hasattr(recurrence, "input_size"):
             recurrence.input_size = size  # type: ignore[assignment] # so that it is traced at once
         self.rnn = RNN(recurrence, backend=config.backend)
+        self._check_output(cell, size)
         self.norm = GatedRMSNorm(size, eps=config.rms_norm_eps)
         self.out_proj = ResidualProjection(size, config.hidden_size, bias=False)
+
+    def _check_output(self, cell: str, size: int) -> None:
+        """Refuse a cell whose outputs do not fill the branch; on the meta device nobody knows."""
+        if any(p.is_meta for p in self.rnn.cell.parameters()):
+            return
+        shape = self.rnn.output_shape
+        if math.prod(shape) != size:
+            raise ValueError(
+                f"cell {cell!r} hands out {shape} for every token, {math.prod(shape)} numbers, but "
+                f"the block has {size} channels (inner_size); the factory of a cell is called with "
+                "(input_size, hidden_size), and its outputs must have hidden_size numbers."
+            )
 
     def forward(
         self, x: Tensor, boundaries: Boundaries | None, state: LayerState | None
@@ -80,6 +95,7 @@ class ParaRNNMixer(nn.Module):
         u, window = self.conv(u, window, boundaries)
         resets = None if boundaries is None else boundaries.resets
         y, recurrent = self.rnn(F.silu(u), recurrent, resets)
+        y = y.flatten(2)  # the readout of a memory may hand out heads
         return self.out_proj(self.norm(y, gate)), LayerState(window, recurrent)
 
 

@@ -23,7 +23,7 @@ class LayerState:
     Attributes:
         window: The last inputs of the convolution, shape (batch, conv_kernel - 1, inner_size);
             zero where they belong to an earlier document.
-        recurrent: The cell's state, a tensor (batch, inner_size) or a tuple of them.
+        recurrent: The cell's state, a tensor (batch, *state_shape) or a tuple of them.
     """
 
     window: Tensor

@@ -27,7 +27,8 @@ def register_cell(name: str, factory: CellFactory) -> None:
     Args:
         name: A name that no other factory has.
         factory: Called as `factory(input_size, hidden_size, num_heads=..., **cell_options)`;
-            returns a cell for `pararnn.RNN`.
+            returns a cell for `pararnn.RNN`, whose outputs have `hidden_size` numbers. Its state
+            may have any shape.
 
     Raises:
         ValueError: The name belongs to another factory.

@@ -1,0 +1,127 @@
+"""What memories with a matrix state share: one projection of x, and the rate of forgetting."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_TIMESCALES = (1.0, 1000.0)  # in steps
+
+
+class MatrixMemoryCell(nn.Module):
+    """Base of cells whose state is one matrix per head, keys x values.
+
+    A subclass has a `forward` that writes into the memory and a `readout` that reads from it:
+    `project(x)` gives what it writes and reads with, `keep(a)` the share of the memory that a step
+    keeps. All that comes from x is one product. Weights of its own are made by `make_parameters`.
+
+    Args:
+        input_size: Size of `x`.
+        key_size: Rows of the matrix of a head.
+        value_size: Its columns.
+        num_heads: Matrices, which do not reach each other.
+        shared_keys: One query and one key for all heads, so that a step reads less and the
+            projection is smaller; else each head has its own.
+        device: Where to make the parameters.
+        dtype: Their type.
+
+    Shapes: `x` (N, input_size); the state, and the result like it, (N, num_heads, key_size,
+    value_size); the readout (N, num_heads * value_size).
+
+    Raises:
+        ValueError: A size is not positive.
+    """
+
+    num_value_gates = 0
+    """Vectors of value_size per head that `project` returns besides the four of all memories."""
+
+    def __init__(
+        self,
+        input_size: int,
+        key_size: int,
+        value_size: int,
+        num_heads: int = 1,
+        shared_keys: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"input_size": input_size, "key_size": key_size, "value_size": value_size}
+        for name, size in {**sizes, "num_heads": num_heads}.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1.")
+        self.input_size, self.key_size, self.value_size = input_size, key_size, value_size
+        self.num_heads, self.shared_keys = num_heads, shared_keys
+        self.state_shape = (num_heads, key_size, value_size)
+        keys = key_size if shared_keys else num_heads * key_size
+        values = num_heads * value_size
+        self._widths = [keys, keys, values, num_heads] + [values] * self.num_value_gates
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.input = nn.Linear(input_size, sum(self._widths), bias=False, **options)
+        self.log_rate = nn.Parameter(torch.empty(num_heads, **options))
+        self.rate_bias = nn.Parameter(torch.empty(num_heads, **options))
+        self.make_parameters(**options)
+        self.reset_parameters()
+
+    def make_parameters(self, **options: Any) -> None:
+        """Register what a subclass learns besides, before `reset_parameters` gives it values.
+
+        Args:
+            **options: Device and type of all parameters.
+        """
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the projection as `nn.Linear` does; heads forget over 1 to 1,000 steps.
+
+        These times are spread evenly in the logarithm over the heads. A head learns fast what lies
+        within its own time, and hardly anything beyond it; its time itself moves slowly. So every
+        order of magnitude gets its share of the heads. Mamba 2 (arXiv 2405.21060) and M2RNN
+        (arXiv 2603.14360) draw them at random from about this range, which leaves gaps where
+        there are few heads.
+        """
+        self.input.reset_parameters()
+        shortest, longest = _TIMESCALES
+        place = (torch.arange(self.num_heads, device=self.rate_bias.device) + 0.5) / self.num_heads
+        rate = torch.exp(-math.log(longest / shortest) * place) / shortest
+        self.log_rate.zero_()
+        self.rate_bias.copy_(torch.log(torch.expm1(rate)))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """All that a step takes from x.
+
+        Args:
+            x: Inputs, (N, input_size).
+
+        Returns:
+            Queries and keys, (N, num_heads, key_size), or (N, 1, key_size) if they are shared;
+            values, (N, num_heads, value_size); what `keep` takes, (N, num_heads); and the gates
+            of values.
+        """
+        q, k, v, a, *gates = self.input(x).split(self._widths, -1)
+        keys, values = (-1, self.key_size), (-1, self.value_size)
+        q, k, v = q.unflatten(-1, keys), k.unflatten(-1, keys), v.unflatten(-1, values)
+        return q, k, v, a, *(g.unflatten(-1, values) for g in gates)
+
+    def keep(self, a: Tensor) -> Tensor:
+        """`exp(-exp(A) softplus(a + b))`, the share of the memory that a step keeps.
+
+        It is float32 at least: bfloat16 has no number between 0.996 and 1, which is 250 steps and
+        for ever.
+
+        Args:
+            a: From `project`, (N, num_heads).
+
+        Returns:
+            Shape (N, num_heads, 1, 1), between 0 and 1.
+        """
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        rate = torch.exp(self.log_rate) * F.softplus(a + self.rate_bias)
+        return torch.exp(-rate).unsqueeze(-1).unsqueeze(-1)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        sizes = f"{self.input_size}, {self.key_size}, {self.value_size}"
+        shared = ", shared_keys=True" if self.shared_keys else ""
+        return f"{sizes}, num_heads={self.num_heads}{shared}"

@@ -13,6 +13,7 @@ from pararnn.kernels.printing import equations
 from pararnn.layers.rnn import RNN
 from pararnn.planning.plan import Plan
 from pararnn.tracing.expressions import leaf
+from pararnn.tracing.operations import MOVES, operation_name
 from pararnn.tracing.recorder import show_place
 from pararnn.tracing.traced import Traced
 
@@ -26,6 +27,10 @@ class Explanation:
         equations: The step as found, one line per value; empty for cells that are not elementwise.
         structure: "elementwise", "heads (size n)" or "dense".
         structure_reason: Why.
+        state: One line per tensor of the state: its shape, and along which axes its entries reach
+            each other.
+        readout: Operations that make the output from the state after the step, for all times at
+            once; empty if the output is the first tensor of the state.
         input_part: Operations that run once for all times.
         recurrent_part: Operations that depend on the state.
         drives: Names of what the input part hands over for every time.
@@ -40,6 +45,8 @@ class Explanation:
     equations: list[str]
     structure: str
     structure_reason: str
+    state: list[str]
+    readout: list[str]
     input_part: list[str]
     recurrent_part: list[str]
     drives: list[str]
@@ -53,9 +60,11 @@ class Explanation:
         indented = lambda lines: "\n".join(f"    {line}" for line in lines) or "    (none)"  # noqa: E731
         return (
             f"{self.cell}: {self.structure}, because {self.structure_reason}\n"
+            f"  state\n{indented(self.state)}\n"
             f"  equations\n{indented(self.equations)}\n"
             f"  input part, once for all times\n{indented(self.input_part)}\n"
             f"  recurrent part\n{indented(self.recurrent_part)}\n"
+            f"  readout, once for all times\n{indented(self.readout)}\n"
             f"  drives        {', '.join(self.drives) or '(none)'}\n"
             f"  coefficients  {', '.join(self.coefficients) or '(none)'}\n"
             f"  plan for x of shape {self.shape}\n{indented(str(self.plan).splitlines())}\n"
@@ -104,8 +113,10 @@ def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
         lines,
         traced.structure,
         traced.reason,
-        _operations(traced, recurrent=False),
-        _operations(traced, recurrent=True),
+        _state(traced),
+        _operations(traced.parts.readout.operations if traced.parts.readout else []),
+        _operations(_input_operations(traced)),
+        _operations(traced.parts.recurrent),
         drives,
         coefficients,
         tuple(shape),
@@ -121,10 +132,46 @@ def _name(node: fx.Node) -> str:
     return str(node.meta.get("name") or node.name)
 
 
-def _operations(traced: Traced, recurrent: bool) -> list[str]:
-    inside = set(traced.parts.recurrent)
-    nodes = [n for n in traced.capture.graph.nodes if hasattr(n.target, "_schema")]
-    chosen = [n for n in nodes if (n in inside) is recurrent and not n.meta.get("is_count")]
+def _state(traced: Traced) -> list[str]:
+    """Shapes of the state, and along which axes entries reach each other."""
+    packing = traced.packing
+    apart = packing.apart or ((),) * len(packing.shapes)
+    if traced.step.recurrence is not None:
+        return [f"{shape}: every entry by itself" for shape in packing.shapes]
+    lines = []
+    for shape, axes in zip(packing.shapes, apart, strict=True):
+        mixing = [a for a in range(len(shape)) if a not in axes]
+        words = f"along {_axes(mixing)}" if mixing else "only as parts of the other tensors"
+        words = f"{shape}: entries reach each other {words}"
+        lines.append(words + (f", not along {_axes(axes)}" if axes else ""))
+    if len(set(packing.shapes)) > 1:
+        lines.append(f"groups of {traced.step.group} entries, of all tensors together")
+    elif traced.step.group < traced.step.hidden:
+        lines.append(f"groups of {traced.step.group} entries of each tensor")
+    return lines
+
+
+def _axes(axes: Sequence[int]) -> str:
+    """Axes in words, counted without the batch."""
+    return f"ax{'e' if len(axes) > 1 else 'i'}s {' and '.join(map(str, axes))}"
+
+
+def _input_operations(traced: Traced) -> list[fx.Node]:
+    """Operations that depend on x alone."""
+    parts = traced.parts
+    after = set(parts.recurrent) | set(parts.readout.operations if parts.readout else [])
+    nodes = traced.capture.graph.nodes
+    return [n for n in nodes if n not in after and not n.meta.get("is_count")]
+
+
+def _is_ours(node: fx.Node) -> bool:
+    """Whether an operation moves the state between its shape and where it lies in memory."""
+    name = operation_name(node.target)
+    return node.meta.get("place") is None and (name in MOVES or name == "clone")
+
+
+def _operations(nodes: Sequence[fx.Node]) -> list[str]:
+    chosen = [n for n in nodes if hasattr(n.target, "_schema") and not _is_ours(n)]
     return [
         f"{str(n.target).removeprefix('aten.'):24s} {show_place(n.meta.get('place'))}"
         for n in chosen

@@ -603,8 +603,8 @@ class RNN(nn.Module):
             self._refuse_types(error, kind)
             self._known.refuse(self.cell, error)
             raise
-        if traced.capture.num_components < len(shapes):
-            sizes = " and ".join(str(math.prod(shape)) for shape in shapes)
+        if traced.capture.num_components < len(shapes) and all(len(s) == 1 for s in shapes):
+            sizes = " and ".join(str(size) for (size,) in shapes)
             why = f"its components have {sizes} channels, side by side"
             traced = dataclasses.replace(traced, reason=why)
         self._check_claim(traced)

@@ -14,6 +14,7 @@ from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
 from pararnn.tracing.gradients import check_gradients
 from pararnn.tracing.modes import stand_in, transformed, uncompiled, untransformed, without_tools
+from pararnn.tracing.operations import MOVES, is_pointwise, operation_name
 from pararnn.tracing.packed import Packing, Shape
 from pararnn.tracing.partition import (
     AsItIs,
@@ -24,7 +25,7 @@ from pararnn.tracing.partition import (
     module_from,
     partition,
 )
-from pararnn.tracing.recorder import TraceError, is_differentiable
+from pararnn.tracing.recorder import TraceError, is_differentiable, show_place
 from pararnn.tracing.repeated import compute_once
 from pararnn.tracing.shared import share_weights
 from pararnn.tracing.step import Input, Layout, Step, in_type, input_of, step_of
@@ -93,12 +94,24 @@ def _packed(
         return _elementwise(packed, given, packing, parts, elementwise(parts), device)
     except NotElementwise as error:
         reason = str(error)
+        if not packing.is_plain:  # the reader may have stopped before, at a move of its axes
+            reason = _first_mixing(parts) or reason
     if not packing.apart:
         better = Packing(packing.shapes, axes_apart(parts, packing))
         if not better.lies_like(packing):
             return _packed(subject, given, better, is_tuple, dtype, device)
         packing = better
     return _mixing(packed, given, packing, partition(captured, keep_small=True), reason, device)
+
+
+def _first_mixing(parts: Partition) -> str | None:
+    """The reason: the first operation on the state that is no move and not pointwise."""
+    for node in parts.recurrent:
+        name = operation_name(node.target) if hasattr(node.target, "_schema") else None
+        if name is not None and name not in MOVES and not is_pointwise(node.target):
+            place = show_place(node.meta.get("place"))
+            return f"{name} at {place}: it is not a pointwise operation"
+    return None
 
 
 def _elementwise(

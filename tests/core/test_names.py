@@ -70,3 +70,16 @@ def test_elementwise(names, any_backend, fresh_cache):
 @pytest.mark.parametrize("names", NAMES, ids=lambda n: ascii(n[0])[:12])
 def test_mixing(names):
     check(NamedDense(*names), "torch")
+
+
+def test_a_file_that_has_changed_since(tmp_path):
+    """Its lines are no source of the cell any more; nothing is named, and nothing else is lost."""
+    source = "class Cell(nn.Module):\n    input_size = hidden_size = 4\n\n"
+    source += "    def forward(self, x, h):\n        return torch.tanh(x + 0.5 * h)\n"
+    file = tmp_path / "cells.py"
+    file.write_text("texts = [\n  '''(\n" + "(\n" * 9)
+    scope = {"nn": nn, "torch": torch}
+    exec(compile(source, str(file), "exec"), scope)
+    x = torch.randn(2, 5, 4)
+    rnn = RNN(scope["Cell"]())
+    assert torch.equal(rnn(x)[0], loop(rnn.cell, x, torch.zeros(2, 4))[0])

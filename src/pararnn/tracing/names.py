@@ -8,6 +8,7 @@ import inspect
 import operator
 import re
 import textwrap
+import tokenize
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any
@@ -108,5 +109,5 @@ def _parse_code(code: CodeType, _file: str) -> tuple[ast.AST, int] | None:
     try:
         lines, start = inspect.getsourcelines(code)
         return ast.parse(textwrap.dedent("".join(lines))), start
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # the file may have changed
         return None

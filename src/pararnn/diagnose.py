@@ -193,7 +193,7 @@ def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
 
 def _lengths(parts: Sequence[Tensor]) -> Tensor:
     """The length of each row, (batch,), over all tensors."""
-    return torch.cat([part.flatten(1) for part in parts], -1).norm(dim=-1)
+    return torch.cat([part.reshape(len(part), -1) for part in parts], -1).norm(dim=-1)
 
 
 def _most_growth(growth: Tensor, steps: int) -> float:

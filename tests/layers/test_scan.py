@@ -116,5 +116,7 @@ def test_messages():
         pararnn.scan(gated, h, (z, z[:, :4]))
     with pytest.raises(ValueError, match=r"state component 0 has shape \(2, 7\).*batch 3"):
         pararnn.scan(gated, h[:2], (z, z))
-    with pytest.raises(pararnn.TraceError, match="given one tensor as state but returned tuple"):
+    with pytest.raises(
+        pararnn.TraceError, match="given one tensor as state but returned a tuple of 1"
+    ):
         pararnn.scan(lambda h, z: (h + z,), h, z)

@@ -207,7 +207,7 @@ def components_of(
     parts = state if isinstance(state, tuple) else (state,)
     if len(parts) != count or isinstance(state, tuple) != (count > 1):
         wanted = "one tensor" if count == 1 else f"a tuple of {count} tensors"
-        shown = " and ".join(shape_of(rows, *shape) for shape in dict.fromkeys(shapes))
+        shown = " and ".join(str((rows, *shape)) for shape in dict.fromkeys(shapes))
         seen = f"{len(parts)} in a tuple" if isinstance(state, tuple) else "one tensor"
         raise ValueError(f"{name} must be {wanted} of shape {shown}, got {seen}.")
     for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
@@ -217,7 +217,7 @@ def components_of(
             check_real(which, part)
             last = "hidden_size" if len(shape) == 1 else "*state_shape"
             raise ValueError(
-                f"{which} has shape {tuple(part.shape)} but x needs {shape_of(rows, *shape)}; pass "
+                f"{which} has shape {tuple(part.shape)} but x needs {(rows, *shape)}; pass "
                 f"(rows, {last}), or None for zeros."
             )
         if part.device != x.device:

@@ -50,6 +50,7 @@ from pararnn.tracing.capture import (
 from pararnn.tracing.modes import autocasts, forward_of, transformed
 from pararnn.tracing.packed import Shape
 from pararnn.tracing.parametrised import computed_once
+from pararnn.tracing.recorder import TraceError
 from pararnn.tracing.structure import trace
 from pararnn.tracing.traced import Traced
 from pararnn.tracing.watch import Annealed, Watched
@@ -227,7 +228,9 @@ class RNN(nn.Module):
         if resets is not None or reset_state is not None:
             batch = x.shape[0]
             every = batched(reset_state, self._shapes)
-            every = map_state(every, lambda s: s.expand(batch, *s.shape[1:]) if len(s) == 1 else s)
+            every = map_state(
+                every, lambda s: s.expand(batch, *s.shape[1:]) if s.shape[0] == 1 else s
+            )
             restarts = self._parts("reset_state", every, batch, x)
             fresh = () if resets is None else restarts
         if last is None and self._prefers_cell(runner, x, (*parts, *fresh), x.shape[1]):
@@ -308,7 +311,8 @@ class RNN(nn.Module):
                 if readout is None:
                     outputs.append(parts[0])
                 else:
-                    outputs.append(readout(x_t, parts if as_tuple else parts[0]))
+                    y = readout(x_t, parts if as_tuple else parts[0])
+                    outputs.append(y.to(parts[0].dtype))
         vars(self)["_report"] = len(inputs[0])  # not by nn.Module.__setattr__, which takes 2 us
         return outputs, tuple([p.clone() for p in parts])  # a part may be an output, or given
 
@@ -599,7 +603,9 @@ class RNN(nn.Module):
         shapes, subject = self.state_shapes, cell_subject(self.cell)
         try:
             traced = trace(subject, [(features, kind)], shapes, len(shapes) > 1, own, device)
-        except (RuntimeError, TypeError, IndexError) as error:
+        except TraceError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
             self._refuse_types(error, kind)
             self._known.refuse(self.cell, error)
             raise

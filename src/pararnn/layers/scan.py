@@ -120,7 +120,8 @@ class _Known:
         self.runner = Runner(traced, backend, solver, own.__getitem__)
         if not self.runner.is_ready:
             self.runner.get_ready()
-        self._watched = Watched(step, traced.capture.ran, lambda _: own)
+        both = step if readout is None else (step, readout)
+        self._watched = Watched(both, traced.capture.ran, lambda _: own)
         self._coefficients: tuple[Tensor, ...] = ()
         if self._watched.tied:
             self._coefficients = coefficients

@@ -46,6 +46,7 @@ class Sizes:
             "state_shape": state_shape,
         }
         self._given = {name: size for name, size in passed.items() if size is not None}
+        _check_hidden_size(hidden_size)
         if hidden_size is not None and state_shape is not None:
             raise ValueError(
                 f"hidden_size={hidden_size} and state_shape={state_shape} were both passed; "
@@ -150,11 +151,14 @@ class Sizes:
             UnknownSizes: Its components may differ in size.
         """
         hint, shapes, name = self._hint(cell), self.of(cell), type(cell).__name__
-        passed = self._given.keys() & {"hidden_size", "state_shape"}
-        if isinstance(self._size, tuple) and not passed:
-            self._size = None  # learnt from a state that may have been wrong
+        learnt = self._size is not None and not self._given.keys() & {"hidden_size", "state_shape"}
+        if not hint and (learnt or isinstance(self._known_size(cell), tuple)):
             shown = " and ".join(shape_of("N", *shape) for shape in shapes)
-            hint = hint or f"Its state had tensors of shape {shown}."
+            form = "tensors of shape" if len(shapes) > 1 else "shape"
+            said = "as was passed" if learnt or self._given else "as it declares"
+            hint = f"Its state had {form} {shown} for N rows, {said}; is that right?"
+        if learnt:
+            self._size = None  # the state may have been wrong
         if hint:
             raise ValueError(f"{name} raised: {error}. {hint}") from error
         if self._may_differ(cell) and isinstance(error, RuntimeError):
@@ -168,9 +172,11 @@ class Sizes:
         """Advice about sizes that the user gave but the cell does not declare."""
         name, hints = type(cell).__name__, []
         for option, size in self._given.items():
-            own = getattr(cell, option, None)
-            if own != size and (own is not None or option == "num_components"):
-                says = "does not say it" if own is None else f"says self.{option} = {own}"
+            names = [option] if option == "num_components" else ["state_shape", "hidden_size"]
+            own = {n: getattr(cell, n, None) for n in names}
+            said = [f"says self.{n} = {size}" for n, size in own.items() if size is not None]
+            says = said[0] if said else "does not say it" if option == "num_components" else ""
+            if says and own.get(option) != size:
                 hints.append(f"{option}={size} was passed to RNN and {name} {says}; leave it out?")
         return " ".join(hints)
 
@@ -253,7 +259,7 @@ def _size(hidden_size: Any, state_shape: Any, count: Any) -> int | tuple[Shape, 
             raise TypeError(_no_shape(state_shape))
     elif state_shape is not None:
         raise TypeError(_no_shape(state_shape))
-    elif isinstance(hidden_size, tuple) and hidden_size:
+    elif isinstance(hidden_size, (tuple, list)) and hidden_size:
         shapes = tuple((n,) for n in hidden_size)
     else:
         return hidden_size if isinstance(hidden_size, int) and hidden_size > 0 else None
@@ -265,8 +271,21 @@ def _size(hidden_size: Any, state_shape: Any, count: Any) -> int | tuple[Shape, 
     return shapes
 
 
+def _check_hidden_size(size: Any) -> None:
+    """Refuse what was passed as `hidden_size` but is none."""
+    for n in size if isinstance(size, (tuple, list)) else () if size is None else (size,):
+        if not isinstance(n, int):
+            raise TypeError(
+                f"hidden_size is {size!r}; it must be a whole number (an int), or a tuple of them, "
+                "one for each tensor in the state."
+            )
+        if n < 1:
+            raise ValueError(f"hidden_size is {size}; sizes must be whole numbers of at least 1.")
+
+
 def _no_shape(seen: Any) -> str:
     return (
-        f"state_shape is {seen!r}; it must be a shape without the batch, such as (4, 8), or a "
-        "tuple of shapes, such as ((4, 8), (4,)), one for each tensor in the state."
+        f"state_shape is {seen!r}; it must be a shape without the batch, of whole numbers (int), "
+        "such as (4, 8), or a tuple of shapes, such as ((4, 8), (4,)), one for each tensor in the "
+        "state."
     )

@@ -374,7 +374,7 @@ def record_step(
         tensors = dict(zip(subject.tensors, flat[:own], strict=True))
         inputs, state = flat[own : own + num_inputs], flat[own + num_inputs :]
         new = subject.step(tensors, inputs, state if is_tuple else state[0])
-        new = _checked(new, subject.name, num_components, is_tuple, shape)
+        new = checked_state(new, subject.name, [shape] * num_components, is_tuple)
         if subject.readout is None:
             return new
         y = subject.readout(tensors, inputs, new if is_tuple else new[0])
@@ -394,23 +394,35 @@ def record_step(
         return record(step, examples, subject.name, focus, labels, look)
 
 
-def _checked(
-    new: Any, subject: str, num_components: int, is_tuple: bool, shape: tuple[int, int]
+def checked_state(
+    new: Any, subject: str, shapes: Sequence[tuple[int, ...]], is_tuple: bool
 ) -> tuple[Tensor, ...]:
+    """The components of a new state.
+
+    Args:
+        new: What a step returned.
+        subject: What messages call the step.
+        shapes: Of the state that it was given, with the rows.
+        is_tuple: Whether that was a tuple.
+
+    Raises:
+        TraceError: It has another form.
+    """
     components = tuple(new) if isinstance(new, (tuple, list)) else (new,)
-    if is_tuple != isinstance(new, (tuple, list)) or len(components) != num_components:
-        given = f"a tuple of {num_components} tensors" if is_tuple else "one tensor"
-        seen = f"a {type(new).__name__} of {len(components)}" if is_tuple else type(new).__name__
+    if is_tuple != isinstance(new, (tuple, list)) or len(components) != len(shapes):
+        given = f"a tuple of {len(shapes)} tensors" if is_tuple else "one tensor"
         raise TraceError(
-            f"{subject} was given {given} as state but returned {seen}; it must "
-            "return the new state in the same form."
+            f"{subject} was given {given} as state but returned {_describe(new)}; it must return "
+            "the new state in the same form."
         )
-    for i, component in enumerate(components):
+    for i, (component, shape) in enumerate(zip(components, shapes, strict=True)):
         if not isinstance(component, Tensor) or tuple(component.shape) != shape:
-            shown = tuple(component.shape) if isinstance(component, Tensor) else component
+            seen = f"as {_describe(component)}"
+            if isinstance(component, Tensor):
+                seen = f"of shape {tuple(component.shape)}"
             raise TraceError(
-                f"{subject} returned component {i} of shape {shown} for a state "
-                f"of shape {shape}; every component must keep the shape (N, hidden_size)."
+                f"{subject} returned component {i} {seen} for one of shape {shape}; a state must "
+                "keep its shape."
             )
         if not component.is_floating_point():
             parts = "; keep real and imaginary part as two components"
@@ -421,16 +433,25 @@ def _checked(
     return components
 
 
+def _describe(value: Any) -> str:
+    """What a step returned, in words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    number = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"a {type(value).__name__}{number}"
+
+
 def _checked_output(y: Any, subject: str, rows: int) -> Tensor:
     if not isinstance(y, Tensor):
         raise TraceError(
-            f"{subject}.readout returned a {type(y).__name__}; it must return one tensor with the "
-            "rows first."
+            f"{subject}.readout returned {_describe(y)}; it must return one tensor with the rows "
+            "first."
         )
-    if not y.dim() or y.shape[0] != rows or not (y.is_floating_point() or y.is_complex()):
+    if not y.dim() or y.shape[0] != rows or not y.is_floating_point():
+        way = "; return torch.view_as_real(...)" if y.is_complex() else ""
         raise TraceError(
             f"{subject}.readout returned a tensor of shape {tuple(y.shape)} and type {y.dtype} for "
-            f"{rows} rows; it must be floating point, of shape (N, ...)."
+            f"{rows} rows; it must be floating point, of shape (N, ...){way}."
         )
     return y
 
@@ -461,11 +482,12 @@ def cut_readout(graph: fx.Graph, subject: str) -> None:
     output.args = ((*new, y),)
     used = ancestors([y])
     if not used.isdisjoint(before):
-        node = next(n for n in graph.nodes if n in used & reached and n not in before)
+        taken = {u for n in used & reached for u in (n, *n.users)} & used
+        places = [n.meta["place"] for n in graph.nodes if n in taken and n.meta.get("place")]
         raise TraceError(
-            f"{subject}.readout uses a value made at {show_place(node.meta.get('place'))} that "
-            "depends on the state before the step; it may use x and the state after the step. Make "
-            "the value a component of the state."
+            f"{subject}.readout depends on the state before the step, at "
+            f"{show_place(next(iter(places), None))}; it may use x and the state after the step, "
+            "as it is given. Make what it needs a component of the state."
         )
     if used.isdisjoint(instead.values()):
         raise TraceError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pararnn.tracing.capture import Subject
+from pararnn.tracing.capture import StepFunction, Subject, checked_state
 from pararnn.tracing.recorder import TraceError
 
 Shape = tuple[int, ...]
@@ -77,7 +77,7 @@ class Packing:
         for part, order, width in zip(parts, self.orders, self.widths, strict=True):
             if _moves(order):
                 part = part.permute(0, *(1 + a for a in order))
-            flat.append(part.reshape(len(part), self.blocks, width))
+            flat.append(part.reshape(part.shape[0], self.blocks, width))
         if self.num_components == 1:
             return (torch.cat(flat, -1) if len(flat) > 1 else flat[0]).flatten(1).unsqueeze(1)
         return torch.stack(flat, 1).flatten(2)
@@ -107,42 +107,32 @@ class Packing:
             is_tuple: Whether it takes them as a tuple.
         """
 
-        def given(components: Sequence[Tensor]) -> Any:
-            parts = tuple(part.contiguous() for part in self.split(components))
-            return parts if is_tuple else parts[0]
+        def call(
+            function: StepFunction, name: str, own: dict[str, Tensor], inputs: Any, state: Any
+        ) -> Any:
+            parts = tuple(part.contiguous() for part in self.split(state))
+            before = [part._version for part in parts]
+            result = function(own, inputs, parts if is_tuple else parts[0])
+            if before != [part._version for part in parts]:  # they may be copies
+                raise TraceError(
+                    f"{name} writes into its state in place; compute a new tensor instead (all "
+                    "times are evaluated at once, so there is no order for such writes)."
+                )
+            return result
 
         def step(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
-            new = subject.step(own, inputs, given(state))
-            self._check(new, subject.name, is_tuple, len(inputs[0]))
-            parts = tuple(new) if is_tuple else (new,)
-            return tuple(self.join(parts).unbind(1))
+            new = call(subject.step, subject.name, own, inputs, state)
+            rows = len(inputs[0])
+            shapes = [(rows, *shape) for shape in self.shapes]
+            parts = checked_state(new, subject.name, shapes, is_tuple)
+            joined = self.join(parts)
+            return tuple(joined.select(1, i) for i in range(self.num_components))
 
         def readout(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
             assert subject.readout is not None
-            return subject.readout(own, inputs, given(state))
+            return call(subject.readout, f"{subject.name}.readout", own, inputs, state)
 
         return replace(subject, step=step, readout=None if subject.readout is None else readout)
-
-    def _check(self, new: Any, name: str, is_tuple: bool, rows: int) -> None:
-        """Refuse what is not a state of these shapes."""
-        count = len(self.shapes)
-        if isinstance(new, (tuple, list)) != is_tuple or (is_tuple and len(new) != count):
-            given = f"a state of {count} tensors" if is_tuple else "one tensor as state"
-            seen = f"{len(new)} tensors" if isinstance(new, (tuple, list)) else type(new).__name__
-            raise TraceError(
-                f"{name} was given {given} but returned {seen}; it must return the new state in "
-                "the same form."
-            )
-        parts = new if is_tuple else (new,)
-        for i, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
-            if not isinstance(part, Tensor) or tuple(part.shape) != (rows, *shape):
-                found = tuple(part.shape) if isinstance(part, Tensor) else part
-                which = f"component {i}" if is_tuple else "a state"
-                raise TraceError(
-                    f"{name} returned {which} of shape {found} for one of shape "
-                    f"{(rows, *shape)}; the state must keep its shape (N, "
-                    f"{', '.join(map(str, shape))})."
-                )
 
 
 def _moves(order: tuple[int, ...]) -> bool:

@@ -34,6 +34,7 @@ _NUMBERS = (float, complex)
 _SILENT = frozenset(("__dict__", "__weakref__", "__doc__", "__annotations__", "__module__"))
 _MOST = 2000  # objects to inspect; all others are compared by identity
 _OFTEN = 8  # changes of one value before a warning
+_OF_CELLS = ("forward", "readout", "hidden_size", "num_components", "state_shape")
 _NOTHING = object()
 
 
@@ -207,7 +208,7 @@ class _Look:
         changing = getattr(type(module), "changes_by_itself", ())  # of a layer of this package
         known = [n for n in own if n not in _MODULE_OWN and n not in changing]
         if not _is_pytorchs(type(module)):
-            known = [n for n in known if n == "forward" or self.ran.reads(n)]
+            known = [n for n in known if n in _OF_CELLS or self.ran.reads(n)]
         elif not (self.ran.reads("training") or _asks_for_mode(type(module))):
             known = [n for n in known if n != "training"]
         self.named(place, own, known)
@@ -330,7 +331,7 @@ class _Look:
 
     def reads_of_class(self, name: str) -> bool:
         """Whether the code may have read this name from a class; operators read it unnamed."""
-        by_operator = name == "forward" or (name[:2] == "__" and name not in _SILENT)
+        by_operator = name in _OF_CELLS or (name[:2] == "__" and name not in _SILENT)
         return by_operator or self.ran.reads(name)
 
     def named(

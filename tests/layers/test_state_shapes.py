@@ -382,6 +382,50 @@ def test_exported(cell):
             assert_close("value", found, expected, rtol=1e-5)
 
 
+class Call(nn.Module):
+    """A call with a state and more, as programs take it."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.rnn, self.call = RNN(M2RNN()), call
+
+    def forward(self, x, state, more):
+        return tuple(self.call(self.rnn, x, state, more))
+
+
+BATCH, TIME, MORE = (torch.export.Dim(name) for name in ("batch", "time", "more"))
+ROWS = torch.zeros(2, KEYS, VALUES)
+CALLS = {
+    "resets": (
+        lambda rnn, x, state, more: rnn(x, state, more, reset_state=state),
+        [(X[:2], ROWS, X[:2, :, 0] > 0), (X, torch.randn(7, KEYS, VALUES), X[..., 0] > 0.3)],
+        ({0: BATCH, 1: TIME}, {0: BATCH}, {0: BATCH, 1: TIME}),
+    ),
+    "packed": (
+        lambda rnn, x, state, more: rnn(x, state, cu_seqlens=more),
+        [
+            (X[:1], torch.zeros(3, KEYS, VALUES), torch.tensor([0, 4, 4, 9])),
+            (X[:1, :6], torch.randn(4, KEYS, VALUES), torch.tensor([0, 1, 3, 3, 6])),
+        ],
+        ({1: TIME}, {0: MORE}, {0: MORE + 1}),
+    ),
+    "step": (
+        lambda rnn, x, state, more: rnn.step(x, state + more),
+        [(X[:2, 0], ROWS, ROWS.clone()), (X[:, 0], *torch.randn(2, 7, KEYS, VALUES))],
+        ({0: BATCH}, {0: BATCH}, {0: BATCH}),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "strict"), [("resets", False), ("packed", True), ("step", False)])
+def test_exported_calls(name, strict):
+    call, (first, other), sizes = CALLS[name]
+    net = Call(call).eval()
+    program = torch.export.export(net, first, dynamic_shapes=sizes, strict=strict).module()
+    for found, expected in zip(program(*other), net(*other), strict=True):
+        assert_close("value", found, expected, rtol=1e-5)
+
+
 def from_a_library(file):
     return [t.tolist() for t in torch._inductor.aoti_load_package(file)(X)]
 

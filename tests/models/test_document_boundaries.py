@@ -125,3 +125,19 @@ def test_wrong_shapes_are_refused(make_model, tokens):
     hole[1, 4] = 0
     with pytest.raises(ValueError, match="padding between two tokens"):
         model(tokens, attention_mask=hole)
+
+
+def test_one_program_for_packed_rows_of_any_length(make_model):
+    """A message with the number of tokens in it would tie the program to that number."""
+    model, programs = make_model(), []
+
+    def compiler(graph, _):
+        programs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=compiler, fullgraph=True, dynamic=True)
+    for length in (9, 12, 33):
+        tokens, ends = torch.randint(1, 17, (1, length)), torch.tensor([0, 4, length])
+        found = compiled(tokens, cu_seq_lens_q=ends).logits
+        torch.testing.assert_close(found, model(tokens, cu_seq_lens_q=ends).logits, **EXACT)
+    assert len(programs) == 1

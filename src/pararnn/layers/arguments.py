@@ -167,11 +167,13 @@ def starts_of(
     ends = cu_seqlens.to(x.device).long()
     begins, ends = ends[:-1], ends[1:]
     valid = (begins[0] == 0) & (ends[-1] == time) & (begins <= ends).all()
-    wanted = f"cu_seqlens must rise from 0 to the number of steps {time} of an x of batch 1"
-    if torch.compiler.is_compiling() and batch == 1:
-        torch._assert_async(valid, f"{wanted}.")
+    wanted = "cu_seqlens must rise from 0 to the number of steps"
+    if torch.compiler.is_compiling() and batch == 1:  # to name their number would fix it
+        torch._assert_async(valid, f"{wanted} of an x of batch 1.")
     elif batch != 1 or not valid:
-        raise ValueError(f"{wanted} (here {batch}), got {cu_seqlens.tolist()}.")
+        raise ValueError(
+            f"{wanted} {time} of an x of batch 1 (here {batch}), got {cu_seqlens.tolist()}."
+        )
     steps = torch.arange(time, device=x.device)
     rows = torch.searchsorted(ends, steps, right=True)  # the sequence that a step belongs to
     starts = torch.where(begins[rows] == steps, rows, -1).int()

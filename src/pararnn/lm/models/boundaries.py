@@ -132,10 +132,14 @@ def _rows(name: str, tensor: Tensor, batch: int, time: int) -> Tensor:
 
 def _cut(ends: Tensor, batch: int, time: int) -> Tensor:
     """Starts of documents that follow one another in a single row, without the first."""
-    wanted = f"cu_seq_lens_q must rise from 0 to the number of tokens {time} of a single row"
+    wanted = "cu_seq_lens_q must rise from 0 to the number of tokens"
     if batch != 1 or ends.dim() != 1 or len(ends) < 2:
-        raise ValueError(f"{wanted}, got shape {tuple(ends.shape)} and {batch} rows.")
-    require((ends[0] == 0) & (ends[-1] == time) & (ends.diff() >= 0).all(), f"{wanted}.")
+        raise ValueError(
+            f"{wanted} {time} of a single row, got shape {tuple(ends.shape)} and {batch} rows."
+        )
+    fits = (ends[0] == 0) & (ends[-1] == time) & (ends.diff() >= 0).all()
+    seen = "" if torch.compiler.is_compiling() else f" {time}"  # to name the number would fix it
+    require(fits, f"{wanted}{seen} of a single row.")
     starts = torch.zeros(1, time + 1, dtype=torch.bool, device=ends.device)
     starts[0, ends[1:-1].long()] = True
     return starts[:, :time] & (torch.arange(time, device=ends.device) > 0)

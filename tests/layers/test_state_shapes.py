@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from core.conftest import needs_triton
 from forks import FORKS
 from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
@@ -272,6 +273,21 @@ def test_forms_of_a_call(cell, x, backend):
     assert_close("y", y, torch.cat([part for part, _ in parts], 1), rtol=1e-9)
     for i, (_, last) in enumerate(parts):
         close((x, mapped(lambda s, i=i: s[i : i + 1], ended)), (x, last))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["m2rnn", "outer, heads", "scalar"])
+def test_generated_for_a_gpu(name, x):
+    """In the interpreter."""
+    cell, x = CELLS[name][0](), x[:2, :9].float().requires_grad_()
+    state, resets = states(cell, 2).float().requires_grad_(), x[..., 0] > 0.5
+    found = RNN(cell, backend="triton")(x, state, resets)
+    expected = loop(cell, x, state, resets)
+    close(found, expected, rtol=1e-5)
+    inputs, cotangents = [x, state, *cell.parameters()], [torch.randn_like(t) for t in flat(found)]
+    gradients = [torch.autograd.grad(flat(r), inputs, cotangents) for r in (found, expected)]
+    for a, e in zip(*gradients, strict=True):
+        assert_close("gradient", a, e, rtol=1e-4)
 
 
 def test_steps(cell, x):

@@ -126,7 +126,7 @@ class Packing:
             shapes = [(rows, *shape) for shape in self.shapes]
             parts = checked_state(new, subject.name, shapes, is_tuple)
             joined = self.join(parts)
-            return tuple(joined.select(1, i) for i in range(self.num_components))
+            return tuple(joined.unbind(1)) if self.num_components > 1 else (joined.squeeze(1),)
 
         def readout(own: dict[str, Tensor], inputs: tuple[Tensor, ...], state: Any) -> Any:
             assert subject.readout is not None

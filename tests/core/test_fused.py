@@ -11,6 +11,7 @@ from torch import fx, nn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
+from pararnn.layers.xlstm import XLSTMCell
 from pararnn.solvers.chunks import Chunks, Cut, Redo, Sweep
 from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
@@ -76,6 +77,13 @@ class HeadsExpanded(nn.Module):
         return torch.tanh(self.input(x) + mixed.flatten(1))
 
 
+def xlstm():
+    cell = XLSTMCell(3, 5)
+    cell._recurrent_kernel_ = nn.Parameter(torch.randn(3, 20, 5) * 0.4)
+    cell._bias_ = nn.Parameter(torch.randn(60))
+    return cell
+
+
 CELLS = {
     "rnn": lambda: nn.RNNCell(INPUT, 6),
     "relu": lambda: nn.RNNCell(INPUT, 19, bias=False, nonlinearity="relu"),
@@ -84,6 +92,7 @@ CELLS = {
     "lstm": lambda: nn.LSTMCell(INPUT, 6),
     "heads": Heads,
     "slstm": lambda: HeadSLSTMCell(6, 15, num_heads=3),
+    "xlstm": xlstm,
     "partly": Partly,
     "two_products": TwoProducts,
     "heads_in_place": HeadsInPlace,

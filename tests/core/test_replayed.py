@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pararnn
-from pararnn.cells import ParaLSTMCell
+from pararnn.cells import M2RNNCell, OuterMemoryCell, ParaLSTMCell
 from pararnn.kernels.graphs import Graphs
 from pararnn.layers import runner
 from pararnn.testing import assert_close, loop
@@ -19,6 +19,8 @@ CELLS = {
     "gru": lambda: nn.GRUCell(5, 6),
     "lstm": lambda: nn.LSTMCell(5, 6),
     "paralstm": lambda: ParaLSTMCell(5, 6),
+    "m2rnn": lambda: M2RNNCell(5, 3, 4, num_heads=2),
+    "outer": lambda: OuterMemoryCell(5, 3, 4),
 }
 
 
@@ -77,8 +79,8 @@ def test_values_and_gradients(request, name, frozen, begins):
     rnn = pararnn.RNN(CELLS[name]().double())
     x = torch.randn(3, 40, 5, dtype=torch.float64, requires_grad=not frozen)
     parts = [
-        torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-        for _ in range(rnn.num_components)
+        torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
+        for shape in rnn.state_shapes
     ]
     state = parts[0] if len(parts) == 1 else tuple(parts)
     inputs = [*parts, *([] if frozen else [x]), *rnn.parameters()]
@@ -123,17 +125,39 @@ def test_autocast_holds_in_both_directions(request):
         assert_close(f"tensor {i}", actual, reference, rtol=1e-2)
 
 
-def test_gradients_of_gradients_equal_loop(calls):
-    rnn = pararnn.RNN(nn.GRUCell(5, 6)).double()
-    x, state = torch.randn(2, 30, 5).double(), torch.zeros(2, 6).double()
+@pytest.mark.parametrize("name", ["gru", "m2rnn"])
+def test_gradients_of_gradients_equal_loop(calls, name):
+    rnn = pararnn.RNN(CELLS[name]()).double()
+    x, state = torch.randn(2, 30, 5).double(), torch.zeros(2, *rnn.state_shapes[0]).double()
     expected = twice(functools.partial(loop, rnn.cell), x, state)
     assert_same(twice(rnn, x, state), expected, 1e-10)
     assert [form[0] for form in calls] == ["forward", "backward"]  # the one of sin'
 
 
-def test_random_numbers_are_not_drawn_twice(calls):
-    pararnn.RNN(Noisy())(torch.randn(2, 30, 4))
+class NoisyReadout(M2RNNCell):
+    """Draws random numbers in its readout."""
+
+    def readout(self, x, state):
+        return nn.functional.dropout(super().readout(x, state), 0.5)
+
+
+@pytest.mark.parametrize("make", [Noisy, lambda: NoisyReadout(4, 2, 3)])
+def test_random_numbers_are_not_drawn_twice(calls, make):
+    pararnn.RNN(make())(torch.randn(2, 30, 4))
     assert not calls
+
+
+def test_the_readout_alone_or_the_last_state_alone(calls):
+    """What has no gradient from outside is not there for the graph either."""
+    rnn = pararnn.RNN(CELLS["m2rnn"]().double())
+    x = torch.randn(2, 30, 5, dtype=torch.float64, requires_grad=True)
+    found, expected = rnn(x), loop(rnn.cell, x, torch.zeros(2, 2, 3, 4, dtype=torch.float64))
+    for actual, reference in zip(found, expected, strict=True):
+        cotangent = torch.randn_like(reference)
+        pair = [
+            torch.autograd.grad(y, x, cotangent, retain_graph=True)[0] for y in (actual, reference)
+        ]
+        assert_close("gradient", *pair, rtol=1e-9)
 
 
 def test_a_recording_sees_everything(calls):

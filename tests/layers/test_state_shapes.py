@@ -560,6 +560,29 @@ def test_dropout_in_a_readout(x):
         assert_close("gradient", a, e, rtol=1e-9)
 
 
+def forgets(state, drive):
+    """For states of any shape."""
+    return torch.tanh(0.5 * state + drive.sum(-1).view(-1, *[1] * (state.dim() - 1)))
+
+
+def total(state, drive):
+    return state.reshape(len(state), -1).sum(-1) * drive[:, 0]
+
+
+@pytest.mark.parametrize("readout", [None, total])
+def test_scan_of_any_shape(x, readout):
+    """One function; each shape has a trace of its own."""
+    for shape in ((), (4,), (2, 4), (1, 3, 2), (2, 4)):
+        first = torch.randn(3, *shape, dtype=torch.float64)
+        now, ys = first, []
+        for x_t in x.unbind(1):
+            now = forgets(now, x_t)
+            ys.append(now if readout is None else readout(now, x_t))
+        close(pararnn.scan(forgets, first, x, readout=readout), (torch.stack(ys, 1), now))
+    with pytest.raises(ValueError, match=r"has shape \(3, 0\) .*; pass \(3, ...\), no axis empty"):
+        pararnn.scan(forgets, x.new_zeros(3, 0), x)
+
+
 def test_scan_follows_what_its_readout_reads():
     """Coefficients, closures and a number that the readout alone reads."""
     draw = lambda *s: torch.randn(s, dtype=torch.float64, requires_grad=True)  # noqa: E731

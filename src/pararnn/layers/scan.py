@@ -164,8 +164,8 @@ def _check(parts: tuple[Tensor, ...], drives: tuple[Tensor, ...]) -> None:
         check_real(f"state component {i}", part)
         if not part.is_floating_point():
             raise TypeError(f"state component {i} is of {part.dtype}; pass floating-point numbers.")
-        if part.dim() < 2 or part.shape[0] != batch:
+        if not part.dim() or part.shape[0] != batch or 0 in part.shape[1:]:
             raise ValueError(
                 f"state component {i} has shape {tuple(part.shape)} but the drives have batch "
-                f"{batch}; pass ({batch}, ...)."
+                f"{batch}; pass ({batch}, ...), no axis empty."
             )

@@ -475,6 +475,27 @@ def test_narrower_types(cell, x, way):
     assert all(p.grad.isfinite().all() for p in rnn.parameters())
 
 
+def test_convolutions_under_autocast(x):
+    """Of what autocast has rounded, before the step and in the readout."""
+
+    class Convolves(M2RNN):
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = (nn.Conv1d(1, 1, 3, padding=1) for _ in range(2))
+
+        def of(self, name, x):
+            return self.before(super().of(name, x).unsqueeze(1)).squeeze(1)
+
+        def readout(self, x, state):
+            return self.after(super().readout(x, state).unsqueeze(1)).squeeze(1)
+
+    cell, x = Convolves(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = RNN(cell)(x), loop(cell, x, torch.zeros(3, KEYS, VALUES))
+    for a, e in zip(found, expected, strict=True):
+        assert_close("value", a.float(), e.float(), rtol=0.06)
+
+
 def test_the_output_has_the_type_of_x(x):
     """Whatever the readout computes in, and however the call is carried out."""
 

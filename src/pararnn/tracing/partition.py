@@ -6,6 +6,7 @@ runs for all times at once; its values that the recurrent part takes are the edg
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import weakref
@@ -307,6 +308,16 @@ def _copy_nodes(
             new[node] = graph.node_copy(node, lookup)
             if node.target is aten.view.default:
                 new[node].target = aten.reshape.default
+            elif node.target is aten.convolution.default:
+                new[node].meta["overload"], new[node].target = node.target, _convolution
+
+
+def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """In the widest type of its tensors: autocast converts for `F.conv1d`, but not for this."""
+    given = [t for t in (input, weight, bias) if t is not None]
+    wide = functools.reduce(torch.promote_types, [t.dtype for t in given])
+    input, weight, *biases = (t.to(wide) for t in given)
+    return aten.convolution.default(input, weight, biases[0] if biases else None, *rest)
 
 
 def module_from(

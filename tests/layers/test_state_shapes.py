@@ -642,12 +642,13 @@ def test_a_changed_cell_is_traced_again(x):
         input_size, state_shape = FEATURES, (KEYS, VALUES)
 
         def forward(self, x, state):
-            drive = x.sum(-1).view(-1, *[1] * (state.dim() - 1))
-            return torch.tanh(0.5 * state + drive)
+            if isinstance(state, tuple):
+                return tuple(forgets(s, x) for s in state)
+            return forgets(state, x)
 
     cell = Plain()
     rnn = RNN(cell)
-    for cell.state_shape in ((KEYS, VALUES), (2,), (VALUES, KEYS), (KEYS, VALUES)):
+    for cell.state_shape in ((KEYS, VALUES), (2,), ((VALUES, KEYS), (2,)), (KEYS, VALUES)):
         close(rnn(x), loop(cell, x, states(cell, 3, torch.zeros)))
     for axis in (-1, -2):
         Plain.readout = lambda self, x, state, axis=axis: state.sum(axis)

@@ -61,9 +61,10 @@ class Sizes:
         Raises:
             TypeError: Their number is not known.
         """
-        count = self._num_components or getattr(cell, "num_components", None)
+        count = self._given.get("num_components") or getattr(cell, "num_components", None)
         size = self._known_size(cell)
-        count = len(size) if count is None and isinstance(size, tuple) else count
+        if count is None:
+            count = len(size) if isinstance(size, tuple) else self._num_components  # learnt
         if not isinstance(count, int):
             raise TypeError(
                 f"{type(cell).__name__} does not say how many tensors its state has; call "

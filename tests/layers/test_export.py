@@ -51,16 +51,17 @@ class Net(nn.Module):
         return self.rnn(x)[0]
 
 
-class TwoKinds(nn.Module):
-    """A layer that has the states of another as its inputs."""
+class EveryKind(nn.Module):
+    """Layers that have the outputs of another as their inputs; the last is a memory."""
 
     def __init__(self):
         super().__init__()
         self.elementwise = pararnn.ParaGRU(3, 3, batch_first=True)
         self.mixing = LAYERS["mixing"]()
+        self.memory = pararnn.RNN(pararnn.cells.M2RNNCell(4, 2, 3))
 
     def forward(self, x):
-        return self.mixing(self.elementwise(x)[0])
+        return self.memory(self.mixing(self.elementwise(x)[0])[0])
 
 
 def exported(make, strict=False):
@@ -131,7 +132,7 @@ def test_gradients_in_another_process(name, tmp_path):
 def test_ahead_of_time_inductor(tmp_path):
     """Compiled to a library, which another process loads."""
     with torch.no_grad():
-        net, program = exported(TwoKinds)
+        net, program = exported(EveryKind)
         file = str(tmp_path / "net.pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=file)
     found = elsewhere(compiled_outputs, file)

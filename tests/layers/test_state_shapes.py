@@ -2,13 +2,11 @@
 
 import copy
 import pickle
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from core.conftest import needs_triton
-from forks import FORKS
 from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrizations
@@ -440,24 +438,6 @@ def test_exported_calls(name, strict):
     program = torch.export.export(net, first, dynamic_shapes=sizes, strict=strict).module()
     for found, expected in zip(program(*other), net(*other), strict=True):
         assert_close("value", found, expected, rtol=1e-5)
-
-
-def from_a_library(file):
-    return [t.tolist() for t in torch._inductor.aoti_load_package(file)(X)]
-
-
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++"))), reason="PyTorch compiles C++ here"
-)
-def test_ahead_of_time_inductor(tmp_path):
-    net, file = Net(M2RNN()).eval(), str(tmp_path / "net.pt2")
-    with torch.no_grad():
-        program = torch.export.export(net, (X[:2],), dynamic_shapes=SIZES)
-        torch._inductor.aoti_compile_and_package(program, package_path=file)
-    with FORKS.Pool(1) as process:
-        found = process.apply(from_a_library, (file,))
-    for values, expected in zip(found, net(X), strict=True):
-        assert_close("value", torch.tensor(values), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["float32", "bfloat16", "autocast"])

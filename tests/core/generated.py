@@ -11,6 +11,7 @@ from pararnn.cells import HeadSLSTMCell, ParaGRUCell, SLSTMCell
 from pararnn.kernels import c as c_package
 from pararnn.kernels import fused
 from pararnn.kernels.c.backend import CBackend
+from pararnn.kernels.c.mixing import mixing_source
 from pararnn.kernels.triton.backend import TritonBackend
 from pararnn.solvers.chunks import Chunks, Cut
 
@@ -29,7 +30,7 @@ def texts():
         torch.manual_seed(0)
         traced = RNN(make()).runner().traced
         if traced.step.recurrence is None:
-            found[f"{name}.py"] = _rows(traced.step)
+            found |= _rows(name, traced.step)
         else:
             found[f"{name}.py"] = TritonBackend(traced.step.recurrence).source()
             found[f"{name}.c"] = _without_written(CBackend(traced.step.recurrence).source())
@@ -38,15 +39,19 @@ def texts():
 
 def _without_written(text):
     """C without what is the same for all cells."""
+    loops = set()
     for file in sorted(Path(c_package.__file__).parent.glob("*.[ch]")):
-        assert file.read_text() in text
+        assert file.read_text() in text or file.suffix == ".c"
+        if file.suffix == ".c" and file.read_text() in text:
+            loops.add(file.name)
         text = text.replace(file.read_text(), f'#include "{file.name}"\n')
+    assert len(loops) == 1
     return text
 
 
-def _rows(of):
+def _rows(name, of):
     """The steps, forwards and of the adjoint."""
-    count, cut, steps = of.num_components, Cut(2, 3, 3), []
+    count, cut, steps, in_c = of.num_components, Cut(2, 3, 3), [], []
     rows = torch.rand(6, of.hidden)
     inputs = [torch.rand(*([6] if i.by_rows else []), *i.shape) for i in of.inputs]
     adjoint = of.adjoint
@@ -58,7 +63,10 @@ def _rows(of):
             i.unflatten(0, (2, 3)) if by_rows else i
             for i, by_rows in zip(inputs, step.by_rows, strict=True)
         ]
-        kernel = fused._kernel(Chunks(step, cut, over_time, None, ()), [rows[:2]] * count)
+        chunks, state = Chunks(step, cut, over_time, None, ()), [rows[:2]] * count
+        sweep = fused._kernel(chunks, state, "c")
+        in_c.append(_without_written(mixing_source(sweep.products, double=False)))
+        kernel = fused._kernel(chunks, state)
         module = sys.modules[kernel.constants["STEP"].fn.__module__]
         steps.append(module.__loader__.get_source(module.__name__))
-    return "\n\n".join(steps)
+    return {f"{name}.py": "\n\n".join(steps), f"{name}.c": "\n\n".join(in_c)}

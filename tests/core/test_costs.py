@@ -25,6 +25,8 @@ NO_COSTS = {
     # sizes that hardware or Triton demands
     "planning/triton_plan.py": {"_WARP"},
     "kernels/fused.py": {"_TILE"},
+    "kernels/c/mixing.py": {"_VECTOR_BYTES"},
+    "layers/xlstm.py": {"_COMPONENTS", "_GATES"},  # of its state and step
     "kernels/triton/build.py": {"OLDEST", "_PARSES_IN_THREADS"},  # versions
     # bounds of what is kept
     "kernels/facts.py": {"_MOST_PLANS"},

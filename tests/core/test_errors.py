@@ -256,10 +256,10 @@ CALLS = {
         "num_components=1 was passed to RNN and LSTMCell does not say it; leave it out?",
     ),
     "solver is no Newton": (lambda: layer(solver=3), TypeError, "solver must be pararnn.Newton"),
-    "c for a dense cell": (
-        lambda: RNN(nn.GRUCell(3, 4), backend="c"),
+    "c for a cell with a softmax": (
+        lambda: RNN(Softmax(), backend="c"),
         ValueError,
-        "backend='c' evaluates elementwise cells and GRUCell is not one",
+        "mix channels by products with weights, and Softmax is neither",
     ),
     "tolerance": (lambda: Newton(tolerance=0.0), ValueError, "must be positive, got 0.0"),
     "max_iterations": (lambda: Newton(max_iterations=0), ValueError, "must be at least 1, got 0"),
@@ -333,7 +333,7 @@ def test_generated_code_has_no_place():
     """As of a cell that FX made."""
     cell = fx.symbolic_trace(Softmax())
     with pytest.raises(
-        ValueError, match=r"Softmax is not one \(mm: it is not a pointwise operation"
+        ValueError, match=r"Softmax is neither \(mm: it is not a pointwise operation"
     ):
         RNN(cell, hidden_size=5, num_components=1, backend="c")(zeros(2, 3, 5))
     assert show_place(("<eval_with_key>.12", 5)) == show_place(None) == "an unknown line"

@@ -1,4 +1,4 @@
-"""Steps in one generated kernel, in Triton's interpreter, against one operation after the other."""
+"""Steps in one kernel, in Triton's interpreter and in C, against one operation after the other."""
 
 import dataclasses
 import functools
@@ -22,8 +22,11 @@ from .compare import as_tuple, assert_same, outcome, random_state, with_resets
 from .conftest import needs_triton
 from .test_mixing import INPUT, MIXING, Heads, Normed, Partly
 
-pytestmark = needs_triton
-
+RUNS = {
+    "triton": pytest.param(fused.run_steps, id="triton", marks=needs_triton),
+    "c": pytest.param(fused.run_in_c, id="c"),
+}
+BOTH = pytest.mark.parametrize("run", RUNS.values())
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -184,19 +187,34 @@ def with_reset_states(of, chunks, dtype, reverse=False):
     )
 
 
+@BOTH
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
 @pytest.mark.parametrize("name", CELLS)
-def test_equals_operations(name, direction, dtype):
+def test_equals_operations(name, direction, dtype, run):
     of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=2, time=7, chunk=4))
-    compare(chunks, random_rows(of, chunks.cut, dtype), dtype)
+    compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8, 9, 17])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_rows_in_c(batch, threads):
+    """Blocks of rows that are full, not full, and of one row, among threads."""
+    dtype, before = torch.float32, torch.get_num_threads()
+    of, chunks = steps_of(make("gru", dtype), dtype, "forward", Cut(batch, 6, 6))
+    torch.set_num_threads(threads)
+    try:
+        compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=fused.run_in_c)
+    finally:
+        torch.set_num_threads(before)
+
+
+@BOTH
 @pytest.mark.parametrize("name", ["gru", "heads"])
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_chunks_starts_and_order(name, direction, resets, reverse, backwards):
+def test_chunks_starts_and_order(name, direction, resets, reverse, backwards, run):
     """Strided inputs, states that are replaced, both directions, copies, chunks cut off."""
     dtype = torch.float64
     for cut in (Cut(2, 8, 3, backwards), Cut(1, 3, 3, backwards)):
@@ -205,22 +223,24 @@ def test_chunks_starts_and_order(name, direction, resets, reverse, backwards):
         if resets:
             chunks = with_reset_states(of, chunks, dtype, reverse)
         if not reverse:
-            compare(chunks, random_rows(of, cut, dtype), dtype)
-            compare(chunks, random_rows(of, cut, dtype), dtype, first=2, keep=False)
-        compare(chunks, random_rows(of, cut, dtype, copies=2), dtype, copies=2, keep=False)
+            compare(chunks, random_rows(of, cut, dtype), dtype, run=run)
+            compare(chunks, random_rows(of, cut, dtype), dtype, run=run, first=2, keep=False)
+        rows = random_rows(of, cut, dtype, copies=2)
+        compare(chunks, rows, dtype, copies=2, run=run, keep=False)
 
 
+@BOTH
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_sequences_that_are_run_again(resets, backwards):
+def test_sequences_that_are_run_again(resets, backwards, run):
     dtype, cut = torch.float64, Cut(5, 4, 4, backwards)
     of, chunks = steps_of(make("lstm", dtype), dtype, "forward", cut)
     chunks = with_reset_states(of, chunks, dtype) if resets else chunks
     state, settled = random_rows(of, cut, dtype), torch.tensor([True, False, True, True, False])
     found = {}
-    for run in (one_by_one, fused.run_steps):
-        found[run] = [torch.ones(5, 4, of.hidden, dtype=dtype) for _ in state]
-        run(chunks, state, Sweep(redo=Redo(found[run], settled)))
+    for one in (one_by_one, run):
+        found[one] = [torch.ones(5, 4, of.hidden, dtype=dtype) for _ in state]
+        one(chunks, state, Sweep(redo=Redo(found[one], settled)))
     expected, _ = one_by_one(chunks, state)
     for a, b, e in zip(*found.values(), expected, strict=True):
         e[settled] = 1.0
@@ -246,6 +266,7 @@ def _fused_step(name, inputs):
     return Step(lambda: module, tuple(kinds), gates - 2, 17, 17, device, x.dtype)
 
 
+@needs_triton
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_cells_that_a_gpu_fuses(name, bias, dtype):
@@ -269,6 +290,7 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
                 assert_close("state", a[n, t], e, rtol=RTOL[dtype])
 
 
+@needs_triton
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_transforms_of_cells_that_a_gpu_fuses(name):
     cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[name](INPUT, 17)
@@ -295,6 +317,7 @@ def _step_of(cell, gates, past):
     return [found[0]] if len(past) == 1 else [f[0] for f in found]
 
 
+@needs_triton
 @pytest.mark.parametrize("solver", [Newton(chunk=3), Jacobi(chunk=3), Sequential()], ids=repr)
 @pytest.mark.parametrize("name", ["gru", "heads", "lstm"])
 @pytest.mark.parametrize("reset", [False, True])
@@ -314,6 +337,7 @@ def test_whole_solve_equals_loop(name, solver, reset):
     assert_same(outcome(with_resets(rnn, resets), cell, x, both), expected, 1e-10)
 
 
+@needs_triton
 def test_first_read_in_inference_mode():
     """Inside an operator and without autograd, where the step is recorded for the first time."""
     cell = make("heads", torch.float64)
@@ -358,6 +382,7 @@ class Squared(nn.Module):
         return torch.tanh((matrix @ matrix).flatten(1) + x[:, :1])
 
 
+@needs_triton
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
@@ -377,6 +402,7 @@ def test_what_is_not_fused_says_why(cell, reason):
     assert reason.split(":")[-1].strip() in fused.reason(chunks, state)
 
 
+@needs_triton
 def test_source_is_deterministic_and_shows_the_equations():
     from pararnn.kernels.triton.expressions import source
     from pararnn.tracing.products import products

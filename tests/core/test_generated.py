@@ -8,7 +8,7 @@ from .generated import texts
 from .golden import FOLDER
 
 pytestmark = needs_triton
-NAMES = ("gru.py", "gru.c", "slstm.py", "slstm.c", "heads.py", "dense.py")
+NAMES = ("gru.py", "gru.c", "slstm.py", "slstm.c", "heads.py", "heads.c", "dense.py", "dense.c")
 
 
 @pytest.fixture(scope="module")

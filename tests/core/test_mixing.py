@@ -14,6 +14,7 @@ import pararnn
 from pararnn import RNN, ConvergenceError, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.cells import BlockGRUCell, LayerNormLSTMCell
 from pararnn.kernels import facts, fused, graphs, rows
+from pararnn.kernels.c.build import find_compiler
 from pararnn.kernels.operators import request_of
 from pararnn.planning import kernel_plans, plan, rows_plan
 from pararnn.planning.costs import COSTS
@@ -136,6 +137,31 @@ def test_equals_loop_in_float32(name, solver):
     x, state = data(rnn, time=130, dtype=torch.float32)
     expected = outcome(functools.partial(loop, cell), cell, x, state)
     assert_same(outcome(rnn, cell, x, state), expected, RTOL[torch.float32])
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "heads", "partly"])
+def test_whole_layers_in_c(name, reset):
+    cell = make(name)
+    rnn = RNN(cell, backend="c")
+    x, state = data(rnn)
+    resets = starts() if reset else None
+    actual = outcome(lambda x, s: rnn(x, s, resets), cell, x, state)
+    expected = outcome(lambda x, s: loop(cell, x, s, resets), cell, x, state)
+    assert_same(actual, expected, RTOL[torch.float64], label=name)
+    plan = rnn.plan(x.shape)
+    assert plan.backend == "c"
+    assert plan.forward.steps == plan.adjoint.steps == "kernel"
+
+
+def test_long_sequences_run_in_c():
+    cell = nn.GRUCell(INPUT, HIDDEN).double()
+    rnn, x = RNN(cell), torch.randn(3, 100, INPUT, dtype=torch.float64)
+    assert rnn.plan(x.shape).forward.steps == "kernel"
+    assert rnn.plan((3, 20, INPUT)).path == "loop"
+    zeros = torch.zeros(3, HIDDEN, dtype=torch.float64)
+    actual = outcome(lambda x, s: rnn(x, s), cell, x, zeros)
+    assert_same(actual, outcome(functools.partial(loop, cell), cell, x, zeros), 1e-12, label="C")
 
 
 @pytest.mark.parametrize("solver", [*(c(chunk=7) for c in COUPLINGS), Newton(chunk=1), None])
@@ -327,6 +353,7 @@ def test_a_call_without_a_kernel_changes_no_later_one(monkeypatch):
 
     monkeypatch.setattr(facts, "decide", settled)
     monkeypatch.setattr(fused, "run_steps", run_steps)
+    monkeypatch.setattr(fused, "run_in_c", run_steps)
     cell = make("rnn")
     runner = RNN(cell).runner()
     x, path = torch.randn(2, 40, INPUT), request_of(runner.request).path
@@ -527,7 +554,7 @@ def test_report_by_sequence(kind):
 def test_automatic_choice_uses_chunks():
     x = torch.randn(1, 600, INPUT)
     torch.manual_seed(0)
-    rnn = RNN(nn.GRUCell(INPUT, 16))
+    rnn = RNN(nn.GRUCell(INPUT, 16), backend="torch")
     rnn(x)
     assert rnn.report.status == "converged"
     assert rnn.report.chunks > 4
@@ -551,8 +578,8 @@ class Narrow(nn.Module):
 def test_a_call_depends_on_nothing_before_it(wild):
     """The same bits in every call, also where the first one did not converge."""
     torch.manual_seed(0)
-    rnn = RNN(wild())
-    calm, x = RNN(nn.GRUCell(INPUT, 24)), torch.randn(1, 900, INPUT)
+    rnn = RNN(wild(), backend="torch")
+    calm, x = RNN(nn.GRUCell(INPUT, 24), backend="torch"), torch.randn(1, 900, INPUT)
     found = []
     for _ in range(3):
         y, _ = rnn(x)
@@ -581,11 +608,11 @@ def test_training_resumes_to_the_bit():
         return rnn
 
     torch.manual_seed(0)
-    whole = train(RNN(nn.GRUCell(INPUT, 16)), 0, 2)
+    whole = train(RNN(nn.GRUCell(INPUT, 16), backend="torch"), 0, 2)
     saved = {n: v.clone() for n, v in whole.state_dict().items()}
     train(whole, 2, 3)
     assert whole.report.status == "completed step by step"
-    resumed = RNN(nn.GRUCell(INPUT, 16))
+    resumed = RNN(nn.GRUCell(INPUT, 16), backend="torch")
     resumed.load_state_dict(saved)
     train(resumed, 2, 3)
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
@@ -673,7 +700,7 @@ def test_hopeless_iterations_are_given_up():
     assert not hopeless(1.0, 0.9, 1, kind="tangent")
     assert hopeless(1.0, 1.0, 9, kind="tangent")
     assert not hopeless(torch.inf, 2.0, 9, kind="tangent")
-    wild = RNN(chaotic(24).float())
+    wild = RNN(chaotic(24).float(), backend="torch")
     x = torch.randn(1, 2000, INPUT)
     with torch.no_grad():
         y, _ = wild(x)
@@ -787,7 +814,8 @@ def test_nan_and_infinity_reach_what_the_loop_reaches(solver):
 def test_check_cell():
     check = pararnn.testing.check_cell(nn.GRUCell(INPUT, HIDDEN))
     assert check.structure == "dense"
-    assert set(check.errors) == {f"torch, chunk={c}" for c in (1, 7, 37)}
+    backends = ["torch", "c"] if find_compiler() else ["torch"]
+    assert set(check.errors) == {f"{b}, chunk={c}" for b in backends for c in (1, 7, 37)}
 
 
 def test_inference_mode_and_frozen_weights():

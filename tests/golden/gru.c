@@ -9,6 +9,8 @@ enum { COMPONENTS = 1, DRIVES = 3, COEFFICIENTS = 3, MAX_BLOCK = 256 };
 
 #include "runtime.h"
 
+#include "threads.h"
+
 INLINE void step(int64_t d, inputs state, inputs drive, inputs coefficient,
     outputs next) {
   const real h_ = state[0][d];

@@ -13,6 +13,8 @@ enum { COMPONENTS = 4, DRIVES = 4, COEFFICIENTS = 4, MAX_BLOCK = 256 };
 
 #include "runtime.h"
 
+#include "threads.h"
+
 INLINE void step(int64_t d, inputs state, inputs drive, inputs coefficient,
     outputs next) {
   const real h_ = state[0][d];

@@ -198,7 +198,6 @@ BAD = {
     "too many results": channels(roots=[[2], [2]]),
     "a backend that is none": {**channels(), "backend": "os"},
     "a solver that is none": {**channels(), "solver": {"method": "exec"}},
-    "kernels for channels that mix": {**rows(), "backend": "c"},
     "no inputs": rows(inputs=[]),
     "no input with rows": rows(inputs=[[[1, 1, 3], "float32", False]]),
     "an input of no type": rows(inputs=[[[1, 1, 3], "load", True]]),

@@ -1,6 +1,6 @@
-"""Run all steps of a cell whose channels mix in one kernel, `triton.mixing`.
+"""Run all steps of a cell whose channels mix in one kernel: `triton.mixing`, or `c.mixing`.
 
-The kernel keeps the weights in registers.
+The one in Triton keeps the weights in registers.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from pararnn.kernels.lowering import NotLowered
+from pararnn.kernels.c.mixing import CSweep, NotFused
+from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton.build import missing
 from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.expressions import function
@@ -28,13 +29,89 @@ from pararnn.tracing.step import Input
 _TILE = 16  # see `triton.functions.dot`
 
 
-class NotFused(Exception):
-    """The steps cannot run in one kernel; the message says why."""
+class _Sweeps(Protocol):
+    """Runs sweeps of a step."""
+
+    def __call__(
+        self,
+        chunks: Chunks,
+        state: Sequence[Tensor],
+        sweep: Sweep,
+        states: Sequence[Tensor],
+        ends: Sequence[Tensor],
+    ) -> None:
+        """Run one.
+
+        Args:
+            chunks: The steps.
+            state: The states before the first step of rows, components (rows, hidden).
+            sweep: Which steps.
+            states: Where to write all states, (batch, time, hidden); empty for nowhere.
+            ends: Where to write the states after the last step of rows, like `state`.
+
+        Raises:
+            NotFused: It cannot run here.
+        """
+        ...
+
+
+_known: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple[Any, ...], _Sweeps | str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def reason(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> str | None:
+    """The reason why the steps cannot run in one kernel of "c" or "triton"; None if they can."""
+    found = _found(chunks, state, backend)
+    return found if isinstance(found, str) else None
+
+
+def _found(chunks: Chunks, state: Sequence[Tensor], backend: str) -> _Sweeps | str:
+    """The kernel for tensors of these shapes and types, or the reason why there is none; cached."""
+    known = _known.setdefault(chunks.step.module, {})
+    key = _key(chunks, state, backend)
+    if key not in known:
+        known[key] = _kernel(chunks, state, backend)
+    return known[key]
+
+
+def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
+    """Run a sweep in one kernel, on a GPU or in Triton's interpreter; see `chunks.Run`.
+
+    Raises:
+        NotFused: The kernel does not support the step, or its weights are too large; the message
+            says why.
+    """
+    return _swept("triton", chunks, state, sweep)
+
+
+def run_in_c(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
+    """Run a sweep in C, on a CPU; otherwise like `run_steps`."""
+    return _swept("c", chunks, state, sweep)
+
+
+def _swept(backend: str, chunks: Chunks, state: Sequence[Tensor], sweep: Sweep) -> Swept:
+    kernel = _found(chunks, state, backend)
+    if isinstance(kernel, str):
+        raise NotFused(kernel)
+    cut, (rows, hidden) = chunks.cut, state[0].shape
+    states: Sequence[Tensor] = []
+    if sweep.keep:
+        states = [s.new_empty(cut.batch, cut.time, hidden) for s in state]
+    if sweep.redo is not None:
+        states = sweep.redo.states
+    ends = [s.new_empty(rows, hidden) for s in state]
+    try:
+        kernel(chunks, state, sweep, states, ends)
+    except NotFused as error:
+        _known[chunks.step.module][_key(chunks, state, backend)] = str(error)
+        raise
+    return list(states), ends
 
 
 @dataclass(frozen=True)
-class _Kernel:
-    """The kernel of a step.
+class _InTriton:
+    """The kernel of a step in Triton.
 
     Attributes:
         products: The step, as expressions.
@@ -50,71 +127,40 @@ class _Kernel:
     run: Any
     constants: dict[str, Any]
 
-
-_known: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple[Any, ...], _Kernel | str]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def reason(chunks: Chunks, state: Sequence[Tensor]) -> str | None:
-    """The reason why the steps cannot run in one kernel; None if they can."""
-    found = _found(chunks, state)
-    return found if isinstance(found, str) else None
-
-
-def _found(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
-    """The kernel for tensors of these shapes and types, or the reason why there is none; cached."""
-    known = _known.setdefault(chunks.step.module, {})
-    key = _key(chunks, state)
-    if key not in known:
-        known[key] = _kernel(chunks, state)
-    return known[key]
-
-
-def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
-    """Run a sweep in one kernel, on a GPU or in Triton's interpreter; see `chunks.Run`.
-
-    Raises:
-        NotFused: The kernel does not support the step, or its weights are too large; the message
-            says why.
-    """
-    kernel = _found(chunks, state)
-    if isinstance(kernel, str):
-        raise NotFused(kernel)
-    cut, (rows, hidden), inputs = chunks.cut, state[0].shape, chunks.inputs
-    states: Sequence[Tensor] = []
-    if sweep.keep:
-        states = [s.new_empty(cut.batch, cut.time, hidden) for s in state]
-    if sweep.redo is not None:
-        states = sweep.redo.states
-    ends = [s.new_empty(rows, hidden) for s in state]
-    resets = [] if chunks.resets is None else [chunks.resets]
-    over_time = functools.partial(_over_time, cut.backwards)
-    with on_device(state[0]):
-        try:
-            kernel.run[rows, kernel.products.groups](
-                drives=over_time([inputs[i] for i in kernel.drives]),
-                coefficients=tuple(inputs[i] for i in kernel.coefficients),
-                weights=_blocks(kernel.products, inputs),
-                resets=over_time(resets),
-                reset_states=over_time([with_rows(s) for s in chunks.reset_states]),
-                initial=tuple(s.contiguous() for s in state),
-                states=over_time(states),
-                ends=tuple(ends),
-                settled=None if sweep.redo is None else sweep.redo.settled.view(torch.uint8),
-                rows=rows // sweep.copies,
-                batch=cut.batch,
-                time=cut.time,
-                chunk=cut.chunk,
-                first=sweep.first,
-                reverse=int(chunks.reverse),
-                **kernel.constants,
-            )
-        except _out_of_resources() as error:
-            why = f"its weights do not fit on the chip: {error}"
-            _known[chunks.step.module][_key(chunks, state)] = why
-            raise NotFused(why) from error
-    return list(states), ends
+    def __call__(
+        self,
+        chunks: Chunks,
+        state: Sequence[Tensor],
+        sweep: Sweep,
+        states: Sequence[Tensor],
+        ends: Sequence[Tensor],
+    ) -> None:
+        """See `_Sweeps`."""
+        cut, inputs, rows = chunks.cut, chunks.inputs, len(state[0])
+        resets = [] if chunks.resets is None else [chunks.resets]
+        over_time = functools.partial(_over_time, cut.backwards)
+        with on_device(state[0]):
+            try:
+                self.run[rows, self.products.groups](
+                    drives=over_time([inputs[i] for i in self.drives]),
+                    coefficients=tuple(inputs[i] for i in self.coefficients),
+                    weights=_blocks(self.products, inputs),
+                    resets=over_time(resets),
+                    reset_states=over_time([with_rows(s) for s in chunks.reset_states]),
+                    initial=tuple(s.contiguous() for s in state),
+                    states=over_time(states),
+                    ends=tuple(ends),
+                    settled=None if sweep.redo is None else sweep.redo.settled.view(torch.uint8),
+                    rows=rows // sweep.copies,
+                    batch=cut.batch,
+                    time=cut.time,
+                    chunk=cut.chunk,
+                    first=sweep.first,
+                    reverse=int(chunks.reverse),
+                    **self.constants,
+                )
+            except _out_of_resources() as error:
+                raise NotFused(f"its weights do not fit on the chip: {error}") from error
 
 
 def _out_of_resources() -> type[Exception]:
@@ -123,20 +169,20 @@ def _out_of_resources() -> type[Exception]:
     return OutOfResources
 
 
-def _key(chunks: Chunks, state: Sequence[Tensor]) -> tuple[Any, ...]:
+def _key(chunks: Chunks, state: Sequence[Tensor], backend: str) -> tuple[Any, ...]:
     """The key of a kernel: shapes, strides and types of all tensors, without batch and time."""
     inputs = [
         (i.shape[2:], i.stride()[2:], i.dtype) if by_rows else (i.shape, i.stride(), i.dtype)
         for i, by_rows in zip(chunks.inputs, chunks.step.by_rows, strict=True)
     ]
     like = state[0]
-    return len(state), like.shape[1], like.dtype, like.device, *inputs
+    return backend, len(state), like.shape[1], like.dtype, like.device, *inputs
 
 
-def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
+def _kernel(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> _Sweeps | str:
     """Generate the kernel, or say why it cannot be."""
     like, kinds, strides = state[0], [], []
-    obstacle = missing(like.device.type)
+    obstacle = missing(like.device.type) if backend == "triton" else None
     if obstacle is not None:
         return obstacle
     if like.dtype not in (torch.float32, torch.float64):
@@ -149,13 +195,16 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor]) -> _Kernel | str:
         found = products(
             chunks.step.module, kinds, strides, len(state), like.shape[1], like.dtype, like.device
         )
+        if backend == "c":
+            lower(found.step)  # which raises if an operation has no rule
+            return CSweep(found, like.dtype is torch.float64)
         obstacle = rows_obstacle(len(found.weights), _width(found), like.itemsize)
         return _compiled(found, like) if obstacle is None else obstacle
     except (NotExpressed, NotLowered) as error:
         return str(error)
 
 
-def _compiled(products: Products, like: Tensor) -> _Kernel:
+def _compiled(products: Products, like: Tensor) -> _InTriton:
     from pararnn.kernels.triton import mixing  # needs Triton, which this module does not
 
     count, width, double = len(products.weights), _width(products), like.dtype is torch.float64
@@ -179,7 +228,7 @@ def _compiled(products: Products, like: Tensor) -> _Kernel:
         "num_warps": rows_warps(count, width, like.itemsize),
         "num_stages": 1,
     }
-    return _Kernel(products, used[0], used[1], mixing.run, constants)
+    return _InTriton(products, used[0], used[1], mixing.run, constants)
 
 
 def _width(products: Products) -> int:

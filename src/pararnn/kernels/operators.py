@@ -147,9 +147,10 @@ def request_of(name: str) -> Request:
 def _read(content: dict[str, Any]) -> Request:
     """The request that `Request.text` wrote."""
     step, name = read_step(content["step"]), content["backend"]
-    if name not in ("torch", *BACKENDS) or (name == "c" and step.recurrence is None):
+    if name not in ("torch", *BACKENDS):
         raise ValueError(f"there is no backend {name!r} for it")
-    backend = BackendChoice(name, "exported", generated=bool(content["generated"]))
+    generated = bool(content["generated"])
+    backend = BackendChoice(name, "exported", automatic=True, generated=generated)
     return _made(Request(step, backend, read_solver(content["solver"]), facts_of(step)))
 
 

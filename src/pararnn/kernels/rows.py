@@ -15,7 +15,7 @@ from pararnn.kernels import fused
 from pararnn.kernels.facts import Planner
 from pararnn.kernels.graphs import Graphs, run_operations, run_steps
 from pararnn.kernels.pointwise import run as run_module
-from pararnn.planning.plan import BackendChoice, Facts, Way
+from pararnn.planning.plan import BackendChoice, BackendError, Facts, Way
 from pararnn.planning.settings import Sequential
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import Cut, Run
@@ -70,6 +70,8 @@ class Rows:
 
     def _run(self, way: Way) -> Run:
         """What runs the steps of sweeps."""
+        if way.steps == "kernel" and self.planner.backend.name == "c":
+            return fused.run_in_c
         if way.settle:  # all in one kernel, or none
             return fused.run_steps
         return run_steps if way.steps == "kernel" else run_operations
@@ -100,6 +102,9 @@ class Rows:
                 return self.graphs.call((direction, way), lambda own: run(own, way), tensors)
             return run(tensors, way)
         except fused.NotFused as error:  # of tensors laid out as none that the step was traced with
+            backend = self.planner.backend
+            if backend.name == "c" and not backend.automatic:
+                raise BackendError(f"backend='c' cannot run here: {error}") from error
             planner = self.planner.without_kernel(backward, str(error))
         return replace(self, planner=planner).call(direction, run, inputs, initial, others)
 
@@ -192,11 +197,12 @@ def _run_operations(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequen
 
 
 def kernels_of(
-    step: Step, inputs: Sequence[Tensor], initial: Tensor
+    backend: str, step: Step, inputs: Sequence[Tensor], initial: Tensor
 ) -> tuple[str | None, str | None]:
     """The reasons why steps forward and backward do not run in one kernel; None if they do.
 
     Args:
+        backend: "c" or "triton".
         step: The step.
         inputs: An example, with rows (batch, time, ...).
         initial: Initial states.
@@ -205,6 +211,6 @@ def kernels_of(
     rows = Rows(step, Planner(Facts(), operations, None))
     chain = rows.forward(inputs, initial, None)
     cut, state = Cut(chain.batch, chain.time, chain.time), chain.initial.unbind(1)
-    forward = fused.reason(chain.chunks(cut), state)
+    forward = fused.reason(chain.chunks(cut), state, backend)
     before = [s.unsqueeze(1).expand(-1, chain.time, -1).contiguous() for s in state]
-    return forward, fused.reason(chain.linear(cut, before), state)
+    return forward, fused.reason(chain.linear(cut, before), state, backend)

@@ -614,7 +614,7 @@ class RNN(nn.Module):
             why = f"its components have {sizes} channels, side by side"
             traced = dataclasses.replace(traced, reason=why)
         self._check_claim(traced)
-        tensors = functools.partial(resolve, self.cell)
+        tensors = traced.subject.tensors.__getitem__  # a look at the cell's may compute and write
         owner = functools.partial(owner_of, self.cell)
         one_call = isinstance(self.cell, nn.RNNCellBase)
         runner = Runner(traced, self.backend, self.solver, tensors, owner, one_call)

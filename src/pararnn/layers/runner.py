@@ -21,7 +21,7 @@ from pararnn.planning.plan import BackendError as BackendError
 from pararnn.planning.plan import check_name as check_name
 from pararnn.planning.rows_plan import coupling
 from pararnn.planning.settings import Newton, Sequential, Solver
-from pararnn.tracing.modes import autocasts, transformed
+from pararnn.tracing.modes import autocasts, stand_in, transformed, untransformed
 from pararnn.tracing.traced import Traced
 
 
@@ -79,12 +79,13 @@ class Runner:
         self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
         facts = facts_of(traced.step, traced.subject.name, traced.reason)
         self.facts, self.by_channels = replace(facts, one_call=one_call), False
-        device = traced.device
-        wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
-        if wanted and traced.step.recurrence is None:
-            with torch.no_grad():
-                example = self._example([*map(tensors, self.input_part.names)])
-                self.facts = replace(self.facts, kernels=kernels_of(traced.step, *example))
+        device, self.choice = traced.device, BackendChoice("torch", "not chosen yet")
+        language = "triton" if device.type == "cuda" else "c"  # of kernels that may be chosen
+        language = {"auto": language, "triton": "triton", "c": "c"}.get(str(backend), "")
+        if language and traced.step.recurrence is None:
+            own = [stand_in(tensors(name)) for name in self.input_part.names]
+            kernels = untransformed(lambda: self._kernels(language, own))
+            self.facts = replace(self.facts, kernels=kernels)
         self._take(
             choose_backend(backend, self.facts, machine_of(device), solver)
             if isinstance(backend, str)
@@ -101,6 +102,11 @@ class Runner:
         asked = operators.request_of(self.request)
         self._path, self._planner = asked.path, asked.planner
         self.by_channels = self._planner.by_channels
+
+    def _kernels(self, language: str, tensors: Sequence[Tensor]) -> tuple[str | None, str | None]:
+        """Whether there are kernels of "c" or "triton" for all steps, see `kernels_of`."""
+        with torch.no_grad():
+            return kernels_of(language, self.traced.step, *self._example(tensors))
 
     def _example(
         self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
@@ -273,7 +279,7 @@ class Runner:
         batch, time, *_ = x.shape
         time_first = x.stride(0) < x.stride(1)
         if not self.by_channels and x.device.type == "cpu":
-            time_first = True  # steps read all rows of a time
+            time_first = self.choice.name != "c"  # steps read all rows of a time
         if time_first:
             given = [g.transpose(0, 1) for g in given]
         flat = [g.flatten(0, 1) for g in given]

@@ -107,6 +107,13 @@ class Costs:
     """Channels that one lane carries in its local arrays, at most. Estimate, checked by
     benchmarks/cpu.py."""
 
+    c_mixing_steps: int = 64
+    """Steps from which on a kernel for a cell whose channels mix is worth its compilation.
+    Estimate."""
+    c_mixing_rows: int = 64
+    """Sequences up to which it is faster than a loop of PyTorch operations with gradients, which
+    keeps gates that C computes again. docs/results/mixing-cells.md."""
+
     # CUDA graphs
 
     graph_elements: int = 1 << 22

@@ -56,8 +56,8 @@ class Facts:
         drives: Tensors that a kernel for elementwise cells loads at every step.
         operations: Arithmetic operations of such a step with its Jacobian, forward and adjoint.
         obstacle: The reason why there are no kernels for elementwise cells; None if there are.
-        kernels: The reasons why steps forward and backward do not run in one kernel with the
-            weights on the chip; None if they do.
+        kernels: The reasons why steps forward and backward do not run in one kernel, on a GPU
+            with the weights on the chip; None if they do.
         one_call: Whether a step of the cell itself is hardly more than one call.
     """
 
@@ -265,11 +265,20 @@ _FASTEST = {
 
 def _backend_of_rows(name: str, facts: Facts, machine: Machine) -> BackendChoice:
     mixes = f"channels mix ({facts.because})"
-    if name == "c":
-        raise BackendError(
-            f"backend='c' evaluates elementwise cells and {facts.name} is not one "
-            f"({facts.because}). Use backend='torch', or backend='auto' to choose."
-        )
+    if name == "c" or (name == "auto" and machine.device == "cpu"):
+        obstacle = dict(machine.obstacles)["c"] or dict(machine.missing)["c"]
+        obstacle = obstacle or next(filter(None, facts.kernels), None)
+        if obstacle is None:
+            reason = "asked for" if name == "c" else f"{mixes}; its steps run in one kernel"
+            return BackendChoice("c", reason, automatic=name == "auto", generated=False)
+        if name == "c" and obstacle in facts.kernels:
+            raise BackendError(
+                "backend='c' evaluates cells that are elementwise, or that mix channels by "
+                f"products with weights, and {facts.name} is neither ({facts.because}; in its "
+                f"kernels: {obstacle}). Use backend='torch', or backend='auto' to choose."
+            )
+        if name == "c":
+            raise _cannot_run(name, facts, obstacle)
     no_kernels = dict(machine.obstacles)["triton"] or dict(machine.missing)["triton"]
     needed = facts.kernels if name == "triton" else facts.kernels[:1]
     obstacle = no_kernels or next(filter(None, needed), None)
@@ -317,7 +326,7 @@ def decide(
     if by_channels(facts, backend):
         ways = _kernels(facts, call, machine, backend, solver, costs, choices)
         path = "kernel"
-    elif call.may_loop and _is_loop(facts, call, machine, solver, costs):
+    elif call.may_loop and _is_loop(facts, call, machine, backend, solver, costs):
         choices.append(Choice("path", "loop", "calling the cell at every step is the fastest here"))
         way = Way(Sequential(), 0.0)
         return Plan(backend.name, "loop", way, way, False, tuple(choices))
@@ -329,9 +338,14 @@ def decide(
 
 
 def _is_loop(
-    facts: Facts, call: Call, machine: Machine, solver: Solver | None, costs: Costs
+    facts: Facts,
+    call: Call,
+    machine: Machine,
+    backend: BackendChoice,
+    solver: Solver | None,
+    costs: Costs,
 ) -> bool:
-    if solver is not None:
+    if solver is not None or _in_c(facts, call, backend, costs):
         return False
     free = free_rows(facts.work, facts.launches, machine.device, costs)
     sizes = facts.entries, free, call.batch, call.time
@@ -406,7 +420,9 @@ def _rows(
     choices.append(Choice("path", "rows", "chunks are rows of one batch, which step together"))
     free = free_rows(facts.work, facts.launches, machine.device, costs)
     chosen, because = solver, "asked for"
-    if solver is None or solver.chunk == "auto":
+    if solver is None and _in_c(facts, call, backend, costs):
+        chosen = Sequential()
+    elif solver is None or solver.chunk == "auto":
         chosen = plan_rows(facts.entries, free, call.batch, call.time, costs)
         if solver is not None:
             chosen = _in_chunks(solver, int(chosen.chunk))
@@ -418,8 +434,12 @@ def _rows(
         because += "are cheap" if isinstance(chosen, Newton) else "would cost too much"
     elif solver is None:
         because = "chunks are not worth their warm-up here"
+        if _in_c(facts, call, backend, costs):
+            because = "a step in C is cheap to start, so chunks save nothing"
     choices.append(Choice("method", type(chosen).__name__, because))
     because = f"arithmetic of {free:.3g} rows takes as long as the launches of a step"
+    if solver is None and _in_c(facts, call, backend, costs):
+        because = "steps in C are not launched"
     given = solver is not None and solver.chunk != "auto"
     choices.append(Choice("chunks", chunks, "asked for" if given else because))
     warm_up = _warm_up(costs.warm_up, chunk, chunks, choices)
@@ -431,7 +451,7 @@ def _rows(
     ours = iterates and solver is None  # nobody asked for these iterations
     ways = []
     for direction, name in enumerate(("steps forward", "steps backward")):
-        steps, why = _steps(facts, machine, backend, direction)
+        steps, why = _steps(facts, call, machine, backend, direction, costs)
         choices.append(Choice(name, steps, why))
         settle, settings = ours and steps == "kernel", chosen
         if settle:
@@ -454,10 +474,28 @@ def _elements(facts: Facts, call: Call) -> int:
     return call.batch * call.time * call.hidden * facts.components
 
 
+def _in_c(facts: Facts, call: Call, backend: BackendChoice, costs: Costs) -> bool:
+    """Whether the steps of a call on rows run in C: if it was asked for, or has many steps."""
+    keeps = call.tracked and call.batch > costs.c_mixing_rows  # the loop does, and C does not
+    worth = (call.time >= costs.c_mixing_steps and not keeps) or not backend.automatic
+    return backend.name == "c" and worth and facts.kernels == (None, None)
+
+
 def _steps(
-    facts: Facts, machine: Machine, backend: BackendChoice, direction: int
+    facts: Facts,
+    call: Call,
+    machine: Machine,
+    backend: BackendChoice,
+    direction: int,
+    costs: Costs,
 ) -> tuple[str, str]:
     """What carries out the steps of a sweep on rows, and why."""
+    if backend.name == "c":
+        if _in_c(facts, call, backend, costs):
+            return "kernel", "one kernel in C runs all steps"
+        few = "a kernel in C does not pay for so few steps, or so many sequences with gradients"
+        why = next(filter(None, facts.kernels), few)
+        return "operations", f"PyTorch operations, one step after another: {why}"
     if backend.name == "triton":
         reason = facts.kernels[direction]
         if reason is None:

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pararnn.kernels.facts import facts_of, machine_of
 from pararnn.layers.rnn import RNN
-from pararnn.planning.plan import choose_backend
 from pararnn.planning.settings import Newton
 from pararnn.testing.close import assert_close
 from pararnn.testing.loop import loop
@@ -98,7 +96,9 @@ def check_cell(
     run = functools.partial(loop, cell)
     expected = _everything(cell, run, x, states, resets, cotangents, as_tuple)
     errors: dict[str, float] = {}
-    for backend in _possible(probe):
+    chosen = RNN(cell, **options)
+    chosen(x)
+    for backend in dict.fromkeys(["torch", chosen.runner().choice.name]):
         for chunk in (1, 7, time):
             rnn = RNN(cell, backend=backend, solver=Newton(chunk=chunk), **options)
             actual = _everything(cell, rnn, x, states, resets, cotangents, as_tuple)
@@ -118,13 +118,6 @@ def _refuse_random(traced: Traced) -> None:
                 f"{show_place(node.meta.get('place'))}), so no two evaluations are alike; check it "
                 "without them: cell.eval() turns off dropout."
             )
-
-
-def _possible(probe: RNN) -> list[str]:
-    traced, device = probe.runner().traced, torch.device("cpu")
-    facts = facts_of(traced.step, traced.subject.name, traced.reason)
-    best = choose_backend("auto", facts, machine_of(device)).name
-    return list(dict.fromkeys(["torch", best]))
 
 
 def _everything(

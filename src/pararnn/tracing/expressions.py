@@ -6,7 +6,8 @@ tangent before a step. Equal expressions are one object, so shared subexpression
 identity.
 
 Where channels mix (`products`), the operation `dot` multiplies the channels of a group with one
-more kind of leaf, a block of a weight.
+more kind of leaf, a block of a weight. Where such products are computed before the rest, their
+results are leaves themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
-LEAVES = ("state", "drive", "coefficient", "adjoint", "tangent", "weight")
+LEAVES = ("state", "drive", "coefficient", "adjoint", "tangent", "weight", "product")
 
 
 class Expression:

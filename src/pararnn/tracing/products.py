@@ -140,7 +140,8 @@ def products(
             [placeholders[name] for name in names],
             list(results),
         )
-        return _Reader(parts, strides).products()
+        with torch.device("cpu"):  # where positions in memory are counted
+            return _Reader(parts, strides).products()
     except (NotElementwise, TraceError) as error:
         raise NotExpressed(str(error)) from error
 
@@ -306,6 +307,11 @@ class _Reader(Reader):
         if isinstance(value, Value) and value.numbers is not None:
             self.decode(value.numbers, value.slots)
         return super().broadcast(node, shape)
+
+    def as_value(self, node: fx.Node) -> Value:
+        if isinstance(self.values.get(node), _Weight):
+            raise NotElementwise("a weight is used outside a product")
+        return super().as_value(node)
 
     def edge_slots(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
         if 0 in node.meta["shape"]:  # an empty buffer, such as log_sigmoid has on a GPU

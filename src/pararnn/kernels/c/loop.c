@@ -171,43 +171,10 @@ static void backward_lane(const void *arguments, int64_t index) {
   }
 }
 
-typedef void lane_function(const void *, int64_t);
-
-typedef struct {
-  lane_function *function;
-  const void *arguments;
-  int64_t first, last;
-} job;
-
-static void *work(void *argument) {
-  const job *j = argument;
-  for (int64_t i = j->first; i < j->last; i++) j->function(j->arguments, i);
-  return 0;
-}
-
-/* Shares the lanes (rows x chunks x blocks of channels) among threads, always in the same way.
-   With OpenMP these are PyTorch's own threads, awake from the operation before. */
-static void run(lane_function *function, const void *arguments) {
+/* Shares the lanes (rows x chunks x blocks of channels) among threads. */
+static void run(part_function *lane, const void *arguments) {
   const problem *p = arguments; /* which all arguments begin with */
-  const int64_t lanes = p->batch * p->chunks * blocks(p);
-  int64_t threads = p->threads < lanes ? p->threads : lanes;
-  threads = threads > 256 ? 256 : threads;
-  job jobs[256];
-  for (int64_t i = 0; i < threads; i++)
-    jobs[i] = (job){function, arguments, lanes * i / threads, lanes * (i + 1) / threads};
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < threads; i++) work(&jobs[i]);
-#else
-  pthread_t ids[256];
-  int started[256];
-  for (int64_t i = 0; i < threads; i++)
-    started[i] = i > 0 && pthread_create(&ids[i], 0, work, &jobs[i]) == 0;
-  for (int64_t i = 0; i < threads; i++) {
-    if (started[i]) pthread_join(ids[i], 0);
-    else work(&jobs[i]);
-  }
-#endif
+  share(lane, arguments, p->batch * p->chunks * blocks(p), p->threads);
 }
 
 void forward(const int64_t *arguments) { run(forward_lane, arguments); }

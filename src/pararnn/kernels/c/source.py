@@ -14,18 +14,19 @@ from pararnn.tracing.expressions import Operand, leaf, literal, make
 
 SIZES = ("batch", "time", "hidden", "chunks", "chunk", "block", "threads", "rows", "limit")
 
-_C = Language(
+LANGUAGE = Language(
     lambda op, args: PRIMITIVES[op].c.format(*args),
     lambda value: f"C({literal(value)})",
     lambda value: str(int(value)),
     lambda name, term, is_bool: f"const {'int' if is_bool else 'real'} {name} = {term};",
     nested=True,
 )
-_LEAVES = {
+LEAF_TEXTS = {
     "state": "state[{}][d]",
     "drive": "drive[{}][d]",
     "coefficient": "coefficient[{}][d]",
     "tangent": "tangent[{}][d]",
+    "product": "product[{}][d]",
     "adjoint": "adjoint[{0}][d] + gradient[{0}][d]",
 }
 _GIVEN = "int64_t d, inputs state, inputs drive, inputs coefficient"
@@ -48,15 +49,17 @@ def c_source(recurrence: Recurrence, double: bool) -> str:
         *(f"     {line}" for line in equations(recurrence)),
         f"*/\n#define DOUBLE {int(double)}",
         f"enum {{ {', '.join(f'{name} = {count}' for name, count in counts.items())} }};\n",
-        _written("runtime.h"),
+        written("runtime.h"),
+        written("threads.h"),
         *_steps(recurrence),
-        _written("loop.c"),
+        written("loop.c"),
     ]
     return "\n".join(parts)
 
 
 @functools.cache
-def _written(file: str) -> str:
+def written(file: str) -> str:
+    """The text of a file of this folder."""
     return Path(__file__).with_name(file).read_text()
 
 
@@ -98,7 +101,7 @@ def _function(
     name: str, results: Mapping[str, Operand], arguments: str, recurrence: Recurrence
 ) -> str:
     """A function of C that writes results, by the assignments that are their keys."""
-    lines, values = statements(_C, results.values(), lowered_names(recurrence), _LEAVES)
+    lines, values = statements(LANGUAGE, results.values(), lowered_names(recurrence), LEAF_TEXTS)
     lines += [f"{target} {value};" for target, value in zip(results, values, strict=True)]
     head = f"INLINE void {name}({_GIVEN},\n    {arguments}) {{"
     return "\n  ".join([head, *lines]) + "\n}\n"

@@ -162,6 +162,7 @@ def test_long_sequences_run_in_c():
     zeros = torch.zeros(3, HIDDEN, dtype=torch.float64)
     actual = outcome(lambda x, s: rnn(x, s), cell, x, zeros)
     assert_same(actual, outcome(functools.partial(loop, cell), cell, x, zeros), 1e-12, label="C")
+    assert torch.tensor([1e-40]).mul(1.0).item() > 0.0  # tiny numbers are zero in C alone
 
 
 @pytest.mark.parametrize("solver", [*(c(chunk=7) for c in COUPLINGS), Newton(chunk=1), None])

@@ -10,7 +10,12 @@ from pararnn import RNN
 from pararnn.cells import DeltaMemoryCell, M2RNNCell, OuterMemoryCell
 from pararnn.testing import assert_close, loop
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # PyTorch's own, when it compiles
+    pytest.mark.filterwarnings("ignore:`torch.jit.script"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
 
 MEMORIES = [M2RNNCell, DeltaMemoryCell, OuterMemoryCell]
 

@@ -165,6 +165,17 @@ def test_long_sequences_run_in_c():
     assert torch.tensor([1e-40]).mul(1.0).item() > 0.0  # tiny numbers are zero in C alone
 
 
+def test_the_operator_runs_what_the_layer_plans(monkeypatch):
+    """It does not know whether gradients are wanted; many sequences without them run in C."""
+    rnn, ran = RNN(nn.GRUCell(INPUT, HIDDEN)), []
+    run = fused.run_in_c
+    monkeypatch.setattr(fused, "run_in_c", lambda *given: ran.append(1) or run(*given))
+    with torch.no_grad():
+        assert rnn.plan((100, 80, INPUT)).forward.steps == "kernel"
+        rnn(torch.randn(100, 80, INPUT))
+    assert ran
+
+
 @pytest.mark.parametrize("solver", [*(c(chunk=7) for c in COUPLINGS), Newton(chunk=1), None])
 @pytest.mark.parametrize("name", ["gru", "heads"])
 def test_resets_equal_loop(name, solver):

@@ -345,7 +345,8 @@ def _is_loop(
     solver: Solver | None,
     costs: Costs,
 ) -> bool:
-    if solver is not None or _in_c(facts, call, backend, costs):
+    keeps = call.tracked and call.batch > costs.c_mixing_rows  # the loop does, and C does not
+    if solver is not None or (_in_c(facts, call, backend, costs) and not keeps):
         return False
     free = free_rows(facts.work, facts.launches, machine.device, costs)
     sizes = facts.entries, free, call.batch, call.time
@@ -476,8 +477,7 @@ def _elements(facts: Facts, call: Call) -> int:
 
 def _in_c(facts: Facts, call: Call, backend: BackendChoice, costs: Costs) -> bool:
     """Whether the steps of a call on rows run in C: if it was asked for, or has many steps."""
-    keeps = call.tracked and call.batch > costs.c_mixing_rows  # the loop does, and C does not
-    worth = (call.time >= costs.c_mixing_steps and not keeps) or not backend.automatic
+    worth = call.time >= costs.c_mixing_steps or not backend.automatic
     return backend.name == "c" and worth and facts.kernels == (None, None)
 
 
@@ -493,7 +493,7 @@ def _steps(
     if backend.name == "c":
         if _in_c(facts, call, backend, costs):
             return "kernel", "one kernel in C runs all steps"
-        few = "a kernel in C does not pay for so few steps, or so many sequences with gradients"
+        few = "a kernel in C does not pay for so few steps"
         why = next(filter(None, facts.kernels), few)
         return "operations", f"PyTorch operations, one step after another: {why}"
     if backend.name == "triton":

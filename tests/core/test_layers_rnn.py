@@ -265,6 +265,25 @@ def test_to_another_type(rnn):
     assert_same(outcome(rnn, rnn.cell, x, state), expected, 1e-5)
 
 
+class NoParameters(nn.Module):
+    """Divides by what depends on the type of its values."""
+
+    input_size = hidden_size = 6
+
+    def forward(self, x, h):
+        return torch.tanh(x + nn.functional.rms_norm(0.001 * h, (6,)))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids="compiled={}".format)
+def test_a_cell_without_parameters_has_the_type_of_x(compiled):
+    rnn = RNN(NoParameters())
+    run = torch.compile(rnn, fullgraph=True, backend="aot_eager") if compiled else rnn
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.05)) * 2:
+        x, h = torch.randn(2, 9, 6, dtype=dtype), 0.01 * random_state(1, 2, 6, dtype=dtype)
+        expected = outcome(functools.partial(loop, rnn.cell), rnn.cell, x, h)
+        assert_same(outcome(run, rnn.cell, x, h), expected, rtol)
+
+
 def test_rows_do_not_mix(rnn, example):
     x, state = example
     y, _ = rnn(x, state)

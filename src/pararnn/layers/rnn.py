@@ -438,7 +438,7 @@ class RNN(nn.Module):
         if now.device.type == "meta":
             self._watched = self._latest = self._runner = None
         else:
-            kind = now.dtype if kind.is_floating_point else kind
+            kind = now.own_dtype or kind if kind.is_floating_point else kind
             self._prepare(runner.features, kind, now.device, now)
 
     def _runner_for(self, x: Tensor, state: State | None, step: bool = False) -> Runner:
@@ -467,7 +467,7 @@ class RNN(nn.Module):
 
     def _is_traced(self, dtype: torch.dtype) -> bool:
         """Whether there is a trace of the cell as it is now, for x of a type."""
-        kind = _kind(dtype)
+        kind = _kind(dtype, snapshot(self.cell))
         valid_while_same(self, functools.partial(RNN._trace_key, kind=kind))
         return self._trace_key(kind) is not None
 
@@ -577,9 +577,10 @@ class RNN(nn.Module):
                 f"is on {device}; load them there. Offloading to a CPU or disk does not work for a "
                 "cell: its parameters are read without a call of it."
             )
-        kind = _kind(dtype)
-        signature = (features, now.dtype, device, kind, self.backend, self.solver)
-        self._known.find_components(self.cell, features, kind or now.dtype)
+        kind = _kind(dtype, now)
+        own = kind if kind and kind.is_floating_point else now.dtype
+        signature = (features, own, device, kind, self.backend, self.solver)
+        self._known.find_components(self.cell, features, kind or own)
         kept, change = self._traces.find(self.cell, *signature)
         if kept is None or kept.shapes != self.state_shapes:
             if change is not None:
@@ -665,9 +666,9 @@ class RNN(nn.Module):
         return {**self.__dict__, **own, "_signature": (), "_traces": Traces()}
 
 
-def _kind(dtype: torch.dtype) -> torch.dtype | None:
-    """The type of x that a trace is for; None for floating point, where it is the cell's."""
-    return None if dtype.is_floating_point else dtype
+def _kind(dtype: torch.dtype, now: Snapshot) -> torch.dtype | None:
+    """The type of x that a trace is for; None for floating point where the cell has its own."""
+    return None if dtype.is_floating_point and now.own_dtype else dtype
 
 
 def _may_loop(runner: Runner, dtype: torch.dtype, device: torch.device) -> bool:

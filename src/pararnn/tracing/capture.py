@@ -78,10 +78,14 @@ class Snapshot:
     tensors: dict[str, Tensor]
 
     @property
+    def own_dtype(self) -> torch.dtype | None:
+        """The type of the first floating-point tensor; None if none is."""
+        return next((t.dtype for t in self.tensors.values() if t.is_floating_point()), None)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the first floating-point tensor; PyTorch's default if none is."""
-        kinds = (t.dtype for t in self.tensors.values() if t.is_floating_point())
-        return next(kinds, torch.get_default_dtype())
+        return self.own_dtype or torch.get_default_dtype()
 
     @property
     def device(self) -> torch.device:

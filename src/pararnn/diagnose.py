@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pararnn.layers.arguments import batched, by_row, map_state
 from pararnn.layers.rnn import RNN
 from pararnn.layers.runner import Runner
-from pararnn.planning.plan import BackendChoice
+from pararnn.planning.costs import COSTS
+from pararnn.planning.plan import BackendChoice, Plan
 from pararnn.planning.settings import Solver
 from pararnn.solvers.report import ConvergenceError, SolveReport
 from pararnn.testing.loop import loop
@@ -27,6 +28,8 @@ _MOST_ITERATIONS = 10
 _CHUNKS = (1, 8, 64)  # steps per chunk
 _FEW = 5  # iterations
 _SMALLEST = 1e-300
+
+Solve = Callable[[Solver], SolveReport]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Diagnosis:
             the largest output.
         gradient_error: The same for gradients of x and the parameters, with random cotangents; the
             largest over these tensors.
+        chunks_pay: Whether cutting time into chunks pays for this cell, in calls on such inputs on
+            this device (`RNN.plan`).
+        chunks_reason: Why, in words. What counts is how many steps follow one after another: those
+            of the warm-up and of a chunk in every iteration, from the second iteration on twice if
+            tangents are computed, against all steps of the sequence.
         recommendation: Advice, in words.
     """
 
@@ -64,6 +72,8 @@ class Diagnosis:
     iterations: dict[int, int]
     value_error: float
     gradient_error: float
+    chunks_pay: bool = field(default=False)
+    chunks_reason: str = field(default="")
     recommendation: str = field(default="")
 
     def __str__(self) -> str:
@@ -79,6 +89,7 @@ class Diagnosis:
             )
             lines.append(f"  chunks of {chunk:<4d}     {needed}")
         lines += [
+            f"  chunks {'pay         ' if self.chunks_pay else 'do not pay  '}{self.chunks_reason}",
             f"  against the loop   values {self.value_error:.0e}, gradients "
             f"{self.gradient_error:.0e}",
             f"  {self.recommendation}",
@@ -136,11 +147,14 @@ def _diagnosed(rnn: RNN, x: Tensor, state: Any) -> Diagnosis:
     if solver is not None and solver.on_failure != "sequential":
         solver = replace(solver, on_failure="sequential")
     tried = RNN(cell, state_shape=rnn.state_shapes, solver=solver)
+    plan = rnn.plan(x.shape, x.dtype)
     x, first = _batched(rnn, x, state)
     growth = tangent_growth(cell, x, first)
     errors = _errors(tried, x, first)
     runner = tried.runner()
     method = runner.method()
+    solve = _solving(tried, runner, x, first)
+    tolerance = (solver or method()).tolerance_for(snapshot(rnn.cell).dtype)
     found = Diagnosis(
         runner.traced.subject.name,
         runner.traced.structure,
@@ -148,10 +162,11 @@ def _diagnosed(rnn: RNN, x: Tensor, state: Any) -> Diagnosis:
         float(growth.mean(0).max()),
         method.__name__,
         {c: _most_growth(growth, c) for c in _chunks(x.shape[1])},
-        *_iterations(tried, runner, method, x, first, snapshot(rnn.cell).dtype),
+        *_iterations(solve, method, x.shape[1], tolerance),
         *errors,
     )
-    return replace(found, recommendation=_recommendation(found))
+    pay, why = _worth(found, plan, method, solve, growth)
+    return replace(found, chunks_pay=pay, chunks_reason=why, recommendation=_recommendation(found))
 
 
 def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
@@ -222,40 +237,90 @@ def _batched(rnn: RNN, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     return x, map_state(state, lambda s: s.detach().to(torch.float64, copy=True))
 
 
-def _iterations(
-    rnn: RNN,
-    runner: Runner,
-    method: type[Solver],
-    x: Tensor,
-    state: Any,
-    dtype: torch.dtype,
-) -> tuple[dict[int, list[float]], dict[int, int]]:
-    """Residuals after each iteration, and iterations to the layer's tolerance, by chunk length."""
+def _solving(rnn: RNN, runner: Runner, x: Tensor, state: Any) -> Solve:
+    """A function that solves for the states as a solver says, and returns its report."""
     parts = state if isinstance(state, tuple) else (state,)
     first = runner.traced.packing.join(parts)
     tensors = [resolve(rnn.cell, name) for name in runner.traced.input_part.names]
     choice = BackendChoice("torch", "")
 
-    def solve(**settings: Any) -> SolveReport:
-        solver = method(**settings)
+    def solve(solver: Solver) -> SolveReport:
         tried = Runner(runner.traced, choice, solver, functools.partial(resolve, rnn.cell))
         with torch.no_grad():
             *_, values = tried.run(tensors, [x], first, None)
         assert values is not None
         return SolveReport(values)
 
+    return solve
+
+
+def _iterations(
+    solve: Solve, method: type[Solver], time: int, tolerance: float
+) -> tuple[dict[int, list[float]], dict[int, int]]:
+    """Residuals after each iteration, and iterations to a tolerance, by chunk length."""
     residuals, needed = {}, {}
-    tolerance = (rnn.solver or method()).tolerance_for(dtype)
-    for chunk in _chunks(x.shape[1]):
+    for chunk in _chunks(time):
         found: list[float] = []
         for most in range(1, _MOST_ITERATIONS + 1):
-            report = solve(tolerance=_SMALLEST, max_iterations=most, chunk=chunk)
+            report = solve(method(tolerance=_SMALLEST, max_iterations=most, chunk=chunk))
             if report.iterations < most:
                 break
             found.append(report.residual)
         residuals[chunk] = found
-        needed[chunk] = solve(tolerance=tolerance, chunk=chunk).iterations
+        needed[chunk] = solve(method(tolerance=tolerance, chunk=chunk)).iterations
     return residuals, needed
+
+
+def _worth(
+    found: Diagnosis, plan: Plan, method: type[Solver], solve: Solve, growth: Tensor
+) -> tuple[bool, str]:
+    """Whether chunks pay, and why.
+
+    Args:
+        found: What is known so far.
+        plan: How calls of the layer are carried out.
+        method: How chunks are coupled where there are some.
+        solve: Solves for the states as a solver says.
+        growth: See `tangent_growth`.
+    """
+    way, time = plan.forward, found.steps
+    chunk = time if plan.path == "loop" else min(int(way.solver.chunk), time)
+    chunks = -(-time // chunk)
+    if chunks == 1:
+        what = {"loop": "path", "kernel": "chunks", "rows": "method"}[plan.path]
+        because = next(c.because for c in plan.choices if c.what.startswith(what))
+        reason = f"the plan has one chunk ({because})"
+        if found.iterations:
+            chunk = max(found.iterations)
+            needed, first = found.iterations[chunk], min(chunk, COSTS.warm_up)
+            steps = _in_a_row(chunk, first, needed, method)
+            reason += (
+                f"; on a device with processors to spare, chunks of {chunk} would take "
+                f"{_counted(needed)}, {steps} steps one after another instead of {time}"
+            )
+        return False, reason
+    fully = replace(
+        way.solver, max_iterations=None, tolerance=way.tolerance, on_failure="sequential"
+    )
+    needed = solve(fully).iterations
+    reason = f"the plan's {chunks} chunks of {chunk} take {_counted(needed)}"
+    allowed = min(way.solver.max_iterations or chunks, needed)
+    steps = _in_a_row(chunk, way.warm_up, allowed, type(way.solver))
+    if allowed < needed:
+        steps += time
+        reason += f" but get {allowed}, after which all goes step by step"
+    reason += f": {steps} steps one after another instead of {time}"
+    return steps < time, f"{reason}; tangents up to {_most_growth(growth, chunk):.0e}"
+
+
+def _in_a_row(chunk: int, warm_up: int, iterations: int, method: type[Solver]) -> int:
+    """Steps that follow one after another."""
+    again = 2 if method.coupling in ("tangent", "diagonal") else 1
+    return warm_up + chunk * (1 + again * (iterations - 1))
+
+
+def _counted(iterations: int) -> str:
+    return f"{iterations} iteration{'s' if iterations > 1 else ''}"
 
 
 def _errors(rnn: RNN, x: Tensor, state: Any) -> tuple[float, float]:

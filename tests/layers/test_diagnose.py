@@ -1,13 +1,14 @@
 """`diagnose`: exponents that are known, iterations, agreement, words, plot, mistakes."""
 
 import math
+import re
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from pararnn import RNN, Newton, cells, diagnose, parallelize
+from pararnn import RNN, Jacobi, Newton, Sequential, cells, diagnose, parallelize
 
 
 class Map(nn.Module):
@@ -161,6 +162,56 @@ def test_newton_that_overshoots_is_seen():
     assert found.iterations[1] > 10 > found.iterations[64]
     assert found.value_error < 1e-12
     assert "chunks of 1 take" in found.recommendation
+
+
+PAYING = {  # in 600 steps, on a CPU
+    "forgets": (
+        lambda: cells.DeltaMemoryCell(4, 3, 2),
+        None,
+        "chunks pay         the plan's 9 chunks of 67 take 1 iteration: 131 steps one after "
+        "another instead of 600; tangents up to ",
+    ),
+    "remembers": (
+        lambda: cells.M2RNNCell(4, 3, 2),
+        None,
+        "chunks do not pay  the plan's 9 chunks of 67 take . iterations but get 2, after which all "
+        "goes step by step: 865 steps one after another instead of 600; tangents up to ",
+    ),
+    "Newton": (
+        lambda: cells.M2RNNCell(4, 3, 2),
+        Newton(chunk=100),
+        "chunks do not pay  the plan's 6 chunks of 100 take [45] iterations: [79]64 steps",
+    ),
+    "Jacobi": (
+        lambda: cells.M2RNNCell(4, 3, 2),
+        Jacobi(chunk=200),
+        "chunks do not pay  the plan's 3 chunks of 200 take 3 iterations: 664 steps",
+    ),
+    "one chunk": (
+        lambda: cells.ParaGRUCell(4, 6),
+        Sequential(),
+        "chunks do not pay  the plan has one chunk .asked for.; on a device with processors to "
+        "spare, chunks of 64 would take 1 iteration, 128 steps one after another instead of 600\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAYING)
+def test_whether_chunks_pay(name, capsys):
+    make, solver, line = PAYING[name]
+    rnn = RNN(make(), backend="torch", solver=solver)
+    found = diagnose(rnn, torch.randn(1, 600, 4))
+    assert found.chunks_pay == line.startswith("chunks pay")
+    assert re.search(f"^  {line}", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_loop_over_a_cell_has_one_chunk():
+    found = diagnose(RNN(nn.GRUCell(4, 6)), torch.randn(2, 5, 4))
+    assert not found.chunks_pay
+    assert found.chunks_reason.startswith("the plan has one chunk (calling the cell at every step")
+    assert "chunks of 1 would take" in found.chunks_reason
+    found = diagnose(RNN(nn.GRUCell(4, 6)), torch.randn(2, 1, 4))
+    assert found.chunks_reason.endswith("fastest here)")
 
 
 def test_mistakes():

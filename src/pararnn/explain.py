@@ -10,6 +10,7 @@ from torch import fx
 from pararnn.kernels import operators
 from pararnn.kernels.channels import Channels
 from pararnn.kernels.printing import equations
+from pararnn.kernels.rows import Rows
 from pararnn.layers.rnn import RNN
 from pararnn.planning.plan import Plan
 from pararnn.tracing.expressions import leaf
@@ -37,8 +38,10 @@ class Explanation:
         coefficients: Names of what it hands over once.
         shape: Of x, for the plan.
         plan: How a call on x of that shape is carried out, and why.
-        source: The generated source of that backend.
-        compile_s: Seconds that compiling and loading its kernels took in this process so far.
+        source: What was generated for the steps, C or functions in Triton, forwards and backwards;
+            the recurrent part as a function in PyTorch if PyTorch operations carry them out.
+        compile_s: Seconds that compiling and loading its kernels took in this process so far;
+            without those in Triton of cells whose channels mix, which their first call compiles.
     """
 
     cell: str
@@ -108,6 +111,9 @@ def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
     source, compile_s = traced.step.module.code, 0.0
     if isinstance(path, Channels):
         source, compile_s = path.backend.source(), path.backend.compile_s
+    elif isinstance(path, Rows):
+        generated, compile_s = path.generated(plan)
+        source = generated or source
     explanation = Explanation(
         traced.subject.name,
         lines,

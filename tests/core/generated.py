@@ -1,6 +1,5 @@
 """What is generated for four cells, as text for golden files: it is short there to be read."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from pararnn.cells import HeadSLSTMCell, ParaGRUCell, SLSTMCell
 from pararnn.kernels import c as c_package
 from pararnn.kernels import fused
 from pararnn.kernels.c.backend import CBackend
-from pararnn.kernels.c.mixing import mixing_source
 from pararnn.kernels.triton.backend import TritonBackend
 from pararnn.solvers.chunks import Chunks, Cut
 
@@ -64,9 +62,6 @@ def _rows(name, of):
             for i, by_rows in zip(inputs, step.by_rows, strict=True)
         ]
         chunks, state = Chunks(step, cut, over_time, None, ()), [rows[:2]] * count
-        sweep = fused._kernel(chunks, state, "c")
-        in_c.append(_without_written(mixing_source(sweep.products, double=False)))
-        kernel = fused._kernel(chunks, state)
-        module = sys.modules[kernel.constants["STEP"].fn.__module__]
-        steps.append(module.__loader__.get_source(module.__name__))
+        in_c.append(_without_written(fused._kernel(chunks, state, "c").source))
+        steps.append(fused._kernel(chunks, state).source)
     return {f"{name}.py": "\n\n".join(steps), f"{name}.c": "\n\n".join(in_c)}

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from pararnn.kernels.c.mixing import CSweep, NotFused
 from pararnn.kernels.lowering import NotLowered, lower
-from pararnn.kernels.triton.build import missing
+from pararnn.kernels.triton.build import missing, text_of
 from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.expressions import function
 from pararnn.kernels.triton.tuples import OverTime
@@ -24,13 +24,18 @@ from pararnn.planning.kernel_plans import rows_obstacle, rows_warps
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.solvers.problem import with_rows
 from pararnn.tracing.products import NotExpressed, Products, products
-from pararnn.tracing.step import Input
+from pararnn.tracing.step import Input, Step
 
 _TILE = 16  # see `triton.functions.dot`
 
 
 class _Sweeps(Protocol):
     """Runs sweeps of a step."""
+
+    @property
+    def source(self) -> str:
+        """What was generated for the step."""
+        ...
 
     def __call__(
         self,
@@ -73,6 +78,18 @@ def _found(chunks: Chunks, state: Sequence[Tensor], backend: str) -> _Sweeps | s
     if key not in known:
         known[key] = _kernel(chunks, state, backend)
     return known[key]
+
+
+def kernel_of(step: Step, backend: str) -> _Sweeps | None:
+    """A kernel that was made for a step; None if there is none. Steps may share their modules."""
+    alike = backend, step.num_components, step.hidden, step.dtype
+    shapes = [i.shape for i in step.inputs]
+    for key, kernel in _known.get(step.module, {}).items():
+        if isinstance(kernel, str) or key[:4] != alike:
+            continue
+        if [tuple(shape) for shape, *_ in key[5:]] == shapes:
+            return kernel
+    return None
 
 
 def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> Swept:
@@ -126,6 +143,11 @@ class _InTriton:
     coefficients: tuple[int, ...]
     run: Any
     constants: dict[str, Any]
+
+    @property
+    def source(self) -> str:
+        """The module of the function that the kernel calls."""
+        return text_of(self.constants["STEP"])
 
     def __call__(
         self,

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from pararnn.kernels import fused
+from pararnn.kernels.c.mixing import CSweep
 from pararnn.kernels.facts import Planner
 from pararnn.kernels.graphs import Graphs, run_operations, run_steps
 from pararnn.kernels.pointwise import run as run_module
-from pararnn.planning.plan import BackendChoice, BackendError, Facts, Way
+from pararnn.planning.plan import BackendChoice, BackendError, Facts, Plan, Way
 from pararnn.planning.settings import Sequential
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import Cut, Run
@@ -168,6 +169,19 @@ class Rows:
 
         others = [starts, *states, *grad_states]
         return self.call("backward", run, inputs, initial, others)
+
+    def generated(self, plan: Plan) -> tuple[str, float]:
+        """What was generated for steps that run in kernels, forwards and of the adjoint.
+
+        And the seconds that compiling C took.
+        """
+        if plan.path != "rows":
+            return "", 0.0
+        both = (plan.forward, self.step), (plan.adjoint, self.step.adjoint.step)
+        backend = self.planner.backend.name
+        found = [fused.kernel_of(step, backend) for way, step in both if way.steps == "kernel"]
+        source = "\n\n".join(kernel.source for kernel in found if kernel)
+        return source, sum(k.compile_s for k in found if isinstance(k, CSweep))
 
     def loop(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -192,10 +193,17 @@ class CSweep:
     Attributes:
         products: The step.
         double: Whether it computes in float64.
+        compile_s: Seconds that compiling and loading took in this process so far.
     """
 
     products: Products
     double: bool
+    compile_s: float = field(default=0.0, init=False, compare=False)
+
+    @property
+    def source(self) -> str:
+        """The C file."""
+        return mixing_source(self.products, self.double)
 
     @functools.cached_property
     def library(self) -> ctypes.CDLL:
@@ -204,7 +212,10 @@ class CSweep:
         Raises:
             CompilerError: It cannot be built here.
         """
-        return load(mixing_source(self.products, self.double), ("sweep",))
+        begin = time.perf_counter()
+        loaded = load(self.source, ("sweep",))
+        object.__setattr__(self, "compile_s", time.perf_counter() - begin)
+        return loaded
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import InspectLoader
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import Any
 
 _lock = threading.Lock()
 
@@ -90,6 +91,13 @@ def load(source: str) -> ModuleType:
         if name not in sys.modules:
             _imported(name, source)
         return sys.modules[name]
+
+
+def text_of(function: Any) -> str:
+    """The generated source that a function in Triton comes from."""
+    module = sys.modules[function.fn.__module__]
+    assert isinstance(module.__loader__, _Generated)
+    return module.__loader__.get_source(module.__name__)
 
 
 def _imported(name: str, source: str) -> None:

@@ -195,11 +195,21 @@ CELLS = {
     "masked": Masked,
 }
 
+MATRICES = {  # as states, with readouts
+    "outer_memory": lambda: pararnn.cells.OuterMemoryCell(INPUT, 3, 2, num_heads=2),
+    "m2rnn": lambda: pararnn.cells.M2RNNCell(INPUT, 3, 2, num_heads=2),
+    "delta_memory": lambda: pararnn.cells.DeltaMemoryCell(INPUT, 3, 2, num_heads=2),
+}
+NORMS = {  # inside steps whose channels all reach each other
+    "block_gru": lambda: pararnn.cells.BlockGRUCell(INPUT, 6, num_blocks=2),
+    "layer_norm_lstm": lambda: pararnn.cells.LayerNormLSTMCell(INPUT, 6),
+}
+
 
 def make_cell(name, dtype=torch.float64):
     """A cell with no parameter left at a trivial value."""
     torch.manual_seed(3)
-    cell = CELLS[name]()
+    cell = (CELLS | MATRICES | NORMS)[name]()
     with torch.no_grad():
         for parameter in cell.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)

@@ -17,6 +17,11 @@ def random_state(num_components, *shape, dtype=torch.float64):
     return parts if num_components > 1 else parts[0]
 
 
+def state_of(rnn, batch, dtype=torch.float64):
+    """A random state as a layer takes it."""
+    return joined([torch.randn(batch, *shape, dtype=dtype) for shape in rnn.state_shapes])
+
+
 def joined(parts):
     return tuple(parts) if len(parts) > 1 else parts[0]
 

@@ -12,7 +12,7 @@ import torch
 
 from pararnn import RNN, Newton
 
-from .cells import CELLS, HIDDEN
+from .cells import CELLS, HIDDEN, MATRICES
 from .compare import as_tuple, joined, outcome, with_resets
 from .test_mixing import MIXING
 
@@ -22,7 +22,7 @@ BATCH, TIME, CHUNK = 3, 20, 6
 DISCONTINUOUS = {"unusual", "partly"}  # rounding an input may change their states by anything
 NAMES = [
     f"{cell} {kind}"
-    for cell in (*CELLS, *(f"mixing_{name}" for name in MIXING))
+    for cell in (*CELLS, *(f"mixing_{name}" for name in MIXING), *MATRICES)
     for kind in KINDS
     if kind != "bfloat16" or cell.removeprefix("mixing_") not in DISCONTINUOUS
 ]
@@ -36,7 +36,7 @@ def uniform(name, shape):
 
 def make(name, dtype):
     mixes = name.startswith("mixing_")
-    cell = MIXING[name.removeprefix("mixing_")]() if mixes else CELLS[name]()
+    cell = MIXING[name.removeprefix("mixing_")]() if mixes else (CELLS | MATRICES)[name]()
     with torch.no_grad():
         for key, tensor in (*cell.named_parameters(), *cell.named_buffers()):
             if tensor.is_floating_point():
@@ -59,9 +59,9 @@ def outcome_of(name, backend="auto"):
         batch, rows = 1, len(bounds) - 1
         run = lambda x, state: rnn(x, state, cu_seqlens=bounds)  # noqa: E731
     x = uniform(f"{name} x", (batch, time, cell.input_size)).to(dtype)
-    count = rnn.num_components * (2 if kind == "resets" else 1)
+    shapes = rnn.state_shapes * (2 if kind == "resets" else 1)
     state = joined(
-        [uniform(f"{name} {i}", (rows, rnn.hidden_size)).to(dtype) for i in range(count)]
+        [uniform(f"{name} {i}", (rows, *shape)).to(dtype) for i, shape in enumerate(shapes)]
     )
     if kind == "resets":
         run = with_resets(rnn, uniform(f"{name} resets", (batch, time)) > 0.7)

@@ -8,10 +8,11 @@ from .stored import NAMES, numbers, outcome_of
 
 RTOL = {"bfloat16": 16 * torch.finfo(torch.bfloat16).eps}
 STORED = golden.read("contracts.json")
+MIXING = ("mixing_", "m2rnn", "delta_memory")
 EVERY = [
     (name, backend)
     for name in NAMES
-    for backend in (("auto",) if name.startswith("mixing_") else ("torch", "c"))
+    for backend in (("auto",) if name.startswith(MIXING) else ("torch", "c"))
 ]
 
 

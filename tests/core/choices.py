@@ -22,8 +22,9 @@ from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
 from pararnn.kernels import facts, fused, operators
 from pararnn.kernels.facts import all_facts, facts_of
 from pararnn.kernels.triton import backend as triton_backend
+from pararnn.kernels.triton.sweeps import Kept, Streamed
 from pararnn.planning.c_plan import plan_c
-from pararnn.planning.kernel_plans import plan_matvec
+from pararnn.planning.kernel_plans import plan_matvec, plan_wide
 from pararnn.planning.plan import BackendError
 from pararnn.planning.rows_plan import steps_at_once
 from pararnn.solvers.chunks import Chunks, Cut
@@ -271,7 +272,16 @@ def _mixing(rnn, given):
     if given.device == "cuda":
         found["path"] = "kernel" if way.steps == "kernel" else "rows in graphs"
         kernel = _one_kernel(given.cell, given.dtype)
-        found["warps" if way.steps == "kernel" else "no kernel"] = kernel
+        if isinstance(kernel, Streamed):
+            products, chunk = kernel.products, time if one_chunk else way.solver.chunk
+            rows = given.shape[0] * -(-time // chunk)
+            sizes = products.size, products.groups, rows, *kernel.most
+            launch = plan_wide(*sizes, 4 * (1 + (given.dtype == "float64")), given.processors)
+            found["launch"] = dataclasses.asdict(launch)
+        elif isinstance(kernel, Kept):
+            found["warps"] = kernel.constants["num_warps"]
+        else:
+            found["no kernel"] = kernel
         if not runner.choice.generated:
             found["no kernel"] = "asked for"
     if way.steps == "kernel" and runner.solver is None:
@@ -294,7 +304,7 @@ def _with_channels(step, hidden):
 
 @functools.cache
 def _one_kernel(cell, dtype):
-    """Warps of the kernel that runs many steps on a GPU, or why there is none."""
+    """The kernel that runs many steps on a GPU, or why there is none."""
     of = _layer(cell, "cuda", dtype, "choose", "auto", True).runner().traced.step
     cut = Cut(2, 3, 3)
     inputs = [
@@ -302,7 +312,7 @@ def _one_kernel(cell, dtype):
     ]
     state = [torch.zeros(2, of.hidden, dtype=of.dtype) for _ in range(of.num_components)]
     kernel = fused._kernel(Chunks(of, cut, inputs, None, ()), state)
-    return kernel if isinstance(kernel, str) else kernel.constants["num_warps"]
+    return kernel
 
 
 def _matvec(given):

@@ -24,7 +24,8 @@ NO_COSTS = {
     "lm/decoding/decoder.py": {"_LEAST_NOISE"},
     # sizes that hardware or Triton demands
     "planning/triton_plan.py": {"_WARP"},
-    "kernels/fused.py": {"_TILE"},
+    "kernels/triton/sweeps.py": {"_TILE"},
+    "planning/kernel_plans.py": {"_TILE"},
     "kernels/c/mixing.py": {"_VECTOR_BYTES"},
     "layers/xlstm.py": {"_COMPONENTS", "_GATES"},  # of its state and step
     "kernels/triton/build.py": {"OLDEST", "_PARSES_IN_THREADS"},  # versions

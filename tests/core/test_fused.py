@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import operator
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ from torch import fx, nn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
+from pararnn.kernels.triton import sweeps
 from pararnn.layers.xlstm import XLSTMCell
-from pararnn.solvers.chunks import Chunks, Cut, Redo, Sweep
+from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import plan_wide, wide_precision
+from pararnn.solvers.chunks import WHOLE, Chunks, Cut, Redo, Sweep
 from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.products import unfused
@@ -22,24 +28,39 @@ from .compare import as_tuple, assert_same, outcome, random_state, with_resets
 from .conftest import needs_triton
 from .test_mixing import INPUT, MIXING, Heads, Normed, Partly
 
+SMALL = dataclasses.replace(COSTS, wide_block=(16, 16), wide_inner=16)  # several blocks
+
+
+def run_streamed(chunks, state, sweep=WHOLE):
+    """As on a GPU on which no weights fit on the chip, so that every step reads them."""
+    with (
+        mock.patch.object(fused, "_known", weakref.WeakKeyDictionary()),
+        mock.patch.object(sweeps, "keeps_weights", return_value=False),
+        mock.patch.object(sweeps, "plan_wide", functools.partial(plan_wide, costs=SMALL)),
+    ):
+        return fused.run_steps(chunks, state, sweep)
+
+
 RUNS = {
     "triton": pytest.param(fused.run_steps, id="triton", marks=needs_triton),
+    "streamed": pytest.param(run_streamed, id="streamed", marks=needs_triton),
     "c": pytest.param(fused.run_in_c, id="c"),
 }
-BOTH = pytest.mark.parametrize("run", RUNS.values())
+ALL = pytest.mark.parametrize("run", RUNS.values())
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 class TwoProducts(nn.Module):
     """A hidden layer, whose units are no channels, and products from the left."""
 
-    input_size, hidden_size, num_components = INPUT, 6, 1
+    input_size, num_components = INPUT, 1
 
-    def __init__(self):
+    def __init__(self, hidden_size=6):
         super().__init__()
-        self.input = nn.Linear(INPUT, 12)
-        self.first = nn.Parameter(torch.randn(6, 12) * 0.4)
-        self.second = nn.Parameter(torch.randn(6, 12) * 0.4)
+        self.hidden_size = hidden_size
+        self.input = nn.Linear(INPUT, 2 * hidden_size)
+        self.first = nn.Parameter(torch.randn(hidden_size, 2 * hidden_size) * hidden_size**-0.5)
+        self.second = nn.Parameter(torch.randn(hidden_size, 2 * hidden_size) * hidden_size**-0.5)
 
     def forward(self, x, h):
         hidden = torch.tanh(h @ self.first + self.input(x))
@@ -187,7 +208,7 @@ def with_reset_states(of, chunks, dtype, reverse=False):
     )
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
 @pytest.mark.parametrize("name", CELLS)
 def test_equals_operations(name, direction, dtype, run):
@@ -208,7 +229,7 @@ def test_any_number_of_rows_in_c(batch, threads):
         torch.set_num_threads(before)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("name", ["gru", "heads"])
 @pytest.mark.parametrize("direction", ["forward", "adjoint"])
 @pytest.mark.parametrize("resets", [False, True])
@@ -229,7 +250,7 @@ def test_chunks_starts_and_order(name, direction, resets, reverse, backwards, ru
         compare(chunks, rows, dtype, copies=2, run=run, keep=False)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_sequences_that_are_run_again(resets, backwards, run):
@@ -318,6 +339,36 @@ def _step_of(cell, gates, past):
 
 
 @needs_triton
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+def test_weights_that_do_not_fit_are_read_at_every_step(direction):
+    dtype, cut = torch.float64, Cut(9, 3, 2)
+    of, chunks = steps_of(nn.GRUCell(INPUT, 100).to(dtype), dtype, direction, cut)
+    state = random_rows(of, cut, dtype)
+    assert fused.streams(chunks, state)
+    compare(chunks, state, dtype)
+
+
+@needs_triton
+def test_a_gpu_runs_programs_that_wait_for_each_other_at_the_same_time():
+    for size, groups, rows, products, factors, itemsize in itertools.product(
+        (64, 129, 256, 300, 1024), (1, 4, 300), (1, 16, 17, 500, 5000), (1, 4, 20), (1, 4), (4, 8)
+    ):
+        for processors in (1, 16, 132):
+            plan = plan_wide(size, groups, rows, products, factors, itemsize, processors)
+            programs = -(-rows // plan.rows) * groups * plan.parts
+            assert plan.parts == 1 or programs <= processors
+            assert plan.width >= size
+            assert plan.width % plan.block == plan.width % plan.inner == 0
+            assert (plan.parts - 1) * plan.block < size
+
+
+def test_products_round_only_where_they_may():
+    assert wide_precision(rounds=False, itemsize=4) == "tf32x3"
+    assert wide_precision(rounds=True, itemsize=4) == "tf32"
+    assert wide_precision(rounds=False, itemsize=8) == "ieee"
+
+
+@needs_triton
 @pytest.mark.parametrize("solver", [Newton(chunk=3), Jacobi(chunk=3), Sequential()], ids=repr)
 @pytest.mark.parametrize("name", ["gru", "heads", "lstm"])
 @pytest.mark.parametrize("reset", [False, True])
@@ -390,7 +441,6 @@ class Squared(nn.Module):
         (Normed, "layer_norm: it is not a pointwise operation"),
         (Twisted, "mul: it combines entries of different rows or channels"),
         (Squared, "bmm: neither factor is a weight"),
-        (lambda: nn.GRUCell(INPUT, 200), "its weights take 1536 KB on the chip, which has 200 KB"),
     ],
 )
 def test_what_is_not_fused_says_why(cell, reason):

@@ -72,15 +72,16 @@ def test_graphs_outlive_inference_mode():
         compare(rnn, x, torch.rand(2, 700, device="cuda") < 0.004, rtol=3e-5)
 
 
+@pytest.mark.parametrize("hidden", [10, 256])
 @pytest.mark.parametrize("bias", [0.0, 4.0])
-def test_inside_a_graph_of_the_user(bias):
+def test_inside_a_graph_of_the_user(bias, hidden):
     """With chunks side by side, after a first call, also where these do not suffice."""
-    rnn = RNN(nn.GRUCell(6, 10)).cuda()
+    rnn = RNN(nn.GRUCell(6, hidden)).cuda()
     with torch.no_grad():
-        rnn.cell.bias_hh[10:20] = bias  # keeps states for long
+        rnn.cell.bias_hh[hidden : 2 * hidden] = bias  # keeps states for long
     x = torch.randn(2, 1000, 6, device="cuda", requires_grad=True)
     inputs = [x, *rnn.parameters()]
-    cotangent = torch.randn(2, 1000, 10, device="cuda")
+    cotangent = torch.randn(2, 1000, hidden, device="cuda")
 
     def run():
         y, _ = rnn(x)
@@ -157,12 +158,63 @@ def test_fused_steps_equal_operations(name, resets, dtype, direction):
         compare_steps(chunks, state, dtype, copies=2, run=on_device, keep=False)
 
 
-def test_what_does_not_fit_goes_by_graphs():
-    rnn = RNN(nn.GRUCell(6, 256), solver=Jacobi(chunk=50)).cuda()
-    compare(rnn, torch.randn(2, 200, 6, device="cuda", requires_grad=True))
-    reason, _ = rnn.runner().facts.kernels
-    assert rnn.plan((2, 200, 6)).forward.steps == "graphs"
-    assert reason == "its weights take 768 KB on the chip, which has 200 KB"
+WIDE = {
+    "gru": lambda: nn.GRUCell(6, 256),
+    "gru_of_300": lambda: nn.GRUCell(6, 300),
+    "gru_of_512": lambda: nn.GRUCell(6, 512),
+    "lstm": lambda: nn.LSTMCell(6, 256),
+    "slstm": lambda: HeadSLSTMCell(512, 512, num_heads=2),
+    "two_products": lambda: TwoProducts(200),
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_steps_equal_operations(name, dtype, direction):
+    """With weights that do not fit on the chip."""
+    for backwards, reverse in itertools.product((False, True), repeat=2):
+        cut = Cut(37, 20, 7, backwards)
+        of, chunks = steps_of(WIDE[name]().to(dtype), dtype, direction, cut)
+        if not reverse:
+            compare_steps(chunks, random_rows(of, cut, dtype), dtype, run=on_device)
+        chunks = Chunks(chunks.step, cut, chunks.inputs, None, (), reverse)
+        chunks = with_reset_states(of, chunks, dtype, reverse)
+        if not reverse:
+            compare_steps(chunks, random_rows(of, cut, dtype), dtype, run=on_device)
+        state = random_rows(of, cut, dtype, copies=2)
+        compare_steps(chunks, state, dtype, copies=2, run=on_device, keep=False)
+
+
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+@pytest.mark.parametrize("batch", [1, 100, 300, 1500])
+def test_any_number_of_wide_rows(batch, direction):
+    """Programs that share channels or have them all, and more of them than run at a time."""
+    dtype, cut = torch.float32, Cut(batch, 20, 7)
+    of, chunks = steps_of(WIDE["gru"](), dtype, direction, cut)
+    compare_steps(chunks, random_rows(of, cut, dtype), dtype, run=on_device)
+
+
+@pytest.mark.parametrize("hidden", [256, 300, 512])
+@pytest.mark.parametrize("name", CELLS)
+def test_wide_cells_equal_the_loop(name, hidden):
+    rnn = RNN(CELLS[name](6, hidden)).cuda()
+    x = torch.randn(3, 700, 6, device="cuda", requires_grad=True)
+    assert rnn.plan(x.shape).forward.steps == "kernel"
+    compare(rnn, x)
+    compare(rnn, x, torch.rand(3, 700, device="cuda") < 0.02)
+
+
+def test_wide_cells_round_only_where_they_may():
+    rnn = RNN(nn.GRUCell(6, 256)).cuda()
+    x = torch.randn(2, 500, 6, device="cuda")
+    exact = rnn(x)[0]
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = rnn(x)[0]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert 1e-6 < (exact - rounded).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("name", ["gru_of_33", "slstm"])

@@ -13,6 +13,7 @@ from pararnn.kernels.graphs import is_capturing
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton.build import interpreted
 from pararnn.kernels.triton.build import missing as triton_missing
+from pararnn.kernels.triton.device import rounds_products
 from pararnn.planning.plan import BackendChoice, Call, Facts, Machine, Plan, by_channels, decide
 from pararnn.planning.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
@@ -88,11 +89,6 @@ def machine_of(device: torch.device) -> Machine:
     )
 
 
-def _rounds(dtype: torch.dtype) -> bool:
-    """Whether a GPU's products of matrices round (TF32), for states that are kept in a type."""
-    return dtype is not torch.float64 and torch.get_float32_matmul_precision() != "highest"
-
-
 _MOST_PLANS = 256  # kept of a step
 
 
@@ -143,7 +139,7 @@ class Planner:
         sizes = batch, time, hidden, kept_in, itemsize, gradients, tracked, elements, may_loop
         rounds = capturing = False
         if device.type == "cuda":
-            rounds, capturing = _rounds(kept_in), is_capturing(device)
+            rounds, capturing = rounds_products(kept_in), is_capturing(device)
         call = *sizes, rounds, capturing, torch.get_num_threads()
         plan = self._known.get((device, call))
         if plan is None:

@@ -1,32 +1,22 @@
-"""Run all steps of a cell whose channels mix in one kernel: `triton.mixing`, or `c.mixing`.
-
-The one in Triton keeps the weights in registers.
-"""
+"""Run all steps of a cell whose channels mix in one kernel: see `triton.sweeps` and `c.mixing`."""
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from pararnn.kernels.c.mixing import CSweep, NotFused
+from pararnn.kernels.c.mixing import CSweep
 from pararnn.kernels.lowering import NotLowered, lower
-from pararnn.kernels.triton.build import missing, text_of
-from pararnn.kernels.triton.device import on_device
-from pararnn.kernels.triton.expressions import function
-from pararnn.kernels.triton.tuples import OverTime
-from pararnn.planning.kernel_plans import rows_obstacle, rows_warps
+from pararnn.kernels.stages import NotFused
+from pararnn.kernels.triton.build import missing
+from pararnn.kernels.triton.sweeps import Streamed, in_triton
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
-from pararnn.solvers.problem import with_rows
-from pararnn.tracing.products import NotExpressed, Products, products
+from pararnn.tracing.products import NotExpressed, products
 from pararnn.tracing.step import Input, Step
-
-_TILE = 16  # see `triton.functions.dot`
 
 
 class _Sweeps(Protocol):
@@ -71,6 +61,11 @@ def reason(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> 
     return found if isinstance(found, str) else None
 
 
+def streams(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> bool:
+    """Whether the kernel for the steps reads the weights at every step, on a GPU."""
+    return isinstance(_found(chunks, state, backend), Streamed)
+
+
 def _found(chunks: Chunks, state: Sequence[Tensor], backend: str) -> _Sweeps | str:
     """The kernel for tensors of these shapes and types, or the reason why there is none; cached."""
     known = _known.setdefault(chunks.step.module, {})
@@ -96,8 +91,7 @@ def run_steps(chunks: Chunks, state: Sequence[Tensor], sweep: Sweep = WHOLE) -> 
     """Run a sweep in one kernel, on a GPU or in Triton's interpreter; see `chunks.Run`.
 
     Raises:
-        NotFused: The kernel does not support the step, or its weights are too large; the message
-            says why.
+        NotFused: The kernel does not support the step; the message says why.
     """
     return _swept("triton", chunks, state, sweep)
 
@@ -124,71 +118,6 @@ def _swept(backend: str, chunks: Chunks, state: Sequence[Tensor], sweep: Sweep) 
         _known[chunks.step.module][_key(chunks, state, backend)] = str(error)
         raise
     return list(states), ends
-
-
-@dataclass(frozen=True)
-class _InTriton:
-    """The kernel of a step in Triton.
-
-    Attributes:
-        products: The step, as expressions.
-        drives: Indices of the inputs with drives.
-        coefficients: Indices of the inputs with coefficients.
-        run: The Triton kernel.
-        constants: Its compile-time arguments.
-    """
-
-    products: Products
-    drives: tuple[int, ...]
-    coefficients: tuple[int, ...]
-    run: Any
-    constants: dict[str, Any]
-
-    @property
-    def source(self) -> str:
-        """The module of the function that the kernel calls."""
-        return text_of(self.constants["STEP"])
-
-    def __call__(
-        self,
-        chunks: Chunks,
-        state: Sequence[Tensor],
-        sweep: Sweep,
-        states: Sequence[Tensor],
-        ends: Sequence[Tensor],
-    ) -> None:
-        """See `_Sweeps`."""
-        cut, inputs, rows = chunks.cut, chunks.inputs, len(state[0])
-        resets = [] if chunks.resets is None else [chunks.resets]
-        over_time = functools.partial(_over_time, cut.backwards)
-        with on_device(state[0]):
-            try:
-                self.run[rows, self.products.groups](
-                    drives=over_time([inputs[i] for i in self.drives]),
-                    coefficients=tuple(inputs[i] for i in self.coefficients),
-                    weights=_blocks(self.products, inputs),
-                    resets=over_time(resets),
-                    reset_states=over_time([with_rows(s) for s in chunks.reset_states]),
-                    initial=tuple(s.contiguous() for s in state),
-                    states=over_time(states),
-                    ends=tuple(ends),
-                    settled=None if sweep.redo is None else sweep.redo.settled.view(torch.uint8),
-                    rows=rows // sweep.copies,
-                    batch=cut.batch,
-                    time=cut.time,
-                    chunk=cut.chunk,
-                    first=sweep.first,
-                    reverse=int(chunks.reverse),
-                    **self.constants,
-                )
-            except _out_of_resources() as error:
-                raise NotFused(f"its weights do not fit on the chip: {error}") from error
-
-
-def _out_of_resources() -> type[Exception]:
-    from triton.runtime.errors import OutOfResources  # only where there is a kernel
-
-    return OutOfResources
 
 
 def _key(chunks: Chunks, state: Sequence[Tensor], backend: str) -> tuple[Any, ...]:
@@ -220,66 +149,6 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") ->
         if backend == "c":
             lower(found.step)  # which raises if an operation has no rule
             return CSweep(found, like.dtype is torch.float64)
-        obstacle = rows_obstacle(len(found.weights), _width(found), like.itemsize)
-        return _compiled(found, like) if obstacle is None else obstacle
+        return in_triton(found, like)
     except (NotExpressed, NotLowered) as error:
         return str(error)
-
-
-def _compiled(products: Products, like: Tensor) -> _InTriton:
-    from pararnn.kernels.triton import mixing  # needs Triton, which this module does not
-
-    count, width, double = len(products.weights), _width(products), like.dtype is torch.float64
-    drives, coefficients = products.drives, products.coefficients
-    leaves = {"state": len(products.step), "drive": len(drives)}
-    leaves |= {"coefficient": len(coefficients), "weight": count}
-    used = [tuple(sorted({p.input for p in places})) for places in (drives, coefficients)]
-    placed = [
-        tuple((of.index(p.input), p.offset, p.group, p.channel) for p in places)
-        for of, places in zip(used, (drives, coefficients), strict=True)
-    ]
-    constants = {
-        "STEP": function("step", leaves, products.step, double),
-        "DRIVES": placed[0],
-        "COEFFICIENTS": placed[1],
-        "WEIGHTS": count,
-        "GROUPS": products.groups,
-        "SIZE": products.size,
-        "WIDTH": width,
-        "TILE": _TILE,
-        "num_warps": rows_warps(count, width, like.itemsize),
-        "num_stages": 1,
-    }
-    return _InTriton(products, used[0], used[1], mixing.run, constants)
-
-
-def _width(products: Products) -> int:
-    """Channels of a program: those of a group, rounded up to a power of two."""
-    return max(_TILE, 1 << (products.size - 1).bit_length())
-
-
-def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ...]:
-    """Tensors (batch, time, ...) with their strides, from the first step of the run."""
-    found = []
-    for tensor in tensors:
-        row, step, *_ = tensor.stride()
-        tensor, step = (tensor[:, -1], -step) if backwards else (tensor, step)
-        tensor = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
-        found.append(OverTime(tensor, row, step))
-    return tuple(found)
-
-
-def _blocks(products: Products, inputs: Sequence[Tensor]) -> Tensor:
-    """Copy the blocks of the weights into one tensor (blocks, groups, result, factor), padded."""
-    size, padding = products.size, _width(products) - products.size
-    found = torch.stack(
-        [
-            inputs[p.input].as_strided(
-                (products.groups, size, size),
-                (p.group, p.result, p.channel),
-                inputs[p.input].storage_offset() + p.offset,
-            )
-            for p in products.weights
-        ]
-    )
-    return nn.functional.pad(found, (0, padding, 0, padding)) if padding else found

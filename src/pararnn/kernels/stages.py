@@ -18,6 +18,10 @@ from pararnn.tracing.expressions import (
 )
 
 
+class NotFused(Exception):
+    """The steps cannot run in one kernel; the message says why."""
+
+
 @dataclass(frozen=True)
 class _Product:
     """The product of a vector with a weight.
@@ -72,6 +76,11 @@ class Stages:
         """Rounds of products, each of which needs those before."""
         return 1 + max(p.level for p in self.products)
 
+    def computed(self, level: int) -> list[Operand]:
+        """The vectors that products of a level multiply, without states: those are known."""
+        mine = {p.factor for p in self.products if p.level == level}
+        return [f for f in self.factors if f in mine and not _is_state(f)]
+
     def equations(self) -> list[str]:
         """The step as mathematics, a line for each product and each new component."""
         roots = [*(p.factor for p in self.products), *self.roots]
@@ -80,6 +89,10 @@ class Stages:
         products = enumerate(self.products)
         lines = [f"product{n} = weight{p.weight} times {show(p.factor)}" for n, p in products]
         return lines + [f"state{i}' = {show(root)}" for i, root in enumerate(self.roots)]
+
+
+def _is_state(operand: Operand) -> bool:
+    return isinstance(operand, Expression) and operand.op == "state"
 
 
 def _number(leaf: Expression) -> int:

@@ -28,6 +28,9 @@ class Costs:
     step_work: int = 1 << 23
     """Multiplications that a GPU does in the time of a step, which is part of one kernel or graph.
     Estimate, checked by benchmarks/mixing.py: docs/results/mixing-cells.md."""
+    streamed_work: int = 1 << 27
+    """Multiplications that a GPU does in the time of a step of one kernel that reads the weights at
+    every step. Estimate, checked by benchmarks/mixing.py: docs/results/mixing-cells.md."""
     worth: float = 2.0
     """Times as fast as the loop that chunks must be by the estimate, or the loop is taken: trying
     in vain costs the loop and one part in `worth` of it. Estimate, checked by
@@ -164,6 +167,29 @@ class Costs:
     checked by benchmarks/mixing.py: docs/results/mixing-cells.md."""
     rows_warps: int = 16
     """Warps of a program, at most. Estimate."""
+
+    # The same where it reads the weights at every step; docs/results/mixing-cells.md has its times
+
+    wide_rows: tuple[int, ...] = (16, 32)
+    """Rows of a program: as few as tensor cores take, more where no two programs would share the
+    channels of some rows. With 64 Triton takes other instructions, and is no faster.
+    docs/results/mixing-cells.md."""
+    wide_block: tuple[int, int] = (32, 128)
+    """Channels that a program computes at a time, at least and at most.
+    docs/results/mixing-cells.md."""
+    wide_sums: int = 3 << 12
+    """32-bit sums that a program has at a time, at most: half of its registers, by count."""
+    wide_inner: int = 64
+    """Channels that are multiplied at a time, at most. docs/results/mixing-cells.md."""
+    wide_stages: int = 3
+    """Blocks of these in use or on their way at a time. docs/results/mixing-cells.md."""
+    wide_ahead: int = 160 * 2**10
+    """Bytes of those on their way, at most: by count, of 227 KB of shared memory."""
+    wide_small: int = 1 << 9
+    """Sums of a product up to which a program has the smaller number of `wide_warps`.
+    docs/results/mixing-cells.md."""
+    wide_warps: tuple[int, int] = (4, 8)
+    """Warps of a program. docs/results/mixing-cells.md."""
 
     # Pieces and blocks of work, by what caches and memory hold
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pararnn.planning.costs import COSTS, Costs
 
+_TILE = 16  # the least side of a product in tensor cores, as Triton has it
+
 
 @dataclass(frozen=True)
 class MatvecLaunch:
@@ -54,8 +56,8 @@ def plan_matvec(
     return min((launch(largest >> i) for i in range(largest.bit_length())), key=longest)
 
 
-def rows_obstacle(weights: int, width: int, itemsize: int, costs: Costs = COSTS) -> str | None:
-    """The reason why the weights of a step do not fit on the chip; None if they do.
+def keeps_weights(weights: int, width: int, itemsize: int, costs: Costs = COSTS) -> bool:
+    """Whether a program keeps the weights of a step on the chip, which else are read at every step.
 
     Args:
         weights: Blocks of weights, each width x width.
@@ -63,18 +65,94 @@ def rows_obstacle(weights: int, width: int, itemsize: int, costs: Costs = COSTS)
         itemsize: Bytes of an element.
         costs: What the chip holds.
     """
-    size, most = weights * width**2 * itemsize, costs.rows_weights
-    if size <= most:
-        return None
-    return f"its weights take {size >> 10} KB on the chip, which has {most >> 10} KB"
+    return weights * width**2 * itemsize <= costs.rows_weights
 
 
 def rows_warps(weights: int, width: int, itemsize: int, costs: Costs = COSTS) -> int:
-    """Warps of a program that keeps so many weights; arguments as for `rows_obstacle`."""
+    """Warps of a program that keeps so many weights; arguments as for `keeps_weights`."""
     of_a_warp = 4 * 32 * costs.rows_registers  # bytes
     wanted = max(1, -(-weights * width**2 * itemsize // of_a_warp))
     most = min(costs.rows_warps, width * 4 // 32)  # four threads a sum
     return min(most, 1 << (wanted - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class WideLaunch:
+    """How the kernel is launched that reads weights at every step, see `triton.wide`.
+
+    Attributes:
+        rows: Rows of a program.
+        parts: Programs that share the channels of a group, for the same rows.
+        block: Channels that a program computes at a time.
+        inner: Channels that it multiplies at a time.
+        width: Channels of a group with those that fill up the last blocks.
+        stages: Blocks of `inner` channels that are on their way at a time.
+        warps: Warps of a program.
+    """
+
+    rows: int
+    parts: int
+    block: int
+    inner: int
+    width: int
+    stages: int
+    warps: int
+
+
+def plan_wide(
+    size: int,
+    groups: int,
+    rows: int,
+    products: int,
+    factors: int,
+    itemsize: int,
+    processors: int,
+    costs: Costs = COSTS,
+) -> WideLaunch:
+    """As many programs as the device runs at the same time share the channels of all rows.
+
+    For programs that share channels wait for each other at every step.
+
+    Args:
+        size: Channels of a group.
+        groups: Groups.
+        rows: Chunks of all sequences.
+        products: Of the level that has most.
+        factors: Vectors that are multiplied, of the level that has most.
+        itemsize: Bytes of an element.
+        processors: Multiprocessors.
+        costs: What a multiprocessor holds.
+    """
+    together = next(
+        (r for r in costs.wide_rows if -(-rows // r) * groups * 2 <= processors),
+        costs.wide_rows[-1],
+    )
+    share = max(1, processors // (-(-rows // together) * groups))
+    block, most = costs.wide_block
+    most = min(most, costs.wide_sums // (products * together * itemsize // 4))
+    while block * 2 <= most and -(-size // block) > share:
+        block *= 2
+    blocks = -(-size // block)
+    parts = -(-blocks // -(-blocks // share))
+    inner, one = costs.wide_inner, (products * block + factors * together) * itemsize
+    while inner > _TILE and (costs.wide_stages - 1) * inner * one > costs.wide_ahead:
+        inner //= 2
+    whole = max(block, inner)
+    width = -(-size // whole) * whole
+    warps = costs.wide_warps[block * together > costs.wide_small]
+    return WideLaunch(together, parts, block, inner, width, costs.wide_stages, warps)
+
+
+def wide_precision(rounds: bool, itemsize: int) -> str:
+    """How tensor cores multiply: in full precision, unless products of matrices may round.
+
+    Args:
+        rounds: Whether they may.
+        itemsize: Bytes of an element.
+    """
+    if itemsize > 4:
+        return "ieee"
+    return "tf32" if rounds else "tf32x3"
 
 
 def steps_of_graphs(first: int, steps: int, costs: Costs = COSTS) -> list[tuple[int, int]]:

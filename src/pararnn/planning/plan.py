@@ -56,8 +56,10 @@ class Facts:
         drives: Tensors that a kernel for elementwise cells loads at every step.
         operations: Arithmetic operations of such a step with its Jacobian, forward and adjoint.
         obstacle: The reason why there are no kernels for elementwise cells; None if there are.
-        kernels: The reasons why steps forward and backward do not run in one kernel, on a GPU
-            with the weights on the chip; None if they do.
+        kernels: The reasons why steps forward and backward do not run in one kernel; None if they
+            do.
+        streams: Whether such a kernel on a GPU reads the weights at every step, which are too large
+            to be kept on the chip.
         one_call: Whether a step of the cell itself is hardly more than one call.
     """
 
@@ -72,6 +74,7 @@ class Facts:
     operations: tuple[int, int] = (1, 1)
     obstacle: str | None = None
     kernels: tuple[str | None, str | None] = (None, None)
+    streams: bool = False
     one_call: bool = False
 
     @property
@@ -348,7 +351,7 @@ def _is_loop(
     keeps = call.tracked and call.batch > costs.c_mixing_rows  # the loop does, and C does not
     if solver is not None or (_in_c(facts, call, backend, costs) and not keeps):
         return False
-    free = free_rows(facts.work, facts.launches, machine.device, costs)
+    free = _free_rows(facts, machine, backend, costs)
     sizes = facts.entries, free, call.batch, call.time
     one_call = facts.one_call and not call.tracked  # autograd takes as long again
     return prefers_cell(*sizes, machine.device, one_call, costs)
@@ -419,7 +422,7 @@ def _rows(
 ) -> tuple[Way, Way]:
     """Chunks as rows of one batch."""
     choices.append(Choice("path", "rows", "chunks are rows of one batch, which step together"))
-    free = free_rows(facts.work, facts.launches, machine.device, costs)
+    free = _free_rows(facts, machine, backend, costs)
     chosen, because = solver, "asked for"
     if solver is None and _in_c(facts, call, backend, costs):
         chosen = Sequential()
@@ -470,6 +473,12 @@ def _rows(
     return ways[0], ways[1]
 
 
+def _free_rows(facts: Facts, machine: Machine, backend: BackendChoice, costs: Costs) -> float:
+    """Rows of a step for which arithmetic takes as long as launches."""
+    streams = facts.streams and backend.name == "triton"
+    return free_rows(facts.work, facts.launches, machine.device, streams, costs)
+
+
 def _elements(facts: Facts, call: Call) -> int:
     """Elements of all states."""
     return call.batch * call.time * call.hidden * facts.components
@@ -499,7 +508,8 @@ def _steps(
     if backend.name == "triton":
         reason = facts.kernels[direction]
         if reason is None:
-            return "kernel", "one kernel runs all steps, with the weights on the chip"
+            where = "which it reads at every step" if facts.streams else "on the chip"
+            return "kernel", f"one kernel runs all steps, with the weights {where}"
     else:
         reason = facts.kernels[direction] if backend.generated else "PyTorch operations"
     if machine.device == "cuda":

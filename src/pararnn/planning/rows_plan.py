@@ -62,7 +62,9 @@ class _Cut:
         return self.time * (1 + self.batch / self.free)
 
 
-def free_rows(work: int, launches: int, device: str, costs: Costs = COSTS) -> float:
+def free_rows(
+    work: int, launches: int, device: str, streams: bool = False, costs: Costs = COSTS
+) -> float:
     """Rows of a step for which arithmetic takes as long as launches.
 
     Args:
@@ -70,9 +72,13 @@ def free_rows(work: int, launches: int, device: str, costs: Costs = COSTS) -> fl
         launches: Operations of a step; one that only hands on what it is given has none, and counts
             as one.
         device: Type of the device.
+        streams: Whether one kernel runs all steps and reads the weights at every one. That takes
+            longer than a launch, and as long for many rows as for one.
         costs: What work costs.
     """
-    return (max(launches, 1) * costs.launch_work if device == "cpu" else costs.step_work) / work
+    if device == "cpu":
+        return max(launches, 1) * costs.launch_work / work
+    return (costs.streamed_work if streams else costs.step_work) / work
 
 
 def steps_at_once(batch: int, hidden: int, costs: Costs = COSTS) -> int:

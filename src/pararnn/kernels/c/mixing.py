@@ -14,16 +14,11 @@ from torch import Tensor
 from pararnn.kernels.c.build import CompilerError, load
 from pararnn.kernels.c.source import LANGUAGE, LEAF_TEXTS, written
 from pararnn.kernels.printing import statements
-from pararnn.kernels.stages import Stages
+from pararnn.kernels.stages import NotFused, Stages
 from pararnn.solvers.chunks import Chunks, Sweep
 from pararnn.solvers.problem import with_rows
 from pararnn.tracing.expressions import Operand
 from pararnn.tracing.products import Place, Products
-
-
-class NotFused(Exception):
-    """The steps cannot run in one kernel; the message says why."""
-
 
 _VECTOR_BYTES = 64  # of the widest processors
 _GIVEN = "inputs state, inputs drive, inputs coefficient, inputs product"

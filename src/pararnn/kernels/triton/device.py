@@ -23,3 +23,16 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     import numpy as np  # the interpreter's: floating point is to behave as on a GPU
 
     return np.errstate(all="ignore")
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def rounds_products(dtype: torch.dtype) -> bool:
+    """Whether a GPU's products of matrices round (TF32), for states that are kept in a type."""
+    return dtype is not torch.float64 and torch.get_float32_matmul_precision() != "highest"

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from pararnn.kernels.lowering import REDUCTIONS, NotLowered, lower
+from pararnn.kernels.stages import Stages
 from pararnn.kernels.triton.build import load
 from pararnn.kernels.triton.steps import Module
 from pararnn.tracing.expressions import (
@@ -77,6 +78,24 @@ def source(name: str, leaves: Mapping[str, int], roots: Sequence[Operand], doubl
     products = [e for e in topological(roots) if e.op == "dot"]
     module.function(name, leaves, [roots], flags=["SIZE: tl.constexpr"], first=products)
     return module.text(f"a {name}", _equations(roots))
+
+
+def staged_source(stages: Stages, leaves: Mapping[str, int], double: bool) -> str:
+    """A module with the functions of a step that is taken apart at its products.
+
+    `factors0` computes the vectors of the first level of products that are not states, `factors1`
+    those of the second, and so on; `new_state` the new components.
+
+    Args:
+        stages: The step.
+        leaves: How many there are of each kind, products included.
+        double: Whether it computes in float64, else in float32.
+    """
+    module = Module("double" if double else "single")
+    for level in range(stages.levels):
+        module.function(f"factors{level}", leaves, [stages.computed(level)])
+    module.function("new_state", leaves, [stages.roots])
+    return module.text("a step in stages", stages.equations())
 
 
 def _equations(roots: Sequence[Operand]) -> list[str]:

@@ -290,7 +290,7 @@ def _mixing(rnn, given):
     found["graph"] = plan.in_graph
     piece = plan.adjoint.piece
     if given.cell in ELEMENTWISE:  # recorded for as many channels as are traced
-        piece = steps_at_once(given.shape[0], rnn.hidden_size)
+        piece = steps_at_once(given.shape[0], rnn.hidden_size, given.device)
     return found | {"backward piece": piece}
 
 

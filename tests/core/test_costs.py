@@ -129,8 +129,9 @@ def test_choices_follow_their_costs(worth):
 
 
 def test_pieces_and_blocks_follow_their_costs():
-    assert rows_plan.steps_at_once(4, 64) == COSTS.piece // 256
-    assert rows_plan.steps_at_once(1 << 20, 64) == COSTS.shortest_piece
+    assert rows_plan.steps_at_once(4, 64, "cpu") == COSTS.piece // 256
+    assert rows_plan.steps_at_once(4, 64, "cuda") == COSTS.piece_on_gpu // 256
+    assert rows_plan.steps_at_once(1 << 20, 64, "cpu") == COSTS.shortest_piece
     assert rows_plan.rows_at_once(10**6, 64, "cpu") == COSTS.cached_block // 64
     assert rows_plan.rows_at_once(10**6, 1 << 20, "cpu") == 1
     assert rows_plan.rows_at_once(10**6, 64, "cuda") == 10**6

@@ -196,6 +196,9 @@ class Costs:
     piece: int = 1 << 17
     """Elements of a component in a piece of time that a backward pass solves step by step.
     Estimate."""
+    piece_on_gpu: int = 1 << 22
+    """The same on a GPU, which is done with fewer before Python has launched everything. Estimate.
+    """
     shortest_piece: int = 16
     """Steps of a piece, at least. Estimate."""
     cached_block: int = 1 << 16

@@ -447,7 +447,7 @@ def _rows(
     given = solver is not None and solver.chunk != "auto"
     choices.append(Choice("chunks", chunks, "asked for" if given else because))
     warm_up = _warm_up(costs.warm_up, chunk, chunks, choices)
-    piece = steps_at_once(call.batch, call.hidden, costs)
+    piece = steps_at_once(call.batch, call.hidden, machine.device, costs)
     tolerance = chosen.tolerance_for(call.kept_in)
     if chosen.tolerance is None and call.rounds:
         tolerance = max(tolerance, _TF32)

@@ -81,9 +81,10 @@ def free_rows(
     return (costs.streamed_work if streams else costs.step_work) / work
 
 
-def steps_at_once(batch: int, hidden: int, costs: Costs = COSTS) -> int:
+def steps_at_once(batch: int, hidden: int, device: str, costs: Costs = COSTS) -> int:
     """Steps of a piece of time whose gates a backward pass in one chunk has at a time."""
-    return max(costs.shortest_piece, costs.piece // (batch * hidden))
+    elements = costs.piece if device == "cpu" else costs.piece_on_gpu
+    return max(costs.shortest_piece, elements // (batch * hidden))
 
 
 def rows_at_once(rows: int, width: int, device: str, costs: Costs = COSTS) -> int:

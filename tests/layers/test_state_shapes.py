@@ -288,6 +288,30 @@ def test_generated_for_a_gpu(name, x):
         assert_close("gradient", a, e, rtol=1e-4)
 
 
+class NormedReadout(M2RNN):
+    """A norm whose result is rounded, as its weight is; `float32` as gates of memories are."""
+
+    def __init__(self, wide):
+        super().__init__()
+        self.norm, self.out, self.wide = nn.RMSNorm(VALUES), nn.Linear(VALUES, 2), wide
+
+    def readout(self, x, state):
+        y = self.out(self.norm(self.read(x, state)))
+        return (y * torch.sigmoid(self.of("f", x).float())).to(y.dtype) if self.wide else y
+
+
+@pytest.mark.parametrize("wide", [False, True], ids="wide={}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_types_of_a_readout_in_half_precision(x, dtype, wide):
+    """They are those of the cell itself."""
+    cell, x = NormedReadout(wide).to(dtype), x.to(dtype)
+    zeros = torch.zeros(3, KEYS, VALUES)
+    y, _ = RNN(cell)(x)
+    assert y.dtype is dtype
+    expected = loop(copy.deepcopy(cell).float(), x.float(), zeros)[0].to(dtype)
+    assert_close("y", y, expected, rtol=8 * torch.finfo(dtype).eps)
+
+
 def test_steps(cell, x):
     state, rnn = states(cell, 3), RNN(cell)
     y, last = loop(cell, x, state)

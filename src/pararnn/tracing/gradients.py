@@ -155,7 +155,11 @@ def _through_readout(
     """What the readout hands out, and the gradients of the new components and of its inputs."""
     readout = traced.readout
     assert readout is not None
-    leaves = [t.detach().requires_grad_(is_differentiable(t.dtype)) for t in (*new, *read)]
+    given = [*new, *read]
+    if run.dtype is None:
+        kinds = [readout.dtype] * len(new) + [i.dtype for i in readout.inputs]
+        given = [t.to(kind) for t, kind in zip(given, kinds, strict=True)]
+    leaves = [t.detach().requires_grad_(is_differentiable(t.dtype)) for t in given]
     (y,) = run(readout.module, [*(leaves[i] for i in readout.components), *leaves[len(new) :]])
     wanted = [t for t in leaves if t.requires_grad]
     found = iter(gradients([y], [cotangent], wanted))

@@ -179,6 +179,7 @@ def _traced(
             tuple(input_of(e) for e in parts.readout.edges),
             tuple(result.meta["shape"][1:]),
             any(map(is_random, parts.readout.operations)),
+            parts.capture.dtype,
         )
     part = input_part(parts, [*outputs, *taken])
     return Traced(subject, given, packing, parts, part, step, readout, reason, device)
@@ -216,15 +217,14 @@ def _check_rows(traced: Traced, device: torch.device) -> None:
                 if by_rows and not _equal_beside(one, other, row):
                     raise _mixes_x(name)
         wide, count = traced.step.dtype, len(traced.step.inputs)
-        given, *moved = (tuple(in_type(i, wide) for i in every) for every in (given, *moved))
         size = (ROWS[0], traced.capture.hidden_size)
         state = [_random(size, wide, device) for _ in range(traced.capture.num_components)]
         if traced.step.recurrence is None:
-            now = [every[:count] for every in (given, *moved)]
+            now = [tuple(in_type(i, wide) for i in every[:count]) for every in (given, *moved)]
             _check_rows_of(traced.step.module, state, now, traced.step.by_rows, name)
         readout = traced.readout
         if readout is not None and not readout.is_random:
-            state = [state[i] for i in readout.components]
+            state = [state[i].to(readout.dtype) for i in readout.components]
             now = [every[count:] for every in (given, *moved)]
             _check_rows_of(readout.module, state, now, traced.by_rows[count:], name)
 
@@ -310,4 +310,5 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.device.type == "meta" or not is_differentiable(a.dtype):
         return a.device.type == "meta" or torch.equal(a, b)
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+    rtol = max(1e-3, torch.finfo(a.dtype).eps)
+    return torch.allclose(a, b, rtol=rtol, atol=1e-5, equal_nan=True)

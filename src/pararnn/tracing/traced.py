@@ -26,6 +26,7 @@ class Readout:
         inputs: What it takes from the input part, whose last results they are.
         shape: Of y, without the rows.
         is_random: Whether it draws random numbers.
+        dtype: The type of the states with which it was traced.
     """
 
     module: fx.GraphModule
@@ -33,6 +34,12 @@ class Readout:
     inputs: tuple[Input, ...]
     shape: tuple[int, ...]
     is_random: bool
+    dtype: torch.dtype
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """The types of what it takes, as it was traced: it may rely on them to be these."""
+        return [self.dtype] * len(self.components) + [i.dtype for i in self.inputs]
 
     def __call__(self, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """What is handed out, (batch, time, *shape).
@@ -44,7 +51,8 @@ class Readout:
         batch, time = states[0].shape[:2]
         by_rows = [True] * len(self.components) + [i.by_rows for i in self.inputs]
         given = [*(states[i] for i in self.components), *inputs]
-        if not autocasts(states[0].device.type):
+        as_traced = [t.dtype for t in given] == self.dtypes
+        if not (as_traced or autocasts(states[0].device.type)):
             floats = [t.dtype for t in given if t.is_floating_point()]
             wide = functools.reduce(torch.promote_types, floats)
             given = [t.to(wide) if t.is_floating_point() else t for t in given]

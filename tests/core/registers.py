@@ -180,6 +180,8 @@ def cases() -> dict[str, Callable[[Recorder, str], None]]:
     for cell, starts, method in itertools.product(MIXING, ("none", "resets"), methods):
         run = functools.partial(call, make=MIXING[cell], solver=methods[method])
         found[f"{cell} {method} {starts}"] = functools.partial(run, size=(4, 1024), starts=starts)
+    wide = functools.partial(nn.GRUCell, INPUT, 256)  # its weights do not fit on the chip
+    found["wide_gru auto none"] = functools.partial(call, make=wide, solver=None, size=(4, 4096))
     for kind, dtype in DTYPES.items():
         found[f"matvec {kind}"] = functools.partial(product, kind=dtype)
     return found

@@ -24,8 +24,7 @@ NO_COSTS = {
     "lm/decoding/decoder.py": {"_LEAST_NOISE"},
     # sizes that hardware or Triton demands
     "planning/triton_plan.py": {"_WARP"},
-    "kernels/triton/sweeps.py": {"_TILE"},
-    "planning/kernel_plans.py": {"_TILE"},
+    "planning/kernel_plans.py": {"TILE"},
     "kernels/c/mixing.py": {"_VECTOR_BYTES"},
     "layers/xlstm.py": {"_COMPONENTS", "_GATES"},  # of its state and step
     "kernels/triton/build.py": {"OLDEST", "_PARSES_IN_THREADS"},  # versions

@@ -14,6 +14,7 @@ from torch import fx, nn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.cells import HeadSLSTMCell
 from pararnn.kernels import fused
+from pararnn.kernels.facts import streams
 from pararnn.kernels.triton import sweeps
 from pararnn.layers.xlstm import XLSTMCell
 from pararnn.planning.costs import COSTS
@@ -344,8 +345,22 @@ def test_weights_that_do_not_fit_are_read_at_every_step(direction):
     dtype, cut = torch.float64, Cut(9, 3, 2)
     of, chunks = steps_of(nn.GRUCell(INPUT, 100).to(dtype), dtype, direction, cut)
     state = random_rows(of, cut, dtype)
-    assert fused.streams(chunks, state)
+    assert isinstance(fused._kernel(chunks, state), sweeps.Streamed)
     compare(chunks, state, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+@pytest.mark.parametrize("size", [64, 128, 129, 256])
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "two_products", "slstm"])
+def test_a_plan_knows_whether_weights_are_read_at_every_step(name, size, direction):
+    cells = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+    cells["two_products"] = lambda _, hidden: TwoProducts(hidden)
+    cells["slstm"] = lambda _, hidden: HeadSLSTMCell(3 * hidden, 3 * hidden, num_heads=3)
+    dtype, cut = torch.float32, Cut(1, 2, 2)
+    of, chunks = steps_of(cells[name](INPUT, size), dtype, direction, cut)
+    kernel = fused._kernel(chunks, random_rows(of, cut, dtype))
+    assert isinstance(kernel, sweeps.Streamed) == streams(of)
 
 
 @needs_triton

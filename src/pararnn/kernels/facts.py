@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.triton.build import interpreted
 from pararnn.kernels.triton.build import missing as triton_missing
 from pararnn.kernels.triton.device import rounds_products
+from pararnn.planning.kernel_plans import keeps_weights, kept_width
 from pararnn.planning.plan import BackendChoice, Call, Facts, Machine, Plan, by_channels, decide
 from pararnn.planning.settings import Solver
 from pararnn.tracing.derivatives import Recurrence
@@ -40,7 +42,14 @@ def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
             obstacle=_lowering_obstacle(recurrence),
         )
     sizes = step.num_components, step.group, step.work, step.launches
-    return Facts(name, False, because, *sizes)
+    return Facts(name, False, because, *sizes, streams=streams(step))
+
+
+def streams(step: Step) -> bool:
+    """Whether a kernel for all steps on a GPU reads the weights at every step."""
+    matrices = [i.shape for i in step.inputs if not i.by_rows and len(i.shape) > 1]
+    blocks = sum(map(math.prod, matrices)) // (step.hidden * step.group)
+    return not keeps_weights(blocks, kept_width(step.group), step.dtype.itemsize)
 
 
 def all_facts(facts: Facts, step: Step, backend: BackendChoice) -> Facts:

@@ -13,7 +13,7 @@ from pararnn.kernels.c.mixing import CSweep
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.stages import NotFused
 from pararnn.kernels.triton.build import missing
-from pararnn.kernels.triton.sweeps import Streamed, in_triton
+from pararnn.kernels.triton.sweeps import in_triton
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.products import NotExpressed, products
 from pararnn.tracing.step import Input, Step
@@ -59,11 +59,6 @@ def reason(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> 
     """The reason why the steps cannot run in one kernel of "c" or "triton"; None if they can."""
     found = _found(chunks, state, backend)
     return found if isinstance(found, str) else None
-
-
-def streams(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> bool:
-    """Whether the kernel for the steps reads the weights at every step, on a GPU."""
-    return isinstance(_found(chunks, state, backend), Streamed)
 
 
 def _found(chunks: Chunks, state: Sequence[Tensor], backend: str) -> _Sweeps | str:

@@ -212,10 +212,8 @@ def _run_operations(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequen
 
 def kernels_of(
     backend: str, step: Step, inputs: Sequence[Tensor], initial: Tensor
-) -> tuple[tuple[str | None, str | None], bool]:
+) -> tuple[str | None, str | None]:
     """The reasons why steps forward and backward do not run in one kernel; None if they do.
-
-    And whether such a kernel reads the weights at every step.
 
     Args:
         backend: "c" or "triton".
@@ -227,7 +225,6 @@ def kernels_of(
     rows = Rows(step, Planner(Facts(), operations, None))
     chain = rows.forward(inputs, initial, None)
     cut, state = Cut(chain.batch, chain.time, chain.time), chain.initial.unbind(1)
+    forward = fused.reason(chain.chunks(cut), state, backend)
     before = [s.unsqueeze(1).expand(-1, chain.time, -1).contiguous() for s in state]
-    forward, backward = chain.chunks(cut), chain.linear(cut, before)
-    reasons = fused.reason(forward, state, backend), fused.reason(backward, state, backend)
-    return reasons, any(fused.streams(c, state, backend) for c in (forward, backward))
+    return forward, fused.reason(chain.linear(cut, before), state, backend)

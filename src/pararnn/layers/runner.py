@@ -84,8 +84,8 @@ class Runner:
         language = {"auto": language, "triton": "triton", "c": "c"}.get(str(backend), "")
         if language and traced.step.recurrence is None:
             own = [stand_in(tensors(name)) for name in self.input_part.names]
-            kernels, streams = untransformed(lambda: self._kernels(language, own))
-            self.facts = replace(self.facts, kernels=kernels, streams=streams)
+            kernels = untransformed(lambda: self._kernels(language, own))
+            self.facts = replace(self.facts, kernels=kernels)
         self._take(
             choose_backend(backend, self.facts, machine_of(device), solver)
             if isinstance(backend, str)
@@ -103,9 +103,7 @@ class Runner:
         self._path, self._planner = asked.path, asked.planner
         self.by_channels = self._planner.by_channels
 
-    def _kernels(
-        self, language: str, tensors: Sequence[Tensor]
-    ) -> tuple[tuple[str | None, str | None], bool]:
+    def _kernels(self, language: str, tensors: Sequence[Tensor]) -> tuple[str | None, str | None]:
         """Whether there are kernels of "c" or "triton" for all steps, see `kernels_of`."""
         with torch.no_grad():
             return kernels_of(language, self.traced.step, *self._example(tensors))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pararnn.planning.costs import COSTS, Costs
 
-_TILE = 16  # the least side of a product in tensor cores, as Triton has it
+TILE = 16  # channels, of the least product in tensor cores too
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def plan_matvec(
 
     largest = max(1, costs.matvec_tile * 32 * warps // (block * itemsize))
     return min((launch(largest >> i) for i in range(largest.bit_length())), key=longest)
+
+
+def kept_width(size: int) -> int:
+    """Channels of a program that keeps the weights of a group: a power of two, as Triton has it."""
+    return max(TILE, 1 << (size - 1).bit_length())
 
 
 def keeps_weights(weights: int, width: int, itemsize: int, costs: Costs = COSTS) -> bool:
@@ -135,7 +140,7 @@ def plan_wide(
     blocks = -(-size // block)
     parts = -(-blocks // -(-blocks // share))
     inner, one = costs.wide_inner, (products * block + factors * together) * itemsize
-    while inner > _TILE and (costs.wide_stages - 1) * inner * one > costs.wide_ahead:
+    while inner > TILE and (costs.wide_stages - 1) * inner * one > costs.wide_ahead:
         inner //= 2
     whole = max(block, inner)
     width = -(-size // whole) * whole

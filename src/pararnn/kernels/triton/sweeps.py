@@ -16,13 +16,18 @@ from pararnn.kernels.triton.build import load, text_of
 from pararnn.kernels.triton.device import on_device, processors, rounds_products
 from pararnn.kernels.triton.expressions import function, staged_source
 from pararnn.kernels.triton.tuples import OverTime
-from pararnn.planning.kernel_plans import keeps_weights, plan_wide, rows_warps, wide_precision
+from pararnn.planning.kernel_plans import (
+    TILE,
+    keeps_weights,
+    kept_width,
+    plan_wide,
+    rows_warps,
+    wide_precision,
+)
 from pararnn.solvers.chunks import Chunks, Sweep
 from pararnn.solvers.problem import with_rows
 from pararnn.tracing.expressions import Operand, leaf
 from pararnn.tracing.products import Place, Products
-
-_TILE = 16  # see `functions.dot`
 
 
 def in_triton(products: Products, like: Tensor) -> Kept | Streamed:
@@ -31,7 +36,7 @@ def in_triton(products: Products, like: Tensor) -> Kept | Streamed:
     Raises:
         NotLowered: The step has an operation without a rule for kernels.
     """
-    if keeps_weights(len(products.weights), _width(products), like.itemsize):
+    if keeps_weights(len(products.weights), kept_width(products.size), like.itemsize):
         return _kept(products, like)
     return _streamed(products, like)
 
@@ -110,7 +115,7 @@ class Kept(_Kernel):
         with on_device(state[0]):
             arguments = self.arguments(chunks, state, sweep, states, ends)
             grid = len(state[0]), self.products.groups
-            weights = _blocks(self.products, chunks.inputs, _width(self.products))
+            weights = _blocks(self.products, chunks.inputs, kept_width(self.products.size))
             _launch(mixing.run, grid, arguments | {"weights": weights})
 
 
@@ -198,14 +203,14 @@ def _common(products: Products) -> tuple[tuple[int, ...], tuple[int, ...], dict[
 
 
 def _kept(products: Products, like: Tensor) -> Kept:
-    count, width, double = len(products.weights), _width(products), like.dtype is torch.float64
+    count, width = len(products.weights), kept_width(products.size)
     drives, coefficients, constants = _common(products)
     leaves = _leaves(products) | {"weight": count}
     constants |= {
-        "STEP": function("step", leaves, products.step, double),
+        "STEP": function("step", leaves, products.step, like.dtype is torch.float64),
         "WEIGHTS": count,
         "WIDTH": width,
-        "TILE": _TILE,
+        "TILE": TILE,
         "num_warps": rows_warps(count, width, like.itemsize),
         "num_stages": 1,
     }
@@ -254,11 +259,6 @@ def _tables(stages: Stages, components: int) -> dict[str, Any]:
         "PRODUCTS": tuple(numbers),
         "SLOTS": slots,
     }
-
-
-def _width(products: Products) -> int:
-    """Channels of a program of `mixing`: those of a group, rounded up to a power of two."""
-    return max(_TILE, 1 << (products.size - 1).bit_length())
 
 
 def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ...]:

@@ -276,7 +276,8 @@ def _mixing(rnn, given):
             products, chunk = kernel.products, time if one_chunk else way.solver.chunk
             rows = given.shape[0] * -(-time // chunk)
             sizes = products.size, products.groups, rows, *kernel.most
-            launch = plan_wide(*sizes, 4 * (1 + (given.dtype == "float64")), given.processors)
+            itemsize = 8 if given.dtype == "float64" else 4
+            launch = plan_wide(*sizes, itemsize, given.processors, 227 * 2**10)
             found["launch"] = dataclasses.asdict(launch)
         elif isinstance(kernel, Kept):
             found["warps"] = kernel.constants["num_warps"]

@@ -369,12 +369,15 @@ def test_a_gpu_runs_programs_that_wait_for_each_other_at_the_same_time():
         (64, 129, 256, 300, 1024), (1, 4, 300), (1, 16, 17, 500, 5000), (1, 4, 20), (1, 4), (4, 8)
     ):
         for processors in (1, 16, 132):
-            plan = plan_wide(size, groups, rows, products, factors, itemsize, processors)
+            sizes = size, groups, rows, products, factors, itemsize
+            plan = plan_wide(*sizes, processors, shared=99 * 2**10)
             programs = -(-rows // plan.rows) * groups * plan.parts
             assert plan.parts == 1 or programs <= processors
             assert plan.width >= size
             assert plan.width % plan.block == plan.width % plan.inner == 0
             assert (plan.parts - 1) * plan.block < size
+            one = (products * plan.block + factors * plan.rows) * itemsize
+            assert (plan.stages - 1) * plan.inner * one <= 99 * 2**10 or products == 20
 
 
 def test_products_round_only_where_they_may():

@@ -112,6 +112,7 @@ def plan_wide(
     factors: int,
     itemsize: int,
     processors: int,
+    shared: int,
     costs: Costs = COSTS,
 ) -> WideLaunch:
     """As many programs as the device runs at the same time share the channels of all rows.
@@ -126,6 +127,7 @@ def plan_wide(
         factors: Vectors that are multiplied, of the level that has most.
         itemsize: Bytes of an element.
         processors: Multiprocessors.
+        shared: Bytes of shared memory that a program may have.
         costs: What a multiprocessor holds.
     """
     together = next(
@@ -140,7 +142,8 @@ def plan_wide(
     blocks = -(-size // block)
     parts = -(-blocks // -(-blocks // share))
     inner, one = costs.wide_inner, (products * block + factors * together) * itemsize
-    while inner > TILE and (costs.wide_stages - 1) * inner * one > costs.wide_ahead:
+    ahead = min(costs.wide_ahead, shared)
+    while inner > TILE and (costs.wide_stages - 1) * inner * one > ahead:
         inner //= 2
     whole = max(block, inner)
     width = -(-size // whole) * whole

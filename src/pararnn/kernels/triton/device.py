@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pararnn.kernels.triton.build import interpreted
+
 
 @functools.cache
 def overlaps(device: torch.device) -> bool:
@@ -31,6 +33,17 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have in shared memory; the interpreter has no bound."""
+    if interpreted() or device.type != "cuda":
+        return 2**31
+    from triton.runtime import driver  # which a machine without a GPU need not have
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def rounds_products(dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pararnn.kernels.stages import NotFused, Stages
 from pararnn.kernels.triton.build import load, text_of
-from pararnn.kernels.triton.device import on_device, processors, rounds_products
+from pararnn.kernels.triton.device import on_device, processors, rounds_products, shared_memory
 from pararnn.kernels.triton.expressions import function, staged_source
 from pararnn.kernels.triton.tuples import OverTime
 from pararnn.planning.kernel_plans import (
@@ -143,7 +143,7 @@ class Streamed(_Kernel):
 
         products, like = self.products, state[0]
         sizes = products.size, products.groups, len(like), *self.most, like.itemsize
-        plan = plan_wide(*sizes, processors(like.device))
+        plan = plan_wide(*sizes, processors(like.device), shared_memory(like.device))
         with on_device(like):
             arguments = self.arguments(chunks, state, sweep, states, ends)
             shared = -(-len(like) // plan.rows), products.groups

@@ -247,7 +247,7 @@ def _solving(rnn: RNN, runner: Runner, x: Tensor, state: Any) -> Solve:
     def solve(solver: Solver) -> SolveReport:
         tried = Runner(runner.traced, choice, solver, functools.partial(resolve, rnn.cell))
         with torch.no_grad():
-            *_, values = tried.run(tensors, [x], first, None)
+            _, _, values, _ = tried.run(tensors, [x], first, None)
         assert values is not None
         return SolveReport(values)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +21,13 @@ from pararnn.kernels.direct import Operator
 from pararnn.kernels.facts import Planner, all_facts, facts_of
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.rows import Rows
-from pararnn.planning.plan import BACKENDS, BackendChoice, Facts
+from pararnn.kernels.tiled import Tiled, sizes_of, tiles_of
+from pararnn.planning.plan import BACKENDS, BackendChoice, Facts, by_tiles
 from pararnn.planning.settings import Solver
 from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.step import Step
-from pararnn.tracing.written import read_step, write_step
+from pararnn.tracing.traced import Readout
+from pararnn.tracing.written import read_readout, read_step, write_readout, write_step
 
 
 class Path(Protocol):
@@ -42,7 +44,10 @@ class Path(Protocol):
     def solve(
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
     ) -> list[Tensor]:
-        """The states, one (batch, time, hidden) per component, and the values of the report."""
+        """The states, one (batch, time, hidden) per component, and the values of the report.
+
+        `Tiled` returns something else in place of the states.
+        """
         ...
 
     def adjoint(
@@ -80,12 +85,14 @@ class Request:
         backend: The chosen backend: "torch", "c" or "triton".
         solver: The user's settings; None to choose.
         facts: Of the step, for choices.
+        readout: What is handed out, if states are not written (`tiled`).
     """
 
     step: Step
     backend: BackendChoice
     solver: Solver | None
     facts: Facts
+    readout: Readout | None = None
 
     @functools.cached_property
     def planner(self) -> Planner:
@@ -98,12 +105,21 @@ class Request:
         """What carries it out."""
         if self.planner.by_channels:
             return Channels.of(self.step, self.planner)
+        if self.is_tiled:
+            return Tiled(self.step, self.readout, self.planner)
         _ = self.step.adjoint  # recorded here: autograd does not work inside an operator
         return Rows(self.step, self.planner)
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether one kernel runs all steps with the readout, see `Tiled`."""
+        return by_tiles(self.facts, self.backend, self.solver)
 
     @functools.cached_property
     def differentiable(self) -> tuple[int, ...] | None:
         """Which inputs have gradients; None for all."""
+        if isinstance(self.path, Tiled):
+            return self.path.differentiable
         return None if self.planner.by_channels else self.step.differentiable
 
     @functools.cached_property
@@ -118,11 +134,17 @@ class Request:
             backend=self.backend.name,
             solver=write_solver(self.solver),
             generated=self.backend.generated,
+            readout=write_readout(self.step, self.readout) if self.is_tiled else None,
+            tiled=self.is_tiled,
         )
 
 
 def register(
-    step: Step, backend: BackendChoice, solver: Solver | None = None, facts: Facts | None = None
+    step: Step,
+    backend: BackendChoice,
+    solver: Solver | None = None,
+    facts: Facts | None = None,
+    readout: Readout | None = None,
 ) -> Name:
     """Register a request, so that operators can be called with its name.
 
@@ -130,8 +152,10 @@ def register(
     """
     facts = facts or facts_of(step)
     text = f"{step.key} {step.device} {solver!r} {backend} {facts}"
+    if readout is not None:
+        text += f"{readout.module.code} {readout.shared}"
     name = f"{backend.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    return _requests.add(name, lambda: _made(Request(step, backend, solver, facts)))
+    return _requests.add(name, lambda: _made(Request(step, backend, solver, facts, readout)))
 
 
 def _made(request: Request) -> Request:
@@ -151,7 +175,14 @@ def _read(content: dict[str, Any]) -> Request:
         raise ValueError(f"there is no backend {name!r} for it")
     generated = bool(content["generated"])
     backend = BackendChoice(name, "exported", automatic=True, generated=generated)
-    return _made(Request(step, backend, read_solver(content["solver"]), facts_of(step)))
+    facts, readout = facts_of(step), None
+    if content.get("tiled"):
+        readout = read_readout(content["readout"])
+        found = tiles_of(step, readout)
+        if isinstance(found, str):
+            raise ValueError(f"it cannot be cut into tiles: {found}")
+        facts = replace(facts, tile=sizes_of(found))
+    return _made(Request(step, backend, read_solver(content["solver"]), facts, readout))
 
 
 _requests = Registry(_read)

@@ -334,7 +334,7 @@ class RNN(nn.Module):
             with computed_once() if self._is_parametrised else _AS_IT_IS:
                 tensors = [getattr(owner, name) for owner, name in runner.owners]
         try:
-            y, states, report = runner.run(tensors, [x], first, starts)
+            y, states, report, ends = runner.run(tensors, [x], first, starts)
         except RuntimeError as error:
             self._refuse_types(error, x.dtype)
             raise
@@ -342,14 +342,17 @@ class RNN(nn.Module):
             vars(self)["_report"] = (
                 None if report is None or report.is_meta or not len(report) else report.detach()
             )
-        dtype = x.dtype if x.is_floating_point() else states[0].dtype
-        if last is None:
+        own = y if not states else states[0]
+        dtype = x.dtype if x.is_floating_point() else own.dtype
+        if ends is not None:
+            final = list(ends.unbind(1))
+        elif last is None:
             final = [s.select(1, -1) for s in states]
         else:  # a sequence without steps ends where it began
             pairs = zip(states, first.unbind(1), strict=True)
             final = [torch.where((last < 0).unsqueeze(1), p, s[0, last]) for s, p in pairs]
         if y is None:
-            y = packing.split(states)[0]
+            y = packing.split(states * (packing.num_components // len(states)))[0]
         # copies: with views, writing into y would change the state, which would keep all of y alive
         parts = packing.split([f.to(dtype, copy=True) for f in final])
         return y.to(dtype), tuple([p.contiguous() for p in parts])

@@ -15,13 +15,21 @@ from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.channels import Channels
 from pararnn.kernels.facts import facts_of, machine_of
 from pararnn.kernels.rows import kernels_of
+from pararnn.kernels.tiled import sizes_of, tiles_of
 from pararnn.layers.replayed import DEVICE, Replay, can_replay
-from pararnn.planning.plan import BackendChoice, Plan, choose_backend, without_kernels
+from pararnn.planning.plan import (
+    BackendChoice,
+    Plan,
+    by_tiles,
+    choose_backend,
+    without_kernels,
+)
 from pararnn.planning.plan import BackendError as BackendError
 from pararnn.planning.plan import check_name as check_name
 from pararnn.planning.rows_plan import coupling
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.tracing.modes import autocasts, stand_in, transformed, untransformed
+from pararnn.tracing.tiles import Tiles
 from pararnn.tracing.traced import Traced
 
 
@@ -58,6 +66,7 @@ class Runner:
         owner_of: Finds module and name of a tensor by its name in the input part; None if `owners`
             is not needed.
         one_call: Whether a step of the cell itself is hardly more than one call.
+        all_states: Whether all components are asked for at all times.
 
     Raises:
         BackendError: The named backend cannot run the cell; the message says why.
@@ -71,18 +80,26 @@ class Runner:
         tensors: Callable[[str], Tensor],
         owner_of: Callable[[str], tuple[nn.Module, str]] | None = None,
         one_call: bool = False,
+        all_states: bool = False,
     ) -> None:
         self.traced, self.input_part, self.solver = traced, traced.input_part, solver
-        self.reads = traced.readout.module.code if traced.readout else ""
-        self.features = traced.given[0].shape
-        self.feature_axes = len(self.features)
-        self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
         facts = facts_of(traced.step, traced.subject.name, traced.reason)
-        self.facts, self.by_channels = replace(facts, one_call=one_call), False
+        self.facts, self.by_channels, self.is_tiled = (
+            replace(facts, one_call=one_call),
+            False,
+            False,
+        )
         device, self.choice = traced.device, BackendChoice("torch", "not chosen yet")
         language = "triton" if device.type == "cuda" else "c"  # of kernels that may be chosen
         language = {"auto": language, "triton": "triton", "c": "c"}.get(str(backend), "")
-        if language and traced.step.recurrence is None:
+        own_choice = isinstance(solver, (Sequential, type(None)))
+        if language == "triton" and own_choice and not all_states:
+            self._cut_into_tiles()
+        self.reads = self.traced.readout.module.code if self.traced.readout else ""
+        self.features = traced.given[0].shape
+        self.feature_axes = len(self.features)
+        self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
+        if language and self.traced.step.recurrence is None and self.facts.tile is None:
             own = [stand_in(tensors(name)) for name in self.input_part.names]
             kernels = untransformed(lambda: self._kernels(language, own))
             self.facts = replace(self.facts, kernels=kernels)
@@ -98,10 +115,32 @@ class Runner:
     def _take(self, choice: BackendChoice) -> None:
         """Set the backend."""
         self.choice = choice
-        self.request = operators.register(self.traced.step, choice, self.solver, self.facts)
+        self.is_tiled = by_tiles(self.facts, choice, self.solver)
+        readout = self.traced.readout if self.is_tiled else None
+        self.request = operators.register(
+            self.traced.step, choice, self.solver, self.facts, readout
+        )
         asked = operators.request_of(self.request)
         self._path, self._planner = asked.path, asked.planner
         self.by_channels = self._planner.by_channels
+        self._plain = self.request
+        if self.is_tiled:  # transforms need the states
+            plain = BackendChoice("torch", "it supports all derivatives", generated=False)
+            self._plain = operators.register(self.traced.step, plain, self.solver)
+
+    def _cut_into_tiles(self) -> None:
+        """Take the cell with small drives, if a kernel of tiles can run it."""
+        machine = machine_of(self.traced.device)
+        if dict(machine.obstacles)["triton"] or dict(machine.missing)["triton"]:
+            return
+        small = untransformed(lambda: self.traced.small)
+        found = "channels that do not mix have kernels of their own"
+        if small is not None:
+            found = untransformed(lambda: tiles_of(small.step, small.readout))
+        if isinstance(found, Tiles):
+            facts = facts_of(small.step, small.subject.name, small.reason)
+            self.facts = replace(facts, one_call=self.facts.one_call, tile=sizes_of(found))
+            self.traced, self.input_part = small, small.input_part
 
     def _kernels(self, language: str, tensors: Sequence[Tensor]) -> tuple[str | None, str | None]:
         """Whether there are kernels of "c" or "triton" for all steps, see `kernels_of`."""
@@ -168,7 +207,7 @@ class Runner:
         given: Sequence[Tensor],
         initial: Tensor,
         starts: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+    ) -> tuple[Tensor | None, list[Tensor], Tensor | None, Tensor | None]:
         """Evaluate at all times.
 
         Args:
@@ -179,14 +218,16 @@ class Runner:
 
         Returns:
             The result of the readout, (batch, time, ...), None if the cell has none; one (batch,
-            time, hidden) per component; and the values of the report. Under transforms the report
-            is None, since each member of an ensemble has its own.
+            time, hidden) per component; the values of the report; and None. Where states are not
+            written (`is_tiled`), there are none but the first if there is no readout, and the last
+            is the states after the last step of each sequence, (sequences, components, hidden).
+            Under transforms the report is None, since each member of an ensemble has its own.
         """
         fixed, count = [*tensors, *self.input_part.constants], len(self.traced.step.inputs)
         if transformed():
             inputs = self.inputs(fixed, given)
-            states = transforms.solve(inputs[:count], initial, starts, self.request)
-            return self.read(states, inputs), states, None
+            states = transforms.solve(inputs[:count], initial, starts, self._plain)
+            return self.read(states, inputs), states, None, None
         replay = None
         if initial.device.type == DEVICE and not torch.compiler.is_compiling():
             everything = [*fixed, *given, initial, starts]
@@ -194,10 +235,15 @@ class Runner:
             if can_replay(everything, draws) and self._in_graph(everything, given[0]):
                 replay = Replay.now(self, len(fixed), initial.shape[1], initial.device)
         if replay is not None:
-            return replay([*fixed, *given, initial, starts])
+            return (*replay([*fixed, *given, initial, starts]), None)
         inputs = self.inputs(fixed, given)
+        if self.is_tiled:
+            y, last, _, report = operators.solve(inputs, initial, starts, self._written())
+            return (
+                (None, [y], report, last) if self.traced.readout is None else (y, [], report, last)
+            )
         *states, report = self.solve(inputs, initial, starts)
-        return self.read(states, inputs), states, report
+        return self.read(states, inputs), states, report, None
 
     def read(self, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
         """What the readout makes of the states, (batch, time, ...); None if the cell has none.

@@ -84,12 +84,13 @@ def scan(
     names = [int(n.removeprefix("coefficient_")) for n in runner.input_part.names]
     used = [coefficients[i] for i in names]
     packing = runner.traced.packing
-    y, states, _ = runner.run(used, drives, packing.join(parts), None)
-    last = tuple(s.contiguous() for s in packing.split([s[:, -1].clone() for s in states]))
+    y, states, _, ends = runner.run(used, drives, packing.join(parts), None)
+    ends = [s[:, -1].clone() for s in states] if ends is None else ends.unbind(1)
+    last = tuple(s.contiguous() for s in packing.split(ends))
+    if y is not None:
+        return y, last if isinstance(state, tuple) else last[0]
     everything = packing.split(states)
-    if isinstance(state, tuple):
-        return everything if y is None else y, last
-    return everything[0] if y is None else y, last[0]
+    return (everything, last) if isinstance(state, tuple) else (everything[0], last[0])
 
 
 class _Known:
@@ -117,7 +118,8 @@ class _Known:
         traced = trace(subject, inputs, shapes, is_tuple, first.dtype, first.device)
         read = None if read is None else _unknown
         traced.subject = replace(subject, step=_unknown, source=_unknown, readout=read, tensors={})
-        self.runner = Runner(traced, backend, solver, own.__getitem__)
+        all_states = is_tuple and readout is None
+        self.runner = Runner(traced, backend, solver, own.__getitem__, all_states=all_states)
         if not self.runner.is_ready:
             self.runner.get_ready()
         both = step if readout is None else (step, readout)

@@ -191,6 +191,22 @@ class Costs:
     wide_warps: tuple[int, int] = (4, 8)
     """Warps of a program. docs/results/mixing-cells.md."""
 
+    # Kernels of cells whose state is cut into tiles
+
+    tile_entries: int = 1024
+    """Entries of a tile per warp, at most: with more, registers are spilled.
+    docs/results/matrix-memory.md."""
+    tile_warps: int = 8
+    """Warps of a program, at most. Estimate."""
+    tile_programs: int = 8
+    """Programs per multiprocessor that are wanted where a tile may be cut.
+    docs/results/matrix-memory.md."""
+    tile_least: int = 16
+    """Rows or columns of a part of a tile, at least: the least that tensor cores take."""
+    tile_segment: int = 16
+    """Steps that the backward pass runs again from one state that was kept.
+    docs/results/matrix-memory.md."""
+
     # Pieces and blocks of work, by what caches and memory hold
 
     piece: int = 1 << 17

@@ -163,6 +163,88 @@ def wide_precision(rounds: bool, itemsize: int) -> str:
     return "tf32" if rounds else "tf32x3"
 
 
+@dataclass(frozen=True)
+class TileSizes:
+    """What launches of kernels of tiles depend on, of a step.
+
+    Attributes:
+        programs: Indices of the axes along which nothing mixes.
+        rows: Rows of a tile.
+        columns: Columns.
+        split: The axis that may be cut into parts: 0, 1 or None.
+        multiplied: Whether rows and whether columns take part in products of matrices.
+    """
+
+    programs: int
+    rows: int
+    columns: int
+    split: int | None
+    multiplied: tuple[bool, bool]
+
+
+@dataclass(frozen=True)
+class TileLaunch:
+    """How a kernel of tiles is launched.
+
+    Attributes:
+        sizes: Of the step.
+        parts: Programs that share a tile.
+        warps: Warps of a program.
+    """
+
+    sizes: TileSizes
+    parts: int
+    warps: int
+
+    def block_of(self, size: int, axis: int, whole: bool) -> int:
+        """Entries that a program has of an axis.
+
+        Args:
+            size: Of the axis.
+            axis: 0 for rows, 1 for columns.
+            whole: Whether it is not cut, as that of a weight.
+        """
+        if size == 1:
+            return 1
+        own = (self.sizes.rows, self.sizes.columns)[axis]
+        if axis == self.sizes.split and not whole and size == own:
+            size = -(-size // self.parts)
+        block = 1 << (size - 1).bit_length()
+        return max(_SMALLEST_FACTOR, block) if self.sizes.multiplied[axis] else block
+
+
+_SMALLEST_FACTOR = 16  # entries of an axis of a product on tensor cores
+
+
+def plan_tiles(sizes: TileSizes, batch: int, processors: int, costs: Costs = COSTS) -> TileLaunch:
+    """Few enough entries per warp, and programs enough for the device where a tile may be cut.
+
+    Args:
+        sizes: Of the step.
+        batch: Sequences.
+        processors: Multiprocessors.
+        costs: What is wanted.
+    """
+    parts = 1
+    if sizes.split is not None:
+        size = (sizes.rows, sizes.columns)[sizes.split]
+        while size % (2 * parts) == 0 and _may_have(size // (2 * parts), costs):
+            many = batch * sizes.programs * parts >= costs.tile_programs * processors
+            if many and sizes.rows * sizes.columns // parts <= costs.tile_entries:
+                break
+            parts *= 2
+    entries = sizes.rows * sizes.columns // parts
+    warps = 1
+    while warps < costs.tile_warps and entries > warps * costs.tile_entries:
+        warps *= 2
+    return TileLaunch(sizes, parts, warps)
+
+
+def _may_have(entries: int, costs: Costs) -> bool:
+    """Whether a part of a tile may have so many rows or columns."""
+    return entries >= costs.tile_least and entries & (entries - 1) == 0
+
+
 def steps_of_graphs(first: int, steps: int, costs: Costs = COSTS) -> list[tuple[int, int]]:
     """The steps from `first` on, in pieces (begin, end) that are a CUDA graph each."""
     begins = range(first, steps, costs.graph_steps)

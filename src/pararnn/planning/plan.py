@@ -15,6 +15,7 @@ import torch
 
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS, Costs
+from pararnn.planning.kernel_plans import TileLaunch, TileSizes, plan_tiles
 from pararnn.planning.rows_plan import free_rows, plan_rows, prefers_cell, steps_at_once
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.planning.triton_plan import Launch, Work, plan_launch
@@ -61,6 +62,8 @@ class Facts:
         streams: Whether such a kernel on a GPU reads the weights at every step, which are too large
             to be kept on the chip.
         one_call: Whether a step of the cell itself is hardly more than one call.
+        tile: Sizes of the tiles that its state is cut into, for a kernel of all steps with the
+            readout; None if there is no such kernel.
     """
 
     name: str = "the cell"
@@ -76,6 +79,7 @@ class Facts:
     kernels: tuple[str | None, str | None] = (None, None)
     streams: bool = False
     one_call: bool = False
+    tile: TileSizes | None = None
 
     @property
     def entries(self) -> int:
@@ -168,6 +172,7 @@ class Way:
         warm_up: Steps that the first guess looks back; 0 with one chunk.
         piece: Steps of a piece of time that a backward pass in one chunk solves at a time.
         launch: How Triton's kernels for elementwise cells are launched.
+        tile: How its kernels for states in tiles are.
     """
 
     solver: Solver
@@ -179,6 +184,7 @@ class Way:
     warm_up: int = 0
     piece: int = 0
     launch: Launch | None = None
+    tile: TileLaunch | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,8 @@ class Plan:
 
     Attributes:
         backend: "torch", "c" or "triton".
-        path: "kernel" (fused over time), "rows" (chunks as rows of one batch) or "loop" (the cell).
+        path: "kernel" (fused over time), "tiles" (all steps and the readout in one kernel), "rows"
+            (chunks as rows of one batch) or "loop" (the cell).
         forward: How the states are solved for.
         adjoint: How their adjoints are.
         in_graph: Whether the whole call, with its input part, is replayed as one CUDA graph.
@@ -217,6 +224,12 @@ NAMES = ("auto", "torch", *BACKENDS)
 def by_channels(facts: Facts, backend: BackendChoice) -> bool:
     """Whether kernels solve for every channel by itself; else chunks are rows."""
     return facts.elementwise and backend.name in BACKENDS
+
+
+def by_tiles(facts: Facts, backend: BackendChoice, solver: Solver | None) -> bool:
+    """Whether one kernel runs all steps with the readout, and states are not written."""
+    asked = isinstance(solver, (Sequential, type(None)))
+    return facts.tile is not None and backend.name == "triton" and asked
 
 
 def check_name(name: str) -> None:
@@ -326,6 +339,9 @@ def decide(
         costs: What work costs.
     """
     choices = [Choice("backend", backend.name, backend.reason)]
+    if by_tiles(facts, backend, solver):
+        ways = _tiles(facts, call, machine, costs, choices)
+        return Plan(backend.name, "tiles", *ways, False, tuple(choices))
     if by_channels(facts, backend):
         ways = _kernels(facts, call, machine, backend, solver, costs, choices)
         path = "kernel"
@@ -395,6 +411,28 @@ def _kernels(
         settings = _in_chunks(asked, launch.chunk)
         ways.append(Way(settings, tolerance, warm_up=warm_up, launch=launch))
     return ways[0], ways[1]
+
+
+def _tiles(
+    facts: Facts, call: Call, machine: Machine, costs: Costs, choices: list[Choice]
+) -> tuple[Way, Way]:
+    """One kernel for all steps and the readout."""
+    sizes = facts.tile
+    assert sizes is not None
+    because = "one kernel runs all steps, with the state and the readout on the chip"
+    choices.append(Choice("path", "tiles", because))
+    launch = plan_tiles(sizes, call.batch, machine.processors, costs)
+    shape = [sizes.rows, sizes.columns]
+    if sizes.split is not None:
+        shape[sizes.split] //= launch.parts
+    because = f"{sizes.programs} programs per sequence"
+    if launch.parts > 1:
+        because = f"{sizes.programs} of {launch.parts} programs per sequence"
+    choices.append(Choice("tile", " x ".join(map(str, shape)), because))
+    because = "steps run again backwards from one state that is kept"
+    choices.append(Choice("segment", costs.tile_segment, because))
+    way = Way(Sequential(), 0.0, tile=launch)
+    return way, way
 
 
 def _in_chunks(solver: Solver, chunk: int) -> Solver:

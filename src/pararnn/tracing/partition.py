@@ -71,7 +71,9 @@ class ReadoutPart:
         return [int(str(n.target).removeprefix(AFTER)) for n in self.after]
 
 
-def partition(capture: Capture, draw_in: bool = False, keep_small: bool = False) -> Partition:
+def partition(
+    capture: Capture, draw_in: bool = False, keep_small: bool = False, keep_few: bool = False
+) -> Partition:
     """Split a captured step; operations without users are removed from its graph.
 
     Args:
@@ -80,6 +82,8 @@ def partition(capture: Capture, draw_in: bool = False, keep_small: bool = False)
             into the recurrent part, even if it is costly, instead of refusing it.
         keep_small: Move cheap operations whose result is larger than all that it is made from, such
             as an outer product, into the recurrent part: less is kept for every time.
+        keep_few: With `keep_small`, move into recurrent part and readout also what cheap operations
+            make from values that they take anyway.
 
     Raises:
         TraceError: The recurrent part draws random numbers, or the input part moves or mixes rows.
@@ -90,7 +94,8 @@ def partition(capture: Capture, draw_in: bool = False, keep_small: bool = False)
     states = [n for n in inputs if str(n.target).startswith("state_")]
     results = list(next(n for n in graph.nodes if n.op == "output").args[0])
     new, handed = (results[:count], results[count:]) if capture.has_readout else (results, [])
-    recurrent, edges = _split(capture, states, new, draw_in, keep_small)
+    known = [] if keep_few else None
+    recurrent, edges = _split(capture, states, new, draw_in, keep_small, known)
     for node in recurrent:
         if is_random(node):
             raise TraceError(
@@ -101,7 +106,9 @@ def partition(capture: Capture, draw_in: bool = False, keep_small: bool = False)
     readout = None
     if handed:
         after = [n for n in inputs if str(n.target).startswith(AFTER) and n.users]
-        readout = ReadoutPart(after, *_split(capture, after, handed, draw_in, False), handed[0])
+        known = edges if keep_few else None
+        read = _split(capture, after, handed, draw_in, keep_few, known)
+        readout = ReadoutPart(after, *read, handed[0])
     return Partition(capture, states, recurrent, edges, new, readout)
 
 
@@ -111,8 +118,12 @@ def _split(
     results: Sequence[fx.Node],
     draw_in: bool,
     keep_small: bool,
+    known: Sequence[fx.Node] | None,
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The operations on the way from some nodes to the results, and what they take besides."""
+    """The operations on the way from some nodes to the results, and what they take besides.
+
+    With `known`, what they take are few values beside these, see `partition`.
+    """
     graph, needed = capture.graph, ancestors(results)
     from_x = followers(graph, {n for n in graph.nodes if _is_input(n)})
     given = followers(graph, {n for n in graph.nodes if n.op != "call_function" or is_random(n)})
@@ -127,6 +138,8 @@ def _split(
         drawable = [*drawable, *(n for n in edges if _numbers_rows(n, given))]
         if keep_small:
             drawable += [n for n in edges if _least_entries(n) < _entries(n)]
+        if known is not None:
+            drawable += [n for n in edges if _is_known(n, {*edges, *known} - {n})]
         if not drawable:
             break
         drawn.update(drawable)
@@ -158,6 +171,30 @@ def _costs_little(node: fx.Node) -> bool:
         return False
     fills = creation_value(made_by.target, made_by.args) is not None
     return fills or operation_name(made_by.target) in MOVES or is_pointwise(made_by.target)
+
+
+def _is_known(node: fx.Node, others: set[fx.Node]) -> bool:
+    """Whether cheap operations make a value from these, or it holds another in another shape."""
+    if node.op != "call_function" or not hasattr(node.target, "_schema") or not _costs_little(node):
+        return False
+    tensors = [a for a in node.all_input_nodes if not a.meta.get("is_count")]
+    if not tensors or not all("shape" in a.meta for a in tensors):
+        return False
+    taken = all(not a.meta["row_axes"] or a in others or _moved(a) in others for a in tensors)
+    return taken or _moved(node) is not node
+
+
+def _moved(node: fx.Node) -> fx.Node:
+    """The value that a value holds in another shape or order."""
+    while node.op == "call_function" and hasattr(node.target, "_schema"):
+        tensors = [a for a in node.all_input_nodes if not a.meta.get("is_count")]
+        moves = operation_name(node.target) in MOVES and len(tensors) == 1
+        if not moves or "shape" not in tensors[0].meta or _entries(tensors[0]) != _entries(node):
+            break
+        if tensors[0].meta["row_axes"] != tensors[0].meta["by_rows"]:
+            break
+        node = tensors[0]
+    return node
 
 
 def _entries(node: fx.Node) -> int:

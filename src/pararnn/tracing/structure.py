@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from pararnn.tracing.capture import AFTER, ROWS, Subject, capture
+from pararnn.tracing.capture import AFTER, ROWS, Capture, Subject, capture
 from pararnn.tracing.dependencies import axes_apart, group_size, rows_mix
 from pararnn.tracing.derivatives import Recurrence
 from pararnn.tracing.elementwise import Elementwise, NotElementwise, elementwise
@@ -91,7 +91,8 @@ def _packed(
         compute_once(captured.graph)
     parts = partition(captured)
     try:
-        return _elementwise(packed, given, packing, parts, elementwise(parts), device)
+        found = _elementwise(packed, given, packing, parts, elementwise(parts), device)
+        return found if packing.is_plain else _with_small(found, captured)
     except NotElementwise as error:
         reason = str(error)
         if not packing.is_plain:  # the reader may have stopped before, at a move of its axes
@@ -101,7 +102,18 @@ def _packed(
         if not better.lies_like(packing):
             return _packed(subject, given, better, is_tuple, dtype, device)
         packing = better
-    return _mixing(packed, given, packing, partition(captured, keep_small=True), reason, device)
+    parts = partition(captured, keep_small=True)
+    return _with_small(_mixing(packed, given, packing, parts, reason, device), captured)
+
+
+def _with_small(of: Traced, captured: Capture) -> Traced:
+    """The traced cell, which can be made with few and small inputs over time."""
+
+    def small() -> Traced:
+        parts = partition(captured, keep_small=True, keep_few=True)
+        return _mixing(of.subject, of.given, of.packing, parts, of.reason, of.device)
+
+    return replace(of, make_small=small)
 
 
 def _first_mixing(parts: Partition) -> str | None:
@@ -173,10 +185,12 @@ def _traced(
     readout, taken = None, [AsItIs(e) for e in parts.readout.edges] if parts.readout else []
     if parts.readout is not None:
         after, result = parts.readout.after, parts.readout.result
+        own = {o.edge: n for n, o in enumerate(outputs) if isinstance(o, AsItIs)}
         readout = Readout(
             module_from(parts, taken, [result], after),
             tuple(parts.readout.components),
             tuple(input_of(e) for e in parts.readout.edges),
+            tuple(own.get(e) for e in parts.readout.edges),
             tuple(result.meta["shape"][1:]),
             any(map(is_random, parts.readout.operations)),
             parts.capture.dtype,

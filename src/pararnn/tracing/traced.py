@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ class Readout:
         module: `(*components, *inputs) -> (y,)`, all with the rows first.
         components: The components of the state that it takes, by their numbers.
         inputs: What it takes from the input part, whose last results they are.
+        shared: For each of them the number of the step's input that is the same; None for none.
         shape: Of y, without the rows.
         is_random: Whether it draws random numbers.
         dtype: The type of the states with which it was traced.
@@ -32,6 +33,7 @@ class Readout:
     module: fx.GraphModule
     components: tuple[int, ...]
     inputs: tuple[Input, ...]
+    shared: tuple[int | None, ...]
     shape: tuple[int, ...]
     is_random: bool
     dtype: torch.dtype
@@ -77,6 +79,7 @@ class Traced:
         readout: What the cell hands out; None for the first tensor of its state.
         reason: The reason for the structure, in words.
         device: Where it was traced.
+        make_small: Makes `small`; None for states that are vectors of channels which do not mix.
     """
 
     subject: Subject
@@ -88,6 +91,12 @@ class Traced:
     readout: Readout | None
     reason: str
     device: torch.device
+    make_small: Callable[[], Traced] | None = None
+
+    @functools.cached_property
+    def small(self) -> Traced | None:
+        """The same with few and small inputs over time, for kernels of tiles."""
+        return None if self.make_small is None else self.make_small()
 
     @property
     def capture(self) -> Capture:

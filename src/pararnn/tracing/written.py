@@ -19,6 +19,7 @@ from pararnn.tracing.expressions import LEAVES, Expression, Operand, intern, lea
 from pararnn.tracing.partition import direct, module_of, operation
 from pararnn.tracing.recorder import aten
 from pararnn.tracing.step import Input, Layout, Step
+from pararnn.tracing.traced import Readout
 
 _PLAIN: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name)
@@ -91,6 +92,7 @@ def write_step(of: Step) -> dict[str, Any]:
         ],
         "step": show(results),
         "inputs": [[list(i.shape), str(i.dtype).split(".")[1], i.by_rows] for i in of.inputs],
+        "states": of.num_components,
         "hidden": of.hidden,
         "group": of.group,
         "device": of.device.type,
@@ -99,8 +101,12 @@ def write_step(of: Step) -> dict[str, Any]:
     }
 
 
-def read_step(text: dict[str, Any]) -> Step:
+def read_step(text: dict[str, Any], rows: bool = True) -> Step:
     """What `write_step` wrote.
+
+    Args:
+        text: What was written.
+        rows: Whether an input has rows, as those of every step do.
 
     Raises:
         ValueError: It did not write that.
@@ -109,9 +115,9 @@ def read_step(text: dict[str, Any]) -> Step:
         Input(tuple(map(int, shape)), _kind("dtype", dtype), bool(by_rows))
         for shape, dtype, by_rows in text["inputs"]
     )
-    if not any(i.by_rows for i in inputs) or any(s < 0 for i in inputs for s in i.shape):
+    if (rows and not any(i.by_rows for i in inputs)) or any(s < 0 for i in inputs for s in i.shape):
         raise ValueError("no input has rows, or a size is negative")
-    count, graph = len(text["step"]), fx.Graph()
+    count, graph = int(text.get("states", len(text["step"]))), fx.Graph()
     made = [graph.placeholder(f"state_{i}") for i in range(count)]
     made += [graph.placeholder(f"input_{i}") for i in range(len(inputs))]
     for name, args, kwargs in text["nodes"]:
@@ -130,6 +136,36 @@ def read_step(text: dict[str, Any]) -> Step:
     channel = _read_channel(text["channel"], inputs, count, hidden)
     module = module_of(direct(graph))
     return Step(lambda: module, inputs, count, hidden, group, device, dtype, *channel)
+
+
+def write_readout(step: Step, of: Readout | None) -> dict[str, Any] | None:
+    """A readout, written as a step that reads some components of the state; None for none."""
+    if of is None:
+        return None
+    sizes = step.hidden, step.hidden
+    given = Step(lambda: of.module, of.inputs, len(of.components), *sizes, step.device, step.dtype)
+    return {
+        "module": write_step(given),
+        "components": list(of.components),
+        "shared": list(of.shared),
+        "shape": list(of.shape),
+    }
+
+
+def read_readout(text: dict[str, Any] | None) -> Readout | None:
+    """What `write_readout` wrote.
+
+    Raises:
+        ValueError: It did not write that.
+    """
+    if text is None:
+        return None
+    step = read_step(text["module"], rows=False)
+    components, shape = (tuple(map(int, text[name])) for name in ("components", "shape"))
+    shared = tuple(None if n is None else int(n) for n in text["shared"])
+    if len(components) != step.num_components or len(shared) != len(step.inputs):
+        raise ValueError("the readout takes something else")
+    return Readout(step.module, components, step.inputs, shared, shape, False)
 
 
 def _write_channel(of: Step) -> dict[str, Any] | None:

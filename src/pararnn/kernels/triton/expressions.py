@@ -77,7 +77,7 @@ def source(name: str, leaves: Mapping[str, int], roots: Sequence[Operand], doubl
     # Products first, as far as they do not depend on each other, so that they overlap.
     products = [e for e in topological(roots) if e.op == "dot"]
     module.function(name, leaves, [roots], flags=["SIZE: tl.constexpr"], first=products)
-    return module.text(f"a {name}", _equations(roots))
+    return module.text(f"a {name}", equations(roots))
 
 
 def staged_source(stages: Stages, leaves: Mapping[str, int], double: bool) -> str:
@@ -98,7 +98,7 @@ def staged_source(stages: Stages, leaves: Mapping[str, int], double: bool) -> st
     return module.text("a step in stages", stages.equations())
 
 
-def _equations(roots: Sequence[Operand]) -> list[str]:
+def equations(roots: Sequence[Operand]) -> list[str]:
     """Mathematics, one line per value that is used more than once and per result."""
     order = topological(roots)
     uses = Counter(a for e in order for a in operands(e))

@@ -81,6 +81,61 @@ def mean(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def matmul(x, y, SIZE: tl.constexpr, FACTORS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The product of two matrices, whose entries beyond `SIZE` along the sum may be anything.
+
+    Args:
+        x: (m, k).
+        y: (k, n).
+        SIZE: Entries that the sum goes over.
+        FACTORS: The type of the factors.
+    """
+    if x.shape[1] > SIZE:
+        k = tl.arange(0, x.shape[1])
+        x = tl.where(k[None, :] < SIZE, x, 0.0)
+        y = tl.where(k[:, None] < SIZE, y, 0.0)
+    return tl.dot(x.to(FACTORS), y.to(FACTORS), input_precision="ieee")
+
+
+@triton.jit
+def filled(x, AXIS: tl.constexpr, SIZE: tl.constexpr, NUMBER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile with a number in place of what lies beyond `SIZE` along an axis."""
+    if x.shape[AXIS] > SIZE:
+        i = tl.arange(0, x.shape[AXIS])
+        inside = (i[None, :] if AXIS == 1 else i[:, None]) < SIZE
+        x = tl.where(inside, x, NUMBER)
+    return x
+
+
+@triton.jit
+def total_along(x, AXIS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum along an axis, which stays."""
+    found = tl.sum(filled(x, AXIS, SIZE, 0.0), AXIS)
+    return found[None, :] if AXIS == 0 else found[:, None]
+
+
+@triton.jit
+def total_of(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of all entries, as a tile of one."""
+    x = filled(filled(x, 0, ROWS, 0.0), 1, COLUMNS, 0.0)
+    return tl.full([1, 1], tl.sum(x), x.dtype)
+
+
+@triton.jit
+def largest_along(x, AXIS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest entry along an axis, which stays."""
+    found = tl.max(filled(x, AXIS, SIZE, float("-inf")), AXIS)
+    return found[None, :] if AXIS == 0 else found[:, None]
+
+
+@triton.jit
+def smallest_along(x, AXIS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The smallest entry along an axis, which stays."""
+    found = tl.min(filled(x, AXIS, SIZE, float("inf")), AXIS)
+    return found[None, :] if AXIS == 0 else found[:, None]
+
+
+@triton.jit
 def total(  # type: ignore[no-untyped-def]
     sums,
     result,

@@ -6,7 +6,7 @@ it computes gradients, `adjoint`; it returns tuples. All values have the shape o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from pararnn.kernels import printing
@@ -47,6 +47,7 @@ class Module:
         names: Mapping[Expression, str] | None = None,
         flags: Sequence[str] = (),
         first: Iterable[Operand] = (),
+        shaped: Callable[[Sequence[Sequence[Operand]]], Sequence[bool]] | None = None,
     ) -> None:
         """Add a function that returns one tuple, or several.
 
@@ -58,17 +59,24 @@ class Module:
             names: What values are called.
             flags: Arguments before these tuples, for `language`.
             first: What is computed before everything else.
+            shaped: Which results lack the shape of the state and are given it; those that are
+                constants when None.
         """
         first = list(first)
         roots = [*first, *(root for members in results for root in members)]
         members = {kind: f"{kind}[{{}}]" for kind in leaves}
         lines, values = printing.statements(self.language, roots, names or {}, members)
         like = next((f"{kind}[0]" for kind, count in leaves.items() if count), None)
-        shaped = [
-            value if _varies(root) else f"tl.zeros_like({like}) + ({value})"
-            for root, value in zip(roots, values, strict=True)
-        ]
-        given = iter(shaped[len(first) :])
+        values = values[len(first) :]
+        lacks = (
+            [not _varies(root) for root in roots[len(first) :]]
+            if shaped is None
+            else shaped(results)
+        )
+        given = iter(
+            f"tl.zeros_like({like}) + ({value})" if lack else value
+            for lack, value in zip(lacks, values, strict=True)
+        )
         returned = [_tuple([next(given) for _ in roots]) for roots in results]
         body = [*lines, f"return {', '.join(returned)}"]
         head = f"@triton.jit\ndef {name}({', '.join([*flags, *leaves])}):"

@@ -1,0 +1,461 @@
+"""The path of cells whose state is cut into tiles: one kernel for all steps and the readout.
+
+Here `solve` returns what is handed out instead of the states, which are never written: what is
+handed out at all times, (batch, time, ...); the states after the last step, (rows, components,
+hidden), one row per sequence; the states before every segment of time, (batch, segments,
+components, hidden), from which the backward pass runs a segment again; and the values of the
+report.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pararnn.kernels.facts import Planner
+from pararnn.kernels.lowering import NotLowered, lower
+from pararnn.kernels.rows import Rows
+from pararnn.kernels.triton.build import load
+from pararnn.kernels.triton.device import on_device
+from pararnn.kernels.triton.tuples import OverTime
+from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import TileLaunch, TileSizes
+from pararnn.planning.plan import BackendChoice, Facts, Way
+from pararnn.solvers.problem import has_reset_states
+from pararnn.solvers.shooting import sequential_report
+from pararnn.tracing.step import Step, arithmetic
+from pararnn.tracing.tiles import Axis, NotTiled, Place, Result, Tiles, all_inputs, tiles
+from pararnn.tracing.traced import Readout
+
+_HALF = (torch.float16, torch.bfloat16)
+_known: weakref.WeakKeyDictionary[fx.GraphModule, dict[Any, Tiles | str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def tiles_of(step: Step, readout: Readout | None) -> Tiles | str:
+    """The step and its readout in tiles, or the reason why not; cached."""
+    known = _known.setdefault(step.module, {})
+    key = (step.key, None if readout is None else (readout.module.code, readout.shared))
+    if key not in known:
+        try:
+            found = tiles(step, readout)
+            roots = [*found.step, found.readout.expression, *found.adjoints]
+            lower([*roots, *(g.expression for g in found.gradients)])
+            known[key] = found
+        except (NotTiled, NotLowered) as error:
+            known[key] = str(error)
+    return known[key]
+
+
+def sizes_of(found: Tiles) -> TileSizes:
+    """What launches depend on."""
+    return TileSizes(
+        math.prod(found.programs), found.rows, found.columns, found.split, found.multiplied
+    )
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """Runs all steps of a step and its readout; see `operators.Path`.
+
+    In all methods `inputs` are those of the step and then those of the readout.
+
+    Attributes:
+        step: The step.
+        readout: What is handed out; the first component when None.
+        planner: Plans of calls.
+    """
+
+    step: Step
+    readout: Readout | None
+    planner: Planner
+    _kernels: dict[Any, _Kernels] = field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def tiles(self) -> Tiles:
+        """The step in tiles."""
+        found = tiles_of(self.step, self.readout)
+        assert isinstance(found, Tiles), found
+        return found
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Which inputs have a gradient."""
+        return self.tiles.differentiable
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is handed out, without batch and time."""
+        return self.readout.shape if self.readout is not None else (self.step.hidden,)
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The same by PyTorch operations, which support all derivatives."""
+        plain = BackendChoice("torch", "", generated=False)
+        return Rows(self.step, Planner(Facts(), plain, None))
+
+    def sizes(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
+        """Sequences and steps."""
+        batch, time = inputs[self.tiles.drives[0]].shape[:2]
+        return batch, time
+
+    def kinds(self, inputs: Sequence[Tensor], initial: Tensor) -> tuple[torch.dtype, int]:
+        """See `operators.Path`."""
+        kept_in = self.state_dtype(inputs, initial)
+        return kept_in, kept_in.itemsize
+
+    def state_dtype(self, inputs: Sequence[Tensor], initial: Tensor) -> torch.dtype:
+        """The type of what is handed out and of states that are kept: that of the largest drive.
+
+        A gate of one number per head may be wider.
+        """
+        given = [inputs[n] for n in self.tiles.drives]
+        if arithmetic(t.dtype for t in (*inputs, initial)) is torch.float64:
+            return torch.float64
+        floats = [t for t in given if t.is_floating_point()] or [initial]
+        return max(floats, key=lambda t: (t.shape[2:].numel(), t.dtype.itemsize)).dtype
+
+    def solve(
+        self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
+    ) -> list[Tensor]:
+        """See `operators.Path`."""
+        call = self._call(inputs, initial, starts)
+        y, ends, kept = call.forward()
+        return [y, ends, kept, sequential_report(call.batch, initial.device)]
+
+    def adjoint(
+        self,
+        inputs: Sequence[Tensor],
+        initial: Tensor,
+        starts: Tensor | None,
+        states: Sequence[Tensor],
+        grad_states: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """See `operators.Path`."""
+        _, _, kept = states
+        of_y, of_ends, _ = grad_states
+        found, of_initial = self._call(inputs, initial, starts).backward(kept, of_y, of_ends)
+        return [*found, of_initial]
+
+    def loop(
+        self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
+    ) -> list[Tensor]:
+        """See `operators.Path`: what `solve` returns, but no states of segments."""
+        own = inputs[: len(self.step.inputs)]
+        states = self.rows.loop(own, initial, starts)
+        y = states[0] if self.readout is None else self.readout(states, inputs[len(own) :])
+        joined = torch.stack(states, 2)
+        if starts is None or has_reset_states(initial, len(joined)):
+            ends = joined[:, -1]
+        else:
+            last = _last_steps(initial, starts)
+            ends = torch.where((last < 0)[:, None, None], initial.to(y.dtype), joined[0, last])
+        return [y, ends, joined.new_empty(0)]
+
+    def like_states(self, inputs: Sequence[Tensor], initial: Tensor) -> list[Tensor]:
+        """See `operators.Path`."""
+        dtype, (batch, time) = self.state_dtype(inputs, initial), self.sizes(inputs)
+        _, components, hidden = initial.shape
+        rows = batch if has_reset_states(initial, batch) else len(initial)
+        segments = -(-time // COSTS.tile_segment)
+        like = functools.partial(initial.new_empty, dtype=dtype)
+        return [
+            like((batch, time, *self.shape)),
+            like((rows, components, hidden)),
+            like((batch, segments, components, hidden)),
+            initial.new_empty((batch, 4), dtype=torch.float64),
+        ]
+
+    def like_gradients(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """See `operators.Path`."""
+        return [inputs[i].new_empty(inputs[i].shape) for i in self.differentiable]
+
+    def _call(self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None) -> _Call:
+        batch, time = self.sizes(inputs)
+        kept_in = self.state_dtype(inputs, initial)
+        given = (*(inputs[n] for n, _ in all_inputs(self.step, self.readout)), initial)
+        real = arithmetic(t.dtype for t in given)
+        plan = self.planner.plan(
+            initial.device, batch, time, initial.shape[2], kept_in, kept_in.itemsize
+        )
+        key = kept_in, real, plan.forward.tile, plan.adjoint.tile
+        if key not in self._kernels:
+            self._kernels[key] = _Kernels(self.tiles, kept_in, real, plan.forward, plan.adjoint)
+        return _Call(
+            self._kernels[key], self, inputs, initial, starts, batch, time, COSTS.tile_segment
+        )
+
+
+def _last_steps(initial: Tensor, starts: Tensor) -> Tensor:
+    """The last step of every packed sequence, -1 for one without steps."""
+    owners = starts.cummax(1).values[0].long()
+    steps = torch.arange(starts.shape[1], device=starts.device)
+    found = torch.full((len(initial),), -1, dtype=torch.int64, device=starts.device)
+    return found.scatter_reduce(0, owners, steps, "amax")
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """The generated functions and compile-time arguments of the kernels.
+
+    Attributes:
+        tiles: The step.
+        kept_in: Type of what is handed out and of states that are kept.
+        real: Type of the arithmetic.
+        ways: Of the forward and the backward direction.
+    """
+
+    tiles: Tiles
+    kept_in: torch.dtype
+    real: torch.dtype
+    forward: Way
+    adjoint: Way
+
+    @functools.cached_property
+    def functions(self) -> Any:
+        """The generated module."""
+        from pararnn.kernels.triton.tile_steps import tiled_source  # needs Triton
+
+        half = "half" if self.kept_in in _HALF else "single"
+        return load(tiled_source(self.tiles, "double" if self.real is torch.float64 else half))
+
+    def constants(self, way: Way) -> dict[str, Any]:
+        """Compile-time arguments of both kernels."""
+        import triton.language as tl
+
+        launch, found = way.tile, self.tiles
+        assert launch is not None
+        types = {
+            torch.float16: tl.float16,
+            torch.bfloat16: tl.bfloat16,
+            torch.float32: tl.float32,
+            torch.float64: tl.float64,
+        }
+        place = functools.partial(_place, launch, found.split)
+        drive = functools.partial(_place, launch, found.split, widen=not any(found.multiplied))
+        stored = [_stored(found) for _ in found.state]
+        divisors, rest = [], math.prod(found.programs)
+        for size in found.programs:
+            rest //= size
+            divisors.append((size, rest))
+        return {
+            "DRIVES": tuple(map(drive, found.drive_places)),
+            "COEFFICIENTS": tuple(map(place, found.coefficient_places)),
+            "STATE": tuple(map(place, found.state)),
+            "STORED": tuple(map(place, stored)),
+            "Y": (place(found.readout.place),),
+            "PROGRAMS": tuple(divisors),
+            "NUMBERS": math.prod(found.programs),
+            "SPLIT": launch.parts,
+            "REAL": types[self.real],
+            "FACTORS": types[self.kept_in if self.kept_in in _HALF else self.real],
+            "num_warps": launch.warps,
+            "num_stages": 1,
+        }
+
+    def parts(self, way: Way, result: Result) -> tuple[tuple[int, ...], int]:
+        """A member of `PARTS`, see `tiled.parts_of`, and how many partial sums there are."""
+        assert way.tile is not None
+        sizes = self.tiles.programs
+        count = way.tile.parts if result.split else 1
+        strides = [0] * len(sizes)
+        for axis in result.summed:
+            strides[axis] = count
+            count *= sizes[axis]
+        return (1 if result.split else 0, *strides), count
+
+
+def _stored(found: Tiles) -> Place:
+    """Where a component lies in tensors that only these kernels read: tile after tile."""
+    strides, stride = [], found.entries
+    for size in reversed(found.programs):
+        strides.append(stride)
+        stride *= size
+    rows, columns = Axis(found.columns, found.rows), Axis(1, found.columns)
+    return Place(tuple(reversed(strides)), rows, columns, False, ())
+
+
+def _place(
+    launch: TileLaunch, split: int | None, place: Place, widen: bool = False
+) -> tuple[Any, ...]:
+    """A place as `tiled.placed` takes it.
+
+    Args:
+        launch: How the kernel is launched.
+        split: The axis of a tile that may be cut.
+        place: The place.
+        widen: Whether a row of many columns is loaded once for each row of the tile. A thread then
+            has what it needs, and nothing goes through shared memory.
+    """
+    rows = place.rows
+    if widen and rows.size == 1 and place.columns.size >= _WARP:
+        rows = Axis(0, launch.sizes.rows)
+    axes = []
+    whole = True
+    for at, axis in enumerate((rows, place.columns)):
+        cut = split == at and launch.parts > 1 and not place.is_matrix
+        block = launch.block_of(axis.size, at, place.is_matrix)
+        step = block if cut and axis.size > 1 else 0
+        whole = whole and (axis.size % block == 0 if step else axis.size == block)
+        axes.append((axis.stride, axis.size, block, step))
+    return (*axes[0], *axes[1], whole, *place.programs)
+
+
+_WARP = 32  # threads
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call."""
+
+    kernels: _Kernels
+    path: Tiled
+    inputs: Sequence[Tensor]
+    initial: Tensor
+    starts: Tensor | None
+    batch: int
+    time: int
+    segment: int
+
+    @functools.cached_property
+    def is_packed(self) -> bool:
+        """Whether there are several sequences in one row, each with steps of its own."""
+        return self.starts is not None and not has_reset_states(self.initial, self.batch)
+
+    @functools.cached_property
+    def given(self) -> dict[str, Any]:
+        """Arguments of both kernels."""
+        found = self.kernels.tiles
+        starts = None if self.starts is None else self.starts.contiguous()
+        owners = starts.cummax(1).values if starts is not None and self.is_packed else None
+        return {
+            "drives": tuple(_over_time(_rows(self.inputs[n])) for n in found.drives),
+            "coefficients": tuple(self.inputs[n].contiguous() for n in found.coefficients),
+            "initial": self.initial.contiguous(),
+            "starts": starts,
+            "owners": owners,
+            "batch": self.batch,
+            "time": self.time,
+            "segments": -(-self.time // self.segment),
+            "HIDDEN": self.initial.shape[2],
+            "SEGMENT": self.segment,
+        }
+
+    def programs(self, way: Way) -> tuple[int]:
+        """The grid."""
+        assert way.tile is not None
+        return (self.batch * math.prod(self.kernels.tiles.programs) * way.tile.parts,)
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is handed out, the last states, and those before segments."""
+        from pararnn.kernels.triton import tiled  # needs Triton, which this module does not
+
+        kernels, way = self.kernels, self.kernels.forward
+        like_y, like_ends, like_kept, _ = self.path.like_states(self.inputs, self.initial)
+        shape = like_y.shape
+        strides, count = kernels.parts(way, kernels.tiles.readout)
+        y = like_y if count == 1 else like_y.new_empty((count, *shape), dtype=kernels.real)
+        ends = like_ends
+        if self.is_packed:  # a sequence without steps ends where it began
+            ends = self.initial.to(like_ends.dtype, copy=True).contiguous()
+        with on_device(self.initial):
+            tiled.forward[self.programs(way)](
+                **self.given,
+                y=_over_time(y[0] if count > 1 else y),
+                kept=like_kept,
+                ends=ends,
+                y_part=math.prod(shape),
+                STEP=kernels.functions.step,
+                Y_PARTS=(strides,),
+                **kernels.constants(way),
+            )
+        return y.sum(0).to(like_y.dtype) if count > 1 else y, ends, like_kept
+
+    def backward(
+        self, kept: Tensor, of_y: Tensor | None, of_ends: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Gradients of the differentiable inputs, and of initial states."""
+        from pararnn.kernels.triton import tiled  # needs Triton, which this module does not
+
+        kernels, way, found = self.kernels, self.kernels.adjoint, self.kernels.tiles
+        results = dict(zip(found.differentiable, found.gradients, strict=True))
+        initial = self.initial
+        _, components, hidden = initial.shape
+        scratch = kept.new_empty(self.batch, self.segment, components, hidden)
+        fill = torch.zeros_like if self.starts is not None else torch.empty_like
+        of_initial = fill(initial, dtype=kernels.real, memory_format=torch.contiguous_format)
+        buffers: dict[int, Tensor] = {}
+        partial: dict[int, tuple[int, ...]] = {}
+        counts: dict[int, int] = {}
+        for n, result in results.items():
+            own = self.inputs[n]
+            partial[n], counts[n] = kernels.parts(way, result)
+            if n in found.drives:
+                alone = counts[n] == 1
+                shape = own.shape if alone else (counts[n], *own.shape)
+                buffers[n] = own.new_empty(shape, dtype=own.dtype if alone else kernels.real)
+            else:
+                buffers[n] = own.new_empty((counts[n], self.batch, *own.shape), dtype=kernels.real)
+        drives = [n for n in found.drives if n in results]
+        fixed = [n for n in found.coefficients if n in results]
+        sizes = {n: self.inputs[n].numel() for n in results}
+        place = functools.partial(_place, way.tile, found.split)
+        with on_device(initial):
+            tiled.backward[self.programs(way)](
+                **self.given,
+                kept=kept,
+                scratch=scratch,
+                y_grad=None if of_y is None else _over_time(_rows(of_y)),
+                end_grads=None if of_ends is None else of_ends.contiguous(),
+                grads=tuple(
+                    _over_time(buffers[n] if counts[n] == 1 else buffers[n][0]) for n in drives
+                ),
+                sums=tuple(buffers[n] for n in fixed),
+                initial_grads=of_initial,
+                grad_parts=tuple(sizes[n] for n in drives),
+                sum_parts=tuple(self.batch * sizes[n] for n in fixed),
+                sum_rows=tuple(sizes[n] for n in fixed),
+                AGAIN=kernels.functions.again,
+                ADJOINT=kernels.functions.adjoint,
+                GRADS=tuple(place(results[n].place) for n in drives),
+                GRAD_PARTS=tuple(partial[n] for n in drives),
+                SUMS=tuple(place(results[n].place) for n in fixed),
+                SUM_PARTS=tuple(partial[n] for n in fixed),
+                **kernels.constants(way),
+            )
+        gradients = []
+        for n in found.differentiable:
+            own, buffer = self.inputs[n], buffers[n]
+            if n in fixed:
+                buffer = buffer.flatten(0, 1).sum(0)
+            elif counts[n] > 1:
+                buffer = buffer.sum(0)
+            gradients.append(buffer.to(own.dtype))
+        if self.is_packed and of_ends is not None:  # what has no steps hands its gradient on
+            last = _last_steps(initial, self.given["starts"])
+            of_initial = torch.where((last < 0)[:, None, None], of_ends, of_initial)
+        return gradients, of_initial.to(initial.dtype)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A tensor (batch, time, ...) whose entries of a step lie side by side."""
+    stride = 1
+    for size, own in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+        if size != 1 and own != stride:
+            return tensor.contiguous()
+        stride *= size
+    return tensor
+
+
+def _over_time(tensor: Tensor) -> OverTime:
+    batch, time, *_ = tensor.stride()
+    plain = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+    return OverTime(plain, batch, time)

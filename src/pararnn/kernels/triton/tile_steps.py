@@ -1,0 +1,98 @@
+"""Generates the functions that the kernels of tiles call, from a step in tiles.
+
+Sums along an axis and products of matrices are calls of functions in `functions`; everything else
+is written as for channels that do not mix, and values are broadcast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from pararnn.kernels.lowering import OF_TILES
+from pararnn.kernels.triton.expressions import equations
+from pararnn.kernels.triton.steps import Module, Precision
+from pararnn.tracing.expressions import LEAVES, Expression, Operand, operands, topological
+from pararnn.tracing.tiles import Tiles
+
+_ALONG = {"total": "total_along", "max": "largest_along", "min": "smallest_along"}
+
+
+def tiled_source(tiles: Tiles, precision: Precision) -> str:
+    """A module with the functions that `tiled` calls: `step`, `again` and `adjoint`.
+
+    Args:
+        tiles: The step.
+        precision: See `Module`.
+    """
+    module = Module(precision)
+    plain = module.language
+
+    def term(op: str, args: Sequence[str]) -> str:
+        if op not in OF_TILES:
+            return plain.term(op, args)
+        if op == "turned":
+            return f"tl.trans({args[0]})"
+        if op == "once":
+            return f"(({args[0]}) * once)"
+        if op == "matmul":
+            module.used.add(op)
+            return f"matmul({args[0]}, {args[1]}, {_whole(args[2])}, FACTORS)"
+        if op == "total":
+            module.used.add("total_of")
+            return f"total_of({args[0]}, {_whole(args[1])}, {_whole(args[2])})"
+        name = _ALONG[op[:-1]]
+        module.used.add(name)
+        return f"{name}({args[0]}, {op[-1]}, {_whole(args[1])})"
+
+    number = lambda value: _Number(value, plain.number(value))  # noqa: E731
+    module.language = dataclasses.replace(plain, term=term, number=number)
+    leaves = {
+        "state": len(tiles.step),
+        "drive": len(tiles.drives),
+        "coefficient": len(tiles.coefficients),
+    }
+    flags = ["FACTORS: tl.constexpr", "once"]
+    handed = [tiles.readout.expression]
+    count = len(tiles.step)
+    like = lambda roots: _like_state(roots, count)  # noqa: E731
+    module.function("step", leaves, [tiles.step, handed], flags=flags, shaped=like)
+    module.function("again", leaves, [tiles.step], flags=flags, shaped=like)
+    found = dict(zip(tiles.differentiable, tiles.gradients, strict=True))
+    grads = [
+        [found[n].expression for n in numbers if n in found]
+        for numbers in (tiles.drives, tiles.coefficients)
+    ]
+    leaves = {**leaves, "adjoint": len(tiles.step) + 1}
+    module.function("adjoint", leaves, [tiles.adjoints, *grads], flags=flags, shaped=like)
+    return module.text("a cell's step, for pararnn.kernels.triton.tiled", equations(tiles.step))
+
+
+def _like_state(results: Sequence[Sequence[Operand]], count: int) -> list[bool]:
+    """Which results have to be given the shape of a state: components that do not have it."""
+    full: dict[Expression, bool] = {}
+    for node in topological([root for members in results for root in members]):
+        if node.op in LEAVES:
+            number = float(node.args[0])  # type: ignore[arg-type]
+            full[node] = node.op == "state" or (node.op == "adjoint" and number < count)
+        else:
+            along = node.op == "total" or node.op[:-1] in _ALONG
+            full[node] = not along and any(full[a] for a in operands(node))
+    first, *others = results
+    return [not full.get(r, False) for r in first] + [False for o in others for _ in o]  # type: ignore[call-overload]
+
+
+class _Number(str):
+    """The text of a number that remembers it."""
+
+    value: float
+
+    def __new__(cls, value: float, text: str) -> _Number:
+        made = super().__new__(cls, text)
+        made.value = value
+        return made
+
+
+def _whole(number: str) -> int:
+    assert isinstance(number, _Number)
+    return int(number.value)

@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -31,7 +31,8 @@ from pararnn.planning.plan import BackendChoice, Facts, Way
 from pararnn.solvers.problem import has_reset_states
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.step import Step, arithmetic
-from pararnn.tracing.tiles import Axis, NotTiled, Place, Result, Tiles, all_inputs, tiles
+from pararnn.tracing.tile_layout import all_inputs, tiles
+from pararnn.tracing.tiles import Axis, NotTiled, Place, Result, Tiles
 from pararnn.tracing.traced import Readout
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -224,8 +225,14 @@ class _Kernels:
         """The generated module."""
         from pararnn.kernels.triton.tile_steps import tiled_source  # needs Triton
 
-        half = "half" if self.kept_in in _HALF else "single"
-        return load(tiled_source(self.tiles, "double" if self.real is torch.float64 else half))
+        return load(tiled_source(self.tiles, self.precision))
+
+    @property
+    def precision(self) -> Literal["half", "single", "double"]:
+        """See `steps.Module`."""
+        if self.real is torch.float64:
+            return "double"
+        return "half" if self.kept_in in _HALF else "single"
 
     def constants(self, way: Way) -> dict[str, Any]:
         """Compile-time arguments of both kernels."""
@@ -407,6 +414,7 @@ class _Call:
         drives = [n for n in found.drives if n in results]
         fixed = [n for n in found.coefficients if n in results]
         sizes = {n: self.inputs[n].numel() for n in results}
+        assert way.tile is not None
         place = functools.partial(_place, way.tile, found.split)
         with on_device(initial):
             tiled.backward[self.programs(way)](

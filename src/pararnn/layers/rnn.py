@@ -342,7 +342,7 @@ class RNN(nn.Module):
             vars(self)["_report"] = (
                 None if report is None or report.is_meta or not len(report) else report.detach()
             )
-        own = y if not states else states[0]
+        own = states[0] if ends is None else ends
         dtype = x.dtype if x.is_floating_point() else own.dtype
         if ends is not None:
             final = list(ends.unbind(1))

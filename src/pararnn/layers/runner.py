@@ -134,9 +134,9 @@ class Runner:
         if dict(machine.obstacles)["triton"] or dict(machine.missing)["triton"]:
             return
         small = untransformed(lambda: self.traced.small)
-        found = "channels that do not mix have kernels of their own"
-        if small is not None:
-            found = untransformed(lambda: tiles_of(small.step, small.readout))
+        if small is None:  # channels that do not mix have kernels of their own
+            return
+        found = untransformed(lambda: tiles_of(small.step, small.readout))
         if isinstance(found, Tiles):
             facts = facts_of(small.step, small.subject.name, small.reason)
             self.facts = replace(facts, one_call=self.facts.one_call, tile=sizes_of(found))

@@ -85,8 +85,8 @@ def scan(
     used = [coefficients[i] for i in names]
     packing = runner.traced.packing
     y, states, _, ends = runner.run(used, drives, packing.join(parts), None)
-    ends = [s[:, -1].clone() for s in states] if ends is None else ends.unbind(1)
-    last = tuple(s.contiguous() for s in packing.split(ends))
+    final = [s[:, -1].clone() for s in states] if ends is None else ends.unbind(1)
+    last = tuple(s.contiguous() for s in packing.split(final))
     if y is not None:
         return y, last if isinstance(state, tuple) else last[0]
     everything = packing.split(states)

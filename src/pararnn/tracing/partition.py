@@ -94,7 +94,7 @@ def partition(
     states = [n for n in inputs if str(n.target).startswith("state_")]
     results = list(next(n for n in graph.nodes if n.op == "output").args[0])
     new, handed = (results[:count], results[count:]) if capture.has_readout else (results, [])
-    known = [] if keep_few else None
+    known: Sequence[fx.Node] | None = [] if keep_few else None
     recurrent, edges = _split(capture, states, new, draw_in, keep_small, known)
     for node in recurrent:
         if is_random(node):

@@ -165,7 +165,7 @@ def read_readout(text: dict[str, Any] | None) -> Readout | None:
     shared = tuple(None if n is None else int(n) for n in text["shared"])
     if len(components) != step.num_components or len(shared) != len(step.inputs):
         raise ValueError("the readout takes something else")
-    return Readout(step.module, components, step.inputs, shared, shape, False)
+    return Readout(step.module, components, step.inputs, shared, shape, False, step.dtype)
 
 
 def _write_channel(of: Step) -> dict[str, Any] | None:

@@ -79,7 +79,8 @@ def _like_state(results: Sequence[Sequence[Operand]], count: int) -> list[bool]:
             along = node.op == "total" or node.op[:-1] in _ALONG
             full[node] = not along and any(full[a] for a in operands(node))
     first, *others = results
-    return [not full.get(r, False) for r in first] + [False for o in others for _ in o]  # type: ignore[call-overload]
+    lacks = [not (isinstance(r, Expression) and full[r]) for r in first]
+    return lacks + [False for o in others for _ in o]
 
 
 class _Number(str):

@@ -234,8 +234,12 @@ class _Kernels:
             return "double"
         return "half" if self.kept_in in _HALF else "single"
 
-    def constants(self, way: Way) -> dict[str, Any]:
+    @functools.cached_property
+    def constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Compile-time arguments of both kernels."""
+        return self._constants(self.forward), self._constants(self.adjoint)
+
+    def _constants(self, way: Way) -> dict[str, Any]:
         import triton.language as tl
 
         launch, found = way.tile, self.tiles
@@ -382,7 +386,7 @@ class _Call:
                 y_part=math.prod(shape),
                 STEP=kernels.functions.step,
                 Y_PARTS=(strides,),
-                **kernels.constants(way),
+                **kernels.constants[0],
             )
         return y.sum(0).to(like_y.dtype) if count > 1 else y, ends, like_kept
 
@@ -437,7 +441,7 @@ class _Call:
                 GRAD_PARTS=tuple(partial[n] for n in drives),
                 SUMS=tuple(place(results[n].place) for n in fixed),
                 SUM_PARTS=tuple(partial[n] for n in fixed),
-                **kernels.constants(way),
+                **kernels.constants[1],
             )
         gradients = []
         for n in found.differentiable:

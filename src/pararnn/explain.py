@@ -11,6 +11,7 @@ from pararnn.kernels import operators
 from pararnn.kernels.channels import Channels
 from pararnn.kernels.printing import equations
 from pararnn.kernels.rows import Rows
+from pararnn.kernels.tiled import Tiled
 from pararnn.layers.rnn import RNN
 from pararnn.planning.plan import Plan
 from pararnn.tracing.expressions import leaf
@@ -30,8 +31,9 @@ class Explanation:
         structure_reason: Why.
         state: One line per tensor of the state: its shape, and along which axes its entries reach
             each other.
-        readout: Operations that make the output from the state after the step, for all times at
-            once; empty if the output is the first tensor of the state.
+        readout: Operations that make the output from the state after the step; empty if the output
+            is the first tensor of the state. They run for all times at once, or in the kernel of
+            the steps.
         input_part: Operations that run once for all times.
         recurrent_part: Operations that depend on the state.
         drives: Names of what the input part hands over for every time.
@@ -61,13 +63,14 @@ class Explanation:
 
     def __str__(self) -> str:
         indented = lambda lines: "\n".join(f"    {line}" for line in lines) or "    (none)"  # noqa: E731
+        runs = "in the kernel of the steps" if self.plan.path == "tiles" else "once for all times"
         return (
             f"{self.cell}: {self.structure}, because {self.structure_reason}\n"
             f"  state\n{indented(self.state)}\n"
             f"  equations\n{indented(self.equations)}\n"
             f"  input part, once for all times\n{indented(self.input_part)}\n"
             f"  recurrent part\n{indented(self.recurrent_part)}\n"
-            f"  readout, once for all times\n{indented(self.readout)}\n"
+            f"  readout, {runs}\n{indented(self.readout)}\n"
             f"  drives        {', '.join(self.drives) or '(none)'}\n"
             f"  coefficients  {', '.join(self.coefficients) or '(none)'}\n"
             f"  plan for x of shape {self.shape}\n{indented(str(self.plan).splitlines())}\n"
@@ -111,6 +114,8 @@ def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
     source, compile_s = traced.step.module.code, 0.0
     if isinstance(path, Channels):
         source, compile_s = path.backend.source(), path.backend.compile_s
+    elif isinstance(path, Tiled):
+        source = path.source(traced.capture.dtype)
     elif isinstance(path, Rows):
         generated, compile_s = path.generated(plan)
         source = generated or source
@@ -142,7 +147,7 @@ def _state(traced: Traced) -> list[str]:
     """Shapes of the state, and along which axes entries reach each other."""
     packing = traced.packing
     apart = packing.apart or ((),) * len(packing.shapes)
-    if traced.step.recurrence is not None:
+    if traced.structure == "elementwise":
         return [f"{shape}: every entry by itself" for shape in packing.shapes]
     lines = []
     for shape, axes in zip(packing.shapes, apart, strict=True):

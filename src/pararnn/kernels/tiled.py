@@ -103,6 +103,13 @@ class Tiled:
         plain = BackendChoice("torch", "", generated=False)
         return Rows(self.step, Planner(Facts(), plain, None))
 
+    def source(self, dtype: torch.dtype) -> str:
+        """The functions that are generated for the kernels, for inputs of a type."""
+        from pararnn.kernels.triton.tile_steps import tiled_source  # needs Triton
+
+        real = arithmetic([dtype, self.step.dtype])
+        return tiled_source(self.tiles, _precision(dtype, real))
+
     def sizes(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
         """Sequences and steps."""
         batch, time = inputs[self.tiles.drives[0]].shape[:2]
@@ -225,14 +232,7 @@ class _Kernels:
         """The generated module."""
         from pararnn.kernels.triton.tile_steps import tiled_source  # needs Triton
 
-        return load(tiled_source(self.tiles, self.precision))
-
-    @property
-    def precision(self) -> Literal["half", "single", "double"]:
-        """See `steps.Module`."""
-        if self.real is torch.float64:
-            return "double"
-        return "half" if self.kept_in in _HALF else "single"
+        return load(tiled_source(self.tiles, _precision(self.kept_in, self.real)))
 
     @functools.cached_property
     def constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -282,6 +282,13 @@ class _Kernels:
             strides[axis] = count
             count *= sizes[axis]
         return (1 if result.split else 0, *strides), count
+
+
+def _precision(kept_in: torch.dtype, real: torch.dtype) -> Literal["half", "single", "double"]:
+    """See `steps.Module`."""
+    if real is torch.float64:
+        return "double"
+    return "half" if kept_in in _HALF else "single"
 
 
 def _stored(found: Tiles) -> Place:

@@ -198,9 +198,12 @@ class Costs:
     docs/results/matrix-memory.md."""
     tile_warps: int = 8
     """Warps of a program, at most. Estimate."""
-    tile_programs: int = 8
+    tile_programs: tuple[int, int] = (8, 16)
     """Programs per multiprocessor that are wanted where a tile may be cut.
     docs/results/matrix-memory.md."""
+    tile_least_entries: int = 256
+    """Entries of a tile per warp, at least, where there are too few programs: forward, since
+    backward warps of one program wait for each other too often. docs/results/matrix-memory.md."""
     tile_least: int = 16
     """Rows or columns of a part of a tile, at least: the least that tensor cores take."""
     tile_segment: int = 16

@@ -216,26 +216,33 @@ class TileLaunch:
 _SMALLEST_FACTOR = 16  # entries of an axis of a product on tensor cores
 
 
-def plan_tiles(sizes: TileSizes, batch: int, processors: int, costs: Costs = COSTS) -> TileLaunch:
+def plan_tiles(
+    sizes: TileSizes, batch: int, processors: int, backward: bool, costs: Costs = COSTS
+) -> TileLaunch:
     """Few enough entries per warp, and programs enough for the device where a tile may be cut.
 
     Args:
         sizes: Of the step.
         batch: Sequences.
         processors: Multiprocessors.
+        backward: Whether it is the backward kernel.
         costs: What is wanted.
     """
-    parts = 1
+    parts, wanted = 1, costs.tile_programs[backward] * processors
     if sizes.split is not None:
         size = (sizes.rows, sizes.columns)[sizes.split]
         while size % (2 * parts) == 0 and _may_have(size // (2 * parts), costs):
-            many = batch * sizes.programs * parts >= costs.tile_programs * processors
+            many = batch * sizes.programs * parts >= wanted
             if many and sizes.rows * sizes.columns // parts <= costs.tile_entries:
                 break
             parts *= 2
     entries = sizes.rows * sizes.columns // parts
     warps = 1
-    while warps < costs.tile_warps and entries > warps * costs.tile_entries:
+    while warps < costs.tile_warps:
+        few = not backward and batch * sizes.programs * parts * warps < wanted
+        most = costs.tile_least_entries if few else costs.tile_entries
+        if entries <= warps * most:
+            break
         warps *= 2
     return TileLaunch(sizes, parts, warps)
 

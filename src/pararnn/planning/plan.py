@@ -421,18 +421,23 @@ def _tiles(
     assert sizes is not None
     because = "one kernel runs all steps, with the state and the readout on the chip"
     choices.append(Choice("path", "tiles", because))
-    launch = plan_tiles(sizes, call.batch, machine.processors, costs)
-    shape = [sizes.rows, sizes.columns]
-    if sizes.split is not None:
-        shape[sizes.split] //= launch.parts
-    because = f"{sizes.programs} programs per sequence"
-    if launch.parts > 1:
-        because = f"{sizes.programs} of {launch.parts} programs per sequence"
-    choices.append(Choice("tile", " x ".join(map(str, shape)), because))
-    because = "steps run again backwards from one state that is kept"
-    choices.append(Choice("segment", costs.tile_segment, because))
-    way = Way(Sequential(), 0.0, tile=launch)
-    return way, way
+    ways = []
+    for backward, name in enumerate(("tile forward", "tile backward")):
+        launch = plan_tiles(sizes, call.batch, machine.processors, bool(backward), costs)
+        shape = [sizes.rows, sizes.columns]
+        if sizes.split is not None:
+            shape[sizes.split] //= launch.parts
+        because = (
+            f"{sizes.programs * launch.parts} programs per sequence, {launch.warps} warps each"
+        )
+        choices.append(Choice(name, " x ".join(map(str, shape)), because))
+        ways.append(Way(Sequential(), 0.0, tile=launch))
+    segments = -(-call.time // costs.tile_segment)
+    entries = call.batch * segments * call.hidden * facts.components
+    kept = entries * call.kept_in.itemsize / 2**20
+    because = f"the backward pass runs them again from one state: {kept:.3g} MiB are kept"
+    choices.append(Choice("steps of a segment", costs.tile_segment, because))
+    return ways[0], ways[1]
 
 
 def _in_chunks(solver: Solver, chunk: int) -> Solver:

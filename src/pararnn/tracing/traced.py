@@ -112,7 +112,7 @@ class Traced:
     @property
     def structure(self) -> str:
         """Elementwise, heads (with their size) or dense."""
-        if self.step.recurrence is not None:
-            return "elementwise"
         group = self.step.group
+        if self.step.recurrence is not None or group == 1:
+            return "elementwise"
         return "dense" if group == self.step.hidden else f"heads (size {group})"

@@ -427,9 +427,7 @@ def _tiles(
         shape = [sizes.rows, sizes.columns]
         if sizes.split is not None:
             shape[sizes.split] //= launch.parts
-        because = (
-            f"{sizes.programs * launch.parts} programs per sequence, {launch.warps} warps each"
-        )
+        because = f"{sizes.programs * launch.parts} programs per sequence"
         choices.append(Choice(name, " x ".join(map(str, shape)), because))
         ways.append(Way(Sequential(), 0.0, tile=launch))
     segments = -(-call.time // costs.tile_segment)

@@ -94,7 +94,7 @@ def matmul(x, y, SIZE: tl.constexpr, FACTORS: tl.constexpr):  # type: ignore[no-
         k = tl.arange(0, x.shape[1])
         x = tl.where(k[None, :] < SIZE, x, 0.0)
         y = tl.where(k[:, None] < SIZE, y, 0.0)
-    return tl.dot(x.to(FACTORS), y.to(FACTORS), input_precision="ieee")
+    return tl.dot(as_factor(x, FACTORS), as_factor(y, FACTORS), input_precision="ieee")
 
 
 @triton.jit
@@ -185,11 +185,21 @@ if interpreted():
     def anew(number):  # type: ignore[no-untyped-def]
         """The number."""
         return number
+
+    @triton.jit
+    def as_factor(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The tile, rounded to a type; the interpreter cannot multiply in half precision."""
+        return x.to(KIND).to(x.dtype)
 else:
     from triton.language.extra import libdevice
 
     def _of_library(operation: str, name: str) -> Callable[..., Any]:
         return getattr(libdevice, name)
+
+    @triton.jit
+    def as_factor(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The tile in a type."""
+        return x.to(KIND)
 
     @triton.jit
     def fmax(a, b):  # type: ignore[no-untyped-def]

@@ -18,7 +18,15 @@ import torch
 from torch import nn
 
 from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
-from pararnn.cells import HeadSLSTMCell, ParaGRUCell, ParaLSTMCell, SLSTMCell
+from pararnn.cells import (
+    DeltaMemoryCell,
+    HeadSLSTMCell,
+    M2RNNCell,
+    OuterMemoryCell,
+    ParaGRUCell,
+    ParaLSTMCell,
+    SLSTMCell,
+)
 from pararnn.kernels import facts, fused, operators
 from pararnn.kernels.facts import all_facts, facts_of
 from pararnn.kernels.triton import backend as triton_backend
@@ -47,6 +55,12 @@ MIXING = {
     "lstm_64": lambda: nn.LSTMCell(INPUT, 64),
     "heads_64": lambda: HeadSLSTMCell(INPUT, 64, num_heads=2),
     "heads_1024": lambda: HeadSLSTMCell(INPUT, 1024, num_heads=2),
+}
+MEMORIES = {  # of 36 heads
+    "m2rnn": lambda: M2RNNCell(INPUT, 64, 16, num_heads=36),
+    "delta": lambda: DeltaMemoryCell(INPUT, 64, 16, num_heads=36),
+    "outer": lambda: OuterMemoryCell(INPUT, 64, 16, num_heads=36),
+    "square delta": lambda: DeltaMemoryCell(INPUT, 64, 64, num_heads=36),
 }
 SOLVERS = {
     "choose": None,
@@ -145,6 +159,10 @@ def combinations():
     for shape, resets in itertools.product(few, (False, True)):
         yield half("paragru", shape, resets=resets, train=False)
     yield from _of_mixing()
+    for cell, size in itertools.product(MEMORIES, ((1, 1), (1, 16384), (8, 2048), (32, 1024))):
+        yield half(cell, size)
+    yield half("m2rnn", (8, 2048), solver="jacobi")
+    yield half("outer", (8, 2048), backend="torch")
     for rows, count, heads, inner in itertools.product(
         (64, 1000, 4096, 50_000), (1, 3), (1, 8), (16, 1024, 16384)
     ):
@@ -202,7 +220,7 @@ def choices(given):
 def _layer(cell, device, dtype, solver, backend, _compiler):
     """A layer that is traced on a device."""
     torch.manual_seed(0)
-    made = {**ELEMENTWISE, **MIXING}[cell]().to(getattr(torch, dtype))
+    made = {**ELEMENTWISE, **MIXING, **MEMORIES}[cell]().to(getattr(torch, dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without a compiler it is slow
         return RNN(made, solver=SOLVERS[solver], backend=backend)
@@ -263,6 +281,10 @@ def _mixing(rnn, given):
     found = {"backend": plan.backend, "method": runner.method().__name__}
     if plan.path == "loop":
         return found | {"path": "loop"}
+    if plan.path == "tiles":
+        launches = plan.forward.tile, plan.adjoint.tile
+        cuts = {name: [t.parts, t.warps] for name, t in zip(("forward", "adjoint"), launches)}
+        return found | {"path": "tiles"} | cuts
     way = plan.forward
     one_chunk = isinstance(way.solver, Sequential) or way.solver.chunk >= time
     found |= {"path": "rows", "chunk": "all" if one_chunk else way.solver.chunk}

@@ -283,7 +283,10 @@ def _mixing(rnn, given):
         return found | {"path": "loop"}
     if plan.path == "tiles":
         launches = plan.forward.tile, plan.adjoint.tile
-        cuts = {name: [t.parts, t.warps] for name, t in zip(("forward", "adjoint"), launches)}
+        cuts = {
+            name: [t.parts, t.warps]
+            for name, t in zip(("forward", "adjoint"), launches, strict=True)
+        }
         return found | {"path": "tiles"} | cuts
     way = plan.forward
     one_chunk = isinstance(way.solver, Sequential) or way.solver.chunk >= time

@@ -38,7 +38,14 @@ from torch import nn
 from triton.runtime.jit import JITFunction
 
 from pararnn import RNN, Newton
-from pararnn.cells import ParaGRUCell, ParaLSTMCell, SLSTMCell
+from pararnn.cells import (
+    DeltaMemoryCell,
+    M2RNNCell,
+    OuterMemoryCell,
+    ParaGRUCell,
+    ParaLSTMCell,
+    SLSTMCell,
+)
 
 from .pretend_gpu import Driver, pretend_gpu
 
@@ -86,6 +93,7 @@ MIXING = {
     "dense_gru": functools.partial(nn.GRUCell, INPUT, 64),
     "dense_lstm": functools.partial(nn.LSTMCell, INPUT, 32),
 }
+MEMORIES = {"m2rnn": M2RNNCell, "delta": DeltaMemoryCell, "outer": OuterMemoryCell}
 NORMED = json.dumps(  # a vector that is normed and scaled, as a saved program has it
     {
         "leaves": [True, True],
@@ -182,6 +190,10 @@ def cases() -> dict[str, Callable[[Recorder, str], None]]:
         found[f"{cell} {method} {starts}"] = functools.partial(run, size=(4, 1024), starts=starts)
     wide = functools.partial(nn.GRUCell, INPUT, 256)  # its weights do not fit on the chip
     found["wide_gru auto none"] = functools.partial(call, make=wide, solver=None, size=(4, 4096))
+    for cell, kind in itertools.product(MEMORIES, DTYPES):
+        make = functools.partial(MEMORIES[cell], INPUT, 64, 16, num_heads=36)
+        run = functools.partial(call, make=make, solver=None, size=(32, 64), kind=DTYPES[kind])
+        found[f"{cell} {kind} none"] = run
     for kind, dtype in DTYPES.items():
         found[f"matvec {kind}"] = functools.partial(product, kind=dtype)
     return found

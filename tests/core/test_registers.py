@@ -12,7 +12,7 @@ from .conftest import needs_triton
 pytestmark = needs_triton
 
 ROOT = Path(__file__).parents[2]
-ROWS = {"gru half one none": 3, "matvec half": 1, "wide_gru auto none": 8}
+ROWS = {"gru half one none": 3, "matvec half": 1, "wide_gru auto none": 8, "m2rnn half none": 2}
 TOLERANCE = 4  # registers
 
 

@@ -1,0 +1,124 @@
+"""Cells whose state fits tiles on a CUDA device, against the loop in float64 on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from core.random_steps import random_step
+
+from gpu.test_state_shapes import compare, mapped, outcome, states
+from pararnn import RNN
+from pararnn.cells import DeltaMemoryCell, M2RNNCell, OuterMemoryCell
+from pararnn.testing import assert_close, loop
+
+pytestmark = pytest.mark.gpu
+
+MEMORIES = [M2RNNCell, DeltaMemoryCell, OuterMemoryCell]
+SIZES = [(64, 16, 2), (16, 64, 1), (20, 12, 3), (64, 64, 1)]  # keys, values, heads
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def pair(cell, dtype):
+    """A layer on the GPU in a type, and the cell in float64 with the same values."""
+    cell = cell.to(dtype)
+    return RNN(copy.deepcopy(cell).cuda()), cell.double()
+
+
+@pytest.mark.parametrize("make", MEMORIES)
+@pytest.mark.parametrize(("keys", "values", "heads"), SIZES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_memories_of_any_size(make, keys, values, heads, dtype):
+    torch.manual_seed(0)
+    cell = make(8, keys, values, num_heads=heads)
+    with torch.no_grad():
+        for p in cell.parameters():
+            p += 0.02 * torch.randn_like(p)
+    rnn, exact = pair(cell, dtype)
+    x = torch.randn(3, 37, 8).to(dtype).double()
+    state = (0.3 * torch.randn(3, heads, keys, values)).to(dtype).double()
+    resets = torch.rand(3, 37) < 0.1
+    assert rnn.plan(x.shape, dtype).path == "tiles"
+    expected = outcome(lambda *a: loop(exact, *a), exact, x, state, resets)
+    found = outcome(rnn, rnn.cell, x.to(dtype).cuda(), state.to(dtype).cuda(), resets.cuda())
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        assert_close(f"value {i}", actual, reference, rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+def test_tiles_cut_into_parts_or_not(batch):
+    torch.manual_seed(0)
+    rnn, exact = pair(M2RNNCell(8, 64, 16, num_heads=30), torch.float32)
+    x = torch.randn(batch, 20, 8).double()
+    state = 0.3 * torch.randn(batch, 30, 64, 16).double()
+    expected = outcome(lambda *a: loop(exact, *a), exact, x, state, None)
+    found = outcome(rnn, rnn.cell, x.float().cuda(), state.float().cuda(), None)
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        assert_close(f"value {i}", actual, reference, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", MEMORIES)
+def test_results_are_the_same_every_time(make):
+    torch.manual_seed(0)
+    rnn = RNN(make(8, 64, 16, num_heads=12).bfloat16().cuda())
+    x = torch.randn(5, 100, 8).bfloat16().cuda()
+    state = torch.zeros(5, 12, 64, 16).bfloat16().cuda()
+    first, second = (outcome(rnn, rnn.cell, x, state, None) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("make", MEMORIES)
+def test_packed_sequences(make):
+    torch.manual_seed(0)
+    rnn = RNN(make(8, 16, 16, num_heads=2).cuda())
+    lengths = [5, 0, 40, 17]
+    cu_seqlens = torch.tensor([0, 5, 5, 45, 62], device="cuda")
+    x = torch.randn(1, 62, 8, device="cuda")
+    state = torch.randn(4, 2, 16, 16, device="cuda")
+    y, last = rnn(x, state, cu_seqlens=cu_seqlens)
+    begin = 0
+    for i, length in enumerate(lengths):
+        if length:
+            own = x[:, begin : begin + length]
+            expected, end = rnn(own, state[i : i + 1])
+            assert_close("outputs", y[:, begin : begin + length], expected, rtol=1e-6)
+            assert_close("state", last[i : i + 1], end, rtol=1e-6)
+        else:
+            assert torch.equal(last[i], state[i])
+        begin += length
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_steps(seed):
+    cell = random_step(seed, torch.float64)
+    compare(cell, 20, 1e-4)
+
+
+def test_a_call_in_a_graph_of_the_user():
+    torch.manual_seed(0)
+    rnn = RNN(M2RNNCell(8, 64, 16, num_heads=4).cuda())
+    x = torch.randn(2, 50, 8, device="cuda")
+    expected = [t.clone() for t in rnn(x)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        rnn(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        found = rnn(x)
+    graph.replay()
+    for actual, reference in zip(found, expected, strict=True):
+        assert_close("value", actual, reference, rtol=1e-6)
+
+
+def test_states_as_a_user_has_them():
+    """The last state goes on in a second call."""
+    torch.manual_seed(0)
+    rnn = RNN(DeltaMemoryCell(8, 64, 16, num_heads=4).cuda())
+    x = torch.randn(2, 50, 8, device="cuda")
+    whole, end = rnn(x)
+    first, state = rnn(x[:, :33])
+    second, last = rnn(x[:, 33:], state)
+    assert_close("outputs", torch.cat([first, second], 1), whole, rtol=1e-6)
+    assert_close("state", last, end, rtol=1e-6)
+    assert mapped(lambda s: s.shape, states(rnn.cell, 2)) == end.shape

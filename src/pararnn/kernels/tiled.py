@@ -25,8 +25,7 @@ from pararnn.kernels.rows import Rows
 from pararnn.kernels.triton.build import load
 from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.tuples import OverTime
-from pararnn.planning.costs import COSTS
-from pararnn.planning.kernel_plans import TileLaunch, TileSizes
+from pararnn.planning.kernel_plans import TileLaunch, TileSizes, segment_of_tiles
 from pararnn.planning.plan import BackendChoice, Facts, Way
 from pararnn.solvers.problem import has_reset_states
 from pararnn.solvers.shooting import sequential_report
@@ -173,7 +172,7 @@ class Tiled:
         dtype, (batch, time) = self.state_dtype(inputs, initial), self.sizes(inputs)
         _, components, hidden = initial.shape
         rows = batch if has_reset_states(initial, batch) else len(initial)
-        segments = -(-time // COSTS.tile_segment)
+        segments = -(-time // segment_of_tiles())
         like = functools.partial(initial.new_empty, dtype=dtype)
         return [
             like((batch, time, *self.shape)),
@@ -198,7 +197,7 @@ class Tiled:
         if key not in self._kernels:
             self._kernels[key] = _Kernels(self.tiles, kept_in, real, plan.forward, plan.adjoint)
         return _Call(
-            self._kernels[key], self, inputs, initial, starts, batch, time, COSTS.tile_segment
+            self._kernels[key], self, inputs, initial, starts, batch, time, segment_of_tiles()
         )
 
 
@@ -251,7 +250,7 @@ class _Kernels:
             torch.float64: tl.float64,
         }
         place = functools.partial(_place, launch, found.split)
-        drive = functools.partial(_place, launch, found.split, widen=not any(found.multiplied))
+        drive = functools.partial(_place, launch, found.split, may_widen=True)
         stored = [_stored(found) for _ in found.state]
         divisors, rest = [], math.prod(found.programs)
         for size in found.programs:
@@ -302,7 +301,7 @@ def _stored(found: Tiles) -> Place:
 
 
 def _place(
-    launch: TileLaunch, split: int | None, place: Place, widen: bool = False
+    launch: TileLaunch, split: int | None, place: Place, may_widen: bool = False
 ) -> tuple[Any, ...]:
     """A place as `tiled.placed` takes it.
 
@@ -310,11 +309,10 @@ def _place(
         launch: How the kernel is launched.
         split: The axis of a tile that may be cut.
         place: The place.
-        widen: Whether a row of many columns is loaded once for each row of the tile. A thread then
-            has what it needs, and nothing goes through shared memory.
+        may_widen: Whether it is loaded, see `TileLaunch.widens`.
     """
     rows = place.rows
-    if widen and rows.size == 1 and place.columns.size >= _WARP:
+    if may_widen and launch.widens(rows.size, place.columns.size):
         rows = Axis(0, launch.sizes.rows)
     axes = []
     whole = True
@@ -325,9 +323,6 @@ def _place(
         whole = whole and (axis.size % block == 0 if step else axis.size == block)
         axes.append((axis.stride, axis.size, block, step))
     return (*axes[0], *axes[1], whole, *place.programs)
-
-
-_WARP = 32  # threads
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ class Costs:
     """Entries of a tile per warp, at least, where there are too few programs: forward, since
     backward warps of one program wait for each other too often. docs/results/matrix-memory.md."""
     tile_least: int = 16
-    """Rows or columns of a part of a tile, at least: the least that tensor cores take."""
+    """Rows or columns of a part of a tile, at least: what tensor cores take, by count."""
     tile_segment: int = 16
     """Steps that the backward pass runs again from one state that was kept.
     docs/results/matrix-memory.md."""

@@ -210,10 +210,21 @@ class TileLaunch:
         if axis == self.sizes.split and not whole and size == own:
             size = -(-size // self.parts)
         block = 1 << (size - 1).bit_length()
-        return max(_SMALLEST_FACTOR, block) if self.sizes.multiplied[axis] else block
+        return max(TILE, block) if self.sizes.multiplied[axis] else block
+
+    def widens(self, rows: int, columns: int) -> bool:
+        """Whether a value without rows is loaded once for each row of the tile.
+
+        A thread then has what it needs, and nothing goes through shared memory. Triton loads fewer
+        entries than a warp has threads so by itself. Products of matrices have layouts of their
+        own.
+        """
+        return rows == 1 and columns >= 32 and not any(self.sizes.multiplied)
 
 
-_SMALLEST_FACTOR = 16  # entries of an axis of a product on tensor cores
+def segment_of_tiles(costs: Costs = COSTS) -> int:
+    """Steps that a backward pass runs again from one state that was kept."""
+    return costs.tile_segment
 
 
 def plan_tiles(

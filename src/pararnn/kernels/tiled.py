@@ -24,7 +24,7 @@ from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.rows import Rows
 from pararnn.kernels.triton.build import load
 from pararnn.kernels.triton.device import on_device
-from pararnn.kernels.triton.tuples import OverTime
+from pararnn.kernels.triton.tuples import Aligned
 from pararnn.planning.kernel_plans import TileLaunch, TileSizes, segment_of_tiles
 from pararnn.planning.plan import BackendChoice, Facts, Way
 from pararnn.solvers.problem import has_reset_states
@@ -469,7 +469,9 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _over_time(tensor: Tensor) -> OverTime:
+def _over_time(tensor: Tensor) -> Aligned:
+    import triton.language as tl
+
     batch, time, *_ = tensor.stride()
     plain = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
-    return OverTime(plain, batch, time)
+    return Aligned(plain, batch, time, tl.constexpr(math.gcd(batch, time, 16)))

@@ -78,11 +78,12 @@ def store(at, offsets, inside, values, PLACES: tl.constexpr):
 
 @triton.jit
 def begins(tensors, sequence, step):
-    """Where a step of a sequence begins in tensors over time (`tuples.OverTime`)."""
+    """Where a step of a sequence begins in tensors over time (`tuples.Aligned`)."""
     found = ()
     for n in tl.static_range(len(tensors)):
-        at = tensors[n].at + tl.cast(sequence, tl.int64) * tensors[n].batch
-        found = found + (at + tl.cast(step, tl.int64) * tensors[n].time,)
+        at = tl.cast(sequence, tl.int64) * tensors[n].batch
+        at += tl.cast(step, tl.int64) * tensors[n].time
+        found = found + (tensors[n].at + tl.multiple_of(at, tensors[n].align),)
     return found
 
 

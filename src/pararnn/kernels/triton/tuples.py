@@ -17,6 +17,9 @@ InHeads = namedtuple("InHeads", "at batch time head size")
 # A tensor (batch, time, channels), and its strides.
 OverTime = namedtuple("OverTime", "at batch time")
 
+# The same, with a power of two that divides both strides, which is compiled in.
+Aligned = namedtuple("Aligned", "at batch time align")
+
 # What a system is given.
 # drives: each InHeads
 # coefficients: (channels,)

@@ -251,7 +251,7 @@ class _Kernels:
         }
         place = functools.partial(_place, launch, found.split)
         drive = functools.partial(_place, launch, found.split, may_widen=True)
-        stored = [_stored(found) for _ in found.state]
+        stored = [_stored(found, own) for own in found.state]
         divisors, rest = [], math.prod(found.programs)
         for size in found.programs:
             rest //= size
@@ -290,14 +290,15 @@ def _precision(kept_in: torch.dtype, real: torch.dtype) -> Literal["half", "sing
     return "half" if kept_in in _HALF else "single"
 
 
-def _stored(found: Tiles) -> Place:
+def _stored(found: Tiles, of: Place) -> Place:
     """Where a component lies in tensors that only these kernels read: tile after tile."""
-    strides, stride = [], found.entries
+    rows, columns = of.rows.size, of.columns.size
+    strides, stride = [], rows * columns
     for size in reversed(found.programs):
         strides.append(stride)
         stride *= size
-    rows, columns = Axis(found.columns, found.rows), Axis(1, found.columns)
-    return Place(tuple(reversed(strides)), rows, columns, False, ())
+    lies = Axis(columns, rows), Axis(1, columns)
+    return Place(tuple(reversed(strides)), *lies, False, ())
 
 
 def _place(

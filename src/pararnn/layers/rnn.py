@@ -333,8 +333,12 @@ class RNN(nn.Module):
         else:
             with computed_once() if self._is_parametrised else _AS_IT_IS:
                 tensors = [getattr(owner, name) for owner, name in runner.owners]
+        rows = first
+        if runner.is_tiled and last is not None:
+            # two rows of states with one of x would be those of resets, see `has_reset_states`
+            rows = nn.functional.pad(first, (0, 0, 0, 0, 0, 2))
         try:
-            y, states, report, ends = runner.run(tensors, [x], first, starts)
+            y, states, report, ends = runner.run(tensors, [x], rows, starts)
         except RuntimeError as error:
             self._refuse_types(error, x.dtype)
             raise
@@ -345,7 +349,7 @@ class RNN(nn.Module):
         own = states[0] if ends is None else ends
         dtype = x.dtype if x.is_floating_point() else own.dtype
         if ends is not None:
-            final = list(ends.unbind(1))
+            final = list(ends[: x.shape[0] if last is None else len(last)].unbind(1))
         elif last is None:
             final = [s.select(1, -1) for s in states]
         else:  # a sequence without steps ends where it began

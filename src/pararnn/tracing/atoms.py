@@ -83,7 +83,8 @@ class Reader:
         values: What nodes compute.
         same: For every atom another one of the same axis, or itself.
         sizes: Of atoms.
-        origins: Input, axis and place there of each atom.
+        origins: Input, axis and place there of each atom; None for one that stands for another.
+        meetings: Atoms of values that meet in operations on each element.
         leaves: The inputs.
         new: The new components.
         y: What is handed out.
@@ -98,7 +99,8 @@ class Reader:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     same: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    origins: list[tuple[str, int, int]] = field(default_factory=list)
+    origins: list[tuple[str, int, int] | None] = field(default_factory=list)
+    meetings: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
     leaves: dict[str, Value] = field(default_factory=dict)
     new: list[Operand] = field(default_factory=list)
     y: Value = field(init=False)
@@ -119,11 +121,19 @@ class Reader:
             raise NotTiled("axes of different sizes meet")
         self.same[max(a, b)] = min(a, b)
 
+    def another(self, atom: int) -> int:
+        """An atom for a second axis of a value, along which it has the entries of the first."""
+        self.same.append(self.find(atom))
+        self.sizes.append(self.sizes[atom])
+        self.origins.append(None)
+        return len(self.same) - 1
+
     def refine(self, split: Split) -> None:
         """Take an atom apart, and all that belong to the same axis, for the next reading."""
         of = self.find(split.atom)
-        for atom, (name, axis, place) in enumerate(self.origins):
-            if self.find(atom) == of:
+        for atom, origin in enumerate(self.origins):
+            if origin is not None and self.find(atom) == of:
+                name, axis, place = origin
                 old = self.factors.get((name, axis), (self.sizes[atom],))
                 # places count in the factors of this reading; several splits of one axis at a
                 # time come from the last place to the first
@@ -242,6 +252,8 @@ class Reader:
         padded = [((),) * (rank - len(v.axes)) + v.axes for v in values]
         names: list[dict[int, int]] = [{} for _ in values]
         axes = tuple(self.merged([list(p[axis]) for p in padded], names) for axis in range(rank))
+        if len(set(atoms := atoms_of(axes))) < len(atoms):
+            raise NotTiled("an axis meets itself")
         expressions, order = self.in_order(values, names)
         return expressions, axes, order
 
@@ -279,6 +291,9 @@ class Reader:
         order = max(orders, key=len)
         order = (*order, *(a for o in orders for a in o if a not in order))
         order = tuple(dict.fromkeys(order))
+        if any(len(set(o)) < len(o) for o in orders):
+            raise NotTiled("an axis meets itself")
+        self.meetings.add(tuple(orders))
         found = []
         for value, own in zip(values, orders, strict=True):
             wanted = tuple(a for a in order if a in own)
@@ -319,23 +334,32 @@ class Reader:
         batch = len(left.axes) - 2 if len(right.axes) > 1 else 0
         names: tuple[dict[int, int], ...] = ({}, {})
         axes = [self.merged([list(left.axes[i]), list(right.axes[i])], names) for i in range(batch)]
-        axes += [left.axes[batch], *right.axes[batch + 1 :]]
         own: tuple[dict[int, int], ...] = ({}, {})
         along = self.merged([list(left.axes[-1]), list(right.axes[batch])], own)
+        x, y = left.expression, right.expression
+        result = right.axes[batch + 1 :]
+        if not (atoms_of([left.axes[batch]]) and atoms_of(result)):
+            # a vector is one factor: a sum of products of entries
+            every = [{**n, **o} for n, o in zip(names, own, strict=True)]
+            axes += [left.axes[batch], *result]
+            expressions, order = self.in_order((left, right), every)
+            found = make("mul", *expressions)
+            for atom, size in along:
+                found = make("mul", found, float(size)) if atom is None else sum_of(found, atom)
+            lost = atoms_of([along])
+            return Value(found, tuple(axes), tuple(a for a in order if a not in lost))
+        has = atoms_of((*axes, left.axes[batch]))
+        twice = {a: self.another(a) for a in atoms_of(result) if a in has}
+        names[1].update(twice)
+        axes += [left.axes[batch]]
+        axes += [
+            tuple((twice.get(a, a), n) if a is not None else (a, n) for a, n in r) for r in result
+        ]
         orders = [
             tuple(n.get(a, a) for a in v.order if a not in o)
             for v, n, o in zip((left, right), names, own, strict=True)
         ]
         order = tuple(dict.fromkeys((*orders[0], *orders[1])))
-        x, y = left.expression, right.expression
-        if not (left.axes[batch] and atoms_of(right.axes[batch + 1 :])):
-            # a vector is one factor: a sum of products of entries
-            every = [{**n, **o} for n, o in zip(names, own, strict=True)]
-            expressions, _ = self.in_order((left, right), every)
-            found = make("mul", *expressions)
-            for atom, size in along:
-                found = make("mul", found, float(size)) if atom is None else sum_of(found, atom)
-            return Value(found, tuple(axes), order)
         back = [{name: atom for atom, name in o.items()} for o in own]
         sums: tuple[list[int], list[int]] = [], []
         for atom, size in along:
@@ -349,12 +373,14 @@ class Reader:
             else:
                 y = sum_of(y, back[1][atom])
         if not isinstance(x, Expression) or not isinstance(y, Expression):
-            return Value(make("mul", x, y), tuple(axes), order)
+            raise NotTiled("a factor of a product of matrices is a number")
         kept = [
             [a for a in v.order if a not in o or a in s]
             for v, o, s in zip((left, right), own, sums, strict=True)
         ]
-        found = make("dot", x, y, *map(written, (*sums, *kept)))
+        shared = set(atoms_of(axes[:batch]))
+        both = [a for a in left.order if names[0].get(a, a) in shared & {*orders[1]}]
+        found = make("dot", x, y, *map(written, (*sums, *kept, both)))
         return Value(found, tuple(axes), order)
 
     def summed(self, value: Value, axes: Sequence[int], keep: bool, op: str = "sum") -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -157,7 +158,8 @@ class _Layout:
             return _Laid(root, (), frozenset(), False)
         for node in topological([root]):
             if node not in self.known:
-                self.known[node] = self.laid(node)
+                self.known[node] = found = self.laid(node)
+                self.check(found)
         return self.known[root]
 
     def matrix(self, order: Sequence[int]) -> tuple[int, int] | None:
@@ -170,6 +172,18 @@ class _Layout:
                         raise NotTiled("a value has more axes than a tile")
                     return i, j
         return None
+
+    def check(self, found: _Laid) -> None:
+        """Refuse what no program has: a part of a sum at entries of other parts."""
+        if found.summed & {*found.order} or (found.cut and self.split in found.order):
+            raise _NotLinear("a partial sum meets the entries that it sums")
+        pair = self.matrix(found.order)
+        if pair and self.split in found.order:  # noqa: SIM102
+            if self.places[found.order[pair[0]]] == self.places[self.split]:
+                raise _NotLinear("a matrix whose axes are cut")
+        inside = [a for a in found.order if a not in self.places]
+        if len(set(inside)) < len(inside):
+            raise NotTiled("a value has an axis of the programs twice")
 
     def laid(self, node: Expression) -> _Laid:
         if node.op in LEAVES:
@@ -187,12 +201,14 @@ class _Layout:
         return self.element(node.op, args)
 
     def turned(self, x: _Laid, own: list[int], wanted: list[int]) -> _Laid:
-        order = tuple(x.order[own.index(a)] for a in wanted)
-        pair, now = self.matrix(x.order), self.matrix(order)
-        if pair is None or now is None:
+        find, places = self.reader.find, self.places
+        order = tuple(axis for a in wanted if (axis := find(a)) in x.order)
+        pair = self.matrix(x.order)
+        if pair is None:
             return _Laid(x.expression, order, x.summed, x.cut)
-        first = own.index(wanted[now[0]])
-        turned = make("turned", x.expression) if first != pair[0] else x.expression
+        at = places[x.order[pair[0]]]
+        before, after = ([a for a in o if places.get(find(a)) == at] for o in (own, wanted))
+        turned = make("turned", x.expression) if before != after else x.expression
         return _Laid(turned, order, x.summed, x.cut)
 
     def reduced(self, op: str, x: _Laid, axis: int) -> _Laid:
@@ -221,6 +237,15 @@ class _Layout:
             found = make("total", inner.args[0], *map(float, sizes))  # type: ignore[arg-type]
         return _Laid(found, order, x.summed, x.cut or axis == self.split)
 
+    def position(self, order: Sequence[int], atoms: list[int], atom: int) -> int:
+        """Where an atom is in the order of a value; `atoms` are those that were read."""
+        axis = self.reader.find(atom)
+        number = [a for a in atoms if self.reader.find(a) == axis].index(atom)
+        found = [i for i, a in enumerate(order) if a == axis]
+        if number >= len(found):
+            raise NotTiled("a product of matrices with one that is the same all along an axis")
+        return found[number]
+
     def dot(
         self,
         x: _Laid,
@@ -229,8 +254,12 @@ class _Layout:
         of_y: list[int],
         x_order: list[int],
         y_order: list[int],
+        both: list[int],
     ) -> _Laid:
-        sums = [x_order.index(a) for a in of_x], [y_order.index(a) for a in of_y]
+        sums = [
+            [self.position(v.order, atoms, a) for a in of]
+            for v, atoms, of in ((x, x_order, of_x), (y, y_order, of_y))
+        ]
         along = [x.order[i] for i in sums[0]]
         over = {a for a in along if a in self.programs}
         inside = [a for a in along if a in self.places]
@@ -244,7 +273,10 @@ class _Layout:
             [a for i, a in enumerate(v.order) if i not in s]
             for v, s in zip((x, y), sums, strict=True)
         ]
-        order = (*own[0], *(a for a in own[1] if a in self.places or a not in own[0]))
+        shared = set(map(self.reader.find, both))
+        if shared & {*self.places}:
+            raise NotTiled("a product of matrices for every entry of an axis of a tile")
+        order = (*own[0], *(a for a in own[1] if a not in shared))
         free = [[a for a in o if a in self.places] for o in own]
         if any(len(f) > 1 for f in free) or len(inside) > 1:
             raise NotTiled("a product of values with more axes than a tile")
@@ -301,7 +333,8 @@ class _Layout:
         summed = frozenset().union(*(a.summed for a in args))
         cut = any(a.cut for a in args)
         order = max((a.order for a in args), key=len, default=())
-        order = (*order, *dict.fromkeys(c for a in args for c in a.order if c not in order))
+        for a in args:
+            order = (*order, *(Counter(a.order) - Counter(order)).elements())
         if self.matrix(order) is not None:
             for a in args:
                 inside = [c for c in a.order if c in self.places]
@@ -338,6 +371,8 @@ class _Layout:
 
 def _laid_out(reader: Reader) -> Tiles:
     find = reader.find
+    for orders in reader.meetings:
+        _check_meeting(reader, orders)
     state = tuple(map(find, reader.leaves["state_0"].order))
     if len(set(state)) != len(state):
         raise NotTiled("two axes of its state are one")
@@ -363,6 +398,19 @@ def _laid_out(reader: Reader) -> Tiles:
             if split is None:
                 raise
     raise AssertionError
+
+
+def _check_meeting(reader: Reader, orders: tuple[tuple[int, ...], ...]) -> None:
+    """Refuse values that have one axis of the cell in different places.
+
+    As do a vector and its transpose: which of the two a value has does not show in expressions.
+    """
+    axes: dict[int, set[int]] = {}
+    for atom in {a for order in orders for a in order}:
+        axes.setdefault(reader.find(atom), set()).add(atom)
+    for atoms in axes.values():
+        if any(len(atoms & {*order}) not in (0, len(atoms)) for order in orders):
+            raise NotTiled("two axes of a value are one")
 
 
 _SUMS = {"sum": 1, "max": 1, "min": 1, "dot": 2}
@@ -451,8 +499,11 @@ def _result(layout: _Layout, expression: Operand, place: Place) -> Result:
     found = layout(expression)
     value, cut = found.expression, found.cut
     has = layout.split in found.order
+    is_one = any(a in layout.places for a in found.order) and layout.matrix(found.order) is None
+    if place.is_matrix and is_one:
+        raise NotTiled("a matrix is the same all along an axis")
     if layout.split is not None and not cut and not has and not _along_split(layout, place):
-        value, cut = make("once", value) if isinstance(value, Expression) else value, True
+        value, cut = (make("once", value), True) if isinstance(value, Expression) else (value, cut)
     return Result(value, place, tuple(layout.programs.index(a) for a in sorted(found.summed)), cut)
 
 

@@ -16,7 +16,7 @@ from pararnn.tracing.expressions import LEAVES, Expression, Operand, make, topol
 from pararnn.tracing.operations import UnknownOperation
 from pararnn.tracing.products import unfused
 from pararnn.tracing.recorder import TraceError, is_differentiable, record
-from pararnn.tracing.step import Input, Step, recording, vjp
+from pararnn.tracing.step import Input, Step, arithmetic, recording, vjp
 from pararnn.tracing.tiles import Axis, NotTiled, Place, Result, Tiles
 from pararnn.tracing.traced import Readout
 
@@ -61,7 +61,9 @@ def all_inputs(step: Step, readout: Readout | None) -> list[tuple[int, Input]]:
 
 def _recorded(step: Step, readout: Readout | None) -> tuple[fx.Graph, list[tuple[int, Input]]]:
     """Record both directions on one row, so that sums over the rows are sums over one."""
-    inputs, count, dtype = all_inputs(step, readout), step.num_components, step.dtype
+    inputs, count = all_inputs(step, readout), step.num_components
+    floats = [kind.dtype for _, kind in inputs if kind.dtype.is_floating_point]
+    dtype = arithmetic([step.dtype, *floats])
     if not any(kind.by_rows for _, kind in inputs):
         raise NotTiled("nothing differs over time")
     for _, kind in inputs:

@@ -314,7 +314,8 @@ def _place(
     """
     rows = place.rows
     if may_widen and launch.widens(rows.size, place.columns.size):
-        rows = Axis(0, launch.sizes.rows)
+        # also in rows that fill up a block: all rows are the same
+        rows = Axis(0, 1 << (launch.sizes.rows - 1).bit_length())
     axes = []
     whole = True
     for at, axis in enumerate((rows, place.columns)):

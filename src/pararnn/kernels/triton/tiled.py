@@ -67,7 +67,7 @@ def store(at, offsets, inside, values, PLACES: tl.constexpr):
     """Write the tiles of values."""
     for n in tl.static_range(len(PLACES)):
         value = values[n]
-        if len(value.shape) == 2:  # noqa: SIM102: a number has no first axis
+        if len(value.shape) == 2:  # else it is a number  # noqa: SIM102
             if value.shape[0] > offsets[n].shape[0]:  # all rows are the same
                 value = tl.max(value, 0)[None, :]
         value = tl.broadcast_to(value, offsets[n].shape)

@@ -2,8 +2,8 @@
 
 Here `solve` returns what is handed out instead of the states, which are never written: what is
 handed out at all times, (batch, time, ...); the states after the last step, (rows, components,
-hidden), one row per sequence; the states before every segment of time, (batch, segments,
-components, hidden), from which the backward pass runs a segment again; and the values of the
+hidden), one row per sequence; the states before every segment of time, (batch, segments *
+components * hidden), from which the backward pass runs a segment again; and the values of the
 report.
 """
 
@@ -171,13 +171,13 @@ class Tiled:
         """See `operators.Path`."""
         dtype, (batch, time) = self.state_dtype(inputs, initial), self.sizes(inputs)
         _, components, hidden = initial.shape
-        rows = batch if has_reset_states(initial, batch) else len(initial)
+        rows = batch if has_reset_states(initial, batch) else initial.shape[0]
         segments = -(-time // segment_of_tiles())
         like = functools.partial(initial.new_empty, dtype=dtype)
         return [
             like((batch, time, *self.shape)),
             like((rows, components, hidden)),
-            like((batch, segments, components, hidden)),
+            like((batch, segments * components * hidden)),  # no size that could be 1 or not
             initial.new_empty((batch, 4), dtype=torch.float64),
         ]
 

@@ -349,7 +349,7 @@ class RNN(nn.Module):
         own = states[0] if ends is None else ends
         dtype = x.dtype if x.is_floating_point() else own.dtype
         if ends is not None:
-            final = list(ends[: x.shape[0] if last is None else len(last)].unbind(1))
+            final = list(ends[: (x if last is None else last).shape[0]].unbind(1))
         elif last is None:
             final = [s.select(1, -1) for s in states]
         else:  # a sequence without steps ends where it began

@@ -49,6 +49,7 @@ class Runner:
         traced: The cell.
         input_part: Its input part.
         features: The shape of one input.
+        by_rows: Which results of the input part have one row per sample.
         reads: The code of the readout; empty if there is none.
         facts: Facts of its step.
         request: The name by which operators are called.
@@ -98,6 +99,7 @@ class Runner:
         self.reads = self.traced.readout.module.code if self.traced.readout else ""
         self.features = traced.given[0].shape
         self.feature_axes = len(self.features)
+        self.by_rows = self.traced.by_rows  # here, since torch.compile cannot take its lock
         self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
         if language and self.traced.step.recurrence is None and self.facts.tile is None:
             own = [stand_in(tensors(name)) for name in self.input_part.names]
@@ -334,7 +336,7 @@ class Runner:
         values = self.input_part.module.forward(*fixed, *flat)
         sizes = (time, batch) if time_first else (batch, time)
         inputs = []
-        for value, by_rows in zip(values, self.traced.by_rows, strict=True):
+        for value, by_rows in zip(values, self.by_rows, strict=True):
             if by_rows:
                 value = value.view(*sizes, *value.shape[1:])
                 value = value.transpose(0, 1) if time_first else value

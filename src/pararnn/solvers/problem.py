@@ -101,7 +101,7 @@ def has_reset_states(initial: Tensor, batch: int) -> bool:
     Two sequences packed into one row have two states as well. The second is then the state that the
     row restarts from, so both cases are one.
     """
-    return len(initial) == 2 * batch
+    return initial.shape[0] == 2 * batch  # `len` would make a symbolic size a number
 
 
 def resets_of(

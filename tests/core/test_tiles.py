@@ -1,0 +1,267 @@
+"""Cells whose state is cut into tiles, in Triton's interpreter, against the loop in float64."""
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from pararnn import RNN, scan
+from pararnn.kernels import facts
+from pararnn.planning.costs import COSTS
+from pararnn.planning.plan import BackendError
+from pararnn.testing import assert_close, loop
+
+from .conftest import needs_triton
+from .random_steps import random_step
+from .tile_cells import TILE_CELLS, Memory
+
+pytestmark = needs_triton
+SEGMENT = COSTS.tile_segment
+ELSEWHERE = {  # their keys and values would be one axis, or tensors of their state are stacked
+    *("AddsItsTranspose", "MultipliesItself", "OneWeightOnBothSides"),
+    *("KeyAsValue", "ReadsAlongBoth", "WithNormaliser"),
+}
+
+
+def make(name, dtype=torch.float64, **sizes):
+    torch.manual_seed(0)
+    return TILE_CELLS[name](**sizes).to(dtype)
+
+
+def tuple_of(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def states(rnn, rows, dtype=torch.float64):
+    found = tuple(0.5 * torch.randn(rows, *s, dtype=dtype) for s in rnn.state_shapes)
+    return found if len(found) > 1 else found[0]
+
+
+def outcome(run, cell, x, *given, only=None):
+    """Values and all gradients, where only some of the values have one if `only` says so."""
+    x = x.detach().requires_grad_()
+    leaves = [tuple(t.detach().requires_grad_() for t in tuple_of(g)) for g in given]
+    parts = [g if isinstance(o, tuple) else g[0] for g, o in zip(leaves, given, strict=True)]
+    y, last = run(x, *parts)
+    values = [y, *tuple_of(last)]
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [torch.randn(v.shape, generator=generator).to(v) for v in values]
+    pairs = list(zip(values, cotangents, strict=True))[only or slice(None)]
+    total = sum((v * c).sum() for v, c in pairs if v.requires_grad)
+    inputs = [x, *(t for g in leaves for t in g), *cell.parameters()]
+    grads = torch.autograd.grad(total, inputs, allow_unused=True)
+    zero = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, grads, strict=True)]
+    return [v.detach().double() for v in (*values, *zero)]
+
+
+def assert_same(found, expected, rtol=1e-10):
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        if reference.abs().max() > 0:
+            assert_close(f"value {i}", actual, reference, rtol=rtol, atol=1e-12)
+        else:
+            assert not actual.any(), f"value {i} is not zero"
+
+
+def compare(cell, time=5, batch=2, only=None, rtol=1e-10):
+    """A layer with kernels, and the loop."""
+    dtype = next((p.dtype for p in cell.parameters()), torch.float64)
+    rnn, exact = RNN(cell, backend="triton"), copy.deepcopy(cell).double()
+    x = torch.randn(batch, time, cell.input_size, dtype=dtype)
+    state = states(rnn, batch, dtype)
+    assert rnn.plan(x.shape, dtype).path == "tiles"
+    found = outcome(rnn, cell, x, state, only=only)
+    given = x.double(), tuple(s.double() for s in state) if type(state) is tuple else state.double()
+    assert_same(found, outcome(functools.partial(loop, exact), exact, *given, only=only), rtol)
+
+
+@pytest.mark.parametrize("name", TILE_CELLS)
+def test_cells_equal_the_loop(name):
+    try:
+        compare(make(name))
+    except BackendError:
+        assert name in ELSEWHERE
+    else:
+        assert name not in ELSEWHERE
+
+
+@pytest.mark.parametrize("seed", [2, 39, 123, 274, 330, 390])
+def test_random_steps_equal_the_loop(seed):
+    try:
+        compare(random_step(seed))
+    except BackendError:
+        assert seed in (39, 123, 274)  # an axis is in two places of a value there
+
+
+@pytest.mark.parametrize("time", [1, SEGMENT - 1, SEGMENT, 2 * SEGMENT + 3])
+def test_any_number_of_steps(time):
+    compare(make("WeightsOnBothSides"), time)
+
+
+@pytest.mark.parametrize("name", ["WeightsOnBothSides", "Slots", "ParametersOfAllKinds"])
+@pytest.mark.parametrize("sizes", [(1, 4, 5), (1, 1, 5), (3, 4, 1), (1, 1, 1), (1, 17, 3)], ids=str)
+def test_any_sizes(name, sizes):
+    heads, keys, values = sizes
+    cell = make(name, heads=heads, keys=keys, values=values)
+    try:
+        compare(cell, 3)
+    except BackendError:
+        assert 1 in sizes  # products with one column are none of matrices
+    except AssertionError:
+        assert keys == values == 1  # then nothing mixes
+        assert RNN(cell, backend="triton").plan((2, 3, cell.input_size)).path == "kernel"
+
+
+@pytest.mark.parametrize("name", ["WeightPerHead", "DriveTwice"])
+@pytest.mark.parametrize("only", [slice(0, 1), slice(1, None)], ids=["outputs", "last state"])
+def test_gradients_of_some_results(name, only):
+    compare(make(name), SEGMENT + 1, only=only)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["WeightPerHead", "Norms", "ParametersOfAllKinds"])
+def test_other_types(name, dtype):
+    compare(make(name, dtype), rtol=1e-5 if dtype is torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("name", ["WeightPerHead", "Slots", "DriveTwice"])
+def test_resets(name):
+    cell = make(name)
+    rnn = RNN(cell, backend="triton")
+    x = torch.randn(2, SEGMENT + 4, cell.input_size, dtype=torch.float64)
+    resets = torch.rand(x.shape[:2]) < 0.2
+    resets[0, 0] = resets[1, SEGMENT] = True
+    given = x, states(rnn, 2), states(rnn, 2)
+    run = lambda of: lambda x, state, fresh: of(x, state, resets=resets, reset_state=fresh)  # noqa: E731
+    expected = outcome(run(functools.partial(loop, cell)), cell, *given)
+    assert_same(outcome(run(rnn), cell, *given), expected)
+
+
+@pytest.mark.parametrize("name", ["WeightPerHead", "DriveTwice"])
+@pytest.mark.parametrize("ends", [[20], [3, 20], [0, 20], [20, 20], [5, 5, 21, 22]], ids=str)
+def test_packed_sequences(name, ends):
+    """Also two of them, and ones without steps."""
+    cell = make(name)
+    kernels, plain = RNN(cell, backend="triton"), RNN(cell, backend="torch")
+    offsets = torch.tensor([0, *ends])
+    x = torch.randn(1, ends[-1], cell.input_size, dtype=torch.float64)
+    given = x, states(kernels, len(ends))
+    run = lambda rnn: lambda x, state: rnn(x, state, cu_seqlens=offsets)  # noqa: E731
+    assert_same(outcome(run(kernels), cell, *given), outcome(run(plain), cell, *given))
+
+
+@pytest.mark.parametrize("name", sorted({*TILE_CELLS} - ELSEWHERE - {"FourAxes"}))
+def test_tiles_in_parts(name, monkeypatch):
+    """A GPU of many processors, where programs share a tile."""
+    real = facts.machine_of
+    many = lambda device: dataclasses.replace(real(device), processors=1000)  # noqa: E731
+    monkeypatch.setattr(facts, "machine_of", many)
+    is_square = issubclass(TILE_CELLS[name], TILE_CELLS["Square"])
+    options = {"keys": 32} if is_square else {"keys": 32, "values": 3}
+    compare(make(name, heads=1, **options), 2, batch=1)
+
+
+@pytest.mark.parametrize("name", ["ReadsNumbers", "Reflections", "ReadsScaledByASum"])
+def test_rows_that_fill_up_a_block(name):
+    compare(make(name, keys=3, values=64), 2, batch=1)
+
+
+def test_a_cell_that_computes_in_a_wider_type():
+    class Wider(Memory):
+        def forward(self, x, state):
+            new = (
+                0.9 * state.double() - state.double().mean(-1, keepdim=True) + self.new(x).double()
+            )
+            return torch.tanh(new).to(x.dtype)
+
+        def readout(self, x, state):
+            return super().readout(x.double(), state.double()).to(x.dtype)
+
+    cell = Wider()
+    kernels, plain = RNN(cell, backend="triton"), RNN(cell, backend="torch")
+    given = torch.randn(2, 5, cell.input_size), states(kernels, 2, torch.float32)
+    assert kernels.plan(given[0].shape).path == "tiles"
+    assert_same(outcome(kernels, cell, *given), outcome(plain, cell, *given), 1e-5)
+
+
+def test_x_in_any_layout():
+    cell = make("WeightPerHead")
+    features = cell.input_size
+    of = functools.partial(torch.randn, dtype=torch.float64)
+    for x in (of(1, 1, features).expand(2, 5, -1), of(2, features, 5).mT, of(0, 5, features)):
+        both = [RNN(cell, backend=name) for name in ("triton", "torch")]
+        found, expected = (rnn(x) for rnn in both)
+        for actual, reference in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual, reference)
+    both = [RNN(cell, backend=name, batch_first=False) for name in ("triton", "torch")]
+    given = of(5, 2, features), states(both[0], 2)
+    assert_same(*(outcome(rnn, cell, *given) for rnn in both))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_derivatives_of_all_kinds():
+    cell = make("WeightPerHead")
+    both = [RNN(cell, backend=name) for name in ("triton", "torch")]
+    x = torch.randn(2, 4, cell.input_size, dtype=torch.float64)
+
+    def twice(rnn):
+        given = x.clone().requires_grad_()
+        y, last = rnn(given)
+        inputs = [given, *cell.parameters()]
+        grads = torch.autograd.grad(y.sin().sum() + last.pow(2).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), inputs)
+
+    def transforms(rnn):
+        grad = torch.func.grad(lambda x: rnn(x)[0].sin().sum())(x)
+        mapped = torch.func.vmap(rnn)(torch.stack([x, 2 * x]))
+        pushed = torch.func.jvp(rnn, (x,), (x.cos(),))
+        return [grad, *mapped, *(t for p in pushed for t in p)]
+
+    for what in (twice, transforms):
+        assert_same(*map(what, both))
+
+
+def test_compiled_and_exported():
+    """For any batch, time and number of sequences."""
+    cell = make("WeightPerHead")
+    rnn, plain = RNN(cell, backend="triton"), RNN(cell, backend="torch")
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, SEGMENT + 1, cell.input_size, dtype=torch.float64)
+    given = x, states(rnn, 2)
+    assert_same(outcome(compiled, cell, *given), outcome(plain, cell, *given))
+    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("time")},)
+    program = torch.export.export(RNN(cell, backend="triton"), (x,), dynamic_shapes=sizes).module()
+    for shape in ((3, 5), (4, 2 * SEGMENT + 1)):
+        x = torch.randn(*shape, cell.input_size, dtype=torch.float64)
+        assert_same(program(x), plain(x))
+
+
+def test_scan_with_and_without_a_readout():
+    weight = (0.4 * torch.randn(6, 6, dtype=torch.float64)).requires_grad_()
+    drives = [torch.randn(2, 5, 3, n, dtype=torch.float64, requires_grad=True) for n in (4, 6)]
+    state = torch.zeros(2, 3, 4, 6, dtype=torch.float64)
+
+    def step(state, key, value, weight):
+        return torch.tanh(state @ weight + key[..., None] * value[..., None, :])
+
+    def readout(state, key, value, weight):
+        return (key[..., None] * state).sum(-2)
+
+    for read in (None, readout):
+        found = []
+        for name in ("triton", "torch"):
+            y, last = scan(step, state, drives, weight, readout=read, backend=name)
+            grads = torch.autograd.grad(y.sin().sum() + last.sum(), [weight, *drives])
+            found.append([y.detach(), last.detach(), *grads])
+        assert_same(*found)
+
+
+def test_frozen_parameters_and_copies():
+    cell = make("WeightPerHead")
+    cell.w.requires_grad_(False)
+    rnn = copy.deepcopy(RNN(cell, backend="triton"))
+    x = torch.randn(2, 5, cell.input_size, dtype=torch.float64)
+    (found,) = torch.autograd.grad(rnn(x)[0].sum(), [rnn.cell.b])
+    (expected,) = torch.autograd.grad(RNN(cell, backend="torch")(x)[0].sum(), [cell.b])
+    assert_close("gradient", found, expected, rtol=1e-10)

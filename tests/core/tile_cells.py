@@ -257,7 +257,7 @@ class ReadsNumbers(Memory):
     """One for each head, from both axes of the tile."""
 
     def forward(self, x, state):
-        return torch.tanh(0.9 * state - 0.1 * state.mean(-2, keepdim=True) + self.new(x))
+        return torch.tanh(0.9 * state - 0.1 * state.mean(-1, keepdim=True) + self.new(x))
 
     def readout(self, x, state):
         query, _, _, other, _ = self.split(x)

@@ -266,3 +266,16 @@ def test_frozen_parameters_and_copies():
     (found,) = torch.autograd.grad(rnn(x)[0].sum(), [rnn.cell.b])
     (expected,) = torch.autograd.grad(RNN(cell, backend="torch")(x)[0].sum(), [cell.b])
     assert_close("gradient", found, expected, rtol=1e-10)
+
+
+def test_an_extreme_of_nan_is_nan():
+    drives, state = torch.zeros(1, 3, 1, dtype=torch.float64), torch.zeros(1, 4, 6)
+    state = state.double()
+    state[0, 1, 2] = torch.nan
+
+    def step(state, drive):
+        return 0.5 * state + state.amax(-1, keepdim=True) + state.amin(-2, keepdim=True) + drive
+
+    found = [scan(step, state, drives[..., None], backend=b)[0] for b in ("triton", "torch")]
+    assert torch.equal(*(f.isnan() for f in found))
+    assert found[0].isnan().sum() > 9

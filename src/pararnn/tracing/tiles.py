@@ -47,14 +47,12 @@ class Place:
         rows: Its rows.
         columns: Its columns.
         is_matrix: Whether its rows and columns are both those of a weight.
-        lacks: Axes of the programs that it does not have.
     """
 
     programs: tuple[int, ...]
     rows: Axis
     columns: Axis
     is_matrix: bool
-    lacks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,3 @@ class Tiles:
     adjoints: tuple[Operand, ...]
     gradients: tuple[Result, ...]
     differentiable: tuple[int, ...]
-
-    @property
-    def entries(self) -> int:
-        """Entries of a tile."""
-        return self.rows * self.columns

@@ -301,3 +301,69 @@ def test_scan_has_the_types_that_other_backends_have():
         assert kinds[0] == kinds[1]
         for actual, expected in zip(*found, strict=True):
             assert_close("value", actual, expected, rtol=2e-2)
+
+
+def test_steps_that_differ_in_what_they_hand_out():
+    """Alike in code, with other components or other shapes of what is read."""
+    drives = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(2, 5, 3, 6).double()
+    state = tuple(torch.zeros(2, 3, 4, 6, dtype=torch.float64) for _ in range(2))
+
+    def step(state, key, value):
+        new = key[..., None] * value[..., None, :]
+        return 0.5 * state[0] + new, torch.tanh(0.7 * state[1] - new)
+
+    weights = [torch.randn(s, dtype=torch.float64) for s in ((6,), (4, 1), (1,))]
+    readouts = [lambda s, k, v, w, i=i: s[i] * w for i in range(2)]
+    for readout, weight in [(r, w) for r in readouts for w in weights]:
+
+        def with_weight(state, key, value, w):
+            return step(state, key, value)
+
+        found = [
+            scan(with_weight, state, drives, weight, readout=readout, backend=name)[0]
+            for name in ("triton", "torch")
+        ]
+        assert_same([found[0]], [found[1]])
+
+
+@pytest.mark.parametrize("axis", ["heads", "keys", "values"])
+def test_a_mask_alone_has_an_axis(axis):
+    size = {"heads": 3, "keys": 4, "values": 6}[axis]
+    mask = torch.rand(2, 5, size) < 0.5
+    drives = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(2, 5, 3, 6).double(), mask
+    state = torch.zeros(2, 3, 4, 6, dtype=torch.float64)
+
+    def along(mask):
+        shape = [size if axis == name else 1 for name in ("heads", "keys", "values")]
+        return torch.where(mask, 1.0, 0.25).double().unflatten(-1, shape)
+
+    def step(state, key, value, mask):
+        share = along(mask)
+        new = key[..., None] * value[..., None, :]
+        return torch.tanh(share * state + new) / (1 + share.sum((-1, -2), keepdim=True))
+
+    def readout(state, key, value, mask):
+        return (key[..., None] * state).sum(-2) + along(mask).sum(-2)
+
+    found = [scan(step, state, drives, readout=readout, backend=b) for b in ("triton", "torch")]
+    assert_same(*found)
+
+
+def test_a_gradient_of_a_weight_beside_a_wide_drive():
+    torch.manual_seed(0)
+    weight = torch.randn(40, dtype=torch.float64, requires_grad=True)
+    drives = [torch.randn(2, 5, n, dtype=torch.float64, requires_grad=True) for n in (6, 40)]
+    state = torch.zeros(2, 6, 40, dtype=torch.float64)
+
+    def step(state, row, wide, weight):
+        return torch.tanh(0.5 * state + row[..., None] * (weight * wide)[:, None, :])
+
+    def readout(state, row, wide, weight):
+        return state.sum(-1)
+
+    found = []
+    for name in ("triton", "torch"):
+        y, last = scan(step, state, drives, weight, readout=readout, backend=name)
+        grads = torch.autograd.grad(y.sin().sum() + last.sum(), [weight, *drives])
+        found.append([y.detach(), last.detach(), *grads])
+    assert_same(*found)

@@ -120,3 +120,20 @@ def test_messages():
         pararnn.TraceError, match="given one tensor as state but returned a tuple of 1"
     ):
         pararnn.scan(lambda h, z: (h + z,), h, z)
+
+
+def test_steps_that_differ_in_axes_of_what_they_share():
+    """Alike in every operation on an entry, with a gate per row or per column."""
+    state = torch.zeros(2, 4, 6, dtype=torch.float64)
+    for axis, size in ((-1, 4), (-2, 6), (-1, 4)):
+        drives = torch.randn(2, 5, 4, 6, dtype=torch.float64), torch.rand(2, 5, size).double()
+
+        def step(state, x, gate, axis=axis):
+            return torch.tanh(gate.unsqueeze(axis) * state + x)
+
+        found, last = pararnn.scan(step, state, drives, backend="torch")
+        expected = state
+        for t in range(5):
+            expected = step(expected, *(d[:, t] for d in drives))
+            assert torch.allclose(found[:, t], expected)
+        assert torch.allclose(last, expected)

@@ -22,7 +22,7 @@ from pararnn.kernels.facts import Planner, all_facts, facts_of
 from pararnn.kernels.registry import Name, Registry, read_solver, write, write_solver
 from pararnn.kernels.rows import Rows
 from pararnn.kernels.tiled import Tiled, sizes_of, tiles_of
-from pararnn.planning.plan import BACKENDS, BackendChoice, Facts, by_tiles
+from pararnn.planning.plan import BACKENDS, BackendChoice, Facts, by_channels, by_tiles
 from pararnn.planning.settings import Solver
 from pararnn.tracing.modes import without_autocast
 from pararnn.tracing.step import Step
@@ -152,8 +152,11 @@ def register(
     """
     facts = facts or facts_of(step)
     text = f"{step.key} {step.device} {solver!r} {backend} {facts}"
+    if not by_channels(facts, backend):
+        # of channels that do not mix, the module knows which values are the same for some of them
+        text += step.module.code
     if readout is not None:
-        text += f"{readout.module.code} {readout.shared}"
+        text += f" {readout.key}"
     name = f"{backend.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     return _requests.add(name, lambda: _made(Request(step, backend, solver, facts, readout)))
 

@@ -43,7 +43,7 @@ _known: weakref.WeakKeyDictionary[fx.GraphModule, dict[Any, Tiles | str]] = (
 def tiles_of(step: Step, readout: Readout | None) -> Tiles | str:
     """The step and its readout in tiles, or the reason why not; cached."""
     known = _known.setdefault(step.module, {})
-    key = (step.key, None if readout is None else (readout.module.code, readout.shared))
+    key = step.key, None if readout is None else readout.key
     if key not in known:
         try:
             found = tiles(step, readout)

@@ -131,12 +131,11 @@ class Reader:
     def refine(self, split: Split) -> None:
         """Take an atom apart, and all that belong to the same axis, for the next reading."""
         of = self.find(split.atom)
-        for atom, origin in enumerate(self.origins):
+        for atom, origin in reversed(list(enumerate(self.origins))):
             if origin is not None and self.find(atom) == of:
                 name, axis, place = origin
                 old = self.factors.get((name, axis), (self.sizes[atom],))
-                # places count in the factors of this reading; several splits of one axis at a
-                # time come from the last place to the first
+                # places count in the factors of this reading, so the last place comes first
                 new = (*old[:place], *split.sizes, *old[place + 1 :])
                 self.factors[name, axis] = new
 
@@ -325,6 +324,8 @@ class Reader:
                 axis.append((atom, part))
                 size //= part
             axes.append(tuple(axis))
+        if any(size > 1 for _, size in items):
+            raise NotTiled("a view does not fit")
         return Value(value.expression, tuple(axes), value.order)
 
     # Products and sums

@@ -109,7 +109,7 @@ def _packed(
 def _with_small(of: Traced, captured: Capture) -> Traced:
     """The traced cell, which can be made with few and small inputs over time."""
 
-    def small() -> Traced:
+    def small(of: Traced) -> Traced:
         parts = partition(captured, keep_small=True, keep_few=True)
         return _mixing(of.subject, of.given, of.packing, parts, of.reason, of.device)
 

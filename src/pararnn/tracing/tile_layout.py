@@ -188,7 +188,7 @@ class _Layout:
             raise NotTiled("a value has an axis of the programs twice")
 
     def laid(self, node: Expression) -> _Laid:
-        if node.op in LEAVES:
+        if node.op in LEAVES or node in self.orders:  # a truth value is more than its leaf
             order = self.orders.get(node, ())
             self.matrix(order)
             return _Laid(node, order, frozenset(), False)

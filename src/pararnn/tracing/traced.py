@@ -43,6 +43,12 @@ class Readout:
         """The types of what it takes, as it was traced: it may rely on them to be these."""
         return [self.dtype] * len(self.components) + [i.dtype for i in self.inputs]
 
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal keys, equal functions."""
+        sizes = f"{self.components} {self.inputs} {self.shared} {self.shape} {self.dtype}"
+        return f"{self.module.code}{sizes} {self.is_random}"
+
     def __call__(self, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """What is handed out, (batch, time, *shape).
 
@@ -79,7 +85,7 @@ class Traced:
         readout: What the cell hands out; None for the first tensor of its state.
         reason: The reason for the structure, in words.
         device: Where it was traced.
-        make_small: Makes `small`; None for states that are vectors of channels which do not mix.
+        make_small: Makes `small` of it; None for vectors of channels which do not mix.
     """
 
     subject: Subject
@@ -91,12 +97,12 @@ class Traced:
     readout: Readout | None
     reason: str
     device: torch.device
-    make_small: Callable[[], Traced] | None = None
+    make_small: Callable[[Traced], Traced] | None = None
 
     @functools.cached_property
     def small(self) -> Traced | None:
         """The same with few and small inputs over time, for kernels of tiles."""
-        return None if self.make_small is None else self.make_small()
+        return None if self.make_small is None else self.make_small(self)
 
     @property
     def capture(self) -> Capture:

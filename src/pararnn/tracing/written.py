@@ -149,6 +149,7 @@ def write_readout(step: Step, of: Readout | None) -> dict[str, Any] | None:
         "components": list(of.components),
         "shared": list(of.shared),
         "shape": list(of.shape),
+        "dtype": str(of.dtype).split(".")[1],
     }
 
 
@@ -163,9 +164,10 @@ def read_readout(text: dict[str, Any] | None) -> Readout | None:
     step = read_step(text["module"], rows=False)
     components, shape = (tuple(map(int, text[name])) for name in ("components", "shape"))
     shared = tuple(None if n is None else int(n) for n in text["shared"])
+    kind = _kind("dtype", text["dtype"])
     if len(components) != step.num_components or len(shared) != len(step.inputs):
         raise ValueError("the readout takes something else")
-    return Readout(step.module, components, step.inputs, shared, shape, False, step.dtype)
+    return Readout(step.module, components, step.inputs, shared, shape, False, kind)
 
 
 def _write_channel(of: Step) -> dict[str, Any] | None:

@@ -63,14 +63,24 @@ def load(at, offsets, inside, PLACES: tl.constexpr):
 
 
 @triton.jit
-def store(at, offsets, inside, values, PLACES: tl.constexpr):
-    """Write the tiles of values."""
-    for n in tl.static_range(len(PLACES)):
+def narrowed(values, offsets):
+    """Tiles with no more rows than `offsets` have: of a value that was loaded in more, any one."""
+    found = ()
+    for n in tl.static_range(len(values)):
         value = values[n]
         if len(value.shape) == 2:  # else it is a number  # noqa: SIM102
-            if value.shape[0] > offsets[n].shape[0]:  # all rows are the same
+            if value.shape[0] > offsets[n].shape[0]:
                 value = tl.max(value, 0)[None, :]
-        value = tl.broadcast_to(value, offsets[n].shape)
+        found = found + (value,)
+    return found
+
+
+@triton.jit
+def store(at, offsets, inside, values, PLACES: tl.constexpr):
+    """Write the tiles of values."""
+    own = narrowed(values, offsets)
+    for n in tl.static_range(len(PLACES)):
+        value = tl.broadcast_to(own[n], offsets[n].shape)
         if PLACES[n][8]:
             tl.store(at[n] + offsets[n], value)
         else:
@@ -416,7 +426,7 @@ def backward(
             adjoint, of_drives, of_fixed = ADJOINT(
                 FACTORS, once, s, drive, coefficient, same(adjoint) + of_y
             )
-            found = added(found, of_fixed)
+            found = added(found, narrowed(of_fixed, sum_offsets))
             results = added(begins(grads, b, t), of_grads)
             store(results, grad_offsets, grad_inside, of_drives, GRADS)
             if starts is not None:

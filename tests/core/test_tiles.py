@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from pararnn import RNN, scan
+from pararnn import RNN, diagnose, scan
 from pararnn.kernels import facts
 from pararnn.planning.costs import COSTS
 from pararnn.planning.plan import BackendError
@@ -256,6 +256,16 @@ def test_scan_with_and_without_a_readout():
             grads = torch.autograd.grad(y.sin().sum() + last.sum(), [weight, *drives])
             found.append([y.detach(), last.detach(), *grads])
         assert_same(*found)
+
+
+def test_diagnose_says_that_there_are_no_chunks(capsys):
+    cell = make("WeightPerHead")
+    rnn = RNN(cell, backend="triton")
+    x = torch.randn(2, 2 * SEGMENT, cell.input_size, dtype=torch.float64)
+    found = diagnose(rnn, x, states(rnn, 2))
+    assert not found.chunks_pay
+    assert "one chunk (one kernel runs all steps" in found.chunks_reason
+    assert found.chunks_reason in capsys.readouterr().out
 
 
 def test_frozen_parameters_and_copies():

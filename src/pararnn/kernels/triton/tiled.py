@@ -138,15 +138,6 @@ def rows_of(tensors, row, strides):
 
 
 @triton.jit
-def same(values):
-    """A tuple of values."""
-    found = ()
-    for n in tl.static_range(len(values)):
-        found = found + (values[n],)
-    return found
-
-
-@triton.jit
 def zeros(offsets, REAL: tl.constexpr):
     """Tiles of zeros."""
     found = ()
@@ -162,6 +153,29 @@ def added(sums, values):
     for n in tl.static_range(len(sums)):
         found = found + (sums[n] + values[n],)
     return found
+
+
+@triton.jit
+def restarted(
+    starts,
+    initial,
+    s,
+    b,
+    t,
+    time,
+    offsets,
+    inside,
+    STATE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """The state before step `t` of sequence `b`, where another one may start."""
+    if starts is not None:
+        start = tl.load(starts + tl.cast(b, tl.int64) * time + t)
+        if start >= 0:
+            first = components(initial, start, HIDDEN, len(STATE))
+            s = cast(load(first, offsets, inside, STATE), REAL)
+    return s
 
 
 @triton.jit(do_not_specialize=["batch", "time", "segments", "y_part"])
@@ -246,12 +260,7 @@ def forward(
         drive = cast(ahead, REAL)
         following = tl.minimum(t + 1, time - 1)
         ahead = load(begins(drives, b, following), drive_offsets, drive_inside, DRIVES)
-        if starts is not None:
-            start = tl.load(starts + tl.cast(b, tl.int64) * time + t)
-            if start >= 0:
-                s = cast(
-                    load(components(initial, start, HIDDEN, count), offsets, inside, STATE), REAL
-                )
+        s = restarted(starts, initial, s, b, t, time, offsets, inside, STATE, HIDDEN, REAL)
         if t % SEGMENT == 0:
             row = tl.cast(b, tl.int64) * segments + t // SEGMENT
             store(components(kept, row, HIDDEN, count), own_offsets, own_inside, s, STORED)
@@ -387,11 +396,8 @@ def backward(
             drive = cast(ahead, REAL)
             following = begin + tl.minimum(i + 1, steps - 1)
             ahead = load(begins(drives, b, following), drive_offsets, drive_inside, DRIVES)
-            if starts is not None:
-                start = tl.load(starts + tl.cast(b, tl.int64) * time + begin + i)
-                if start >= 0:
-                    first = components(initial, start, HIDDEN, count)
-                    s = cast(load(first, offsets, inside, STATE), REAL)
+            t = begin + i
+            s = restarted(starts, initial, s, b, t, time, offsets, inside, STATE, HIDDEN, REAL)
             room = tl.cast(b, tl.int64) * SEGMENT + i
             store(components(scratch, room, HIDDEN, count), own_offsets, own_inside, s, STORED)
             s = AGAIN(FACTORS, once, s, drive, coefficient)
@@ -424,7 +430,7 @@ def backward(
                         of_end = components(end_grads, tl.load(owners + place), HIDDEN, count)
                         adjoint = cast(load(of_end, offsets, inside, STATE), REAL)
             adjoint, of_drives, of_fixed = ADJOINT(
-                FACTORS, once, s, drive, coefficient, same(adjoint) + of_y
+                FACTORS, once, s, drive, coefficient, adjoint + of_y
             )
             found = added(found, narrowed(of_fixed, sum_offsets))
             results = added(begins(grads, b, t), of_grads)

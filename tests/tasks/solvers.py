@@ -49,7 +49,12 @@ def word_problem(task, tokens):
     elements = sorted(permutations(range(task.degree)))
     answers, where = {}, list(range(task.degree))
     for t, token in enumerate(tokens):
-        where = [elements[token][place] for place in where]
+        if task.by_swaps:
+            one, other = token - 1, token
+            if token:
+                where = [{one: other, other: one}.get(place, place) for place in where]
+        else:
+            where = [elements[token][place] for place in where]
         answers[t] = elements.index(tuple(where))
     return answers
 
@@ -112,6 +117,7 @@ SOLVERS = {
     "2-hop": k_hop,
     "s3": word_problem,
     "s5": word_problem,
+    "s5-swaps": word_problem,
     "modular-counting": modular_counting,
     "automaton": automaton,
     "dyck-2": dyck,

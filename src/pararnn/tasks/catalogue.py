@@ -24,6 +24,7 @@ TASKS: dict[str, Task] = {
     "2-hop": KHop(hops=2, values=5),
     "s3": WordProblem(degree=3),
     "s5": WordProblem(degree=5),
+    "s5-swaps": WordProblem(degree=5, by_swaps=True),
     "modular-counting": ModularCounting(),
     "automaton": FiniteAutomaton(),
     "dyck-2": Dyck2(),

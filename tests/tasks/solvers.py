@@ -23,7 +23,7 @@ def mqar(task, tokens):
             assert first % 2 == 0
             assert first < 2 * task.pairs
             answers[t] = tokens[first + 1]
-    assert len(answers) == task.pairs
+    assert answers
     return answers
 
 

@@ -3,9 +3,9 @@
 Danieli et al. 2025 (arXiv 2510.21450, C.2) use it with 128 tokens and a kappa of 2, which is taken
 for the number of pairs here.
 
-Pairs of a key and a value come first; then, among noise, each key once more, and its value is the
-class there. Keys are the first half of the tokens, values and noise the second, so that noise is
-never a query.
+Pairs of a key and a value come first. Then every other token on average is one of these keys, and
+its value is the class there; the rest is noise. Keys are the first half of the tokens, values and
+noise the second, so that noise is never a query.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pararnn.tasks.task import Batch, Known, Task, table_6
 
 @dataclass(frozen=True)
 class AssociativeRecall(Task):
-    """After a key that comes again, the class is the value that followed it first.
+    """After a key that comes again, the class is the value that followed it at first.
 
     Args:
         pairs: Keys with a value, all different.
@@ -45,17 +45,19 @@ class AssociativeRecall(Task):
 
     @property
     def min_length(self) -> int:  # noqa: D102
-        return 3 * self.pairs
+        return 2 * self.pairs + 1
 
     def sample(self, size: int, length: int, generator: torch.Generator) -> Batch:  # noqa: D102
         options: dict[str, Any] = {"generator": generator, "device": generator.device}
         half, first = self.values // 2, 2 * self.pairs
         keys = torch.rand(size, half, **options).topk(self.pairs).indices
         tokens = torch.randint(half, self.values, (size, length), **options)
-        values = tokens[:, 1:first:2].clone()
+        values = tokens[:, 1:first:2]
         tokens[:, :first:2] = keys
-        places = torch.rand(size, length - first, **options).topk(self.pairs).indices + first
-        tokens.scatter_(1, places, keys)
-        targets = torch.zeros_like(tokens).scatter_(1, places, values)
-        counts = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, places, True)
+        counts = torch.rand(size, length, **options) < 0.5
+        counts[:, :first] = False
+        counts[:, -1] = True
+        asked = torch.randint(self.pairs, (size, length), **options)
+        targets = values.gather(1, asked) * counts
+        tokens = torch.where(counts, keys.gather(1, asked), tokens)
         return Batch(tokens, targets, counts)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tasks.solvers import SOLVERS
+from tasks.test_training import after, never, without_times
 
 from pararnn.tasks import TASKS, draw
 from pararnn.tasks.settings import SuiteConfig, settings_for
 from pararnn.tasks.suite import run_suite
 from pararnn.tasks.training import Training, Unit
-from tasks.solvers import SOLVERS
-from tasks.test_training import after, never, without_times
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")

@@ -18,7 +18,7 @@ def plot_heat_map(results: list[Result], path: Path) -> None:
     tasks = list(dict.fromkeys(r["task"] for r in results))
     names = list(dict.fromkeys(name for name, _ in groups))
     lengths = [int(length) for length in results[0]["tests"]]
-    size = (2 * (2.5 + 0.6 * len(tasks)), 2 + 0.35 * len(names))
+    size = (2 * (2.5 + 0.6 * len(tasks)), 3 + 0.35 * len(names))
     figure = Figure(figsize=size, layout="constrained")
     titles = ("length of training", f"{lengths[-1] // lengths[0]} times the length")
     for axes, place, title in zip(figure.subplots(1, 2), (0, -1), titles, strict=True):
@@ -36,7 +36,8 @@ def plot_heat_map(results: list[Result], path: Path) -> None:
         axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right")
         axes.set_yticks(range(len(names)), names)
         axes.set_title(title)
-    figure.colorbar(image, ax=figure.axes, label="accuracy in %, best of the seeds")
+    figure.suptitle("Best of the seeds")
+    figure.colorbar(image, ax=figure.axes, label="accuracy in %")
     figure.savefig(path, dpi=120)
 
 

@@ -103,8 +103,16 @@ _MIXER = dataclasses.replace(_CELL, form="mixer")
 # weights: a state that must never be forgotten needs weights beyond 1.
 _TRACKING = Settings(form="blocks", width=128, num_layers=2, length=32)
 
-# Looking up and copying: the same models; a bound, as for language.
-_RECALL = Settings(form="blocks", width=128, num_layers=2, length=64, max_recurrent_weight=0.9)
+# Looking up and copying: the same models. A bound and long memories from the start, as for
+# language: what is asked for lies as far back as the sequence is long.
+_RECALL = Settings(
+    form="blocks",
+    width=128,
+    num_layers=2,
+    length=64,
+    max_recurrent_weight=0.9,
+    max_timescale=1000.0,
+)
 
 _FULL: dict[str, Settings] = {
     # Where all channels forget over 2 steps, nothing of the 5th token is left at the 100th, and no

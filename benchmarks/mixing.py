@@ -1,15 +1,19 @@
 """Cells whose channels mix: `RNN(nn.GRUCell)` against `nn.GRU` (cuDNN on a GPU) and the plain loop.
 
     python benchmarks/mixing.py [--device cuda] [--sizes 4,4096,64 ...] [--no-loop]
+    python benchmarks/mixing.py --cells block_gru layer_norm_lstm [--sizes 16,512,512 ...]
 
-The three share their weights (default initialisation, which forgets) and are compared before they
-are timed. Times are medians, float32; sizes are batch, time, hidden. On a GPU TF32 is off for all,
-and forward and backward are also timed as one CUDA graph, without Python.
+With `--cells`, cells with norms inside the step, against the loop in float64. Else the three share
+their weights (default initialisation, which forgets) and are compared before they are timed. Times
+are medians, float32; sizes are batch, time, hidden. On a GPU TF32 is off for all, and forward and
+backward are also timed as one CUDA graph, without Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,9 +23,12 @@ import torch
 from torch import nn
 
 import pararnn
+from pararnn.cells import BlockGRUCell, LayerNormLSTMCell
 from pararnn.kernels.graphs import captured
 from pararnn.testing import assert_close, loop
 
+CELLS = {"block_gru": BlockGRUCell, "layer_norm_lstm": LayerNormLSTMCell}
+NORMED_SIZES = ["16,512,512"]
 CPU_SIZES = ["4,4096,64", "1,4096,16", "1,1024,64", "16,1024,64", "64,512,64", "4,512,512"]
 GPU_SIZES = ["4,4096,64", "1,4096,64", "4,4096,256", "32,2048,64", "1,16384,64"]
 RTOL = 1e-4  # of sums over thousands of steps in another order
@@ -87,10 +94,44 @@ def row(batch: int, steps: int, hidden: int, device: torch.device, with_loop: bo
     return "| " + " | ".join(cells) + " |"
 
 
+def normed_row(name: str, batch: int, steps: int, hidden: int, device: torch.device) -> str:
+    """A cell with norms inside; all states and gradients are compared with the float64 loop."""
+    torch.manual_seed(0)
+    cell = CELLS[name](hidden, hidden).to(device)
+    rnn = pararnn.RNN(cell)
+    x = torch.randn(batch, steps, hidden, device=device, requires_grad=True)
+    cotangent = torch.randn(batch, steps, hidden, device=device)
+
+    def forward_backward() -> list[torch.Tensor]:
+        y, _ = rnn(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *cell.parameters()], cotangent)]
+
+    found, report = forward_backward(), rnn.report
+    exact = copy.deepcopy(cell).double()
+    x64 = x.detach().double().requires_grad_()
+    zeros = torch.zeros(batch, hidden, device=device, dtype=torch.float64)
+    state = zeros if rnn.num_components == 1 else (zeros,) * rnn.num_components
+    y, _ = loop(exact, x64, state)
+    grads = torch.autograd.grad(y, [x64, *exact.parameters()], cotangent.double())
+    errors = [
+        float((a.double() - e).abs().max() / e.abs().max())
+        for a, e in zip(found, [y.detach(), *grads], strict=True)
+    ]
+    with torch.no_grad():
+        forward = milliseconds(lambda: rnn(x), device)
+    both = milliseconds(forward_backward, device)
+    cells = [name, batch, steps, hidden, f"{forward:.2f} / {both:.2f}"]
+    if device.type == "cuda":
+        cells.append(f"{milliseconds(captured(forward_backward), device):.2f}")
+    cells += [f"{max(errors):.0e}", report.chunks, report.status]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", nargs="+", help="batch,time,hidden")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, help="cells with norms inside")
     parser.add_argument("--no-loop", action="store_true", help="the plain loop takes long")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -98,6 +139,13 @@ def main() -> None:
     on = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{on}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32,")
     print("forward / forward+backward in milliseconds.\n")
+    if options.cells:
+        graph = "in a CUDA graph | " if device.type == "cuda" else ""
+        header = f"| cell | batch | time | hidden | RNN | {graph}worst error | chunks | status |"
+        print(header + "\n|" + "---|" * (header.count("|") - 1))
+        for name, size in itertools.product(options.cells, options.sizes or NORMED_SIZES):
+            print(normed_row(name, *map(int, size.split(",")), device), flush=True)
+        return
     graph = "in a CUDA graph: RNN, nn.GRU | against nn.GRU | " if device.type == "cuda" else ""
     header = (
         "| batch | time | hidden | RNN(nn.GRUCell) | nn.GRU | plain loop | against nn.GRU | "

@@ -19,8 +19,10 @@ from torch import nn
 
 from pararnn import RNN, Jacobi, Newton, Picard, QuasiNewton, Sequential
 from pararnn.cells import (
+    BlockGRUCell,
     DeltaMemoryCell,
     HeadSLSTMCell,
+    LayerNormLSTMCell,
     M2RNNCell,
     OuterMemoryCell,
     ParaGRUCell,
@@ -31,7 +33,6 @@ from pararnn.kernels import facts, fused, operators
 from pararnn.kernels.facts import all_facts, facts_of
 from pararnn.kernels.triton import backend as triton_backend
 from pararnn.kernels.triton.sweeps import Kept, Streamed
-from pararnn.layers.pytorch_kernels import library_of
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.kernel_plans import plan_matvec, plan_wide
 from pararnn.planning.plan import BackendError
@@ -56,6 +57,8 @@ MIXING = {
     "lstm_64": lambda: nn.LSTMCell(INPUT, 64),
     "heads_64": lambda: HeadSLSTMCell(INPUT, 64, num_heads=2),
     "heads_1024": lambda: HeadSLSTMCell(INPUT, 1024, num_heads=2),
+    "block_gru_512": lambda: BlockGRUCell(INPUT, 512),
+    "layer_norm_lstm_64": lambda: LayerNormLSTMCell(INPUT, 64),
 }
 MEMORIES = {  # of 36 heads
     "m2rnn": lambda: M2RNNCell(INPUT, 64, 16, num_heads=36),
@@ -243,20 +246,7 @@ def _plan(rnn, given, known=None):
         tracked=given.train,
         elements=max(t.numel() for t in tensors),
         may_loop=dtype not in (torch.float16, torch.bfloat16),
-        library=None if given.resets else _library(rnn, dtype, given.device),
     )
-
-
-def _library(rnn, dtype, device):
-    """What of PyTorch's may run all steps, on a machine with cuDNN and oneDNN."""
-    if rnn.backend != "auto" or rnn.solver is not None:
-        return None
-    with (
-        mock.patch.object(torch.backends.cudnn, "is_available", return_value=True),
-        mock.patch.object(torch.backends.mkldnn, "is_available", return_value=True),
-        mock.patch.object(torch, "are_deterministic_algorithms_enabled", return_value=False),
-    ):
-        return library_of(rnn.cell, [dtype], dtype, device)
 
 
 def _elementwise(rnn, given):
@@ -293,8 +283,8 @@ def _mixing(rnn, given):
         known = all_facts(facts_of(step), step, runner.choice)
     plan = _plan(rnn, given, known)
     found = {"backend": plan.backend, "method": runner.method().__name__}
-    if plan.path in ("loop", "pytorch"):
-        return found | {"path": plan.path}
+    if plan.path == "loop":
+        return found | {"path": "loop"}
     if plan.path == "tiles":
         launches = plan.forward.tile, plan.adjoint.tile
         cuts = {

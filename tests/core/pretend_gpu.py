@@ -81,6 +81,8 @@ def pretend_gpu(multiprocessors: int = 132, capability: tuple[int, int] = (9, 0)
             change(torch, name, _on_cpu(getattr(torch, name)))
         for name in (*_NEW, "to"):
             change(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+        empty = torch.ops.aten.empty.memory_format  # which recordings call
+        change(empty, "_op", _on_cpu(empty._op))
         change(torch, "autocast", _autocast(torch.autocast))
         change(torch.Tensor, "device", property(_device))
         change(torch.Tensor, "is_cuda", property(lambda tensor: _device(tensor) == GPU))

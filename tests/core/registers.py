@@ -39,7 +39,9 @@ from triton.runtime.jit import JITFunction
 
 from pararnn import RNN, Newton
 from pararnn.cells import (
+    BlockGRUCell,
     DeltaMemoryCell,
+    LayerNormLSTMCell,
     M2RNNCell,
     OuterMemoryCell,
     ParaGRUCell,
@@ -92,6 +94,10 @@ MIXING = {
     "small_heads": functools.partial(Heads, INPUT, HIDDEN, 32),
     "dense_gru": functools.partial(nn.GRUCell, INPUT, 64),
     "dense_lstm": functools.partial(nn.LSTMCell, INPUT, 32),
+}
+NORMED_CELLS = {  # whose weights are read at every step too
+    "block_gru": functools.partial(BlockGRUCell, INPUT, 512),
+    "layer_norm_lstm": functools.partial(LayerNormLSTMCell, INPUT, 256),
 }
 MEMORIES = {"m2rnn": M2RNNCell, "delta": DeltaMemoryCell, "outer": OuterMemoryCell}
 NORMED = json.dumps(  # a vector that is normed and scaled, as a saved program has it
@@ -190,6 +196,9 @@ def cases() -> dict[str, Callable[[Recorder, str], None]]:
         found[f"{cell} {method} {starts}"] = functools.partial(run, size=(4, 1024), starts=starts)
     wide = functools.partial(nn.GRUCell, INPUT, 256)  # its weights do not fit on the chip
     found["wide_gru auto none"] = functools.partial(call, make=wide, solver=None, size=(4, 4096))
+    for cell, make in NORMED_CELLS.items():
+        run = functools.partial(call, make=make, solver=None, size=(16, 512))
+        found[f"{cell} auto none"] = run
     for cell, kind in itertools.product(MEMORIES, DTYPES):
         make = functools.partial(MEMORIES[cell], INPUT, 64, 16, num_heads=36)
         run = functools.partial(call, make=make, solver=None, size=(32, 64), kind=DTYPES[kind])

@@ -40,6 +40,8 @@ NO_COSTS = {
     "kernels/printing.py": {"_LONGEST"},
     "kernels/c/build.py": {"_LIMIT_S"},
     # names of numbers
+    "kernels/triton/wide.py": {"SUM", "MAX", "MIN"},
+    "kernels/triton/sweeps.py": {"_KINDS"},
     "solvers/report.py": {"SEQUENTIAL", "CONVERGED", "COMPLETED"},
     # sizes of what a cell is tried with
     "layers/sizes.py": {"_MOST_COMPONENTS", "_TRIAL_ROWS"},

@@ -257,9 +257,9 @@ CALLS = {
     ),
     "solver is no Newton": (lambda: layer(solver=3), TypeError, "solver must be pararnn.Newton"),
     "c for a cell with a softmax": (
-        lambda: RNN(Softmax(), backend="c"),
+        lambda: RNN(Cumulated(), backend="c"),
         ValueError,
-        "mix channels by products with weights, and Softmax is neither",
+        "mix channels by products with weights, and Cumulated is neither",
     ),
     "tolerance": (lambda: Newton(tolerance=0.0), ValueError, "must be positive, got 0.0"),
     "max_iterations": (lambda: Newton(max_iterations=0), ValueError, "must be at least 1, got 0"),
@@ -305,8 +305,8 @@ def test_what_fails_inside_a_step_prints_nothing(shape, capsys):
     assert not capsys.readouterr().err
 
 
-class Softmax(nn.Module):
-    """A reduction over channels, which no kernel has."""
+class Cumulated(nn.Module):
+    """Sums of channels that no kernel has."""
 
     input_size, hidden_size, num_components = 5, 5, 1
 
@@ -315,25 +315,25 @@ class Softmax(nn.Module):
         self.w = nn.Parameter(torch.randn(5, 5))
 
     def forward(self, x, h):
-        return torch.softmax(x + h @ self.w, -1)
+        return torch.cumsum(x + h @ self.w, -1)
 
 
 @needs_triton
 def test_what_is_refused_inside_a_step_names_no_generated_code(capsys):
     with pytest.raises(
-        ValueError, match="cannot run Softmax here: _softmax: it is not a pointwise op"
+        ValueError, match="cannot run Cumulated here: cumsum: it is not a pointwise op"
     ):
-        RNN(Softmax(), backend="triton")
+        RNN(Cumulated(), backend="triton")
     with pytest.raises(ValueError, match=r"\(mm at .*test_errors.py:\d+: it is not a pointwise op"):
-        RNN(Softmax(), backend="c")
+        RNN(Cumulated(), backend="c")
     assert not capsys.readouterr().err
 
 
 def test_generated_code_has_no_place():
     """As of a cell that FX made."""
-    cell = fx.symbolic_trace(Softmax())
+    cell = fx.symbolic_trace(Cumulated())
     with pytest.raises(
-        ValueError, match=r"Softmax is neither \(mm: it is not a pointwise operation"
+        ValueError, match=r"Cumulated is neither \(mm: it is not a pointwise operation"
     ):
         RNN(cell, hidden_size=5, num_components=1, backend="c")(zeros(2, 3, 5))
     assert show_place(("<eval_with_key>.12", 5)) == show_place(None) == "an unknown line"

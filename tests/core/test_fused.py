@@ -102,6 +102,20 @@ class HeadsExpanded(nn.Module):
         return torch.tanh(self.input(x) + mixed.flatten(1))
 
 
+class Turned(nn.Module):
+    """The channels of a product in another order, and a bias in another."""
+
+    input_size, hidden_size, num_components = INPUT, 6, 1
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.bias = nn.Linear(INPUT, 6), nn.Parameter(torch.randn(6))
+        self.weight = nn.Parameter(torch.randn(6, 6) * 0.4)
+
+    def forward(self, x, h):
+        return torch.tanh(self.input(x) + h * (h @ self.weight).flip(1) + self.bias.flip(0) * h)
+
+
 def xlstm():
     cell = XLSTMCell(3, 5)
     cell._recurrent_kernel_ = nn.Parameter(torch.randn(3, 20, 5) * 0.4)
@@ -122,6 +136,7 @@ CELLS = {
     "two_products": TwoProducts,
     "heads_in_place": HeadsInPlace,
     "heads_expanded": HeadsExpanded,
+    "turned": Turned,
 }
 
 
@@ -419,17 +434,17 @@ def test_first_read_in_inference_mode():
         assert_close("y", y, loop(cell, x, zeros)[0], rtol=1e-10)
 
 
-class Softmax(nn.Module):
-    """A reduction over channels."""
+class Cumulated(nn.Module):
+    """Sums of the channels so far."""
 
     input_size, hidden_size, num_components = INPUT, 6, 1
 
     def forward(self, x, h):
-        return torch.softmax(h + x[:, :1], -1)
+        return torch.tanh(torch.cumsum(h, -1) + x[:, :1])
 
 
 class Twisted(nn.Module):
-    """The channels of a product in another order."""
+    """The channels of the state in another order."""
 
     input_size, hidden_size, num_components = INPUT, 6, 1
 
@@ -438,7 +453,7 @@ class Twisted(nn.Module):
         self.weight = nn.Parameter(torch.randn(6, 6))
 
     def forward(self, x, h):
-        return torch.tanh(h * (h @ self.weight).flip(1) + x[:, :1])
+        return torch.tanh(h.flip(1) * (h @ self.weight) + x[:, :1])
 
 
 class Squared(nn.Module):
@@ -455,9 +470,9 @@ class Squared(nn.Module):
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
-        (Softmax, "softmax: it is not a pointwise operation"),
-        (Normed, "layer_norm: it is not a pointwise operation"),
-        (Twisted, "mul: it combines entries of different rows or channels"),
+        (Cumulated, "cumsum: it is not a pointwise operation"),
+        (Normed, "channels are mixed"),
+        (Twisted, "channels are mixed"),
         (Squared, "bmm: neither factor is a weight"),
     ],
 )
@@ -482,7 +497,8 @@ def test_source_is_deterministic_and_shows_the_equations():
             for e, r in zip(chunks.inputs, chunks.step.by_rows, strict=True)
         ]
         found = products(
-            of.module, of.inputs, strides, 1, of.hidden, torch.float32, torch.device("cpu")
+            *(of.module, of.inputs, strides, 1, of.hidden, of.group),
+            *(torch.float32, torch.device("cpu")),
         )
         leaves = {"state": 1, "drive": 3, "coefficient": 3, "weight": 3}
         return source("step", leaves, found.step, double=False)

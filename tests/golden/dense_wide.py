@@ -16,12 +16,17 @@ from pararnn.kernels.triton.functions import (
 
 
 @triton.jit
-def factors0(state, drive, coefficient, product):
+def factors0(state, drive, coefficient, product, reduced):
     return ()
 
 
 @triton.jit
-def new_state(state, drive, coefficient, product):
+def late0(state, drive, coefficient, product, reduced):
+    return ()
+
+
+@triton.jit
+def new_state(state, drive, coefficient, product, reduced):
     state0 = state[0]
     drive0 = drive[0]
     drive1 = drive[1]
@@ -49,7 +54,7 @@ import triton.language as tl
 
 
 @triton.jit
-def factors0(state, drive, coefficient, product):
+def factors0(state, drive, coefficient, product, reduced):
     state0 = state[0]
     drive0 = drive[0]
     drive1 = drive[1]
@@ -64,7 +69,12 @@ def factors0(state, drive, coefficient, product):
 
 
 @triton.jit
-def new_state(state, drive, coefficient, product):
+def late0(state, drive, coefficient, product, reduced):
+    return ()
+
+
+@triton.jit
+def new_state(state, drive, coefficient, product, reduced):
     state0 = state[0]
     drive0 = drive[0]
     drive2 = drive[2]

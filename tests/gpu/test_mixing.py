@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
+from core import norm_cells
 from core.test_fused import TwoProducts, random_rows, steps_of, with_reset_states
 from core.test_fused import compare as compare_steps
 from torch import nn
 
 import pararnn
 from pararnn import RNN, Jacobi, Newton, Sequential
-from pararnn.cells import HeadSLSTMCell
+from pararnn.cells import BlockGRUCell, HeadSLSTMCell, LayerNormLSTMCell
 from pararnn.kernels import fused, graphs
 from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.testing import assert_close, loop
@@ -203,6 +204,45 @@ def test_wide_cells_equal_the_loop(name, hidden):
     assert rnn.plan(x.shape).forward.steps == "kernel"
     compare(rnn, x)
     compare(rnn, x, torch.rand(3, 700, device="cuda") < 0.02)
+
+
+NORMED = {
+    "block_gru": lambda: BlockGRUCell(6, 512),
+    "block_gru_of_24": lambda: BlockGRUCell(6, 24, num_blocks=4),
+    "layer_norm_lstm": lambda: LayerNormLSTMCell(6, 300),
+    "gated_layer": lambda: norm_cells.GatedLayer(200, 300),
+    **{n: norm_cells.NORMED[n] for n in ("attending", "normed_heads", "mixed_heads", "extremes")},
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NORMED)
+def test_normed_steps_equal_operations(name, dtype, direction):
+    """With sums over channels, among programs that share these."""
+    for batch, backwards, reverse in ((1, False, False), (37, False, True), (300, True, False)):
+        cut = Cut(batch, 20, 7, backwards)
+        of, chunks = steps_of(NORMED[name]().to(dtype), dtype, direction, cut)
+        chunks = Chunks(chunks.step, cut, chunks.inputs, None, (), reverse)
+        if not reverse:
+            compare_steps(chunks, random_rows(of, cut, dtype), dtype, run=on_device)
+        chunks = with_reset_states(of, chunks, dtype, reverse)
+        state = random_rows(of, cut, dtype, copies=2)
+        compare_steps(chunks, state, dtype, copies=2, run=on_device, keep=False)
+
+
+@pytest.mark.parametrize("solver", [None, Sequential()], ids=["chosen", "sequential"])
+@pytest.mark.parametrize("hidden", [64, 512])
+@pytest.mark.parametrize("cell", [BlockGRUCell, LayerNormLSTMCell])
+def test_normed_cells_equal_the_loop(cell, hidden, solver):
+    rnn = RNN(cell(6, hidden), solver=solver).cuda()
+    x = torch.randn(3, 300, 6, device="cuda", requires_grad=True)
+    plan = rnn.plan(x.shape)
+    assert plan.forward.steps == plan.adjoint.steps == "kernel"
+    compare(rnn, x)
+    compare(rnn, x, torch.rand(3, 300, device="cuda") < 0.02)
+    first = rnn(x)[0]
+    assert all(torch.equal(rnn(x)[0], first) for _ in range(5))
 
 
 def test_wide_cells_round_only_where_they_may():

@@ -46,7 +46,10 @@ def facts_of(step: Step, name: str = "the cell", because: str = "") -> Facts:
 
 
 def streams(step: Step) -> bool:
-    """Whether a kernel for all steps on a GPU reads the weights at every step."""
+    """Whether a kernel for all steps on a GPU reads the weights at every step, by their sizes.
+
+    One that has sums over channels does so too: who has such a kernel knows better.
+    """
     matrices = [i.shape for i in step.inputs if not i.by_rows and len(i.shape) > 1]
     blocks = sum(map(math.prod, matrices)) // (step.hidden * step.group)
     return not keeps_weights(blocks, kept_width(step.group), step.dtype.itemsize)
@@ -138,7 +141,6 @@ class Planner:
         tracked: bool = True,
         elements: int = 0,
         may_loop: bool = False,
-        library: str | None = None,
     ) -> Plan:
         """How a call is carried out now; see `Call`. A look takes a microsecond, a decision twenty.
 
@@ -146,11 +148,11 @@ class Planner:
         all that an operator knows. The device is that of the tensors: a step that was exported and
         moved, or is known by its expressions alone, does not know it.
         """
-        sizes = batch, time, hidden, kept_in, itemsize, gradients, tracked, elements
+        sizes = batch, time, hidden, kept_in, itemsize, gradients, tracked, elements, may_loop
         rounds = capturing = False
         if device.type == "cuda":
             rounds, capturing = rounds_products(kept_in), is_capturing(device)
-        call = *sizes, may_loop, library, rounds, capturing, torch.get_num_threads()
+        call = *sizes, rounds, capturing, torch.get_num_threads()
         plan = self._known.get((device, call))
         if plan is None:
             if len(self._known) >= _MOST_PLANS:

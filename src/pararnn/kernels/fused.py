@@ -13,7 +13,7 @@ from pararnn.kernels.c.mixing import CSweep
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.stages import NotFused
 from pararnn.kernels.triton.build import missing
-from pararnn.kernels.triton.sweeps import in_triton
+from pararnn.kernels.triton.sweeps import Streamed, in_triton
 from pararnn.solvers.chunks import WHOLE, Chunks, Sweep, Swept
 from pararnn.tracing.products import NotExpressed, products
 from pararnn.tracing.step import Input, Step
@@ -59,6 +59,11 @@ def reason(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> 
     """The reason why the steps cannot run in one kernel of "c" or "triton"; None if they can."""
     found = _found(chunks, state, backend)
     return found if isinstance(found, str) else None
+
+
+def streams(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> bool:
+    """Whether there is such a kernel, and one that reads the weights at every step."""
+    return isinstance(_found(chunks, state, backend), Streamed)
 
 
 def _found(chunks: Chunks, state: Sequence[Tensor], backend: str) -> _Sweeps | str:
@@ -138,10 +143,12 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") ->
         kinds.append(Input(tuple(tensor.shape[skipped:]), tensor.dtype, by_rows))
         strides.append(tensor.stride()[skipped:])
     try:
-        found = products(
-            chunks.step.module, kinds, strides, len(state), like.shape[1], like.dtype, like.device
-        )
+        step = chunks.step
+        sizes = len(state), step.hidden, step.group
+        found = products(step.module, kinds, strides, *sizes, like.dtype, like.device)
         if backend == "c":
+            if not found.is_plain:
+                raise NotExpressed("kernels in C have no sums and no products of other sizes")
             lower(found.step)  # which raises if an operation has no rule
             return CSweep(found, like.dtype is torch.float64)
         return in_triton(found, like)

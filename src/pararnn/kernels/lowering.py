@@ -13,6 +13,8 @@ from pararnn.kernels.primitives import PRIMITIVES
 from pararnn.tracing.expressions import Expression, Operand, make, rewrite
 
 REDUCTIONS = frozenset(["dot", "mean"])  # over the channels of a group; in Triton alone
+OF_GROUPS = frozenset("sum_all max_all min_all sum_part max_part min_part".split())
+"""Reductions over the channels of a group, see `tracing.products`."""
 OF_TILES = frozenset("matmul turned once total total0 total1 max0 max1 min0 min1".split())
 """Operations on tiles, see `tracing.tiles`; in Triton alone."""
 
@@ -31,7 +33,7 @@ def lower(roots: Iterable[Operand]) -> list[Operand]:
     def rule(op: str, args: tuple[Operand, ...]) -> Operand:
         if op in _RULES:
             return _RULES[op](*args)
-        if op in PRIMITIVES or op in REDUCTIONS or op in OF_TILES:
+        if op in PRIMITIVES or op in REDUCTIONS | OF_GROUPS | OF_TILES:
             return make(op, *args)
         raise NotLowered(f"aten.{op} has no rule in pararnn.kernels.lowering")
 

@@ -212,8 +212,10 @@ def _run_operations(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequen
 
 def kernels_of(
     backend: str, step: Step, inputs: Sequence[Tensor], initial: Tensor
-) -> tuple[str | None, str | None]:
+) -> tuple[tuple[str | None, str | None], bool]:
     """The reasons why steps forward and backward do not run in one kernel; None if they do.
+
+    And whether one of these kernels reads its weights at every step.
 
     Args:
         backend: "c" or "triton".
@@ -225,6 +227,7 @@ def kernels_of(
     rows = Rows(step, Planner(Facts(), operations, None))
     chain = rows.forward(inputs, initial, None)
     cut, state = Cut(chain.batch, chain.time, chain.time), chain.initial.unbind(1)
-    forward = fused.reason(chain.chunks(cut), state, backend)
     before = [s.unsqueeze(1).expand(-1, chain.time, -1).contiguous() for s in state]
-    return forward, fused.reason(chain.linear(cut, before), state, backend)
+    both = chain.chunks(cut), chain.linear(cut, before)
+    forward, backward = (fused.reason(chunks, state, backend) for chunks in both)
+    return (forward, backward), any(fused.streams(chunks, state, backend) for chunks in both)

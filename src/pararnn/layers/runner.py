@@ -103,8 +103,8 @@ class Runner:
         self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
         if language and self.traced.step.recurrence is None and self.facts.tile is None:
             own = [stand_in(tensors(name)) for name in self.input_part.names]
-            kernels = untransformed(lambda: self._kernels(language, own))
-            self.facts = replace(self.facts, kernels=kernels)
+            kernels, streams = untransformed(lambda: self._kernels(language, own))
+            self.facts = replace(self.facts, kernels=kernels, streams=streams)
         self._take(
             choose_backend(backend, self.facts, machine_of(device), solver)
             if isinstance(backend, str)
@@ -144,7 +144,9 @@ class Runner:
             self.facts = replace(facts, one_call=self.facts.one_call, tile=sizes_of(found))
             self.traced, self.input_part = small, small.input_part
 
-    def _kernels(self, language: str, tensors: Sequence[Tensor]) -> tuple[str | None, str | None]:
+    def _kernels(
+        self, language: str, tensors: Sequence[Tensor]
+    ) -> tuple[tuple[str | None, str | None], bool]:
         """Whether there are kernels of "c" or "triton" for all steps, see `kernels_of`."""
         with torch.no_grad():
             return kernels_of(language, self.traced.step, *self._example(tensors))
@@ -175,7 +177,6 @@ class Runner:
         elements: int = 0,
         tracked: bool = False,
         may_loop: bool = False,
-        library: str | None = None,
         shown: bool = False,
     ) -> Plan:
         """How a call is carried out, for x of a type; see `pararnn.planning.plan.Call`.
@@ -195,7 +196,7 @@ class Runner:
         outside = 1 if readout is None else len(readout.components)  # with a gradient from there
         sizes = batch, time, step.hidden
         return self._planner.plan(
-            self.traced.device, *sizes, *kinds, outside, tracked, elements, may_loop, library
+            self.traced.device, *sizes, *kinds, outside, tracked, elements, may_loop
         )
 
     def method(self) -> type[Solver]:

@@ -151,6 +151,18 @@ def plan_wide(
     return WideLaunch(together, parts, block, inner, width, costs.wide_stages, warps)
 
 
+def computes_late(lanes: int, costs: Costs = COSTS) -> bool:
+    """Whether those who multiply a vector that needs a sum compute it themselves.
+
+    Else each program computes its channels once all have the sum, and all wait once more.
+
+    Args:
+        lanes: Channels that are multiplied for one of the result.
+        costs: How many are fewer than a round is worth.
+    """
+    return lanes <= costs.wide_late
+
+
 def wide_precision(rounds: bool, itemsize: int) -> str:
     """How tensor cores multiply: in full precision, unless products of matrices may round.
 

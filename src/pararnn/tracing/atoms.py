@@ -207,6 +207,10 @@ class Reader:
             return value
         return Value(given, (), ())
 
+    def shape(self, value: Value) -> list[int]:
+        """Sizes of its axes."""
+        return list(map(size_of, value.axes))
+
     def evaluate(self, node: fx.Node) -> Any:
         """What a node computes."""
         func: Any = operation(node)

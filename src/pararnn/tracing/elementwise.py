@@ -161,12 +161,12 @@ def elementwise(parts: Partition) -> Elementwise:
     return Reader(parts).read()
 
 
-def _is_wide(node: fx.Node) -> bool:
+def is_wide(node: fx.Node) -> bool:
     """Whether a value has integers that may need more than the 24 bits of float32."""
     if node.meta.get("dtype") not in _WIDE or not hasattr(node.target, "_schema"):
         return node.meta.get("dtype") in _WIDE
     moves = operation_name(node.target) in MOVES | IDENTITIES | {"_to_copy"}
-    return not moves or any(map(_is_wide, node.all_input_nodes))
+    return not moves or any(map(is_wide, node.all_input_nodes))
 
 
 class Reader:
@@ -180,7 +180,7 @@ class Reader:
         self.coefficients: dict[Slot, int] = {}
         self.values: dict[fx.Node, Any] = {}
         self.names: dict[Expression, str] = {}
-        self.whole = {e for e in parts.edges if _is_wide(e)}
+        self.whole = {e for e in parts.edges if is_wide(e)}
 
     def read(self) -> Elementwise:
         """Express the recurrent part; see `elementwise`."""

@@ -6,8 +6,9 @@ tangent before a step. Equal expressions are one object, so shared subexpression
 identity.
 
 Where channels mix (`products`), the operation `dot` multiplies the channels of a group with one
-more kind of leaf, a block of a weight. Where such products are computed before the rest, their
-results are leaves themselves.
+more kind of leaf, a block of a weight, and others are sums or extremes over the channels. Where
+these are computed before the rest, their results are leaves themselves: `product`, and `reduced`
+for one that is the same in all channels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
-LEAVES = ("state", "drive", "coefficient", "adjoint", "tangent", "weight", "product")
+LEAVES = tuple("state drive coefficient adjoint tangent weight product reduced".split())
 
 
 class Expression:

@@ -129,7 +129,9 @@ def _split(
     given = followers(graph, {n for n in graph.nodes if n.op != "call_function" or is_random(n)})
     drawn: set[fx.Node] = set()
     while True:
-        reached = followers(graph, {*sources, *drawn})
+        # What follows a value that only has its rows elsewhere may be computed for all times.
+        begin = {n for n in drawn if not draw_in or n.meta["by_rows"] or n.meta["row_axes"] != 1}
+        reached = followers(graph, {*sources, *begin}) | drawn
         found = [n for n in graph.nodes if n in reached & needed and n.op == "call_function"]
         taken = [a for n in found for a in n.all_input_nodes] + list(results)
         edges = [n for n in dict.fromkeys(taken) if n not in reached and not n.meta.get("is_count")]

@@ -1,62 +1,107 @@
-"""Read a step whose channels mix only by products with weights, as expressions of slots.
+"""Read a step whose channels mix by products with weights and by reductions, as expressions.
 
-Slots are those of `elementwise`. One operation is added to the pointwise ones: `dot(slot, weight)`
-multiplies the channels of a group, in one slot, with a block of a weight. A product of values
-(N, a * H) with a weight (a * H, b * H) gives b slots, each a sum of a dots. With one weight per
-head, each head is a group. Offsets and strides of drives and blocks are read as well, so a
+The expressions are those of a group of channels. Values are vectors with a channel in each lane, as
+many as the group has, or fewer. Three kinds of operations are added to those on each element:
+
+- `dot(vector, weight)` multiplies a vector with a block of a weight;
+- `sum_all(vector, lanes)` is the sum over so many lanes, the same in all lanes of the result;
+  likewise `max_all` and `min_all`;
+- `sum_part(vector, lanes, results, parts)` are the sums of so many parts of the lanes, the result
+  in so many lanes for each; likewise `max_part` and `min_part`.
+
+A step is read entry by entry (`entries`). Here these are laid side by side: those of the new state
+in the order of its channels, and from there what they are computed from, as each operation needs
+it. A product of values (N, a * H) with a weight (a * H, b * H) becomes a * b dots. The rows and
+columns of its blocks are in the order in which its results and factors lie, so a gate or a head is
+a block of its own, wherever it is in the weight. Offsets and strides are read as well, so a
 transposed weight only has other strides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
-from pararnn.tracing.capture import Capture, record_rows
-from pararnn.tracing.elementwise import (
-    NotElementwise,
-    Reader,
-    Slot,
-    Value,
-    is_value,
-    run_on,
+from pararnn.tracing.capture import record_rows
+from pararnn.tracing.elementwise import NotElementwise
+from pararnn.tracing.entries import (
+    Elementwise,
+    Entries,
+    Given,
+    Number,
+    Product,
+    Reduced,
+    State,
+    entries_of,
 )
-from pararnn.tracing.expressions import Operand, is_boolean, leaf, make, topological
-from pararnn.tracing.operations import MOVES, is_pointwise, named_arguments, operation_name
-from pararnn.tracing.partition import Partition
+from pararnn.tracing.expressions import (
+    Expression,
+    Operand,
+    intern,
+    is_boolean,
+    leaf,
+    make,
+    topological,
+)
+from pararnn.tracing.operations import UnknownOperation, operation_name
 from pararnn.tracing.recorder import TraceError, record
 from pararnn.tracing.step import Input, recording
 
 _SUBJECT = "the step"
-_PRODUCTS = frozenset("mm bmm addmm".split())
+WHOLE = ("sum_all", "max_all", "min_all")
+PARTLY = ("sum_part", "max_part", "min_part")
 
 
 class NotExpressed(Exception):
-    """The step has an operation other than products with weights, pointwise ones and moves."""
+    """The step has an operation that is not known here, or entries that lie in no vectors."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a slot in an input's memory, or of a block in a weight's. Units: elements.
+    """The place of a vector in an input's memory, or of a block in a weight's. Units: elements.
+
+    The lanes of a vector, or the results and factors of a block, may be `parts` equal parts: those
+    of a vector lie apart in memory, and a block is zero but for the parts on its diagonal.
 
     Attributes:
         input: Index of the input of the step.
-        offset: From the start of the input, or of its row, to the first channel of the first group.
+        offset: From the start of the input, or of its row, to the first lane of the first group.
         group: Stride from group to group.
-        channel: Stride from channel to channel; of a block, along the multiplied channels.
-        result: Of a block, stride along the channels of the product.
+        channel: Stride from lane to lane; of a block, along the multiplied lanes.
+        lanes: Lanes of a part; of a block, multiplied ones.
+        result: Of a block, stride along the lanes of the product.
+        results: Of a block, lanes of the product in a part.
+        parts: Parts.
+        part: Stride from part to part.
     """
 
     input: int
     offset: int
     group: int
     channel: int
+    lanes: int
     result: int = 0
+    results: int = 0
+    parts: int = 1
+    part: int = 0
+
+    @property
+    def width(self) -> int:
+        """All lanes."""
+        return self.parts * self.lanes
+
+    def of(self, tensor: Tensor, groups: int) -> Tensor:
+        """A block in an input: a view (groups, parts, results, lanes)."""
+        sizes = groups, self.parts, self.results, self.lanes
+        strides = self.group, self.part, self.result, self.channel
+        first = self.offset + sum(min(0, (n - 1) * s) for n, s in zip(sizes, strides, strict=True))
+        forwards = [abs(s) for s in strides]  # PyTorch has no negative strides
+        found = tensor.as_strided(sizes, forwards, tensor.storage_offset() + first)
+        return found.flip([a for a, s in enumerate(strides) if s < 0])
 
 
 @dataclass(frozen=True)
@@ -80,6 +125,16 @@ class Products:
     size: int
     groups: int
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether channels mix by products alone, and all vectors and blocks are of one size."""
+        whole = (1, self.size)
+        vectors = (*self.drives, *self.coefficients, *self.weights)
+        reduces = any(e.op in WHOLE + PARTLY for e in topological(self.step))
+        return not reduces and all(
+            (p.parts, p.lanes) == whole and p.results in (0, self.size) for p in vectors
+        )
+
 
 def products(
     module: fx.GraphModule,
@@ -87,6 +142,7 @@ def products(
     strides: Sequence[Sequence[int]],
     components: int,
     hidden: int,
+    group: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Products:
@@ -98,6 +154,7 @@ def products(
         strides: Strides of each input, in elements, without that of the rows.
         components: Tensors in the state.
         hidden: Channels of each component.
+        group: Channels that reach each other.
         dtype: Type of the state.
         device: Device that the module runs on.
 
@@ -133,16 +190,15 @@ def products(
         placeholders = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
         calls = [n for n in graph.nodes if n.op == "call_function" and not n.meta.get("is_count")]
         (results,) = next(n for n in graph.nodes if n.op == "output").args
-        parts = Partition(
-            Capture(graph, [], {}, components, True, hidden, dtype, _SUBJECT),
-            [placeholders[f"state_{n}"] for n in range(components)],
-            calls,
-            [placeholders[name] for name in names],
-            list(results),
-        )
-        with torch.device("cpu"):  # where positions in memory are counted
-            return _Reader(parts, strides).products()
-    except (NotElementwise, TraceError) as error:
+        with torch.device("cpu"):  # where entries are counted
+            entries = Entries(calls, hidden, dtype)
+            for n in range(components):
+                entries.state(placeholders[f"state_{n}"], n)
+            for number, (name, own) in enumerate(zip(names, strides, strict=True)):
+                entries.given(placeholders[name], number, own)
+            entries.read()
+            return _Vectors(entries, group).products(results)
+    except (NotElementwise, UnknownOperation, TraceError) as error:
         raise NotExpressed(str(error)) from error
 
 
@@ -194,279 +250,284 @@ def unfused(module: fx.GraphModule) -> fx.GraphModule:
 
 
 @dataclass
-class _Weight:
-    """Entries of an input without rows, by their positions in its memory (in elements)."""
-
-    input: int
-    positions: Tensor
-
-
-class _Reader(Reader):
-    def __init__(self, parts: Partition, strides: Sequence[Sequence[int]]) -> None:
-        super().__init__(parts)
-        self.inputs = {node: i for i, node in enumerate(parts.edges)}
-        self.strides = strides
-        self.weights: dict[Place, int] = {}
-        self.sizes: set[int] = set()
-
-    def products(self) -> Products:
-        step = self.results()
-        if len(self.sizes) != 1:
-            raise NotElementwise(
-                "its products have groups of different sizes"
-                if self.sizes
-                else "it has no product with a weight"
-            )
-        (size,) = self.sizes
-        drives, coefficients = (
-            tuple(self.place(source, size) for source in found)
-            for found in (self.drives, self.coefficients)
-        )
-        groups = self.hidden_size // size
-        return Products(step, drives, coefficients, tuple(self.weights), size, groups)
-
-    def place(self, source: Slot, size: int) -> Place:
-        of, slot = source
-        positions = self.positions(of.edge)
-        own = positions.shape[1:] if len(positions.shape) > len(of.shape) else positions.shape
-        channels = positions.reshape(own).expand(of.shape).reshape(-1, self.hidden_size)[slot]
-        return _fitted(self.inputs[of.edge], channels.view(-1, size, 1))
-
-    def positions(self, node: fx.Node) -> Tensor:
-        """Memory positions of the entries of an input, or of one row of it (in elements)."""
-        shape = node.meta["shape"][1:] if node.meta["by_rows"] else node.meta["shape"]
-        found = torch.zeros(shape, dtype=torch.int64)
-        for axis, stride in enumerate(self.strides[self.inputs[node]]):
-            along = [1] * len(shape)
-            along[axis] = shape[axis]
-            found += (torch.arange(shape[axis]) * stride).view(along)
-        return found
-
-    def evaluate(self, node: fx.Node) -> Any:
-        if not hasattr(node.target, "_schema"):
-            return super().evaluate(node)
-        name = operation_name(node.target)
-        operands = [a for a in tree_leaves((node.args, node.kwargs)) if is_value(a)]
-        if name in _PRODUCTS:
-            return self.product(node)
-        if name in MOVES and len(operands) == 1 and (weight := self.weight(operands[0])):
-            result = run_on(node, {operands[0]: weight.positions})
-            if isinstance(result, (tuple, list)):
-                return [_Weight(weight.input, r) for r in result]
-            return _Weight(weight.input, result)
-        if is_pointwise(node.target) and self.any_scattered(operands):
-            return self.pointwise_scattered(node, operands)
-        return super().evaluate(node)
-
-    def any_scattered(self, operands: Sequence[fx.Node]) -> bool:
-        """Whether one of these values is scattered: its entries are not in order (`Value`)."""
-        values = [self.values.get(o) for o in operands]
-        return any(isinstance(v, Value) and v.numbers is not None for v in values)
-
-    def pointwise_scattered(self, node: fx.Node, operands: Sequence[fx.Node]) -> Value:
-        """A pointwise operation on scattered values; the result is scattered alike."""
-        distinct = list(dict.fromkeys(operands))
-        values = [self.as_value(o) for o in distinct]
-        numbers = [self.addresses([v])[0] for v in values]
-        rows = [
-            n // (len(v.slots) * self.hidden_size) for n, v in zip(numbers, values, strict=True)
-        ]
-        channels = [n % self.hidden_size for n in numbers]
-        if not all(torch.equal(r, rows[0]) for r in rows) or not all(
-            torch.equal(c, channels[0]) for c in channels
-        ):
-            raise NotElementwise("it combines entries of different rows or channels")
-        slots = torch.stack(
-            [
-                (n // self.hidden_size % len(v.slots)).flatten()
-                for n, v in zip(numbers, values, strict=True)
-            ]
-        )
-        pairs, which = slots.unique(dim=1, return_inverse=True)
-        shape = (pairs.shape[1] * self.hidden_size,)
-        kept = dict(self.values)
-        for operand, value, picked in zip(distinct, values, pairs, strict=True):
-            self.values[operand] = Value(shape, [value.slots[int(i)] for i in picked])
-        result = self.pointwise(node, shape)
-        self.values = kept
-        if not isinstance(result, Value):
-            raise NotElementwise("it has several results")
-        found = (rows[0] * pairs.shape[1] + which.view(rows[0].shape)) * self.hidden_size
-        return Value((), result.slots, found + channels[0])
-
-    def moved(self, addresses: Tensor, slots: list[Operand]) -> Value:
-        try:
-            return super().moved(addresses, slots)
-        except NotElementwise:  # entries may be out of order until a later move
-            return Value((), slots, addresses)
-
-    def broadcast(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
-        value = self.values.get(node)
-        if isinstance(value, _Weight):
-            raise NotElementwise("a weight is used outside a product")
-        if isinstance(value, Value) and value.numbers is not None:
-            self.decode(value.numbers, value.slots)
-        return super().broadcast(node, shape)
-
-    def as_value(self, node: fx.Node) -> Value:
-        if isinstance(self.values.get(node), _Weight):
-            raise NotElementwise("a weight is used outside a product")
-        return super().as_value(node)
-
-    def edge_slots(self, node: fx.Node, shape: tuple[int, ...]) -> list[Operand]:
-        if 0 in node.meta["shape"]:  # an empty buffer, such as log_sigmoid has on a GPU
-            return [0.0] * self.count(shape)
-        return super().edge_slots(node, shape)
-
-    def weight(self, node: fx.Node) -> _Weight | None:
-        if node in self.inputs and not node.meta["row_axes"]:
-            return _Weight(self.inputs[node], self.positions(node))
-        value = self.values.get(node)
-        return value if isinstance(value, _Weight) else None
-
-    def product(self, node: fx.Node) -> Value:
-        func: Any = node.target
-        given = named_arguments(func, tuple(node.args), dict(node.kwargs))
-        added = given["self"] if "mat1" in given else None
-        left, right = (given["mat1"] if "mat1" in given else given["self"]), given["mat2"]
-        found = self.times(left, right)
-        if added is None:
-            return found
-        shape = tuple(node.meta["shape"][1:])
-        if found.numbers is not None:
-            self.decode(found.numbers, found.slots)
-        sums: list[Operand] = [
-            make("add", make("mul", given["beta"], a), make("mul", given["alpha"], b))
-            for a, b in zip(self.broadcast(added, shape), found.slots, strict=True)
-        ]
-        return Value(shape, sums)
-
-    def times(self, left: fx.Node, right: fx.Node) -> Value:
-        """The product of two matrices, or two batches of them; one factor must be a weight."""
-        weight = self.weight(right)
-        if weight is not None:
-            return self.moved(*self.blocks(self.as_value(left), weight, turned=False))
-        weight = self.weight(left)
-        if weight is None:
-            raise NotElementwise("neither factor is a weight")
-        return self.moved(*self.blocks(self.as_value(right), weight, turned=True))
-
-    def blocks(self, value: Value, weight: _Weight, turned: bool) -> tuple[Tensor, list[Operand]]:
-        """Addresses and slots of value @ weight, or of weight @ value if `turned`."""
-        numbers, positions = self.addresses([value])[0], weight.positions
-        if turned:
-            numbers, positions = numbers.mT, positions.mT
-        if numbers.dim() == 2:
-            numbers, positions = numbers.unsqueeze(0), positions.unsqueeze(0)
-        families: list[_Family] = []
-        seen: dict[tuple[int, int], int] = {}
-        places = []
-        total = len(value.slots) * self.hidden_size
-        for matrix, of in zip(numbers, positions, strict=True):
-            for entries in matrix:
-                row, factors, group, block = self.block(entries, total, of)
-                n = seen[row, group] = seen.get((row, group), -1) + 1
-                if n == len(families):
-                    families.append(_Family(factors, {}))
-                families[n].add(factors, group, block)
-                places.append((row, n, group))
-        size, count = block.shape[1], block.shape[2]
-        self.sizes.add(size)
-        slots = [s for family in families for s in self.dots(family, value.slots, weight.input)]
-        column = torch.arange(count)[:, None] * self.hidden_size + torch.arange(size)
-        found = [
-            (row * len(slots) + n * count) * self.hidden_size + group * size + column.flatten()
-            for row, n, group in places
-        ]
-        result = torch.stack(found).view(*numbers.shape[:2], -1)
-        result = result.mT if turned else result
-        return result.squeeze(0) if weight.positions.dim() == 2 else result, slots
-
-    def block(
-        self, entries: Tensor, total: int, positions: Tensor
-    ) -> tuple[int, tuple[int, ...], int, Tensor]:
-        """One vector times a matrix.
-
-        Args:
-            entries: Addresses of the vector.
-            total: Entries of a row.
-            positions: Memory positions of the matrix.
-
-        Returns:
-            The row of the vector, its slots, its group, and the memory positions of the matrix,
-            shape (slots, size, slots of the result, size).
-        """
-        row, (inner, order) = int(entries[0]) // total, (entries % total).sort()
-        slots = (inner // self.hidden_size).unique()
-        size = len(inner) // len(slots)
-        first = int(inner[0]) % self.hidden_size
-        expected = slots[:, None] * self.hidden_size + first + torch.arange(size)
-        if (entries // total != row).any() or not torch.equal(inner, expected.flatten()):
-            raise NotElementwise("the multiplied value does not consist of groups of channels")
-        if positions.shape[1] % size or first % size or self.hidden_size % size:
-            raise NotElementwise("the result does not consist of groups of channels")
-        found = positions[order].view(len(slots), size, -1, size)
-        return row, tuple(map(int, slots)), first // size, found
-
-    def dots(self, family: _Family, slots: list[Operand], number: int) -> list[Operand]:
-        """The slots of a product, each a sum of dots."""
-        groups = sorted(family.blocks)
-        size = family.blocks[groups[0]].shape[1]
-        if groups != list(range(self.hidden_size // size)):
-            raise NotElementwise("a product leaves channels out")
-        blocks = torch.stack([family.blocks[g] for g in groups])
-        results = []
-        for o in range(blocks.shape[3]):
-            total: Operand = 0.0
-            for i, factor in enumerate(family.factors):
-                place = _fitted(number, blocks[:, i, :, o])
-                weight = leaf("weight", self.weights.setdefault(place, len(self.weights)))
-                total = make("add", total, make("dot", _with_rows(slots[factor]), weight))
-            results.append(total)
-        return results
-
-
-@dataclass
-class _Family:
-    """One product for each group, of the same slots.
+class _Wanted:
+    """A vector that somebody asks for.
 
     Attributes:
-        factors: The multiplied slots.
-        blocks: Memory positions of the weight of each group.
+        made: What makes its entries, by its number.
+        entries: (groups, lanes); -1 for a lane in which nobody looks.
+        operands: The vectors that it is computed from.
+        more: What the operation needs besides.
+        expression: The result.
     """
 
-    factors: tuple[int, ...]
-    blocks: dict[int, Tensor]
-
-    def add(self, factors: tuple[int, ...], group: int, block: Tensor) -> None:
-        known = self.blocks.setdefault(group, block)
-        if factors != self.factors or not torch.equal(known, block):
-            raise NotElementwise("rows are multiplied with different weights")
+    made: int
+    entries: Tensor
+    operands: list[_Wanted] = field(default_factory=list)
+    more: Any = None
+    expression: Operand = None
 
 
-def _with_rows(slot: Operand) -> Operand:
-    slot = make("to_float", slot) if is_boolean(slot) else slot
-    if not any(e.op in ("state", "drive") for e in topological([slot])):
-        raise NotElementwise("the multiplied value does not depend on the row")
-    return slot
+class _Vectors:
+    """Lays entries side by side.
+
+    Args:
+        entries: What was read.
+        size: Channels of a group.
+    """
+
+    def __init__(self, entries: Entries, size: int) -> None:
+        self.entries, self.size = entries, size
+        self.groups = entries.hidden // size
+        self.firsts = torch.tensor([m.first for m in entries.made])
+        self.wanted: list[dict[bytes, _Wanted]] = [{} for _ in entries.made]
+        self.drives: dict[Place, int] = {}
+        self.coefficients: dict[Place, int] = {}
+        self.weights: dict[Place, int] = {}
+
+    def products(self, results: Sequence[fx.Node]) -> Products:
+        """The step of a group."""
+        shape = self.groups, self.size
+        roots = [self.want(entries_of(self.entries.of(r)).view(shape)) for r in results]
+        for made, wanted in zip(reversed(self.entries.made), reversed(self.wanted), strict=True):
+            for vector in wanted.values():
+                self.prepare(made, vector)
+        for made, wanted in zip(self.entries.made, self.wanted, strict=True):
+            for vector in sorted(wanted.values(), key=lambda w: int(w.entries.max())):
+                vector.expression = self.expression(made, vector)
+        step = tuple(_as_float(r.expression) for r in roots)
+        if not any(e.op in ("dot", *WHOLE, *PARTLY) for e in topological(step)):
+            raise NotElementwise("it has no product with a weight and no sum over channels")
+        places = tuple(self.drives), tuple(self.coefficients), tuple(self.weights)
+        return Products(step, *places, self.size, self.groups)
+
+    def want(self, entries: Tensor) -> _Wanted:
+        """Ask for a vector (groups, lanes)."""
+        there = entries[entries >= 0]
+        made = torch.searchsorted(self.firsts, there, right=True) - 1
+        if not bool((made == made[0]).all()):
+            raise NotElementwise("a vector consists of values that are computed in different ways")
+        number = int(made[0])
+        key = entries.numpy().tobytes() + bytes(str(tuple(entries.shape)), "ascii")
+        return self.wanted[number].setdefault(key, _Wanted(number, entries))
+
+    # What a vector is computed from
+
+    def prepare(self, made: Any, vector: _Wanted) -> None:
+        """Ask for that."""
+        if isinstance(made, Elementwise):
+            self.operands(made, vector)
+        elif isinstance(made, Product):
+            self.factors(made, vector)
+        elif isinstance(made, Reduced):
+            self.terms(made, vector)
+
+    def operands(self, made: Elementwise, vector: _Wanted) -> None:
+        """An operation on each element."""
+        inside = vector.entries >= 0
+        local = (vector.entries - made.first).clamp_min(0)
+        for operand in made.operands:
+            vector.operands.append(self.want(torch.where(inside, operand[local], -1)))
+
+    def factors(self, made: Product, vector: _Wanted) -> None:
+        """A product: the vectors that are multiplied, and the blocks of the weight for each."""
+        count = made.positions[0].shape[1]
+        names: dict[bytes, int] = {}
+        same = [names.setdefault(f.numpy().tobytes(), n) for n, f in enumerate(made.factors)]
+        local = vector.entries - made.first
+        every, matrices = [], []
+        for own in local:  # of a group
+            numbers = [same[int(n) // count] if n >= 0 else None for n in own]
+            order = [n for n in dict.fromkeys(numbers) if n is not None]
+            lengths = [len(made.factors[n]) for n in order]
+            begins = {n: sum(lengths[:i]) for i, n in enumerate(order)}
+            matrix = torch.full((len(own), sum(lengths)), -1)
+            for lane, n in enumerate(numbers):
+                if n is not None:
+                    real, column = divmod(int(own[lane]), count)
+                    begin = begins[n]
+                    matrix[lane, begin : begin + len(made.factors[n])] = made.positions[real][
+                        :, column
+                    ]
+            every.append(torch.cat([made.factors[n] for n in order]))
+            matrices.append(matrix)
+        if len({len(e) for e in every}) > 1:
+            raise NotElementwise("groups of channels are multiplied differently")
+        factors, matrix = torch.stack(every), torch.stack(matrices)
+        vector.more = []
+        for which, lanes, width in self.arranged(factors):
+            entries = torch.full((self.groups, width), -1)
+            entries[:, lanes] = factors[:, which]
+            block = torch.full((*matrix.shape[:2], width), -1)
+            block[:, :, lanes] = matrix[:, :, which]
+            vector.operands.append(self.want(entries))
+            vector.more.append(_fitted_block(made.input, block))
+
+    def arranged(self, entries: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Vectors for entries (groups, n): which of them, in which lanes, of how many.
+
+        Those that are computed alike, in the order in which they are given; in the lanes of the
+        channels that they belong to, if they belong to any.
+        """
+        kinds, homes = self.entries.kind_of(entries[0]), self.entries.home_of(entries[0])
+        for kind in dict.fromkeys(kinds.tolist()):
+            which = (kinds == kind).nonzero().flatten()
+            if int(homes[which].min()) >= 0:
+                lanes = homes[which] % self.size
+                if len(lanes.unique()) < len(lanes):
+                    raise NotElementwise("entries of one channel lie apart")
+                yield which, lanes, self.size
+                continue
+            for begin in range(0, len(which), self.size):
+                own = which[begin : begin + self.size]
+                yield own, torch.arange(len(own)), len(own)
+
+    def terms(self, made: Reduced, vector: _Wanted) -> None:
+        """A reduction: the vectors that it goes over."""
+        lanes = vector.entries.shape[1]
+        runs = []
+        for own in vector.entries:
+            if not bool((own >= 0).all()):
+                own = torch.where(own >= 0, own, own.max())
+            found, lengths = own.unique_consecutive(return_counts=True)
+            if not bool((lengths == lengths[0]).all()):
+                raise NotElementwise("parts of a vector that is reduced have different sizes")
+            runs.append(found)
+        if len({len(r) for r in runs}) > 1:
+            raise NotElementwise("groups of channels are reduced differently")
+        operands = made.operands[torch.stack(runs) - made.first]  # [GROUPS, PARTS, ENTRIES]
+        parts = operands.shape[1]
+        vector.more = parts, lanes // parts
+        if parts == 1:
+            for which, own, width in self.arranged(operands[:, 0]):
+                if len(own) < width:
+                    raise NotElementwise("it reduces some of the channels")
+                entries = torch.full((self.groups, width), -1)
+                entries[:, own] = operands[:, 0, which]
+                vector.operands.append(self.want(entries))
+            return
+        kinds, most = self.entries.kind_of(operands[0, 0]), self.size // parts
+        for kind in dict.fromkeys(kinds.tolist()):
+            which = (kinds == kind).nonzero().flatten()
+            for begin in range(0, len(which), most):
+                own = operands[:, :, which[begin : begin + most]]
+                vector.operands.append(self.want(own.flatten(1)))
+
+    # Expressions
+
+    def expression(self, made: Any, vector: _Wanted) -> Operand:
+        """The expression of a vector whose operands have theirs."""
+        operands = [o.expression for o in vector.operands]
+        if isinstance(made, Elementwise):
+            return made.function(*operands)
+        if isinstance(made, Number):
+            return made.value
+        if isinstance(made, State):
+            if vector.entries.shape[1] != self.size:
+                raise NotElementwise("channels are mixed")
+            channels = made.first + torch.arange(self.entries.hidden).view(self.groups, self.size)
+            if not bool(((vector.entries == channels) | (vector.entries < 0)).all()):
+                raise NotElementwise("channels are mixed")
+            return leaf("state", made.component)
+        if isinstance(made, Given):
+            return self.given(made, vector)
+        if isinstance(made, Product):
+            total: Operand = 0.0
+            for operand, place in zip(operands, vector.more, strict=True):
+                weight = leaf("weight", self.weights.setdefault(place, len(self.weights)))
+                total = make("add", total, make("dot", _as_float(operand), weight))
+            return total
+        return self.reduced(made, vector, operands)
+
+    def given(self, made: Given, vector: _Wanted) -> Operand:
+        """A drive or coefficient."""
+        known, kind = (self.drives, "drive") if made.by_rows else (self.coefficients, "coefficient")
+        positions = made.positions[(vector.entries - made.first).clamp_min(0)]
+        place = _fitted(made.input, positions, vector.entries >= 0)
+        found = leaf(kind, known.setdefault(place, len(known)))
+        return make("ne", found, 0.0) if made.is_bool else found
+
+    def reduced(self, made: Reduced, vector: _Wanted, operands: Sequence[Operand]) -> Operand:
+        """A reduction of some vectors."""
+        parts, results = vector.more
+        join: Callable[..., Operand] = lambda a, b: make(_JOINED[made.op], a, b)  # noqa: E731
+        by_width: dict[int, Operand] = {}
+        for operand, of in zip(operands, vector.operands, strict=True):
+            operand, width = _as_float(operand), of.entries.shape[1] // parts
+            by_width[width] = join(by_width[width], operand) if width in by_width else operand
+        found: list[Operand] = []
+        for width, operand in by_width.items():
+            if not isinstance(operand, Expression):
+                found.append(make("mul", operand, float(width)) if made.op == "sum" else operand)
+            elif parts == 1:
+                found.append(intern(f"{made.op}_all", (operand, float(width))))
+            else:
+                sizes = float(width), float(results), float(parts)
+                found.append(intern(f"{made.op}_part", (operand, *sizes)))
+        total = found[0]
+        for more in found[1:]:
+            total = join(total, more)
+        return total
 
 
-def _fitted(number: int, positions: Tensor) -> Place:
-    """Express memory positions (groups, size, size or 1) as an offset and strides.
+_JOINED = {"sum": "add", "max": "maximum", "min": "minimum"}
+
+
+def _as_float(operand: Operand) -> Operand:
+    return make("to_float", operand) if is_boolean(operand) else operand
+
+
+def _fitted(number: int, positions: Tensor, inside: Tensor) -> Place:
+    """Express memory positions (groups, lanes) as an offset and strides.
 
     Raises:
         NotElementwise: No strides give these positions.
     """
-    offset = int(positions[0, 0, 0])
-    strides = [
-        int(positions.select(axis, 1)[0, 0]) - offset if positions.shape[axis] > 1 else 0
-        for axis in range(3)
-    ]
-    expected = torch.tensor(offset)
-    for axis, stride in enumerate(strides):
-        along = [1, 1, 1]
-        along[axis] = positions.shape[axis]
-        expected = expected + (torch.arange(positions.shape[axis]) * stride).view(along)
-    if not torch.equal(expected.expand_as(positions), positions):
-        raise NotElementwise("its channels have no constant stride in memory")
-    return Place(number, offset, *strides)
+    groups, lanes = positions.shape
+    width = int(inside[0].sum())
+    if not bool((inside == (torch.arange(lanes) < width)).all()):
+        raise NotElementwise("it takes some of the channels")
+    positions = positions[:, :width]
+    steps = positions[0].diff()
+    part = 1 + int((steps != steps[0]).nonzero()[0]) if bool((steps != steps[:1]).any()) else width
+    parts = width // part
+    axes = (groups, parts, part)
+    if parts * part == width:
+        found = positions.view(axes)
+        strides = _strides(found)
+        if strides is not None:
+            return Place(number, strides[0], strides[1], strides[3], part, 0, 0, parts, strides[2])
+    raise NotElementwise("its channels have no constant stride in memory")
+
+
+def _fitted_block(number: int, positions: Tensor) -> Place:
+    """Express memory positions (groups, results, factors) likewise; -1 where a block is zero."""
+    groups, results, factors = positions.shape
+    inside = positions[0] >= 0
+    own = int(inside[0].sum())
+    parts = factors // max(own, 1)
+    rows = results // parts
+    if own * parts == factors and rows * parts == results:
+        expected = torch.block_diag(*[torch.ones(rows, own, dtype=torch.bool)] * parts)
+        if bool(((positions >= 0) == expected).all()):
+            found = positions[:, expected].view(groups, parts, rows, own)
+            strides = _strides(found)
+            if strides is not None:
+                offset, group, part, result, channel = strides
+                return Place(number, offset, group, channel, own, result, rows, parts, part)
+    raise NotElementwise("a weight has no constant strides in memory")
+
+
+def _strides(positions: Tensor) -> list[int] | None:
+    """The first of some positions, and their strides; None if there are none."""
+    offset = int(positions.flatten()[0])
+    expected, strides = torch.tensor(offset), []
+    for axis, size in enumerate(positions.shape):
+        first = [0] * positions.dim()
+        first[axis] = min(1, size - 1)
+        stride = int(positions[tuple(first)]) - offset
+        along = [1] * positions.dim()
+        along[axis] = size
+        expected = expected + (torch.arange(size) * stride).view(along)
+        strides.append(stride)
+    return [offset, *strides] if torch.equal(expected, positions) else None

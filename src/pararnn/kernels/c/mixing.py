@@ -6,7 +6,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from pararnn.kernels.stages import NotFused, Stages
 from pararnn.solvers.chunks import Chunks, Sweep
 from pararnn.solvers.problem import with_rows
 from pararnn.tracing.expressions import Operand
-from pararnn.tracing.products import Place, Products
+from pararnn.tracing.products import Products
 
 _VECTOR_BYTES = 64  # of the widest processors
 _GIVEN = "inputs state, inputs drive, inputs coefficient, inputs product"
@@ -188,29 +188,16 @@ class CSweep:
 
     def _weights(self, inputs: Sequence[Tensor]) -> Tensor:
         """The blocks of the weights, (weights, groups, factor, result), with whole vectors."""
-        size, groups = self.products.size, self.products.groups
-        found = torch.stack(
-            [
-                _strided(inputs[p.input], p, (groups, size, size), (p.group, p.channel, p.result))
-                for p in self.products.weights
-            ]
-        )
-        padding = width(size, self.double) - size
+        products = self.products
+        found = torch.stack([p.of(inputs[p.input], products.groups) for p in products.weights])
+        padding = width(products.size, self.double) - products.size
+        found = found.squeeze(2).transpose(2, 3).contiguous()
         return torch.nn.functional.pad(found, (0, padding)) if padding else found
 
     def _coefficients(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        size, groups = self.products.size, self.products.groups
-        found = [
-            _strided(inputs[p.input], p, (groups, size), (p.group, p.channel))
-            for p in self.products.coefficients
-        ]
+        places = [replace(p, results=1) for p in self.products.coefficients]
+        found = [p.of(inputs[p.input], self.products.groups)[:, 0, 0] for p in places]
         return torch.stack(found) if found else None
-
-
-def _strided(
-    tensor: Tensor, place: Place, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> Tensor:
-    return tensor.as_strided(shape, strides, tensor.storage_offset() + place.offset)
 
 
 def _over_time(tensor: Tensor | None, backwards: bool) -> list[int]:

@@ -81,19 +81,22 @@ def source(name: str, leaves: Mapping[str, int], roots: Sequence[Operand], doubl
 
 
 def staged_source(stages: Stages, leaves: Mapping[str, int], double: bool) -> str:
-    """A module with the functions of a step that is taken apart at its products.
+    """A module with the functions of a step that is taken apart where its channels mix.
 
-    `factors0` computes the vectors of the first level of products that are not states, `factors1`
-    those of the second, and so on; `new_state` the new components.
+    `factors0` computes the vectors of the first level that are stored, and then those whose totals
+    are taken; `late0` vectors that are multiplied in this level but need such a total; `factors1`
+    those of the second level, and so on; `new_state` the new components.
 
     Args:
         stages: The step.
-        leaves: How many there are of each kind, products included.
+        leaves: How many there are of each kind, products and totals included.
         double: Whether it computes in float64, else in float32.
     """
     module = Module("double" if double else "single")
     for level in range(stages.levels):
-        module.function(f"factors{level}", leaves, [stages.computed(level)])
+        summed = [stages.totals[n].factor for n in stages.totals_at(level)]
+        module.function(f"factors{level}", leaves, [[*stages.computed(level), *summed]])
+        module.function(f"late{level}", leaves, [stages.at(level, late=True)])
     module.function("new_state", leaves, [stages.roots])
     return module.text("a step in stages", stages.equations())
 

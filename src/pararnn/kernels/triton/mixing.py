@@ -58,7 +58,9 @@ def load_places(at, strides, count, PLACES: tl.constexpr, group, lane, inside):
         at: Where they begin.
         strides: From step to step; none for tensors that are the same at all times.
         count: How many of these further on.
-        PLACES: Each is (which of them, offset, stride from group to group, channel to channel).
+        PLACES: Each is (which of them, offset, stride from group to group, channel to channel). And
+            where there are fewer channels, or parts of them that lie apart, (channels of a part,
+            stride from part to part, all channels).
         group: The group.
         lane: Its channels.
         inside: Which of these there are.
@@ -68,8 +70,15 @@ def load_places(at, strides, count, PLACES: tl.constexpr, group, lane, inside):
         first = at[PLACES[n][0]]
         if len(strides) > 0:
             first += count * strides[PLACES[n][0]]
-        channel = first + group * PLACES[n][2] + lane * PLACES[n][3] + PLACES[n][1]
-        found = found + (tl.load(channel, mask=inside, other=0),)
+        if len(PLACES[n]) > 4:
+            part, rest = lane // PLACES[n][4], lane % PLACES[n][4]
+            first += part * PLACES[n][5]
+            channel = first + group * PLACES[n][2] + rest * PLACES[n][3] + PLACES[n][1]
+            mask = inside & (lane < PLACES[n][6])
+        else:
+            channel = first + group * PLACES[n][2] + lane * PLACES[n][3] + PLACES[n][1]
+            mask = inside
+        found = found + (tl.load(channel, mask=mask, other=0),)
     return found
 
 

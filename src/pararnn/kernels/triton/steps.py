@@ -129,9 +129,12 @@ def _language(precision: Precision, used: set[str]) -> printing.Language:
     )
 
 
+_MOVING = frozenset("state drive adjoint product reduced".split())
+
+
 def _varies(root: Operand) -> bool:
     """Whether an expression has the shape of the state, not just that of a coefficient."""
-    return any(e.op in ("state", "drive", "adjoint", "product") for e in topological([root]))
+    return any(e.op in _MOVING for e in topological([root]))
 
 
 def _tuple(members: Sequence[str]) -> str:

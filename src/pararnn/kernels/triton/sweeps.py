@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pararnn.kernels.triton.expressions import function, staged_source
 from pararnn.kernels.triton.tuples import OverTime
 from pararnn.planning.kernel_plans import (
     TILE,
+    computes_late,
     keeps_weights,
     kept_width,
     plan_wide,
@@ -36,7 +38,8 @@ def in_triton(products: Products, like: Tensor) -> Kept | Streamed:
     Raises:
         NotLowered: The step has an operation without a rule for kernels.
     """
-    if keeps_weights(len(products.weights), kept_width(products.size), like.itemsize):
+    sizes = len(products.weights), kept_width(products.size), like.itemsize
+    if products.is_plain and keeps_weights(*sizes):
         return _kept(products, like)
     return _streamed(products, like)
 
@@ -147,14 +150,16 @@ class Streamed(_Kernel):
         with on_device(like):
             arguments = self.arguments(chunks, state, sweep, states, ends)
             shared = -(-len(like) // plan.rows), products.groups
-            count, slots = math.prod(shared), self.constants["SLOTS"]
+            count, totals = math.prod(shared), sum(map(len, self.constants["TOTALS"]))
+            half = self.constants["SLOTS"] * plan.width + totals * plan.parts
             arguments |= {
                 "weights": _blocks(products, chunks.inputs, plan.width).to(like.dtype),
-                "scratch": like.new_empty(2 * slots * count * plan.rows * plan.width),
+                "scratch": like.new_empty(2 * half * count * plan.rows),
                 "counters": like.new_zeros(count, dtype=torch.int32),
                 "total": len(like),
                 "WIDTH": plan.width,
                 "PARTS": plan.parts,
+                "SHARES": 1 << (plan.parts - 1).bit_length(),
                 "ROWS": plan.rows,
                 "BLOCK": plan.block,
                 "INNER": plan.inner,
@@ -176,10 +181,18 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) ->
         raise NotFused(f"its weights do not fit on the chip: {error}") from error
 
 
-def _used(places: Sequence[Place]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+def _used(
+    places: Sequence[Place], size: int
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The inputs that hold some slots, and where in these each is, as kernels take it."""
     used = tuple(sorted({p.input for p in places}))
-    return used, tuple((used.index(p.input), p.offset, p.group, p.channel) for p in places)
+
+    def shown(p: Place) -> tuple[int, ...]:
+        plain = used.index(p.input), p.offset, p.group, p.channel
+        is_plain = (p.parts, p.lanes) == (1, size)
+        return plain if is_plain else (*plain, p.lanes, p.part, p.width)
+
+    return used, tuple(map(shown, places))
 
 
 def _leaves(products: Products) -> dict[str, int]:
@@ -192,7 +205,9 @@ def _leaves(products: Products) -> dict[str, int]:
 
 def _common(products: Products) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     """The inputs with drives and coefficients, and the constants of both kernels."""
-    drives, coefficients = _used(products.drives), _used(products.coefficients)
+    drives, coefficients = (
+        _used(places, products.size) for places in (products.drives, products.coefficients)
+    )
     constants = {
         "DRIVES": drives[1],
         "COEFFICIENTS": coefficients[1],
@@ -217,47 +232,91 @@ def _kept(products: Products, like: Tensor) -> Kept:
     return Kept(products, drives, coefficients, constants)
 
 
+def _stages(products: Products) -> Stages:
+    """The step, taken apart."""
+    return Stages(products.step, lambda weight: computes_late(products.weights[weight].lanes))
+
+
 def streamed_source(products: Products, double: bool) -> str:
     """The module of functions that `wide.run` calls."""
-    stages = Stages(products.step)
-    return staged_source(stages, _leaves(products) | {"product": len(stages.products)}, double)
+    stages = _stages(products)
+    more = {"product": len(stages.products), "reduced": len(stages.totals)}
+    return staged_source(stages, _leaves(products) | more, double)
 
 
 def _streamed(products: Products, like: Tensor) -> Streamed:
-    stages = Stages(products.step)
+    stages = _stages(products)
     module = load(streamed_source(products, like.dtype is torch.float64))
     drives, coefficients, constants = _common(products)
-    tables = _tables(stages, len(products.step))
+    tables, levels = _tables(stages, products), range(stages.levels)
     constants |= tables | {
-        "COMPUTE": tuple(getattr(module, f"factors{n}") for n in range(stages.levels)),
+        "COMPUTE": tuple(getattr(module, f"factors{n}") for n in levels),
+        "LATE": tuple(getattr(module, f"late{n}") for n in levels),
         "NEW_STATE": module.new_state,
     }
-    most = max(map(len, tables["WEIGHTS"])), max(map(len, tables["FACTORS"]))
+    factors = [len(tables["FACTORS"][n]) + len(tables["LATE_LANES"][n]) for n in levels]
+    most = max(1, *map(len, tables["WEIGHTS"])), max(1, *factors)
     return Streamed(products, drives, coefficients, constants, most)
 
 
-def _tables(stages: Stages, components: int) -> dict[str, Any]:
+_KINDS = {"sum": 0, "max": 1, "min": 2}  # as in `wide`
+
+
+def _tables(stages: Stages, products: Products) -> dict[str, Any]:
     """What is stored where, and what is multiplied with what, see `wide.run`."""
-    names = "COMPUTED", "FACTORS", "MULTIPLIED", "WEIGHTS", "RESULTS"
-    tables: dict[str, list[Any]] = {name: [] for name in names}
-    numbers, slots, last = [0] * len(stages.products), components, stages.levels - 1
+    names = "COMPUTED LANES FACTORS MULTIPLIED LATE_LANES WEIGHTS BLOCKED REDUCED RESULTS"
+    tables: dict[str, list[Any]] = {name: [] for name in names.split()}
+    components, last = len(products.step), stages.levels - 1
+    numbers, slots = [0] * len(stages.products), components
     places: dict[Operand, int] = {leaf("state", n): n for n in range(components)}
     for level in range(stages.levels):
         mine = [n for n, p in enumerate(stages.products) if p.level == level]
-        factors = list(dict.fromkeys(stages.products[n].factor for n in mine))
+        dots = [stages.products[n] for n in mine if stages.products[n].op == "dot"]
+        reduced = [stages.products[n] for n in mine if stages.products[n].op != "dot"]
+        blocks = [products.weights[p.weight] for p in dots]
+        widths = [(p.factor, b.width) for p, b in zip(dots, blocks, strict=True)]
+        widths += [(p.factor, p.more[0] * p.more[2]) for p in reduced]
+        lanes = {f: max(w for g, w in widths if g is f) for f, _ in widths}
         tables["COMPUTED"].append(slots)
+        tables["LANES"].append(tuple(lanes[f] for f in stages.computed(level)))
         for factor in stages.computed(level):
             places[factor], slots = slots, slots + 1
-        tables["FACTORS"].append(tuple(places[f] for f in factors))
-        tables["MULTIPLIED"].append(tuple(factors.index(stages.products[n].factor) for n in mine))
-        tables["WEIGHTS"].append(tuple(stages.products[n].weight for n in mine))
+        early = list(dict.fromkeys(p.factor for p in dots if not p.late))
+        factors = [*early, *stages.at(level, late=True)]
+        tables["FACTORS"].append(tuple(places[f] for f in early))
+        tables["LATE_LANES"].append(tuple(lanes[f] for f in factors[len(early) :]))
+        tables["MULTIPLIED"].append(tuple(factors.index(p.factor) for p in dots))
+        tables["WEIGHTS"].append(tuple(p.weight for p in dots))
+        full = all(
+            (b.parts, b.lanes, b.results) == (1, products.size, products.size) for b in blocks
+        )
+        sizes = [(b.results, b.lanes, b.parts) for b in blocks if not full]
+        tables["BLOCKED"].append(tuple(itertools.chain(*sizes)))
+        rows = [
+            (places[p.factor], _KINDS[p.op[:3]], *p.more, 1 << (p.more[0] - 1).bit_length())
+            for p in reduced
+        ]
+        tables["REDUCED"].append(tuple(itertools.chain(*rows)))
         tables["RESULTS"].append(slots)
-        for number, n in enumerate(mine):
+        ordered = sorted(mine, key=lambda n: stages.products[n].op != "dot")
+        for number, n in enumerate(ordered):
             numbers[n] = -1 - number if level == last else slots
             slots += level < last
     return {name: tuple(t) for name, t in tables.items()} | {
         "PRODUCTS": tuple(numbers),
         "SLOTS": slots,
+        **_totals(stages),
+    }
+
+
+def _totals(stages: Stages) -> dict[str, Any]:
+    """Which totals are taken on which level, see `wide.run`."""
+    by_level = [[stages.totals[n] for n in stages.totals_at(i)] for i in range(stages.levels)]
+    counts = [0, *itertools.accumulate(map(len, by_level))]
+    return {
+        "TOTALS": tuple(tuple(_KINDS[t.op[:3]] for t in own) for own in by_level),
+        "TOTAL_LANES": tuple(tuple(t.more[0] for t in own) for own in by_level),
+        "FIRST_TOTAL": tuple(counts[:-1]),
     }
 
 
@@ -274,15 +333,13 @@ def _over_time(backwards: bool, tensors: Sequence[Tensor]) -> tuple[OverTime, ..
 
 def _blocks(products: Products, inputs: Sequence[Tensor], width: int) -> Tensor:
     """Copy the blocks of the weights into one tensor (blocks, groups, result, factor), padded."""
-    size, padding = products.size, width - products.size
-    found = torch.stack(
-        [
-            inputs[p.input].as_strided(
-                (products.groups, size, size),
-                (p.group, p.result, p.channel),
-                inputs[p.input].storage_offset() + p.offset,
-            )
-            for p in products.weights
-        ]
-    )
-    return nn.functional.pad(found, (0, padding, 0, padding)) if padding else found
+    count, size, groups = len(products.weights), products.size, products.groups
+    blocks = [p.of(inputs[p.input], groups) for p in products.weights]
+    if products.is_plain:
+        found, padding = torch.stack(blocks).squeeze(2), width - size
+        return nn.functional.pad(found, (0, padding, 0, padding)) if padding else found
+    found = inputs[products.drives[0].input].new_zeros(count, groups, width, width)
+    for p, block, padded in zip(products.weights, blocks, found, strict=True):
+        strides = width * width, p.results * width + p.lanes, width, 1
+        padded.as_strided(block.shape, strides).copy_(block)
+    return found

@@ -1,0 +1,178 @@
+"""Cells with weights and norms over channels in one kernel, in Triton's interpreter."""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from pararnn import RNN, Jacobi, Newton, Sequential
+from pararnn.kernels import fused
+from pararnn.kernels.triton import sweeps
+from pararnn.solvers.chunks import Chunks, Cut
+from pararnn.testing import loop
+
+from .compare import as_tuple, assert_same, outcome, random_state, with_resets
+from .conftest import needs_triton
+from .mixing_operations import OPERATIONS
+from .norm_cells import INPUT, NORMED
+from .pretend_gpu import pretend_gpu
+from .test_fused import compare, random_rows, run_streamed, steps_of, with_reset_states
+from .test_mixing_operations import Mixed
+
+pytestmark = needs_triton
+DIRECTIONS = pytest.mark.parametrize("direction", ["forward", "adjoint"])
+
+
+def make(name, dtype):
+    torch.manual_seed(5)
+    return NORMED[name]().to(dtype)
+
+
+def kernel_of(cell, direction):
+    of, chunks = steps_of(cell, torch.float32, direction, Cut(2, 2, 2))
+    return fused._kernel(chunks, random_rows(of, chunks.cut, torch.float32))
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("run", [fused.run_steps, run_streamed], ids=["one_block", "blocks"])
+@pytest.mark.parametrize("name", NORMED)
+def test_equals_operations(name, direction, dtype, run):
+    of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=2, time=7, chunk=4))
+    compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("name", NORMED)
+def test_programs_share_channels(name, direction):
+    """Several programs for the channels of some rows, and several for the rows."""
+    from .at_once import programs_at_once
+
+    dtype = torch.float64
+    of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=10, time=5, chunk=3))
+    with programs_at_once(20):
+        compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run_streamed)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("name", ["layer_norm_lstm", "mixed_heads"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_chunks_starts_and_order(name, direction, reverse, backwards):
+    dtype = torch.float64
+    for cut in (Cut(2, 8, 3, backwards), Cut(1, 3, 3, backwards)):
+        of, chunks = steps_of(make(name, dtype), dtype, direction, cut, strided=True)
+        chunks = Chunks(chunks.step, cut, chunks.inputs, None, (), reverse)
+        chunks = with_reset_states(of, chunks, dtype, reverse)
+        if not reverse:
+            compare(chunks, random_rows(of, cut, dtype), dtype, run=run_streamed)
+        rows = random_rows(of, cut, dtype, copies=2)
+        compare(chunks, rows, dtype, copies=2, run=run_streamed, keep=False)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", ["block_gru", "gated_layer"])
+def test_who_computes_a_normed_vector(name, late, direction):
+    """Those who multiply it, or those whose channels it has."""
+    dtype = torch.float64
+    of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=3, time=4, chunk=4))
+    with mock.patch.object(sweeps, "computes_late", return_value=late):
+        compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run_streamed)
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds"), [("block_gru", (3, 3)), ("layer_norm_lstm", (5, 2)), ("attending", (3, 2))]
+)
+def test_rounds_of_a_step(name, rounds):
+    for direction, expected in zip(("forward", "adjoint"), rounds, strict=True):
+        kernel = kernel_of(make(name, torch.float32), direction)
+        assert len(kernel.constants["COMPUTE"]) == expected
+        assert "reduced0" in kernel.source
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_whole_solve_equals_loop(name):
+    cell = make(name, torch.float64)
+    rnn = RNN(cell, solver=Newton(chunk=2), backend="triton")
+    assert rnn.runner().facts.kernels == (None, None)
+    x = torch.randn(1, 4, INPUT, dtype=torch.float64)
+    state = random_state(rnn.num_components, 1, rnn.hidden_size)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, 1e-10)
+
+
+@pytest.mark.parametrize("solver", [Jacobi(chunk=3), Sequential()], ids=["jacobi", "sequential"])
+@pytest.mark.parametrize("name", ["block_gru", "layer_norm_lstm"])
+def test_resets(name, solver):
+    cell = make(name, torch.float64)
+    rnn = RNN(cell, solver=solver, backend="triton")
+    x, resets = torch.randn(3, 5, INPUT, dtype=torch.float64), torch.rand(3, 5) < 0.2
+    resets[:2, 0] = torch.tensor([False, True])
+    states = [random_state(rnn.num_components, 3, rnn.hidden_size) for _ in range(2)]
+    both = tuple(component for state in states for component in as_tuple(state))
+    expected = outcome(with_resets(functools.partial(loop, cell), resets), cell, x, both)
+    assert_same(outcome(with_resets(rnn, resets), cell, x, both), expected, 1e-10)
+
+
+_REFUSED = {("std", "adjoint"), ("norm", "adjoint"), ("logsumexp", "forward")}
+_REFUSED |= {("vecdot", "adjoint")}
+KNOWN = (
+    "mean amin std norm logsumexp renorm softmax layer_norm_weight rms_norm instance_norm_weight "
+    "matmul_weight matmul_per_head addmm einsum_weight tensordot chain_matmul vecdot flip cat "
+    "where matrix_norm kl_div".split()
+)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("name", KNOWN)
+def test_operations(name, direction):
+    """Those that mix channels in ways that kernels know."""
+    dtype = torch.float64
+    torch.manual_seed(3)
+    cell = Mixed(OPERATIONS[name]).double()
+    of, chunks = steps_of(cell, dtype, direction, Cut(batch=2, time=4, chunk=3))
+    state = random_rows(of, chunks.cut, dtype)
+    if fused.reason(chunks, state) is None:
+        compare(chunks, state, dtype, run=run_streamed)
+    else:
+        assert (name, direction) in _REFUSED
+
+
+def test_a_plan_says_that_steps_run_in_one_kernel():
+    """Also where the weights would fit on the chip."""
+    with pretend_gpu():
+        rnn = RNN(make("block_gru", torch.float32))
+        plan = rnn.plan((16, 512, INPUT))
+        assert plan.forward.steps == plan.adjoint.steps == "kernel"
+        assert rnn.runner().facts.streams
+    assert "weights which it reads at every step" in str(plan)
+
+
+def test_kernels_in_c_say_what_they_lack():
+    with pytest.raises(ValueError, match="kernels in C have no sums"):
+        RNN(make("layer_norm_lstm", torch.float32), backend="c")
+
+
+class Chunked(nn.Module):
+    """A hidden layer that is larger than the state, in parts that are no multiples of it."""
+
+    input_size, hidden_size, num_components = INPUT, 6, 1
+
+    def __init__(self):
+        super().__init__()
+        self.input = nn.Linear(INPUT, 6)
+        self.up, self.down = nn.Linear(6, 2 * 10), nn.Linear(10, 6)
+        self.norm = nn.LayerNorm(20, eps=0.1)
+
+    def forward(self, x, h):
+        a, b = self.norm(self.up(h)).chunk(2, -1)
+        return torch.tanh(self.input(x) + self.down(torch.tanh(a) * b))
+
+
+@DIRECTIONS
+def test_layers_that_are_larger_than_the_state(direction, dtype):
+    torch.manual_seed(5)
+    of, chunks = steps_of(Chunked().to(dtype), dtype, direction, Cut(batch=2, time=5, chunk=3))
+    compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run_streamed)

@@ -284,7 +284,7 @@ def _worth(
         growth: See `tangent_growth`.
     """
     way, time = plan.forward, found.steps
-    chunk = time if plan.path == "loop" else min(int(way.solver.chunk), time)
+    chunk = time if plan.path in ("loop", "pytorch") else min(int(way.solver.chunk), time)
     chunks = -(-time // chunk)
     if chunks == 1:
         what = {"kernel": "chunks", "rows": "method"}.get(plan.path, "path")

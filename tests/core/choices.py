@@ -33,6 +33,7 @@ from pararnn.kernels import facts, fused, operators
 from pararnn.kernels.facts import all_facts, facts_of
 from pararnn.kernels.triton import backend as triton_backend
 from pararnn.kernels.triton.sweeps import Kept, Streamed
+from pararnn.layers.pytorch_kernels import library_of
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.kernel_plans import plan_matvec, plan_wide
 from pararnn.planning.plan import BackendError
@@ -246,7 +247,20 @@ def _plan(rnn, given, known=None):
         tracked=given.train,
         elements=max(t.numel() for t in tensors),
         may_loop=dtype not in (torch.float16, torch.bfloat16),
+        library=None if given.resets else _library(rnn, dtype, given.device),
     )
+
+
+def _library(rnn, dtype, device):
+    """What of PyTorch's may run all steps, on a machine with cuDNN and oneDNN."""
+    if rnn.backend != "auto" or rnn.solver is not None:
+        return None
+    with (
+        mock.patch.object(torch.backends.cudnn, "is_available", return_value=True),
+        mock.patch.object(torch.backends.mkldnn, "is_available", return_value=True),
+        mock.patch.object(torch, "are_deterministic_algorithms_enabled", return_value=False),
+    ):
+        return library_of(rnn.cell, [dtype], dtype, device)
 
 
 def _elementwise(rnn, given):
@@ -283,8 +297,8 @@ def _mixing(rnn, given):
         known = all_facts(facts_of(step), step, runner.choice)
     plan = _plan(rnn, given, known)
     found = {"backend": plan.backend, "method": runner.method().__name__}
-    if plan.path == "loop":
-        return found | {"path": "loop"}
+    if plan.path in ("loop", "pytorch"):
+        return found | {"path": plan.path}
     if plan.path == "tiles":
         launches = plan.forward.tile, plan.adjoint.tile
         cuts = {

@@ -59,7 +59,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(Graphs, "call", call)
     monkeypatch.setattr(runner, "DEVICE", "cpu")
     monkeypatch.setattr(runner.Runner, "_in_graph", lambda *_: True)
-    monkeypatch.setattr(pararnn.RNN, "_prefers_cell", lambda *_: False)
+    monkeypatch.setattr(pararnn.RNN, "_path", lambda *_: None)
     return seen
 
 

@@ -205,8 +205,14 @@ def test_whether_chunks_pay(name, capsys):
     assert re.search(f"^  {line}", capsys.readouterr().out, re.MULTILINE)
 
 
+class Own(nn.GRUCell):
+    """A cell that PyTorch has no kernel for."""
+
+
 def test_the_loop_over_a_cell_has_one_chunk():
     found = diagnose(RNN(nn.GRUCell(4, 6)), torch.randn(2, 5, 4))
+    assert found.chunks_reason.startswith("the plan has one chunk (PyTorch's loop in C++: ")
+    found = diagnose(RNN(Own(4, 6)), torch.randn(2, 5, 4))
     assert not found.chunks_pay
     assert found.chunks_reason.startswith("the plan has one chunk (calling the cell at every step")
     assert "chunks of 1 would take" in found.chunks_reason

@@ -34,7 +34,7 @@ def test_a_layer_needs_nothing_but_pytorch(missing):
 
 ROOT = Path(pararnn.__file__).parent
 CORE = "cells tracing planning solvers kernels layers".split()
-ROOMS = [*CORE, *"testing diagnose explain bench lm cli".split()]
+ROOMS = [*CORE, *"testing diagnose explain bench lm tasks cli".split()]
 ROOMS_OF_LM = "data models decoding training evaluation bench".split()
 
 

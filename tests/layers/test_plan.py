@@ -11,9 +11,13 @@ import pararnn
 from pararnn import RNN, Newton, Sequential
 from pararnn.kernels.c import backend as c_backend
 from pararnn.kernels.facts import Planner
-from pararnn.layers import runner
+from pararnn.layers import pytorch_kernels, runner
 from pararnn.planning.costs import COSTS
 from pararnn.solvers import systems
+
+
+class Own(nn.GRUCell):
+    """A cell that PyTorch has no kernel for."""
 
 
 class Tokens(nn.Module):
@@ -45,15 +49,18 @@ def input_of(rnn, batch, time):
 @pytest.fixture
 def assert_kept(monkeypatch):
     """A function that returns the plan for x, and asserts that a call keeps to it."""
-    loops, run = [], RNN._run_cell
-    monkeypatch.setattr(RNN, "_run_cell", lambda *given: loops.append(given) or run(*given))
+    ran, run, theirs = [], RNN._run_cell, pytorch_kernels.run
+    monkeypatch.setattr(RNN, "_run_cell", lambda *given: ran.append("loop") or run(*given))
+    called = lambda *given: ran.append("pytorch") or theirs(*given)  # noqa: E731
+    monkeypatch.setattr(pytorch_kernels, "run", called)
 
     def kept(rnn, x):
         plan = rnn.plan(x.shape)
-        loops.clear()
+        ran.clear()
         rnn(x)
         chunks = {c.what: c.value for c in plan.choices}.get("chunks", 1)
-        assert (rnn.report.chunks, len(loops)) == (chunks, plan.path == "loop"), plan
+        around = [plan.path] if plan.path in ("loop", "pytorch") else []
+        assert (rnn.report.chunks, ran) == (chunks, around), plan
         return plan
 
     return kept
@@ -63,6 +70,7 @@ LAYERS = {
     "kernel": lambda: RNN(pararnn.cells.ParaGRUCell(3, 6), solver=Newton(chunk=16)),
     "elementwise rows": lambda: RNN(pararnn.cells.ParaLSTMCell(3, 6), backend="torch"),
     "mixing": lambda: RNN(nn.GRUCell(3, 6)),
+    "mixing, own": lambda: RNN(Own(3, 6)),
     "time first": lambda: RNN(nn.GRUCell(3, 6), batch_first=False),
     "one chunk": lambda: RNN(nn.RNNCell(3, 6), solver=Sequential()),
     "tokens": tokens,
@@ -98,7 +106,7 @@ def test_all_who_ask_have_the_plan_that_is_shown(name, sizes, grad, autocast, mo
         y, _ = rnn(x)
     if grad:
         y.sum().backward()
-    assert len(found) >= 1 + grad or shown.path == "loop"
+    assert len(found) >= 1 + grad or shown.path in ("loop", "pytorch")
     assert all((p.forward, p.adjoint) == (shown.forward, shown.adjoint) for p in found)
     decided = {id(p) for p in found}
     assert len(decided) == 1 or (rnn.runner().by_channels, len(decided)) == (False, 2)
@@ -130,7 +138,7 @@ def test_a_backward_pass_in_one_chunk_keeps_the_gates_of_a_piece():
 
 def test_a_loop_over_the_cell_is_planned_only_where_it_is_taken(assert_kept):
     x = torch.randn(1, 20, 3)
-    rnn = RNN(nn.GRUCell(3, 6))
+    rnn = RNN(Own(3, 6))
     assert assert_kept(rnn, x).path == "loop"
     with torch.autocast("cpu", torch.bfloat16):
         assert assert_kept(rnn, x).path == "rows"

@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": ("pararnn.cli.generate", "Continue a text with a trained model."),
     "eval": ("pararnn.cli.evaluate", "Measure a trained model in bits per byte, or by tasks."),
     "data": ("pararnn.cli.data", "Prepare token data for training."),
+    "tasks": ("pararnn.cli.tasks", "Train small models on synthetic tasks."),
     "bench": ("pararnn.cli.bench", "Time the kernels, generation and train steps."),
 }
 EXTRA = frozenset({"numpy", "transformers", "tyro", "tensorboard", "safetensors", "tqdm"})

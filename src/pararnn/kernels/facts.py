@@ -141,6 +141,7 @@ class Planner:
         tracked: bool = True,
         elements: int = 0,
         may_loop: bool = False,
+        library: str | None = None,
     ) -> Plan:
         """How a call is carried out now; see `Call`. A look takes a microsecond, a decision twenty.
 
@@ -148,11 +149,11 @@ class Planner:
         all that an operator knows. The device is that of the tensors: a step that was exported and
         moved, or is known by its expressions alone, does not know it.
         """
-        sizes = batch, time, hidden, kept_in, itemsize, gradients, tracked, elements, may_loop
+        sizes = batch, time, hidden, kept_in, itemsize, gradients, tracked, elements
         rounds = capturing = False
         if device.type == "cuda":
             rounds, capturing = rounds_products(kept_in), is_capturing(device)
-        call = *sizes, rounds, capturing, torch.get_num_threads()
+        call = *sizes, may_loop, library, rounds, capturing, torch.get_num_threads()
         plan = self._known.get((device, call))
         if plan is None:
             if len(self._known) >= _MOST_PLANS:

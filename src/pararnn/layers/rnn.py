@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pararnn.layers import pytorch_kernels
 from pararnn.layers.arguments import (
     State,
     batched,
@@ -233,7 +234,14 @@ class RNN(nn.Module):
             )
             restarts = self._parts("reset_state", every, batch, x)
             fresh = () if resets is None else restarts
-        if last is None and self._prefers_cell(runner, x, (*parts, *fresh), x.shape[1]):
+        path = None
+        if last is None:
+            path = self._path(runner, x, (*parts, *fresh), x.shape[1], resets is None)
+        if path == "pytorch":
+            y, *ends = [t.to(x.dtype) for t in pytorch_kernels.run(self.cell, x, parts)]
+            final = tuple(ends)
+            vars(self)["_report"] = len(x)
+        elif path == "loop":
             one = 1 in x.shape[:2]
             inputs = x.unbind(1) if one else x.transpose(0, 1).contiguous().unbind(0)
             outputs, final = self._run_cell(runner, inputs, parts, resets, fresh)
@@ -266,7 +274,7 @@ class RNN(nn.Module):
             x_t = x_t.unsqueeze(0)
             state = batched(state, self._shapes)
         parts = self._parts("state", state, x_t.shape[0], x_t)
-        if self._prefers_cell(runner, x_t, parts, 1):
+        if self._path(runner, x_t, parts, 1, False) == "loop":
             (y,), final = self._run_cell(runner, [x_t], parts)
         else:
             y, final = self._evaluate(runner, x_t.unsqueeze(1), parts, None, None)
@@ -275,18 +283,48 @@ class RNN(nn.Module):
             y, final = y.squeeze(0), tuple(f.squeeze(0) for f in final)
         return y, final if len(final) > 1 else final[0]
 
-    def _prefers_cell(
-        self, runner: Runner, x: Tensor, parts: tuple[Tensor, ...], time: int
-    ) -> bool:
-        """Whether a loop over the cell itself gives the same results as the traced step, faster."""
+    def _path(
+        self, runner: Runner, x: Tensor, parts: tuple[Tensor, ...], time: int, whole: bool
+    ) -> str | None:
+        """The path of the plan, where it may be one around the traced step: see `_ways_around`.
+
+        Args:
+            runner: The traced cell.
+            x: Inputs.
+            parts: States that are given.
+            time: Steps.
+            whole: Whether no sequence begins anew on the way.
+        """
         if runner.by_channels or torch.compiler.is_compiling() or transformed() or not len(x):
-            return False
-        own = runner.traced.capture.dtype
-        if not (_may_loop(runner, x.dtype, x.device) and all(p.dtype is own for p in parts)):
-            return False
+            return None
+        kinds = [x.dtype, *[p.dtype for p in parts]]
+        may_loop, library = self._ways_around(runner, kinds, x.device)
+        library = library if whole else None
+        if not (may_loop or library):
+            return None
         tracked = torch.is_grad_enabled()
-        plan = runner.plan(x.shape[0], time, x.dtype, tracked=tracked, may_loop=True)
-        return plan.path == "loop"
+        sizes = x.shape[0], time, x.dtype
+        return runner.plan(*sizes, tracked=tracked, may_loop=may_loop, library=library).path
+
+    def _ways_around(
+        self, runner: Runner, kinds: Sequence[torch.dtype], device: torch.device
+    ) -> tuple[bool, str | None]:
+        """What gives the results of the traced step: a loop over the cell, PyTorch's own kernel.
+
+        Args:
+            runner: The traced cell.
+            kinds: The types of x and of the state.
+            device: Where they are.
+        """
+        own = runner.traced.capture.dtype
+        alike = all(k is own for k in kinds[1:]) and (
+            kinds[0] is own or not kinds[0].is_floating_point
+        )
+        may_loop = alike and own not in _HALF and not autocasts(device.type)
+        library = None
+        if self.backend == "auto" and self.solver is None:
+            library = pytorch_kernels.library_of(self.cell, kinds, own, device.type)
+        return may_loop, library
 
     def _run_cell(
         self,
@@ -389,13 +427,15 @@ class RNN(nn.Module):
         dtype, device = dtype or runner.traced.given[0].dtype, runner.traced.device
         parameters = max([p.numel() for p in self.cell.parameters()], default=0)
         elements = max(parameters, math.prod(sizes))
+        may_loop, library = self._ways_around(runner, [dtype], device)
         return runner.plan(
             batch,
             time,
             dtype,
             elements,
             tracked=torch.is_grad_enabled(),
-            may_loop=_may_loop(runner, dtype, device),
+            may_loop=may_loop,
+            library=library,
             shown=True,
         )
 
@@ -676,13 +716,6 @@ class RNN(nn.Module):
 def _kind(dtype: torch.dtype, now: Snapshot) -> torch.dtype | None:
     """The type of x that a trace is for; None for floating point where the cell has its own."""
     return None if dtype.is_floating_point and now.own_dtype else dtype
-
-
-def _may_loop(runner: Runner, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a loop over the cell gives the same results, for x of a type and a state like it."""
-    own = runner.traced.capture.dtype
-    alike = dtype is own or not dtype.is_floating_point
-    return alike and own not in _HALF and not autocasts(device.type)
 
 
 def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:

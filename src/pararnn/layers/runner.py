@@ -177,6 +177,7 @@ class Runner:
         elements: int = 0,
         tracked: bool = False,
         may_loop: bool = False,
+        library: str | None = None,
         shown: bool = False,
     ) -> Plan:
         """How a call is carried out, for x of a type; see `pararnn.planning.plan.Call`.
@@ -196,7 +197,7 @@ class Runner:
         outside = 1 if readout is None else len(readout.components)  # with a gradient from there
         sizes = batch, time, step.hidden
         return self._planner.plan(
-            self.traced.device, *sizes, *kinds, outside, tracked, elements, may_loop
+            self.traced.device, *sizes, *kinds, outside, tracked, elements, may_loop, library
         )
 
     def method(self) -> type[Solver]:

@@ -117,6 +117,70 @@ class Costs:
     """Sequences up to which it is faster than a loop of PyTorch operations with gradients, which
     keeps gates that C computes again. docs/results/mixing-cells.md."""
 
+    # PyTorch's kernels for its own cells, and ours; `pytorch_plan.milliseconds` says what is what
+
+    faster: tuple[float, float] = (1.1, 2.0)
+    """Times as fast as ours that PyTorch's kernel must be by the estimate to be taken; the second
+    in half precision, where ours multiplies inputs in that type and PyTorch's kernel is called in
+    float32. docs/results/mixing-cells.md has the first, the second is an estimate."""
+    aten: tuple[tuple[float, ...], tuple[float, ...]] = (
+        (22.8, 9.5e-5, 4.57, 0.013, 5.6e-5, 3.72e-3, 4.0e-5),
+        (146.0, 3.6e-4, 31.5, 0.117, 3.2e-4, 8.51e-3, 1.01e-4),
+    )
+    """Microseconds of PyTorch's loop in C++ on a CPU, forward alone and with the backward pass.
+    docs/results/mixing-cells.md."""
+    onednn: tuple[tuple[float, ...], tuple[float, ...]] = (
+        (83.0, 6.9e-4, 0.256, 0.0, 3.3e-5, 1.23e-3, 3.4e-5),
+        (314.0, 3.8e-3, 1.3, 0.0, 6.0e-5, 4.2e-3, 1.14e-4),
+    )
+    """The same of an LSTM in oneDNN. docs/results/mixing-cells.md."""
+    steps_of_cell: tuple[tuple[float, ...], tuple[float, ...]] = (
+        (50.1, 3.7e-5, 15.3, 0.0205, 1.25e-4, 2.8e-3, 4.7e-5),
+        (177.0, 6.1e-4, 57.2, 0.14, 4.4e-4, 6.61e-3, 1.13e-4),
+    )
+    """The same of ours where it loops over the cell. docs/results/mixing-cells.md."""
+    steps_in_c: tuple[tuple[float, ...], tuple[float, ...]] = (
+        (201.0, 1.44e-3, 0.116, 0.0, 3.1e-5, 1.16e-3, 4.1e-5),
+        (938.0, 5.25e-3, 0.48, 0.0, 6.8e-5, 9.8e-3, 1.49e-4),
+    )
+    """The same of ours in C. docs/results/mixing-cells.md."""
+    cudnn_on_chip: tuple[int, int] = (384, 192)
+    """Channels up to which PyTorch has cuDNN keep the weights on the chip: of a cell with one gate
+    or with more; by count, of what PyTorch's source compares with."""
+    cudnn_kept: tuple[tuple[float, ...], ...] = (
+        (150.0, 0.0, 0.4, 5.0e-4, 0.0, 1.0e-5, 4.0e-7),
+        (700.0, 0.0, 0.9, 5.0e-4, 0.0, 1.0e-4, 3.0e-6),
+        (20.0, 0.0, 0.4, 5.0e-4, 0.0, 1.0e-5, 4.0e-7),
+        (60.0, 0.0, 0.9, 5.0e-4, 0.0, 1.0e-4, 3.0e-6),
+    )
+    """Microseconds of cuDNN with weights on the chip: from Python forward alone, with the backward
+    pass; in a CUDA graph of the user's likewise. Estimate, of few rows in
+    docs/results/mixing-cells.md."""
+    cudnn: tuple[tuple[float, ...], ...] = (
+        (150.0, 0.0, 13.0, 0.0, 1.0e-6, 1.0e-5, 1.1e-7),
+        (500.0, 0.0, 27.0, 0.0, 4.0e-6, 3.0e-5, 4.3e-7),
+        (20.0, 0.0, 6.0, 0.0, 2.0e-6, 1.0e-5, 1.1e-7),
+        (60.0, 0.0, 13.0, 0.0, 5.4e-6, 3.0e-5, 4.3e-7),
+    )
+    """The same with weights that it reads at every step. Estimate, of few rows in
+    docs/results/mixing-cells.md."""
+    kept_sweeps: tuple[tuple[float, ...], ...] = (
+        (250.0, 0.0, 0.3, 1.0e-3, 0.0, 5.0e-6, 1.0e-7),
+        (600.0, 0.0, 0.3, 6.0e-3, 0.0, 2.0e-5, 5.0e-7),
+        (50.0, 0.0, 0.3, 1.0e-3, 0.0, 5.0e-6, 1.0e-7),
+        (100.0, 0.0, 0.3, 6.0e-3, 0.0, 2.0e-5, 5.0e-7),
+    )
+    """The same of our kernel with weights on the chip. Estimate, of few rows in
+    docs/results/mixing-cells.md."""
+    streamed_sweeps: tuple[tuple[float, ...], ...] = (
+        (300.0, 0.0, 6.0, 4.0e-3, 0.0, 2.0e-6, 5.0e-8),
+        (900.0, 0.0, 0.0, 1.55e-2, 0.0, 2.0e-5, 1.8e-7),
+        (50.0, 0.0, 6.0, 4.0e-3, 0.0, 2.0e-6, 5.0e-8),
+        (150.0, 0.0, 0.0, 1.55e-2, 0.0, 2.0e-5, 1.8e-7),
+    )
+    """The same of our kernel that reads them at every step. Estimate, of few rows in
+    docs/results/mixing-cells.md."""
+
     # CUDA graphs
 
     graph_elements: int = 1 << 22

@@ -16,6 +16,8 @@ import torch
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS, Costs
 from pararnn.planning.kernel_plans import TileLaunch, TileSizes, plan_tiles
+from pararnn.planning.pytorch_plan import NAMES as LIBRARIES
+from pararnn.planning.pytorch_plan import Times, compare
 from pararnn.planning.rows_plan import free_rows, plan_rows, prefers_cell, steps_at_once
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.planning.triton_plan import Launch, Work, plan_launch
@@ -118,6 +120,8 @@ class Call(NamedTuple):
         tracked: Whether gradients may be asked for.
         elements: Elements of the largest tensor that it is given.
         may_loop: Whether a loop over the cell would give the same result.
+        library: What of PyTorch's runs all steps of the cell and would give the same result:
+            "cudnn", "onednn" or "aten" (a loop in C++); None if nothing does.
         rounds: Whether products of matrices round their factors (TF32).
         capturing: Whether the call is part of a CUDA graph.
         threads: Threads of PyTorch on a CPU.
@@ -132,6 +136,7 @@ class Call(NamedTuple):
     tracked: bool = True
     elements: int = 0
     may_loop: bool = False
+    library: str | None = None
     rounds: bool = False
     capturing: bool = False
     threads: int = 1
@@ -194,7 +199,8 @@ class Plan:
     Attributes:
         backend: "torch", "c" or "triton".
         path: "kernel" (fused over time), "tiles" (all steps and the readout in one kernel), "rows"
-            (chunks as rows of one batch) or "loop" (the cell).
+            (chunks as rows of one batch), "loop" (the cell) or "pytorch" (PyTorch's own kernel
+            for its own cell).
         forward: How the states are solved for.
         adjoint: How their adjoints are.
         in_graph: Whether the whole call, with its input part, is replayed as one CUDA graph.
@@ -338,6 +344,43 @@ def decide(
         solver: The user's; None to choose.
         costs: What work costs.
     """
+    plan = _generated(facts, call, machine, backend, solver, costs)
+    times = _times(plan, facts, call, costs) if solver is None and call.library else None
+    if times is None:
+        return plan
+    half = call.kept_in not in (torch.float32, torch.float64)
+    if times.ours <= costs.faster[half] * times.theirs:
+        return plan
+    because = f"{times.theirs:.3g} ms by the estimate, {times.ours:.3g} by our {plan.path}"
+    called = Choice("path", "pytorch", f"{LIBRARIES[str(call.library)]}: {because}")
+    choices = (Choice("backend", backend.name, backend.reason), called)
+    way = Way(Sequential(), 0.0)
+    return Plan(backend.name, "pytorch", way, way, False, choices)
+
+
+def _times(plan: Plan, facts: Facts, call: Call, costs: Costs) -> Times | None:
+    """What the library and PyTorch take, by the estimate; None if there is none."""
+    way = plan.forward
+    chunk = min(int(way.solver.chunk), call.time) if plan.path == "rows" else call.time
+    kinds = {"operations": "loop" if chunk == call.time else "", "kernel": "c"}
+    kind = "loop" if plan.path == "loop" else kinds.get(way.steps, "")
+    if kind == "c" and plan.backend == "triton":
+        kind = "streamed" if facts.streams else "kept"
+    if plan.path not in ("rows", "loop") or call.time == 1:
+        return None
+    sizes = facts.work, call.hidden, call.batch, call.time, chunk, way.warm_up
+    return compare(str(call.library), kind, *sizes, call.tracked, call.capturing, costs)
+
+
+def _generated(
+    facts: Facts,
+    call: Call,
+    machine: Machine,
+    backend: BackendChoice,
+    solver: Solver | None,
+    costs: Costs,
+) -> Plan:
+    """How the library carries a call out with the cell alone, or with kernels for its step."""
     choices = [Choice("backend", backend.name, backend.reason)]
     if by_tiles(facts, backend, solver):
         ways = _tiles(facts, call, machine, costs, choices)

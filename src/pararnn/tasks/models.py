@@ -1,0 +1,229 @@
+"""Models for the tasks, of the parts of language models."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pararnn import RNN
+from pararnn.lm.models.architectures import Shape, make_config, make_model
+from pararnn.lm.models.attention import AttentionMixer
+from pararnn.lm.models.block import make_mixer
+from pararnn.lm.models.cells import CELLS, register_cell
+from pararnn.lm.models.configuration import ParaRNNConfig
+from pararnn.lm.models.convolution import CausalConvolution
+from pararnn.tasks.architectures import (
+    ATTENTION,
+    MAMBA2,
+    MORE_CELLS,
+    TRANSFORMER,
+    accepted,
+    mixers_of,
+)
+from pararnn.tasks.settings import Settings
+from pararnn.tasks.task import Task
+
+_CONV = 4  # steps, as in the paper
+_MAMBA_STATE = 64  # entries per channel: as many as there are channels in the paper's tasks
+_MAMBA: dict[str, Any] = {
+    "chunk_size": 32,  # steps; 256, the default, are more than most sequences have
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,  # by default all three are tokens that a task may not have
+}
+
+for _name, _factory in MORE_CELLS.items():
+    if _name not in CELLS:
+        register_cell(_name, _factory)
+
+
+def build_model(task: Task, architecture: str, settings: Settings) -> nn.Module:
+    """A new model: tokens (batch, time) to logits (batch, time, classes or more).
+
+    Its weights come from PyTorch's default generator.
+
+    Args:
+        task: Decides the numbers of tokens and classes.
+        architecture: A name, or a hybrid, as in `pararnn.tasks.architectures`.
+        settings: Form and sizes.
+
+    Raises:
+        ValueError: There is no such architecture.
+    """
+    mixers = mixers_of(architecture)
+    if settings.form == "blocks":
+        return _LanguageModel(task, mixers, settings)
+    return _Stack(task, mixers, settings)
+
+
+class _LanguageModel(nn.Module):
+    """A whole language model; where there are fewer classes than tokens, some logits are idle."""
+
+    def __init__(self, task: Task, mixers: list[str], settings: Settings) -> None:
+        super().__init__()
+        layers = max(settings.num_layers, len(mixers))
+        shape = Shape(
+            vocab_size=max(task.vocab_size, task.num_classes),
+            width=settings.width,
+            # Mamba2 has no MLPs, and twice the layers, as in the paper's language models.
+            num_layers=2 * layers if mixers == [MAMBA2] else layers,
+            num_heads=settings.num_heads,
+            # Inputs of a sum of `width` terms keep their variance; 0.02 is for a width of 2,500.
+            initializer_range=1 / math.sqrt(settings.width),
+            state_size=_MAMBA_STATE,
+            conv_kernel=_CONV,
+        )
+        options: dict[str, Any] = {}
+        if mixers == [MAMBA2]:
+            options = _MAMBA
+        elif mixers != [TRANSFORMER]:
+            options["cell_options"] = _cell_options(mixers, settings)
+            options["attention_heads"] = settings.num_heads
+            options["mixers"] = _cycled(mixers, layers)
+        first = next((name for name in mixers if name != ATTENTION), "paragru")
+        self.model = make_model(make_config(first, shape, **options))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
+class _Stack(nn.Module):
+    """Embedding, layers, norm, linear: one layer is the model of the paper's tasks (C.2)."""
+
+    def __init__(self, task: Task, mixers: list[str], settings: Settings) -> None:
+        super().__init__()
+        self.positions = settings.positions
+        self.embedding = nn.Embedding(task.vocab_size, settings.width)
+        names = _cycled(mixers, max(settings.num_layers, len(mixers)))
+        options = _cell_options(mixers, settings)
+        self.layers = nn.ModuleList(_Layer(name, settings, options) for name in names)
+        self.norm = nn.RMSNorm(settings.width)
+        self.head = nn.Linear(settings.width, task.num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.positions:
+            x = x + sinusoids(x.shape[1], x.shape[2], x.device)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+class _Layer(nn.Module):
+    """Norm and mixer; in the form "mixer" a residual with a learnable scale as well (Figure 9)."""
+
+    def __init__(self, name: str, settings: Settings, options: dict[str, Any]) -> None:
+        super().__init__()
+        width = settings.width
+        self.norm = nn.RMSNorm(width)
+        self.mixer = _mixer(name, settings, options)
+        scale = torch.ones(width) if settings.form == "mixer" else None
+        self.residual_scale = None if scale is None else nn.Parameter(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mixer(self.norm(x))
+        return y if self.residual_scale is None else self.residual_scale * x + y
+
+
+def _mixer(name: str, settings: Settings, options: dict[str, Any]) -> nn.Module:
+    width, heads = settings.width, settings.num_heads
+    if name == MAMBA2:
+        shape = Shape(
+            vocab_size=1,
+            width=width,
+            num_layers=1,
+            num_heads=heads,
+            initializer_range=1 / math.sqrt(width),
+            state_size=_MAMBA_STATE,
+            conv_kernel=_CONV,
+        )
+        config = make_config(MAMBA2, shape, **_MAMBA)
+        whole: Any = make_model(config)
+        return whole.backbone.layers[0].mixer
+    if settings.form == "cell" and name not in (TRANSFORMER, ATTENTION):
+        return _Cell(RNN(CELLS[name](width, width, num_heads=heads, **options)))
+    config = ParaRNNConfig(
+        vocab_size=1,
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_heads=heads,
+        conv_kernel=_CONV,
+        cell="paragru" if name in (TRANSFORMER, ATTENTION) else name,
+        attention_heads=heads,
+        cell_options=options,
+    )
+    if name in (TRANSFORMER, ATTENTION):
+        return _Attention(config, convolution=settings.form == "mixer")
+    return _OfLanguageModel(make_mixer(config, name))
+
+
+class _Cell(nn.Module):
+    """A recurrence alone: its outputs, heads side by side."""
+
+    def __init__(self, rnn: RNN) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0].flatten(2)
+
+
+class _OfLanguageModel(nn.Module):
+    """A mixer of the language models, without documents and states."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(x, None, None)[0]
+
+
+class _Attention(nn.Module):
+    """Attention of the language models, in the form "mixer" behind the convolution of a mixer.
+
+    One layer of attention that sees single tokens cannot know what followed a token. With the
+    convolution it can, and only so are the paper's figures for one layer to be had (82 % in 1-hop).
+    """
+
+    def __init__(self, config: ParaRNNConfig, convolution: bool) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.conv = CausalConvolution(size, config.conv_kernel) if convolution else None
+        self.attention = AttentionMixer(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            x = self.conv(x, None, None)[0]
+        return self.attention(x, None, None)[0]
+
+
+def _cycled(names: list[str], count: int) -> list[str]:
+    return [names[i % len(names)] for i in range(count)]
+
+
+def _cell_options(mixers: list[str], settings: Settings) -> dict[str, Any]:
+    """What all cells of a model take; a language model has one set of options for all of them."""
+    options: dict[str, Any] = {
+        "max_recurrent_weight": settings.max_recurrent_weight,
+        "max_timescale": settings.max_timescale,
+    }
+    for name in mixers:
+        if name in CELLS:
+            options = accepted(CELLS[name], options)
+            if getattr(CELLS[name], "keeps", None) is None:  # no gate whose bias sets a timescale
+                options.pop("max_timescale", None)
+    return options
+
+
+def sinusoids(time: int, width: int, device: torch.device) -> Tensor:
+    """Sines and cosines of every position (Vaswani et al. 2017), (time, width); for any length."""
+    half = width // 2
+    steps = torch.arange(time, device=device, dtype=torch.float32)
+    powers = torch.arange(half, device=device, dtype=torch.float32) / half
+    angles = steps[:, None] * 10_000.0**-powers
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    return torch.nn.functional.pad(waves, (0, width - 2 * half))

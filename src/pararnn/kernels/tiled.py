@@ -275,7 +275,7 @@ class _Kernels:
         }
 
     def parts(self, way: Way, result: Result) -> tuple[tuple[int, ...], int]:
-        """A member of `PARTS`, see `tiled.parts_of`, and how many partial sums there are."""
+        """A member of `PARTS`, see `tile_values.parts_of`, and how many partial sums there are."""
         assert way.tile is not None
         sizes = self.tiles.programs
         count = way.tile.parts if result.split else 1
@@ -307,7 +307,7 @@ def _stored(found: Tiles, of: Place) -> Place:
 def _place(
     launch: TileLaunch, split: int | None, place: Place, may_widen: bool = False
 ) -> tuple[Any, ...]:
-    """A place as `tiled.placed` takes it.
+    """A place as `tile_values.placed` takes it.
 
     Args:
         launch: How the kernel is launched.
@@ -374,7 +374,7 @@ class _Call:
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """What is handed out, the last states, and those before segments."""
-        from pararnn.kernels.triton import tiled  # needs Triton, which this module does not
+        from pararnn.kernels.triton import tile_forward  # needs Triton, which this module does not
 
         kernels, way = self.kernels, self.kernels.forward
         like_y, like_ends, like_kept, _ = self.path.like_states(self.inputs, self.initial)
@@ -385,7 +385,7 @@ class _Call:
         if self.is_packed:  # a sequence without steps ends where it began
             ends = self.initial.to(like_ends.dtype, copy=True).contiguous()
         with on_device(self.initial):
-            tiled.forward[self.programs(way)](
+            tile_forward.forward[self.programs(way)](
                 **self.given,
                 y=_over_time(y[0] if count > 1 else y),
                 kept=like_kept,
@@ -401,7 +401,7 @@ class _Call:
         self, kept: Tensor, of_y: Tensor | None, of_ends: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
         """Gradients of the differentiable inputs, and of initial states."""
-        from pararnn.kernels.triton import tiled  # needs Triton, which this module does not
+        from pararnn.kernels.triton import tile_backward  # needs Triton, which this module does not
 
         kernels, way, found = self.kernels, self.kernels.adjoint, self.kernels.tiles
         results = dict(zip(found.differentiable, found.gradients, strict=True))
@@ -428,7 +428,7 @@ class _Call:
         assert way.tile is not None
         place = functools.partial(_place, way.tile, found.split)
         with on_device(initial):
-            tiled.backward[self.programs(way)](
+            tile_backward.backward[self.programs(way)](
                 **self.given,
                 kept=kept,
                 scratch=scratch,

@@ -19,7 +19,7 @@ _ALONG = {"total": "total_along", "max": "largest_along", "min": "smallest_along
 
 
 def tiled_source(tiles: Tiles, precision: Precision) -> str:
-    """A module with the functions that `tiled` calls: `step`, `again` and `adjoint`.
+    """A module with the functions that the kernels of tiles call: `step`, `again` and `adjoint`.
 
     Args:
         tiles: The step.
@@ -65,7 +65,7 @@ def tiled_source(tiles: Tiles, precision: Precision) -> str:
     ]
     leaves = {**leaves, "adjoint": len(tiles.step) + 1}
     module.function("adjoint", leaves, [tiles.adjoints, *grads], flags=flags, shaped=like)
-    return module.text("a cell's step, for pararnn.kernels.triton.tiled", equations(tiles.step))
+    return module.text("a cell's step, for the kernels of tiles", equations(tiles.step))
 
 
 def _like_state(results: Sequence[Sequence[Operand]], count: int) -> list[bool]:

@@ -203,6 +203,7 @@ def cases() -> dict[str, Callable[[Recorder, str], None]]:
         make = functools.partial(MEMORIES[cell], INPUT, 64, 16, num_heads=36)
         run = functools.partial(call, make=make, solver=None, size=(32, 64), kind=DTYPES[kind])
         found[f"{cell} {kind} none"] = run
+        found[f"{cell} {kind} chunks"] = functools.partial(run, size=(1, 8192))
     for kind, dtype in DTYPES.items():
         found[f"matvec {kind}"] = functools.partial(product, kind=dtype)
     return found

@@ -28,7 +28,8 @@ from pararnn.kernels.triton.tuples import Aligned
 from pararnn.planning.kernel_plans import TileLaunch, TileSizes, segment_of_tiles
 from pararnn.planning.plan import BackendChoice, Facts, Way
 from pararnn.solvers.problem import has_reset_states
-from pararnn.solvers.shooting import sequential_report
+from pararnn.solvers.report import COMPLETED, CONVERGED
+from pararnn.solvers.shooting import SMALL, sequential_report
 from pararnn.tracing.step import Step, arithmetic
 from pararnn.tracing.tile_layout import all_inputs, tiles
 from pararnn.tracing.tiles import Axis, NotTiled, Place, Result, Tiles
@@ -134,9 +135,7 @@ class Tiled:
         self, inputs: Sequence[Tensor], initial: Tensor, starts: Tensor | None
     ) -> list[Tensor]:
         """See `operators.Path`."""
-        call = self._call(inputs, initial, starts)
-        y, ends, kept = call.forward()
-        return [y, ends, kept, sequential_report(call.batch, initial.device)]
+        return list(self._call(inputs, initial, starts).forward())
 
     def adjoint(
         self,
@@ -367,13 +366,57 @@ class _Call:
             "SEGMENT": self.segment,
         }
 
-    def programs(self, way: Way) -> tuple[int]:
+    def programs(self, way: Way, chunks: int = 1) -> tuple[int]:
         """The grid."""
         assert way.tile is not None
-        return (self.batch * math.prod(self.kernels.tiles.programs) * way.tile.parts,)
+        return (self.batch * chunks * math.prod(self.kernels.tiles.programs) * way.tile.parts,)
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is handed out, the last states, and those before segments."""
+    def chunks(self, way: Way) -> int:
+        """Chunks of time."""
+        return -(-self.time // min(int(way.solver.chunk), self.time))
+
+    def edges(self, chunks: int) -> dict[str, Tensor]:
+        """Room for the states or adjoints that chunks start from, and for those that they reach."""
+        _, components, hidden = self.initial.shape
+        shape = self.batch * chunks, components, hidden
+        like = functools.partial(self.initial.new_empty, shape, dtype=self.kernels.real)
+        return {"guess": like(), "reached": like()}
+
+    def in_chunks(
+        self,
+        kernels: Any,
+        way: Way,
+        given: dict[str, Any],
+        mends: Sequence[dict[str, Any]],
+        unit: int = 1,
+    ) -> None:
+        """Run all chunks side by side, then those again that do not fit: side by side, in order.
+
+        Args:
+            kernels: `tile_forward` or `tile_backward`.
+            way: How the direction is carried out.
+            given: Arguments of the kernel for one chunk.
+            mends: Further arguments of the second and of the third launch.
+            unit: Steps that they count chunks in.
+        """
+        assert way.tile is not None
+        chunks, edges = self.chunks(way), self.edges(self.chunks(way))
+        given = {**given, "chunks": chunks, "chunk": int(way.solver.chunk) // unit}
+        given |= {"tolerance": way.tolerance}
+        sweep = kernels.sweep[self.programs(way, chunks)]
+        sweep(**given, **edges, warm=way.warm_up // unit)
+        for each, more in zip((1, chunks), mends, strict=True):
+            new = self.edges(chunks)
+            if each == chunks:
+                more = {**more, "num_warps": way.tile.warps_alone}
+                given.pop("num_warps")
+            others = {f"new_{name}": edge for name, edge in new.items()}
+            mend = kernels.mend[self.programs(way, -(-chunks // each))]
+            mend(**given, **edges, **others, **more, each=each)
+            edges = new
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is handed out, the last states, those before segments, and values of the report."""
         from pararnn.kernels.triton import tile_forward  # needs Triton, which this module does not
 
         kernels, way = self.kernels, self.kernels.forward
@@ -384,18 +427,32 @@ class _Call:
         ends = like_ends
         if self.is_packed:  # a sequence without steps ends where it began
             ends = self.initial.to(like_ends.dtype, copy=True).contiguous()
+        given = {
+            **self.given,
+            "y": _over_time(y[0] if count > 1 else y),
+            "kept": like_kept,
+            "ends": ends,
+            "y_part": math.prod(shape),
+            "STEP": kernels.functions.step,
+            "Y_PARTS": (strides,),
+            **kernels.constants[0],
+        }
+        chunks = self.chunks(way)
         with on_device(self.initial):
-            tile_forward.forward[self.programs(way)](
-                **self.given,
-                y=_over_time(y[0] if count > 1 else y),
-                kept=like_kept,
-                ends=ends,
-                y_part=math.prod(shape),
-                STEP=kernels.functions.step,
-                Y_PARTS=(strides,),
-                **kernels.constants[0],
-            )
-        return y.sum(0).to(like_y.dtype) if count > 1 else y, ends, like_kept
+            if chunks == 1:
+                tile_forward.forward[self.programs(way)](**given)
+                report = sequential_report(self.batch, self.initial.device)
+            else:
+                new = functools.partial(self.initial.new_empty, dtype=torch.float64)
+                once, report = (new((*self.programs(way, c), 4)) for c in (chunks, 1))
+                more = {"SMALL": SMALL, "TINY": torch.finfo(kernels.real).tiny}
+                more |= {"CONVERGED": CONVERGED, "COMPLETED": COMPLETED}
+                first, second = {"report": once, "earlier": None}, {"report": report}
+                second |= {"earlier": once}
+                self.in_chunks(tile_forward, way, given, [more | first, more | second])
+                report = report.view(self.batch, -1, 4).amax(1)
+        y = y.sum(0).to(like_y.dtype) if count > 1 else y
+        return y, ends, like_kept, report
 
     def backward(
         self, kept: Tensor, of_y: Tensor | None, of_ends: Tensor | None
@@ -407,9 +464,13 @@ class _Call:
         results = dict(zip(found.differentiable, found.gradients, strict=True))
         initial = self.initial
         _, components, hidden = initial.shape
-        scratch = kept.new_empty(self.batch, self.segment, components, hidden)
-        fill = torch.zeros_like if self.starts is not None else torch.empty_like
-        of_initial = fill(initial, dtype=kernels.real, memory_format=torch.contiguous_format)
+        chunks = self.chunks(way)
+        rows = self.batch * chunks
+        scratch = kept.new_empty(rows, self.segment, components, hidden)
+        resets = self.starts is not None and not self.is_packed
+        fill = initial.new_empty if self.starts is None else initial.new_zeros
+        count = self.batch + rows if resets else len(initial)
+        of_initial = fill((count, components, hidden), dtype=kernels.real)
         buffers: dict[int, Tensor] = {}
         partial: dict[int, tuple[int, ...]] = {}
         counts: dict[int, int] = {}
@@ -421,35 +482,42 @@ class _Call:
                 shape = own.shape if alone else (counts[n], *own.shape)
                 buffers[n] = own.new_empty(shape, dtype=own.dtype if alone else kernels.real)
             else:
-                buffers[n] = own.new_empty((counts[n], self.batch, *own.shape), dtype=kernels.real)
+                buffers[n] = own.new_empty((counts[n], rows, *own.shape), dtype=kernels.real)
         drives = [n for n in found.drives if n in results]
         fixed = [n for n in found.coefficients if n in results]
         sizes = {n: self.inputs[n].numel() for n in results}
         assert way.tile is not None
         place = functools.partial(_place, way.tile, found.split)
+        given = {
+            **self.given,
+            "kept": kept,
+            "scratch": scratch,
+            "y_grad": None if of_y is None else _over_time(_rows(of_y)),
+            "end_grads": None if of_ends is None else of_ends.contiguous(),
+            "grads": tuple(
+                _over_time(buffers[n] if counts[n] == 1 else buffers[n][0]) for n in drives
+            ),
+            "sums": tuple(buffers[n] for n in fixed),
+            "initial_grads": of_initial,
+            "grad_parts": tuple(sizes[n] for n in drives),
+            "sum_parts": tuple(rows * sizes[n] for n in fixed),
+            "sum_rows": tuple(sizes[n] for n in fixed),
+            "AGAIN": kernels.functions.again,
+            "ADJOINT": kernels.functions.adjoint,
+            "GRADS": tuple(place(results[n].place) for n in drives),
+            "GRAD_PARTS": tuple(partial[n] for n in drives),
+            "SUMS": tuple(place(results[n].place) for n in fixed),
+            "SUM_PARTS": tuple(partial[n] for n in fixed),
+            **kernels.constants[1],
+        }
         with on_device(initial):
-            tile_backward.backward[self.programs(way)](
-                **self.given,
-                kept=kept,
-                scratch=scratch,
-                y_grad=None if of_y is None else _over_time(_rows(of_y)),
-                end_grads=None if of_ends is None else of_ends.contiguous(),
-                grads=tuple(
-                    _over_time(buffers[n] if counts[n] == 1 else buffers[n][0]) for n in drives
-                ),
-                sums=tuple(buffers[n] for n in fixed),
-                initial_grads=of_initial,
-                grad_parts=tuple(sizes[n] for n in drives),
-                sum_parts=tuple(self.batch * sizes[n] for n in fixed),
-                sum_rows=tuple(sizes[n] for n in fixed),
-                AGAIN=kernels.functions.again,
-                ADJOINT=kernels.functions.adjoint,
-                GRADS=tuple(place(results[n].place) for n in drives),
-                GRAD_PARTS=tuple(partial[n] for n in drives),
-                SUMS=tuple(place(results[n].place) for n in fixed),
-                SUM_PARTS=tuple(partial[n] for n in fixed),
-                **kernels.constants[1],
-            )
+            if chunks == 1:
+                tile_backward.backward[self.programs(way)](**given)
+            else:
+                self.in_chunks(tile_backward, way, given, [{}, {}], self.segment)
+        if resets:
+            again = of_initial[self.batch :].unflatten(0, (self.batch, chunks)).sum(1)
+            of_initial = torch.cat([of_initial[: self.batch], again])
         gradients = []
         for n in found.differentiable:
             own, buffer = self.inputs[n], buffers[n]

@@ -273,6 +273,15 @@ class Costs:
     backward warps of one program wait for each other too often. docs/results/matrix-memory.md."""
     tile_least: int = 16
     """Rows or columns of a part of a tile, at least: what tensor cores take, by count."""
+    tile_warm_up: tuple[int, int, int] = (64, 128, 256)
+    """Steps that the first guess of a chunk looks back for results in half, single and double
+    precision. Estimate."""
+    tile_full: tuple[int, int] = (16, 16)
+    """Warps per multiprocessor, forward and backward, up to which time is cut. Estimate."""
+    tile_chunk: int = 4
+    """Warm-ups that a chunk is at least as long as. Estimate."""
+    tile_least_chunks: int = 4
+    """With fewer chunks, they gain less than their warm-up and the fuller device cost. Estimate."""
     tile_segment: int = 16
     """Steps that the backward pass runs again from one state that was kept.
     docs/results/matrix-memory.md."""

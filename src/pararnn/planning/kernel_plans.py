@@ -202,11 +202,13 @@ class TileLaunch:
         sizes: Of the step.
         parts: Programs that share a tile.
         warps: Warps of a program.
+        warps_alone: The same where chunks of time are run one after another.
     """
 
     sizes: TileSizes
     parts: int
     warps: int
+    warps_alone: int
 
     def block_of(self, size: int, axis: int, whole: bool) -> int:
         """Entries that a program has of an axis.
@@ -239,14 +241,72 @@ def segment_of_tiles(costs: Costs = COSTS) -> int:
     return costs.tile_segment
 
 
+@dataclass(frozen=True)
+class TileCut:
+    """How time is cut for kernels of tiles.
+
+    Attributes:
+        chunk: Steps per chunk, whole segments if there are several.
+        chunks: Chunks of time.
+        warm: Steps before a chunk that its first guess looks back, whole segments.
+        because: The reason, in words.
+    """
+
+    chunk: int
+    chunks: int
+    warm: int
+    because: str
+
+
+def cut_tiles(
+    sizes: TileSizes,
+    batch: int,
+    time: int,
+    tolerance: float,
+    processors: int,
+    backward: bool,
+    costs: Costs = COSTS,
+) -> TileCut:
+    """Cut time where tiles alone leave most of the device idle, and chunks are long.
+
+    Args:
+        sizes: Of the step.
+        batch: Sequences.
+        time: Steps.
+        tolerance: Of gaps between chunks.
+        processors: Multiprocessors.
+        backward: Whether it is the backward direction.
+        costs: What is wanted.
+    """
+    half, single, double = costs.tile_warm_up
+    warm = half if tolerance > 1e-4 else single if tolerance > 1e-8 else double
+    segment = costs.tile_segment
+    warps = sizes.programs * -(-sizes.rows * sizes.columns // costs.tile_entries)
+    most = costs.tile_full[backward] * processors // (batch * warps)
+    chunks = min(most, time // (costs.tile_chunk * warm))
+    if chunks < costs.tile_least_chunks:
+        why = f"{batch * warps} warps and {time} steps: chunks would not be worth their warm-up"
+        return TileCut(time, 1, 0, why)
+    chunk = -(-time // (chunks * segment)) * segment
+    chunks = -(-time // chunk)
+    why = f"{batch * warps} warps would leave most of {processors} multiprocessors idle"
+    return TileCut(chunk, chunks, warm, why)
+
+
 def plan_tiles(
-    sizes: TileSizes, batch: int, processors: int, backward: bool, costs: Costs = COSTS
+    sizes: TileSizes,
+    batch: int,
+    chunks: int,
+    processors: int,
+    backward: bool,
+    costs: Costs = COSTS,
 ) -> TileLaunch:
     """Few enough entries per warp, and programs enough for the device where a tile may be cut.
 
     Args:
         sizes: Of the step.
         batch: Sequences.
+        chunks: Chunks of time.
         processors: Multiprocessors.
         backward: Whether it is the backward kernel.
         costs: What is wanted.
@@ -255,19 +315,23 @@ def plan_tiles(
     if sizes.split is not None:
         size = (sizes.rows, sizes.columns)[sizes.split]
         while size % (2 * parts) == 0 and _may_have(size // (2 * parts), costs):
-            many = batch * sizes.programs * parts >= wanted
+            many = batch * chunks * sizes.programs * parts >= wanted
             if many and sizes.rows * sizes.columns // parts <= costs.tile_entries:
                 break
             parts *= 2
     entries = sizes.rows * sizes.columns // parts
-    warps = 1
-    while warps < costs.tile_warps:
-        few = not backward and batch * sizes.programs * parts * warps < wanted
-        most = costs.tile_least_entries if few else costs.tile_entries
-        if entries <= warps * most:
-            break
-        warps *= 2
-    return TileLaunch(sizes, parts, warps)
+
+    def warps(programs: int) -> int:
+        found = 1
+        while found < costs.tile_warps:
+            few = not backward and programs * found < wanted
+            if entries <= found * (costs.tile_least_entries if few else costs.tile_entries):
+                break
+            found *= 2
+        return found
+
+    alone = batch * sizes.programs * parts
+    return TileLaunch(sizes, parts, warps(chunks * alone), warps(alone))
 
 
 def _may_have(entries: int, costs: Costs) -> bool:

@@ -15,11 +15,17 @@ import torch
 
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS, Costs
-from pararnn.planning.kernel_plans import TileLaunch, TileSizes, plan_tiles
+from pararnn.planning.kernel_plans import (
+    TileCut,
+    TileLaunch,
+    TileSizes,
+    cut_tiles,
+    plan_tiles,
+)
 from pararnn.planning.pytorch_plan import NAMES as LIBRARIES
 from pararnn.planning.pytorch_plan import Times, compare
 from pararnn.planning.rows_plan import free_rows, plan_rows, prefers_cell, steps_at_once
-from pararnn.planning.settings import Newton, Sequential, Solver
+from pararnn.planning.settings import Jacobi, Newton, Sequential, Solver
 from pararnn.planning.triton_plan import Launch, Work, plan_launch
 
 _TF32 = 2.0**-11  # the largest relative error of a factor that is rounded to TF32
@@ -383,7 +389,7 @@ def _generated(
     """How the library carries a call out with the cell alone, or with kernels for its step."""
     choices = [Choice("backend", backend.name, backend.reason)]
     if by_tiles(facts, backend, solver):
-        ways = _tiles(facts, call, machine, costs, choices)
+        ways = _tiles(facts, call, machine, solver, costs, choices)
         return Plan(backend.name, "tiles", *ways, False, tuple(choices))
     if by_channels(facts, backend):
         ways = _kernels(facts, call, machine, backend, solver, costs, choices)
@@ -457,22 +463,39 @@ def _kernels(
 
 
 def _tiles(
-    facts: Facts, call: Call, machine: Machine, costs: Costs, choices: list[Choice]
+    facts: Facts,
+    call: Call,
+    machine: Machine,
+    solver: Solver | None,
+    costs: Costs,
+    choices: list[Choice],
 ) -> tuple[Way, Way]:
     """One kernel for all steps and the readout."""
     sizes = facts.tile
     assert sizes is not None
     because = "one kernel runs all steps, with the state and the readout on the chip"
     choices.append(Choice("path", "tiles", because))
+    tolerance = Jacobi().tolerance_for(call.kept_in)
     ways = []
-    for backward, name in enumerate(("tile forward", "tile backward")):
-        launch = plan_tiles(sizes, call.batch, machine.processors, bool(backward), costs)
+    for backward, direction in enumerate(("forward", "backward")):
+        given = machine.processors, bool(backward), costs
+        cut = cut_tiles(sizes, call.batch, call.time, tolerance, *given)
+        if solver is not None:
+            cut = TileCut(call.time, 1, 0, "asked for")
+        choices.append(Choice(f"chunks {direction}", cut.chunks, cut.because))
+        launch = plan_tiles(sizes, call.batch, cut.chunks, *given)
         shape = [sizes.rows, sizes.columns]
         if sizes.split is not None:
             shape[sizes.split] //= launch.parts
         because = f"{sizes.programs * launch.parts} programs per sequence"
-        choices.append(Choice(name, " x ".join(map(str, shape)), because))
-        ways.append(Way(Sequential(), 0.0, tile=launch))
+        if cut.chunks > 1:
+            because += " and chunk"
+        choices.append(Choice(f"tile {direction}", " x ".join(map(str, shape)), because))
+        if cut.chunks == 1:
+            ways.append(Way(Sequential(), 0.0, tile=launch))
+        else:
+            asked = Jacobi(chunk=cut.chunk)
+            ways.append(Way(asked, tolerance, settle=True, warm_up=cut.warm, tile=launch))
     segments = -(-call.time // costs.tile_segment)
     entries = call.batch * segments * call.hidden * facts.components
     kept = entries * call.kept_in.itemsize / 2**20

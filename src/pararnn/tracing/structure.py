@@ -111,7 +111,8 @@ def _with_small(of: Traced, captured: Capture) -> Traced:
 
     def small(of: Traced) -> Traced:
         parts = partition(captured, keep_small=True, keep_few=True)
-        return _mixing(of.subject, of.given, of.packing, parts, of.reason, of.device)
+        known = of.step.group  # of one cell in two ways, and takes long to find
+        return _mixing(of.subject, of.given, of.packing, parts, of.reason, of.device, known)
 
     return replace(of, make_small=small)
 
@@ -160,6 +161,7 @@ def _mixing(
     parts: Partition,
     reason: str,
     device: torch.device,
+    group: int | None = None,
 ) -> Traced:
     outputs: list[Output] = [AsItIs(e) for e in parts.edges]
     inputs = [input_of(e) for e in parts.edges]
@@ -167,7 +169,9 @@ def _mixing(
         first = next(n for n in parts.capture.graph.nodes if str(n.target) == "x_0")
         outputs.append(AsItIs(first))
         inputs.append(input_of(first))
-    step = step_of(parts, outputs, inputs, group_size(parts, packing.blocks), device)
+    if group is None:
+        group = group_size(parts, packing.blocks)
+    step = step_of(parts, outputs, inputs, group, device)
     return _traced(subject, given, packing, parts, outputs, step, reason, device)
 
 

@@ -187,6 +187,11 @@ if interpreted():
         return number
 
     @triton.jit
+    def uniform(number):  # type: ignore[no-untyped-def]
+        """The number."""
+        return number
+
+    @triton.jit
     def as_factor(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         """The tile, rounded to a type; the interpreter cannot multiply in half precision."""
         return x.to(KIND).to(x.dtype)
@@ -233,6 +238,21 @@ else:
         """The number, as if it were another every time: nothing is computed from it ahead."""
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def uniform(number):  # type: ignore[no-untyped-def]
+        """The number, known to be the same in all threads of a warp.
+
+        So branches and loops that depend on it leave addresses in the registers that threads share.
+        """
+        return tl.inline_asm_elementwise(
+            "redux.sync.max.s32 $0, $1, 0xffffffff;",
+            "=r,r",
+            [number],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
         )
 
     @triton.jit

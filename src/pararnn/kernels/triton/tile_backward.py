@@ -1,27 +1,207 @@
-"""All gradients of a cell whose state is cut into tiles: the backward kernel.
+"""All gradients of a cell whose state is cut into tiles: the backward kernels.
 
 Programs are those of `tile_forward`. Each takes the segments of time from the last to the first,
 runs a segment again from the state that was kept, and then goes back through its steps. The
-functions of a step and of its adjoint are generated.
+functions of a step and of its adjoint are generated. `backward`, `sweep` and `mend` divide the work
+as `forward` and those of the same names there do, with time reversed: a chunk starts from the
+adjoint of the state after it.
 """
 
 import triton
 import triton.language as tl
 
+from pararnn.kernels.triton.functions import anew, uniform
 from pararnn.kernels.triton.tile_values import (
     added,
     begins,
     cast,
     components,
+    difference,
+    forgets,
+    is_known,
     load,
+    load_edge,
     narrowed,
     parts_of,
     placed,
     restarted,
     rows_of,
+    selected,
+    shifted,
     store,
+    store_edge,
     zeros,
 )
+
+
+@triton.jit
+def run(
+    adjoint,
+    low,
+    high,
+    writes,
+    b,
+    room,
+    of_grads,
+    coefficient,
+    once,
+    drive_tile,
+    tile,
+    own_tile,
+    y_tile,
+    grad_tile,
+    sum_tile,
+    drives,
+    initial,
+    starts,
+    owners,
+    kept,
+    scratch,
+    y_grad,
+    end_grads,
+    grads,
+    initial_grads,
+    batch,
+    time,
+    segments,
+    AGAIN: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    DRIVES: tl.constexpr,
+    STATE: tl.constexpr,
+    STORED: tl.constexpr,
+    Y: tl.constexpr,
+    GRADS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    REAL: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    """Go back through segments `high` to `low` of sequence `b`, from the adjoint after them.
+
+    Gradients of drives and initial states are written if `writes`. Those arguments that are not of
+    `backward` are what `placed` says of drives and so on; and `room`, the row of `scratch`.
+
+    Returns:
+        The adjoint of the state before, and the gradients of coefficients and of the state that
+        resets start from.
+    """
+    count: tl.constexpr = len(STATE)
+    found = zeros(sum_tile[0], REAL)
+    again = zeros(tile[0], REAL)
+    for back in range(0, high - low):
+        segment = high - 1 - back
+        begin = segment * SEGMENT
+        steps = tl.minimum(SEGMENT, time - begin)
+        row = tl.cast(b, tl.int64) * segments + segment
+        s = cast(load(components(kept, row, HIDDEN, count), own_tile[0], own_tile[1], STORED), REAL)
+        ahead = load(begins(drives, b, begin), drive_tile[0], drive_tile[1], DRIVES)
+        for i in range(0, steps):
+            drive = cast(ahead, REAL)
+            following = begin + tl.minimum(i + 1, steps - 1)
+            ahead = load(begins(drives, b, following), drive_tile[0], drive_tile[1], DRIVES)
+            t = begin + i
+            s = restarted(starts, initial, s, b, t, time, tile[0], tile[1], STATE, HIDDEN, REAL)
+            place = tl.cast(room, tl.int64) * SEGMENT + i
+            store(components(scratch, place, HIDDEN, count), own_tile[0], own_tile[1], s, STORED)
+            s = AGAIN(FACTORS, once, s, drive, coefficient)
+        tl.debug_barrier()
+        t = begin + steps - 1
+        ahead = load(begins(drives, b, t), drive_tile[0], drive_tile[1], DRIVES)
+        place = tl.cast(room, tl.int64) * SEGMENT + steps - 1
+        before = load(components(scratch, place, HIDDEN, count), own_tile[0], own_tile[1], STORED)
+        if y_grad is not None:
+            from_y = load(begins((y_grad,), b, t), y_tile[0], y_tile[1], Y)
+        else:
+            from_y = zeros(y_tile[0], REAL)
+        for back_i in range(0, steps):
+            i = steps - 1 - back_i
+            t = begin + i
+            drive, s, of_y = cast(ahead, REAL), cast(before, REAL), cast(from_y, REAL)
+            following = tl.maximum(i - 1, 0)
+            places = begins(drives, b, begin + following)
+            ahead = load(places, drive_tile[0], drive_tile[1], DRIVES)
+            place = tl.cast(room, tl.int64) * SEGMENT + following
+            before = load(
+                components(scratch, place, HIDDEN, count), own_tile[0], own_tile[1], STORED
+            )
+            if y_grad is not None:
+                place_of_y = begins((y_grad,), b, begin + following)
+                from_y = load(place_of_y, y_tile[0], y_tile[1], Y)
+            if owners is not None:
+                here = tl.cast(b, tl.int64) * time + t
+                after = uniform(tl.load(starts + here + tl.where(t + 1 < time, 1, 0)))
+                if (after >= 0) & (t + 1 < time):  # noqa: SIM102
+                    if end_grads is not None:
+                        of_end = components(end_grads, tl.load(owners + here), HIDDEN, count)
+                        adjoint = cast(load(of_end, tile[0], tile[1], STATE), REAL)
+            adjoint, of_drives, of_fixed = ADJOINT(
+                FACTORS, once, s, drive, coefficient, adjoint + of_y
+            )
+            found = added(found, narrowed(of_fixed, sum_tile[0]))
+            if writes:
+                results = added(begins(grads, b, t), of_grads)
+                store(results, grad_tile[0], grad_tile[1], of_drives, GRADS)
+            if starts is not None:
+                start = uniform(tl.load(starts + tl.cast(b, tl.int64) * time + t))
+                if start >= 0:
+                    if (owners is not None) or (start < batch):
+                        if writes:
+                            fresh = components(initial_grads, start, HIDDEN, count)
+                            store(fresh, tile[0], tile[1], adjoint, STATE)
+                    else:
+                        again = added(again, adjoint)
+                    adjoint = zeros(tile[0], REAL)
+        tl.debug_barrier()
+    return adjoint, found, again
+
+
+@triton.jit
+def after_all(
+    b, tile, end_grads, owners, time, STATE: tl.constexpr, HIDDEN: tl.constexpr, REAL: tl.constexpr
+):
+    """The adjoint of the state after the last step of sequence `b`."""
+    adjoint = zeros(tile[0], REAL)
+    if end_grads is not None:
+        end = b
+        if owners is not None:
+            end = tl.load(owners + tl.cast(b, tl.int64) * time + time - 1)
+        of_end = components(end_grads, end, HIDDEN, len(STATE))
+        adjoint = cast(load(of_end, tile[0], tile[1], STATE), REAL)
+    return adjoint
+
+
+@triton.jit
+def finish(adjoint, b, tile, starts, initial_grads, STATE: tl.constexpr, HIDDEN: tl.constexpr):
+    """Write the gradient of the state before time 0, unless a sequence started there."""
+    if starts is None:
+        store(components(initial_grads, b, HIDDEN, len(STATE)), tile[0], tile[1], adjoint, STATE)
+
+
+@triton.jit
+def write_sums(
+    found,
+    again,
+    row,
+    sum_tile,
+    tile,
+    of_sums,
+    sum_rows,
+    sums,
+    starts,
+    owners,
+    initial_grads,
+    batch,
+    SUMS: tl.constexpr,
+    STATE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """Write the gradients of coefficients, and of the state that resets start from, of a chunk."""
+    at_sums = added(rows_of(sums, row, sum_rows), of_sums)
+    store(at_sums, sum_tile[0], sum_tile[1], found, SUMS)
+    if starts is not None:  # noqa: SIM102
+        if owners is None:
+            of_again = components(initial_grads, row + batch, HIDDEN, len(STATE))
+            store(of_again, tile[0], tile[1], again, STATE)
 
 
 @triton.jit(do_not_specialize=["batch", "time", "segments", "grad_parts", "sum_parts", "sum_rows"])
@@ -111,90 +291,420 @@ def backward(
     part, number = program % SPLIT, program // SPLIT % NUMBERS
     b = program // (SPLIT * NUMBERS)
     once = tl.where(part == 0, 1.0, 0.0).to(REAL)
-    count: tl.constexpr = len(STATE)
-    drive_offsets, drive_inside = placed(number, part, DRIVES, PROGRAMS)
-    fixed_offsets, fixed_inside = placed(number, part, COEFFICIENTS, PROGRAMS)
-    offsets, inside = placed(number, part, STATE, PROGRAMS)
-    own_offsets, own_inside = placed(number, part, STORED, PROGRAMS)
-    y_offsets, y_inside = placed(number, part, Y, PROGRAMS)
-    grad_offsets, grad_inside = placed(number, part, GRADS, PROGRAMS)
-    sum_offsets, sum_inside = placed(number, part, SUMS, PROGRAMS)
+    drive_tile = placed(number, part, DRIVES, PROGRAMS)
+    fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
+    tile = placed(number, part, STATE, PROGRAMS)
+    own_tile = placed(number, part, STORED, PROGRAMS)
+    y_tile = placed(number, part, Y, PROGRAMS)
+    grad_tile = placed(number, part, GRADS, PROGRAMS)
+    sum_tile = placed(number, part, SUMS, PROGRAMS)
     of_grads = parts_of(number, part, grad_parts, GRAD_PARTS, PROGRAMS)
     of_sums = parts_of(number, part, sum_parts, SUM_PARTS, PROGRAMS)
-    coefficient = cast(load(coefficients, fixed_offsets, fixed_inside, COEFFICIENTS), REAL)
-    found = zeros(sum_offsets, REAL)
-    again = zeros(offsets, REAL)
-    adjoint = zeros(offsets, REAL)
-    if end_grads is not None:
-        end = b
-        if owners is not None:
-            end = tl.load(owners + tl.cast(b, tl.int64) * time + time - 1)
-        adjoint = cast(
-            load(components(end_grads, end, HIDDEN, count), offsets, inside, STATE), REAL
+    coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
+    adjoint = after_all(b, tile, end_grads, owners, time, STATE, HIDDEN, REAL)
+    adjoint, found, again = run(
+        adjoint,
+        0,
+        segments,
+        True,
+        b,
+        b,
+        of_grads,
+        coefficient,
+        once,
+        drive_tile,
+        tile,
+        own_tile,
+        y_tile,
+        grad_tile,
+        sum_tile,
+        drives,
+        initial,
+        starts,
+        owners,
+        kept,
+        scratch,
+        y_grad,
+        end_grads,
+        grads,
+        initial_grads,
+        batch,
+        time,
+        segments,
+        AGAIN,
+        ADJOINT,
+        DRIVES,
+        STATE,
+        STORED,
+        Y,
+        GRADS,
+        HIDDEN,
+        SEGMENT,
+        REAL,
+        FACTORS,
+    )
+    finish(adjoint, b, tile, starts, initial_grads, STATE, HIDDEN)
+    write_sums(
+        found,
+        again,
+        b,
+        sum_tile,
+        tile,
+        of_sums,
+        sum_rows,
+        sums,
+        starts,
+        owners,
+        initial_grads,
+        batch,
+        SUMS,
+        STATE,
+        HIDDEN,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "time",
+        "segments",
+        "grad_parts",
+        "sum_parts",
+        "sum_rows",
+        "chunks",
+        "chunk",
+        "warm",
+    ]
+)
+def sweep(
+    drives,
+    coefficients,
+    initial,
+    starts,
+    owners,
+    kept,
+    scratch,
+    y_grad,
+    end_grads,
+    grads,
+    sums,
+    initial_grads,
+    guess,
+    reached,
+    batch,
+    time,
+    segments,
+    grad_parts,
+    sum_parts,
+    sum_rows,
+    chunks,
+    chunk,
+    warm,
+    tolerance,
+    AGAIN: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    DRIVES: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    STATE: tl.constexpr,
+    STORED: tl.constexpr,
+    Y: tl.constexpr,
+    GRADS: tl.constexpr,
+    GRAD_PARTS: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUM_PARTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    REAL: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    """Go back through all chunks side by side, each from what a warm-up makes of zeros.
+
+    See `tile_forward.sweep`. Arguments that are not there are those of `backward`; `chunk` and
+    `warm` are segments.
+    """
+    program = tl.program_id(0)
+    part, number = program % SPLIT, program // SPLIT % NUMBERS
+    own = program // (SPLIT * NUMBERS)
+    b, begin = own // chunks, own % chunks * chunk
+    once = tl.where(part == 0, 1.0, 0.0).to(REAL)
+    drive_tile = placed(number, part, DRIVES, PROGRAMS)
+    fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
+    tile = placed(number, part, STATE, PROGRAMS)
+    own_tile = placed(number, part, STORED, PROGRAMS)
+    y_tile = placed(number, part, Y, PROGRAMS)
+    grad_tile = placed(number, part, GRADS, PROGRAMS)
+    sum_tile = placed(number, part, SUMS, PROGRAMS)
+    of_grads = parts_of(number, part, grad_parts, GRAD_PARTS, PROGRAMS)
+    of_sums = parts_of(number, part, sum_parts, SUM_PARTS, PROGRAMS)
+    coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
+    end = tl.minimum(begin + chunk, segments)
+    lead, moved = tl.minimum(warm, segments - end), tl.cast(0.0, REAL)
+    adjoint = zeros(tile[0], REAL)
+    if end + lead == segments:
+        adjoint = after_all(b, tile, end_grads, owners, time, STATE, HIDDEN, REAL)
+    for phase in range(0, 4):  # the warm-up in two halves, its second half alone, the chunk
+        high = end + tl.where(phase == 0, lead, tl.where(phase < 3, lead // 2, 0))
+        low = tl.where(phase == 0, end + lead // 2, end)
+        known = is_known(adjoint, placed(anew(number), part, STORED, PROGRAMS)[1])
+        low = tl.where(phase == 3, end - (end - begin) * known, low)
+        if phase == 2:
+            adjoint = zeros(tile[0], REAL)
+        adjoint, found, again = run(
+            adjoint,
+            low,
+            high,
+            phase == 3,
+            b,
+            own,
+            of_grads,
+            coefficient,
+            once,
+            drive_tile,
+            tile,
+            own_tile,
+            y_tile,
+            grad_tile,
+            sum_tile,
+            drives,
+            initial,
+            starts,
+            owners,
+            kept,
+            scratch,
+            y_grad,
+            end_grads,
+            grads,
+            initial_grads,
+            batch,
+            time,
+            segments,
+            AGAIN,
+            ADJOINT,
+            DRIVES,
+            STATE,
+            STORED,
+            Y,
+            GRADS,
+            HIDDEN,
+            SEGMENT,
+            REAL,
+            FACTORS,
         )
-    for back in range(0, segments):
-        segment = segments - 1 - back
-        begin = segment * SEGMENT
-        steps = tl.minimum(SEGMENT, time - begin)
-        row = tl.cast(b, tl.int64) * segments + segment
-        s = cast(load(components(kept, row, HIDDEN, count), own_offsets, own_inside, STORED), REAL)
-        ahead = load(begins(drives, b, begin), drive_offsets, drive_inside, DRIVES)
-        for i in range(0, steps):
-            drive = cast(ahead, REAL)
-            following = begin + tl.minimum(i + 1, steps - 1)
-            ahead = load(begins(drives, b, following), drive_offsets, drive_inside, DRIVES)
-            t = begin + i
-            s = restarted(starts, initial, s, b, t, time, offsets, inside, STATE, HIDDEN, REAL)
-            room = tl.cast(b, tl.int64) * SEGMENT + i
-            store(components(scratch, room, HIDDEN, count), own_offsets, own_inside, s, STORED)
-            s = AGAIN(FACTORS, once, s, drive, coefficient)
-        tl.debug_barrier()
-        t = begin + steps - 1
-        ahead = load(begins(drives, b, t), drive_offsets, drive_inside, DRIVES)
-        room = tl.cast(b, tl.int64) * SEGMENT + steps - 1
-        before = load(components(scratch, room, HIDDEN, count), own_offsets, own_inside, STORED)
-        if y_grad is not None:
-            from_y = load(begins((y_grad,), b, t), y_offsets, y_inside, Y)
+        inside = placed(anew(number), part, STORED, PROGRAMS)[1]
+        if phase == 0:
+            _, moved = difference(adjoint, adjoint, inside)
+        elif phase == 1:
+            store_edge(guess, own, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
+            tl.debug_barrier()
+        elif phase == 2:
+            whole = load_edge(guess, own, number, part, STORED, PROGRAMS, HIDDEN)
+            left, _ = difference(whole, adjoint, inside)
+            runs = (2 * (warm + chunk) / warm).to(REAL)
+            good = (end + warm >= segments) | forgets(moved, left, runs, tolerance)
+            adjoint = shifted(whole, tl.where(good, 0.0, float("nan")).to(REAL))
+            tl.debug_barrier()
+            store_edge(guess, own, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
         else:
-            from_y = zeros(y_offsets, REAL)
-        for back_i in range(0, steps):
-            i = steps - 1 - back_i
-            t = begin + i
-            drive, s, of_y = cast(ahead, REAL), cast(before, REAL), cast(from_y, REAL)
-            following = tl.maximum(i - 1, 0)
-            places = begins(drives, b, begin + following)
-            ahead = load(places, drive_offsets, drive_inside, DRIVES)
-            room = tl.cast(b, tl.int64) * SEGMENT + following
-            before = load(components(scratch, room, HIDDEN, count), own_offsets, own_inside, STORED)
-            if y_grad is not None:
-                place_of_y = begins((y_grad,), b, begin + following)
-                from_y = load(place_of_y, y_offsets, y_inside, Y)
-            if owners is not None:
-                place = tl.cast(b, tl.int64) * time + t
-                after = tl.load(starts + place + tl.where(t + 1 < time, 1, 0))
-                if (after >= 0) & (t + 1 < time):  # noqa: SIM102
-                    if end_grads is not None:
-                        of_end = components(end_grads, tl.load(owners + place), HIDDEN, count)
-                        adjoint = cast(load(of_end, offsets, inside, STATE), REAL)
-            adjoint, of_drives, of_fixed = ADJOINT(
-                FACTORS, once, s, drive, coefficient, adjoint + of_y
+            write_sums(
+                found,
+                again,
+                own,
+                placed(anew(number), part, SUMS, PROGRAMS),
+                placed(anew(number), part, STATE, PROGRAMS),
+                of_sums,
+                sum_rows,
+                sums,
+                starts,
+                owners,
+                initial_grads,
+                batch,
+                SUMS,
+                STATE,
+                HIDDEN,
             )
-            found = added(found, narrowed(of_fixed, sum_offsets))
-            results = added(begins(grads, b, t), of_grads)
-            store(results, grad_offsets, grad_inside, of_drives, GRADS)
-            if starts is not None:
-                start = tl.load(starts + tl.cast(b, tl.int64) * time + t)
-                if start >= 0:
-                    if (owners is not None) or (start < batch):
-                        fresh = components(initial_grads, start, HIDDEN, count)
-                        store(fresh, offsets, inside, adjoint, STATE)
-                    else:
-                        again = added(again, adjoint)
-                    adjoint = zeros(offsets, REAL)
-        tl.debug_barrier()
-    if starts is None:
-        store(components(initial_grads, b, HIDDEN, count), offsets, inside, adjoint, STATE)
-    elif owners is None:
-        store(components(initial_grads, b + batch, HIDDEN, count), offsets, inside, again, STATE)
-    at_sums = added(rows_of(sums, b, sum_rows), of_sums)
-    store(at_sums, sum_offsets, sum_inside, found, SUMS)
+    store_edge(reached, own, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
+    if own % chunks == 0:
+        finish(
+            adjoint,
+            b,
+            placed(anew(number), part, STATE, PROGRAMS),
+            starts,
+            initial_grads,
+            STATE,
+            HIDDEN,
+        )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "time",
+        "segments",
+        "grad_parts",
+        "sum_parts",
+        "sum_rows",
+        "chunks",
+        "chunk",
+    ]
+)
+def mend(
+    drives,
+    coefficients,
+    initial,
+    starts,
+    owners,
+    kept,
+    scratch,
+    y_grad,
+    end_grads,
+    grads,
+    sums,
+    initial_grads,
+    guess,
+    reached,
+    new_guess,
+    new_reached,
+    batch,
+    time,
+    segments,
+    grad_parts,
+    sum_parts,
+    sum_rows,
+    chunks,
+    chunk,
+    each,
+    tolerance,
+    AGAIN: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    DRIVES: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    STATE: tl.constexpr,
+    STORED: tl.constexpr,
+    Y: tl.constexpr,
+    GRADS: tl.constexpr,
+    GRAD_PARTS: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUM_PARTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    REAL: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    """Go back again through chunks that did not start where the one after them ended.
+
+    See `tile_forward.mend`. Gaps count relative to the largest adjoint between chunks so far.
+    Arguments are those of `sweep`.
+    """
+    program = tl.program_id(0)
+    part, number = program % SPLIT, program // SPLIT % NUMBERS
+    row = program // (SPLIT * NUMBERS)
+    shares = tl.cdiv(chunks, each)
+    b, low = row // shares, row % shares * each
+    high = tl.minimum(low + each, chunks)
+    once = tl.where(part == 0, 1.0, 0.0).to(REAL)
+    drive_tile = placed(number, part, DRIVES, PROGRAMS)
+    fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
+    tile = placed(number, part, STATE, PROGRAMS)
+    own_tile = placed(number, part, STORED, PROGRAMS)
+    y_tile = placed(number, part, Y, PROGRAMS)
+    grad_tile = placed(number, part, GRADS, PROGRAMS)
+    sum_tile = placed(number, part, SUMS, PROGRAMS)
+    of_grads = parts_of(number, part, grad_parts, GRAD_PARTS, PROGRAMS)
+    of_sums = parts_of(number, part, sum_parts, SUM_PARTS, PROGRAMS)
+    coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
+    first = tl.cast(b, tl.int64) * chunks
+    after = first + tl.minimum(high, chunks - 1)
+    adjoint = load_edge(reached, after, number, part, STORED, PROGRAMS, HIDDEN)
+    if high == chunks:  # the last chunk started right
+        store_edge(new_reached, after, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
+    largest = tl.cast(0.0, REAL)
+    top = tl.minimum(high, chunks - 1)
+    for back in range(0, top - low):
+        k = top - 1 - back
+        guessed = load_edge(guess, first + k, number, part, STORED, PROGRAMS, HIDDEN)
+        inside = placed(anew(number), part, STORED, PROGRAMS)[1]
+        gap, size = difference(adjoint, guessed, inside)
+        largest = tl.maximum(largest, size)
+        stays = (gap <= tolerance * largest) & (gap < float("inf"))
+        waits = (each == 1) & (is_known(adjoint, inside) == 0)
+        stays = uniform(tl.where(stays | waits, 1, 0)) > 0
+        begun = selected(stays, guessed, adjoint)
+        store_edge(new_guess, first + k, begun, number, part, STORED, PROGRAMS, HIDDEN)
+        adjoint, found, again = run(
+            adjoint,
+            k * chunk,
+            tl.where(stays, k * chunk, tl.minimum(k * chunk + chunk, segments)),
+            True,
+            b,
+            first + k,
+            of_grads,
+            coefficient,
+            once,
+            drive_tile,
+            tile,
+            own_tile,
+            y_tile,
+            grad_tile,
+            sum_tile,
+            drives,
+            initial,
+            starts,
+            owners,
+            kept,
+            scratch,
+            y_grad,
+            end_grads,
+            grads,
+            initial_grads,
+            batch,
+            time,
+            segments,
+            AGAIN,
+            ADJOINT,
+            DRIVES,
+            STATE,
+            STORED,
+            Y,
+            GRADS,
+            HIDDEN,
+            SEGMENT,
+            REAL,
+            FACTORS,
+        )
+        if stays:
+            adjoint = load_edge(reached, first + k, number, part, STORED, PROGRAMS, HIDDEN)
+        else:
+            write_sums(
+                found,
+                again,
+                first + k,
+                placed(anew(number), part, SUMS, PROGRAMS),
+                placed(anew(number), part, STATE, PROGRAMS),
+                of_sums,
+                sum_rows,
+                sums,
+                starts,
+                owners,
+                initial_grads,
+                batch,
+                SUMS,
+                STATE,
+                HIDDEN,
+            )
+        store_edge(new_reached, first + k, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
+    if low == 0:
+        finish(
+            adjoint,
+            b,
+            placed(anew(number), part, STATE, PROGRAMS),
+            starts,
+            initial_grads,
+            STATE,
+            HIDDEN,
+        )

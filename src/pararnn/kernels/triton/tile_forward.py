@@ -1,25 +1,99 @@
-"""All steps of a cell whose state is cut into tiles, with its readout: the forward kernel.
+"""All steps of a cell whose state is cut into tiles, with its readout: the forward kernels.
 
 A program has one sequence, one index of the axes along which nothing mixes, and a tile of the state
 (`tracing.tiles`), which stays in registers for all steps. Every step loads what the next one reads
-while it computes. The kernel writes what the readout makes of a state, and one state per segment.
+while it computes. The kernels write what the readout makes of a state, and one state per segment.
 The functions of a step and of its readout are generated.
+
+`forward` runs all steps. Where time is cut into chunks, `sweep` runs all chunks side by side, each
+from a state that a warm-up makes of the steps before it; `mend` compares these states with those
+that chunks end in, and runs a chunk again where they do not fit.
 """
 
 import triton
 import triton.language as tl
 
+from pararnn.kernels.triton.functions import anew, uniform
 from pararnn.kernels.triton.tile_values import (
     added,
+    apart,
     begins,
     cast,
     components,
+    difference,
+    forgets,
+    is_known,
     load,
+    load_edge,
     parts_of,
     placed,
     restarted,
+    selected,
+    shifted,
     store,
+    store_edge,
 )
+
+
+@triton.jit
+def run(
+    s,
+    low,
+    high,
+    writes,
+    b,
+    first_y,
+    coefficient,
+    once,
+    drive_tile,
+    tile,
+    own_tile,
+    y_tile,
+    drives,
+    initial,
+    starts,
+    owners,
+    y,
+    kept,
+    ends,
+    time,
+    segments,
+    STEP: tl.constexpr,
+    DRIVES: tl.constexpr,
+    STATE: tl.constexpr,
+    STORED: tl.constexpr,
+    Y: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    REAL: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    """Run steps `low` to `high` of sequence `b` from state `s`; returns the one after them.
+
+    Results are written if `writes`. Those arguments that are not of `forward` are the offsets of
+    what `placed` says of drives, states, states that are kept, and results; see there.
+    """
+    count: tl.constexpr = len(STATE)
+    ahead = load(begins(drives, b, tl.minimum(low, time - 1)), drive_tile[0], drive_tile[1], DRIVES)
+    for t in range(low, high):
+        drive = cast(ahead, REAL)
+        following = tl.minimum(t + 1, high - 1)
+        ahead = load(begins(drives, b, following), drive_tile[0], drive_tile[1], DRIVES)
+        s = restarted(starts, initial, s, b, t, time, tile[0], tile[1], STATE, HIDDEN, REAL)
+        if writes:  # noqa: SIM102
+            if t % SEGMENT == 0:
+                row = tl.cast(b, tl.int64) * segments + t // SEGMENT
+                store(components(kept, row, HIDDEN, count), own_tile[0], own_tile[1], s, STORED)
+        s, handed = STEP(FACTORS, once, s, drive, coefficient)
+        if writes:
+            store(added(begins((y,), b, t), first_y), y_tile[0], y_tile[1], handed, Y)
+            if owners is not None:
+                place = tl.cast(b, tl.int64) * time + t
+                after = uniform(tl.load(starts + place + tl.where(t + 1 < time, 1, 0)))
+                if (after >= 0) & (t + 1 < time):
+                    owner = tl.load(owners + place)
+                    store(components(ends, owner, HIDDEN, count), tile[0], tile[1], s, STATE)
+    return s
 
 
 @triton.jit(do_not_specialize=["batch", "time", "segments", "y_part"])
@@ -87,35 +161,383 @@ def forward(
     part, number = program % SPLIT, program // SPLIT % NUMBERS
     b = program // (SPLIT * NUMBERS)
     once = tl.where(part == 0, 1.0, 0.0).to(REAL)
-    count: tl.constexpr = len(STATE)
-    drive_offsets, drive_inside = placed(number, part, DRIVES, PROGRAMS)
-    fixed_offsets, fixed_inside = placed(number, part, COEFFICIENTS, PROGRAMS)
-    offsets, inside = placed(number, part, STATE, PROGRAMS)
-    own_offsets, own_inside = placed(number, part, STORED, PROGRAMS)
-    y_offsets, y_inside = placed(number, part, Y, PROGRAMS)
+    drive_tile = placed(number, part, DRIVES, PROGRAMS)
+    fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
+    tile = placed(number, part, STATE, PROGRAMS)
+    own_tile = placed(number, part, STORED, PROGRAMS)
+    y_tile = placed(number, part, Y, PROGRAMS)
     first_y = parts_of(number, part, (y_part,), Y_PARTS, PROGRAMS)
-    coefficient = cast(load(coefficients, fixed_offsets, fixed_inside, COEFFICIENTS), REAL)
+    coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
+    s = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
+    s = run(
+        s,
+        0,
+        time,
+        True,
+        b,
+        first_y,
+        coefficient,
+        once,
+        drive_tile,
+        tile,
+        own_tile,
+        y_tile,
+        drives,
+        initial,
+        starts,
+        owners,
+        y,
+        kept,
+        ends,
+        time,
+        segments,
+        STEP,
+        DRIVES,
+        STATE,
+        STORED,
+        Y,
+        HIDDEN,
+        SEGMENT,
+        REAL,
+        FACTORS,
+    )
+    finish(s, b, tile, owners, ends, time, STATE, HIDDEN)
+
+
+@triton.jit
+def beginning(
+    b, tile, initial, starts, time, STATE: tl.constexpr, HIDDEN: tl.constexpr, REAL: tl.constexpr
+):
+    """The state before time 0 of sequence `b`."""
     start = b
     if starts is not None:
         start = tl.load(starts + tl.cast(b, tl.int64) * time)
-    s = cast(load(components(initial, start, HIDDEN, count), offsets, inside, STATE), REAL)
-    ahead = load(begins(drives, b, 0), drive_offsets, drive_inside, DRIVES)
-    for t in range(0, time):
-        drive = cast(ahead, REAL)
-        following = tl.minimum(t + 1, time - 1)
-        ahead = load(begins(drives, b, following), drive_offsets, drive_inside, DRIVES)
-        s = restarted(starts, initial, s, b, t, time, offsets, inside, STATE, HIDDEN, REAL)
-        if t % SEGMENT == 0:
-            row = tl.cast(b, tl.int64) * segments + t // SEGMENT
-            store(components(kept, row, HIDDEN, count), own_offsets, own_inside, s, STORED)
-        s, handed = STEP(FACTORS, once, s, drive, coefficient)
-        store(added(begins((y,), b, t), first_y), y_offsets, y_inside, handed, Y)
-        if owners is not None:
-            following = tl.load(starts + tl.cast(b, tl.int64) * time + tl.minimum(t + 1, time - 1))
-            if (following >= 0) & (t + 1 < time):
-                owner = tl.load(owners + tl.cast(b, tl.int64) * time + t)
-                store(components(ends, owner, HIDDEN, count), offsets, inside, s, STATE)
+    return cast(load(components(initial, start, HIDDEN, len(STATE)), tile[0], tile[1], STATE), REAL)
+
+
+@triton.jit
+def finish(s, b, tile, owners, ends, time, STATE: tl.constexpr, HIDDEN: tl.constexpr):
+    """Write the state after the last step of sequence `b`."""
     end = b
     if owners is not None:
         end = tl.load(owners + tl.cast(b, tl.int64) * time + time - 1)
-    store(components(ends, end, HIDDEN, count), offsets, inside, s, STATE)
+    store(components(ends, end, HIDDEN, len(STATE)), tile[0], tile[1], s, STATE)
+
+
+@triton.jit(do_not_specialize=["batch", "time", "segments", "y_part", "chunks", "chunk", "warm"])
+def sweep(
+    drives,
+    coefficients,
+    initial,
+    starts,
+    owners,
+    y,
+    kept,
+    ends,
+    guess,
+    reached,
+    batch,
+    time,
+    segments,
+    y_part,
+    chunks,
+    chunk,
+    warm,
+    tolerance,
+    STEP: tl.constexpr,
+    DRIVES: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    STATE: tl.constexpr,
+    STORED: tl.constexpr,
+    Y: tl.constexpr,
+    Y_PARTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    REAL: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    """Run all chunks side by side, each from what a warm-up makes of the initial state.
+
+    The second half of the warm-up runs once more, also from the initial state. It shows by how much
+    the cell forgets a difference. If something would be left of it after a warm-up and a chunk, the
+    chunk is left out. Arguments that are not here are those of `forward`.
+
+    Args:
+        drives: As above.
+        coefficients: As above.
+        initial: As above.
+        starts: As above.
+        owners: As above.
+        y: As above.
+        kept: As above.
+        ends: As above.
+        guess: Where the states before chunks go, (batch * chunks, components, hidden); NaN if a
+            chunk was left out.
+        reached: Where those after chunks go, likewise.
+        batch: As above.
+        time: As above.
+        segments: As above.
+        y_part: As above.
+        chunks: Chunks of time.
+        chunk: Steps of a chunk, whole segments.
+        warm: Steps of the warm-up.
+        tolerance: The largest gap between chunks.
+        STEP: As above.
+        DRIVES: As above.
+        COEFFICIENTS: As above.
+        STATE: As above.
+        STORED: As above.
+        Y: As above.
+        Y_PARTS: As above.
+        PROGRAMS: As above.
+        NUMBERS: As above.
+        SPLIT: As above.
+        HIDDEN: As above.
+        SEGMENT: As above.
+        REAL: As above.
+        FACTORS: As above.
+    """
+    program = tl.program_id(0)
+    part, number = program % SPLIT, program // SPLIT % NUMBERS
+    own = program // (SPLIT * NUMBERS)
+    b, begin = own // chunks, own % chunks * chunk
+    once = tl.where(part == 0, 1.0, 0.0).to(REAL)
+    drive_tile = placed(number, part, DRIVES, PROGRAMS)
+    fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
+    tile = placed(number, part, STATE, PROGRAMS)
+    own_tile = placed(number, part, STORED, PROGRAMS)
+    y_tile = placed(number, part, Y, PROGRAMS)
+    first_y = parts_of(number, part, (y_part,), Y_PARTS, PROGRAMS)
+    coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
+    lead, moved = tl.minimum(warm, begin), tl.cast(0.0, REAL)
+    s = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
+    for phase in range(0, 4):  # the warm-up in two halves, its second half alone, the chunk
+        low = begin - tl.where(phase == 0, lead, tl.where(phase < 3, lead // 2, 0))
+        steps = tl.where(phase == 0, lead - lead // 2, lead // 2)
+        known = is_known(s, placed(anew(number), part, STORED, PROGRAMS)[1])
+        steps = tl.where(phase == 3, tl.minimum(chunk, time - begin) * known, steps)
+        if phase == 2:
+            s = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
+        s = run(
+            s,
+            low,
+            low + steps,
+            phase == 3,
+            b,
+            first_y,
+            coefficient,
+            once,
+            drive_tile,
+            tile,
+            own_tile,
+            y_tile,
+            drives,
+            initial,
+            starts,
+            owners,
+            y,
+            kept,
+            ends,
+            time,
+            segments,
+            STEP,
+            DRIVES,
+            STATE,
+            STORED,
+            Y,
+            HIDDEN,
+            SEGMENT,
+            REAL,
+            FACTORS,
+        )
+        inside = placed(anew(number), part, STORED, PROGRAMS)[1]
+        if phase == 0:
+            fresh = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
+            moved, _ = difference(s, fresh, inside)
+        elif phase == 1:
+            store_edge(guess, own, s, number, part, STORED, PROGRAMS, HIDDEN)
+            tl.debug_barrier()
+        elif phase == 2:
+            whole = load_edge(guess, own, number, part, STORED, PROGRAMS, HIDDEN)
+            left, _ = difference(whole, s, inside)
+            runs = (2 * (warm + chunk) / warm).to(REAL)
+            good = (begin <= warm) | forgets(moved, left, runs, tolerance)
+            s = shifted(whole, tl.where(good, 0.0, float("nan")).to(REAL))
+            tl.debug_barrier()
+            store_edge(guess, own, s, number, part, STORED, PROGRAMS, HIDDEN)
+    store_edge(reached, own, s, number, part, STORED, PROGRAMS, HIDDEN)
+
+
+@triton.jit(do_not_specialize=["batch", "time", "segments", "y_part", "chunks", "chunk"])
+def mend(
+    drives,
+    coefficients,
+    initial,
+    starts,
+    owners,
+    y,
+    kept,
+    ends,
+    guess,
+    reached,
+    new_guess,
+    new_reached,
+    report,
+    earlier,
+    batch,
+    time,
+    segments,
+    y_part,
+    chunks,
+    chunk,
+    each,
+    tolerance,
+    STEP: tl.constexpr,
+    DRIVES: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    STATE: tl.constexpr,
+    STORED: tl.constexpr,
+    Y: tl.constexpr,
+    Y_PARTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    REAL: tl.constexpr,
+    FACTORS: tl.constexpr,
+    SMALL: tl.constexpr,
+    TINY: tl.constexpr,
+    CONVERGED: tl.constexpr,
+    COMPLETED: tl.constexpr,
+):
+    """Run chunks again that did not start where the one before them ended.
+
+    A program looks at `each` chunks one after another. With one, all look at what `sweep` left, and
+    the result may still not fit; with all, it does.
+
+    Arguments that are not here are those of `sweep`.
+
+    Args:
+        drives: As above.
+        coefficients: As above.
+        initial: As above.
+        starts: As above.
+        owners: As above.
+        y: As above.
+        kept: As above.
+        ends: As above.
+        guess: As above.
+        reached: As above.
+        new_guess: As `guess`, when this is done.
+        new_reached: As `reached`.
+        report: For every program, a row of the report.
+        earlier: The same of the launch before with one chunk per program, or None.
+        batch: As above.
+        time: As above.
+        segments: As above.
+        y_part: As above.
+        chunks: As above.
+        chunk: As above.
+        each: See above.
+        tolerance: As above.
+        STEP: As above.
+        DRIVES: As above.
+        COEFFICIENTS: As above.
+        STATE: As above.
+        STORED: As above.
+        Y: As above.
+        Y_PARTS: As above.
+        PROGRAMS: As above.
+        NUMBERS: As above.
+        SPLIT: As above.
+        HIDDEN: As above.
+        SEGMENT: As above.
+        REAL: As above.
+        FACTORS: As above.
+        SMALL: See `apart`.
+        TINY: See `apart`.
+        CONVERGED: What a report says.
+        COMPLETED: What it says if chunks were run again in this launch.
+    """
+    program = tl.program_id(0)
+    part, number = program % SPLIT, program // SPLIT % NUMBERS
+    row = program // (SPLIT * NUMBERS)
+    shares = tl.cdiv(chunks, each)
+    b, low = row // shares, row % shares * each
+    high = tl.minimum(low + each, chunks)
+    once = tl.where(part == 0, 1.0, 0.0).to(REAL)
+    drive_tile = placed(number, part, DRIVES, PROGRAMS)
+    fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
+    tile = placed(number, part, STATE, PROGRAMS)
+    own_tile = placed(number, part, STORED, PROGRAMS)
+    y_tile = placed(number, part, Y, PROGRAMS)
+    first_y = parts_of(number, part, (y_part,), Y_PARTS, PROGRAMS)
+    coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
+    first = tl.cast(b, tl.int64) * chunks
+    largest, again = tl.cast(0.0, REAL), 0
+    before = first + tl.maximum(low - 1, 0)
+    s = load_edge(reached, before, number, part, STORED, PROGRAMS, HIDDEN)
+    if low == 0:  # the first chunk started right
+        store_edge(new_reached, first, s, number, part, STORED, PROGRAMS, HIDDEN)
+    for k in range(tl.maximum(low, 1), high):
+        guessed = load_edge(guess, first + k, number, part, STORED, PROGRAMS, HIDDEN)
+        inside = placed(anew(number), part, STORED, PROGRAMS)[1]
+        gap = apart(s, guessed, inside, SMALL, TINY)
+        largest = tl.maximum(largest, gap)
+        waits = (each == 1) & (is_known(s, inside) == 0)
+        stays = uniform(tl.where((gap <= tolerance) | waits, 1, 0)) > 0
+        steps = tl.where(stays, 0, tl.minimum(chunk, time - k * chunk))
+        begun = selected(stays, guessed, s)
+        store_edge(new_guess, first + k, begun, number, part, STORED, PROGRAMS, HIDDEN)
+        s = run(
+            s,
+            k * chunk,
+            k * chunk + steps,
+            True,
+            b,
+            first_y,
+            coefficient,
+            once,
+            drive_tile,
+            tile,
+            own_tile,
+            y_tile,
+            drives,
+            initial,
+            starts,
+            owners,
+            y,
+            kept,
+            ends,
+            time,
+            segments,
+            STEP,
+            DRIVES,
+            STATE,
+            STORED,
+            Y,
+            HIDDEN,
+            SEGMENT,
+            REAL,
+            FACTORS,
+        )
+        if stays:
+            s = load_edge(reached, first + k, number, part, STORED, PROGRAMS, HIDDEN)
+        again += tl.where(stays, 0, 1)
+        store_edge(new_reached, first + k, s, number, part, STORED, PROGRAMS, HIDDEN)
+    if high == chunks:
+        finish(s, b, placed(anew(number), part, STATE, PROGRAMS), owners, ends, time, STATE, HIDDEN)
+    iterations = tl.where(again > 0, 2.0, 1.0).to(tl.float64)
+    if earlier is not None:
+        for k in range(0, chunks):
+            place = (first + k) * (SPLIT * NUMBERS) + program % (SPLIT * NUMBERS)
+            iterations = tl.maximum(iterations, tl.load(earlier + place * 4))
+    at_report = report + tl.cast(program, tl.int64) * 4
+    tl.store(at_report, iterations)
+    tl.store(at_report + 1, tl.cast(largest, tl.float64))
+    tl.store(at_report + 2, tl.where(again > 0, COMPLETED, CONVERGED).to(tl.float64))
+    tl.store(at_report + 3, tl.cast(chunks, tl.float64))

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from pararnn.kernels.triton.functions import anew, magnitude, uniform
+
 # Tuples in these kernels, one entry for each value:
 # at: addresses of a row, or of a row at a step
 # offsets, inside: of the entries of this program's tile, and which of them there are
@@ -148,6 +150,105 @@ def added(sums, values):
 
 
 @triton.jit
+def shifted(values, number):
+    """Tiles with a number added to all entries."""
+    found = ()
+    for n in tl.static_range(len(values)):
+        found = found + (values[n] + number,)
+    return found
+
+
+@triton.jit
+def load_edge(
+    tensor,
+    row,
+    number,
+    part,
+    STORED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """The tiles of a row of states that only these kernels read; offsets are not kept for it."""
+    offsets, inside = placed(anew(number), part, STORED, PROGRAMS)
+    return load(components(tensor, row, HIDDEN, len(STORED)), offsets, inside, STORED)
+
+
+@triton.jit
+def store_edge(
+    tensor,
+    row,
+    values,
+    number,
+    part,
+    STORED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """Write such tiles."""
+    offsets, inside = placed(anew(number), part, STORED, PROGRAMS)
+    store(components(tensor, row, HIDDEN, len(STORED)), offsets, inside, values, STORED)
+
+
+@triton.jit
+def selected(condition, values, others):
+    """Tiles, or other tiles unless a condition holds."""
+    found = ()
+    for n in tl.static_range(len(values)):
+        found = found + (tl.where(condition, values[n], others[n]),)
+    return found
+
+
+@triton.jit
+def difference(ends, starts, inside):
+    """The largest difference between tiles, infinite for NaN, and the largest entry of `ends`."""
+    gap = tl.cast(0.0, ends[0].dtype)
+    largest = tl.cast(0.0, ends[0].dtype)
+    for n in tl.static_range(len(ends)):
+        end, start = tl.where(inside[n], ends[n], 0.0), tl.where(inside[n], starts[n], 0.0)
+        gap = tl.maximum(gap, tl.max(magnitude(tl.where(end == start, 0.0, end - start))))
+        largest = tl.maximum(largest, tl.max(tl.abs(end)))
+    return gap, largest
+
+
+@triton.jit
+def apart(ends, starts, inside, SMALL: tl.constexpr, TINY: tl.constexpr):
+    """The largest gap between states of a tile, see `shooting.state_residual`; infinite for NaN."""
+    gap = tl.cast(0.0, ends[0].dtype)
+    for n in tl.static_range(len(ends)):
+        end, start = tl.where(inside[n], ends[n], 0.0), tl.where(inside[n], starts[n], 0.0)
+        sizes = magnitude(end)
+        gaps = magnitude(tl.where(end == start, 0.0, end - start) / tl.maximum(sizes, 1.0))
+        scale = tl.minimum(tl.maximum(SMALL * tl.max(sizes), TINY), 1.0)
+        gap = tl.maximum(gap, tl.max(gaps) / scale)
+    return gap
+
+
+@triton.jit
+def forgets(before, after, runs, tolerance):
+    """Whether so many runs leave less than the tolerance of a difference.
+
+    Args:
+        before: The difference before one run.
+        after: That after it.
+        runs: How many.
+        tolerance: The tolerance.
+    """
+    factor = tl.where(before > 0, after / before, 0.0)
+    left = tl.exp(runs * tl.log(factor))
+    return left <= 4 * tolerance
+
+
+@triton.jit
+def is_known(values, inside):
+    """Whether no entry of tiles is NaN, as 1 or 0.
+
+    What a loop ends with has to be computed from tensors like this: Triton 3.6 loses numbers that
+    are assigned in a branch.
+    """
+    return uniform(tl.where(difference(values, values, inside)[0] > 0, 0, 1))
+
+
+@triton.jit
 def restarted(
     starts,
     initial,
@@ -163,7 +264,7 @@ def restarted(
 ):
     """The state before step `t` of sequence `b`, where another one may start."""
     if starts is not None:
-        start = tl.load(starts + tl.cast(b, tl.int64) * time + t)
+        start = uniform(tl.load(starts + tl.cast(b, tl.int64) * time + t))
         if start >= 0:
             first = components(initial, start, HIDDEN, len(STATE))
             s = cast(load(first, offsets, inside, STATE), REAL)

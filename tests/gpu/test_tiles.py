@@ -123,3 +123,49 @@ def test_states_as_a_user_has_them():
     second, last = rnn(x[:, 33:], state)
     assert_close("outputs", torch.cat([first, second], 1), whole, rtol=1e-6)
     assert_close("state", last, end, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", MEMORIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_resets", [False, True])
+def test_chunks_of_time(make, dtype, has_resets):
+    """Some heads of new cells forget within a chunk, others do not."""
+    torch.manual_seed(0)
+    cell = make(8, 16, 16, num_heads=6).to(dtype).float()
+    rnn, exact = pair(cell, dtype)
+    time = 2100
+    x = torch.randn(2, time, 8).to(dtype).double()
+    state = (0.3 * torch.randn(2, 6, 16, 16)).to(dtype).double()
+    resets = torch.rand(2, time) < 0.002 if has_resets else None
+    found_plan = rnn.plan(x.shape, dtype)
+    assert found_plan.forward.warm_up > 0
+    assert found_plan.adjoint.warm_up > 0
+    on_gpu = None if resets is None else resets.cuda()
+    expected = outcome(lambda *a: loop(exact, *a), exact, x, state, resets)
+    found = outcome(rnn, rnn.cell, x.to(dtype).cuda(), state.to(dtype).cuda(), on_gpu)
+    assert rnn.report.chunks > 1
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        assert_close(f"value {i}", actual, reference, rtol=TOLERANCES[dtype])
+    again = outcome(rnn, rnn.cell, x.to(dtype).cuda(), state.to(dtype).cuda(), on_gpu)
+    for a, b in zip(found, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_chunks_in_double_precision_and_of_packed_sequences():
+    torch.manual_seed(0)
+    rnn, exact = pair(DeltaMemoryCell(8, 16, 16, num_heads=3), torch.float64)
+    x = torch.randn(1, 4200, 8).double()
+    state = 0.3 * torch.randn(1, 3, 16, 16).double()
+    assert rnn.plan(x.shape, torch.float64).forward.warm_up > 0
+    expected = outcome(lambda *a: loop(exact, *a), exact, x, state, None)
+    found = outcome(rnn, rnn.cell, x.cuda(), state.cuda(), None)
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        assert_close(f"value {i}", actual, reference, rtol=1e-10)
+    offsets = torch.tensor([0, 5, 5, 2000, 4200], device="cuda")
+    states = torch.randn(4, 3, 16, 16, device="cuda", dtype=torch.float64)
+    y, last = rnn(x.cuda(), states, cu_seqlens=offsets)
+    for n, (a, b) in enumerate([(0, 5), (5, 2000), (2000, 4200)]):
+        row = [0, 2, 3][n]
+        alone, end = loop(exact, x[:, a:b], states[row : row + 1].cpu())
+        torch.testing.assert_close(y[:, a:b].cpu(), alone)
+        torch.testing.assert_close(last[row : row + 1].cpu(), end)

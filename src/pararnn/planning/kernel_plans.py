@@ -315,7 +315,7 @@ def plan_tiles(
     if sizes.split is not None:
         size = (sizes.rows, sizes.columns)[sizes.split]
         while size % (2 * parts) == 0 and _may_have(size // (2 * parts), costs):
-            many = batch * chunks * sizes.programs * parts >= wanted
+            many = batch * (1 if backward else chunks) * sizes.programs * parts >= wanted
             if many and sizes.rows * sizes.columns // parts <= costs.tile_entries:
                 break
             parts *= 2

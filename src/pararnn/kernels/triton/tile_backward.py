@@ -445,18 +445,22 @@ def sweep(
     adjoint = zeros(tile[0], REAL)
     if end + lead == segments:
         adjoint = after_all(b, tile, end_grads, owners, time, STATE, HIDDEN, REAL)
-    for phase in range(0, 4):  # the warm-up in two halves, its second half alone, the chunk
-        high = end + tl.where(phase == 0, lead, tl.where(phase < 3, lead // 2, 0))
-        low = tl.where(phase == 0, end + lead // 2, end)
-        known = is_known(adjoint, placed(anew(number), part, STORED, PROGRAMS)[1])
-        low = tl.where(phase == 3, end - (end - begin) * known, low)
+    part_of_it = lead // 4
+    probed = end + lead - part_of_it
+    # part of the warm-up, another one, the second once more, the rest; the chunk
+    for phase in range(0, 5):
         if phase == 2:
             adjoint = zeros(tile[0], REAL)
+        known = is_known(adjoint, placed(anew(number), part, STORED, PROGRAMS)[1])
+        rest = tl.where(phase == 3, lead - 2 * part_of_it, end - begin)
+        size = tl.where(phase < 3, part_of_it, rest * known)
+        high = tl.where(phase == 0, end + lead, probed)
+        high = tl.where(phase == 3, probed - part_of_it, tl.where(phase == 4, end, high))
         adjoint, found, again = run(
             adjoint,
-            low,
+            high - size,
             high,
-            phase == 3,
+            phase == 4,
             b,
             own,
             of_grads,
@@ -502,10 +506,11 @@ def sweep(
         elif phase == 2:
             whole = load_edge(guess, own, number, part, STORED, PROGRAMS, HIDDEN)
             left, _ = difference(whole, adjoint, inside)
-            runs = (2 * (warm + chunk) / warm).to(REAL)
+            runs = ((warm + chunk) / part_of_it).to(REAL)
             good = (end + warm >= segments) | forgets(moved, left, runs, tolerance)
             adjoint = shifted(whole, tl.where(good, 0.0, float("nan")).to(REAL))
             tl.debug_barrier()
+        elif phase == 3:
             store_edge(guess, own, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
         else:
             write_sums(

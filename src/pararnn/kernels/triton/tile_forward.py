@@ -261,7 +261,7 @@ def sweep(
 ):
     """Run all chunks side by side, each from what a warm-up makes of the initial state.
 
-    The second half of the warm-up runs once more, also from the initial state. It shows by how much
+    The second quarter of the warm-up runs once more, from the initial state. That shows by how much
     the cell forgets a difference. If something would be left of it after a warm-up and a chunk, the
     chunk is left out. Arguments that are not here are those of `forward`.
 
@@ -314,18 +314,22 @@ def sweep(
     coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
     lead, moved = tl.minimum(warm, begin), tl.cast(0.0, REAL)
     s = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
-    for phase in range(0, 4):  # the warm-up in two halves, its second half alone, the chunk
-        low = begin - tl.where(phase == 0, lead, tl.where(phase < 3, lead // 2, 0))
-        steps = tl.where(phase == 0, lead - lead // 2, lead // 2)
-        known = is_known(s, placed(anew(number), part, STORED, PROGRAMS)[1])
-        steps = tl.where(phase == 3, tl.minimum(chunk, time - begin) * known, steps)
+    part_of_it = lead // 4
+    probed = begin - lead + part_of_it
+    # part of the warm-up, another one, the second once more, the rest; the chunk
+    for phase in range(0, 5):
         if phase == 2:
             s = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
+        known = is_known(s, placed(anew(number), part, STORED, PROGRAMS)[1])
+        rest = tl.where(phase == 3, lead - 2 * part_of_it, tl.minimum(chunk, time - begin))
+        steps = tl.where(phase < 3, part_of_it, rest * known)
+        low = tl.where(phase == 0, begin - lead, probed)
+        low = tl.where(phase == 3, probed + part_of_it, tl.where(phase == 4, begin, low))
         s = run(
             s,
             low,
             low + steps,
-            phase == 3,
+            phase == 4,
             b,
             first_y,
             coefficient,
@@ -363,10 +367,11 @@ def sweep(
         elif phase == 2:
             whole = load_edge(guess, own, number, part, STORED, PROGRAMS, HIDDEN)
             left, _ = difference(whole, s, inside)
-            runs = (2 * (warm + chunk) / warm).to(REAL)
+            runs = ((warm + chunk) / part_of_it).to(REAL)
             good = (begin <= warm) | forgets(moved, left, runs, tolerance)
             s = shifted(whole, tl.where(good, 0.0, float("nan")).to(REAL))
             tl.debug_barrier()
+        elif phase == 3:
             store_edge(guess, own, s, number, part, STORED, PROGRAMS, HIDDEN)
     store_edge(reached, own, s, number, part, STORED, PROGRAMS, HIDDEN)
 

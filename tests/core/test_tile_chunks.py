@@ -90,9 +90,9 @@ class ForgetsForAWhile(Gated):
 
 def test_chunks_are_run_again_between_others_that_fit():
     def change(x):
-        x[:, CHUNK + 2 : 4 * CHUNK - 3, 0] = 1000.0
+        x[:, 4 * CHUNK + 2 : 7 * CHUNK - 3, 0] = 1000.0
 
-    compare(ForgetsForAWhile(), 7 * CHUNK, "completed step by step", 2, change=change)
+    compare(ForgetsForAWhile(), 8 * CHUNK, "completed step by step", 2, change=change)
 
 
 def test_chunks_with_resets():

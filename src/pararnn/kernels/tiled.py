@@ -403,8 +403,11 @@ class _Call:
         chunks, edges = self.chunks(way), self.edges(self.chunks(way))
         given = {**given, "chunks": chunks, "chunk": int(way.solver.chunk) // unit}
         given |= {"tolerance": way.tolerance}
-        sweep = kernels.sweep[self.programs(way, chunks)]
-        sweep(**given, **edges, warm=way.warm_up // unit)
+        sweeps = {**given, **edges, "warm": way.warm_up // unit}
+        programs = self.programs(way)
+        sweeps["verdict"] = self.initial.new_empty(programs, dtype=torch.int32)
+        kernels.sweep[programs](**sweeps, probes=1)
+        kernels.sweep[self.programs(way, chunks)](**sweeps, probes=0)
         for each, more in zip((1, chunks), mends, strict=True):
             new = self.edges(chunks)
             if each == chunks:

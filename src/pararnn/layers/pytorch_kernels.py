@@ -185,7 +185,7 @@ def _forward(
 ) -> list[Tensor]:
     """Outputs and last states, and what the backward pass needs: cuDNN's notes, and the weights."""
     h, c = state[0], state[1] if len(state) > 1 else None
-    # cuDNN reads all weights from one buffer, which `_cudnn_rnn` makes by itself, but with a warning
+    # cuDNN reads all weights from one buffer; without it `_cudnn_rnn` makes one, and warns
     own, settings = [w.detach().clone() for w in weights], _settings(kernel, h, train)
     sizes = x.shape[-1], kernel.mode, h.shape[-1], 0, 1, True, False
     buffer = torch.ops.aten._cudnn_rnn_flatten_weight(own, len(own), *sizes)

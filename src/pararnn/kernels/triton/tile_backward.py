@@ -374,6 +374,7 @@ def backward(
         "chunks",
         "chunk",
         "warm",
+        "probes",
     ]
 )
 def sweep(
@@ -391,6 +392,7 @@ def sweep(
     initial_grads,
     guess,
     reached,
+    verdict,
     batch,
     time,
     segments,
@@ -400,6 +402,7 @@ def sweep(
     chunks,
     chunk,
     warm,
+    probes,
     tolerance,
     AGAIN: tl.constexpr,
     ADJOINT: tl.constexpr,
@@ -427,8 +430,10 @@ def sweep(
     """
     program = tl.program_id(0)
     part, number = program % SPLIT, program // SPLIT % NUMBERS
-    own = program // (SPLIT * NUMBERS)
-    b, begin = own // chunks, own % chunks * chunk
+    row, at_verdict = program // (SPLIT * NUMBERS), verdict + program % (SPLIT * NUMBERS)
+    b = tl.where(probes > 0, row, row // chunks)
+    k = tl.where(probes > 0, (chunks - 1) // 2, row % chunks)
+    own, begin, at_verdict = b * chunks + k, k * chunk, at_verdict + b * (SPLIT * NUMBERS)
     once = tl.where(part == 0, 1.0, 0.0).to(REAL)
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
@@ -442,23 +447,25 @@ def sweep(
     coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
     end = tl.minimum(begin + chunk, segments)
     lead, moved = tl.minimum(warm, segments - end), tl.cast(0.0, REAL)
+    runs = tl.where((probes > 0) | (k == chunks - 1), 1, tl.load(at_verdict))
     adjoint = zeros(tile[0], REAL)
     if end + lead == segments:
         adjoint = after_all(b, tile, end_grads, owners, time, STATE, HIDDEN, REAL)
-    part_of_it = lead // 4
-    probed = end + lead - part_of_it
-    # part of the warm-up, another one, the second once more, the rest; the chunk
-    for phase in range(0, 5):
+    adjoint = shifted(adjoint, tl.where(runs > 0, 0.0, float("nan")).to(REAL))
+    size = lead // 4
+    probed = end + lead - size
+    # a part of the warm-up, another one, that once more; the warm-up, the chunk
+    for phase in range(tl.where(probes > 0, 0, 3), tl.where(probes > 0, 3, 5)):
         if phase == 2:
             adjoint = zeros(tile[0], REAL)
         known = is_known(adjoint, placed(anew(number), part, STORED, PROGRAMS)[1])
-        rest = tl.where(phase == 3, lead - 2 * part_of_it, end - begin)
-        size = tl.where(phase < 3, part_of_it, rest * known)
-        high = tl.where(phase == 0, end + lead, probed)
-        high = tl.where(phase == 3, probed - part_of_it, tl.where(phase == 4, end, high))
+        rest = tl.where(phase == 3, lead, end - begin)
+        count = tl.where(phase < 3, size, rest * known)
+        high = tl.where((phase == 1) | (phase == 2), probed, end + lead)
+        high = tl.where(phase == 4, end, high)
         adjoint, found, again = run(
             adjoint,
-            high - size,
+            high - count,
             high,
             phase == 4,
             b,
@@ -506,10 +513,9 @@ def sweep(
         elif phase == 2:
             whole = load_edge(guess, own, number, part, STORED, PROGRAMS, HIDDEN)
             left, _ = difference(whole, adjoint, inside)
-            runs = ((warm + chunk) / part_of_it).to(REAL)
-            good = (end + warm >= segments) | forgets(moved, left, runs, tolerance)
-            adjoint = shifted(whole, tl.where(good, 0.0, float("nan")).to(REAL))
-            tl.debug_barrier()
+            times = ((warm + chunk) / size).to(REAL)
+            good = (end + warm >= segments) | forgets(moved, left, times, tolerance)
+            tl.store(at_verdict, tl.where(good, 1, 0))
         elif phase == 3:
             store_edge(guess, own, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
         else:
@@ -530,8 +536,9 @@ def sweep(
                 STATE,
                 HIDDEN,
             )
-    store_edge(reached, own, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
-    if own % chunks == 0:
+    if probes == 0:
+        store_edge(reached, own, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
+    if (probes == 0) & (k == 0):
         finish(
             adjoint,
             b,

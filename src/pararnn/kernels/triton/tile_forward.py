@@ -224,7 +224,9 @@ def finish(s, b, tile, owners, ends, time, STATE: tl.constexpr, HIDDEN: tl.const
     store(components(ends, end, HIDDEN, len(STATE)), tile[0], tile[1], s, STATE)
 
 
-@triton.jit(do_not_specialize=["batch", "time", "segments", "y_part", "chunks", "chunk", "warm"])
+@triton.jit(
+    do_not_specialize=["batch", "time", "segments", "y_part", "chunks", "chunk", "warm", "probes"]
+)
 def sweep(
     drives,
     coefficients,
@@ -236,6 +238,7 @@ def sweep(
     ends,
     guess,
     reached,
+    verdict,
     batch,
     time,
     segments,
@@ -243,6 +246,7 @@ def sweep(
     chunks,
     chunk,
     warm,
+    probes,
     tolerance,
     STEP: tl.constexpr,
     DRIVES: tl.constexpr,
@@ -261,9 +265,10 @@ def sweep(
 ):
     """Run all chunks side by side, each from what a warm-up makes of the initial state.
 
-    The second quarter of the warm-up runs once more, from the initial state. That shows by how much
-    the cell forgets a difference. If something would be left of it after a warm-up and a chunk, the
-    chunk is left out. Arguments that are not here are those of `forward`.
+    Before that, with `probes`, find out whether that will do, at one chunk for all. Part of its
+    warm-up runs twice, once from the initial state, which shows by how much the cell forgets a
+    difference. If something would be left of it after a warm-up and a chunk, the chunks are left
+    out. Arguments that are not here are those of `forward`.
 
     Args:
         drives: As above.
@@ -277,6 +282,7 @@ def sweep(
         guess: Where the states before chunks go, (batch * chunks, components, hidden); NaN if a
             chunk was left out.
         reached: Where those after chunks go, likewise.
+        verdict: What was found, (batch, `NUMBERS` * `SPLIT`): 1 if chunks are run, else 0.
         batch: As above.
         time: As above.
         segments: As above.
@@ -284,6 +290,7 @@ def sweep(
         chunks: Chunks of time.
         chunk: Steps of a chunk, whole segments.
         warm: Steps of the warm-up.
+        probes: 1 or 0, see above.
         tolerance: The largest gap between chunks.
         STEP: As above.
         DRIVES: As above.
@@ -302,8 +309,10 @@ def sweep(
     """
     program = tl.program_id(0)
     part, number = program % SPLIT, program // SPLIT % NUMBERS
-    own = program // (SPLIT * NUMBERS)
-    b, begin = own // chunks, own % chunks * chunk
+    row, at_verdict = program // (SPLIT * NUMBERS), verdict + program % (SPLIT * NUMBERS)
+    b = tl.where(probes > 0, row, row // chunks)
+    k = tl.where(probes > 0, chunks // 2, row % chunks)
+    own, begin, at_verdict = b * chunks + k, k * chunk, at_verdict + b * (SPLIT * NUMBERS)
     once = tl.where(part == 0, 1.0, 0.0).to(REAL)
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
@@ -313,18 +322,20 @@ def sweep(
     first_y = parts_of(number, part, (y_part,), Y_PARTS, PROGRAMS)
     coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
     lead, moved = tl.minimum(warm, begin), tl.cast(0.0, REAL)
+    runs = tl.where((probes > 0) | (k == 0), 1, tl.load(at_verdict))
     s = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
-    part_of_it = lead // 4
-    probed = begin - lead + part_of_it
-    # part of the warm-up, another one, the second once more, the rest; the chunk
-    for phase in range(0, 5):
+    s = shifted(s, tl.where(runs > 0, 0.0, float("nan")).to(REAL))
+    size = lead // 4
+    probed = begin - lead + size
+    # a part of the warm-up, another one, that once more; the warm-up, the chunk
+    for phase in range(tl.where(probes > 0, 0, 3), tl.where(probes > 0, 3, 5)):
         if phase == 2:
             s = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
         known = is_known(s, placed(anew(number), part, STORED, PROGRAMS)[1])
-        rest = tl.where(phase == 3, lead - 2 * part_of_it, tl.minimum(chunk, time - begin))
-        steps = tl.where(phase < 3, part_of_it, rest * known)
-        low = tl.where(phase == 0, begin - lead, probed)
-        low = tl.where(phase == 3, probed + part_of_it, tl.where(phase == 4, begin, low))
+        rest = tl.where(phase == 3, lead, tl.minimum(chunk, time - begin))
+        steps = tl.where(phase < 3, size, rest * known)
+        low = tl.where((phase == 1) | (phase == 2), probed, begin - lead)
+        low = tl.where(phase == 4, begin, low)
         s = run(
             s,
             low,
@@ -367,13 +378,13 @@ def sweep(
         elif phase == 2:
             whole = load_edge(guess, own, number, part, STORED, PROGRAMS, HIDDEN)
             left, _ = difference(whole, s, inside)
-            runs = ((warm + chunk) / part_of_it).to(REAL)
-            good = (begin <= warm) | forgets(moved, left, runs, tolerance)
-            s = shifted(whole, tl.where(good, 0.0, float("nan")).to(REAL))
-            tl.debug_barrier()
+            times = ((warm + chunk) / size).to(REAL)
+            good = (begin <= warm) | forgets(moved, left, times, tolerance)
+            tl.store(at_verdict, tl.where(good, 1, 0))
         elif phase == 3:
             store_edge(guess, own, s, number, part, STORED, PROGRAMS, HIDDEN)
-    store_edge(reached, own, s, number, part, STORED, PROGRAMS, HIDDEN)
+    if probes == 0:
+        store_edge(reached, own, s, number, part, STORED, PROGRAMS, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["batch", "time", "segments", "y_part", "chunks", "chunk"])

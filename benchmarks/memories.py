@@ -1,8 +1,11 @@
 """Memories with a matrix state on a GPU: the recurrence alone, from queries, keys, values, gates.
 
-    python benchmarks/memories.py [--sizes 32,1024,36 ...] [--keys 64] [--values 16]
+    python benchmarks/memories.py [--sizes 32,1024,36 ...] [--gates new] [--solver one ...]
 
-Sizes are batch, time, heads. Inputs are bfloat16, gates float32. Times are milliseconds: the median
+Sizes are batch, time, heads. Inputs are bfloat16; a step makes a gate of each head's number. Gates
+are random in every step, or with `--gates new` those of new cells, whose heads forget within 1 to
+1,000 steps. `--solver one` leaves
+time whole where the plan would cut it. Times are milliseconds: the median
 of rounds of calls that follow each other without waiting. "extra" is the memory that forward and
 backward take beside the inputs; outputs and gradients are part of it. Every row is compared with
 the float64 loop on its first steps before it is timed. Where the package `xma` of the authors of
@@ -12,6 +15,7 @@ M2RNN is installed, its kernels are timed as well.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,10 +27,15 @@ import pararnn
 
 SIZES = ["32,1024,36", "8,2048,36", "32,2048,84", "1,16384,84"]
 CHECKED = 24  # steps that are compared with the loop
+SOLVERS = {"plan": None, "one": pararnn.Sequential()}
+
+
+def gate(f: Tensor) -> Tensor:
+    return torch.sigmoid(f)[:, :, None, None]
 
 
 def m2rnn(h: Tensor, q: Tensor, k: Tensor, v: Tensor, f: Tensor, w: Tensor) -> Tensor:
-    f = f[:, :, None, None]
+    f = gate(f)
     new = torch.tanh(torch.einsum("nhkv,hvw->nhkw", h, w) + k.unsqueeze(-1) * v.unsqueeze(-2))
     return (f * h + (1 - f) * new).to(h.dtype)
 
@@ -34,18 +43,18 @@ def m2rnn(h: Tensor, q: Tensor, k: Tensor, v: Tensor, f: Tensor, w: Tensor) -> T
 def delta(h: Tensor, q: Tensor, k: Tensor, v: Tensor, f: Tensor, w: Tensor) -> Tensor:
     missing = v - torch.einsum("nhkv,nhk->nhv", h, k)
     update = k.unsqueeze(-1) * missing.unsqueeze(-2)
-    return torch.tanh(f[:, :, None, None] * h + update).to(h.dtype)
+    return torch.tanh(gate(f) * h + update).to(h.dtype)
 
 
 def outer(h: Tensor, q: Tensor, k: Tensor, v: Tensor, f: Tensor, w: Tensor) -> Tensor:
-    f = f[:, :, None, None]
+    f = gate(f)
     new = torch.tanh(w * h + k.unsqueeze(-1) * v.unsqueeze(-2))
     return (f * h + (1 - f) * new).to(h.dtype)
 
 
 def invented(h: Tensor, q: Tensor, k: Tensor, v: Tensor, f: Tensor, w: Tensor) -> Tensor:
     """A memory that nobody has: an M2RNN whose rows are divided by their norms."""
-    f = f[:, :, None, None]
+    f = gate(f)
     mixed = torch.einsum("nhkv,hvw->nhkw", h, w) + k.unsqueeze(-1) * v.unsqueeze(-2)
     new = mixed / (1 + mixed.square().mean(-1, keepdim=True)).sqrt()
     return (f * h + (1 - f) * new).to(h.dtype)
@@ -59,7 +68,7 @@ STEPS = {"m2rnn": m2rnn, "delta": delta, "outer": outer, "invented": invented}
 
 
 def inputs(
-    name: str, batch: int, time: int, heads: int, keys: int, values: int
+    name: str, batch: int, time: int, heads: int, keys: int, values: int, gates: str = "random"
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Drives, weight and initial state."""
     torch.manual_seed(0)
@@ -67,18 +76,27 @@ def inputs(
     if name == "delta":
         q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
     v = torch.randn(batch, time, heads, values, device="cuda")
-    f = torch.rand(batch, time, heads, device="cuda")
+    f = torch.rand(batch, time, heads, device="cuda").logit()
+    if gates == "new":
+        place = (torch.arange(heads, device="cuda") + 0.5) / heads
+        f = torch.exp(-(1000.0**-place)).logit().expand_as(f)
     shape = (heads, keys, values) if name == "outer" else (heads, values, values)
     w = torch.rand(shape, device="cuda") - 0.5
     if name != "outer":
         w = torch.eye(values, device="cuda") + 0.1 * w
     h = torch.zeros(batch, heads, keys, values, device="cuda")
-    half = [t.bfloat16() for t in (q, k, v, w, h)]
-    return [*half[:3], f], half[3], half[4]
+    half = [t.bfloat16().contiguous() for t in (q, k, v, f, w, h)]
+    return half[:4], half[4], half[5]
 
 
-def run(step: Callable[..., Tensor], drives: Sequence[Tensor], w: Tensor, h: Tensor) -> Tensor:
-    y, _ = pararnn.scan(step, h, tuple(drives), (w,), readout=read)
+def run(
+    step: Callable[..., Tensor],
+    drives: Sequence[Tensor],
+    w: Tensor,
+    h: Tensor,
+    solver: pararnn.Solver | None = None,
+) -> Tensor:
+    y, _ = pararnn.scan(step, h, tuple(drives), (w,), readout=read, solver=solver)
     return y
 
 
@@ -134,7 +152,7 @@ def theirs() -> Callable[..., Tensor] | None:
         from xma import m2rnn as recurrence  # type: ignore[import-not-found]
     except ImportError:
         return None
-    return lambda drives, w, h: recurrence(*drives[:3], w, drives[3].to(w.dtype), h)[0]
+    return lambda drives, w, h: recurrence(*drives[:3], w, drives[3].sigmoid(), h)[0]
 
 
 def row(
@@ -165,6 +183,8 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=64)
     parser.add_argument("--values", type=int, default=16)
     parser.add_argument("--memories", nargs="+", default=list(STEPS))
+    parser.add_argument("--gates", default="random", choices=["random", "new"])
+    parser.add_argument("--solver", nargs="+", default=["plan"], choices=list(SOLVERS))
     options = parser.parse_args()
     print("| memory | batch | time | heads | forward | both | extra, GiB | but results | error |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -172,10 +192,12 @@ def main() -> None:
     for text in options.sizes:
         sizes = tuple(map(int, text.split(",")))
         for name in options.memories:
-            given = inputs(name, *sizes, options.keys, options.values)
+            given = inputs(name, *sizes, options.keys, options.values, options.gates)
             error = f"{check(STEPS[name], *given):.0e}"
-            ours = lambda d, w, h, step=STEPS[name]: run(step, d, w, h)  # noqa: E731
-            print(row(name, sizes, ours, given, error), flush=True)
+            for solver in options.solver:
+                ours = functools.partial(run, STEPS[name], solver=SOLVERS[solver])
+                shown = name if len(options.solver) == 1 else f"{name}, {solver}"
+                print(row(shown, sizes, ours, given, error), flush=True)
             if name == "m2rnn" and peer is not None:
                 print(row("m2rnn, xma", sizes, peer, given, "-"), flush=True)
 

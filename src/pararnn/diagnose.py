@@ -287,7 +287,7 @@ def _worth(
     chunk = time if plan.path in ("loop", "pytorch") else min(int(way.solver.chunk), time)
     chunks = -(-time // chunk)
     if chunks == 1:
-        what = {"kernel": "chunks", "rows": "method"}.get(plan.path, "path")
+        what = {"kernel": "chunks", "tiles": "chunks", "rows": "method"}.get(plan.path, "path")
         because = next(c.because for c in plan.choices if c.what.startswith(what))
         reason = f"the plan has one chunk ({because})"
         if found.iterations:

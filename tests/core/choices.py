@@ -305,7 +305,8 @@ def _mixing(rnn, given):
             name: [t.parts, t.warps]
             for name, t in zip(("forward", "adjoint"), launches, strict=True)
         }
-        return found | {"path": "tiles"} | cuts
+        chunks = [min(w.solver.chunk, time) for w in (plan.forward, plan.adjoint)]
+        return found | {"path": "tiles", "chunk": chunks} | cuts
     way = plan.forward
     one_chunk = isinstance(way.solver, Sequential) or way.solver.chunk >= time
     found |= {"path": "rows", "chunk": "all" if one_chunk else way.solver.chunk}

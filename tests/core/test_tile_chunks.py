@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from pararnn import RNN, Sequential
+from pararnn import RNN, Sequential, diagnose
 from pararnn.kernels import facts, tiled
 from pararnn.planning.costs import COSTS
 from pararnn.planning.plan import decide
@@ -139,6 +139,16 @@ def test_gradients_of_the_last_output_alone():
     last = lambda run: lambda *given: (run(*given)[0][:, -1], torch.zeros(()))  # noqa: E731
     reference = functools.partial(loop, cell)
     assert_same(outcome(last(rnn), cell, x, state), outcome(last(reference), cell, x, state))
+
+
+@pytest.mark.parametrize("rates", [(0.05, 0.001), (0.001, 0.999)], ids=["forgets", "does not"])
+def test_diagnose_says_whether_chunks_pay(rates):
+    torch.manual_seed(0)
+    rnn = layer(Gated(rates))
+    x = torch.randn(1, 6 * CHUNK, rnn.cell.input_size, dtype=torch.float64)
+    found = diagnose(rnn, x)
+    assert found.chunks_pay == (rates[1] < 0.5)
+    assert f"the plan's 6 chunks of {CHUNK}" in found.chunks_reason
 
 
 def test_no_chunks_where_they_are_not_wanted():

@@ -280,7 +280,7 @@ class Costs:
     """Warps per multiprocessor, forward and backward, up to which time is cut. Estimate."""
     tile_chunk: int = 4
     """Warm-ups that a chunk is at least as long as. Estimate."""
-    tile_least_chunks: int = 4
+    tile_least_chunks: int = 16
     """With fewer chunks, they gain less than their warm-up and the fuller device cost. Estimate."""
     tile_segment: int = 16
     """Steps that the backward pass runs again from one state that was kept.

@@ -494,7 +494,7 @@ def _tiles(
         if cut.chunks == 1:
             ways.append(Way(Sequential(), 0.0, tile=launch))
         else:
-            asked = Jacobi(chunk=cut.chunk)
+            asked = Jacobi(chunk=cut.chunk, max_iterations=2)  # then in their order
             ways.append(Way(asked, tolerance, settle=True, warm_up=cut.warm, tile=launch))
     segments = -(-call.time // costs.tile_segment)
     entries = call.batch * segments * call.hidden * facts.components

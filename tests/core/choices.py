@@ -321,7 +321,9 @@ def _mixing(rnn, given):
             rows = given.shape[0] * -(-time // chunk)
             sizes = products.size, products.groups, rows, *kernel.most
             itemsize = 8 if given.dtype == "float64" else 4
-            launch = plan_wide(*sizes, itemsize, given.processors, 227 * 2**10)
+            machine = given.processors, 227 * 2**10
+            rounds = len(kernel.constants["COMPUTE"])
+            launch = plan_wide(*sizes, itemsize, *machine, rounds)
             found["launch"] = dataclasses.asdict(launch)
         elif isinstance(kernel, Kept):
             found["warps"] = kernel.constants["num_warps"]

@@ -1,5 +1,6 @@
 """Cells with weights and norms over channels in one kernel, in Triton's interpreter."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -10,6 +11,8 @@ from torch import nn
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.kernels import fused
 from pararnn.kernels.triton import sweeps
+from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import plan_wide
 from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.testing import loop
 
@@ -80,6 +83,16 @@ def test_who_computes_a_normed_vector(name, late, direction):
     of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=3, time=4, chunk=4))
     with mock.patch.object(sweeps, "computes_late", return_value=late):
         compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run_streamed)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("name", ["block_gru", "gated_layer"])
+def test_sums_that_are_added_up_apart(name, direction, dtype):
+    costs = dataclasses.replace(COSTS, wide_block=(16, 16), wide_inner=32)
+    of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=3, time=4, chunk=4))
+    plan = functools.partial(plan_wide, costs=costs)
+    with mock.patch.object(sweeps, "plan_wide", plan):
+        compare(chunks, random_rows(of, chunks.cut, dtype), dtype)
 
 
 @pytest.mark.parametrize(

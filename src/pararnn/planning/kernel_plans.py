@@ -93,6 +93,7 @@ class WideLaunch:
         width: Channels of a group with those that fill up the last blocks.
         stages: Blocks of `inner` channels that are on their way at a time.
         warps: Warps of a program.
+        chains: Sums of each product that are added up apart.
     """
 
     rows: int
@@ -102,6 +103,7 @@ class WideLaunch:
     width: int
     stages: int
     warps: int
+    chains: int
 
 
 def plan_wide(
@@ -113,6 +115,7 @@ def plan_wide(
     itemsize: int,
     processors: int,
     shared: int,
+    rounds: int = 1,
     costs: Costs = COSTS,
 ) -> WideLaunch:
     """As many programs as the device runs at the same time share the channels of all rows.
@@ -128,6 +131,7 @@ def plan_wide(
         itemsize: Bytes of an element.
         processors: Multiprocessors.
         shared: Bytes of shared memory that a program may have.
+        rounds: After how many rounds of products the programs of a step wait for each other.
         costs: What a multiprocessor holds.
     """
     together = next(
@@ -148,7 +152,8 @@ def plan_wide(
     whole = max(block, inner)
     width = -(-size // whole) * whole
     warps = costs.wide_warps[block * together > costs.wide_small]
-    return WideLaunch(together, parts, block, inner, width, costs.wide_stages, warps)
+    chains = costs.wide_chains if rounds > 1 and inner >= costs.wide_chains * TILE else 1
+    return WideLaunch(together, parts, block, inner, width, costs.wide_stages, warps, chains)
 
 
 def computes_late(lanes: int, costs: Costs = COSTS) -> bool:

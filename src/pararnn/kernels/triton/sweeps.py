@@ -146,7 +146,8 @@ class Streamed(_Kernel):
 
         products, like = self.products, state[0]
         sizes = products.size, products.groups, len(like), *self.most, like.itemsize
-        plan = plan_wide(*sizes, processors(like.device), shared_memory(like.device))
+        device = processors(like.device), shared_memory(like.device)
+        plan = plan_wide(*sizes, *device, rounds=len(self.constants["COMPUTE"]))
         with on_device(like):
             arguments = self.arguments(chunks, state, sweep, states, ends)
             shared = -(-len(like) // plan.rows), products.groups
@@ -163,6 +164,7 @@ class Streamed(_Kernel):
                 "ROWS": plan.rows,
                 "BLOCK": plan.block,
                 "INNER": plan.inner,
+                "CHAINS": plan.chains,
                 "STAGES": plan.stages,
                 "PRECISION": wide_precision(rounds_products(like.dtype), like.itemsize),
                 "num_warps": plan.warps,

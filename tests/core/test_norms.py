@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import operator
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.kernels import fused
@@ -14,7 +15,8 @@ from pararnn.kernels.triton import sweeps
 from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import plan_wide
 from pararnn.solvers.chunks import Chunks, Cut
-from pararnn.testing import loop
+from pararnn.testing import assert_close, loop
+from pararnn.tracing.products import unfused
 
 from .compare import as_tuple, assert_same, outcome, random_state, with_resets
 from .conftest import needs_triton
@@ -166,6 +168,29 @@ def test_a_plan_says_that_steps_run_in_one_kernel():
 def test_kernels_in_c_say_what_they_lack():
     with pytest.raises(ValueError, match="kernels in C have no sums"):
         RNN(make("layer_norm_lstm", torch.float32), backend="c")
+
+
+def test_the_norm_that_a_gpu_fuses():
+    """It is one operation there, and its derivative another, which a CPU does not have."""
+    torch.manual_seed(5)
+    x, w, grad = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3, 5), (5,), (4, 3, 5))
+    )
+    graph = fx.Graph()
+    given = [graph.placeholder(name) for name in ("x", "w", "grad")]
+    forward = torch.ops.aten._fused_rms_norm.default
+    both = graph.call_function(forward, (given[0], [5], given[1], 1e-3))
+    y, scale = (graph.call_function(operator.getitem, (both, n)) for n in range(2))
+    backward = torch.ops.aten._fused_rms_norm_backward.default
+    arguments = given[2], given[0], [5], scale, given[1], [True, True]
+    grads = graph.call_function(backward, arguments)
+    graph.output((y, *(graph.call_function(operator.getitem, (grads, n)) for n in range(2))))
+    found = unfused(fx.GraphModule(nn.Module(), graph))(x, w, grad)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    expected = torch.nn.functional.rms_norm(x, (5,), w, 1e-3)
+    expected = [expected, *torch.autograd.grad(expected, (x, w), grad)]
+    for a, e in zip(found, expected, strict=True):
+        assert_close("norm", a, e.detach(), rtol=1e-12)
 
 
 class Chunked(nn.Module):

@@ -234,18 +234,47 @@ def _lstm_cell(
     return torch.sigmoid(o) * torch.tanh(cell), cell, None
 
 
-_CELLS = {"_thnn_fused_gru_cell": _gru_cell, "_thnn_fused_lstm_cell": _lstm_cell}
+def _rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    axes = list(range(-len(shape), 0))
+    least = torch.finfo(x.dtype).eps if eps is None else eps
+    scale = torch.rsqrt((x * x).mean(axes, keepdim=True) + least)
+    return x * scale if weight is None else x * scale * weight, scale
+
+
+def _rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    scale: Tensor,
+    weight: Tensor | None,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor | None]:
+    axes, normal = list(range(-len(shape), 0)), x * scale
+    inner = grad if weight is None else grad * weight
+    found = scale * (inner - normal * (inner * normal).mean(axes, keepdim=True))
+    rows = list(range(x.dim() - len(shape)))
+    return found, (grad * normal).sum(rows) if mask[1] else None
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "_thnn_fused_gru_cell": _gru_cell,
+    "_thnn_fused_lstm_cell": _lstm_cell,
+    "_fused_rms_norm": _rms_norm,
+    "_fused_rms_norm_backward": _rms_norm_backward,
+}
 
 
 def unfused(module: fx.GraphModule) -> fx.GraphModule:
-    """Replace PyTorch's fused GRU and LSTM cells, which only GPUs have, by pointwise operations."""
+    """Replace PyTorch's fused GRU and LSTM cells and RMSNorm, which only GPUs have, by others."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for node in graph.nodes:
         if node.op == "call_function":
             target: Any = node.target
             name = operation_name(target) if hasattr(target, "_schema") else target.__name__
-            node.target = _CELLS.get(name, target)
+            node.target = _PLAIN.get(name, target)
     return fx.GraphModule(torch.nn.Module(), graph)
 
 

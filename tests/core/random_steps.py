@@ -57,19 +57,20 @@ class RandomStep(nn.Module):
         return f"x {self.input_size}, state {self.state_shape}, {weights}\n{self.source}"
 
 
-def random_step(seed, dtype=torch.float64):
-    """A cell, with its parameters, from a number."""
+def random_step(seed, dtype=torch.float64, writer=None):
+    """A cell, with its parameters, from a number; `writer` is another class than `Writer`."""
     torch.manual_seed(seed)
-    return write(random.Random(seed).choice).to(dtype)
+    return write(random.Random(seed).choice, writer).to(dtype)
 
 
-def write(choose):
+def write(choose, writer=None):
     """A cell from choices.
 
     Args:
         choose: Takes one of a sequence of options; the first are the simplest.
+        writer: A class; `Writer` when None.
     """
-    writer = Writer(choose)
+    writer = (writer or Writer)(choose)
     shapes = (writer.shape(),)
     if choose((False, True)):
         shapes += (choose((shapes[0], shapes[0][:1], shapes[0][1:] or (1,), writer.shape())),)
@@ -291,3 +292,49 @@ class Writer:
         swapped = list(shape)
         swapped[i], swapped[j] = swapped[j], swapped[i]
         return self.line(f"{self.value(tuple(swapped), depth)}.transpose({i + 1}, {j + 1})")
+
+
+class PartsWriter(Writer):
+    """Also takes values in parts, and puts parts together."""
+
+    def value(self, shape, depth):
+        if depth and self.choose((False, True, True)):
+            kinds = [self.packed, self.interleaved, self.found]
+            kinds += [self.halves] if shape[-1] > 1 else []
+            return self.choose(kinds)(shape, depth - 1)
+        return super().value(shape, depth)
+
+    def packed(self, shape, depth):
+        """Two gates of one product along the last axis."""
+        size = self.choose(SIZES)
+        a = self.value((*shape[:-1], size), depth)
+        gates = self.line(f"{a} @ {self.weight(size, 2 * shape[-1])}")
+        one, two = self.line(f"{gates}[..., :{shape[-1]}]"), self.line(f"{gates}.chunk(2, -1)[1]")
+        return self.line(f"torch.sigmoid({one}) * torch.tanh({two})")
+
+    def interleaved(self, shape, depth):
+        size = self.choose(SIZES)
+        a = self.value((*shape[:-1], size), depth)
+        gates = self.line(
+            f"({a} @ {self.weight(size, 2 * shape[-1])}).unflatten(-1, ({shape[-1]}, 2))"
+        )
+        return self.line(f"torch.sigmoid({gates}[..., 0]) * {gates}[..., 1]")
+
+    def found(self, shape, depth):
+        """What a query finds in a larger value, times a weight."""
+        size = self.choose(SIZES)
+        larger = self.value((*shape[:-1], 3, size), depth) if len(shape) < MOST_AXES else None
+        if larger is None:
+            return self.of_state(shape, depth)
+        query = self.drive((3,))
+        names = AXES[: len(shape) + 1]
+        rest = names[: len(shape) - 1] + names[-1]
+        found = f'torch.einsum("n{names},n{names[-2]}->n{rest}", {larger}, {query})'
+        return self.line(f"{found} @ {self.weight(size, shape[-1])}")
+
+    def halves(self, shape, depth):
+        """Some entries of the last axis, and the others, each changed in its own way."""
+        at = shape[-1] // 2
+        a = self.value(shape, depth)
+        one, two = self.line(f"{a}[..., :{at}]"), self.line(f"{a}[..., {at}:]")
+        return self.line(f"torch.cat([torch.sin({one}), 0.5 * {two}], -1)")

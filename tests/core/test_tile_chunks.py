@@ -80,6 +80,35 @@ def test_chunks_of_heads_that_do_not_forget(rates):
     compare(Gated(rates), 4 * CHUNK + 3, "completed step by step", 2)
 
 
+class GatedWithASum(Gated):
+    """And the sum of its keys, which lies beside the memory."""
+
+    num_components = 2
+
+    def __init__(self, rates):
+        super().__init__(rates)
+        self.state_shape = (self.state_shape, (self.heads, self.keys))
+
+    def forward(self, x, state):
+        memory, total = state
+        rates, key = self.rates[..., 0].to(x.dtype), self.split(x)[1]
+        return super().forward(x, memory), rates * total + 0.3 * key
+
+    def readout(self, x, state):
+        memory, total = state
+        scale = 1 + (self.split(x)[0] * total).sum(-1, keepdim=True).abs()
+        return super().readout(x, memory) / scale
+
+
+@pytest.mark.parametrize(
+    ("rates", "status", "iterations"),
+    [((0.001, 0.001), "converged", 1), ((0.001, 0.999), "completed step by step", 2)],
+    ids=["forgets", "does not"],
+)
+def test_chunks_of_a_state_of_two_tensors(rates, status, iterations):
+    compare(GatedWithASum(rates), 4 * CHUNK + 3, status, iterations, batch=2)
+
+
 class ForgetsForAWhile(Gated):
     """A cell that forgets, but for a stretch of time."""
 

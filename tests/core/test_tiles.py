@@ -6,22 +6,26 @@ import functools
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from pararnn import RNN, diagnose, scan
 from pararnn.kernels import facts
+from pararnn.kernels.tiled import tiles_of
 from pararnn.planning.costs import COSTS
 from pararnn.planning.plan import BackendError
 from pararnn.testing import assert_close, loop
 
 from .conftest import needs_triton
-from .random_steps import random_step
+from .random_steps import PartsWriter, random_step
 from .tile_cells import TILE_CELLS, Memory
 
 pytestmark = needs_triton
 SEGMENT = COSTS.tile_segment
-ELSEWHERE = {  # their keys and values would be one axis, or tensors of their state are stacked
+PARTS = (7, 95, 143, 173, 249, 354, 357, 360)  # which have tiles
+ELSEWHERE = {  # their keys and values would be one axis
     *("AddsItsTranspose", "MultipliesItself", "OneWeightOnBothSides"),
-    *("KeyAsValue", "ReadsAlongBoth", "WithNormaliser"),
+    *("KeyAsValue", "ReadsAlongBoth"),
 }
 
 
@@ -114,19 +118,29 @@ def test_any_sizes(name, sizes):
         assert (path == "kernel") == (keys == values == 1)
 
 
-@pytest.mark.parametrize("name", ["WeightPerHead", "DriveTwice"])
+@pytest.mark.parametrize("seed", PARTS)
+def test_random_steps_with_parts_equal_the_loop(seed):
+    compare(random_step(seed, writer=PartsWriter))
+
+
+@pytest.mark.parametrize("name", ["WeightPerHead", "DriveTwice", "MatrixLSTM", "HalvesOfTheState"])
 @pytest.mark.parametrize("only", [slice(0, 1), slice(1, None)], ids=["outputs", "last state"])
 def test_gradients_of_some_results(name, only):
     compare(make(name), SEGMENT + 1, only=only)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["WeightPerHead", "Norms", "ParametersOfAllKinds"])
+@pytest.mark.parametrize(
+    "name",
+    ["WeightPerHead", "Norms", "ParametersOfAllKinds", "MatrixLSTM", "SlicesOfAProduct"],
+)
 def test_other_types(name, dtype):
     compare(make(name, dtype=dtype), rtol=1e-5 if dtype is torch.float32 else 3e-2)
 
 
-@pytest.mark.parametrize("name", ["WeightPerHead", "Slots", "DriveTwice"])
+@pytest.mark.parametrize(
+    "name", ["WeightPerHead", "Slots", "DriveTwice", "MatrixLSTM", "HalvesOfTheState"]
+)
 def test_resets(name):
     cell = make(name)
     rnn = RNN(cell, backend="triton")
@@ -139,7 +153,7 @@ def test_resets(name):
     assert_same(outcome(run(rnn), cell, *given), expected)
 
 
-@pytest.mark.parametrize("name", ["WeightPerHead", "DriveTwice"])
+@pytest.mark.parametrize("name", ["WeightPerHead", "DriveTwice", "MatrixLSTM"])
 @pytest.mark.parametrize("ends", [[20], [3, 20], [0, 20], [20, 20], [5, 5, 21, 22]], ids=str)
 def test_packed_sequences(name, ends):
     """Also two of them, and ones without steps."""
@@ -202,8 +216,9 @@ def test_x_in_any_layout():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_derivatives_of_all_kinds():
-    cell = make("WeightPerHead")
+@pytest.mark.parametrize("name", ["WeightPerHead", "DeltaWithADenominator"])
+def test_derivatives_of_all_kinds(name):
+    cell = make(name)
     both = [RNN(cell, backend=name) for name in ("triton", "torch")]
     x = torch.randn(2, 4, cell.input_size, dtype=torch.float64)
 
@@ -211,22 +226,24 @@ def test_derivatives_of_all_kinds():
         given = x.clone().requires_grad_()
         y, last = rnn(given)
         inputs = [given, *cell.parameters()]
-        grads = torch.autograd.grad(y.sin().sum() + last.pow(2).sum(), inputs, create_graph=True)
+        total = y.sin().sum() + sum(part.pow(2).sum() for part in tuple_of(last))
+        grads = torch.autograd.grad(total, inputs, create_graph=True)
         return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), inputs)
 
     def transforms(rnn):
         grad = torch.func.grad(lambda x: rnn(x)[0].sin().sum())(x)
         mapped = torch.func.vmap(rnn)(torch.stack([x, 2 * x]))
         pushed = torch.func.jvp(rnn, (x,), (x.cos(),))
-        return [grad, *mapped, *(t for p in pushed for t in p)]
+        return tree_leaves([grad, mapped, pushed])
 
     for what in (twice, transforms):
         assert_same(*map(what, both))
 
 
-def test_compiled_and_exported():
+@pytest.mark.parametrize("name", ["WeightPerHead", "MixesWithADenominator", "InterleavedGates"])
+def test_compiled_and_exported(name):
     """For any batch, time and number of sequences."""
-    cell = make("WeightPerHead")
+    cell = make(name)
     rnn, plain = RNN(cell, backend="triton"), RNN(cell, backend="torch")
     compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, SEGMENT + 1, cell.input_size, dtype=torch.float64)
@@ -236,7 +253,7 @@ def test_compiled_and_exported():
     program = torch.export.export(RNN(cell, backend="triton"), (x,), dynamic_shapes=sizes).module()
     for shape in ((3, 5), (4, 2 * SEGMENT + 1)):
         x = torch.randn(*shape, cell.input_size, dtype=torch.float64)
-        assert_same(program(x), plain(x))
+        assert_same(tree_leaves(program(x)), tree_leaves(plain(x)))
 
 
 def test_scan_with_and_without_a_readout():
@@ -269,8 +286,9 @@ def test_diagnose_says_that_there_are_no_chunks(capsys):
     assert found.chunks_reason in capsys.readouterr().out
 
 
-def test_frozen_parameters_and_copies():
-    cell = make("WeightPerHead")
+@pytest.mark.parametrize("name", ["WeightPerHead", "SlicesOfAProduct"])
+def test_frozen_parameters_and_copies(name):
+    cell = make(name)
     cell.w.requires_grad_(False)
     rnn = copy.deepcopy(RNN(cell, backend="triton"))
     x = torch.randn(2, 5, cell.input_size, dtype=torch.float64)
@@ -378,3 +396,106 @@ def test_a_gradient_of_a_weight_beside_a_wide_drive():
         grads = torch.autograd.grad(y.sin().sum() + last.sum(), [weight, *drives])
         found.append([y.detach(), last.detach(), *grads])
     assert_same(*found)
+
+
+class HandsOutParts(Memory):
+    def forward(self, x, state):
+        first, second = state.chunk(2, -1)
+        turned = torch.cat([first - second, first + second], -1)
+        return 0.5 * torch.tanh(turned) + self.new(x)
+
+
+class Largest(Memory):
+    def forward(self, x, state):
+        return torch.tanh(state - state.max(-1, keepdim=True).values + self.new(x))
+
+
+class EverySecond(Memory):
+    def forward(self, x, state):
+        return torch.tanh(state - state[..., ::2].mean(-1, keepdim=True) + self.new(x))
+
+
+class TwoWays(Memory):
+    """Parts along keys, and parts along values."""
+
+    def forward(self, x, state):
+        upper, left = state[..., :2, :].mean(-2, keepdim=True), state[..., :3].mean(-1, True)
+        return torch.tanh(state - upper - left + self.new(x))
+
+
+class Vector(nn.Module):
+    """Its channels mix by a weight: other kernels do that."""
+
+    state_shape, input_size = ((6,), (6,)), 24
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 24))
+
+    def forward(self, x, state):
+        i, f, o, z = (state[0] @ self.w + x).chunk(4, -1)
+        cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(z)
+        return torch.sigmoid(o) * torch.tanh(cell), cell
+
+
+class SharedByHeads(Memory):
+    """A vector that all heads write to."""
+
+    num_components = 2
+
+    def __init__(self):
+        super().__init__()
+        self.state_shape = (self.state_shape, (self.keys,))
+
+    def forward(self, x, state):
+        _, key, *_ = self.split(x)
+        return torch.tanh(state[0] * state[1][:, None, :, None] + self.new(x)), state[1] + key.sum(
+            1
+        )
+
+    def readout(self, x, state):
+        return super().readout(x, state[0])
+
+
+REFUSED = {
+    HandsOutParts: "it needs parts of an axis as one value",
+    Largest: "it looks for the place of an extreme; amax and amin do not",
+    EverySecond: "it takes every second entry of an axis or fewer",
+    TwoWays: "it takes parts of a tensor along two axes",
+    Vector: "channels of a vector mix by weights, which other kernels do",
+    SharedByHeads: "a tensor of its state lacks an axis",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_does_not_fit_is_refused_with_the_reason(kind):
+    small = RNN(kind().double()).runner().traced.small
+    found = tiles_of(small.step, small.readout)
+    assert isinstance(found, str)
+    assert found.startswith(REFUSED[kind])
+
+
+def test_a_state_is_cut_in_more_than_one_place():
+    """And so are drives and weights that meet the parts."""
+
+    class Three(Memory):
+        weights = "c:v"
+
+        def forward(self, x, state):
+            a, b, c = state.split([2, 2, 2], -1)
+            new = torch.cat([a + c.mean(-1, keepdim=True), b * a, c - b.sum(-1, keepdim=True)], -1)
+            return torch.tanh(0.5 * new * self.c + self.new(x))
+
+        def readout(self, x, state):
+            return state[..., :2].sum(-1) * state[..., 4:].amax(-1)
+
+    torch.manual_seed(0)
+    compare(Three().double(), SEGMENT + 2)
+
+
+def test_parts_of_half_precision_have_gradients_of_their_type():
+    cell = make("SlicesOfAProduct", dtype=torch.bfloat16)
+    rnn = RNN(cell, backend="triton")
+    rnn(torch.randn(2, 5, cell.input_size).bfloat16())[0].sum().backward()
+    assert cell.w.grad.dtype is torch.bfloat16
+    assert cell.w.grad.shape == cell.w.shape

@@ -30,7 +30,8 @@ class Memory(nn.Module):
         self.heads, self.keys, self.values = heads, keys, values
         self.state_shape = (heads, keys, values)
         self.input_size = heads * (2 * keys + 2 * values + 2)
-        sizes = {"h": heads, "k": keys, "v": values, "1": 1, "7": 7, "9": 9}
+        sizes = {"h": heads, "k": keys, "v": values, "1": 1, "2": 2, "7": 7, "9": 9}
+        sizes["V"] = 2 * values
         for text in self.weights.split():
             name, letters = text.split(":")
             shape = [sizes[letter] for letter in letters]
@@ -361,3 +362,210 @@ class FourAxes(nn.Module):
 
     def readout(self, x, state):
         return state.amax(4)
+
+
+# States of tensors that lie side by side
+
+
+class WithVector(Memory):
+    """A memory, and a vector of its keys: the sum of the keys, say."""
+
+    num_components = 2
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.state_shape = (self.state_shape, (self.heads, self.keys))
+
+    def readout(self, x, state):
+        """What linear attention reads, with its denominator."""
+        memory, total = state
+        query = self.split(x)[0]
+        scale = 1 + (query * total).sum(-1, keepdim=True).abs()
+        return super().readout(x, memory) / scale
+
+
+@cell
+class LinearAttention(WithVector):
+    def forward(self, x, state):
+        memory, total = state
+        _, key, _, _, gates = self.split(x)
+        keep = torch.sigmoid(gates[..., :1])
+        return keep[..., None] * memory + self.new(x), keep * total + key
+
+
+@cell
+class MatrixLSTM(WithVector):
+    """With the logarithm of the scale as a third tensor, one number for each head (mLSTM)."""
+
+    num_components = 3
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.state_shape = (*self.state_shape, (self.heads,))
+
+    def forward(self, x, state):
+        memory, total, scale = state
+        _, key, _, _, gates = self.split(x)
+        log_input, log_forget = gates[..., 0], F.logsigmoid(gates[..., 1])
+        new = torch.maximum(log_forget + scale, log_input)
+        forget = torch.exp(log_forget + scale - new)[..., None]
+        write = torch.exp(log_input - new)[..., None]
+        memory = forget[..., None] * memory + write[..., None] * self.new(x)
+        return memory, forget * total + write * key, new
+
+    def readout(self, x, state):
+        memory, total, scale = state
+        query = self.split(x)[0]
+        least = torch.exp(-scale)[..., None]
+        size = (query * total).sum(-1, keepdim=True).abs()
+        return Memory.readout(self, x, memory) / torch.maximum(size, least)
+
+
+@cell
+class MixesWithADenominator(WithVector):
+    weights = "w:vv"
+
+    def forward(self, x, state):
+        memory, total = state
+        _, key, _, _, gates = self.split(x)
+        keep = torch.sigmoid(gates[..., :1])
+        found = torch.tanh(memory @ self.w + self.new(x))
+        return keep[..., None] * memory + (1 - keep[..., None]) * found, keep * total + key
+
+
+@cell
+class DeltaWithADenominator(WithVector):
+    def forward(self, x, state):
+        memory, total = state
+        _, key, value, _, gates = self.split(x)
+        keep = torch.sigmoid(gates[..., :1])
+        old = torch.einsum("nhk,nhkv->nhv", key, memory)
+        old = old / (1 + (key * total).sum(-1, keepdim=True).abs())
+        new = torch.tanh(keep[..., None] * memory + outer(key, value - old))
+        return new, keep * total + key
+
+
+@cell
+class ControlledByAVector(Memory):
+    """A memory, and a vector of its values that mixes by a weight and reads from it."""
+
+    num_components, weights = 2, "w:vv"
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.state_shape = (self.state_shape, (self.heads, self.values))
+
+    def forward(self, x, state):
+        memory, hidden = state
+        query, key, _, other, gates = self.split(x)
+        found = torch.einsum("nhk,nhkv->nhv", query, memory)
+        hidden = torch.tanh(hidden @ self.w + found + other)
+        return torch.sigmoid(gates[..., :1, None]) * memory + outer(key, hidden), hidden
+
+    def readout(self, x, state):
+        return state[1] * self.split(x)[2]
+
+
+# Gates that are parts of one product
+
+
+@cell
+class ChunksOfAProduct(Memory):
+    weights = "w:vV"
+
+    def forward(self, x, state):
+        forget, write = (state @ self.w).chunk(2, -1)
+        return torch.sigmoid(forget) * state + torch.tanh(write) * self.new(x)
+
+
+@cell
+class SlicesOfAProduct(Memory):
+    weights = "w:vV b:V"
+
+    def forward(self, x, state):
+        gates = state @ self.w + self.b
+        forget, write = gates[..., : self.values], gates[..., self.values :]
+        return torch.sigmoid(forget) * state + torch.tanh(write) * self.new(x)
+
+
+@cell
+class InterleavedGates(Memory):
+    weights = "w:vV"
+
+    def forward(self, x, state):
+        gates = (state @ self.w).unflatten(-1, (self.values, 2))
+        return torch.sigmoid(gates[..., 0]) * state + torch.tanh(gates[..., 1]) * self.new(x)
+
+
+@cell
+class GatesOfARow(Memory):
+    weights = "w:v2"
+
+    def forward(self, x, state):
+        gates = torch.sigmoid(state @ self.w)
+        return gates[..., 0, None] * state + gates[..., 1, None] * self.new(x)
+
+
+@cell
+class HalvesOfTheState(Memory):
+    """Which are read together."""
+
+    def __init__(self, heads=2, keys=5, values=6):
+        super().__init__(heads, keys, 2 * (values // 2))
+
+    def forward(self, x, state):
+        first, second = state.chunk(2, -1)
+        gate = torch.sigmoid(self.split(x)[4][..., :1, None])
+        turned = torch.cat([gate * first - second, first + gate * second], -1)
+        return 0.5 * torch.tanh(turned) + self.new(x)
+
+    def readout(self, x, state):
+        return state.sum(-1)
+
+
+# What a query finds, times a weight
+
+
+@cell
+class FoundTimesAWeight(Memory):
+    weights = "w:vv"
+
+    def forward(self, x, state):
+        _, key, value, *_ = self.split(x)
+        old = torch.einsum("nhk,nhkv->nhv", F.normalize(key, dim=-1), state)
+        return torch.tanh(0.9 * state + outer(key, value - old @ self.w))
+
+
+@cell
+class FoundTimesAWeightOfItsHead(Memory):
+    weights = "w:hvv"
+
+    def forward(self, x, state):
+        _, key, value, *_ = self.split(x)
+        old = torch.einsum("nhk,nhkv->nhv", F.normalize(key, dim=-1), state)
+        old = torch.einsum("nhv,hvw->nhw", old, self.w)
+        return torch.tanh(0.9 * state + outer(key, value - old))
+
+
+@cell
+class FoundThroughANetwork(Memory):
+    """With more channels inside, and from values to keys."""
+
+    weights = "a:v7 b:7v c:vk"
+
+    def forward(self, x, state):
+        _, key, value, *_ = self.split(x)
+        old = torch.einsum("nhk,nhkv->nhv", F.normalize(key, dim=-1), state)
+        value = value - torch.tanh(old @ self.a) @ self.b
+        return torch.tanh(0.9 * state + outer(key + torch.tanh(old @ self.c), value))
+
+    def readout(self, x, state):
+        return torch.tanh(super().readout(x, state) @ self.a)
+
+
+@cell
+class Logarithms(Memory):
+    def forward(self, x, state):
+        state = state - 0.5 * torch.logsumexp(state, -1, keepdim=True)
+        state = state + 0.1 * torch.log_softmax(state, -2)
+        return 0.5 * state / (1 + state.std(-1, keepdim=True)) + self.new(x)

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from core.random_steps import random_step
+from core.random_steps import PartsWriter, random_step
+from core.tile_cells import TILE_CELLS
+from torch.utils._pytree import tree_map
 
 from gpu.test_state_shapes import compare, outcome
 from pararnn import RNN
@@ -94,6 +96,36 @@ def test_packed_sequences(make):
 def test_random_steps(seed):
     cell = random_step(seed, torch.float32)
     compare(cell, 20, 1e-4)
+
+
+@pytest.mark.parametrize("seed", [7, 95, 143, 173, 249, 354, 357, 360])
+def test_random_steps_with_parts(seed):
+    compare(random_step(seed, torch.float32, PartsWriter), 20, 1e-4)
+
+
+PARTS = [
+    *("LinearAttention", "MatrixLSTM", "MixesWithADenominator", "DeltaWithADenominator"),
+    *("ControlledByAVector", "WithNormaliser", "ChunksOfAProduct", "SlicesOfAProduct"),
+    *("InterleavedGates", "GatesOfARow", "HalvesOfTheState", "FoundTimesAWeight"),
+    *("FoundTimesAWeightOfItsHead", "FoundThroughANetwork", "Logarithms"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(2, 5, 6), (3, 64, 32), (1, 16, 16)], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_states_and_gates_in_parts(name, sizes, dtype):
+    torch.manual_seed(0)
+    rnn, exact = pair(TILE_CELLS[name](*sizes), dtype)
+    x = (0.3 * torch.randn(3, 20, exact.input_size)).to(dtype).double()
+    state = tuple((0.1 * torch.randn(3, *s)).to(dtype).double() for s in rnn.state_shapes)
+    state = state if len(state) > 1 else state[0]
+    own = lambda s: s.to(dtype).cuda()  # noqa: E731
+    found = outcome(rnn, rnn.cell, own(x), tree_map(own, state), None)
+    assert rnn.plan(x.shape, dtype).path == "tiles"
+    expected = outcome(lambda *a: loop(exact, *a), exact, x, state, None)
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        assert_close(f"value {i}", actual, reference, rtol=TOLERANCES[dtype])
 
 
 def test_a_call_in_a_graph_of_the_user():

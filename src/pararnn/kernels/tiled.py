@@ -13,7 +13,7 @@ import functools
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -59,7 +59,8 @@ def tiles_of(step: Step, readout: Readout | None) -> Tiles | str:
 def sizes_of(found: Tiles) -> TileSizes:
     """What launches depend on."""
     return TileSizes(
-        math.prod(found.programs), found.rows, found.columns, found.split, found.multiplied
+        *(math.prod(found.programs), found.rows, found.columns, found.split, found.multiplied),
+        tensors=len(found.state),
     )
 
 
@@ -112,7 +113,8 @@ class Tiled:
 
     def sizes(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
         """Sequences and steps."""
-        batch, time = inputs[self.tiles.drives[0]].shape[:2]
+        found = self.tiles
+        batch, time = inputs[found.pieces[found.drives[0]].input].shape[:2]
         return batch, time
 
     def kinds(self, inputs: Sequence[Tensor], initial: Tensor) -> tuple[torch.dtype, int]:
@@ -125,7 +127,7 @@ class Tiled:
 
         A gate of one number per head may be wider.
         """
-        given = [inputs[n] for n in self.tiles.drives]
+        given = [inputs[self.tiles.pieces[n].input] for n in self.tiles.drives]
         if arithmetic(t.dtype for t in (*inputs, initial)) is torch.float64:
             return torch.float64
         floats = [t for t in given if t.is_floating_point()] or [initial]
@@ -253,7 +255,7 @@ class _Kernels:
         }
         place = functools.partial(_place, launch, found.split)
         drive = functools.partial(_place, launch, found.split, may_widen=True)
-        stored = [_stored(found, own) for own in found.state]
+        stored = _stored(found)
         divisors, rest = [], math.prod(found.programs)
         for size in found.programs:
             rest //= size
@@ -292,15 +294,19 @@ def _precision(kept_in: torch.dtype, real: torch.dtype) -> Literal["half", "sing
     return "half" if kept_in in _HALF else "single"
 
 
-def _stored(found: Tiles, of: Place) -> Place:
-    """Where a component lies in tensors that only these kernels read: tile after tile."""
-    rows, columns = of.rows.size, of.columns.size
-    strides, stride = [], rows * columns
-    for size in reversed(found.programs):
-        strides.append(stride)
-        stride *= size
-    lies = Axis(columns, rows), Axis(1, columns)
-    return Place(tuple(reversed(strides)), *lies, False)
+def _stored(found: Tiles) -> list[Place]:
+    """Where the state lies in tensors that only these kernels read: tile after tile."""
+    places, first = [], 0
+    for of in found.state:
+        rows, columns = of.rows.size, of.columns.size
+        strides, stride = [], rows * columns
+        for size in reversed(found.programs):
+            strides.append(stride)
+            stride *= size
+        lies = Axis(columns, rows), Axis(1, columns)
+        places.append(Place(tuple(reversed(strides)), *lies, False, first))
+        first += stride
+    return places
 
 
 def _place(
@@ -326,7 +332,7 @@ def _place(
         step = block if cut and axis.size > 1 else 0
         whole = whole and (axis.size % block == 0 if step else axis.size == block)
         axes.append((axis.stride, axis.size, block, step))
-    return (*axes[0], *axes[1], whole, *place.programs)
+    return (*axes[0], *axes[1], whole, *place.programs, place.offset)
 
 
 @dataclass(frozen=True)
@@ -351,18 +357,19 @@ class _Call:
     def given(self) -> dict[str, Any]:
         """Arguments of both kernels."""
         found = self.kernels.tiles
+        tensors = [self.inputs[p.input] for p in found.pieces]
         starts = None if self.starts is None else self.starts.contiguous()
         owners = starts.cummax(1).values if starts is not None and self.is_packed else None
         return {
-            "drives": tuple(_over_time(_rows(self.inputs[n])) for n in found.drives),
-            "coefficients": tuple(self.inputs[n].contiguous() for n in found.coefficients),
+            "drives": tuple(_over_time(_rows(tensors[n])) for n in found.drives),
+            "coefficients": tuple(tensors[n].contiguous() for n in found.coefficients),
             "initial": self.initial.contiguous(),
             "starts": starts,
             "owners": owners,
             "batch": self.batch,
             "time": self.time,
             "segments": -(-self.time // self.segment),
-            "HIDDEN": self.initial.shape[2],
+            "HIDDEN": self.initial.shape[1] * self.initial.shape[2],
             "SEGMENT": self.segment,
         }
 
@@ -464,7 +471,7 @@ class _Call:
         from pararnn.kernels.triton import tile_backward  # needs Triton, which this module does not
 
         kernels, way, found = self.kernels, self.kernels.adjoint, self.kernels.tiles
-        results = dict(zip(found.differentiable, found.gradients, strict=True))
+        results = dict(zip(found.wanted, found.gradients, strict=True))
         initial = self.initial
         _, components, hidden = initial.shape
         chunks = self.chunks(way)
@@ -478,17 +485,23 @@ class _Call:
         partial: dict[int, tuple[int, ...]] = {}
         counts: dict[int, int] = {}
         for n, result in results.items():
-            own = self.inputs[n]
+            own, shape = self.inputs[found.pieces[n].input], found.pieces[n].shape
             partial[n], counts[n] = kernels.parts(way, result)
             if n in found.drives:
                 alone = counts[n] == 1
-                shape = own.shape if alone else (counts[n], *own.shape)
-                buffers[n] = own.new_empty(shape, dtype=own.dtype if alone else kernels.real)
+                over = self.batch, self.time, *shape
+                buffers[n] = own.new_empty(
+                    over if alone else (counts[n], *over),
+                    dtype=own.dtype if alone else kernels.real,
+                )
             else:
-                buffers[n] = own.new_empty((counts[n], rows, *own.shape), dtype=kernels.real)
+                buffers[n] = own.new_empty((counts[n], rows, *shape), dtype=kernels.real)
         drives = [n for n in found.drives if n in results]
         fixed = [n for n in found.coefficients if n in results]
-        sizes = {n: self.inputs[n].numel() for n in results}
+        steps = self.batch * self.time
+        sizes = {
+            n: math.prod(found.pieces[n].shape) * (steps if n in drives else 1) for n in results
+        }
         assert way.tile is not None
         place = functools.partial(_place, way.tile, found.split)
         given = {
@@ -521,18 +534,31 @@ class _Call:
         if resets:
             again = of_initial[self.batch :].unflatten(0, (self.batch, chunks)).sum(1)
             of_initial = torch.cat([of_initial[: self.batch], again])
-        gradients = []
-        for n in found.differentiable:
-            own, buffer = self.inputs[n], buffers[n]
+        parts: dict[int, list[Tensor]] = {}
+        for n in found.wanted:
+            buffer = buffers[n]
             if n in fixed:
                 buffer = buffer.flatten(0, 1).sum(0)
             elif counts[n] > 1:
                 buffer = buffer.sum(0)
-            gradients.append(buffer.to(own.dtype))
+            parts.setdefault(found.pieces[n].input, []).append(buffer)
+        gradients = [
+            _joined(found, n, own).reshape(self.inputs[n].shape).to(self.inputs[n].dtype)
+            for n, own in parts.items()
+        ]
         if self.is_packed and of_ends is not None:  # what has no steps hands its gradient on
             last = _last_steps(initial, self.given["starts"])
             of_initial = torch.where((last < 0)[:, None, None], of_ends, of_initial)
         return gradients, of_initial.to(initial.dtype)
+
+
+def _joined(found: Tiles, number: int, pieces: Sequence[Tensor]) -> Tensor:
+    """The gradient of an input from those of its pieces."""
+    cut = next(p.cut for p in found.pieces if p.input == number)
+    if cut is None:
+        return pieces[0]
+    more = 2 if number in {found.pieces[n].input for n in found.drives} else 0
+    return replace(cut, axis=cut.axis + more).joined(pieces)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -190,6 +190,7 @@ class TileSizes:
         columns: Columns.
         split: The axis that may be cut into parts: 0, 1 or None.
         multiplied: Whether rows and whether columns take part in products of matrices.
+        tensors: Tensors in the state.
     """
 
     programs: int
@@ -197,6 +198,7 @@ class TileSizes:
     columns: int
     split: int | None
     multiplied: tuple[bool, bool]
+    tensors: int = 1
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,7 @@ def plan_tiles(
             if many and sizes.rows * sizes.columns // parts <= costs.tile_entries:
                 break
             parts *= 2
-    entries = sizes.rows * sizes.columns // parts
+    entries = sizes.tensors * sizes.rows * sizes.columns // parts
 
     def warps(programs: int) -> int:
         found = 1

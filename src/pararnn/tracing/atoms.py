@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pararnn.tracing.expressions import Expression, Operand, leaf, make
+from pararnn.tracing.expressions import LEAVES, Expression, Operand, leaf, make, topological
 from pararnn.tracing.operations import (
     IDENTITIES,
     creation_value,
@@ -33,6 +33,14 @@ from pararnn.tracing.tiles import NotTiled
 
 class Split(Exception):
     """An atom has to be taken apart."""
+
+    def __init__(self, atom: int, sizes: tuple[int, ...]) -> None:
+        super().__init__(atom, sizes)
+        self.atom, self.sizes = atom, sizes
+
+
+class Slice(Exception):
+    """An atom is taken in parts."""
 
     def __init__(self, atom: int, sizes: tuple[int, ...]) -> None:
         super().__init__(atom, sizes)
@@ -56,6 +64,10 @@ class Value:
     expression: Operand
     axes: tuple[tuple[Item, ...], ...]
     order: tuple[int, ...]
+
+    def is_like(self, other: Value) -> bool:
+        """Whether two values have the same shape."""
+        return list(map(size_of, self.axes)) == list(map(size_of, other.axes))
 
 
 def size_of(items: Iterable[Item]) -> int:
@@ -139,6 +151,11 @@ class Reader:
                 new = (*old[:place], *split.sizes, *old[place + 1 :])
                 self.factors[name, axis] = new
 
+    def origins_of(self, atom: int) -> list[tuple[str, int, int]]:
+        """Where an axis of the cell is in inputs."""
+        of = self.find(atom)
+        return [o for a, o in enumerate(self.origins) if o is not None and self.find(a) == of]
+
     def placeholder(self, name: str, shape: Sequence[int], expression: Operand) -> Value:
         """An input, with atoms of its own."""
         axes, order = [], []
@@ -189,7 +206,8 @@ class Reader:
         new, (y, *grads) = values[:count], values[count:]
         for i in range(count):
             self.aligned([self.leaves[f"state_{i}"], new[i], self.leaves[f"adjoint_{i}"]])
-            self.aligned([self.leaves["state_0"], self.leaves[f"state_{i}"]])
+            if self.leaves[f"state_{i}"].is_like(self.leaves["state_0"]):
+                self.aligned([self.leaves["state_0"], self.leaves[f"state_{i}"]])
         self.aligned([y, self.leaves[f"adjoint_{count}"]])
         wanted = [f"input_{n}" for n, kind in self.inputs if is_differentiable(kind.dtype)]
         of = [self.leaves[name] for name in (*(f"state_{i}" for i in range(count)), *wanted)]
@@ -343,7 +361,8 @@ class Reader:
         along = self.merged([list(left.axes[-1]), list(right.axes[batch])], own)
         x, y = left.expression, right.expression
         result = right.axes[batch + 1 :]
-        if not (atoms_of([left.axes[batch]]) and atoms_of(result)):
+        weighted = _is_weight(x, left.axes[batch:]) or _is_weight(y, right.axes[batch:])
+        if not weighted and not (atoms_of([left.axes[batch]]) and atoms_of(result)):
             # a vector is one factor: a sum of products of entries
             every = [{**n, **o} for n, o in zip(names, own, strict=True)]
             axes += [left.axes[batch], *result]
@@ -411,6 +430,16 @@ class Reader:
         """An operation on each element of values that are broadcast."""
         expressions, axes, order = self.aligned(values)
         return Value(func(*expressions), axes, order)
+
+
+def _is_weight(expression: Operand, axes: Sequence[tuple[Item, ...]]) -> bool:
+    """Whether a factor with these axes is a matrix that is the same at all times."""
+    if not isinstance(expression, Expression) or any(not atoms_of([a]) for a in axes):
+        return False
+    if len(axes) != 2:
+        return False
+    leaves = [n for n in topological([expression]) if n.op in LEAVES]
+    return all(n.op == "coefficient" for n in leaves)
 
 
 def sum_of(value: Operand, atom: int) -> Operand:

@@ -81,6 +81,13 @@ def _softmax_backward(reader: Any, node: fx.Node, given: dict[str, Any]) -> Any:
     return reader.both(lambda p, y, t: _sub(p, _mul(y, t)), product, out, total)
 
 
+def _logsumexp(reader: Any, node: fx.Node, given: dict[str, Any]) -> Any:
+    value, axes, keep, _ = _taken(reader, given)
+    _, powers, _ = _powers(reader, value, axes)
+    sums = reader.summed(powers, axes, keep), reader.summed(value, axes, keep, "max")
+    return reader.both(lambda t, m: _add(_log(t), m), *sums)
+
+
 def _log_softmax(reader: Any, node: fx.Node, given: dict[str, Any]) -> Any:
     value = reader.of(given["self"])
     top, _, total = _powers(reader, value, [given["dim"]])
@@ -156,6 +163,7 @@ REDUCTIONS: dict[str, Rule] = {
     "amin": _reduced("min"),
     "mean": _mean,
     "linalg_vector_norm": _norm,
+    "logsumexp": _logsumexp,
     "_softmax": _softmax,
     "_softmax_backward_data": _softmax_backward,
     "_log_softmax": _log_softmax,

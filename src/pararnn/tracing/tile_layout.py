@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from pararnn.tracing.atom_rules import RULES
-from pararnn.tracing.atoms import Reader, Split, Value, read_atoms
+from pararnn.tracing.atoms import Reader, Slice, Split, Value, read_atoms
 from pararnn.tracing.expressions import LEAVES, Expression, Operand, make, topological
 from pararnn.tracing.operations import UnknownOperation
+from pararnn.tracing.pieces import Cut, Pieces, evaluate, in_pieces, whole
 from pararnn.tracing.products import unfused
 from pararnn.tracing.recorder import TraceError, is_differentiable, record
 from pararnn.tracing.step import Input, Step, arithmetic, recording, vjp
-from pararnn.tracing.tiles import Axis, NotTiled, Place, Result, Tiles
+from pararnn.tracing.tiles import Axis, NotTiled, Piece, Place, Result, Tiles
 from pararnn.tracing.traced import Readout
 
 _SUBJECT = "the step"
@@ -35,16 +36,13 @@ def tiles(step: Step, readout: Readout | None) -> Tiles:
         NotTiled: It has an operation that is not known here, or its axes do not fit a tile.
     """
     try:
-        graph, inputs = _recorded(step, readout)
-        factors: dict[tuple[str, int], tuple[int, ...]] = {}
+        cuts: dict[str, Cut] = {}
         while True:
-            reader = Reader(graph, inputs, step.num_components, factors, RULES)
-            try:
-                reader.read()
-                break
-            except Split as split:
-                reader.refine(split)
-        return _laid_out(reader)
+            recorded = _recorded(step, readout, cuts)
+            reader = _read(recorded)
+            if isinstance(reader, Reader):
+                return _laid_out(reader, recorded)
+            cuts = reader
     except (TraceError, UnknownOperation) as error:
         raise NotTiled(str(error)) from error
 
@@ -59,8 +57,109 @@ def all_inputs(step: Step, readout: Readout | None) -> list[tuple[int, Input]]:
     return found
 
 
-def _recorded(step: Step, readout: Readout | None) -> tuple[fx.Graph, list[tuple[int, Input]]]:
-    """Record both directions on one row, so that sums over the rows are sums over one."""
+@dataclass(frozen=True)
+class _Leaf:
+    """A placeholder of a recording: a tensor, or a piece of one.
+
+    Attributes:
+        of: What it is a piece of, by the name that this has where nothing is cut.
+        kind: Of the piece.
+        cut: Where the tensor is cut; None where it is whole.
+        number: Of the piece.
+    """
+
+    of: str
+    kind: Input
+    cut: Cut | None
+    number: int
+
+    @property
+    def start(self) -> int:
+        """Where the piece begins in what is cut."""
+        return sum(self.cut.sizes[: self.number]) if self.cut else 0
+
+    @property
+    def width(self) -> int:
+        """Entries of the piece that lie side by side along the axis that is cut."""
+        return self.cut.sizes[self.number] * self.cut.after if self.cut else 0
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """Both directions of a step, recorded.
+
+    Attributes:
+        graph: The recording.
+        leaves: Its placeholders.
+        inputs: Those of inputs, with their numbers.
+        components: Tensors in the state.
+        hidden: Entries of a component.
+        cuts: What was cut.
+    """
+
+    graph: fx.Graph
+    leaves: dict[str, _Leaf]
+    inputs: list[tuple[int, Input]]
+    components: int
+    hidden: int
+    cuts: dict[str, Cut]
+
+
+def _read(recorded: _Recorded) -> Reader | dict[str, Cut]:
+    """The reading, or what has to be cut for it."""
+    factors: dict[tuple[str, int], tuple[int, ...]] = {}
+    for name, leaf in recorded.leaves.items():
+        if leaf.cut is not None:
+            factors[name, leaf.cut.axis] = (leaf.cut.before, leaf.width)
+    while True:
+        reader = Reader(recorded.graph, recorded.inputs, recorded.components, factors, RULES)
+        try:
+            reader.read()
+        except Split as split:
+            reader.refine(split)
+        except Slice as found:
+            return _with_cuts(recorded, reader, found)
+        else:
+            return reader
+
+
+def _with_cuts(recorded: _Recorded, reader: Reader, found: Slice) -> dict[str, Cut]:
+    """What is cut if an axis is too, in all tensors that have it."""
+    cuts = dict(recorded.cuts)
+    pieces: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, axis, place in reader.origins_of(found.atom):
+        leaf = recorded.leaves[name]
+        if not leaf.of:
+            raise NotTiled("what it hands out is taken in parts")
+        own = reader.factors.get((name, axis), (1,))
+        before, after = math.prod(own[:place]), math.prod(own[place + 1 :])
+        new = Cut(axis, before, found.sizes, after)
+        if leaf.cut is None:
+            if cuts.setdefault(leaf.of, new) != new:
+                raise NotTiled("it takes parts of a tensor along two axes")
+            continue
+        old = leaf.cut
+        whole = (old.axis, old.before, old.after) == (axis, before, after)
+        if not whole or sum(found.sizes) != old.sizes[leaf.number]:
+            raise NotTiled("it takes parts of a tensor along two axes")
+        pieces.setdefault(leaf.of, {})[leaf.number] = found.sizes
+    for name, parts in pieces.items():
+        old = recorded.cuts[name]
+        every = [parts.get(n, (size,)) for n, size in enumerate(old.sizes)]
+        cuts[name] = replace(old, sizes=tuple(size for part in every for size in part))
+    if cuts == recorded.cuts:
+        raise NotTiled("it takes parts of an axis")
+    return cuts
+
+
+def _recorded(step: Step, readout: Readout | None, cuts: dict[str, Cut]) -> _Recorded:
+    """Record both directions on one row, so that sums over the rows are sums over one.
+
+    Args:
+        step: The step.
+        readout: See `tiles`.
+        cuts: States and inputs that come in pieces.
+    """
     inputs, count = all_inputs(step, readout), step.num_components
     floats = [kind.dtype for _, kind in inputs if kind.dtype.is_floating_point]
     dtype = arithmetic([step.dtype, *floats])
@@ -72,42 +171,76 @@ def _recorded(step: Step, readout: Readout | None) -> tuple[fx.Graph, list[tuple
     if readout is not None and readout.is_random:
         raise NotTiled("its readout draws random numbers")
     vector = Input((step.hidden,), dtype, True)
-    kinds = {f"state_{i}": vector for i in range(count)}
-    kinds |= {f"input_{n}": kind for n, kind in inputs}
+    states = {f"state_{i}": vector for i in range(count)}
+    leaves = _leaves("state", states, cuts)
+    given_pieces = _leaves("input", {f"input_{n}": kind for n, kind in inputs}, cuts)
+    adjoints = {n.replace("state", "adjoint"): leaf for n, leaf in leaves.items()}
     shape = readout.shape if readout else vector.shape
-    kinds |= {f"adjoint_{i}": vector for i in range(count)}
-    kinds[f"adjoint_{count}"] = Input(tuple(shape), dtype, True)
+    adjoints[f"adjoint_{len(leaves)}"] = _Leaf("", Input(tuple(shape), dtype, True), None, 0)
+    every = {**leaves, **given_pieces, **adjoints}
     module = unfused(step.module)
     reads = unfused(readout.module) if readout else None
 
     def run(*flat: Tensor) -> Sequence[Tensor]:
-        given = dict(zip(kinds, flat, strict=True))
-        state = [given[f"state_{i}"] for i in range(count)]
-        new = list(module(*state, *(given[f"input_{n}"] for n in range(len(step.inputs)))))
-        y = new[0]
+        given = dict(zip(every, flat, strict=True))
+        parts: dict[str, list[Tensor]] = {}
+        for name, leaf in {**leaves, **given_pieces}.items():
+            parts.setdefault(leaf.of, []).append(given[name])
+        values = {
+            name: Pieces(tuple(own), cuts[name]) if name in cuts else own[0]
+            for name, own in parts.items()
+        }
+        state = [values[name] for name in states]
+        found = evaluate(module, *state, *(values[f"input_{n}"] for n in range(len(step.inputs))))
+        y = found[0]
         if readout is not None and reads is not None:
             numbers = [
                 len(step.inputs) + n if same is None else same
                 for n, same in enumerate(readout.shared)
             ]
-            after = [new[i] for i in readout.components]
-            (y,) = reads(*after, *(given[f"input_{n}"] for n in numbers))
-        wanted = [given[f"input_{n}"] for n, kind in inputs if is_differentiable(kind.dtype)]
-        adjoints = [given[f"adjoint_{i}"] for i in range(count + 1)]
-        return [*new, y, *vjp([*new, y], adjoints, [*state, *wanted])]
+            after = [found[i] for i in readout.components]
+            (y,) = evaluate(reads, *after, *(values[f"input_{n}"] for n in numbers))
+        new = [
+            piece
+            for name, value in zip(states, found, strict=True)
+            for piece in in_pieces(value, cuts.get(name))
+        ]
+        results = [*new, whole(y)]
+        wanted = [
+            given[n] for n, leaf in given_pieces.items() if is_differentiable(leaf.kind.dtype)
+        ]
+        of = [given[name] for name in leaves]
+        return [*results, *vjp(results, [given[name] for name in adjoints], [*of, *wanted])]
 
     with recording(step.device):
         examples = {}
-        for name, kind in kinds.items():
+        for name, leaf in every.items():
+            kind = leaf.kind
             if kind.dtype.is_floating_point:
                 kind = Input(kind.shape, dtype, kind.by_rows)
             examples[name] = kind.example(1, step.device)
-            wanted = is_differentiable(kind.dtype) and not name.startswith("adjoint")
-            examples[name].requires_grad_(wanted)
+            may = is_differentiable(kind.dtype) and not name.startswith("adjoint")
+            examples[name].requires_grad_(may)
         graph, constants = record(run, examples, _SUBJECT)
     if constants:
         raise NotTiled("it uses tensors that are not its inputs")
-    return graph, inputs
+    numbered = [(n, leaf.kind) for n, leaf in enumerate(given_pieces.values())]
+    return _Recorded(graph, every, numbered, len(leaves), step.hidden, cuts)
+
+
+def _leaves(sort: str, kinds: dict[str, Input], cuts: dict[str, Cut]) -> dict[str, _Leaf]:
+    """The pieces of tensors, numbered anew."""
+    found = []
+    for name, kind in kinds.items():
+        cut = cuts.get(name)
+        for number, size in enumerate(cut.sizes if cut else (0,)):
+            own = kind
+            if cut is not None:
+                shape = list(kind.shape)
+                shape[cut.axis - kind.by_rows] = cut.before * size * cut.after
+                own = Input(tuple(shape), kind.dtype, kind.by_rows)
+            found.append(_Leaf(name, own, cut, number))
+    return {f"{sort}_{n}": leaf for n, leaf in enumerate(found)}
 
 
 class _NotLinear(NotTiled):
@@ -163,6 +296,12 @@ class _Layout:
                 self.known[node] = found = self.laid(node)
                 self.check(found)
         return self.known[root]
+
+    @property
+    def is_matrix_state(self) -> bool:
+        """Whether a tensor of the state has rows and columns."""
+        states = [self.reader.leaves[f"state_{i}"] for i in range(self.reader.components)]
+        return any(len({self.reader.find(a) for a in s.order} & {*self.places}) > 1 for s in states)
 
     def matrix(self, order: Sequence[int]) -> tuple[int, int] | None:
         """Where in an order the two axes are that have the same place; None if there are none."""
@@ -287,10 +426,15 @@ class _Layout:
             if all(free) and self.places[free[0][0]] == self.places[free[1][0]]:
                 first, second = self.upright(first, x.order), self.lying(second, y.order)
             return _Laid(make("mul", first, second), order, summed, cut)
-        if not all(free):
-            raise NotTiled("a product with a value without axes")
         axis = inside[0]
         place = self.places[axis]
+        if not all(free):
+            if all(self.matrix(v.order) is None for v in (x, y)):
+                product = self.element("mul", [x, y])
+                for gone in dict.fromkeys(along):
+                    product = self.reduced("sum", product, gone)
+                return product
+            return self.of_vector((x, y), sums, axis, _Laid(0.0, order, summed, cut))
         self.multiplied |= {axis, free[0][0], free[1][0]}
         size = float(self.reader.sizes[axis])
         flags = []
@@ -319,6 +463,37 @@ class _Layout:
             return _Laid(make("matmul", value, weight, size), order, summed, cut)
         weight = weight if flag == 1 else make("turned", weight)
         return _Laid(make("matmul", weight, value, size), order, summed, cut)
+
+    def of_vector(
+        self, factors: tuple[_Laid, _Laid], sums: list[list[int]], axis: int, like: _Laid
+    ) -> _Laid:
+        """A vector times a matrix whose axes have one place: a sum over one of them.
+
+        Args:
+            factors: Both, in any order.
+            sums: Where each is summed.
+            axis: The axis of the tile that is summed.
+            like: The result but for its expression.
+        """
+        if not self.is_matrix_state:
+            raise NotTiled("channels of a vector mix by weights, which other kernels do")
+        pairs = list(zip(factors, sums, strict=True))
+        pairs.sort(key=lambda p: self.matrix(p[0].order) is not None)
+        (vector, _), (weight, summed_at) = pairs
+        pair = self.matrix(weight.order)
+        if pair is None or self.matrix(vector.order) is not None:
+            raise NotTiled("a product with a value without axes")
+        place = self.places[axis]
+        at = next(i for i in summed_at if weight.order[i] == axis)
+        self.multiplied |= {*self.places}  # blocks of the same size as rows and as columns
+        # rows are summed where the result has columns
+        along = 1 - place
+        matrix: Operand = weight.expression
+        if pair.index(at) != along:
+            matrix = make("turned", matrix)
+        found = make("mul", make("turned", vector.expression), matrix)
+        size = float(self.reader.sizes[axis])
+        return replace(like, expression=make(f"total{along}", found, size))
 
     def upright(self, x: Operand, order: Sequence[int]) -> Operand:
         """A vector as a column."""
@@ -371,13 +546,16 @@ class _Layout:
         return expressions
 
 
-def _laid_out(reader: Reader) -> Tiles:
+def _laid_out(reader: Reader, recorded: _Recorded) -> Tiles:
     find = reader.find
     for orders in reader.meetings:
         _check_meeting(reader, orders)
-    state = tuple(map(find, reader.leaves["state_0"].order))
-    if len(set(state)) != len(state):
+    states = [tuple(map(find, reader.leaves[f"state_{i}"].order)) for i in range(reader.components)]
+    state = max(states, key=len)
+    if any(len(set(s)) != len(s) for s in states):
         raise NotTiled("two axes of its state are one")
+    if any(not {*s} <= {*state} for s in states):
+        raise NotTiled("a tensor of its state has an axis that the largest does not have")
     mixing, read = _sums(reader, reader.new), _sums(reader, [reader.y.expression])
     tile = [a for a in state if a in mixing or a in read]
     if len(tile) > 2:
@@ -390,12 +568,15 @@ def _laid_out(reader: Reader) -> Tiles:
     # sums within a row stay within few threads; products with weights need their factors there
     tile.sort(key=lambda a: (a in dotted, a in mixing, a in read, state.index(a)))
     programs = tuple(a for a in state if a not in tile)
+    common = set(state).intersection(*states)
+    if not {*programs} <= common:
+        raise NotTiled("a tensor of its state lacks an axis along which nothing mixes")
     places = {axis: n + 2 - len(tile) for n, axis in enumerate(tile)}
     _place_others(reader, places, programs)
-    free = sorted((a for a in tile if a not in mixing), key=lambda a: a in read)
+    free = sorted((a for a in tile if a not in mixing and a in common), key=lambda a: a in read)
     for split in (*free, None):
         try:
-            return _arranged(reader, programs, places, split)
+            return _arranged(reader, recorded, programs, places, split)
         except _NotLinear:
             if split is None:
                 raise
@@ -452,7 +633,11 @@ def _place_others(reader: Reader, places: dict[int, int], programs: Sequence[int
 
 
 def _arranged(
-    reader: Reader, programs: tuple[int, ...], places: dict[int, int], split: int | None
+    reader: Reader,
+    recorded: _Recorded,
+    programs: tuple[int, ...],
+    places: dict[int, int],
+    split: int | None,
 ) -> Tiles:
     layout, count = _Layout(reader, programs, places, split), reader.components
     step = [layout(e) for e in reader.new]
@@ -466,9 +651,10 @@ def _arranged(
     drives = [n for n, kind in reader.inputs if kind.by_rows]
     coefficients = [n for n, kind in reader.inputs if not kind.by_rows]
     wanted = [n for n, kind in reader.inputs if is_differentiable(kind.dtype)]
-    place = lambda name: _place(layout, reader.leaves[name])  # noqa: E731
+    place = lambda name: _place(layout, reader.leaves[name], recorded.leaves[name])  # noqa: E731
+    alone = lambda n: _place(layout, reader.leaves[f"input_{n}"])  # noqa: E731
     gradients = [
-        _result(layout, expression, place(f"input_{n}"))
+        _result(layout, expression, alone(n))
         for n, expression in zip(wanted, reader.grads[count:], strict=True)
     ]
     readout = _result(layout, reader.y.expression, _place(layout, reader.y))
@@ -486,15 +672,32 @@ def _arranged(
         multiplied=(0 in products, 1 in products),
         drives=tuple(drives),
         coefficients=tuple(coefficients),
-        state=tuple(place(f"state_{i}") for i in range(count)),
+        pieces=tuple(_pieces(recorded)),
+        state=tuple(_state_places(layout, recorded)),
         drive_places=tuple(place(f"input_{n}") for n in drives),
         coefficient_places=tuple(place(f"input_{n}") for n in coefficients),
         step=tuple(p.expression for p in step),
         readout=readout,
         adjoints=tuple(p.expression for p in adjoints),
         gradients=tuple(gradients),
-        differentiable=tuple(wanted),
+        wanted=tuple(wanted),
     )
+
+
+def _pieces(recorded: _Recorded) -> Iterable[Piece]:
+    for n, kind in recorded.inputs:
+        leaf = recorded.leaves[f"input_{n}"]
+        cut = leaf.cut and replace(leaf.cut, axis=leaf.cut.axis - kind.by_rows)
+        yield Piece(int(leaf.of.removeprefix("input_")), kind.shape, cut)
+
+
+def _state_places(layout: _Layout, recorded: _Recorded) -> Iterable[Place]:
+    """Where the tensors of the state lie in a row of components."""
+    for i in range(recorded.components):
+        leaf = recorded.leaves[f"state_{i}"]
+        place = _place(layout, layout.reader.leaves[f"state_{i}"], leaf)
+        first = int(leaf.of.removeprefix("state_")) * recorded.hidden
+        yield replace(place, offset=place.offset + first)
 
 
 def _result(layout: _Layout, expression: Operand, place: Place) -> Result:
@@ -516,15 +719,23 @@ def _along_split(layout: _Layout, place: Place) -> bool:
     return axis.size > 1 and not place.is_matrix
 
 
-def _place(layout: _Layout, value: Value) -> Place:
-    reader, stride = layout.reader, 1
+def _place(layout: _Layout, value: Value, leaf: _Leaf | None = None) -> Place:
+    """Where a value lies, in a tensor of its own or in the one that a leaf is a piece of."""
+    reader, stride, offset = layout.reader, 1, 0
     strides: dict[int, int] = {}
-    for items in reversed(value.axes):
+    for axis, items in reversed(list(enumerate(value.axes))):
+        cut = leaf.cut if leaf and leaf.cut and leaf.cut.axis == axis else None
+        inner = 1
         for atom, size in reversed(items):
             if atom is None:
                 raise NotTiled("what it hands out is the same all along an axis")
-            strides[atom] = stride
-            stride *= size
+            strides[atom] = stride * inner
+            if leaf and cut and inner >= leaf.width:  # other pieces lie between
+                strides[atom] = stride * (inner // leaf.width) * sum(cut.sizes) * cut.after
+            inner *= size
+        if leaf and cut:
+            offset = leaf.start * cut.after * stride
+        stride *= cut.length if cut else inner
     inside: list[tuple[int, Axis]] = []
     programs = [0] * len(layout.programs)
     for atom in value.order:
@@ -536,8 +747,8 @@ def _place(layout: _Layout, value: Value) -> Place:
         else:
             raise NotTiled("an input has an axis that the state does not have")
     if len(inside) == 2 and inside[0][0] == inside[1][0]:
-        return Place(tuple(programs), inside[0][1], inside[1][1], True)
+        return Place(tuple(programs), inside[0][1], inside[1][1], True, offset)
     found = dict(inside)
     if len(found) != len(inside):
         raise NotTiled("an input has more axes than a tile")
-    return Place(tuple(programs), found.get(0, Axis()), found.get(1, Axis()), False)
+    return Place(tuple(programs), found.get(0, Axis()), found.get(1, Axis()), False, offset)

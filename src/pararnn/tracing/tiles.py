@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pararnn.tracing.expressions import Operand
+from pararnn.tracing.pieces import Cut
 
 
 class NotTiled(Exception):
@@ -47,12 +48,14 @@ class Place:
         rows: Its rows.
         columns: Its columns.
         is_matrix: Whether its rows and columns are both those of a weight.
+        offset: Of the first entry.
     """
 
     programs: tuple[int, ...]
     rows: Axis
     columns: Axis
     is_matrix: bool
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,25 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """An input, or a part of one that the step takes in parts.
+
+    Attributes:
+        input: Number of the input.
+        shape: Of the piece, without rows.
+        cut: Where the input is cut, with axes counted without rows; None where it is whole.
+    """
+
+    input: int
+    shape: tuple[int, ...]
+    cut: Cut | None
+
+
+@dataclass(frozen=True)
 class Tiles:
     """A step, its readout and their adjoint, laid out.
 
-    Leaves of expressions are `state`, `drive` (inputs with rows), `coefficient` (those without) and
+    Leaves of expressions are `state`, `drive` (pieces with rows), `coefficient` (those without) and
     `adjoint`: of the state after the step, and after those of the result that is handed out.
 
     Attributes:
@@ -86,16 +104,17 @@ class Tiles:
         split: The axis of a tile that may be cut into parts which have programs of their own: 0, 1
             or None.
         multiplied: Whether rows and whether columns take part in products of matrices.
-        drives: Numbers of the inputs that are drives.
+        pieces: Inputs, or the pieces of inputs.
+        drives: Numbers of the pieces that are drives.
         coefficients: Numbers of the others.
-        state: Where components lie.
+        state: Where the tensors of the state lie in a row of components.
         drive_places: Where drives do.
         coefficient_places: Where coefficients do.
-        step: New components.
+        step: New tensors of the state.
         readout: What is handed out.
-        adjoints: Adjoints of the components before the step.
-        gradients: Gradient of every differentiable input.
-        differentiable: Numbers of these.
+        adjoints: Adjoints of the tensors of the state before the step.
+        gradients: Gradients of pieces, each as if it were a tensor of its own.
+        wanted: Numbers of these.
     """
 
     programs: tuple[int, ...]
@@ -103,6 +122,7 @@ class Tiles:
     columns: int
     split: int | None
     multiplied: tuple[bool, bool]
+    pieces: tuple[Piece, ...]
     drives: tuple[int, ...]
     coefficients: tuple[int, ...]
     state: tuple[Place, ...]
@@ -112,4 +132,9 @@ class Tiles:
     readout: Result
     adjoints: tuple[Operand, ...]
     gradients: tuple[Result, ...]
-    differentiable: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Numbers of the inputs that have gradients."""
+        return tuple(dict.fromkeys(self.pieces[n].input for n in self.wanted))

@@ -47,7 +47,7 @@ class Module:
         names: Mapping[Expression, str] | None = None,
         flags: Sequence[str] = (),
         first: Iterable[Operand] = (),
-        shaped: Callable[[Sequence[Sequence[Operand]]], Sequence[bool]] | None = None,
+        shaped: Callable[[Sequence[Sequence[Operand]]], Sequence[str | None]] | None = None,
     ) -> None:
         """Add a function that returns one tuple, or several.
 
@@ -59,8 +59,8 @@ class Module:
             names: What values are called.
             flags: Arguments before these tuples, for `language`.
             first: What is computed before everything else.
-            shaped: Which results lack the shape of the state and are given it; those that are
-                constants when None.
+            shaped: What results are given the shape of, None for those that have theirs; when None,
+                those that are constants that of the first leaf.
         """
         first = list(first)
         roots = [*first, *(root for members in results for root in members)]
@@ -68,14 +68,14 @@ class Module:
         lines, values = printing.statements(self.language, roots, names or {}, members)
         like = next((f"{kind}[0]" for kind, count in leaves.items() if count), None)
         values = values[len(first) :]
-        lacks = (
-            [not _varies(root) for root in roots[len(first) :]]
+        likes = (
+            [None if _varies(root) else like for root in roots[len(first) :]]
             if shaped is None
             else shaped(results)
         )
         given = iter(
-            f"tl.zeros_like({like}) + ({value})" if lack else value
-            for lack, value in zip(lacks, values, strict=True)
+            f"tl.zeros_like({like}) + ({value})" if like else value
+            for like, value in zip(likes, values, strict=True)
         )
         returned = [_tuple([next(given) for _ in roots]) for roots in results]
         body = [*lines, f"return {', '.join(returned)}"]

@@ -103,7 +103,7 @@ def run(
             s = restarted(starts, initial, s, b, t, time, tile[0], tile[1], STATE, HIDDEN, REAL)
             place = tl.cast(room, tl.int64) * SEGMENT + i
             store(components(scratch, place, HIDDEN, count), own_tile[0], own_tile[1], s, STORED)
-            s = AGAIN(FACTORS, once, s, drive, coefficient)
+            s = narrowed(AGAIN(FACTORS, once, s, drive, coefficient), tile[0])
         tl.debug_barrier()
         t = begin + steps - 1
         ahead = load(begins(drives, b, t), drive_tile[0], drive_tile[1], DRIVES)
@@ -134,9 +134,10 @@ def run(
                     if end_grads is not None:
                         of_end = components(end_grads, tl.load(owners + here), HIDDEN, count)
                         adjoint = cast(load(of_end, tile[0], tile[1], STATE), REAL)
-            adjoint, of_drives, of_fixed = ADJOINT(
+            earlier, of_drives, of_fixed = ADJOINT(
                 FACTORS, once, s, drive, coefficient, adjoint + of_y
             )
+            adjoint = narrowed(earlier, tile[0])
             found = added(found, narrowed(of_fixed, sum_tile[0]))
             if writes:
                 results = added(begins(grads, b, t), of_grads)

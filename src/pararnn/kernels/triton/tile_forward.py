@@ -25,6 +25,7 @@ from pararnn.kernels.triton.tile_values import (
     is_known,
     load,
     load_edge,
+    narrowed,
     parts_of,
     placed,
     restarted,
@@ -84,7 +85,8 @@ def run(
             if t % SEGMENT == 0:
                 row = tl.cast(b, tl.int64) * segments + t // SEGMENT
                 store(components(kept, row, HIDDEN, count), own_tile[0], own_tile[1], s, STORED)
-        s, handed = STEP(FACTORS, once, s, drive, coefficient)
+        new, handed = STEP(FACTORS, once, s, drive, coefficient)
+        s = narrowed(new, tile[0])
         if writes:
             store(added(begins((y,), b, t), first_y), y_tile[0], y_tile[1], handed, Y)
             if owners is not None:
@@ -152,7 +154,7 @@ def forward(
         PROGRAMS: See `placed`.
         NUMBERS: Programs of a sequence and part.
         SPLIT: Parts of a tile.
-        HIDDEN: Channels of a component.
+        HIDDEN: Entries of a state.
         SEGMENT: Steps of a segment.
         REAL: The type of the arithmetic.
         FACTORS: That of factors of matrix products.

@@ -13,7 +13,7 @@ from pararnn.kernels.lowering import OF_TILES
 from pararnn.kernels.triton.expressions import equations
 from pararnn.kernels.triton.steps import Module, Precision
 from pararnn.tracing.expressions import LEAVES, Expression, Operand, operands, topological
-from pararnn.tracing.tiles import Tiles
+from pararnn.tracing.tiles import Place, Tiles
 
 _ALONG = {"total": "total_along", "max": "largest_along", "min": "smallest_along"}
 
@@ -54,11 +54,10 @@ def tiled_source(tiles: Tiles, precision: Precision) -> str:
     }
     flags = ["FACTORS: tl.constexpr", "once"]
     handed = [tiles.readout.expression]
-    count = len(tiles.step)
-    like = lambda roots: _like_state(roots, count)  # noqa: E731
+    like = lambda roots: _like_state(tiles, roots)  # noqa: E731
     module.function("step", leaves, [tiles.step, handed], flags=flags, shaped=like)
     module.function("again", leaves, [tiles.step], flags=flags, shaped=like)
-    found = dict(zip(tiles.differentiable, tiles.gradients, strict=True))
+    found = dict(zip(tiles.wanted, tiles.gradients, strict=True))
     grads = [
         [found[n].expression for n in numbers if n in found]
         for numbers in (tiles.drives, tiles.coefficients)
@@ -68,19 +67,41 @@ def tiled_source(tiles: Tiles, precision: Precision) -> str:
     return module.text("a cell's step, for the kernels of tiles", equations(tiles.step))
 
 
-def _like_state(results: Sequence[Sequence[Operand]], count: int) -> list[bool]:
-    """Which results have to be given the shape of a state: components that do not have it."""
-    full: dict[Expression, bool] = {}
+def _like_state(tiles: Tiles, results: Sequence[Sequence[Operand]]) -> list[str | None]:
+    """What results have to be given the shape of: a tensor of the state whose shape they lack."""
+    places = {
+        "state": tiles.state,
+        "drive": tiles.drive_places,
+        "coefficient": tiles.coefficient_places,
+        "adjoint": (*tiles.state, tiles.readout.place),
+    }
+    axes: dict[Expression, set[int]] = {}  # 0 for rows, 1 for columns
     for node in topological([root for members in results for root in members]):
         if node.op in LEAVES:
-            number = float(node.args[0])  # type: ignore[arg-type]
-            full[node] = node.op == "state" or (node.op == "adjoint" and number < count)
-        else:
-            along = node.op == "total" or node.op[:-1] in _ALONG
-            full[node] = not along and any(full[a] for a in operands(node))
+            axes[node] = _axes(places[node.op][int(float(node.args[0]))])  # type: ignore[arg-type]
+            continue
+        given = [axes[a] for a in operands(node)]
+        axes[node] = set().union(*given)
+        if node.op == "turned":
+            axes[node] = {1 - a for a in axes[node]}
+        elif node.op == "matmul":
+            axes[node] = (given[0] & {0}) | (given[1] & {1})
+        elif node.op == "total":
+            axes[node] = set()
+        elif node.op[:-1] in _ALONG:
+            axes[node] -= {int(node.op[-1])}
     first, *others = results
-    lacks = [not (isinstance(r, Expression) and full[r]) for r in first]
-    return lacks + [False for o in others for _ in o]
+    likes: list[str | None] = []
+    for n, root in enumerate(first):
+        has = axes[root] if isinstance(root, Expression) else set()
+        likes.append(
+            None if isinstance(root, Expression) and _axes(tiles.state[n]) <= has else f"state[{n}]"
+        )
+    return likes + [None for o in others for _ in o]
+
+
+def _axes(place: Place) -> set[int]:
+    return {n for n, axis in enumerate((place.rows, place.columns)) if axis.size > 1}
 
 
 class _Number(str):

@@ -19,12 +19,13 @@ def placed(number, part, PLACES: tl.constexpr, PROGRAMS: tl.constexpr):
         number: Number of the program among those of a sequence and part.
         part: Number of the part of the tile.
         PLACES: Each is (stride, size, block and step from part to part of the rows; the same of the
-            columns; whether all entries are there; strides of the axes of the programs).
+            columns; whether all entries are there; strides of the axes of the programs; where the
+            first entry lies).
         PROGRAMS: Axes of the programs, each (size, programs from one index to the next).
     """
     offsets, inside = (), ()
     for n in tl.static_range(len(PLACES)):
-        first = 0
+        first = PLACES[n][9 + len(PROGRAMS)]
         for a in tl.static_range(len(PROGRAMS)):
             first += number // PROGRAMS[a][1] % PROGRAMS[a][0] * PLACES[n][9 + a]
         r = tl.arange(0, PLACES[n][2])[:, None] + part * PLACES[n][3]
@@ -94,10 +95,17 @@ def begins(tensors, sequence, step):
 
 @triton.jit
 def components(tensor, row, HIDDEN: tl.constexpr, COUNT: tl.constexpr):
-    """Where the components of a row of states begin in a tensor (rows, components, hidden)."""
+    """Where a row of states begins in a tensor (rows, components, channels), for each of its tiles.
+
+    Args:
+        tensor: The tensor.
+        row: The row.
+        HIDDEN: Entries of a row. Offsets (`placed`) count from its first.
+        COUNT: Tiles of a state.
+    """
     found = ()
-    for n in tl.static_range(COUNT):
-        found = found + (tensor + (tl.cast(row, tl.int64) * COUNT + n) * HIDDEN,)
+    for _ in tl.static_range(COUNT):
+        found = found + (tensor + tl.cast(row, tl.int64) * HIDDEN,)
     return found
 
 

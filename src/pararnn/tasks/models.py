@@ -185,8 +185,9 @@ class _OfLanguageModel(nn.Module):
 class _Attention(nn.Module):
     """Attention of the language models, in the form "mixer" behind the convolution of a mixer.
 
-    One layer of attention that sees single tokens cannot know what followed a token. With the
-    convolution it can, and only so are the paper's figures for one layer to be had (82 % in 1-hop).
+    One layer of attention that sees single tokens cannot know what followed a token: it ends at
+    35 % in 1-hop, and behind the convolution at 99.9 % (800 and 1,500 steps of 64 sequences). The
+    82 % of the paper are between the two, and it does not say which it has.
     """
 
     def __init__(self, config: ParaRNNConfig, convolution: bool) -> None:

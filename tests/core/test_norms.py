@@ -155,6 +155,14 @@ def test_operations(name, direction):
         assert (name, direction) in _REFUSED
 
 
+@pytest.mark.parametrize("name", ["index_select", "gather", "cumsum", "sort", "roll", "matmul"])
+def test_operations_that_kernels_do_not_know(name):
+    runner = RNN(Mixed(OPERATIONS[name]).double(), backend="torch").runner()
+    tensors = [getattr(owner, attribute) for owner, attribute in runner.owners]
+    reasons, _ = runner._kernels("triton", tensors)
+    assert None not in reasons
+
+
 def test_a_plan_says_that_steps_run_in_one_kernel():
     """Also where the weights would fit on the chip."""
     with pretend_gpu():

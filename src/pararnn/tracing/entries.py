@@ -328,6 +328,8 @@ class Entries:
         filled = creation_value(func, node.args)
         if filled is not None:
             return self.filled(node, filled)
+        if name == "index_select":
+            raise NotElementwise("it takes entries by their numbers in a tensor")
         if name in MOVES:
             tensors = [a for a in tree_leaves((node.args, node.kwargs)) if is_value(a)]
             return run_on(node, {a: self.of(a) for a in tensors})

@@ -228,12 +228,19 @@ def cudnn(monkeypatch):
         found = functions[mode](x, state, weights, len(weights) > 2, 1, 0.0, True, False, True)
         return found if c is not None else (*found, torch.empty(0))
 
+    def flatten(weights, stride, inputs, mode, hidden, proj, layers, first, both):
+        assert (stride, proj, layers, first, both) == (len(weights), 0, 1, True, False)
+        assert weights[0].shape[1] == inputs
+        assert weights[1].shape[1] == hidden
+        return torch.ones(3)
+
     def forward(x, weights, stride, buffer, h, c, mode, hidden, proj, layers, first, *others):
         assert (stride, hidden, proj, layers, first) == (len(weights), h.shape[2], 0, 1, True)
         assert h.shape == (1, len(x), hidden)
         assert h.is_contiguous()
         dropout, train, both, sizes, drops = others
-        assert (buffer, dropout, both, sizes, drops) == (None, 0.0, False, [], None)
+        assert torch.equal(buffer, torch.ones(3))
+        assert (dropout, both, sizes, drops) == (0.0, False, [], None)
         precisions.append(settings.fp32_precision)
         with torch.no_grad():
             return *run(x, weights, h, c, mode), torch.full((2,), float(train)), torch.ones(3)
@@ -256,6 +263,7 @@ def cudnn(monkeypatch):
         of = [g if m else None for g, m in zip(grads[:3], (of_x, of_first, of_other), strict=True)]
         return (*of, grads[3:] if of_weights else [])
 
+    monkeypatch.setattr(torch.ops.aten, "_cudnn_rnn_flatten_weight", flatten)
     monkeypatch.setattr(torch.ops.aten, "_cudnn_rnn", forward)
     monkeypatch.setattr(torch.ops.aten, "_cudnn_rnn_backward", backward)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)

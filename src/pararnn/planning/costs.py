@@ -148,22 +148,20 @@ class Costs:
     """Channels up to which PyTorch has cuDNN keep the weights on the chip: of a cell with one gate
     or with more; by count, of what PyTorch's source compares with."""
     cudnn_kept: tuple[tuple[float, ...], ...] = (
-        (150.0, 0.0, 0.4, 5.0e-4, 0.0, 1.0e-5, 4.0e-7),
-        (700.0, 0.0, 0.9, 5.0e-4, 0.0, 1.0e-4, 3.0e-6),
-        (20.0, 0.0, 0.4, 5.0e-4, 0.0, 1.0e-5, 4.0e-7),
-        (60.0, 0.0, 0.9, 5.0e-4, 0.0, 1.0e-4, 3.0e-6),
+        (718.0, 0.0, 0.0, 1.48e-3, 8.38e-6, 8.79e-5, 0.0),
+        (1.52e03, 0.0, 0.0441, 4.84e-3, 0.0, 1.46e-4, 0.0),
+        (0.0, 0.0, 0.0, 1.65e-3, 6.04e-6, 8.47e-6, 2.79e-7),
+        (0.0, 0.0, 0.0, 5.34e-3, 0.0, 2.04e-5, 5.92e-7),
     )
     """Microseconds of cuDNN with weights on the chip: from Python forward alone, with the backward
-    pass; in a CUDA graph of the user's likewise. Estimate, of few rows in
-    docs/results/mixing-cells.md."""
+    pass; in a CUDA graph of the user's likewise. docs/results/mixing-cells.md."""
     cudnn: tuple[tuple[float, ...], ...] = (
-        (150.0, 0.0, 13.0, 0.0, 1.0e-6, 1.0e-5, 1.1e-7),
-        (500.0, 0.0, 27.0, 0.0, 4.0e-6, 3.0e-5, 4.3e-7),
-        (20.0, 0.0, 6.0, 0.0, 2.0e-6, 1.0e-5, 1.1e-7),
-        (60.0, 0.0, 13.0, 0.0, 5.4e-6, 3.0e-5, 4.3e-7),
+        (1.25e03, 0.0, 12.2, 9.64e-4, 0.0, 0.0, 1.24e-7),
+        (2.32e03, 0.0, 29.6, 1.06e-4, 0.0, 0.0, 3.91e-7),
+        (88.5, 0.0, 5.43, 0.0, 3.60e-7, 0.0, 1.85e-7),
+        (45.2, 0.0, 12.3, 0.0, 1.60e-6, 1.80e-5, 5.18e-7),
     )
-    """The same with weights that it reads at every step. Estimate, of few rows in
-    docs/results/mixing-cells.md."""
+    """The same with weights that it reads at every step. docs/results/mixing-cells.md."""
     kept_sweeps: tuple[tuple[float, ...], ...] = (
         (250.0, 0.0, 0.3, 1.0e-3, 0.0, 5.0e-6, 1.0e-7),
         (600.0, 0.0, 0.3, 6.0e-3, 0.0, 2.0e-5, 5.0e-7),
@@ -173,13 +171,12 @@ class Costs:
     """The same of our kernel with weights on the chip. Estimate, of few rows in
     docs/results/mixing-cells.md."""
     streamed_sweeps: tuple[tuple[float, ...], ...] = (
-        (300.0, 0.0, 6.0, 4.0e-3, 0.0, 2.0e-6, 5.0e-8),
-        (900.0, 0.0, 0.0, 1.55e-2, 0.0, 2.0e-5, 1.8e-7),
-        (50.0, 0.0, 6.0, 4.0e-3, 0.0, 2.0e-6, 5.0e-8),
-        (150.0, 0.0, 0.0, 1.55e-2, 0.0, 2.0e-5, 1.8e-7),
+        (454.0, 0.0, 2.98, 3.52e-3, 0.0, 1.86e-6, 6.99e-8),
+        (690.0, 0.0, 3.52, 0.0111, 0.0, 4.60e-5, 2.05e-7),
+        (89.1, 0.0, 3.04, 3.76e-3, 0.0, 0.0, 6.72e-8),
+        (103.0, 0.0, 5.57, 0.0103, 0.0, 2.22e-5, 2.19e-7),
     )
-    """The same of our kernel that reads them at every step. Estimate, of few rows in
-    docs/results/mixing-cells.md."""
+    """The same of our kernel that reads them at every step. docs/results/mixing-cells.md."""
 
     # CUDA graphs
 

@@ -134,9 +134,11 @@ def plan_wide(
         rounds: After how many rounds of products the programs of a step wait for each other.
         costs: What a multiprocessor holds.
     """
+    widest = costs.wide_rows[-1] * 4 // itemsize  # of rows in float32, as many bytes
+    allowed = [r for r in costs.wide_rows if r <= widest]
     together = next(
-        (r for r in costs.wide_rows if -(-rows // r) * groups * 2 <= processors),
-        costs.wide_rows[-1],
+        (r for r in allowed if -(-rows // r) * groups * 2 <= processors),
+        allowed[-1],
     )
     share = max(1, processors // (-(-rows // together) * groups))
     block, most = costs.wide_block

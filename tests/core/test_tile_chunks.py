@@ -17,7 +17,7 @@ from .test_tiles import assert_same, outcome, states
 from .tile_cells import Memory
 
 pytestmark = needs_triton
-SEGMENT, CHUNK = 4, 8
+SEGMENT, CHUNK = 2, 8
 
 
 @pytest.fixture(autouse=True)

@@ -160,6 +160,43 @@ def test_inputs_that_are_not_numbers_stay_so():
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@pytest.fixture
+def loud(monkeypatch):
+    """Memory that nothing is written to is full of a number."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self, *sizes, **options):
+        new = new_empty(self, *sizes, **options)
+        return new.fill_(1234.5) if new.is_floating_point() else new
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", ["state", "cotangent of the last state"])
+def test_what_chunks_begin_with_may_be_no_number(place, value, loud):
+    """Of one head of one of the sequences that share the first and the last chunk."""
+    torch.manual_seed(0)
+    cell, ends = Gated().double(), [3, 10, 18, 22, 24]
+    x = torch.randn(1, ends[-1], cell.input_size, dtype=torch.float64)
+    rnn, plain = layer(cell), RNN(cell, backend="torch", solver=Sequential())
+    state = states(rnn, len(ends))
+    cotangents = torch.randn(1, ends[-1], *rnn.output_shape).double(), torch.randn_like(state)
+    if place == "state":
+        state[0, 0, 1, 1] = value
+    else:
+        cotangents[1][-1, 0, 1, 1] = value
+
+    def values(rnn):
+        given = [x.detach().requires_grad_(), state.detach().requires_grad_()]
+        found = rnn(*given, cu_seqlens=torch.tensor([0, *ends]))
+        grads = torch.autograd.grad(found, [*given, *cell.parameters()], cotangents)
+        return [t.detach() for t in (*found, *grads)]
+
+    for found, expected in zip(values(rnn), values(plain), strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def test_gradients_of_the_last_output_alone():
     torch.manual_seed(0)
     cell = Gated((0.05, 0.999)).double()

@@ -460,6 +460,7 @@ def sweep(
         if phase == 2:
             adjoint = zeros(tile[0], REAL)
         known = is_known(adjoint, placed(anew(number), part, STORED, PROGRAMS)[1])
+        known = tl.maximum(known, tl.where(k == chunks - 1, 1, 0))  # the last one starts right
         rest = tl.where(phase == 3, lead, end - begin)
         count = tl.where(phase < 3, size, rest * known)
         high = tl.where((phase == 1) | (phase == 2), probed, end + lead)

@@ -334,6 +334,7 @@ def sweep(
         if phase == 2:
             s = beginning(b, tile, initial, starts, time, STATE, HIDDEN, REAL)
         known = is_known(s, placed(anew(number), part, STORED, PROGRAMS)[1])
+        known = tl.maximum(known, tl.where(k == 0, 1, 0))  # the first chunk starts right
         rest = tl.where(phase == 3, lead, tl.minimum(chunk, time - begin))
         steps = tl.where(phase < 3, size, rest * known)
         low = tl.where((phase == 1) | (phase == 2), probed, begin - lead)

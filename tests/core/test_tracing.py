@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -470,4 +471,5 @@ def test_threads_that_call_a_changed_layer_at_once():
         with ThreadPoolExecutor(4) as pool:
             calls = [pool.submit(call) for _ in range(4)]
         expected = loop(cell, x, torch.zeros(2, 4))[0]
-        assert all(torch.equal(y, expected) for c in calls for y in c.result())
+        for y in itertools.chain(*(c.result() for c in calls)):
+            torch.testing.assert_close(y, expected)  # PyTorch's kernel, which adds up otherwise

@@ -38,7 +38,7 @@ def test_default_mlp_is_rounded_up():
     ("change", "message"),
     [
         ({"num_heads": 3}, "inner_size 8 cannot be split into 3 heads"),
-        ({"cell": "gru2"}, "cell 'gru2' is unknown; choose one of elman, "),
+        ({"cell": "gru2"}, "cell 'gru2' is unknown; choose one of .*elman, "),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; give a number from 1 up"),
     ],
 )

@@ -279,11 +279,13 @@ class Costs:
     """Steps that the first guess of a chunk looks back for results in half, single and double
     precision. Estimate."""
     tile_full: tuple[int, int] = (16, 16)
-    """Warps per multiprocessor, forward and backward, up to which time is cut. Estimate."""
+    """Warps per multiprocessor, forward and backward, up to which time is cut.
+    docs/results/matrix-memory.md."""
     tile_chunk: int = 4
     """Warm-ups that a chunk is at least as long as. Estimate."""
     tile_least_chunks: int = 16
-    """With fewer chunks, they gain less than their warm-up and the fuller device cost. Estimate."""
+    """Chunks, at least: with seven, a memory half of whose heads remember loses up to 70 %.
+    docs/results/matrix-memory.md."""
     tile_segment: int = 16
     """Steps that the backward pass runs again from one state that was kept.
     docs/results/matrix-memory.md."""

@@ -24,6 +24,8 @@ from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.products import unfused
 from pararnn.tracing.step import Input, Step
+from pararnn.tracing.tile_layout import tiles
+from pararnn.tracing.tiles import NotTiled
 
 from .compare import as_tuple, assert_same, outcome, random_state, with_resets
 from .conftest import needs_triton
@@ -325,6 +327,18 @@ def test_cells_that_a_gpu_fuses(name, bias, dtype):
             expected = _step_of(cell, x[n, t], past)
             for e, a in zip(expected, states, strict=True):
                 assert_close("state", a[n, t], e, rtol=RTOL[dtype])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_cells_that_a_gpu_fuses_are_read_for_tiles(name, bias):
+    """Whether there are tiles is asked for every cell; here packed gates come in pieces."""
+    gates, cell = {"gru": 3, "lstm": 4}[name], {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[name]
+    x = torch.randn(2, 4, gates * 17)
+    inputs = [x, *(p.detach() for p in cell(INPUT, 17, bias).parameters() if p.shape[-1] != INPUT)]
+    step = _fused_step(name, inputs)
+    with pytest.raises(NotTiled):
+        tiles(step, None)
 
 
 @needs_triton

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.kernels import fused
+from pararnn.kernels.stages import NotFused
 from pararnn.kernels.triton import sweeps
 from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import plan_wide
@@ -95,6 +96,22 @@ def test_sums_that_are_added_up_apart(name, direction, dtype):
     plan = functools.partial(plan_wide, costs=costs)
     with mock.patch.object(sweeps, "plan_wide", plan):
         compare(chunks, random_rows(of, chunks.cut, dtype), dtype)
+
+
+def test_fewer_blocks_on_their_way_where_memory_is_short():
+    dtype, tried, launch = torch.float64, [], sweeps._launch
+
+    def of_a_small_chip(kernel, grid, arguments):
+        tried.append(arguments["STAGES"])
+        if tried[-1] > 1:
+            raise NotFused("out of resource: shared memory")
+        launch(kernel, grid, arguments)
+
+    of, chunks = steps_of(make("gated_layer", dtype), dtype, "adjoint", Cut(3, 4, 4))
+    with mock.patch.object(sweeps, "_launch", of_a_small_chip):
+        for _ in range(2):
+            compare(chunks, random_rows(of, chunks.cut, dtype), dtype)
+    assert tried == [3, 2, 1, 1]
 
 
 @pytest.mark.parametrize(

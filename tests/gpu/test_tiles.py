@@ -1,6 +1,8 @@
 """Cells whose state fits tiles on a CUDA device, against the loop in float64 on the CPU."""
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from torch.utils._pytree import tree_map
 from gpu.test_state_shapes import compare, outcome
 from pararnn import RNN
 from pararnn.cells import DeltaMemoryCell, M2RNNCell, OuterMemoryCell
+from pararnn.kernels import facts
+from pararnn.planning.costs import COSTS
+from pararnn.planning.plan import decide
 from pararnn.testing import assert_close, loop
 
 pytestmark = pytest.mark.gpu
@@ -157,6 +162,14 @@ def test_states_as_a_user_has_them():
     assert_close("state", last, end, rtol=1e-6)
 
 
+@pytest.fixture
+def few_chunks(monkeypatch):
+    """Time is cut into few chunks, so that sequences of the tests can be short."""
+    costs = dataclasses.replace(COSTS, tile_least_chunks=3)
+    monkeypatch.setattr(facts, "decide", functools.partial(decide, costs=costs))
+
+
+@pytest.mark.usefixtures("few_chunks")
 @pytest.mark.parametrize("make", MEMORIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_resets", [False, True])
@@ -183,6 +196,7 @@ def test_chunks_of_time(make, dtype, has_resets):
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("few_chunks")
 def test_chunks_in_double_precision_and_of_packed_sequences():
     torch.manual_seed(0)
     rnn, exact = pair(DeltaMemoryCell(8, 16, 16, num_heads=3), torch.float64)

@@ -114,6 +114,12 @@ class Stages:
         """Those that are stored before, that is, all but states: these are known."""
         return [f for f in self.at(level) if not _is_state(f)]
 
+    def loaded_late(self, level: int) -> int:
+        """How many vectors those who multiply load for the ones that they compute, and these."""
+        late = self.at(level, late=True)
+        leaves = {e for e in topological(late) if e.op in LEAVES and e.op != "reduced"}
+        return len(late) + len(leaves)
+
     def totals_at(self, level: int) -> list[int]:
         """Numbers of the totals of a level."""
         return [n for n, t in enumerate(self.totals) if t.level == level]

@@ -127,7 +127,7 @@ def plan_wide(
         groups: Groups.
         rows: Chunks of all sequences.
         products: Of the level that has most.
-        factors: Vectors that are multiplied, of the level that has most.
+        factors: Vectors that are multiplied or that these are computed from, likewise.
         itemsize: Bytes of an element.
         processors: Multiprocessors.
         shared: Bytes of shared memory that a program may have.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -123,8 +124,10 @@ class Evaluation(fx.Interpreter):
         func: Any = operation(n)
         if func is torch.Tensor.size and isinstance(args[0], Pieces):
             return args[0].shape[args[1]]
-        if not hasattr(func, "_schema"):
-            return func(*args, **kwargs)
+        if func is operator.getitem:
+            return func(*args)
+        if not hasattr(func, "_schema"):  # a cell or norm that PyTorch has as one operation
+            return func(*tree_map(whole, args), **tree_map(whole, kwargs))
         name = operation_name(func)
         if name in ("cat", "stack") or any(isinstance(a, Pieces) for a in flat):
             try:

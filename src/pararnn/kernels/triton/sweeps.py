@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from pararnn.kernels.triton.expressions import function, staged_source
 from pararnn.kernels.triton.tuples import OverTime
 from pararnn.planning.kernel_plans import (
     TILE,
+    WideLaunch,
     computes_late,
     keeps_weights,
     kept_width,
@@ -127,10 +128,12 @@ class Streamed(_Kernel):
     """Reads the weights at every step: `wide.run`.
 
     Attributes:
-        most: The most products of a level, and vectors that it multiplies.
+        most: The most products of a level, and blocks of vectors that it loads to multiply.
+        stages: How many blocks fit on the chip at a time, of launches that asked for too many.
     """
 
     most: tuple[int, int]
+    stages: dict[WideLaunch, int] = field(default_factory=dict, compare=False)
     calls = "NEW_STATE"
 
     def __call__(
@@ -165,13 +168,25 @@ class Streamed(_Kernel):
                 "BLOCK": plan.block,
                 "INNER": plan.inner,
                 "CHAINS": plan.chains,
-                "STAGES": plan.stages,
                 "PRECISION": wide_precision(rounds_products(like.dtype), like.itemsize),
                 "num_warps": plan.warps,
             }
             if plan.parts > 1:  # which wait for each other
                 arguments["launch_cooperative_grid"] = True
-            _launch(wide.run, (*shared, plan.parts), arguments)
+            self._launch(wide.run, (*shared, plan.parts), arguments, plan)
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], plan: WideLaunch
+    ) -> None:
+        """Launch a kernel with as many blocks on their way as fit on the chip."""
+        while True:
+            stages = self.stages.get(plan, plan.stages)
+            try:
+                return _launch(kernel, grid, {**arguments, "STAGES": stages})
+            except NotFused:
+                if stages == 1:
+                    raise
+                self.stages[plan] = stages - 1
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
@@ -256,8 +271,8 @@ def _streamed(products: Products, like: Tensor) -> Streamed:
         "LATE": tuple(getattr(module, f"late{n}") for n in levels),
         "NEW_STATE": module.new_state,
     }
-    factors = [len(tables["FACTORS"][n]) + len(tables["LATE_LANES"][n]) for n in levels]
-    most = max(1, *map(len, tables["WEIGHTS"])), max(1, *factors)
+    loaded = [len(tables["FACTORS"][n]) + stages.loaded_late(n) for n in levels]
+    most = max(1, *map(len, tables["WEIGHTS"])), max(1, *loaded)
     return Streamed(products, drives, coefficients, constants, most)
 
 

@@ -1,23 +1,11 @@
 """Nonlinear RNNs evaluated and trained in parallel over the sequence."""
 
-from pararnn import cells as cells
-from pararnn import testing as testing
+from typing import TYPE_CHECKING
+
+from pararnn._lazy import contents_of
 from pararnn._version import __version__ as __version__
-from pararnn.diagnose import Diagnosis as Diagnosis
-from pararnn.diagnose import diagnose as diagnose
-from pararnn.explain import Explanation as Explanation
-from pararnn.explain import explain as explain
-from pararnn.layers.constraints import project_parameters as project_parameters
-from pararnn.layers.parallelize import parallelize as parallelize
-from pararnn.layers.rnn import RNN as RNN
-from pararnn.layers.scan import scan as scan
-from pararnn.layers.stacked import ParaGRU as ParaGRU
-from pararnn.layers.stacked import ParaLSTM as ParaLSTM
-from pararnn.planning.settings import Jacobi as Jacobi
-from pararnn.planning.settings import Newton as Newton
-from pararnn.planning.settings import Picard as Picard
-from pararnn.planning.settings import QuasiNewton as QuasiNewton
-from pararnn.planning.settings import Sequential as Sequential
-from pararnn.solvers.report import ConvergenceError as ConvergenceError
-from pararnn.solvers.report import SolveReport as SolveReport
-from pararnn.tracing.recorder import TraceError as TraceError
+
+if TYPE_CHECKING:
+    from pararnn._public import *  # noqa: F403 # what the name after the next line finds
+else:
+    __getattr__, __dir__ = contents_of("pararnn._public", __name__)

@@ -18,7 +18,7 @@ DOCUMENTED = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), r
 
 def public_names():
     """What the packages hand on: `from module import name as name`."""
-    for file in sorted(PACKAGE.rglob("__init__.py")):
+    for file in sorted([*PACKAGE.rglob("__init__.py"), *PACKAGE.rglob("_public.py")]):
         package = ".".join(["pararnn", *file.parent.relative_to(PACKAGE).parts])
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):

@@ -31,7 +31,7 @@ class Table:
     columns: tuple[tuple[str, str, str], ...]
 
 
-DECODE = Table(
+_DECODE = Table(
     "decode",
     "Generation benchmark",
     "One greedy step of generation per token, bfloat16, on a GPU compiled and captured in a CUDA "
@@ -48,7 +48,7 @@ DECODE = Table(
         ("share_of_limit", "limit / measured", ".0%"),
     ),
 )
-TRAIN = Table(
+_TRAIN = Table(
     "train",
     "Training benchmark",
     "One train step: forward and backward in bfloat16 autocast, fused AdamW; on a GPU every block "
@@ -67,6 +67,7 @@ TRAIN = Table(
         ("recurrence_share", "recurrence", ".1%"),
     ),
 )
+TABLES = {"decode": _DECODE, "train": _TRAIN}
 
 
 def facts_of(device: torch.device, count: int, size: object, command: str) -> dict[str, Any]:

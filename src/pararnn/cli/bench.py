@@ -1,24 +1,23 @@
 """`pararnn bench kernels`, `decode` and `train`."""
 
+from __future__ import annotations
+
 import difflib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
-from pararnn.bench import measure, save
-from pararnn.bench.problem import Row
-from pararnn.bench.report import Rows
-from pararnn.bench.tables import DECODE, TRAIN, Table, facts_of, save_table
-from pararnn.bench.timing import copy_gigabytes_per_second
 from pararnn.cli.arguments import parse
-from pararnn.lm.bench.decode import decode_rows
-from pararnn.lm.bench.models import ModelSize
-from pararnn.lm.bench.train import train_rows
 from pararnn.lm.data.errors import RunError
-from pararnn.lm.models.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
-from pararnn.lm.training.parallel import Processes, join_processes
+from pararnn.lm.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
+
+if TYPE_CHECKING:
+    from pararnn.bench.problem import Row
+    from pararnn.bench.report import Rows
+    from pararnn.lm.bench.models import ModelSize
+    from pararnn.lm.training.parallel import Processes
 
 
 @dataclass(kw_only=True)
@@ -67,6 +66,8 @@ class _ModelArguments:
     @property
     def size(self) -> ModelSize:
         """The size of the models."""
+        from pararnn.lm.bench.models import ModelSize
+
         return ModelSize(
             name=self.preset,
             width=self.width,
@@ -83,12 +84,13 @@ class DecodeArguments(_ModelArguments):
     """Texts side by side."""
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     """Numbers of tokens before the generated one; they matter for the cache of the Transformer."""
-    table: ClassVar[Table] = DECODE
 
     def rows(self, processes: Processes, rate: float) -> Iterator[Row]:
         """Measure."""
         if processes.count > 1:
             raise RunError("bench decode runs in one process; start it without torchrun.")
+        from pararnn.lm.bench.decode import decode_rows
+
         return decode_rows(
             self.size, self.architectures, self.batch_sizes, self.contexts, processes.device, rate
         )
@@ -105,10 +107,11 @@ class TrainArguments(_ModelArguments):
     """Sequences of one process; None for the number of the paper per GPU."""
     sequence_length: int = SEQUENCE_LENGTH
     """Tokens per sequence."""
-    table: ClassVar[Table] = TRAIN
 
     def rows(self, processes: Processes, rate: float) -> Iterator[Row]:
         """Measure."""
+        from pararnn.lm.bench.train import train_rows
+
         return train_rows(
             self.size, self.architectures, self.batch_size, self.sequence_length, processes
         )
@@ -132,6 +135,8 @@ def run(arguments: list[str]) -> int:
 
 def _kernels(arguments: list[str]) -> int:
     parsed = parse(BenchArguments, "bench kernels", arguments)
+    from pararnn.bench import measure, save
+
     rows: Rows = {}
     try:
         for kind, row in measure(parsed.quick, parsed.pararnn_torch):
@@ -149,6 +154,10 @@ def _kernels(arguments: list[str]) -> int:
 
 def _models(name: str, arguments: list[str]) -> int:
     parsed: DecodeArguments | TrainArguments = parse(MODELS[name], f"bench {name}", arguments)
+    from pararnn.bench.tables import TABLES, facts_of, save_table
+    from pararnn.bench.timing import copy_gigabytes_per_second
+    from pararnn.lm.training.parallel import join_processes
+
     rows: list[Row] = []
     path = None
     with join_processes(parsed.device) as processes:
@@ -161,7 +170,7 @@ def _models(name: str, arguments: list[str]) -> int:
             rows.append(row)
             _print(name, row)
             path = save_table(
-                parsed.table, rows, facts | {"copy_gigabytes_per_second": rate}, parsed.out
+                TABLES[name], rows, facts | {"copy_gigabytes_per_second": rate}, parsed.out
             )
         processes.print(f"Written to {path}")
     return 0

@@ -1,20 +1,22 @@
 """`pararnn eval`."""
 
+from __future__ import annotations
+
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from pararnn.cli.arguments import parse
-from pararnn.lm.data import TokenSplit
-from pararnn.lm.data.prepare import write_split
+from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.words import say
-from pararnn.lm.training import RunError, RunFolder, evaluate, load_trained
-from pararnn.lm.training.advice import explained
-from pararnn.lm.training.parallel import choose_device
-from pararnn.lm.training.runs import identity_of
-from pararnn.lm.training.text import Codec, open_codec, open_text
+from pararnn.lm.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from pararnn.lm.data import TokenSplit
+    from pararnn.lm.training.text import Codec
 
 _TASK_BATCH = 8  # requests side by side; all their logits are in memory
 
@@ -65,6 +67,12 @@ def run(arguments: list[str]) -> int:
     if parsed.tasks is not None:
         return _run_tasks(parsed)
     folder = RunFolder.open(parsed.run)
+    from pararnn.lm.training import evaluate, load_trained
+    from pararnn.lm.training.advice import explained
+    from pararnn.lm.training.parallel import choose_device
+    from pararnn.lm.training.runs import identity_of
+    from pararnn.lm.training.text import open_codec, open_text
+
     with explained(folder, training=False), tempfile.TemporaryDirectory() as temporary:
         config, codec, owner = folder.read_config(), open_codec(folder), None
         if parsed.data is None:
@@ -107,6 +115,8 @@ def _run_tasks(parsed: EvalArguments) -> int:
 
 def _split(data: Path, codec: Codec, folder: Path) -> TokenSplit:
     """The documents under a path, written into a folder as tokens."""
+    from pararnn.lm.data.prepare import write_split
+
     split, skipped = write_split(data, codec.tokenizer, folder)
     for line in skipped.describe():
         say(f"skipped: {line}")

@@ -6,12 +6,9 @@ from pathlib import Path
 import tyro
 
 from pararnn.cli.arguments import parse
+from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.words import say
-from pararnn.lm.training import RunError, RunFolder, load_trained
-from pararnn.lm.training.advice import explained
-from pararnn.lm.training.language_model import generate_text
-from pararnn.lm.training.parallel import choose_device
-from pararnn.lm.training.text import open_codec
+from pararnn.lm.training.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -44,6 +41,12 @@ def run(arguments: list[str]) -> int:
     if "\0" in parsed.prompt:
         raise RunError("the prompt holds a zero byte; a text has none.")
     folder = RunFolder.open(parsed.run)
+    from pararnn.lm.training import load_trained
+    from pararnn.lm.training.advice import explained
+    from pararnn.lm.training.language_model import generate_text
+    from pararnn.lm.training.parallel import choose_device
+    from pararnn.lm.training.text import open_codec
+
     with explained(folder, training=False):
         model = load_trained(folder, choose_device(parsed.device))
         text = generate_text(

@@ -45,8 +45,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    from pararnn.lm.data.errors import LostConnectionError, RunError
+
     try:
-        command = importlib.import_module(COMMANDS[name][0])
+        return importlib.import_module(COMMANDS[name][0]).run(arguments)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:
@@ -56,10 +58,6 @@ def _run(name: str, arguments: list[str]) -> int:
             'pip install "pararnn[train]"',
             FAILED,
         )
-    from pararnn.lm.data.errors import LostConnectionError, RunError
-
-    try:
-        return command.run(arguments)
     except LostConnectionError as error:
         _end_within(1.0)
         return _fail(str(error), FAILED)

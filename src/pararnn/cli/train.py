@@ -8,11 +8,9 @@ import tyro
 
 from pararnn.cli.arguments import parse
 from pararnn.lm.data.errors import OtherProcessError
-from pararnn.lm.training import RunFolder, TrainConfig, train
-from pararnn.lm.training.config import resolve
-from pararnn.lm.training.parallel import num_processes
+from pararnn.lm.training.config import TrainConfig, resolve
 from pararnn.lm.training.presets import preset_config
-from pararnn.lm.training.run_folder import config_json, latest_run
+from pararnn.lm.training.run_folder import RunFolder, config_json, latest_run
 
 
 @dataclass(kw_only=True)
@@ -58,6 +56,9 @@ def run(arguments: list[str]) -> int:
     if parsed.print_config:
         print(config_json(resolve(parsed.config)), end="")
         return 0
+    from pararnn.lm.training import train
+    from pararnn.lm.training.parallel import num_processes
+
     try:
         result = train(parsed.config, resume=parsed.resume)
     except OtherProcessError:

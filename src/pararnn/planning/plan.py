@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pararnn.planning.backends import BACKENDS as BACKENDS
+from pararnn.planning.backends import BackendError as BackendError
+from pararnn.planning.backends import check_name as check_name
 from pararnn.planning.c_plan import plan_c
 from pararnn.planning.costs import COSTS, Costs
 from pararnn.planning.kernel_plans import (
@@ -29,10 +32,6 @@ from pararnn.planning.settings import Jacobi, Newton, Sequential, Solver
 from pararnn.planning.triton_plan import Launch, Work, plan_launch
 
 _TF32 = 2.0**-11  # the largest relative error of a factor that is rounded to TF32
-
-
-class BackendError(ValueError):
-    """The named backend does not exist or cannot run the cell."""
 
 
 @dataclass(frozen=True)
@@ -229,10 +228,6 @@ class Plan:
         )
 
 
-BACKENDS = ("c", "triton")
-NAMES = ("auto", "torch", *BACKENDS)
-
-
 def by_channels(facts: Facts, backend: BackendChoice) -> bool:
     """Whether kernels solve for every channel by itself; else chunks are rows."""
     return facts.elementwise and backend.name in BACKENDS
@@ -242,12 +237,6 @@ def by_tiles(facts: Facts, backend: BackendChoice, solver: Solver | None) -> boo
     """Whether one kernel runs all steps with the readout, and states are not written."""
     asked = isinstance(solver, (Sequential, type(None)))
     return facts.tile is not None and backend.name == "triton" and asked
-
-
-def check_name(name: str) -> None:
-    """Refuse a backend that does not exist."""
-    if name not in NAMES:
-        raise BackendError(f"backend={name!r} is not known; choose one of {', '.join(NAMES)}.")
 
 
 def choose_backend(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pararnn import RNN
+from pararnn.lm.catalogue import CELLS, register_cell
 from pararnn.lm.models.architectures import Shape, make_config, make_model
 from pararnn.lm.models.attention import AttentionMixer
 from pararnn.lm.models.block import make_mixer
-from pararnn.lm.models.cells import CELLS, register_cell
 from pararnn.lm.models.configuration import ParaRNNConfig
 from pararnn.lm.models.convolution import CausalConvolution
 from pararnn.tasks.architectures import (

@@ -3,12 +3,12 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pararnn.lm.catalogue import CELLS as CELLS
+from pararnn.lm.catalogue import register_cell as register_cell
 from pararnn.lm.models import presets as presets
 from pararnn.lm.models.cache import LayerState as LayerState
 from pararnn.lm.models.cache import ParaRNNCache as ParaRNNCache
 from pararnn.lm.models.causal_loss import CausalLoss as CausalLoss
-from pararnn.lm.models.cells import CELLS as CELLS
-from pararnn.lm.models.cells import register_cell as register_cell
 from pararnn.lm.models.configuration import ParaRNNConfig as ParaRNNConfig
 from pararnn.lm.models.modeling import ParaRNNForCausalLM as ParaRNNForCausalLM
 from pararnn.lm.models.modeling import ParaRNNModel as ParaRNNModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -13,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.mamba2 import Mamba2Config
 from transformers.models.qwen3 import Qwen3Config
 
-from pararnn.lm.models.cells import CELLS
+from pararnn.lm.catalogue import BASELINES as BASELINES
+from pararnn.lm.catalogue import architectures as architectures
+from pararnn.lm.catalogue import check_architecture as check_architecture
 from pararnn.lm.models.configuration import ParaRNNConfig, default_mlp_size
 
 
@@ -79,10 +80,9 @@ def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
 _KERNELS = {"mamba2": {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": ""}}
 """Packages with the fast kernels of an architecture, and the module that transformers imports."""
 
-BASELINES: dict[str, Callable[..., PreTrainedConfig]] = {
-    "transformer": _transformer,
-    "mamba2": _mamba2,
-}
+_BASELINES: dict[str, Callable[..., PreTrainedConfig]] = dict(
+    zip(BASELINES, (_transformer, _mamba2), strict=True)
+)
 
 
 _CONFIGS = {kind.model_type: kind for kind in (ParaRNNConfig, Qwen3Config, Mamba2Config)}
@@ -95,22 +95,6 @@ def foreign_fields(stored: dict[str, Any]) -> list[str]:
     """
     kind = _CONFIGS.get(str(stored.get("model_type")))
     return ["model_type"] if kind is None else sorted(set(stored) - set(kind().to_dict()))
-
-
-def architectures() -> list[str]:
-    """The names that `make_config` takes: registered cells and baselines."""
-    return [*CELLS, *BASELINES]
-
-
-def check_architecture(name: str) -> None:
-    """Raise ValueError, with the nearest name, if there is no such architecture."""
-    known = architectures()
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"architecture {name!r} is unknown; perhaps you meant {nearest!r}. There are: "
-            f"{', '.join(known)}."
-        )
 
 
 def missing_kernels(architecture: str) -> str:
@@ -143,8 +127,8 @@ def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedCo
             f"width {shape.width} cannot be split into {shape.num_heads} heads; choose a number "
             "of heads that divides it."
         )
-    if architecture in BASELINES:
-        return BASELINES[architecture](shape, **options)
+    if architecture in _BASELINES:
+        return _BASELINES[architecture](shape, **options)
     return ParaRNNConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,

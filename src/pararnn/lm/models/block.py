@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pararnn import RNN
+from pararnn.lm.catalogue import CELLS
 from pararnn.lm.models.attention import AttentionMixer, AttentionState
 from pararnn.lm.models.boundaries import Boundaries
 from pararnn.lm.models.cache import LayerState
-from pararnn.lm.models.cells import CELLS
 from pararnn.lm.models.configuration import ATTENTION, ParaRNNConfig
 from pararnn.lm.models.convolution import CausalConvolution
 from pararnn.lm.models.projection import ResidualProjection

@@ -4,10 +4,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from pararnn.lm.models.cells import CELLS
+from pararnn.lm.catalogue import ATTENTION as ATTENTION
+from pararnn.lm.catalogue import CELLS
 
 MLP_MULTIPLE = 256
-ATTENTION = "attention"
 ATTENTION_HEAD = 128
 
 

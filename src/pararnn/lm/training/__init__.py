@@ -1,10 +1,10 @@
 """Training of language models: data, loop, checkpoints, evaluation."""
 
-from pararnn.lm.data.errors import RunError as RunError
-from pararnn.lm.training.config import TrainConfig as TrainConfig
-from pararnn.lm.training.evaluation import Evaluation as Evaluation
-from pararnn.lm.training.evaluation import evaluate as evaluate
-from pararnn.lm.training.run_folder import RunFolder as RunFolder
-from pararnn.lm.training.runs import TrainResult as TrainResult
-from pararnn.lm.training.runs import load_trained as load_trained
-from pararnn.lm.training.runs import train as train
+from typing import TYPE_CHECKING
+
+from pararnn._lazy import contents_of
+
+if TYPE_CHECKING:
+    from pararnn.lm.training._public import *  # noqa: F403 # what the name after the next line finds
+else:
+    __getattr__, __dir__ = contents_of("pararnn.lm.training._public", __name__)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pararnn.layers.runner import check_name
+from pararnn.lm.catalogue import CELLS, check_architecture
 from pararnn.lm.data.errors import RunError
-from pararnn.lm.models import CELLS
-from pararnn.lm.models.architectures import check_architecture
+from pararnn.planning.backends import check_name
 
 DEFAULT_STEPS = 500
 

@@ -1,6 +1,6 @@
 """Training settings of the paper's models."""
 
-from pararnn.lm.models.presets import SEQUENCE_LENGTH, preset
+from pararnn.lm.presets import SEQUENCE_LENGTH, preset
 from pararnn.lm.training.config import (
     ArchitectureConfig,
     ExecutionConfig,

@@ -15,26 +15,57 @@ _FLUSH_BYTES = 512 * 2**20  # far more than any cache; it also gives the host ti
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 20, budget_ms: float = 3000.0) -> float:
-    """Median time of one call, the caches flushed before each.
+    """Median time of one call on a GPU, the caches flushed before each.
 
     Args:
         run: Enqueues work on the current stream.
         repeats: Calls that are timed.
         budget_ms: Fewer calls, at least one, when they take longer than this together.
     """
-    run()
-    torch.cuda.synchronize()
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    times: list[float] = []
-    while len(times) < repeats and (not times or sum(times) < budget_ms):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    device = torch.device("cuda")
+    return statistics.median(call_milliseconds(run, device, repeats=repeats, budget_ms=budget_ms))
+
+
+def call_milliseconds(
+    run: Callable[[], Any],
+    device: torch.device,
+    *,
+    warm_ups: int = 1,
+    repeats: int,
+    budget_ms: float,
+) -> list[float]:
+    """Time of every single call; on a GPU by events, the caches flushed before each.
+
+    Args:
+        run: Does the work, or enqueues it on the current stream.
+        device: Where the work is done.
+        warm_ups: Calls before, which are not timed.
+        repeats: Calls that are timed.
+        budget_ms: Fewer calls of both kinds, at least one of each, when those of one kind take
+            longer than this together.
+    """
+    on_gpu = device.type == "cuda"
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if on_gpu else None
+
+    def timed() -> float:
+        if flush is None:
+            begin = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - begin)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        begin.record()
+        start.record()
         run()
         end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+
+    times: list[float] = []
+    for count in (warm_ups, repeats):
+        times = []
+        while len(times) < count and (not times or sum(times) < budget_ms):
+            times.append(timed())
+    return times
 
 
 def steps_milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:

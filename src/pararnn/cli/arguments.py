@@ -9,9 +9,13 @@ Arguments = TypeVar("Arguments")
 
 
 def parse(
-    kind: type[Arguments], name: str, arguments: list[str], default: Arguments | None = None
+    kind: type[Arguments],
+    name: str,
+    arguments: list[str],
+    default: Arguments | None = None,
+    description: str | None = None,
 ) -> Arguments:
-    """Parse the arguments of a command.
+    """Parse the arguments of a command; its help begins with the description, or the docstring.
 
     A misspelt flag ends the process with status 2 and names the nearest right one. A value that a
     configuration refuses ends it with status 2 and the reason.
@@ -21,6 +25,7 @@ def parse(
             kind,
             prog=f"pararnn {name}",
             args=arguments,
+            description=description,
             default=tyro.MISSING_NONPROP if default is None else default,
             config=(tyro.conf.FlagCreatePairsOff,),
         )

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("pararnn.cli.evaluate", "Measure a trained model in bits per byte, or by tasks."),
     "data": ("pararnn.cli.data", "Prepare token data for training."),
     "tasks": ("pararnn.cli.tasks", "Train small models on synthetic tasks."),
+    "reproduce": ("pararnn.cli.reproduce", "Measure the paper's figures and tables."),
     "bench": ("pararnn.cli.bench", "Time the kernels, generation and train steps."),
 }
 EXTRA = frozenset({"numpy", "transformers", "tyro", "tensorboard", "safetensors", "tqdm"})

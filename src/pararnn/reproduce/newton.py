@@ -12,7 +12,6 @@ Shapes: N components of the state, B batch, L steps, H channels.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -57,17 +56,14 @@ def _step(cell: nn.Module, x: Tensor, before_NBLH: Tensor | None) -> Tensor:
 
 
 def _linearised(cell: nn.Module, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps (N, B, L, H) and Jacobians (N, N, B, L, H): one derivative for each component."""
-    step = functools.partial(_step, cell, x)
-    columns = []
-    for component in range(len(before)):
-        tangent = torch.zeros_like(before)
-        tangent[component] = 1
-        value, moved = torch.func.jvp(step, (before,), (tangent,))  # type: ignore[misc] # no aux
-        columns.append(moved)
-    jac = torch.stack(columns, 1)
+    """Steps (N, B, L, H) and Jacobians (N, N, B, L, H): one gradient for each component."""
+    with torch.enable_grad():
+        before = before.detach().requires_grad_()
+        value = _step(cell, x, before)
+        rows = [torch.autograd.grad(v.sum(), before, retain_graph=True)[0] for v in value]
+    jac = torch.stack(rows)
     jac[:, :, :, 0] = 0  # nothing comes before the first step
-    return value, jac
+    return value.detach(), jac
 
 
 def _reduced(jac: Tensor, r: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def _model_of(path: Path) -> str:
     model = RunFolder.open(path).read_config().model
     if model not in MODELS:
         raise RunError(
-            f"{path} trained a {model}; Figure 4 has {' and '.join(MODELS)}. Leave it out."
+            f"{path} has trained {model}; Figure 4 has {' and '.join(MODELS)}. Leave it out."
         )
     return model
 

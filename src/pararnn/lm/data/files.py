@@ -17,15 +17,24 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment] # checked before use
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file beside a file, then replace the file by it."""
+def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a temporary file beside a file, then replace the file by it.
+
+    Args:
+        path: The file.
+        content: All of it.
+        sync: Wait until it is on the disk. Without that it survives this process, but maybe not
+            the machine.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def free_name(path: Path) -> Path:

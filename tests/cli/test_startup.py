@@ -33,6 +33,8 @@ def test_version_is_answered_at_once():
         "eval --help",
         "data prepare --help",
         "bench train --help",
+        "reproduce --help",
+        "reproduce figure-7",
     ],
 )
 def test_help_and_typos_are_answered_without_loading_pytorch(arguments):

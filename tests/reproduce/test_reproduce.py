@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -298,6 +300,20 @@ def test_command(tmp_path, capsys):
 
 def test_names_agree():
     assert list(PARTS) == list(CATALOGUE)
+
+
+def test_speed_needs_few_packages(tmp_path):
+    """Figures 1, 5 and 6 are measured without packages of models and command lines."""
+    script = f"""
+import sys
+for name in ("transformers", "tyro", "tensorboard", "safetensors", "matplotlib"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+from pararnn.reproduce import run
+run("figure-1", preset="smoke", device="cpu", out={str(tmp_path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "No plot: matplotlib is not installed" in done.stdout
 
 
 def test_quoted_numbers_agree_with_each_other():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,21 +17,42 @@ from pararnn.lm.data.signals import StopSignals
 from pararnn.lm.data.words import say
 from pararnn.lm.training.lock import alone_in_run
 from pararnn.lm.training.parallel import choose_device
-from pararnn.reproduce import residuals, speed, table_6, train_steps
 from pararnn.reproduce.catalogue import names_of
 from pararnn.reproduce.points import Points, Session, Stopped, facts_of
 from pararnn.reproduce.report import Report, markdown, write
 from pararnn.reproduce.settings import PRESETS, ReproduceConfig
 
-PARTS: dict[str, tuple[Callable[[Session], None], Callable[[Session], Report], str]] = {
-    "figure-1": (speed.measure_1, speed.report_1, "speed/forward/"),
-    "figure-4": (residuals.measure, residuals.report, "residual/"),
-    "figure-5": (speed.measure_5, speed.report_5, "speed/forward/"),
-    "figure-6": (speed.measure_6, speed.report_6, f"speed/{speed.BOTH}/"),
-    "table-3": (train_steps.measure, train_steps.report, "train/"),
-    "table-6": (table_6.measure, table_6.report, "tasks/"),
+
+@dataclass(frozen=True)
+class Part:
+    """How one figure or table is measured and reported.
+
+    Attributes:
+        module: Of this package; loaded when it is used, for each needs other packages.
+        measure: Its function that measures what a session lacks.
+        report: Its function that makes a report of what there is.
+        points: How the names of its points begin.
+    """
+
+    module: str
+    measure: str
+    report: str
+    points: str
+
+    def call(self, name: str, session: Session) -> Any:
+        """Call one of its functions."""
+        module = importlib.import_module(f"pararnn.reproduce.{self.module}")
+        return getattr(module, name)(session)
+
+
+PARTS = {
+    "figure-1": Part("speed", "measure_1", "report_1", "speed/forward/"),
+    "figure-4": Part("residuals", "measure", "report", "residual/"),
+    "figure-5": Part("speed", "measure_5", "report_5", "speed/forward/"),
+    "figure-6": Part("speed", "measure_6", "report_6", "speed/both/"),
+    "table-3": Part("train_steps", "measure", "report", "train/"),
+    "table-6": Part("table_6", "measure", "report", "tasks/"),
 }
-"""How each is measured and reported, and how the names of its points begin."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +94,15 @@ def reproduce(name: str, config: ReproduceConfig, command: str) -> Reproduced:
             points.begin(facts_of(device, command))
         stopped_by = None
         for one in names:
-            measure, report, prefix = PARTS[one]
+            part = PARTS[one]
             try:
                 if device is not None:
-                    measure(session)
+                    part.call(part.measure, session)
             except Stopped as stopped:
                 stopped_by = stopped.signal
-            reports.append(_written(report(session), points, prefix, config.out))
-            left_out |= points.left_out(prefix)
+            report = part.call(part.report, session)
+            reports.append(_written(report, points, part.points, config.out))
+            left_out |= points.left_out(part.points)
             if stopped_by is not None:
                 say("Stopped; what is measured is kept. The same command goes on.")
                 break

@@ -60,14 +60,14 @@ FULL = Preset(
     longest={"loop": 2**9, "loop in a graph": 2**9, "PyTorch layer": 2**14},
     warm_ups=20,
     repeats=100,
-    budget_ms=300.0,
+    budget_ms=100.0,
     residual_lengths=tuple(2**n for n in range(8, 12)),
     residual_batch=8,
     residual_iterations=10,
     # a language model of bytes with the paper's kind of block, as far as half a minute goes
     training={
-        "steps": 200,
-        "checkpoint_every": 100,
+        "steps": 150,
+        "checkpoint_every": 150,
         "architecture": {"width": 512, "num_layers": 4, "max_timescale": None},
         "text": {"sequence_length": 2048, "batch_size": 8, "validation_tokens": 65_536},
         "optimizer": {"precision": "bfloat16"},

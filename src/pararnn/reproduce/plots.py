@@ -52,7 +52,7 @@ def _draw(axes: Axes, panel: dict[str, Any]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=panel["title"], xlabel=panel["x_label"], ylabel=panel["y_label"])
     if panel["lines"]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, handlelength=3, framealpha=0.6)
 
 
 def _draw_line(axes: Axes, line: dict[str, Any]) -> None:
@@ -82,4 +82,5 @@ def _draw_bars(axes: Axes, panel: dict[str, Any]) -> None:
             hatch=_HATCHES[line["origin"]],
             label=f"{line['name']} ({line['origin']})",
         )
+    axes.margins(y=0.3)  # room for the legend
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)

@@ -82,5 +82,6 @@ def _draw_bars(axes: Axes, panel: dict[str, Any]) -> None:
             hatch=_HATCHES[line["origin"]],
             label=f"{line['name']} ({line['origin']})",
         )
+    axes.set_xlim(-0.5, len(names) - 0.5)
     axes.margins(y=0.3)  # room for the legend
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)

@@ -211,9 +211,8 @@ def _report(
     table = _over_mamba(session, way)
     if way == "forward":
         panels.append(_mamba_panel(table))
-    columns = len(panels)
     notes = _notes(session, way, METHODS)
-    return Report(name, title, [*tables, table], panels, said, notes, columns=columns)
+    return Report(name, title, [*tables, table], panels, said, notes, columns=len(panels))
 
 
 def _over_mamba(session: Session, way: str) -> Table:

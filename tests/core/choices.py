@@ -322,8 +322,7 @@ def _mixing(rnn, given):
             sizes = products.size, products.groups, rows, *kernel.most
             itemsize = 8 if given.dtype == "float64" else 4
             machine = given.processors, 227 * 2**10
-            rounds = len(kernel.constants["COMPUTE"])
-            launch = plan_wide(*sizes, itemsize, *machine, rounds)
+            launch = plan_wide(*sizes, itemsize, *machine)
             found["launch"] = dataclasses.asdict(launch)
         elif isinstance(kernel, Kept):
             found["warps"] = kernel.constants["num_warps"]

@@ -88,16 +88,6 @@ def test_who_computes_a_normed_vector(name, late, direction):
         compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run_streamed)
 
 
-@DIRECTIONS
-@pytest.mark.parametrize("name", ["block_gru", "gated_layer"])
-def test_sums_that_are_added_up_apart(name, direction, dtype):
-    costs = dataclasses.replace(COSTS, wide_block=(16, 16), wide_inner=32)
-    of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=3, time=4, chunk=4))
-    plan = functools.partial(plan_wide, costs=costs)
-    with mock.patch.object(sweeps, "plan_wide", plan):
-        compare(chunks, random_rows(of, chunks.cut, dtype), dtype)
-
-
 def test_fewer_blocks_on_their_way_where_memory_is_short():
     dtype, tried, launch = torch.float64, [], sweeps._launch
 

@@ -251,11 +251,6 @@ class Costs:
     docs/results/mixing-cells.md."""
     wide_warps: tuple[int, int] = (4, 8)
     """Warps of a program. docs/results/mixing-cells.md."""
-    wide_chains: int = 2
-    """Sums of a product that are added up apart, in steps of several rounds. With single products
-    of TF32 instead of three a step of 256 channels takes 1.2 microseconds less
-    (docs/results/mixing-cells.md), as long as 64 additions that wait for each other: of 512
-    channels, half of 192 of them are saved. Estimate."""
     wide_late: int = 128
     """Channels of a vector that a program computes again instead of waiting for others, at most. By
     count: two microseconds of a round for some hundred operations on each of 16 rows. Estimate."""

@@ -93,7 +93,6 @@ class WideLaunch:
         width: Channels of a group with those that fill up the last blocks.
         stages: Blocks of `inner` channels that are on their way at a time.
         warps: Warps of a program.
-        chains: Sums of each product that are added up apart.
     """
 
     rows: int
@@ -103,7 +102,6 @@ class WideLaunch:
     width: int
     stages: int
     warps: int
-    chains: int
 
 
 def plan_wide(
@@ -115,7 +113,6 @@ def plan_wide(
     itemsize: int,
     processors: int,
     shared: int,
-    rounds: int = 1,
     costs: Costs = COSTS,
 ) -> WideLaunch:
     """As many programs as the device runs at the same time share the channels of all rows.
@@ -131,7 +128,6 @@ def plan_wide(
         itemsize: Bytes of an element.
         processors: Multiprocessors.
         shared: Bytes of shared memory that a program may have.
-        rounds: After how many rounds of products the programs of a step wait for each other.
         costs: What a multiprocessor holds.
     """
     widest = costs.wide_rows[-1] * 4 // itemsize  # of rows in float32, as many bytes
@@ -154,8 +150,7 @@ def plan_wide(
     whole = max(block, inner)
     width = -(-size // whole) * whole
     warps = costs.wide_warps[block * together > costs.wide_small]
-    chains = costs.wide_chains if rounds > 1 and inner >= costs.wide_chains * TILE else 1
-    return WideLaunch(together, parts, block, inner, width, costs.wide_stages, warps, chains)
+    return WideLaunch(together, parts, block, inner, width, costs.wide_stages, warps)
 
 
 def computes_late(lanes: int, costs: Costs = COSTS) -> bool:

@@ -150,7 +150,7 @@ class Streamed(_Kernel):
         products, like = self.products, state[0]
         sizes = products.size, products.groups, len(like), *self.most, like.itemsize
         device = processors(like.device), shared_memory(like.device)
-        plan = plan_wide(*sizes, *device, rounds=len(self.constants["COMPUTE"]))
+        plan = plan_wide(*sizes, *device)
         with on_device(like):
             arguments = self.arguments(chunks, state, sweep, states, ends)
             shared = -(-len(like) // plan.rows), products.groups
@@ -167,7 +167,6 @@ class Streamed(_Kernel):
                 "ROWS": plan.rows,
                 "BLOCK": plan.block,
                 "INNER": plan.inner,
-                "CHAINS": plan.chains,
                 "PRECISION": wide_precision(rounds_products(like.dtype), like.itemsize),
                 "num_warps": plan.warps,
             }

@@ -273,7 +273,6 @@ def multiply(
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
     BLOCKS: tl.constexpr,
-    CHAINS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -281,7 +280,7 @@ def multiply(
 
     Args:
         vectors: The first channel of the vectors, (rows, 1).
-        weights: Those of the block in the first weight, (`INNER` // `CHAINS`, `BLOCK`).
+        weights: Those of the block in the first weight, (`INNER`, `BLOCK`).
         c: The first channel of the block.
         LEVEL: The level.
         FACTORS: Of every level, places of the vectors that are multiplied. Those that are computed
@@ -309,17 +308,14 @@ def multiply(
         BLOCK: Channels of the result.
         INNER: Channels that are multiplied at a time.
         BLOCKS: How often, where weights are full.
-        CHAINS: Sums of a product that are added up apart, and in the end to each other: additions
-            to one wait for each other.
         STAGES: Blocks that are on their way at a time.
         PRECISION: Of the tensor cores.
     """
     real: tl.constexpr = weights.dtype.element_ty
     COUNT: tl.constexpr = len(WEIGHTS[LEVEL])
-    PIECE: tl.constexpr = INNER // CHAINS
-    inner = tl.arange(0, PIECE)[None, :]
+    inner = tl.arange(0, INNER)[None, :]
     sums = ()
-    for _ in tl.static_range(COUNT * CHAINS):
+    for _ in tl.static_range(COUNT):
         sums = sums + (tl.zeros([ROWS, BLOCK], real),)
     if COUNT == 0:
         first, last = 0, 0
@@ -328,38 +324,29 @@ def multiply(
     else:
         first, last = 0, BLOCKS
     for k in tl.range(first, last, num_stages=STAGES):
+        d = k * INNER + inner
+        factors = ()
+        for n in tl.static_range(len(FACTORS[LEVEL])):
+            at = vectors + FACTORS[LEVEL][n] * SLOT + d
+            factors = factors + (tl.load(at, cache_modifier=".cg"),)
+        if len(LATE_LANES[LEVEL]) > 0:
+            mask = exists & (d < SIZE)
+            s = load_vectors(vectors + d, SLOT, COMPONENTS)
+            drive = load_places(drives, drive_steps, step, DRIVES, group, d, mask)
+            coefficient = load_places(coefficients, (), 0, COEFFICIENTS, group, d, d < SIZE)
+            product = results(vectors + d, SLOT, PRODUCTS, ())
+            late = LATE[LEVEL](s, cast(drive, real), cast(coefficient, real), product, totals)
+            for n in tl.static_range(len(LATE_LANES[LEVEL])):
+                factors = factors + (tl.where(d < LATE_LANES[LEVEL][n], late[n], 0.0),)
         added = ()
-        for chain in tl.static_range(CHAINS):
-            begin = k * INNER + chain * PIECE
-            factors = ()
-            for n in tl.static_range(len(FACTORS[LEVEL])):
-                at = vectors + FACTORS[LEVEL][n] * SLOT + begin + inner
-                factors = factors + (tl.load(at, cache_modifier=".cg"),)
-            if len(LATE_LANES[LEVEL]) > 0:
-                d = begin + inner
-                mask = exists & (d < SIZE)
-                s = load_vectors(vectors + d, SLOT, COMPONENTS)
-                drive = load_places(drives, drive_steps, step, DRIVES, group, d, mask)
-                coefficient = load_places(coefficients, (), 0, COEFFICIENTS, group, d, d < SIZE)
-                product = results(vectors + d, SLOT, PRODUCTS, ())
-                late = LATE[LEVEL](s, cast(drive, real), cast(coefficient, real), product, totals)
-                for n in tl.static_range(len(LATE_LANES[LEVEL])):
-                    factors = factors + (tl.where(d < LATE_LANES[LEVEL][n], late[n], 0.0),)
-            for n in tl.static_range(COUNT):
-                weight = tl.load(weights + WEIGHTS[LEVEL][n] * MATRIX + begin)
-                factor = factors[MULTIPLIED[LEVEL][n]]
-                own = sums[chain * COUNT + n]
-                added = added + (
-                    tl.dot(factor, weight, own, input_precision=PRECISION, out_dtype=real),
-                )
+        for n in tl.static_range(COUNT):
+            weight = tl.load(weights + WEIGHTS[LEVEL][n] * MATRIX + k * INNER)
+            factor = factors[MULTIPLIED[LEVEL][n]]
+            added = added + (
+                tl.dot(factor, weight, sums[n], input_precision=PRECISION, out_dtype=real),
+            )
         sums = added
-    found = ()
-    for n in tl.static_range(COUNT):
-        whole = sums[n]
-        for chain in tl.static_range(1, CHAINS):
-            whole += sums[chain * COUNT + n]
-        found = found + (whole,)
-    return found
+    return sums
 
 
 @triton.jit(do_not_specialize=["rows", "total", "batch", "time", "chunk", "first", "reverse"])
@@ -409,7 +396,6 @@ def run(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
-    CHAINS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -465,7 +451,6 @@ def run(
         ROWS: Rows of a program.
         BLOCK: Channels that are computed at a time.
         INNER: See `multiply`.
-        CHAINS: See `multiply`.
         STAGES: See `multiply`.
         PRECISION: See `multiply`.
     """
@@ -477,7 +462,7 @@ def run(
     HALF: tl.constexpr = VECTORS + (FIRST_TOTAL[-1] + len(TOTALS[-1])) * PARTS * ROWS
     own, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)
-    inner = tl.arange(0, INNER // CHAINS)
+    inner = tl.arange(0, INNER)
     number = own * ROWS + line
     exists, row = number < total, number % rows
     begin = row // batch * chunk
@@ -582,7 +567,6 @@ def run(
                     BLOCK,
                     INNER,
                     WIDTH // INNER,
-                    CHAINS,
                     STAGES,
                     PRECISION,
                 )

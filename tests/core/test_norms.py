@@ -1,6 +1,5 @@
 """Cells with weights and norms over channels in one kernel, in Triton's interpreter."""
 
-import dataclasses
 import functools
 import operator
 from unittest import mock
@@ -13,8 +12,6 @@ from pararnn import RNN, Jacobi, Newton, Sequential
 from pararnn.kernels import fused
 from pararnn.kernels.stages import NotFused
 from pararnn.kernels.triton import sweeps
-from pararnn.planning.costs import COSTS
-from pararnn.planning.kernel_plans import plan_wide
 from pararnn.solvers.chunks import Chunks, Cut
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.products import unfused

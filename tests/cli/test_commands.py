@@ -187,7 +187,7 @@ def test_generate_uses_the_last_good_checkpoint(tmp_path, capsys):
     newest.write_bytes(newest.read_bytes()[:-8])
     capsys.readouterr()
     assert main(["eval", "run"]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "Skipped: step-00000004/model.safetensors is damaged" in printed
     assert "Using step-00000002." in printed
     other = tmp_path / "run/checkpoints/step-00000002/manifest.json"

@@ -26,7 +26,8 @@ class EvalArguments:
     """Measure a model in bits per byte, or by tasks of the lm-eval harness."""
 
     run: tyro.conf.Positional[Path]
-    """Folder that `pararnn train` wrote; with --tasks also one that `save_pretrained` wrote."""
+    """Folder that `pararnn train` wrote, or one of its checkpoints; with --tasks also one that
+    `save_pretrained` wrote."""
     data: Path | None = None
     """File or folder of texts; None for all held-out bytes of the run."""
     tasks: str | None = None
@@ -66,22 +67,29 @@ def run(arguments: list[str]) -> int:
     parsed = parse(EvalArguments, "eval", arguments)
     if parsed.tasks is not None:
         return _run_tasks(parsed)
-    folder = RunFolder.open(parsed.run)
-    from pararnn.lm.training import evaluate, load_trained
+    found = RunFolder.find(parsed.run)
+    from pararnn.lm.training import evaluate
     from pararnn.lm.training.advice import explained
+    from pararnn.lm.training.config import TextConfig
     from pararnn.lm.training.parallel import choose_device
     from pararnn.lm.training.runs import identity_of
-    from pararnn.lm.training.text import open_codec, open_text
+    from pararnn.lm.training.text import open_text
+    from pararnn.lm.training.trained import Trained
 
-    with explained(folder, training=False), tempfile.TemporaryDirectory() as temporary:
-        config, codec, owner = folder.read_config(), open_codec(folder), None
-        if parsed.data is None:
-            text = open_text(config, folder)
-            split, owner = text.validation, identity_of(config, text)
-        else:
+    trained = Trained(*found)
+    run, codec, owner = trained.run, trained.codec, None
+    with explained(run, training=False), tempfile.TemporaryDirectory() as temporary:
+        config = None if run is None else run.read_config()
+        if parsed.data is not None:
             split = _split(parsed.data.expanduser(), codec, Path(temporary))
-        model = load_trained(folder, choose_device(parsed.device), owner)
-        result = evaluate(model, split, codec, chunk=config.text.sequence_length)
+        elif run is None or config is None:
+            raise RunError(f"{parsed.run} lies away from the text of its run; give --data.")
+        else:
+            text = open_text(config, run)
+            split, owner = text.validation, identity_of(config, text)
+        model = trained.load(choose_device(parsed.device), owner)
+        chunk = (TextConfig() if config is None else config.text).sequence_length
+        result = evaluate(model, split, codec, chunk=chunk)
     source = f"held-out {codec.unit}" if parsed.data is None else f"{codec.unit} of {parsed.data}"
     say(
         f"{result.bits_per_byte:.4f} bits per byte ({result.loss:.4f} nats, perplexity "

@@ -16,7 +16,7 @@ class GenerateArguments:
     """Continue a text with the model of a run."""
 
     run: tyro.conf.Positional[Path]
-    """Folder that `pararnn train` wrote."""
+    """Folder that `pararnn train` wrote, or one of its checkpoints."""
     prompt: str = ""
     """Beginning of the text."""
     num_tokens: int = 300
@@ -40,18 +40,17 @@ def run(arguments: list[str]) -> int:
     parsed = parse(GenerateArguments, "generate", arguments)
     if "\0" in parsed.prompt:
         raise RunError("the prompt holds a zero byte; a text has none.")
-    folder = RunFolder.open(parsed.run)
-    from pararnn.lm.training import load_trained
+    found = RunFolder.find(parsed.run)
     from pararnn.lm.training.advice import explained
     from pararnn.lm.training.language_model import generate_text
     from pararnn.lm.training.parallel import choose_device
-    from pararnn.lm.training.text import open_codec
+    from pararnn.lm.training.trained import Trained
 
-    with explained(folder, training=False):
-        model = load_trained(folder, choose_device(parsed.device))
+    trained = Trained(*found)
+    with explained(trained.run, training=False):
         text = generate_text(
-            model,
-            open_codec(folder),
+            trained.load(choose_device(parsed.device)),
+            trained.codec,
             parsed.prompt,
             num_tokens=parsed.num_tokens,
             temperature=parsed.temperature,

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections import UserDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +64,35 @@ def register_cell(name: str, factory: CellFactory) -> None:
         raise ValueError(f"cell name {name!r} is taken by {CELLS[name]!r}; choose another name.")
 
 
+@dataclass(frozen=True)
+class OwnName:
+    """The name of a cell in a user's file: "FILE.py:CLASS", or "FILE.py:CLASS@DIGEST" in a run.
+
+    Attributes:
+        path: The file.
+        kind: The class.
+        digest: The first digits of the SHA-256 of the file; empty where any will do.
+    """
+
+    DIGITS: ClassVar[int] = 12
+
+    path: Path
+    kind: str
+    digest: str = ""
+
+    @classmethod
+    def of(cls, name: str) -> OwnName | None:
+        """The parts of a name; None if it is that of another architecture."""
+        parts = re.fullmatch(rf"(.+\.py):(\w+)(?:@([0-9a-f]{{{cls.DIGITS}}}))?", name)
+        return None if parts is None else cls(Path(parts[1]), parts[2], parts[3] or "")
+
+    @classmethod
+    def stored(cls, name: str) -> bool:
+        """Whether a run or a model may have such a name: a file without a folder, with digest."""
+        own = cls.of(name)
+        return own is not None and own.digest != "" and own.path.name == str(own.path)
+
+
 def architectures() -> list[str]:
     """The names that a language model can have: registered cells and baselines."""
     return [*CELLS, *BASELINES]
@@ -69,9 +101,14 @@ def architectures() -> list[str]:
 def check_architecture(name: str) -> None:
     """Raise ValueError, with the nearest name, if there is no such architecture."""
     known = architectures()
-    if name not in known:
+    if name.endswith(".py"):
+        raise ValueError(f"{name!r} is a file; name the class of the cell too: {name}:CLASS.")
+    if own := OwnName.of(name):
+        if not own.digest and not own.path.is_file():
+            raise ValueError(f"there is no file {str(own.path)!r}, which should hold {own.kind}.")
+    elif name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"architecture {name!r} is unknown; perhaps you meant {nearest!r}. There are: "
-            f"{', '.join(known)}."
+            f"{', '.join(known)}; and FILE.py:CLASS, a cell of your own."
         )

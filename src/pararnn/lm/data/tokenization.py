@@ -1,6 +1,7 @@
 """Tokenizers: bytes, one trained here, or any that transformers loads."""
 
 import functools
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -160,6 +161,50 @@ def add_tokenizer(source: Path, folder: Path) -> None:
         with (source / name).open("rb") as content, (folder / name).open("xb") as copy:
             shutil.copyfileobj(content, copy)
         sync_file(folder / name)
+
+
+def add_byte_tokenizer(folder: Path) -> None:
+    """Write what `Bytes` does as a tokenizer that transformers loads, into a folder.
+
+    It begins a text with the separator, as documents in training begin.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, Bytes.separator)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SEPARATOR,
+        eos_token=SEPARATOR,
+        pad_token=SEPARATOR,
+        split_special_tokens=True,  # the name of the separator in a text is plain text
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+def is_byte_tokenizer(folder: Path) -> bool:
+    """Whether the tokenizer in a folder is that of `add_byte_tokenizer`."""
+    try:
+        stored = json.loads((folder / "tokenizer.json").read_bytes())
+        return bool(stored["model"]["vocab"] == _byte_vocabulary())
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """The names of bytes in a byte-level tokenizer: printable characters; the separator is 0."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    names = {byte: chr(byte) for byte in printable}
+    names |= {byte: chr(256 + number) for number, byte in enumerate(others)}
+    names[Bytes.separator] = SEPARATOR
+    return {names[byte]: byte for byte in range(256)}
 
 
 def digests(folder: Path) -> dict[str, str]:

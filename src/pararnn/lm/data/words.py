@@ -15,6 +15,11 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def warn(text: str) -> None:
+    """Print a note that is no result, on the stream of errors."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def shell_word(path: Path) -> str:
     """A path as one word of a shell's command line."""
     return shlex.quote(str(path))

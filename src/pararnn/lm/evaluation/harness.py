@@ -12,8 +12,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import pararnn.lm.models  # noqa: F401 # registers the architecture
 from pararnn.lm.data.errors import RunError
+from pararnn.lm.data.tokenization import is_byte_tokenizer
 from pararnn.lm.evaluation.tokenizer import ByteTokenizer
+from pararnn.lm.models.own_cells import own_cells
 from pararnn.lm.training.checkpoints import newest_checkpoint
+from pararnn.lm.training.checks import import_kept
 from pararnn.lm.training.language_model import to_device
 from pararnn.lm.training.parallel import choose_device
 from pararnn.lm.training.run_folder import RunFolder
@@ -87,12 +90,13 @@ def _model_folder(path: Path) -> Path:
             raise RunError(f"{path} holds no checkpoint yet; train the run further.")
         for problem in problems:
             print(f"Skipped: {problem}. Using {checkpoint.path.name}.")
-        return checkpoint.path
+        path = checkpoint.path
     if not (path / "config.json").is_file():
         raise RunError(
             f"{path} holds neither a run (no checkpoints/) nor a model (no config.json); name the "
             "folder that pararnn train or save_pretrained wrote."
         )
+    import_kept(own_cells(path), path)
     return path
 
 
@@ -101,6 +105,8 @@ def _find_tokenizer(pretrained: str | PreTrainedModel) -> str | ByteTokenizer:
     if isinstance(pretrained, PreTrainedModel):
         where, config = "the model", pretrained.config
     else:
+        if is_byte_tokenizer(Path(pretrained)):
+            return ByteTokenizer()
         if any((Path(pretrained) / name).is_file() for name in _TOKENIZER_FILES):
             return pretrained
         where, config = pretrained, AutoConfig.from_pretrained(pretrained)

@@ -13,6 +13,8 @@ from pararnn.lm.models.configuration import ParaRNNConfig as ParaRNNConfig
 from pararnn.lm.models.modeling import ParaRNNForCausalLM as ParaRNNForCausalLM
 from pararnn.lm.models.modeling import ParaRNNModel as ParaRNNModel
 from pararnn.lm.models.modeling import ParaRNNPreTrainedModel as ParaRNNPreTrainedModel
+from pararnn.lm.models.own_cells import import_cell as import_cell
+from pararnn.lm.models.own_cells import import_cells as import_cells
 
 AutoConfig.register(ParaRNNConfig.model_type, ParaRNNConfig, exist_ok=True)
 AutoModel.register(ParaRNNConfig, ParaRNNModel, exist_ok=True)

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from pararnn.lm.catalogue import ATTENTION as ATTENTION
-from pararnn.lm.catalogue import CELLS
+from pararnn.lm.catalogue import CELLS, OwnName
 
 MLP_MULTIPLE = 256
 ATTENTION_HEAD = 128
@@ -115,6 +115,11 @@ class ParaRNNConfig(PreTrainedConfig):
                 "choose num_heads that divides it."
             )
         for cell in {self.cell, *self.mixers} - {ATTENTION}:
+            if cell not in CELLS and OwnName.stored(cell):
+                raise ValueError(
+                    f"the model has the cell {cell!r}, whose file must be run first: call "
+                    "pararnn.lm.models.import_cells(FOLDER) with the folder of the model."
+                )
             if cell not in CELLS:
                 raise ValueError(
                     f"cell {cell!r} is unknown; choose one of {', '.join(sorted(CELLS))}, or add "

@@ -6,5 +6,5 @@ from pararnn.lm.training.evaluation import Evaluation as Evaluation
 from pararnn.lm.training.evaluation import evaluate as evaluate
 from pararnn.lm.training.run_folder import RunFolder as RunFolder
 from pararnn.lm.training.runs import TrainResult as TrainResult
-from pararnn.lm.training.runs import load_trained as load_trained
 from pararnn.lm.training.runs import train as train
+from pararnn.lm.training.trained import load_trained as load_trained

@@ -24,31 +24,42 @@ def how_to_resume(run: RunFolder) -> str:
 
 
 @contextmanager
-def explained(run: RunFolder, *, training: bool = True) -> Iterator[None]:
+def explained(run: RunFolder | None, *, training: bool = True) -> Iterator[None]:
     """Errors of the disk, of memory and of backends, as RunErrors.
 
     Args:
-        run: What is worked on.
-        training: Say how to continue it.
+        run: What is worked on; None before there is a folder.
+        training: Say how to continue it, if it is still there.
     """
-    go_on = f" {how_to_resume(run)}" if training else ""
     try:
         yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{go_on}") from error
-    except OSError as error:
-        what = f"{error.filename or run.path}: {error.strerror or error}."
-        if error.errno in _FULL:
-            raise RunError(f"cannot write to {what} Make room.{go_on}") from error
-        remedy = " Make it readable and writable." if error.errno in _FORBIDDEN else ""
-        raise RunError(f"cannot use {what}{remedy}{go_on}") from error
-    except BackendError as error:
-        raise RunError(str(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except Exception as error:
+        words = _explanation(error, run, training)
+        if words is None:
             raise
+        kind = CheckpointError if isinstance(error, CheckpointError) else RunError
+        raise kind(words) from error
+
+
+def _explanation(error: Exception, run: RunFolder | None, training: bool) -> str | None:
+    """What is wrong and what to do; None where that is not known, or said already."""
+    exists = run is not None and training and run.config.is_file()
+    go_on = f" {how_to_resume(run)}" if exists and run is not None else ""
+    if isinstance(error, CheckpointError):
+        return f"{error}{go_on}"
+    if isinstance(error, OSError):
+        where = error.filename or (run.path if run is not None else "a file")
+        what = f"{where}: {error.strerror or error}."
+        if error.errno in _FULL:
+            return f"cannot write to {what} Make room.{go_on}"
+        remedy = " Make it readable and writable." if error.errno in _FORBIDDEN else ""
+        return f"cannot use {what}{remedy}{go_on}"
+    if isinstance(error, BackendError):
+        return str(error)
+    if isinstance(error, (MemoryError, RuntimeError)) and _is_out_of_memory(error):
         smaller = " Lower --text.batch-size or take a smaller model." if training else ""
-        raise RunError(f"out of memory: {root_cause(error)}.{smaller}{go_on}") from error
+        return f"out of memory: {root_cause(error)}.{smaller}{go_on}"
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -32,10 +32,10 @@ from pararnn.lm.data.files import (
     write_atomically,
 )
 from pararnn.lm.models.architectures import foreign_fields
+from pararnn.lm.training.run_folder import MANIFEST as MANIFEST
 from pararnn.lm.training.state_index import INDEX, is_plain, part_names, read_index
 
 FORMAT = "pararnn-checkpoint-2"
-MANIFEST = "manifest.json"
 CONFIG = "config.json"
 PROGRESS = "progress.json"
 STATE = "state"

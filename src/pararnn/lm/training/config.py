@@ -1,14 +1,17 @@
 """Settings of a training run: nested dataclasses, checked when made, stored as `config.json`."""
 
+import ast
 import dataclasses
 import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pararnn.lm.catalogue import CELLS, check_architecture
+from tyro.conf import arg
+
+from pararnn.lm.catalogue import CELLS, OwnName, check_architecture
 from pararnn.lm.data.errors import RunError
 from pararnn.planning.backends import check_name
 
@@ -19,11 +22,11 @@ DEFAULT_STEPS = 500
 class ArchitectureConfig:
     """Shape of the language model."""
 
-    width: int = 192
+    width: Annotated[int, arg(aliases=["--width"])] = 192
     """Channels of the residual stream; a cell's recurrence has as many."""
-    num_layers: int = 3
+    num_layers: Annotated[int, arg(aliases=["--layers", "--num-layers"])] = 3
     """Blocks."""
-    num_heads: int = 4
+    num_heads: Annotated[int, arg(aliases=["--heads"])] = 4
     """Heads of attention, of Mamba2, or of a cell's input projection; must divide the width."""
     state_size: int = 128
     """Entries that Mamba2 remembers per channel."""
@@ -54,9 +57,9 @@ class ArchitectureConfig:
 class TextConfig:
     """How text becomes batches."""
 
-    sequence_length: int = 256
+    sequence_length: Annotated[int, arg(aliases=["--seq-len"])] = 256
     """Tokens per sequence."""
-    batch_size: int = 8
+    batch_size: Annotated[int, arg(aliases=["--batch-size"])] = 8
     """Sequences per forward pass of one process."""
     global_batch_size: int | None = None
     """Sequences per optimiser step over all processes, in as many forward passes as it takes; None
@@ -81,7 +84,7 @@ class TextConfig:
 class OptimizerConfig:
     """AdamW and what surrounds its step."""
 
-    learning_rate: float = 3e-3
+    learning_rate: Annotated[float, arg(aliases=["--lr"])] = 3e-3
     """Peak of the schedule."""
     beta1: float = 0.9
     """Decay of the mean of the gradient, per step."""
@@ -146,8 +149,11 @@ class TrainConfig:
     data: Path | None = None
     """File or folder of texts, read as bytes; or a folder that `pararnn data prepare`
     wrote; None for the source of Python's standard library."""
-    model: str = "paragru"
-    """Architecture: paragru, paralstm or a cell of your own; transformer or mamba2 as baselines."""
+    model: Annotated[str, arg(aliases=["--cell"])] = "paragru"
+    """Architecture: paragru, paralstm or another cell of the library; FILE.py:CLASS, a cell of your
+    own, whose file is run and kept in the run folder; transformer or mamba2 as baselines."""
+    cell_options: tuple[str, ...] = ()
+    """Further arguments of the cell, as NAME=VALUE."""
     out: Path | None = None
     """Run folder; None for the next free runs/MODEL-NUMBER."""
     steps: int = DEFAULT_STEPS
@@ -177,8 +183,40 @@ class TrainConfig:
         check_architecture(self.model)
         check_name(self.backend)
         every = self.architecture.attention_every
-        fits = not every or self.model in CELLS
-        _require(fits, "architecture.attention_every", every, f"0 for {self.model}")
+        _require(
+            not every or self.has_cell, "architecture.attention_every", every, f"0 for {self.model}"
+        )
+        _require(
+            not self.cell_options or self.has_cell,
+            "cell_options",
+            self.cell_options,
+            f"empty for {self.model}",
+        )
+        self.options_of_cell()
+
+    @property
+    def has_cell(self) -> bool:
+        """Whether the model is built of a cell: one of the library, or one of the user."""
+        return self.model in CELLS or OwnName.of(self.model) is not None
+
+    @property
+    def title(self) -> str:
+        """The architecture in a word."""
+        own = OwnName.of(self.model)
+        return own.kind if own else self.model
+
+    def options_of_cell(self) -> dict[str, Any]:
+        """`cell_options` as values of Python; what is none is a text."""
+        options = {}
+        for given in self.cell_options:
+            name, sign, value = given.partition("=")
+            _require(bool(sign) and name.isidentifier(), "cell_options", given, "NAME=VALUE")
+            _require(name not in options, "cell_options", given, "given once for a name")
+            try:
+                options[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                options[name] = value
+        return options
 
 
 MAY_CHANGE = (
@@ -238,6 +276,8 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     leaves = _leaves(to_dict(config))
     if config.architecture.state_size == ArchitectureConfig.state_size:
         del leaves["architecture.state_size"]  # as in runs that began without the field
+    if not config.cell_options:
+        del leaves["cell_options"]
     return {name: v for name, v in leaves.items() if name != "data" and not _may_change(name)}
 
 
@@ -259,7 +299,8 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON values."""
     values = dataclasses.asdict(config)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+    as_json = {Path: str, type(Path()): str, tuple: list}
+    return {name: as_json.get(type(v), lambda x: x)(v) for name, v in values.items()}
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
@@ -278,13 +319,17 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     return kind(**{name: _restore(hints[name], name, value) for name, value in values.items()})
 
 
-_NEW = {"attention_every", "state_size"}  # fields that runs may have begun without
+_NEW = {"attention_every", "state_size", "cell_options"}  # fields that runs may have begun without
 
 
 def _restore(hint: Any, name: str, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value)
     options = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ValueError(f"{name} is {repr(value)[:80]}")
     if typing.get_origin(hint) is Literal:
         valid = value in options
     else:

@@ -35,11 +35,13 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
     )
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), codec.separator)
     ours: dict[str, Any] = {}
-    if config.model in CELLS:
+    if config.has_cell:
         ours = {"backend": config.backend, "z_loss_weight": config.optimizer.z_loss_weight}
         ours["mixers"] = mixers(config.model, size.num_layers, size.attention_every)
+        options = config.options_of_cell()
         if getattr(CELLS[config.model], "keeps", None):
-            ours["cell_options"] = {"max_timescale": size.max_timescale}
+            options = {"max_timescale": size.max_timescale} | options
+        ours["cell_options"] = options
     return outline(make_config(config.model, shape, **special, **ours))
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from pararnn.lm.training.config import TrainConfig, from_dict, to_dict
 from pararnn.lm.training.lock import LOCK, alone_in_run
 
 RUNS = Path("runs")
+MANIFEST = "manifest.json"
+"""In the folder of every checkpoint."""
 
 
 class RunFolder:
@@ -34,13 +36,16 @@ class RunFolder:
         self.environment = path / "env.txt"
         self.checkpoints = path / "checkpoints"
         self.data = path / "data"
+        self.cell = path / "cell"
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self.plot = path / "loss.png"
         self.sample = path / "sample.txt"
 
     @classmethod
-    def create(cls, config: TrainConfig, held: ExitStack) -> "RunFolder":
+    def create(
+        cls, config: TrainConfig, held: ExitStack, files: Mapping[str, bytes] | None = None
+    ) -> "RunFolder":
         """Make the folder, lock it and write `config.json`.
 
         What is left of a start that failed before its first checkpoint is replaced.
@@ -48,29 +53,33 @@ class RunFolder:
         Args:
             config: Resolved settings; without `out`, the next free runs/MODEL-NUMBER is taken.
             held: Holds the lock from now on.
+            files: Of a cell of the user's own, by name; kept in `cell`.
 
         Raises:
             RunError: The folder holds a run or something else, is in use, or cannot be made.
         """
-        run = cls(config.out) if config.out is not None else cls(_make_free(config.model))
+        run = cls(config.out) if config.out is not None else cls(_make_free(config.title))
         with _told(run.path):
-            run._check_free()
+            run.check_free()
             run.path.mkdir(parents=True, exist_ok=True)
             held.enter_context(alone_in_run(run.path))
-            run._check_free()  # again: another process may just have begun here
+            run.check_free()  # again: another process may just have begun here
             run._clear()
+            for name, content in (files or {}).items():
+                run.cell.mkdir(exist_ok=True)
+                write_atomically(run.cell / name, content)
             run.write_config(dataclasses.replace(config, out=run.path))
         return run
 
     def discard(self) -> None:
-        """Delete the files of a start that failed before its first checkpoint."""
-        if not self._holds_checkpoints():
+        """Delete the files of a start that failed before its first step."""
+        with contextlib.suppress(OSError):
             self._clear()
             with contextlib.suppress(OSError):
                 (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()  # fails if other files are left
 
-    def _check_free(self) -> None:
+    def check_free(self) -> None:
         """Raise RunError if the start would overwrite a run or other files."""
         if any("\ud800" <= letter <= "\udfff" for letter in str(self.path)):
             raise RunError(f"{str(self.path)!r} is not UTF-8; name another folder with --out.")
@@ -94,7 +103,7 @@ class RunFolder:
         return folder.is_dir() and any(not name.startswith(".") for name in os.listdir(folder))
 
     def _clear(self) -> None:
-        for path in (self.data, self.checkpoints, self.tensorboard, self.profile):
+        for path in (self.data, self.cell, self.checkpoints, self.tensorboard, self.profile):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.metrics, self.validation, self.environment, self.config):
             path.unlink(missing_ok=True)
@@ -107,12 +116,29 @@ class RunFolder:
             RunError: There is none.
         """
         run = cls(path)
+        if (run.path / MANIFEST).is_file():
+            raise RunError(f"{path} is a checkpoint; name the folder of its run, two above it.")
         if not run.config.is_file():
             raise RunError(
                 f"{path} holds no run (no {run.config.name}); name the folder that "
                 "pararnn train wrote."
             )
         return run
+
+    @classmethod
+    def find(cls, path: str | Path) -> "tuple[RunFolder | None, Path | None]":
+        """The run in a folder; or the run and the folder of one of its checkpoints.
+
+        The run is None where a checkpoint lies away from it.
+
+        Raises:
+            RunError: The folder is neither.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            return cls.open(path), None
+        run = cls(path.absolute().parent.parent)
+        return run if run.config.is_file() else None, path
 
     def read_config(self) -> TrainConfig:
         """The settings of the run.

@@ -3,37 +3,40 @@
 import hashlib
 import json
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pararnn.lm.catalogue import OwnName
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import write_atomically
 from pararnn.lm.data.words import say
 from pararnn.lm.models.architectures import missing_kernels
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.models.flops import train_flops_per_token
+from pararnn.lm.models.own_cells import files_of
 from pararnn.lm.training.advice import explained, how_to_resume
 from pararnn.lm.training.checkpoints import (
     Checkpoint,
     newest_checkpoint,
-    quiet_transformers,
     set_aside,
 )
+from pararnn.lm.training.checks import import_kept, import_own, try_step
 from pararnn.lm.training.config import TrainConfig, check_resumable, identity, resolve
 from pararnn.lm.training.data import Batches, WindowOrder, Windows
 from pararnn.lm.training.environment import describe_environment
 from pararnn.lm.training.evaluation import Evaluation
-from pararnn.lm.training.language_model import outline_model, to_device
+from pararnn.lm.training.language_model import outline_model
 from pararnn.lm.training.lock import alone_in_run
 from pararnn.lm.training.optimizer import build_optimizer
 from pararnn.lm.training.parallel import Processes, join_processes
 from pararnn.lm.training.report import report
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.sharding import lay_out
-from pararnn.lm.training.text import Text, check_tokenizer, open_codec, open_text
+from pararnn.lm.training.text import Text, check_tokenizer, open_text
+from pararnn.lm.training.trained import load_trained
 from pararnn.lm.training.trainer import Trainer
 
 
@@ -69,10 +72,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         with join_processes(config.device) as processes:
             open_run = _reopen if resume else _start
             run, config = processes.on_first(
-                lambda: open_run(resolve(config, processes.count), held)
+                lambda: open_run(resolve(config, processes.count), held, processes.device)
             )
-            with explained(run):
+            with explained(run), _left_clean(run, processes, resume) as begun:
                 text, trainer = _prepare(config, run, processes, resume)
+                begun.append(trainer)
                 stopped_by = trainer.fit()
             if stopped_by is not None:
                 name = signal.Signals(stopped_by).name
@@ -90,55 +94,55 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         return TrainResult(run, step, None, validation)
 
 
-def load_trained(run: RunFolder, device: torch.device, owner: str | None = None) -> PreTrainedModel:
-    """The model of a run's last good checkpoint.
-
-    Args:
-        run: Where it is.
-        device: Where the model goes.
-        owner: `identity_of` that the checkpoint must have; None for any.
-
-    Raises:
-        RunError: There is none, or its tokenizer is not that of the run's data.
-    """
-    checkpoint, problems = newest_checkpoint(run.checkpoints, owner)
-    if checkpoint is None:
-        raise RunError(f"{run.path} holds no checkpoint yet. {how_to_resume(run)}")
-    for problem in problems:
-        say(f"Skipped: {problem}. Using {checkpoint.path.name}.")
-    check_tokenizer(open_codec(run), checkpoint)
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-        return to_device(model, device)
-
-
 def identity_of(config: TrainConfig, text: Text) -> str:
     """The fingerprint of a run in its checkpoints: settings that decide its curve, and data."""
     settings = json.dumps([identity(config), text.sha256], sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
-def _start(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, TrainConfig]:
-    run = RunFolder.create(config, held)
+def _start(
+    config: TrainConfig, held: ExitStack, device: torch.device
+) -> tuple[RunFolder, TrainConfig]:
+    """A new run; what can be tried without its folder is tried first."""
+    if config.out is not None:
+        RunFolder(config.out).check_free()
+    config = import_own(config)
+    with explained(None):
+        try_step(config, device)
+    run = RunFolder.create(config, held, files_of([config.model]))
     return run, run.read_config()
 
 
-def _reopen(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, TrainConfig]:
+def _reopen(
+    config: TrainConfig, held: ExitStack, device: torch.device
+) -> tuple[RunFolder, TrainConfig]:
     if config.out is None:
         raise RunError("name the run to resume with --out.")
     run = RunFolder.open(config.out)
     with explained(run):
         held.enter_context(alone_in_run(run.path))
         check_resumable(run.read_config(), config)
+        import_kept([config.model], run.cell)
     return run, config
+
+
+@contextmanager
+def _left_clean(run: RunFolder, processes: Processes, resume: bool) -> Iterator[list[Trainer]]:
+    """A new run that fails before its first step is done leaves no folder behind."""
+    begun: list[Trainer] = []
+    try:
+        yield begun
+    except BaseException as error:
+        failed = not begun or (begun[0].step == 0 and isinstance(error, Exception))
+        if failed and not resume and processes.is_first:
+            run.discard()
+        raise
 
 
 def _prepare(
     config: TrainConfig, run: RunFolder, processes: Processes, resume: bool
 ) -> tuple[Text, Trainer]:
-    """Data, model and trainer; a new run that fails here leaves no folder behind."""
+    """Data, model and trainer."""
 
     def prepare() -> tuple[Text, Checkpoint | None]:
         text = open_text(config, run)
@@ -148,15 +152,11 @@ def _prepare(
         write_atomically(run.environment, facts.encode(errors="backslashreplace"))
         return text, checkpoint
 
-    try:
-        text, checkpoint = processes.on_first(prepare)
-        model = CausalLoss(outline_model(config, text.codec), config.optimizer.z_loss_weight)
-        processes.print(_introduction(config, run, text, model, processes))
-        trainer = _build_trainer(config, run, text, model, processes)
-    except BaseException:
-        if not resume and processes.is_first:
-            run.discard()
-        raise
+    text, checkpoint = processes.on_first(prepare)
+    import_kept([config.model], run.cell, aloud=False)  # the first process has said it
+    model = CausalLoss(outline_model(config, text.codec), config.optimizer.z_loss_weight)
+    processes.print(_introduction(config, run, text, model, processes))
+    trainer = _build_trainer(config, run, text, model, processes)
     if checkpoint is not None:
         trainer.load(checkpoint)
         processes.print(f"Resumed at step {trainer.step} from {checkpoint.path}.")
@@ -201,9 +201,11 @@ def _introduction(
     together = f", in parts on {processes.count} processes" if processes.count > 1 else ""
     lines = [
         f"Text: {text.description}",
-        f"Model: {config.model}, {parameters:,} parameters{together}",
+        f"Model: {config.title}, {parameters:,} parameters{together}",
         f"Run: {run.path}",
     ]
+    if own := OwnName.of(config.model):
+        lines.insert(2, f"Cell: {own.kind} of {run.cell / own.path}, a copy that the run keeps")
     if missing := missing_kernels(config.model):
         lines.append(f"Note: {config.model} takes {missing}.")
     if not model.separates_documents:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
-from pararnn.lm.data.tokenization import add_tokenizer
 from pararnn.lm.training.checkpoints import (
     PROGRESS,
     STATE,
@@ -23,6 +22,7 @@ from pararnn.lm.training.checkpoints import (
     prune,
     quiet_transformers,
 )
+from pararnn.lm.training.model_card import add_files
 from pararnn.lm.training.parallel import Processes, lost_connection
 from pararnn.lm.training.sharding import gather_on_first
 
@@ -136,8 +136,7 @@ class CheckpointWriter:
             parts.result()
             with quiet_transformers():
                 model.save_pretrained(temporary, state_dict=whole)
-            if self.tokenizer is not None:
-                add_tokenizer(self.tokenizer, temporary)
+            add_files(temporary, self.folder, step, model, self.tokenizer)
             (temporary / PROGRESS).write_text(json.dumps(progress))
             complete(temporary, step, self.run)
             prune(self.folder, self.keep)

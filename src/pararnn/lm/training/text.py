@@ -17,6 +17,7 @@ from pararnn.lm.data.tokenization import (
     check_files,
     copy_tokenizer,
     digests,
+    is_byte_tokenizer,
     load_tokenizer,
 )
 from pararnn.lm.training.checkpoints import Checkpoint
@@ -147,6 +148,8 @@ def check_tokenizer(codec: Codec, checkpoint: Checkpoint) -> None:
     Raises:
         RunError: A file is missing, too many, or another one.
     """
+    if codec.tokenizer is None and is_byte_tokenizer(checkpoint.path):
+        return
     expected = {name: value for name, value in checkpoint.files.items() if name in TOKENIZER_FILES}
     found = {} if codec.tokenizer is None else digests(codec.tokenizer)
     for name in sorted({*expected, *found}):

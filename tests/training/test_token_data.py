@@ -81,7 +81,8 @@ def test_documents_begin_at_the_separator_of_any_tokenizer(tokens, monkeypatch):
     forward = CausalLoss.forward
 
     def spy(self, tokens, targets, resets=None):
-        seen.append((tokens, resets))
+        if tokens.max() > 1:  # not the trial before the start
+            seen.append((tokens, resets))
         return forward(self, tokens, targets, resets)
 
     monkeypatch.setattr(CausalLoss, "forward", spy)

@@ -143,7 +143,7 @@ def test_train_steps_learn_with_and_without_checkpointing(architecture, monkeypa
         return result
 
     monkeypatch.setattr(train.CausalLoss, "forward", spy)
-    for checkpointing in (False, True):
+    for checkpointing in ("off", "on"):
         torch.manual_seed(0)
         execution = ExecutionConfig(activation_checkpointing=checkpointing)
         train.measure(SIZE, architecture, 2, 16, HERE, execution)
@@ -184,9 +184,9 @@ def test_kernels_that_overlap_count_once():
 @pytest.mark.parametrize(
     ("fits", "expected"),
     [
-        ((2, False), {"checkpointing": False, "batch": 2, "step_ms": 1.0}),
-        ((1, False), {"checkpointing": False, "batch": 1, "note": "1 sequences, since 2 do not"}),
-        ((2, True), {"checkpointing": True, "batch": 2, "note": ""}),
+        ((2, "off"), {"checkpointing": False, "batch": 2, "step_ms": 1.0}),
+        ((1, "off"), {"checkpointing": False, "batch": 1, "note": "1 sequences, since 2 do not"}),
+        ((2, "on"), {"checkpointing": True, "batch": 2, "note": ""}),
         (None, {"skipped": "out of memory, with activation checkpointing too", "batch": 2}),
     ],
 )

@@ -32,7 +32,7 @@ def cell(request, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", ["off", "on"])
 def test_all_blocks_share_one_graph(make_model, tokens, cell, recomputed, monkeypatch):
     """Otherwise every block is compiled anew, and from the ninth on none is."""
     counter, compile_block = CompileCounter(), torch.compile

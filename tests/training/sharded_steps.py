@@ -51,13 +51,17 @@ def take_steps(architecture, batches, processes, execution, precision="float32")
     model = CausalLoss(make(config, Codec()), 1e-4)
     lay_out(model, execution, processes, config.seed)
     optimizer = build_optimizer(model.model, config.optimizer)
-    results = [train_step(model, optimizer, batches, config.optimizer, processes) for _ in range(2)]
+    steps = [train_step(model, optimizer, batches, config.optimizer, processes) for _ in range(2)]
+    results = [step.read() for step in steps]
     return results, model, optimizer, config
 
 
 def compare(processes, architecture, execution, precision="float32"):
     mine = BATCH[2 * processes.rank : 2 * processes.rank + 2]
-    plain, alone = ExecutionConfig(), Processes(0, 1, processes.device)
+    plain, alone = (
+        ExecutionConfig(activation_checkpointing="off"),
+        Processes(0, 1, processes.device),
+    )
     expected, whole, *_ = take_steps(architecture, [BATCH], alone, plain, precision)
     # in parts: two processes with one pass each, or with two passes of one sequence
     for batches in ([mine], list(mine.split(1))):
@@ -105,19 +109,16 @@ def check_start(processes, architecture, monkeypatch):
 
 
 def check_not_finite(processes):
-    """A gradient that is not finite in one process stops the update in all."""
+    """A gradient that is not finite in one process is told by all."""
     plain = ExecutionConfig()
     _, model, optimizer, config = take_steps("paragru", [BATCH], processes, plain)
-    before = gather_on_first(model.state_dict(), processes)
     if processes.rank == 1:
         model.model.model.norm.register_full_backward_hook(
             lambda module, grads_in, grads_out: tuple(grad * math.nan for grad in grads_in)
         )
-    result = train_step(model, optimizer, [BATCH], config.optimizer, processes)
+    result = train_step(model, optimizer, [BATCH], config.optimizer, processes).read()
     assert not result.is_finite
     assert result.culprit == "model.embed_tokens.weight", result
-    for name, value in gather_on_first(model.state_dict(), processes).items():
-        assert torch.equal(value, before[name]), name
 
 
 def check_failure(processes):
@@ -139,13 +140,13 @@ with join_processes(DEVICE) as processes:
         with pytest.MonkeyPatch.context() as monkeypatch:
             check_start(processes, architecture, monkeypatch)
     for architecture in ARCHITECTURES:
-        compare(processes, architecture, ExecutionConfig())
-    checkpointed = ExecutionConfig(activation_checkpointing=True)
+        compare(processes, architecture, ExecutionConfig(activation_checkpointing="off"))
+    checkpointed = ExecutionConfig(activation_checkpointing="on")
     for architecture in ARCHITECTURES:
         compare(processes, architecture, checkpointed)
     compare(processes, "paragru", checkpointed, "bfloat16")
     if DEVICE == "cuda":  # takes minutes on a CPU
-        compiled = ExecutionConfig(activation_checkpointing=True, compile=True)
+        compiled = ExecutionConfig(activation_checkpointing="on", compile=True)
         compare(processes, "paragru", compiled, "bfloat16")
         compare(processes, "transformer", compiled, "bfloat16")
     check_not_finite(processes)

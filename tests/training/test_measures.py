@@ -18,6 +18,7 @@ from pararnn.lm.training.environment import describe_environment
 from pararnn.lm.training.evaluation import evaluate
 from pararnn.lm.training.language_model import generate_text
 from pararnn.lm.training.metrics import MetricsFile, plot_loss, read_metrics
+from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.text import Codec
 
 from .conftest import byte_split
@@ -48,12 +49,14 @@ def test_metrics_go_on_after_the_last_step(tmp_path):
 
 
 def test_plot(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "bits_per_byte": 8.0}\n{"step": 2, "bits_per_byte": 7.5}\n')
-    assert plot_loss(path, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    run = RunFolder(tmp_path)
+    run.metrics.write_text('{"step": 1, "bits_per_byte": 8.0}\n{"step": 2, "bits_per_byte": 7.5}\n')
+    assert plot_loss(run)
+    assert run.plot.read_bytes().startswith(b"\x89PNG")
+    run.plot.unlink()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not plot_loss(path, tmp_path / "other.png")
+    assert not plot_loss(run)
+    assert not run.plot.exists()
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_resuming_may_change_steps_but_not_the_curve():
     with pytest.raises(RunError, match=r"seed from 0 to 3, optimizer.learning_rate from .* to 1.0"):
         check_resumable(stored, other)
     assert identity(stored) == identity(dataclasses.replace(stored, steps=99, out=Path("x")))
-    execution = ExecutionConfig(compile=True, activation_checkpointing=True, profile_steps=2)
+    execution = ExecutionConfig(compile=True, activation_checkpointing="on", profile_steps=2)
     text = dataclasses.replace(stored.text, batch_size=2)
     cut = dataclasses.replace(stored, text=text, execution=execution)
     check_resumable(stored, resolve(cut, 4))

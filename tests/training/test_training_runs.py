@@ -152,7 +152,7 @@ def test_signals_save_and_say_how_to_go_on(make_config, monkeypatch, capsys, num
     assert curve(config.out) == curve(whole.out)
 
 
-def test_not_finite_loss_stops_before_the_weights_change(make_config, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(make_config, monkeypatch):
     calls = []
 
     def spoil(model, *others):
@@ -168,18 +168,6 @@ def test_not_finite_loss_stops_before_the_weights_change(make_config, monkeypatc
         train(config)
     assert [record["step"] for record in curve(config.out)] == [1]
     assert [p.name for p in (config.out / "checkpoints").iterdir()] == ["step-00000000"]
-
-
-def test_train_step_skips_an_update_that_is_not_finite(make_config):
-    config = make_config()
-    model = CausalLoss(build_model(config, Codec()), config.optimizer.z_loss_weight)
-    optimizer = build_optimizer(model, config.optimizer)
-    with torch.no_grad():
-        model.model.lm_head.weight[0, 0] = float("inf")
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    train_step(model, optimizer, [torch.randint(1, 256, (2, 9))], config.optimizer, HERE)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(make_config, monkeypatch, capsys):
@@ -270,7 +258,7 @@ def test_accumulated_batches_are_one_large_batch(make_config):
     for batches in ([batch], list(batch.split(1))):
         model = CausalLoss(build_model(config, Codec()), config.optimizer.z_loss_weight)
         optimizer = build_optimizer(model, config.optimizer)
-        norms.append(train_step(model, optimizer, batches, config.optimizer, HERE))
+        norms.append(train_step(model, optimizer, batches, config.optimizer, HERE).read())
         updated.append(model.model.lm_head.weight.detach().clone())
     assert norms[0].loss == pytest.approx(norms[1].loss, rel=1e-5)
     assert norms[0].grad_norm == pytest.approx(norms[1].grad_norm, rel=1e-4)
@@ -287,7 +275,8 @@ def test_gradients_are_clipped_and_weights_projected(make_config):
     cell = model.model.model.layers[0].mixer.rnn.cell
     with torch.no_grad():
         cell.diagonal.fill_(0.7)
-    result = train_step(model, optimizer, [torch.randint(1, 256, (2, 9))], config.optimizer, HERE)
+    batch = torch.randint(1, 256, (2, 9))
+    result = train_step(model, optimizer, [batch], config.optimizer, HERE).read()
     assert result.grad_norm > 1e-3
     assert seen[0].item() == pytest.approx(1e-3, rel=1e-3)
     assert cell.diagonal.abs().max() <= 0.5
@@ -330,7 +319,7 @@ def test_how_steps_are_computed_does_not_change_the_curve(make_config):
     whole = make_config("whole", steps=5)
     train(whole)
     text = TextConfig(sequence_length=24, batch_size=1, global_batch_size=3, validation_tokens=500)
-    execution = ExecutionConfig(activation_checkpointing=True, profile_steps=2)
+    execution = ExecutionConfig(activation_checkpointing="on", profile_steps=2)
     config = make_config("cut", steps=5, text=text, execution=execution)
     train(config)
     for found, expected in zip(curve(config.out), curve(whole.out), strict=True):
@@ -362,7 +351,7 @@ def test_documents_do_not_mix(make_config):
 
     def loss(*parts):
         batch = torch.cat(parts).unsqueeze(0)
-        return train_step(model, optimizer, [batch], OptimizerConfig(), HERE).loss
+        return train_step(model, optimizer, [batch], OptimizerConfig(), HERE).read().loss
 
     together = loss(zero, first, zero, second)
     apart = (loss(zero, first, zero) * 9 + loss(zero, second) * 8) / 17

@@ -56,7 +56,9 @@ def _row(size: ModelSize, architecture: str, batch: int, time: int, processes: P
     while tries:
         sequences, checkpointing = tries[0]
         release()
-        execution = ExecutionConfig(activation_checkpointing=checkpointing, compile=compiled)
+        execution = ExecutionConfig(
+            activation_checkpointing="on" if checkpointing else "off", compile=compiled
+        )
         try:
             measured = measure(size, architecture, sequences, time, processes, execution)
         except torch.OutOfMemoryError:

@@ -5,6 +5,8 @@ y       = RNN(silu(conv(u)))
 x       = scale * x + W_out norm(y * silu(gate))
 x       = x + W_down (silu(W_gate norm(x)) * (W_up norm(x)))
 
+Dropout, where there is any, is behind W_out and W_down.
+
 Each branch has its own projection. If the branches were slices of one projection, their gradients
 would have to be copied into one tensor.
 """
@@ -135,11 +137,12 @@ class ParaRNNBlock(GradientCheckpointingLayer):
         self.residual_scale = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, boundaries: Boundaries | None, state: LayerState | AttentionState | None
     ) -> tuple[Tensor, LayerState | AttentionState]:
         """Transform x, shape (batch, time, hidden_size); returns it and the state after it."""
         mixed, state = self.mixer(self.mixer_norm(x), boundaries, state)
-        x = self.residual_scale * x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        x = self.residual_scale * x + self.dropout(mixed)
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.loss import IGNORED
 
 _LOGITS_AT_ONCE = 2**28  # entries: half a GiB in bfloat16
@@ -45,7 +46,11 @@ class CausalLoss(nn.Module):
         return self.knows_resets or self.knows_positions
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, resets: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        resets: Tensor | None = None,
+        cache: ParaRNNCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of predicting `targets`.
 
@@ -54,6 +59,7 @@ class CausalLoss(nn.Module):
             targets: The token that each step must predict, of the same shape; -100 is ignored.
             resets: Shape (batch, time), bool, True at the first token of every document.
                 Documents then do not see each other.
+            cache: State before the tokens, of a ParaRNN model; afterwards the one after them.
 
         Returns:
             The loss; and its parts without gradients: cross-entropy in nats per token, and z-loss
@@ -63,7 +69,7 @@ class CausalLoss(nn.Module):
             ValueError: The model cannot separate documents.
         """
         hidden = self.model.base_model(
-            input_ids=tokens, use_cache=False, **self._documents(resets)
+            input_ids=tokens, **self._documents(resets), **_cached(cache)
         ).last_hidden_state
         weight = self.model.get_output_embeddings().weight
         return linear_cross_entropy(
@@ -81,6 +87,10 @@ class CausalLoss(nn.Module):
             f"{type(self.model).__name__} cannot keep documents of one sequence apart; pass "
             "resets=None and let them see each other."
         )
+
+
+def _cached(cache: ParaRNNCache | None) -> dict[str, Any]:
+    return {"use_cache": False} if cache is None else {"use_cache": True, "cache_params": cache}
 
 
 def positions_in_documents(resets: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class ParaRNNConfig(PreTrainedConfig):
             "attention"; None for the cell in all.
         attention_heads: Heads of attention; None for one per 128 channels.
         cell_options: Further keyword arguments of the cell.
+        dropout: Share of the channels that are left out behind every mixer and MLP in training.
         backend: Which kernels evaluate the recurrence, as in `pararnn.RNN`.
         rms_norm_eps: Added to the mean square in every norm.
         initializer_range: Standard deviation of linear and embedding weights; the projections back
@@ -61,6 +62,7 @@ class ParaRNNConfig(PreTrainedConfig):
         mixers: list[str] | None = None,
         attention_heads: int | None = None,
         cell_options: dict[str, Any] | None = None,
+        dropout: float = 0.0,
         backend: str = "auto",
         rms_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
@@ -85,6 +87,7 @@ class ParaRNNConfig(PreTrainedConfig):
         self.mixers = [cell] * num_hidden_layers if mixers is None else list(mixers)
         self.attention_heads = attention_heads or max(1, hidden_size // ATTENTION_HEAD)
         self.cell_options = dict(cell_options or {})
+        self.dropout = dropout
         self.backend = backend
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
@@ -109,6 +112,8 @@ class ParaRNNConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 1 up.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; give a number from 0 to below 1.")
         if self.inner_size % self.num_heads:
             raise ValueError(
                 f"inner_size {self.inner_size} cannot be split into {self.num_heads} heads; "

@@ -103,10 +103,11 @@ def complete(temporary: Path, step: int, run: str) -> Checkpoint:
     return Checkpoint(target, step, manifest["files"])
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last checkpoints."""
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the last checkpoints, and that of the best step."""
     for path in list_checkpoints(folder)[:-keep]:
-        _discard(path)
+        if best is None or path != checkpoint_path(folder, best):
+            _discard(path)
 
 
 def verify(path: Path, run: str | None = None) -> Checkpoint:
@@ -218,6 +219,11 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is or would be."""
+    return folder / folder_name(step)
 
 
 def folder_name(step: int) -> str:

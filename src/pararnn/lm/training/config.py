@@ -36,6 +36,9 @@ class ArchitectureConfig:
     """Every N-th block has attention in the place of the cell; 0 for none."""
     initializer_std: float = 0.07
     """Standard deviation of linear and embedding weights at the start."""
+    dropout: float = 0.0
+    """Share of the channels that are left out behind every mixer and MLP while training; for small
+    data."""
     max_timescale: float | None = 1024.0
     """Longest time, in steps, over which channels of a cell forget at the start, where a gate
     decides it; None for biases of zero, as in the paper."""
@@ -47,6 +50,8 @@ class ArchitectureConfig:
         _require(every >= 0, "architecture.attention_every", every, ">= 0")
         divides = self.width % self.num_heads == 0
         _require(divides, "architecture.num_heads", self.num_heads, f"a divisor of {self.width}")
+        dropout = self.dropout
+        _require(0 <= dropout < 1, "architecture.dropout", dropout, "from 0 to below 1")
         std, time = self.initializer_std, self.max_timescale
         _require(0 < std < math.inf, "architecture.initializer_std", std, "> 0 and finite")
         fits = time is None or 2 <= time < math.inf
@@ -64,11 +69,14 @@ class TextConfig:
     global_batch_size: int | None = None
     """Sequences per optimiser step over all processes, in as many forward passes as it takes; None
     for one pass of each process that the run is started with."""
+    carry_state: bool = False
+    """A sequence goes on from the state after the one before it in its row, without gradients
+    through it (truncated backpropagation through time); documents still begin anew."""
     held_out: float = 0.05
     """Share of the files kept for validation; of the bytes, when there is one file only. Prepared
     token data has its own."""
     validation_tokens: int = 262_144
-    """Held-out tokens to evaluate at the end of training, spread evenly; 0 for all of them."""
+    """Held-out tokens of a validation, spread evenly; 0 for all of them."""
 
     def __post_init__(self) -> None:
         _require(self.sequence_length >= 1, "text.sequence_length", self.sequence_length, ">= 1")
@@ -82,8 +90,11 @@ class TextConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW and what surrounds its step."""
+    """The optimiser and what surrounds its step."""
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon for the weights of the linear layers within blocks, AdamW for all
+    others; at the same learning rate, by which both move weights about as far."""
     learning_rate: Annotated[float, arg(aliases=["--lr"])] = 3e-3
     """Peak of the schedule."""
     beta1: float = 0.9
@@ -92,6 +103,9 @@ class OptimizerConfig:
     """Decay of the mean of its square, per step."""
     weight_decay: float = 0.1
     """Times the learning rate, per step; matrices only."""
+    average_decay: float = 0.0
+    """Decay of a mean of the weights, per step, such as 0.999: what is validated and saved as the
+    model. 0 for the weights themselves."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 for no limit."""
     z_loss_weight: float = 1e-4
@@ -103,7 +117,7 @@ class OptimizerConfig:
         for name in ("weight_decay", "max_grad_norm", "z_loss_weight"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"optimizer.{name}", value, ">= 0 and finite")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "average_decay"):
             beta = getattr(self, name)
             _require(0 <= beta < 1, f"optimizer.{name}", beta, "from 0 to below 1")
         rate = self.learning_rate
@@ -129,9 +143,9 @@ class ScheduleConfig:
 class ExecutionConfig:
     """How steps are computed; results stay the same, up to rounding."""
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Keep only the inputs of blocks and compute the rest again in the backward pass: less memory,
-    about a third more work."""
+    about a third more work. auto: once memory runs out on a GPU; with several processes always."""
     compile: bool = False
     """Compile every block with torch.compile."""
     profile_steps: int = 0
@@ -161,7 +175,11 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Optimiser steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Last checkpoints to keep."""
+    """Last checkpoints to keep, besides that of the best validation."""
+    validate_every: int = 250
+    """Optimiser steps between validations while training; 0 for one at the end alone."""
+    log: Literal["none", "wandb", "trackio", "mlflow"] = "none"
+    """Send measurements there as well; the package must be installed."""
     seed: int = 0
     """Of the initial weights and of the order of the data."""
     device: str = "auto"
@@ -179,6 +197,7 @@ class TrainConfig:
         _require(self.steps >= 1, "steps", self.steps, ">= 1")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
+        _require(self.validate_every >= 0, "validate_every", self.validate_every, ">= 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to below 2**63")
         check_architecture(self.model)
         check_name(self.backend)
@@ -192,6 +211,15 @@ class TrainConfig:
             self.cell_options,
             f"empty for {self.model}",
         )
+        dropout = self.architecture.dropout
+        _require(
+            not dropout or self.has_cell, "architecture.dropout", dropout, f"0 for {self.model}"
+        )
+        if self.text.carry_state and (every or not self.has_cell):
+            raise ValueError(
+                f"text.carry_state needs a state of fixed size, but {self.model} "
+                f"{'has blocks of attention' if every else 'hands on none'}."
+            )
         self.options_of_cell()
 
     @property
@@ -221,6 +249,7 @@ class TrainConfig:
 
 MAY_CHANGE = (
     *("out", "steps", "checkpoint_every", "keep_checkpoints", "device", "backend"),
+    *("validate_every", "log"),
     *("text.batch_size", "execution"),
 )
 """Settings that a resumed run may change; all others decide the loss curve."""
@@ -258,7 +287,7 @@ def _absolute(path: Path) -> Path:
 
 def check_resumable(stored: TrainConfig, wanted: TrainConfig) -> None:
     """Raise RunError when resolved settings would change the loss curve of a run."""
-    before, after = _leaves(to_dict(stored)), _leaves(to_dict(wanted))
+    before, after = leaves(to_dict(stored)), leaves(to_dict(wanted))
     changed = [
         f"{name} from {old} to {after[name]}"
         for name, old in before.items()
@@ -273,27 +302,26 @@ def check_resumable(stored: TrainConfig, wanted: TrainConfig) -> None:
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The part of a configuration that decides the loss curve."""
-    leaves = _leaves(to_dict(config))
-    if config.architecture.state_size == ArchitectureConfig.state_size:
-        del leaves["architecture.state_size"]  # as in runs that began without the field
-    if not config.cell_options:
-        del leaves["cell_options"]
-    return {name: v for name, v in leaves.items() if name != "data" and not _may_change(name)}
+    found = leaves(to_dict(config))
+    for name, before in _SINCE.items():  # as in runs that began without the field
+        if found[name] == before:
+            del found[name]
+    return {name: v for name, v in found.items() if name != "data" and not _may_change(name)}
 
 
 def _may_change(name: str) -> bool:
     return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by their dotted names."""
-    leaves = {}
+    found = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            leaves.update(_leaves(value, f"{prefix}{name}."))
+            found.update(leaves(value, f"{prefix}{name}."))
         else:
-            leaves[f"{prefix}{name}"] = value
-    return leaves
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -312,17 +340,33 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
     if not isinstance(values, dict):
         raise ValueError(f"{kind.__name__} is {repr(values)[:80]}, no object")
-    if missing := set(hints) - _NEW - set(values):
+    if missing := set(hints) - _MAY_LACK - set(values):
         raise ValueError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")
     if unknown := set(values) - set(hints):
         raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
     return kind(**{name: _restore(hints[name], name, value) for name, value in values.items()})
 
 
-_NEW = {"attention_every", "state_size", "cell_options"}  # fields that runs may have begun without
+_SINCE: dict[str, Any] = {
+    "cell_options": (),
+    "architecture.state_size": 128,
+    "architecture.dropout": 0.0,
+    "text.carry_state": False,
+    "optimizer.algorithm": "adamw",
+    "optimizer.average_decay": 0.0,
+}
+"""Settings that decide the curve and runs may have begun without, and what they did then."""
+_MAY_LACK = {name.rpartition(".")[2] for name in _SINCE} | {
+    *("attention_every", "validate_every", "log")
+}
+
+
+_FORMERLY = {"activation_checkpointing": {True: "on", False: "off"}}  # values that meant the same
 
 
 def _restore(hint: Any, name: str, value: Any) -> Any:
+    if isinstance(value, bool):
+        value = _FORMERLY.get(name, {}).get(value, value)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value)
     options = typing.get_args(hint)

@@ -1,5 +1,7 @@
 """Batches of token sequences, in an order that a seed decides."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,6 +55,10 @@ class WindowOrder:
         self.num_windows, self.per_step, self.seed = num_windows, per_step, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
+    def begins(self, step: int) -> bool:
+        """Whether its windows follow no others."""
+        return True
+
     def of_step(self, step: int) -> list[int]:
         """The windows of the optimiser step after `step` others."""
         epoch, index = divmod(step, max(self.num_windows // self.per_step, 1))
@@ -63,9 +69,50 @@ class WindowOrder:
         return self._order[positions].tolist()
 
     def _shuffle(self, epoch: int) -> Tensor:
-        seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(seed >> 1))
-        return torch.randperm(self.num_windows, generator=generator)
+        return torch.randperm(self.num_windows, generator=_generator(self.seed, epoch))
+
+
+class StreamOrder:
+    """Windows that follow one another in every row of a batch, from step to step.
+
+    The text is cut into as many streams of equal length as a step has rows; an epoch reads them
+    side by side. Every epoch cuts at other places, which the seed decides. At the end of the text a
+    stream goes on at its beginning, where a document begins.
+
+    Args:
+        num_windows: Windows of the text, at least one for each row.
+        per_step: Rows.
+        seed: Decides where streams begin.
+
+    Raises:
+        RunError: There are too few windows.
+    """
+
+    def __init__(self, num_windows: int, per_step: int, seed: int) -> None:
+        if num_windows < per_step:
+            raise RunError(
+                f"the training text has {num_windows} sequences, but with --text.carry-state each "
+                f"of the {per_step} sequences of a step reads a part of its own; give more text, "
+                "or lower --text.sequence-length or --text.global-batch-size."
+            )
+        self.num_windows, self.per_step, self.seed = num_windows, per_step, seed
+        self.length = num_windows // per_step
+
+    def begins(self, step: int) -> bool:
+        """Whether its windows follow no others."""
+        return step % self.length == 0
+
+    def of_step(self, step: int) -> list[int]:
+        """The windows of the optimiser step after `step` others."""
+        epoch, index = divmod(step, self.length)
+        generator = _generator(self.seed, epoch)
+        first = int(torch.randint(self.num_windows, (), generator=generator)) + index
+        return [(first + row * self.length) % self.num_windows for row in range(self.per_step)]
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
 
 
 class Batches:
@@ -85,7 +132,7 @@ class Batches:
     def __init__(
         self,
         windows: Dataset[Tensor],
-        order: WindowOrder,
+        order: WindowOrder | StreamOrder,
         batch_size: int,
         rank: int = 0,
         num_processes: int = 1,
@@ -99,3 +146,35 @@ class Batches:
         mine = self.order.of_step(step)[self.first : self.first + self.share]
         rows = torch.stack([self.windows[index] for index in mine])
         return list(rows.split(self.batch_size))
+
+
+class ReadAhead:
+    """Reads the batches of the next step while one is computed; a context that ends the reading.
+
+    Args:
+        batches: What to read.
+        device: Where they will go: for a GPU they lie in memory that is copied in the background.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self.batches, self.pinned = batches, device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "data")
+        self._next: tuple[int, Future[list[Tensor]]] | None = None
+
+    def __enter__(self) -> "ReadAhead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def of_step(self, step: int) -> list[Tensor]:
+        """As `Batches.of_step`; reading goes on with the step after it."""
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._thread.submit(self._read, step)
+        batches = self._next[1].result()
+        self._next = step + 1, self._thread.submit(self._read, step + 1)
+        return batches
+
+    def _read(self, step: int) -> list[Tensor]:
+        batches = self.batches.of_step(step)
+        return [batch.pin_memory() for batch in batches] if self.pinned else batches

@@ -1,8 +1,8 @@
 """Bits per byte of a text under a model, with the state carried through the text."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.models.configuration import ATTENTION
 from pararnn.lm.models.loss import IGNORED
+from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.text import Codec
 
 MAX_STREAMS = 64
@@ -43,8 +44,17 @@ class Evaluation:
         """The exponential of the loss, per token."""
         return math.exp(self.loss)
 
+    def record(self, step: int, train_seconds: float) -> dict[str, Any]:
+        """A line of `validation.jsonl`."""
+        return {
+            "step": step,
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "num_tokens": self.num_tokens,
+            "train_seconds": train_seconds,
+        }
 
-@torch.no_grad()
+
 def evaluate(
     model: PreTrainedModel,
     split: TokenSplit,
@@ -68,65 +78,64 @@ def evaluate(
         chunk: Steps per forward pass.
         carry: Whether a ParaRNN model carries its state; without, it sees as little as the others.
     """
-    was_training = model.training
-    model.eval()
-    inputs, targets = _streams(split, limit)
-    carries = isinstance(model, ParaRNNForCausalLM) and ATTENTION not in model.config.mixers
-    measure = _carrying(model) if carry and carries else _anew(model)
-    total, count = 0.0, 0
+    here = Processes(0, 1, model.device)
+    return evaluate_together(
+        CausalLoss(model), split, codec, here, limit=limit, chunk=chunk, carry=carry
+    )
+
+
+@torch.no_grad()
+def evaluate_together(
+    loss: CausalLoss,
+    split: TokenSplit,
+    codec: Codec,
+    processes: Processes,
+    *,
+    limit: int = 0,
+    chunk: int = 512,
+    carry: bool = True,
+) -> Evaluation:
+    """As `evaluate`, with the streams shared out to processes that hold parts of a model."""
+    was_training, device = loss.model.training, processes.device
+    loss.model.eval()
+    inputs, targets = _streams(split, limit, processes.count)
+    inputs, targets = (t[processes.rank :: processes.count] for t in (inputs, targets))
+    cache = ParaRNNCache() if carry and carries_state(loss.model) else None
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    count = 0
     for start in range(0, inputs.shape[1], chunk):
         part = inputs[:, start : start + chunk]
         expected = targets[:, start : start + chunk]
         resets = part == codec.separator
-        cross_entropy = measure(
-            part.to(model.device),
-            expected.to(model.device),
-            resets.to(model.device) if resets.any() else None,
-        )
+        apart = loss.separates_documents and bool(resets.any())
+        cross_entropy = loss(
+            part.to(device), expected.to(device), resets.to(device) if apart else None, cache
+        )[1]
         num_targets = int((expected != IGNORED).sum())
-        total += cross_entropy.item() * num_targets
+        total += cross_entropy.double() * num_targets
         count += num_targets
-    model.train(was_training)
-    return Evaluation(total / count, count, codec.tokens_per_byte(split))
+    loss.model.train(was_training)
+    mean, share = processes.mean([total.item(), float(count)])
+    num_tokens = round(share * processes.count)
+    return Evaluation(mean / share, num_tokens, codec.tokens_per_byte(split))
 
 
-_Measure = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+def carries_state(model: PreTrainedModel) -> bool:
+    """Whether a state of fixed size goes from sequence to sequence."""
+    return isinstance(model, ParaRNNForCausalLM) and ATTENTION not in model.config.mixers
 
 
-def _carrying(model: PreTrainedModel) -> _Measure:
-    """Cross-entropy of chunk after chunk."""
-    cache = ParaRNNCache()
+def _streams(split: TokenSplit, limit: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, both (streams, time); what a stream lacks at its end does not count.
 
-    def measure(tokens: Tensor, targets: Tensor, resets: Tensor | None) -> Tensor:
-        output = model(
-            input_ids=tokens,
-            shift_labels=targets,
-            resets=resets,
-            cache_params=cache,
-            use_cache=True,
-        )
-        return output.cross_entropy
-
-    return measure
-
-
-def _anew(model: PreTrainedModel) -> _Measure:
-    """Cross-entropy of a chunk without what came before it."""
-    loss = CausalLoss(model)
-
-    def measure(tokens: Tensor, targets: Tensor, resets: Tensor | None) -> Tensor:
-        return loss(tokens, targets, resets if loss.separates_documents else None)[1]
-
-    return measure
-
-
-def _streams(split: TokenSplit, limit: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, both (streams, time); what a stream lacks at its end does not count."""
+    Rows without anything to predict fill up to a multiple.
+    """
     num_targets = split.num_tokens - 1
     num_streams = min(MAX_STREAMS, max(1, num_targets // MIN_STREAM))
     stride = -(-num_targets // num_streams)
     time = min(stride, max(1, limit // num_streams)) if limit else stride
-    inputs = torch.zeros(num_streams, time, dtype=torch.int64)
+    rows = -(-num_streams // multiple) * multiple
+    inputs = torch.zeros(rows, time, dtype=torch.int64)
     targets = torch.full_like(inputs, IGNORED)
     for row, first in enumerate(range(0, num_streams * stride, stride)):
         tokens = torch.from_numpy(split.read(first, min(first + time, num_targets) + 1))

@@ -37,6 +37,7 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
     ours: dict[str, Any] = {}
     if config.has_cell:
         ours = {"backend": config.backend, "z_loss_weight": config.optimizer.z_loss_weight}
+        ours["dropout"] = size.dropout
         ours["mixers"] = mixers(config.model, size.num_layers, size.attention_every)
         options = config.options_of_cell()
         if getattr(CELLS[config.model], "keeps", None):

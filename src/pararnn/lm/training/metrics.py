@@ -1,6 +1,7 @@
 """Measurements of a run: a line of JSON per step, and a plot of them."""
 
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -12,6 +13,8 @@ from tqdm import tqdm  # type: ignore[import-untyped] # has none
 
 from pararnn.lm.data.files import free_name, write_atomically
 from pararnn.lm.data.words import say
+from pararnn.lm.training.run_folder import RunFolder
+from pararnn.lm.training.trackers import Tracker
 
 
 class MetricsFile:
@@ -51,18 +54,20 @@ class MetricsFile:
 
 
 class StepLog:
-    """Notes every step in a file, for TensorBoard and as a bar on the screen.
+    """Notes steps and validations in files, for TensorBoard and as a bar on the screen.
 
     Args:
-        path: The file, a `MetricsFile`.
-        tensorboard: Folder.
+        run: Its folder.
         last_step: Steps that the run goes on from.
         steps: Steps that it goes to.
+        send: Gets the same values, by names such as "train/loss".
     """
 
-    def __init__(self, path: Path, tensorboard: Path, last_step: int, steps: int) -> None:
-        self.metrics = MetricsFile(path, last_step)
-        self.board = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
+    def __init__(self, run: RunFolder, last_step: int, steps: int, send: Tracker) -> None:
+        self.run, self.send = run, send
+        self.metrics = MetricsFile(run.metrics, last_step)
+        self.validation = MetricsFile(run.validation, last_step)
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=last_step + 1)
         self.progress = tqdm(
             total=steps,
             initial=last_step,
@@ -76,15 +81,14 @@ class StepLog:
 
     def __exit__(self, *error: object) -> None:
         self.metrics.close()
+        self.validation.close()
         self.board.close()
         self.progress.close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Note one step."""
         self.metrics.write(record)
-        for name, value in record.items():
-            if name != "step":
-                self.board.add_scalar(f"train/{name}", value, record["step"])
+        self._show("train", record)
         mfu = f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
         self.progress.set_postfix_str(
             f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
@@ -92,6 +96,24 @@ class StepLog:
             refresh=False,
         )
         self.progress.update()
+
+    def write_validation(self, record: dict[str, Any]) -> None:
+        """Note one validation."""
+        self.validation.write(record)
+        self._show("validation", record)
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk, and draw them."""
+        self.metrics.sync()
+        self.validation.sync()
+        plot_loss(self.run)
+
+    def _show(self, kind: str, record: dict[str, Any]) -> None:
+        step = record["step"]
+        values = {f"{kind}/{name}": value for name, value in record.items() if name != "step"}
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.send(step, values)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -115,20 +137,29 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return records, broken
 
 
-def plot_loss(metrics: Path, target: Path) -> bool:
+def plot_loss(run: RunFolder) -> bool:
     """Draw bits per byte over steps; False when matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
 
-    records = [r for r in read_metrics(metrics) if isinstance(r.get("bits_per_byte"), float)]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([r["step"] for r in records], [r["bits_per_byte"] for r in records], linewidth=1)
-    axes.set(xlabel="step", ylabel="bits per byte", title="Training loss")
+    axes.plot(*_curve(run.metrics), linewidth=1, label="training")
+    axes.plot(*_curve(run.validation), "o-", markersize=4, label="held out")
+    axes.set(xlabel="step", ylabel="bits per byte", title=run.path.name)
     axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=120)
+    axes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    write_atomically(run.plot, drawn.getvalue())
     return True
+
+
+def _curve(path: Path) -> tuple[list[int], list[float]]:
+    """Steps and bits per byte of a file."""
+    records = [r for r in read_metrics(path) if isinstance(r.get("bits_per_byte"), float)]
+    return [r["step"] for r in records], [r["bits_per_byte"] for r in records]
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.step import train_step
 from pararnn.lm.training.text import Text
+from pararnn.lm.training.validation import say_best
 
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 300
@@ -60,19 +61,13 @@ def report(
         f"({validation.loss:.4f} nats) on {validation.num_tokens:,} held-out {text.codec.unit}, "
         f"after {step} steps in {train_seconds:.0f} s"
     )
-    record = {
-        "step": step,
-        "loss": validation.loss,
-        "bits_per_byte": validation.bits_per_byte,
-        "num_tokens": validation.num_tokens,
-        "train_seconds": train_seconds,
-    }
     history = MetricsFile(run.validation, last_step=step - 1)
-    history.write(record)
+    history.write(validation.record(step, train_seconds))
     history.close()
     if alone and _loop_is_small(config, model):
         say(_compare(config, text, model))
-    if plot_loss(run.metrics, run.plot):
+    say_best(run, step)
+    if plot_loss(run):
         say(f"Plot: {run.plot}")
     sample = generate_text(
         model, text.codec, SAMPLE_PROMPT, num_tokens=SAMPLE_TOKENS, seed=config.seed
@@ -97,7 +92,7 @@ def _compare(config: TrainConfig, text: Text, model: PreTrainedModel) -> str:
 
     def prepare(loss: CausalLoss) -> Callable[[], object]:
         optimizer = build_optimizer(loss, settings)
-        return lambda: train_step(loss.train(), optimizer, [batch], settings, here)
+        return lambda: train_step(loss.train(), optimizer, [batch], settings, here).read()
 
     times = compare_train_steps(CausalLoss(model, settings.z_loss_weight), prepare)
     size, length = batch.shape[0], batch.shape[1] - 1

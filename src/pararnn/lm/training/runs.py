@@ -18,6 +18,8 @@ from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.models.flops import train_flops_per_token
 from pararnn.lm.models.own_cells import files_of
 from pararnn.lm.training.advice import explained, how_to_resume
+from pararnn.lm.training.averaging import AverageWeights
+from pararnn.lm.training.carried import CarriedState
 from pararnn.lm.training.checkpoints import (
     Checkpoint,
     newest_checkpoint,
@@ -25,19 +27,22 @@ from pararnn.lm.training.checkpoints import (
 )
 from pararnn.lm.training.checks import import_kept, import_own, try_step
 from pararnn.lm.training.config import TrainConfig, check_resumable, identity, resolve
-from pararnn.lm.training.data import Batches, WindowOrder, Windows
+from pararnn.lm.training.data import Batches, StreamOrder, WindowOrder, Windows
 from pararnn.lm.training.environment import describe_environment
 from pararnn.lm.training.evaluation import Evaluation
 from pararnn.lm.training.language_model import outline_model
 from pararnn.lm.training.lock import alone_in_run
 from pararnn.lm.training.optimizer import build_optimizer
 from pararnn.lm.training.parallel import Processes, join_processes
+from pararnn.lm.training.passes import Passes
 from pararnn.lm.training.report import report
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.sharding import lay_out
 from pararnn.lm.training.text import Text, check_tokenizer, open_text
+from pararnn.lm.training.trackers import check_tracker
 from pararnn.lm.training.trained import load_trained
 from pararnn.lm.training.trainer import Trainer
+from pararnn.lm.training.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,7 @@ def _prepare(
     """Data, model and trainer."""
 
     def prepare() -> tuple[Text, Checkpoint | None]:
+        check_tracker(config.log)
         text = open_text(config, run)
         checkpoint = _find_checkpoint(config, run, text) if resume else None
         run.write_config(config)
@@ -183,15 +189,36 @@ def _build_trainer(
 ) -> Trainer:
     batch_size, length = config.text.batch_size, config.text.sequence_length
     windows = Windows(text.train, length)
-    order = WindowOrder(len(windows), config.text.global_batch_size or batch_size, config.seed)
+    rows, settings = config.text.global_batch_size or batch_size, config.optimizer
+    make_order = StreamOrder if config.text.carry_state else WindowOrder
+    order = make_order(len(windows), rows, config.seed)
     batches = Batches(windows, order, batch_size, processes.rank, processes.count)
     owner = identity_of(config, text)
     flops = train_flops_per_token(model.model, length)
     per_byte = text.codec.tokens_per_byte(text.train)
     lay_out(model, config.execution, processes, config.seed)
-    optimizer = build_optimizer(model.model, config.optimizer)
+    optimizer = build_optimizer(model.model, settings)
+    average, carried = None, None
+    if settings.average_decay:
+        average = AverageWeights(model.model, settings.average_decay)
+    if config.text.carry_state:
+        half = settings.precision == "bfloat16"
+        carried = CarriedState(model, batches.share, processes, half)
     torch.manual_seed(config.seed + processes.rank)  # each process draws other numbers
-    return Trainer(config, run, owner, model, optimizer, batches, processes, flops, per_byte)
+    return Trainer(
+        config,
+        run,
+        owner,
+        model,
+        optimizer,
+        batches,
+        Passes(config, model, processes, carried),
+        average,
+        Validator(config, run, text, model, processes, average),
+        processes,
+        flops,
+        per_byte,
+    )
 
 
 def _introduction(

@@ -72,6 +72,9 @@ class CheckpointWriter:
         model: PreTrainedModel,
         state: dict[str, Any],
         progress: dict[str, Any],
+        *,
+        weights: dict[str, Tensor] | None = None,
+        best: int | None = None,
     ) -> None:
         """Copy everything and write it in the background, once the one before it is written.
 
@@ -80,6 +83,8 @@ class CheckpointWriter:
             model: Written whole as well, for `from_pretrained`.
             state: Tensors, possibly in parts, by names within names.
             progress: Plain values.
+            weights: Written whole in the place of the model's own.
+            best: A step whose checkpoint is kept.
 
         Raises:
             CheckpointError: The one before it could not be written.
@@ -89,12 +94,12 @@ class CheckpointWriter:
             temporary = self.processes.on_first(lambda: begin(self.folder, step))
         except OSError as error:
             raise self._failed(step, error) from error
-        whole = gather_on_first(model.state_dict(), self.processes)
+        whole = gather_on_first(model.state_dict() | (weights or {}), self.processes)
         parts = dcp.async_save(
             state, checkpoint_id=temporary / STATE, process_group=self.processes.saving
         )
         future = self._thread.submit(
-            self._finish, temporary, step, model, whole, progress, _upload(parts)
+            self._finish, temporary, step, model, whole, progress, best, _upload(parts)
         )
         self._pending = step, future
 
@@ -126,6 +131,7 @@ class CheckpointWriter:
         model: PreTrainedModel,
         whole: dict[str, Tensor],
         progress: dict[str, Any],
+        best: int | None,
         parts: "Future[Any]",
     ) -> None:
         """Runs in the thread; that the first process's part is written means that all are."""
@@ -139,7 +145,7 @@ class CheckpointWriter:
             add_files(temporary, self.folder, step, model, self.tokenizer)
             (temporary / PROGRESS).write_text(json.dumps(progress))
             complete(temporary, step, self.run)
-            prune(self.folder, self.keep)
+            prune(self.folder, self.keep, best)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -48,10 +48,7 @@ def lay_out(
         if is_empty(block):
             block = parts[index] = start_block(model, index, seed)
         block.to(device)
-        if execution.activation_checkpointing:
-            block.forward = _recomputed(block.forward)
-        if execution.compile:
-            block.forward = torch.compile(block.forward)
+        _dress(block, execution, recomputes=recomputes(execution, processes))
         if mesh is not None:
             fully_shard(block, mesh=mesh)
     if model.get_input_embeddings().weight.is_meta:
@@ -60,6 +57,35 @@ def lay_out(
         module._apply(lambda tensor: tensor.to(device), recurse=False)
     if mesh is not None:
         fully_shard(loss, mesh=mesh)
+
+
+def may_recompute(execution: ExecutionConfig) -> bool:
+    """Whether activations may be computed again where they need not."""
+    return execution.activation_checkpointing != "off"
+
+
+def recomputes(execution: ExecutionConfig, processes: Processes) -> bool:
+    """Whether training begins with activations computed again in the backward pass.
+
+    With "auto" a single process tries without. Several cannot: while one of them is out of memory,
+    the others wait for it.
+    """
+    asked = execution.activation_checkpointing
+    return asked == "on" or (asked == "auto" and processes.count > 1)
+
+
+def recompute(loss: CausalLoss, execution: ExecutionConfig) -> None:
+    """Compute activations again from now on, in a model that `lay_out` left for one process."""
+    for block in blocks(loss.model):
+        _dress(block, execution, recomputes=True)
+
+
+def _dress(block: nn.Module, execution: ExecutionConfig, *, recomputes: bool) -> None:
+    """Give a block the forward pass that it trains with."""
+    forward = type(block).forward.__get__(block)
+    if recomputes:
+        forward = _recomputed(forward)
+    block.forward = torch.compile(forward) if execution.compile else forward
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

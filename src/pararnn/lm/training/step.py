@@ -1,8 +1,7 @@
 """One optimiser step."""
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pararnn import project_parameters
+from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.config import OptimizerConfig
 from pararnn.lm.training.parallel import Processes
@@ -33,8 +33,40 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the update was made."""
+        """Whether all of it can be used."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Measurement:
+    """What a train step measured, on its way from the device: nothing waits until it is read.
+
+    Args:
+        losses: Cross-entropy and z-loss of this process, shape (2,).
+        norm: Of all gradients together.
+        norms: Of the gradient of each parameter.
+        names: Of the parameters.
+        processes: That take the step together.
+    """
+
+    def __init__(
+        self, losses: Tensor, norm: Tensor, norms: Tensor, names: list[str], processes: Processes
+    ) -> None:
+        values = torch.cat([losses.double(), norm.double().reshape(1), norms.double()])
+        self._values = values.detach().to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+        self._names, self._processes = names, processes
+
+    def read(self) -> StepResult:
+        """Wait for the step; all processes must read, in the order of their steps."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        own, (norm, *norms) = self._values[:2].tolist(), self._values[2:].tolist()
+        cross_entropy, z_loss = self._processes.mean(own)
+        pairs = zip(self._names, norms, strict=True)
+        culprit = next((name for name, value in pairs if not math.isfinite(value)), None)
+        return StepResult(cross_entropy, z_loss, norm, culprit)
 
 
 def train_step(
@@ -43,62 +75,67 @@ def train_step(
     batches: list[Tensor],
     config: OptimizerConfig,
     processes: Processes,
-) -> StepResult:
+    passes: Callable[[list[Tensor]], Tensor] | None = None,
+) -> Measurement:
     """One optimiser step over this process's batches of shape (batch, time + 1), int64.
 
-    The model's `bos_token_id` begins every document. No update is made when the loss or the
-    gradient is not finite.
+    The model's `bos_token_id` begins every document. On a GPU the step has only been started when
+    this returns. An update with a gradient that is not finite spoils the weights; what is measured
+    tells. `passes` computes gradients and losses of batches, None for `add_gradients`.
     """
-    losses = [_backward(model, batch, config, len(batches), processes) for batch in batches]
-    cross_entropy, z_loss = processes.mean(torch.stack(losses).double().mean(0).tolist())
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = _whole(nn.utils.get_total_norm(gradients))
-    result = StepResult(cross_entropy, z_loss, norm.item())
-    if result.is_finite:
-        limit = config.max_grad_norm or math.inf
-        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-        optimizer.step()
-        project_parameters(model)
-    else:
-        culprit = _first_not_finite(model.model, processes.largest)
-        result = dataclasses.replace(result, culprit=culprit)
+    compute = passes or (lambda those: add_gradients(model, those, config, processes))
+    losses = compute(batches)
+    named = [(name, p.grad) for name, p in model.model.named_parameters() if p.grad is not None]
+    norms = _whole(torch.stack(torch._foreach_norm([grad for _, grad in named])))
+    norm = torch.linalg.vector_norm(norms)
+    limit = config.max_grad_norm or math.inf
+    nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    optimizer.step()
+    project_parameters(model)
     optimizer.zero_grad(set_to_none=True)
-    return result
+    names = [name for name, _ in named]
+    return Measurement(losses, norm, norms, names, processes)
+
+
+def add_gradients(
+    model: CausalLoss,
+    batches: list[Tensor],
+    config: OptimizerConfig,
+    processes: Processes,
+    caches: Sequence[ParaRNNCache | None] | None = None,
+) -> Tensor:
+    """Forward and backward passes over batches; returns mean cross-entropy and z-loss, shape (2,).
+
+    `caches` hold the states before the batches, and then those after them, with their graphs.
+    """
+    share = 1 / len(batches)
+    pairs = zip(batches, caches or [None] * len(batches), strict=True)
+    losses = [_backward(model, batch, cache, share, config, processes) for batch, cache in pairs]
+    return torch.stack(losses).mean(0)
 
 
 def _backward(
     model: CausalLoss,
     batch: Tensor,
+    cache: ParaRNNCache | None,
+    share: float,
     config: OptimizerConfig,
-    num_batches: int,
     processes: Processes,
 ) -> Tensor:
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    resets = inputs == model.model.config.bos_token_id
     # Ours in any case: compiled blocks would be compiled again for the first batch without
-    apart = model.knows_resets or (model.separates_documents and bool(resets.any()))
+    begins = model.model.config.bos_token_id
+    apart = model.knows_resets or (
+        model.separates_documents and bool((batch[:, :-1] == begins).any())
+    )
     device = processes.device
+    batch = batch.to(device, non_blocking=True)
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    resets = inputs == begins if apart else None
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        loss, cross_entropy, z_loss = model(
-            inputs.to(device), targets.to(device), resets.to(device) if apart else None
-        )
-    (loss / num_batches).backward()
+        loss, cross_entropy, z_loss = model(inputs, targets, resets, cache)
+    (loss * share).backward()
     return torch.stack([cross_entropy, z_loss])
-
-
-def _first_not_finite(model: nn.Module, largest: Callable[[int], int]) -> str | None:
-    """Name of the first parameter with a gradient that is not finite in some process."""
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    last = len(named)
-    bad = (i for i, (_, grad) in enumerate(named) if not _part(grad).isfinite().all())
-    first = last - largest(last - next(bad, last))
-    return named[first][0] if first < last else None
 
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,18 +15,34 @@ from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.signals import StopSignals
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.models.flops import peak_flops
+from pararnn.lm.training.averaging import AverageWeights
 from pararnn.lm.training.checkpoints import Checkpoint, CheckpointError
 from pararnn.lm.training.config import TrainConfig
-from pararnn.lm.training.data import Batches
+from pararnn.lm.training.data import Batches, ReadAhead
 from pararnn.lm.training.metrics import StepLog
 from pararnn.lm.training.optimizer import learning_rate, named_state
 from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.passes import Passes
 from pararnn.lm.training.profiling import record_steps
+from pararnn.lm.training.random_state import random_state, set_random_state
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.saving import CheckpointWriter, root_cause
+from pararnn.lm.training.sharding import may_recompute
 from pararnn.lm.training.state_index import StateReader
-from pararnn.lm.training.step import StepResult, train_step
+from pararnn.lm.training.step import Measurement, StepResult, train_step
 from pararnn.lm.training.text import open_codec
+from pararnn.lm.training.trackers import tracker
+from pararnn.lm.training.validation import Validator
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A step that was started, and may still run."""
+
+    step: int
+    learning_rate: float
+    num_tokens: int
+    measured: Measurement
 
 
 @dataclass
@@ -40,6 +56,9 @@ class Trainer:
         model: As `lay_out` left it.
         optimizer: Of the model's parameters.
         batches: What this process reads.
+        passes: Compute the gradients of a step.
+        average: Of the weights; None where there is none.
+        validator: Evaluates the model between steps.
         processes: That train together.
         flops_per_token: For model FLOPs utilisation.
         tokens_per_byte: Of the text.
@@ -49,13 +68,18 @@ class Trainer:
     run: RunFolder
     identity: str
     model: CausalLoss
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     batches: Batches
+    passes: Passes
+    average: AverageWeights | None
+    validator: Validator
     processes: Processes
     flops_per_token: float
     tokens_per_byte: float = 1.0
     step: int = 0
     train_seconds: float = 0.0
+    _unread: _Unread | None = field(default=None, init=False)
+    _clock: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         folder, keep = self.run.checkpoints, self.config.keep_checkpoints
@@ -70,15 +94,19 @@ class Trainer:
         Raises:
             CheckpointError: It is whole, but not what this trainer wrote.
         """
+        device, rank = self.processes.device, self.processes.rank
         try:
             progress = checkpoint.read_progress()
-            known = self.processes.rank < progress["num_processes"]
-            same_device = self.processes.device.type == progress["device"]
-            random_state = self._random_state() if known and same_device else {}
-            state = self._state() | {"random": random_state}
+            known = rank < progress["num_processes"] and device.type == progress["device"]
+            numbers = random_state(device, rank) if known else {}
+            state = self._state() | {"random": numbers}
             dcp.load(state, storage_reader=StateReader(checkpoint.state))
             self.step, self.train_seconds = checkpoint.step, float(progress["train_seconds"])
-            self._set_random_state(random_state)
+            if self.passes.carried is not None:
+                self.passes.carried.set_state(state["carried"])
+            if progress.get("recomputes") and may_recompute(self.config.execution):
+                self.passes.recompute()
+            set_random_state(device, numbers)
         except (ValueError, KeyError, TypeError, CheckpointException) as error:
             self.processes.on_first(partial(_raise_unusable, checkpoint, error))
 
@@ -89,31 +117,25 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "num_processes": self.processes.count,
             "device": self.processes.device.type,
+            "recomputes": self.passes.recomputes,
         }
-        state = self._state() | {"random": self._random_state()}
-        self._writer.save(self.step, self.model.model, state, progress)
+        numbers = random_state(self.processes.device, self.processes.rank)
+        state = self._state() | {"random": numbers}
+        weights = None if self.average is None else self.average.tensors
+        best = self.validator.best
+        self._writer.save(self.step, self.model.model, state, progress, weights=weights, best=best)
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors themselves: what is loaded into them is loaded into the model."""
-        return {
+        """The tensors themselves: what is loaded into them is loaded, but for carried states."""
+        state = {
             "model": self.model.model.state_dict(),
             "optimizer": named_state(self.model.model, self.optimizer),
         }
-
-    def _random_state(self) -> dict[str, Tensor]:
-        """The random states of this process, under its own names."""
-        rank, device = self.processes.rank, self.processes.device
-        state = {f"cpu-{rank}": torch.get_rng_state()}
-        if device.type == "cuda":
-            state[f"cuda-{rank}"] = torch.cuda.get_rng_state(device)
+        if self.average is not None:
+            state["average"] = self.average.tensors
+        if self.passes.carried is not None:
+            state["carried"] = self.passes.carried.state()
         return state
-
-    def _set_random_state(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            if name.startswith("cuda"):
-                torch.cuda.set_rng_state(value, self.processes.device)
-            else:
-                torch.set_rng_state(value)
 
     def fit(self) -> int | None:
         """Train up to `config.steps`.
@@ -131,19 +153,23 @@ class Trainer:
             stack.enter_context(self._writer)
             if self.step == 0:
                 self.save()
-            log = stack.enter_context(self._open_log()) if self.processes.is_first else None
+            self.validator.begin(self.step)
+            log = self._open_log(stack) if self.processes.is_first else None
             profile = config.execution.profile_steps
             record = record_steps(self.run.profile, profile, self.processes)
             end_step = stack.enter_context(record)
+            batches = stack.enter_context(ReadAhead(self.batches, self.processes.device))
             self.model.train()
             while self.step < config.steps:
-                self._advance(log)
+                self._advance(batches, log)
                 end_step()
                 signal = self.processes.largest(stop.received or 0)
                 done = self.step == config.steps
-                if done or signal or self.step % config.checkpoint_every == 0:
+                improved = self.validator.is_due(self.step) and self._validate(log)
+                if done or signal or improved or self.step % config.checkpoint_every == 0:
+                    self._note(log)
                     if log is not None:
-                        log.metrics.sync()
+                        log.sync()
                     self.save()
                 if signal and not done:
                     self._writer.wait()
@@ -151,47 +177,73 @@ class Trainer:
             self._writer.wait()
         return None
 
-    def _open_log(self) -> StepLog:
-        return StepLog(self.run.metrics, self.run.tensorboard, self.step, self.config.steps)
+    def _open_log(self, stack: ExitStack) -> StepLog:
+        send = stack.enter_context(tracker(self.config, self.run))
+        return stack.enter_context(StepLog(self.run, self.step, self.config.steps, send))
 
-    def _advance(self, log: StepLog | None) -> None:
-        """One train step with its measurements."""
-        start = time.perf_counter()
+    def _advance(self, data: ReadAhead, log: StepLog | None) -> None:
+        """Start one train step, and note the one before it while this one runs."""
+        if self._unread is None:
+            self._clock = time.perf_counter()
         settings = self.config.optimizer
         rate = learning_rate(self.step, settings.learning_rate, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batches = self.batches.of_step(self.step)
-        result = train_step(self.model, self.optimizer, batches, settings, self.processes)
-        if not result.is_finite:
-            self.processes.on_first(lambda: self._raise_not_finite(result))
+        batches = data.of_step(self.step)
+        if self.passes.carried is not None and self.batches.order.begins(self.step):
+            self.passes.carried.begin()
+        measured = train_step(
+            self.model, self.optimizer, batches, settings, self.processes, self.passes
+        )
         self.step += 1
-        seconds = time.perf_counter() - start
+        if self.average is not None:
+            self.average.update(self.step)
+        self._note(log)
+        num_tokens = self.processes.count * sum(batch[:, 1:].numel() for batch in batches)
+        self._unread = _Unread(self.step, rate, num_tokens, measured)
+
+    def _validate(self, log: StepLog | None) -> bool:
+        """Predict held-out text; returns whether that went better than ever before."""
+        self._note(log)
+        result, improved = self.validator(self.step)
+        if log is not None:
+            log.write_validation(result.record(self.step, self.train_seconds))
+        return improved
+
+    def _note(self, log: StepLog | None) -> None:
+        """Wait for the step that is not noted yet, if there is one, and note it."""
+        if self._unread is None:
+            return
+        unread, self._unread = self._unread, None
+        result = unread.measured.read()
+        if not result.is_finite:
+            self.processes.on_first(lambda: _raise_not_finite(unread.step, result))
+        before, self._clock = self._clock, time.perf_counter()
+        seconds = self._clock - before
         self.train_seconds += seconds
         if log is None:
             return
-        num_tokens = self.processes.count * sum(batch[:, 1:].numel() for batch in batches)
         record = {
-            "step": self.step,
+            "step": unread.step,
             "loss": result.loss,
             "bits_per_byte": result.loss / math.log(2) * self.tokens_per_byte,
             "z_loss": result.z_loss,
             "grad_norm": result.grad_norm,
-            "learning_rate": rate,
-            "tokens_per_second": num_tokens / seconds,
+            "learning_rate": unread.learning_rate,
+            "tokens_per_second": unread.num_tokens / seconds,
         }
         if self._peak is not None:
             record["mfu"] = self.flops_per_token * record["tokens_per_second"] / self._peak
         log.write(record)
 
-    def _raise_not_finite(self, result: StepResult) -> None:
-        where = f", first in {result.culprit}" if result.culprit else ""
-        raise RunError(
-            f"step {self.step + 1} gave loss {result.loss} and gradient norm {result.grad_norm}"
-            f"{where}; the weights were not changed and no checkpoint holds this step. Start a "
-            "new run with a lower --optimizer.learning-rate or a lower "
-            "--optimizer.max-grad-norm."
-        )
+
+def _raise_not_finite(step: int, result: StepResult) -> None:
+    where = f", first in {result.culprit}" if result.culprit else ""
+    raise RunError(
+        f"step {step} gave loss {result.loss} and gradient norm {result.grad_norm}{where}; no "
+        "checkpoint holds this step. Start a new run with a lower --optimizer.learning-rate or a "
+        "lower --optimizer.max-grad-norm."
+    )
 
 
 def _raise_unusable(checkpoint: Checkpoint, error: BaseException) -> None:

@@ -1,0 +1,103 @@
+"""Truncated backpropagation through time: the state goes on from sequence to sequence."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from pararnn.lm.models.cache import LayerState, ParaRNNCache
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.training.parallel import Processes
+
+
+class CarriedState:
+    """The states after the last sequences, a row for each sequence of a step in this process.
+
+    No gradient flows through them.
+
+    Args:
+        model: As `lay_out` left it; a ParaRNN model without attention.
+        rows: Sequences of a step in this process.
+        processes: That train together.
+        half: Whether the model runs in bfloat16 autocast.
+    """
+
+    def __init__(self, model: CausalLoss, rows: int, processes: Processes, half: bool) -> None:
+        self._mesh = None if processes.count == 1 else _mesh(processes)
+        self._layers = _empty(model, rows, processes.device, half)
+
+    def begin(self) -> None:
+        """Start anew from states of zero."""
+        self._layers = [layer.map(torch.zeros_like) for layer in self._layers]
+
+    def caches(self, num_passes: int) -> list[ParaRNNCache]:
+        """The states before the sequences of each of several passes."""
+        pieces = [_split(layer, num_passes) for layer in self._layers]
+        return [ParaRNNCache(list(layers)) for layers in zip(*pieces, strict=True)]
+
+    def go_on(self, caches: Sequence[ParaRNNCache]) -> None:
+        """Keep the states after them."""
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        self._layers = [_join(pieces) for pieces in layers]
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it by names, in a form that any number of processes can read."""
+        return {
+            f"{index}.{number}": self._shared(tensor)
+            for index, layer in enumerate(self._layers)
+            for number, tensor in enumerate(_tensors(layer))
+        }
+
+    def _shared(self, rows: Tensor) -> Tensor:
+        mesh = self._mesh
+        return rows if mesh is None else DTensor.from_local(rows, mesh, [Shard(0)])
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        for index, layer in enumerate(self._layers):
+            found = [state[f"{index}.{number}"] for number in range(len(_tensors(layer)))]
+            own = [t.to_local() if isinstance(t, DTensor) else t for t in found]
+            self._layers[index] = _like(layer, own)
+
+
+def _mesh(processes: Processes) -> DeviceMesh:
+    return init_device_mesh(processes.device.type, (processes.count,))
+
+
+@torch.no_grad()
+def _empty(model: CausalLoss, rows: int, device: torch.device, half: bool) -> list[LayerState]:
+    """States of zero, of the shapes and types that the model makes."""
+    was_training, cache = model.training, ParaRNNCache()
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    model.eval()
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.autocast(device.type, torch.bfloat16, enabled=half),
+    ):
+        model(token, token, torch.ones_like(token, dtype=torch.bool), cache)
+    model.train(was_training)
+    return [layer.map(lambda t: t.new_zeros(rows, *t.shape[1:])) for layer in cache.layers]
+
+
+def _tensors(layer: LayerState) -> list[Tensor]:
+    recurrent = layer.recurrent
+    return [layer.window, *([recurrent] if isinstance(recurrent, Tensor) else recurrent)]
+
+
+def _like(layer: LayerState, tensors: Sequence[Tensor]) -> LayerState:
+    """The inverse of `_tensors`."""
+    window, *recurrent = tensors
+    whole = isinstance(layer.recurrent, Tensor)
+    return LayerState(window, recurrent[0] if whole else tuple(recurrent))
+
+
+def _split(layer: LayerState, count: int) -> list[LayerState]:
+    pieces = zip(*(tensor.chunk(count) for tensor in _tensors(layer)), strict=True)
+    return [_like(layer, tensors) for tensors in pieces]
+
+
+def _join(layers: Sequence[LayerState]) -> LayerState:
+    columns = zip(*map(_tensors, layers), strict=True)
+    return _like(layers[0], [torch.cat(pieces).detach() for pieces in columns])

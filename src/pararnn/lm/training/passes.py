@@ -1,0 +1,78 @@
+"""The forward and backward passes of a run's steps: what they carry on, and what they keep."""
+
+import gc
+
+import torch
+from torch import Tensor
+
+from pararnn.lm.data.words import say
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.training.carried import CarriedState
+from pararnn.lm.training.config import TrainConfig
+from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.random_state import random_state, set_random_state
+from pararnn.lm.training.sharding import may_recompute, recompute, recomputes
+from pararnn.lm.training.step import add_gradients
+
+
+class Passes:
+    """Computes the gradients of a step.
+
+    With activation checkpointing "auto" activations are kept until memory runs out for the first
+    time. The step is then taken again, from the same state and random numbers.
+
+    Args:
+        config: Settings.
+        model: As `lay_out` left it.
+        processes: That train together.
+        carried: State that goes on from sequence to sequence; None where every one begins anew.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: CausalLoss,
+        processes: Processes,
+        carried: CarriedState | None = None,
+    ) -> None:
+        self.config, self.model, self.processes = config, model, processes
+        self.carried = carried
+        self.recomputes = recomputes(config.execution, processes)
+
+    def __call__(self, batches: list[Tensor]) -> Tensor:
+        """Add the gradients of batches; returns mean cross-entropy and z-loss, shape (2,)."""
+        if self.recomputes or not may_recompute(self.config.execution):
+            return self._run(batches)
+        device = self.processes.device
+        before = random_state(device)
+        try:
+            return self._run(batches)
+        except torch.OutOfMemoryError:
+            pass  # what follows does not belong in here: the error holds the activations
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        say(
+            "Memory ran out, so activation checkpointing is on from now: blocks keep only their "
+            "inputs and compute the rest again. --text.batch-size with fewer sequences may be "
+            "faster."
+        )
+        self.recompute()
+        set_random_state(device, before)
+        return self._run(batches)
+
+    def recompute(self) -> None:
+        """Compute activations again from now on."""
+        if not self.recomputes:
+            self.recomputes = True
+            recompute(self.model, self.config.execution)
+
+    def _run(self, batches: list[Tensor]) -> Tensor:
+        settings = self.config.optimizer
+        if self.carried is None:
+            return add_gradients(self.model, batches, settings, self.processes)
+        caches = self.carried.caches(len(batches))
+        losses = add_gradients(self.model, batches, settings, self.processes, caches)
+        self.carried.go_on(caches)
+        return losses

@@ -1,0 +1,135 @@
+"""Steps that wait for nothing: results read late, data read ahead, memory that runs out."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+from pararnn.lm.training import report, train, trainer
+from pararnn.lm.training.config import ArchitectureConfig, ExecutionConfig
+from pararnn.lm.training.data import Batches, ReadAhead, WindowOrder
+from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.sharding import recomputes
+from pararnn.lm.training.step import Measurement, train_step
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _short_report(monkeypatch):
+    monkeypatch.setattr(report, "LARGEST_LOOP", 1)
+    monkeypatch.setattr(report, "SAMPLE_TOKENS", 2)
+
+
+def losses(folder):
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def test_a_step_is_read_once_the_next_one_is_started(make_config, monkeypatch):
+    """But not later than a checkpoint, which must not hold what is not finite."""
+    events = []
+    read = Measurement.read
+
+    def start(*args):
+        events.append("start")
+        return train_step(*args)
+
+    def note(self):
+        events.append("read")
+        return read(self)
+
+    monkeypatch.setattr(trainer, "train_step", start)
+    monkeypatch.setattr(Measurement, "read", note)
+    monkeypatch.setattr(trainer.Trainer, "save", lambda self: events.append("save"))
+    with pytest.raises(Exception, match="no checkpoint"):
+        train(make_config(steps=4, checkpoint_every=3))
+    first = ["start", "start", "read", "start", "read", "read", "save"]
+    assert events == ["save", *first, "start", "read", "save"]
+
+
+def test_a_step_does_not_wait_for_the_device(make_config, monkeypatch):
+    """No number in a tensor is asked for while a step is started."""
+    asked, here = [], threading.get_ident()
+
+    def noting(name, method):
+        def ask(tensor, *args):
+            if threading.get_ident() == here:
+                asked.append(name)
+            return method(tensor, *args)
+
+        return ask
+
+    def watched(*args):
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+                patch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
+            return train_step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    train(make_config(steps=2, execution=ExecutionConfig(activation_checkpointing="off")))
+    assert asked == []
+
+
+def test_the_next_step_is_read_while_one_is_computed():
+    windows = [torch.full((3,), number) for number in range(12)]
+    batches, read = Batches(windows, WindowOrder(12, 4, 0), 2), []
+    of_step = batches.of_step
+    expected = [of_step(step) for step in range(5)]
+    batches.of_step = lambda step: read.append(step) or of_step(step)
+    with ReadAhead(batches, CPU) as ahead:
+        for step in (0, 1, 2):
+            found = ahead.of_step(step)
+            ahead._next[1].result()
+            assert all(torch.equal(*pair) for pair in zip(found, expected[step], strict=True))
+        assert read == [0, 1, 2, 3]
+        found = ahead.of_step(1)
+        assert all(torch.equal(*pair) for pair in zip(found, expected[1], strict=True))
+
+
+def test_without_memory_activations_are_computed_again(make_config, monkeypatch, capsys):
+    """The step is taken again, with the same random numbers; a resumed run goes on likewise."""
+    shape = ArchitectureConfig(width=16, num_layers=2, num_heads=2, dropout=0.2)
+    plain = ExecutionConfig(activation_checkpointing="on")
+    train(make_config("whole", steps=4, architecture=shape, execution=plain))
+    capsys.readouterr()
+    calls = []
+
+    def full(module, inputs):
+        calls.append(module)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    build = trainer.Trainer.__post_init__
+
+    def fill(self):
+        build(self)
+        self.model.model.model.layers[1].register_forward_pre_hook(full)
+
+    monkeypatch.setattr(trainer.Trainer, "__post_init__", fill)
+    config = make_config(steps=4, architecture=shape)
+    train(config)
+    assert "Memory ran out, so activation checkpointing is on from now" in capsys.readouterr().out
+    assert losses(config.out) == losses(make_config("whole").out)
+    newest = max((config.out / "checkpoints").glob("step-*"))
+    assert json.loads((newest / "progress.json").read_text())["recomputes"]
+
+
+def test_memory_that_runs_out_although_it_should_not(make_config, monkeypatch):
+    def full(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("pararnn.lm.training.passes.Passes._run", full)
+    with pytest.raises(Exception, match=r"out of memory: CUDA .*Lower --text.batch-size"):
+        train(make_config(execution=ExecutionConfig(activation_checkpointing="off")))
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "expected"),
+    [("auto", 1, False), ("auto", 2, True), ("off", 2, False), ("on", 1, True)],
+)
+def test_what_training_begins_with(asked, count, expected):
+    execution = ExecutionConfig(activation_checkpointing=asked)
+    assert recomputes(execution, Processes(0, count, CPU)) == expected

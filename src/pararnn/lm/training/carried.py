@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 from pararnn.lm.models.cache import LayerState, ParaRNNCache
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.sharding import looking
 
 
 class CarriedState:
@@ -66,18 +67,12 @@ def _mesh(processes: Processes) -> DeviceMesh:
     return init_device_mesh(processes.device.type, (processes.count,))
 
 
-@torch.no_grad()
 def _empty(model: CausalLoss, rows: int, device: torch.device, half: bool) -> list[LayerState]:
     """States of zero, of the shapes and types that the model makes."""
-    was_training, cache = model.training, ParaRNNCache()
+    cache = ParaRNNCache()
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    model.eval()
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.autocast(device.type, torch.bfloat16, enabled=half),
-    ):
+    with looking(model), torch.autocast(device.type, torch.bfloat16, enabled=half):
         model(token, token, torch.ones_like(token, dtype=torch.bool), cache)
-    model.train(was_training)
     return [layer.map(lambda t: t.new_zeros(rows, *t.shape[1:])) for layer in cache.layers]
 
 

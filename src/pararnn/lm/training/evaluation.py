@@ -14,6 +14,7 @@ from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.models.configuration import ATTENTION
 from pararnn.lm.models.loss import IGNORED
 from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.sharding import looking
 from pararnn.lm.training.text import Codec
 
 MAX_STREAMS = 64
@@ -84,7 +85,6 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 def evaluate_together(
     loss: CausalLoss,
     split: TokenSplit,
@@ -96,8 +96,7 @@ def evaluate_together(
     carry: bool = True,
 ) -> Evaluation:
     """As `evaluate`, with the streams shared out to processes that hold parts of a model."""
-    was_training, device = loss.model.training, processes.device
-    loss.model.eval()
+    device = processes.device
     inputs, targets = _streams(split, limit, processes.count)
     inputs, targets = (t[processes.rank :: processes.count] for t in (inputs, targets))
     cache = ParaRNNCache() if carry and carries_state(loss.model) else None
@@ -108,13 +107,13 @@ def evaluate_together(
         expected = targets[:, start : start + chunk]
         resets = part == codec.separator
         apart = loss.separates_documents and bool(resets.any())
-        cross_entropy = loss(
-            part.to(device), expected.to(device), resets.to(device) if apart else None, cache
-        )[1]
+        with looking(loss):
+            cross_entropy = loss(
+                part.to(device), expected.to(device), resets.to(device) if apart else None, cache
+            )[1]
         num_targets = int((expected != IGNORED).sum())
         total += cross_entropy.double() * num_targets
         count += num_targets
-    loss.model.train(was_training)
     mean, share = processes.mean([total.item(), float(count)])
     num_tokens = round(share * processes.count)
     return Evaluation(mean / share, num_tokens, codec.tokens_per_byte(split))

@@ -1,12 +1,13 @@
 """Prepares a model for training: recomputation, compilation, shards over processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -95,6 +96,24 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
     return run
+
+
+@contextmanager
+def looking(loss: CausalLoss) -> Iterator[None]:
+    """Run a model between train steps: in evaluation mode, without gradients.
+
+    Blocks run as they are written, or they would be compiled for this as well. What is around the
+    blocks is in parts again at the end: only a backward pass would see to that.
+    """
+    was_training = loss.model.training
+    loss.model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        loss.model.train(was_training)
+        if isinstance(loss, FSDPModule):
+            loss.reshard()
 
 
 def gather_on_first(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:

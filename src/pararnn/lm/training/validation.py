@@ -63,7 +63,6 @@ class Validator:
         mean = nullcontext() if self.average is None else self.average.in_place()
         with (
             mean,
-            torch.compiler.set_stance("force_eager"),  # or blocks are compiled for it as well
             torch.autocast(device.type, torch.bfloat16, enabled=half),
         ):
             result = evaluate_together(

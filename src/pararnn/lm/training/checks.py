@@ -77,7 +77,8 @@ def try_step(config: TrainConfig, device: torch.device) -> None:
         model = to_device(start(outline_model(small, Codec()), config.seed), device)
         loss = CausalLoss(model.train(), config.optimizer.z_loss_weight)
         here = Processes(0, 1, device)
-        train_step(loss, build_optimizer(model, config.optimizer), [tokens], config.optimizer, here)
+        optimizer = build_optimizer(model, config.optimizer)
+        train_step(loss, optimizer, [tokens], config.optimizer, here).read()
     except BackendError as error:
         raise RunError(str(error)) from error
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:

@@ -348,7 +348,7 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 
 _SINCE: dict[str, Any] = {
-    "cell_options": (),
+    "cell_options": [],
     "architecture.state_size": 128,
     "architecture.dropout": 0.0,
     "text.carry_state": False,

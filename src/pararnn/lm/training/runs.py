@@ -111,6 +111,7 @@ def _start(
     """A new run; what can be tried without its folder is tried first."""
     if config.out is not None:
         RunFolder(config.out).check_free()
+    check_tracker(config.log)
     config = import_own(config)
     with explained(None):
         try_step(config, device)
@@ -124,6 +125,7 @@ def _reopen(
     if config.out is None:
         raise RunError("name the run to resume with --out.")
     run = RunFolder.open(config.out)
+    check_tracker(config.log)
     with explained(run):
         held.enter_context(alone_in_run(run.path))
         check_resumable(run.read_config(), config)
@@ -150,7 +152,6 @@ def _prepare(
     """Data, model and trainer."""
 
     def prepare() -> tuple[Text, Checkpoint | None]:
-        check_tracker(config.log)
         text = open_text(config, run)
         checkpoint = _find_checkpoint(config, run, text) if resume else None
         run.write_config(config)

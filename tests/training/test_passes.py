@@ -2,6 +2,7 @@
 
 import json
 import threading
+import types
 
 import pytest
 import torch
@@ -71,6 +72,19 @@ def test_a_step_does_not_wait_for_the_device(make_config, monkeypatch):
     monkeypatch.setattr(trainer, "train_step", watched)
     train(make_config(steps=2, execution=ExecutionConfig(activation_checkpointing="off")))
     assert asked == []
+
+
+def test_every_step_has_its_own_time(make_config, monkeypatch):
+    """Though the last one before a checkpoint is read at once after the one before it."""
+    ends = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ends))
+    monkeypatch.setattr("pararnn.lm.training.moment.time", clock)
+    config = make_config(steps=5, checkpoint_every=5)
+    monkeypatch.setattr("pararnn.lm.training.runs.try_step", lambda *_: None)
+    train(config)
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    speeds = [json.loads(line)["tokens_per_second"] for line in lines]
+    assert speeds == [pytest.approx(3 * 24 / seconds) for seconds in (1, 2, 3, 4, 5)]
 
 
 def test_the_next_step_is_read_while_one_is_computed():

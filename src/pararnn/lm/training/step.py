@@ -12,6 +12,7 @@ from pararnn import project_parameters
 from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.config import OptimizerConfig
+from pararnn.lm.training.moment import Moment
 from pararnn.lm.training.parallel import Processes
 
 
@@ -46,6 +47,9 @@ class Measurement:
         norms: Of the gradient of each parameter.
         names: Of the parameters.
         processes: That take the step together.
+
+    Attributes:
+        end: When the step is done.
     """
 
     def __init__(
@@ -53,15 +57,12 @@ class Measurement:
     ) -> None:
         values = torch.cat([losses.double(), norm.double().reshape(1), norms.double()])
         self._values = values.detach().to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if values.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
+        self.end = Moment(values.device)
         self._names, self._processes = names, processes
 
     def read(self) -> StepResult:
         """Wait for the step; all processes must read, in the order of their steps."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.end.wait()
         own, (norm, *norms) = self._values[:2].tolist(), self._values[2:].tolist()
         cross_entropy, z_loss = self._processes.mean(own)
         pairs = zip(self._names, norms, strict=True)

@@ -1,7 +1,6 @@
 """The training loop: steps, measurements and checkpoints."""
 
 import math
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from pararnn.lm.training.checkpoints import Checkpoint, CheckpointError
 from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.data import Batches, ReadAhead
 from pararnn.lm.training.metrics import StepLog
+from pararnn.lm.training.moment import Moment
 from pararnn.lm.training.optimizer import learning_rate, named_state
 from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.passes import Passes
@@ -79,7 +79,7 @@ class Trainer:
     step: int = 0
     train_seconds: float = 0.0
     _unread: _Unread | None = field(default=None, init=False)
-    _clock: float = field(default=0.0, init=False)
+    _before: Moment = field(init=False)
 
     def __post_init__(self) -> None:
         folder, keep = self.run.checkpoints, self.config.keep_checkpoints
@@ -184,7 +184,7 @@ class Trainer:
     def _advance(self, data: ReadAhead, log: StepLog | None) -> None:
         """Start one train step, and note the one before it while this one runs."""
         if self._unread is None:
-            self._clock = time.perf_counter()
+            self._before = Moment(self.processes.device)
         settings = self.config.optimizer
         rate = learning_rate(self.step, settings.learning_rate, self.config.schedule)
         for group in self.optimizer.param_groups:
@@ -218,8 +218,8 @@ class Trainer:
         result = unread.measured.read()
         if not result.is_finite:
             self.processes.on_first(lambda: _raise_not_finite(unread.step, result))
-        before, self._clock = self._clock, time.perf_counter()
-        seconds = self._clock - before
+        before, self._before = self._before, unread.measured.end
+        seconds = self._before.seconds_since(before)
         self.train_seconds += seconds
         if log is None:
             return

@@ -1,4 +1,4 @@
-"""`RNN(cell)` against the plain loop over the cell on a CPU: heads, block-diagonal, chaotic cells.
+"""`RNN(cell)` against the plain loop over the cell on a CPU: heads, blocks, norms, chaotic cells.
 
     OMP_NUM_THREADS=1 python benchmarks/mixing_loops.py [--cells CELL ...]
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pararnn
+from pararnn.cells import BlockGRUCell, LayerNormLSTMCell
 from pararnn.testing import loop
 
 INPUT, CALLS, LAST = 16, 3, 20
@@ -58,6 +59,10 @@ CELLS: dict[str, Callable[[], nn.Module]] = {
     "block-diagonal 8 x 16": lambda: Heads(8, 16, whole=True),
     "nn.GRUCell 64": lambda: nn.GRUCell(INPUT, 64),
     "nn.LSTMCell 64": lambda: nn.LSTMCell(INPUT, 64),
+    "block GRU 64": lambda: BlockGRUCell(INPUT, 64),
+    "block GRU 256": lambda: BlockGRUCell(INPUT, 256),
+    "LSTM with layer norms 64": lambda: LayerNormLSTMCell(INPUT, 64),
+    "LSTM with layer norms 256": lambda: LayerNormLSTMCell(INPUT, 256),
     "chaotic nn.GRUCell 64": lambda: chaotic(nn.GRUCell(INPUT, 64), 10.0),
     "chaotic nn.RNNCell 64": lambda: chaotic(nn.RNNCell(INPUT, 64), 6.0),
 }

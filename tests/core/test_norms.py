@@ -1,4 +1,4 @@
-"""Cells with weights and norms over channels in one kernel, in Triton's interpreter."""
+"""Cells with weights and norms over channels in one kernel, in Triton's interpreter and in C."""
 
 import functools
 import operator
@@ -13,6 +13,7 @@ from pararnn.kernels import fused
 from pararnn.kernels.stages import NotFused
 from pararnn.kernels.triton import sweeps
 from pararnn.solvers.chunks import Chunks, Cut
+from pararnn.solvers.chunks import run_steps as one_by_one
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.products import unfused
 
@@ -24,7 +25,10 @@ from .pretend_gpu import pretend_gpu
 from .test_fused import compare, random_rows, run_streamed, steps_of, with_reset_states
 from .test_mixing_operations import Mixed
 
-pytestmark = needs_triton
+IN_TRITON = pytest.param(run_streamed, id="triton", marks=needs_triton)
+IN_C = pytest.param(fused.run_in_c, id="c")
+BOTH = pytest.mark.parametrize("run", [IN_TRITON, IN_C])
+BACKENDS = pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "c"])
 DIRECTIONS = pytest.mark.parametrize("direction", ["forward", "adjoint"])
 
 
@@ -39,13 +43,16 @@ def kernel_of(cell, direction):
 
 
 @DIRECTIONS
-@pytest.mark.parametrize("run", [fused.run_steps, run_streamed], ids=["one_block", "blocks"])
+@pytest.mark.parametrize(
+    "run", [pytest.param(fused.run_steps, id="one_block", marks=needs_triton), IN_TRITON, IN_C]
+)
 @pytest.mark.parametrize("name", NORMED)
 def test_equals_operations(name, direction, dtype, run):
     of, chunks = steps_of(make(name, dtype), dtype, direction, Cut(batch=2, time=7, chunk=4))
     compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run)
 
 
+@needs_triton
 @DIRECTIONS
 @pytest.mark.parametrize("name", NORMED)
 def test_programs_share_channels(name, direction):
@@ -58,22 +65,24 @@ def test_programs_share_channels(name, direction):
         compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run_streamed)
 
 
+@BOTH
 @DIRECTIONS
 @pytest.mark.parametrize("name", ["layer_norm_lstm", "mixed_heads"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_chunks_starts_and_order(name, direction, reverse, backwards):
+def test_chunks_starts_and_order(name, direction, reverse, backwards, run):
     dtype = torch.float64
     for cut in (Cut(2, 8, 3, backwards), Cut(1, 3, 3, backwards)):
         of, chunks = steps_of(make(name, dtype), dtype, direction, cut, strided=True)
         chunks = Chunks(chunks.step, cut, chunks.inputs, None, (), reverse)
         chunks = with_reset_states(of, chunks, dtype, reverse)
         if not reverse:
-            compare(chunks, random_rows(of, cut, dtype), dtype, run=run_streamed)
+            compare(chunks, random_rows(of, cut, dtype), dtype, run=run)
         rows = random_rows(of, cut, dtype, copies=2)
-        compare(chunks, rows, dtype, copies=2, run=run_streamed, keep=False)
+        compare(chunks, rows, dtype, copies=2, run=run, keep=False)
 
 
+@needs_triton
 @DIRECTIONS
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", ["block_gru", "gated_layer"])
@@ -85,6 +94,7 @@ def test_who_computes_a_normed_vector(name, late, direction):
         compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run_streamed)
 
 
+@needs_triton
 def test_fewer_blocks_on_their_way_where_memory_is_short():
     dtype, tried, launch = torch.float64, [], sweeps._launch
 
@@ -101,6 +111,7 @@ def test_fewer_blocks_on_their_way_where_memory_is_short():
     assert tried == [3, 2, 1, 1]
 
 
+@needs_triton
 @pytest.mark.parametrize(
     ("name", "rounds"), [("block_gru", (3, 3)), ("layer_norm_lstm", (5, 2)), ("attending", (3, 2))]
 )
@@ -111,10 +122,11 @@ def test_rounds_of_a_step(name, rounds):
         assert "reduced0" in kernel.source
 
 
+@BACKENDS
 @pytest.mark.parametrize("name", NORMED)
-def test_whole_solve_equals_loop(name):
+def test_whole_solve_equals_loop(name, backend):
     cell = make(name, torch.float64)
-    rnn = RNN(cell, solver=Newton(chunk=2), backend="triton")
+    rnn = RNN(cell, solver=Newton(chunk=2), backend=backend)
     assert rnn.runner().facts.kernels == (None, None)
     x = torch.randn(1, 4, INPUT, dtype=torch.float64)
     state = random_state(rnn.num_components, 1, rnn.hidden_size)
@@ -124,9 +136,10 @@ def test_whole_solve_equals_loop(name):
 
 @pytest.mark.parametrize("solver", [Jacobi(chunk=3), Sequential()], ids=["jacobi", "sequential"])
 @pytest.mark.parametrize("name", ["block_gru", "layer_norm_lstm"])
-def test_resets(name, solver):
+@BACKENDS
+def test_resets(name, solver, backend):
     cell = make(name, torch.float64)
-    rnn = RNN(cell, solver=solver, backend="triton")
+    rnn = RNN(cell, solver=solver, backend=backend)
     x, resets = torch.randn(3, 5, INPUT, dtype=torch.float64), torch.rand(3, 5) < 0.2
     resets[:2, 0] = torch.tensor([False, True])
     states = [random_state(rnn.num_components, 3, rnn.hidden_size) for _ in range(2)]
@@ -146,15 +159,17 @@ KNOWN = (
 
 @DIRECTIONS
 @pytest.mark.parametrize("name", KNOWN)
-def test_operations(name, direction):
+@BACKENDS
+def test_operations(name, direction, backend):
     """Those that mix channels in ways that kernels know."""
     dtype = torch.float64
     torch.manual_seed(3)
     cell = Mixed(OPERATIONS[name]).double()
     of, chunks = steps_of(cell, dtype, direction, Cut(batch=2, time=4, chunk=3))
     state = random_rows(of, chunks.cut, dtype)
-    if fused.reason(chunks, state) is None:
-        compare(chunks, state, dtype, run=run_streamed)
+    if fused.reason(chunks, state, backend) is None:
+        run = {"triton": run_streamed, "c": fused.run_in_c}[backend]
+        compare(chunks, state, dtype, run=run)
     else:
         assert (name, direction) in _REFUSED
 
@@ -177,9 +192,15 @@ def test_a_plan_says_that_steps_run_in_one_kernel():
     assert "weights which it reads at every step" in str(plan)
 
 
-def test_kernels_in_c_say_what_they_lack():
-    with pytest.raises(ValueError, match="kernels in C have no sums"):
-        RNN(make("layer_norm_lstm", torch.float32), backend="c")
+def test_extremes_with_a_number_that_is_none(dtype):
+    """They are none, as PyTorch's are; the compared rows have one each in another place."""
+    of, chunks = steps_of(make("extremes", dtype), dtype, "forward", Cut(3, 2, 2))
+    state = random_rows(of, chunks.cut, dtype)
+    for row, component in enumerate(state[0]):
+        component[row] = float("nan")
+    found, expected = (run(chunks, state) for run in (fused.run_in_c, one_by_one))
+    for a, e in zip(found[0], expected[0], strict=True):
+        assert torch.equal(a.isnan(), e.isnan())
 
 
 def test_the_norm_that_a_gpu_fuses():
@@ -221,8 +242,9 @@ class Chunked(nn.Module):
         return torch.tanh(self.input(x) + self.down(torch.tanh(a) * b))
 
 
+@BOTH
 @DIRECTIONS
-def test_layers_that_are_larger_than_the_state(direction, dtype):
+def test_layers_that_are_larger_than_the_state(direction, dtype, run):
     torch.manual_seed(5)
     of, chunks = steps_of(Chunked().to(dtype), dtype, direction, Cut(batch=2, time=5, chunk=3))
-    compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run_streamed)
+    compare(chunks, random_rows(of, chunks.cut, dtype), dtype, run=run)

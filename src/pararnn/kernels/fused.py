@@ -147,8 +147,6 @@ def _kernel(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") ->
         sizes = len(state), step.hidden, step.group
         found = products(step.module, kinds, strides, *sizes, like.dtype, like.device)
         if backend == "c":
-            if not found.is_plain:
-                raise NotExpressed("kernels in C have no sums and no products of other sizes")
             lower(found.step)  # which raises if an operation has no rule
             return CSweep(found, like.dtype is torch.float64)
         return in_triton(found, like)

@@ -1,4 +1,4 @@
-"""Steps of a cell whose channels mix by products, in C: generated functions for `mixing.c`."""
+"""Steps of a cell whose channels mix, in C: generated functions for `mixing.c`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from pararnn.tracing.expressions import Operand
 from pararnn.tracing.products import Products
 
 _VECTOR_BYTES = 64  # of the widest processors
-_GIVEN = "inputs state, inputs drive, inputs coefficient, inputs product"
+_GIVEN = "inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced"
+_KINDS = {"sum": 0, "max": 1, "min": 2}  # as in `mixing.c`
 
 
 def mixing_source(products: Products, double: bool) -> str:
@@ -31,25 +32,19 @@ def mixing_source(products: Products, double: bool) -> str:
         NotLowered: The step has an operation without a rule for kernels.
     """
     stages = Stages(products.step)
-    order = sorted(range(len(stages.products)), key=lambda n: stages.products[n].level)
-    firsts = [sum(p.level < level for p in stages.products) for level in range(stages.levels + 1)]
+    vectors, tables = _vectors(stages), _tables(stages, products)
     counts = {
         "COMPONENTS": len(products.step),
         "DRIVES": len(products.drives),
         "COEFFICIENTS": len(products.coefficients),
-        "FACTORS": len(stages.factors),
-        "DOTS": len(order),
+        "FACTORS": len(vectors),
+        "PRODUCTS": len(stages.products),
+        "TOTALS": len(stages.totals),
         "LEVELS": stages.levels,
         "GROUPS": products.groups,
         "SIZE": products.size,
         "WIDTH": width(products.size, double),
         "MAX_BLOCK": products.size,
-    }
-    tables = {
-        "FIRST_DOT": firsts,
-        "DOT": order,
-        "FACTOR_OF": [stages.factors.index(stages.products[n].factor) for n in order],
-        "WEIGHT_OF": [stages.products[n].weight for n in order],
     }
     lines = stages.equations()
     parts = [
@@ -60,15 +55,42 @@ def mixing_source(products: Products, double: bool) -> str:
         "#include <stdlib.h>",
         written("runtime.h"),
         written("threads.h"),
-        *(
-            f"static const int {name}[] = {{{', '.join(map(str, t))}}};"
-            for name, t in tables.items()
-        ),
+        *(f"static const int {name}[] = {{{_listed(t)}}};" for name, t in tables.items()),
         _factors(stages),
         _new_state(stages),
         written("mixing.c"),
     ]
     return "\n".join(parts)
+
+
+def _vectors(stages: Stages) -> list[Operand]:
+    """What is multiplied or reduced, each once."""
+    return list(dict.fromkeys([*stages.factors, *(t.factor for t in stages.totals)]))
+
+
+def _tables(stages: Stages, products: Products) -> dict[str, list[int]]:
+    """What is computed on which level: where that of each begins in a table, and the table."""
+    vectors, found = _vectors(stages), {}
+    dots = [(n, p) for n, p in enumerate(stages.products) if p.op == "dot"]
+    parts = [(n, p) for n, p in enumerate(stages.products) if p.op != "dot"]
+    for name, members in (("DOT", dots), ("PART", parts), ("TOTAL", [*enumerate(stages.totals)])):
+        rows = []
+        for n, m in sorted(members, key=lambda member: member[1].level):
+            if name == "DOT":
+                block = products.weights[m.weight]
+                more = [m.weight, block.results, block.lanes, block.parts]
+            else:
+                more = [_KINDS[m.op[:3]], *m.more]
+            rows += [n, vectors.index(m.factor), *more]
+        found[f"FIRST_{name}"] = [
+            sum(m.level < level for _, m in members) for level in range(stages.levels + 1)
+        ]
+        found[name] = rows
+    return found
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers or [0]))
 
 
 def width(size: int, double: bool) -> int:
@@ -92,8 +114,8 @@ def _factors(stages: Stages) -> str:
         "  switch (level) {",
     ]
     for level in range(stages.levels):
-        mine = {p.factor for p in stages.products if p.level == level}
-        results = {f"factor[{i}][d] =": f for i, f in enumerate(stages.factors) if f in mine}
+        mine = {m.factor for m in (*stages.products, *stages.totals) if m.level == level}
+        results = {f"factor[{i}][d] =": f for i, f in enumerate(_vectors(stages)) if f in mine}
         lines += [f"  case {level}:", *_loop(results, "    "), "    break;"]
     return "\n".join([*lines, "  }", "}\n"])
 
@@ -166,6 +188,7 @@ class CSweep:
         for p in products.drives:
             address, batch, time = _over_time(inputs[p.input], cut.backwards)
             arguments += [address + p.offset * like.itemsize, batch, time, p.group, p.channel]
+            arguments += [p.lanes, p.parts, p.part]
         replacements = [with_rows(s) for s in chunks.reset_states]
         missing = [None] * len(state)
         for tensor in (*(states or missing), *(replacements or missing)):
@@ -187,16 +210,22 @@ class CSweep:
         return found
 
     def _weights(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The blocks of the weights, (weights, groups, factor, result), with whole vectors."""
+        """The weights, (weights, groups, factor, result), with whole vectors; zero elsewhere."""
         products = self.products
-        found = torch.stack([p.of(inputs[p.input], products.groups) for p in products.weights])
-        padding = width(products.size, self.double) - products.size
-        found = found.squeeze(2).transpose(2, 3).contiguous()
-        return torch.nn.functional.pad(found, (0, padding)) if padding else found
+        size, wide = products.size, width(products.size, self.double)
+        like = inputs[products.drives[0].input] if products.drives else inputs[0]
+        found = like.new_zeros(len(products.weights), products.groups, size, wide)
+        for p, block in zip(products.weights, found, strict=True):
+            strides = size * wide, p.lanes * wide + p.results, 1, wide
+            sizes = products.groups, p.parts, p.results, p.lanes
+            block.as_strided(sizes, strides).copy_(p.of(inputs[p.input], products.groups))
+        return found
 
     def _coefficients(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        places = [replace(p, results=1) for p in self.products.coefficients]
-        found = [p.of(inputs[p.input], self.products.groups)[:, 0, 0] for p in places]
+        products, found = self.products, []
+        for p in products.coefficients:
+            own = replace(p, results=1).of(inputs[p.input], products.groups).flatten(1)
+            found.append(torch.nn.functional.pad(own, (0, products.size - p.width)))
         return torch.stack(found) if found else None
 
 

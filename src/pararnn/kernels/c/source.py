@@ -27,6 +27,7 @@ LEAF_TEXTS = {
     "coefficient": "coefficient[{}][d]",
     "tangent": "tangent[{}][d]",
     "product": "product[{}][d]",
+    "reduced": "reduced[{}]",
     "adjoint": "adjoint[{0}][d] + gradient[{0}][d]",
 }
 _GIVEN = "int64_t d, inputs state, inputs drive, inputs coefficient"

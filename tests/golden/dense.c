@@ -5,7 +5,7 @@
      state0' = (state0 - tanh(drive2 + (coefficient2 + product0) * sigmoid(coefficient0 + product1 + drive0))) * sigmoid(coefficient1 + product2 + drive1) + tanh(drive2 + (coefficient2 + product0) * sigmoid(coefficient0 + product1 + drive0))
 */
 #define DOUBLE 0
-enum { COMPONENTS = 1, DRIVES = 3, COEFFICIENTS = 3, FACTORS = 1, DOTS = 3, LEVELS = 1, GROUPS = 1, SIZE = 4, WIDTH = 16, MAX_BLOCK = 4 };
+enum { COMPONENTS = 1, DRIVES = 3, COEFFICIENTS = 3, FACTORS = 1, PRODUCTS = 3, TOTALS = 0, LEVELS = 1, GROUPS = 1, SIZE = 4, WIDTH = 16, MAX_BLOCK = 4 };
 
 #include <stdlib.h>
 #include "runtime.h"
@@ -13,10 +13,12 @@ enum { COMPONENTS = 1, DRIVES = 3, COEFFICIENTS = 3, FACTORS = 1, DOTS = 3, LEVE
 #include "threads.h"
 
 static const int FIRST_DOT[] = {0, 3};
-static const int DOT[] = {0, 1, 2};
-static const int FACTOR_OF[] = {0, 0, 0};
-static const int WEIGHT_OF[] = {2, 0, 1};
-INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, inputs product,
+static const int DOT[] = {0, 0, 2, 4, 4, 1, 1, 0, 0, 4, 4, 1, 2, 0, 1, 4, 4, 1};
+static const int FIRST_PART[] = {0, 0};
+static const int PART[] = {0};
+static const int FIRST_TOTAL[] = {0, 0};
+static const int TOTAL[] = {0};
+INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced,
     outputs factor) {
   switch (level) {
   case 0:
@@ -29,7 +31,7 @@ INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, i
   }
 }
 
-INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs product,
+INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced,
     outputs next) {
 #pragma omp simd
   for (int d = 0; d < SIZE; d++) {
@@ -58,7 +60,7 @@ INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs pro
      state0' = (state0 + drive0) * drive2 + (product0 + product1 + product2)
 */
 #define DOUBLE 0
-enum { COMPONENTS = 1, DRIVES = 6, COEFFICIENTS = 0, FACTORS = 3, DOTS = 3, LEVELS = 1, GROUPS = 1, SIZE = 4, WIDTH = 16, MAX_BLOCK = 4 };
+enum { COMPONENTS = 1, DRIVES = 6, COEFFICIENTS = 0, FACTORS = 3, PRODUCTS = 3, TOTALS = 0, LEVELS = 1, GROUPS = 1, SIZE = 4, WIDTH = 16, MAX_BLOCK = 4 };
 
 #include <stdlib.h>
 #include "runtime.h"
@@ -66,10 +68,12 @@ enum { COMPONENTS = 1, DRIVES = 6, COEFFICIENTS = 0, FACTORS = 3, DOTS = 3, LEVE
 #include "threads.h"
 
 static const int FIRST_DOT[] = {0, 3};
-static const int DOT[] = {0, 1, 2};
-static const int FACTOR_OF[] = {0, 1, 2};
-static const int WEIGHT_OF[] = {0, 1, 2};
-INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, inputs product,
+static const int DOT[] = {0, 0, 0, 4, 4, 1, 1, 1, 1, 4, 4, 1, 2, 2, 2, 4, 4, 1};
+static const int FIRST_PART[] = {0, 0};
+static const int PART[] = {0};
+static const int FIRST_TOTAL[] = {0, 0};
+static const int TOTAL[] = {0};
+INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced,
     outputs factor) {
   switch (level) {
   case 0:
@@ -93,7 +97,7 @@ INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, i
   }
 }
 
-INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs product,
+INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced,
     outputs next) {
 #pragma omp simd
   for (int d = 0; d < SIZE; d++) {

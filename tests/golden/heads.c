@@ -9,7 +9,7 @@
      state3' = maximum(log_sigmoid(product1 + drive1) + state3, product2 + drive0)
 */
 #define DOUBLE 0
-enum { COMPONENTS = 4, DRIVES = 4, COEFFICIENTS = 0, FACTORS = 1, DOTS = 4, LEVELS = 1, GROUPS = 2, SIZE = 2, WIDTH = 16, MAX_BLOCK = 2 };
+enum { COMPONENTS = 4, DRIVES = 4, COEFFICIENTS = 0, FACTORS = 1, PRODUCTS = 4, TOTALS = 0, LEVELS = 1, GROUPS = 2, SIZE = 2, WIDTH = 16, MAX_BLOCK = 2 };
 
 #include <stdlib.h>
 #include "runtime.h"
@@ -17,10 +17,12 @@ enum { COMPONENTS = 4, DRIVES = 4, COEFFICIENTS = 0, FACTORS = 1, DOTS = 4, LEVE
 #include "threads.h"
 
 static const int FIRST_DOT[] = {0, 4};
-static const int DOT[] = {0, 1, 2, 3};
-static const int FACTOR_OF[] = {0, 0, 0, 0};
-static const int WEIGHT_OF[] = {3, 1, 0, 2};
-INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, inputs product,
+static const int DOT[] = {0, 0, 3, 2, 2, 1, 1, 0, 1, 2, 2, 1, 2, 0, 0, 2, 2, 1, 3, 0, 2, 2, 2, 1};
+static const int FIRST_PART[] = {0, 0};
+static const int PART[] = {0};
+static const int FIRST_TOTAL[] = {0, 0};
+static const int TOTAL[] = {0};
+INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced,
     outputs factor) {
   switch (level) {
   case 0:
@@ -33,7 +35,7 @@ INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, i
   }
 }
 
-INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs product,
+INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced,
     outputs next) {
 #pragma omp simd
   for (int d = 0; d < SIZE; d++) {
@@ -83,7 +85,7 @@ INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs pro
      state3' = ((state2 + drive2 + where(drive6 != 0, -(state0 + drive0) * drive4, coefficient0)) * drive10 + (state1 + drive1 + (state0 + drive0) / drive5 * drive7) * drive13) * drive9 + where(drive17 != 0, 0, where(drive16 != 0, (state3 + drive3 + -(((state2 + drive2 + where(drive6 != 0, -(state0 + drive0) * drive4, coefficient0)) * drive10 + (state1 + drive1 + (state0 + drive0) / drive5 * drive7) * drive13) * drive9) + -((state2 + drive2 + where(drive6 != 0, -(state0 + drive0) * drive4, coefficient0) + (state1 + drive1 + (state0 + drive0) / drive5 * drive7) * drive12) * drive11)) / 2, state3 + drive3 + -(((state2 + drive2 + where(drive6 != 0, -(state0 + drive0) * drive4, coefficient0)) * drive10 + (state1 + drive1 + (state0 + drive0) / drive5 * drive7) * drive13) * drive9) + -((state2 + drive2 + where(drive6 != 0, -(state0 + drive0) * drive4, coefficient0) + (state1 + drive1 + (state0 + drive0) / drive5 * drive7) * drive12) * drive11)))
 */
 #define DOUBLE 0
-enum { COMPONENTS = 4, DRIVES = 20, COEFFICIENTS = 1, FACTORS = 4, DOTS = 4, LEVELS = 1, GROUPS = 2, SIZE = 2, WIDTH = 16, MAX_BLOCK = 2 };
+enum { COMPONENTS = 4, DRIVES = 20, COEFFICIENTS = 1, FACTORS = 4, PRODUCTS = 4, TOTALS = 0, LEVELS = 1, GROUPS = 2, SIZE = 2, WIDTH = 16, MAX_BLOCK = 2 };
 
 #include <stdlib.h>
 #include "runtime.h"
@@ -91,10 +93,12 @@ enum { COMPONENTS = 4, DRIVES = 20, COEFFICIENTS = 1, FACTORS = 4, DOTS = 4, LEV
 #include "threads.h"
 
 static const int FIRST_DOT[] = {0, 4};
-static const int DOT[] = {0, 1, 2, 3};
-static const int FACTOR_OF[] = {0, 1, 2, 3};
-static const int WEIGHT_OF[] = {0, 1, 2, 3};
-INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, inputs product,
+static const int DOT[] = {0, 0, 0, 2, 2, 1, 1, 1, 1, 2, 2, 1, 2, 2, 2, 2, 2, 1, 3, 3, 3, 2, 2, 1};
+static const int FIRST_PART[] = {0, 0};
+static const int PART[] = {0};
+static const int FIRST_TOTAL[] = {0, 0};
+static const int TOTAL[] = {0};
+INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced,
     outputs factor) {
   switch (level) {
   case 0:
@@ -161,7 +165,7 @@ INLINE void factors(int level, inputs state, inputs drive, inputs coefficient, i
   }
 }
 
-INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs product,
+INLINE void new_state(inputs state, inputs drive, inputs coefficient, inputs product, const real *reduced,
     outputs next) {
 #pragma omp simd
   for (int d = 0; d < SIZE; d++) {

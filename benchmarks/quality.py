@@ -1,34 +1,51 @@
-"""Bits per byte of small language models after the same bytes: ours against the baselines.
+"""Which language model is best at one size: a search over mixers, learning rates, seeds and texts.
 
-    python benchmarks/quality.py [--data FOLDER] [--out FOLDER]
+    python benchmarks/quality.py [--text code --text prose=FOLDER] [--models ...] [--minutes M]
+    python benchmarks/quality.py --times [--models ...]
 
-ParaGRU, ParaLSTM, Transformer and Mamba2 with about 24 million parameters, trained by
-`pararnn train` on the source of Python's standard library, or on any text, byte by byte, in the
-same order: bfloat16, blocks compiled on a GPU. Peak learning rates, weight decay and z-loss are
-those of the paper's 400M models (Danieli et al. 2025, C.1). --max-timescale 0 gives ours the
-paper's gates of zero bias as well.
-Held-out text is evaluated in pieces of a sequence's length, each from its beginning, for all
-models; ours also with the state carried along.
+Models of about 24 million parameters are trained on the same bytes in the same order, by what
+`pararnn train` does: bfloat16, blocks compiled on a GPU, weight decay and z-loss of the paper's
+400M models (Danieli et al. 2025, C.1). Several train side by side, each in a process of its own.
+--models takes `transformer`, `mamba2` and stacks as `pararnn train --model` does, memories also
+with a nonlinearity, such as `m2rnn:linear`; `all` is the whole search: cells and memories alone, 1
+to 3 memories among ParaGRU blocks, memories that are linear or squashed, attention in one block.
+Every model has every rate of --rates. Those whose best is within --close of the best of their kind,
+with or without attention, get --seeds seeds at that rate.
 
-What is done is kept in --out: a model found there is not trained again, and a run that was stopped
-goes on. --learning-rate, --max-timescale and --attention-every are for trying another rate, other
-gates at the start, or hybrid stacks, with some --architectures in another --out.
+What is done is kept in --out: the same command goes on where it was stopped, by a signal or by
+--minutes, and `table.md` is written at every end. Held-out text is evaluated in pieces of a
+sequence's length, for stacks without attention also with the state carried along. Steps of models
+that share a GPU take longer, so --times measures every model alone; it trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pararnn.lm.bench.models import release
+from pararnn.lm.bench.train import measure_model
+from pararnn.lm.catalogue import ATTENTION, BASELINES, MEMORIES
+from pararnn.lm.data import PrepareConfig, prepare
+from pararnn.lm.data.recipes import STANDARD_LIBRARY
+from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.models.architectures import missing_kernels
-from pararnn.lm.models.presets import ARCHITECTURES, preset
+from pararnn.lm.models.causal_loss import CausalLoss
+from pararnn.lm.models.presets import preset
 from pararnn.lm.training import RunError, RunFolder, TrainConfig, load_trained, train
 from pararnn.lm.training.config import (
     ArchitectureConfig,
@@ -38,42 +55,87 @@ from pararnn.lm.training.config import (
     TextConfig,
 )
 from pararnn.lm.training.evaluation import evaluate
+from pararnn.lm.training.language_model import build_model, outline_model
 from pararnn.lm.training.metrics import read_metrics
-from pararnn.lm.training.parallel import choose_device
-from pararnn.lm.training.text import open_text
+from pararnn.lm.training.parallel import Processes, choose_device
+from pararnn.lm.training.text import Codec, open_text
 
 HEAD = 64  # channels, of attention and of Mamba2
+LOOK_EVERY = 0.5  # seconds between looks at the processes
+GRACE = 120.0  # seconds in which a process that is stopped writes its checkpoint
 COLUMNS = {
-    "architecture": ("model", ""),
+    "text": ("text", ""),
+    "model": ("model", ""),
     "parameters": ("parameters", ","),
-    "learning_rate": ("peak rate", "g"),
-    "tokens": ("bytes trained on", ","),
-    "seconds": ("seconds, compiling included", ".0f"),
-    "tokens_per_second": ("bytes/s", ",.0f"),
-    "train": ("training, bits per byte", ".3f"),
-    "validation": ("held out, bits per byte", ".3f"),
-    "carried": ("with the state carried", ".3f"),
+    "state": ("numbers of state", ","),
+    "rate": ("best rate", "g"),
+    "seeds": ("seeds", ""),
+    "loss": ("held out, nats per byte", ".4f"),
+    "bits": ("held out, bits per byte", ".4f"),
+    "ratio": ("to the Transformer's", ".3f"),
+    "carried": ("bits, state carried", ".4f"),
+    "train": ("bits in training", ".4f"),
+    "step_ms": ("ms per step, alone", ".1f"),
+    "time_ratio": ("to the Transformer's", ".2f"),
 }
 
 
-def settings(architecture: str, options: argparse.Namespace) -> TrainConfig:
-    """What differs between architectures is their depth, heads and the paper's peak rate."""
-    theirs = preset(architecture, "400m")
-    inside = 2 * options.width if architecture == "mamba2" else options.width
-    baseline = architecture in ("transformer", "mamba2")
+@dataclass(frozen=True)
+class Unit:
+    """One model on one text, from one seed at one peak rate."""
+
+    text: str
+    model: str
+    rate: float
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Where its run is."""
+        name = f"{self.model.replace(':', '-')}-{self.rate:g}-{self.seed}"
+        return out / "runs" / self.text / name
+
+
+def stack(memory: str, count: int, blocks: int, base: str = "paragru") -> str:
+    """A few blocks of a memory, spread evenly among others: `3xparagru+m2rnn+3xparagru`."""
+    places = {round((i + 1) * (blocks + 1) / (count + 1)) - 1 for i in range(count)}
+    names = [memory if i in places else base for i in range(blocks)]
+    runs = ((name, len(list(same))) for name, same in itertools.groupby(names))
+    return "+".join(name if times == 1 else f"{times}x{name}" for name, times in runs)
+
+
+def all_models(blocks: int) -> list[str]:
+    """The whole search, what tells most first."""
+    memories = ["1xmamba2" if name in BASELINES else name for name in MEMORIES]
+    some = [stack(name, count, blocks) for count in (2, 1, 3) for name in MEMORIES]
+    other = {"tanh": "linear", "linear": "tanh"}
+    published = (getattr(MEMORIES[name], "published", "tanh") for name in MEMORIES)
+    squashed = [f"{m}:{other[p]}" for m, p in zip(memories, published, strict=True)]
+    attention = [stack(ATTENTION, 1, blocks, base) for base in ("paragru", *MEMORIES)]
+    return ["transformer", "paragru", "paralstm", *memories, *some, *attention, *squashed, "mamba2"]
+
+
+def settings(unit: Unit, options: argparse.Namespace) -> TrainConfig:
+    """What differs between baselines is their depth and heads."""
+    name, _, nonlinearity = unit.model.partition(":")
+    mamba2, baseline = name == "mamba2", name in BASELINES
+    theirs = preset(name if baseline else "paragru", "400m")
+    inside = 2 * options.width if mamba2 else options.width
+    memory = {"key_size": options.key_size, "value_size": options.value_size}
+    memory |= {"nonlinearity": nonlinearity} if nonlinearity else {}
     return TrainConfig(
-        data=options.data,
-        model=architecture,
-        out=options.out / architecture,
+        data=options.out / "data" / unit.text,
+        model=name,
+        memory_options=() if baseline else tuple(f"{k}={v}" for k, v in memory.items()),
+        out=unit.folder(options.out),
+        seed=unit.seed,
         steps=options.steps,
         checkpoint_every=options.steps,
         device=options.device,
         architecture=ArchitectureConfig(
             width=options.width,
-            num_layers=options.layers * (2 if architecture == "mamba2" else 1),
+            num_layers=options.layers * (2 if mamba2 else 1),
             num_heads=max(1, inside // HEAD) if baseline else theirs.num_heads,
             initializer_std=0.02,
-            attention_every=0 if baseline else options.attention_every,
             max_timescale=options.max_timescale or None,
         ),
         text=TextConfig(
@@ -82,131 +144,392 @@ def settings(architecture: str, options: argparse.Namespace) -> TrainConfig:
             validation_tokens=options.validation_tokens,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=options.learning_rate or theirs.learning_rate,
+            learning_rate=unit.rate,
             weight_decay=theirs.weight_decay,
             z_loss_weight=theirs.z_loss_weight,
             precision="bfloat16",
         ),
         schedule=ScheduleConfig(length=options.steps),
-        execution=ExecutionConfig(compile=choose_device(options.device).type == "cuda"),
+        execution=execution(options),
     )
 
 
-def trained(config: TrainConfig) -> RunFolder:
-    """A finished run; with its blocks as they are where the compiler cannot take them."""
+def execution(options: argparse.Namespace) -> ExecutionConfig:
+    on_gpu = choose_device(options.device).type == "cuda"
+    return ExecutionConfig(compile=on_gpu and not options.eager)
+
+
+# One unit, in a process of its own
+
+
+def run_unit(unit: Unit, options: argparse.Namespace) -> int:
+    """Train, or go on; write the result. Returns 128 plus the signal that stopped it."""
+    config = settings(unit, options)
     assert config.out is not None
     run = RunFolder(config.out)
-    try:
-        result = train(config, resume=run.config.exists())
-    except RunError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        if run.validation.exists():  # what is measured here is there
-            print(f"{config.model} wrote no sample: {reason}", flush=True)
-            return run
-        if not config.execution.compile:
+    while True:
+        try:
+            stopped_by = train(config, resume=run.config.exists()).stopped_by
+        except RunError:
             raise
-        print(f"{config.model} does not compile: {reason}", flush=True)
-    else:
-        if result.stopped_by is not None:
-            raise SystemExit(128 + result.stopped_by)
-        return run
-    release()
-    return trained(dataclasses.replace(config, execution=ExecutionConfig()))
+        except Exception as error:
+            if run.validation.exists():  # what is measured is there; the sample is not
+                break
+            if not config.execution.compile:
+                raise
+            print(f"does not compile: {type(error).__name__}: {error}", flush=True)
+            config = dataclasses.replace(config, execution=ExecutionConfig())
+            release()
+            continue
+        if stopped_by is not None:
+            return 128 + stopped_by
+        break
+    row = result(unit, config, run) | {"settings": stored_settings(options)}
+    (run.path / "result.json").write_text(json.dumps(row, indent=1) + "\n")
+    return 0
 
 
-def row(config: TrainConfig) -> dict[str, Any]:
-    run = trained(config)
-    stored = run.read_config()
+def result(unit: Unit, config: TrainConfig, run: RunFolder) -> dict[str, Any]:
+    device = choose_device(config.device)
+    model, text = load_trained(run, device), open_text(config, run)
+    limit, chunk = config.text.validation_tokens, config.text.sequence_length
+    carried = None
+    if isinstance(model, ParaRNNForCausalLM) and ATTENTION not in model.config.mixers:
+        split, codec = text.validation, text.codec
+        carried = evaluate(model, split, codec, limit=limit, chunk=chunk, carry=True).bits_per_byte
     records = read_metrics(run.metrics)
-    device = choose_device(stored.device)
-    model, text = load_trained(run, device), open_text(stored, run)
-    limit, chunk = stored.text.validation_tokens, stored.text.sequence_length
-
-    def bits_per_byte(carry: bool) -> float:
-        found = evaluate(model, text.validation, text.codec, limit=limit, chunk=chunk, carry=carry)
-        return found.bits_per_byte
-
     last = [record["bits_per_byte"] for record in records[-max(1, len(records) // 20) :]]
-    every = config.architecture.attention_every
-    carries = config.model.startswith("para") and not every
-    return {
-        "architecture": config.model + (f" + attention every {every}" if every else ""),
+    held_out = json.loads(run.validation.read_text().splitlines()[-1])
+    return dataclasses.asdict(unit) | {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "learning_rate": config.optimizer.learning_rate,
-        "tokens": stored.steps * stored.text.batch_size * chunk,
-        "seconds": json.loads(run.validation.read_text().splitlines()[-1])["train_seconds"],
-        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records),
+        "state": state_numbers(model, chunk),
+        "bytes": config.steps * config.text.batch_size * chunk,
+        "seconds": held_out["train_seconds"],
         "train": statistics.mean(last),
-        "validation": bits_per_byte(carry=False),
-        "carried": bits_per_byte(carry=True) if carries else None,
-        "text": text.description,
+        "loss": held_out["loss"],
+        "bits": held_out["bits_per_byte"],
+        "carried": carried,
+        "description": text.description,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "compiled": stored.execution.compile,
+        "compiled": config.execution.compile,
     }
 
 
-def table(rows: list[dict[str, Any]], skipped: list[str]) -> str:
-    """Markdown."""
-
-    def cell(row: dict[str, Any], key: str) -> str:
-        return "" if row[key] is None else format(row[key], COLUMNS[key][1])
-
-    lines = [f"{rows[0]['device']}, torch {torch.__version__}; {rows[0]['text']}.", ""]
-    lines.append(f"| {' | '.join(heading for heading, _ in COLUMNS.values())} |")
-    lines.append("|---" * len(COLUMNS) + "|")
-    lines += [f"| {' | '.join(cell(row, key) for key in COLUMNS)} |" for row in rows]
-    bits = {row["architecture"]: row["validation"] for row in rows}
-    ours = {name: value for name, value in bits.items() if name.startswith("para")}
-    if ours and "transformer" in bits:
-        better = min(ours, key=ours.__getitem__)
-        ratio = ours[better] / bits["transformer"]
-        lines += ["", f"{better} / transformer: {ratio:.3f} of its bits per byte held out."]
-    eager = [row["architecture"] for row in rows if row["device"] != "CPU" and not row["compiled"]]
-    lines += [f"{name}: blocks not compiled." for name in eager]
-    return "\n".join([*lines, *skipped])
+@torch.no_grad()
+def state_numbers(model: Any, length: int) -> int:
+    """What a model remembers of `length` tokens, in numbers, without windows of convolutions."""
+    config = model.config
+    if isinstance(model, ParaRNNForCausalLM):
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        total = 0
+        for layer in model.eval()(token, use_cache=True).cache_params.layers:
+            grows = hasattr(layer, "keys")
+            kept = (layer.keys, layer.values) if grows else layer.recurrent
+            tensors = (kept,) if isinstance(kept, torch.Tensor) else kept
+            total += sum(t.numel() for t in tensors) * (length if grows else 1)
+        return total
+    if config.model_type == "mamba2":
+        return config.num_hidden_layers * config.num_heads * config.head_dim * config.state_size
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
 
 
-def main() -> None:
+# All units
+
+
+def stored_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for all results that are compared."""
+    names = ("steps", "batch_size", "sequence_length", "width", "layers", "max_timescale")
+    names += ("key_size", "value_size", "validation_tokens")
+    return {name: getattr(options, name) for name in names}
+
+
+def finished(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(out.glob("runs/*/*/result.json"))]
+
+
+def slow_on_a_gpu(model: str, options: argparse.Namespace) -> str:
+    """Why a baseline is not trained: its fast kernels are missing; empty if they are not."""
+    on_gpu = choose_device(options.device).type == "cuda"
+    return missing_kernels(model) if on_gpu and model in BASELINES else ""
+
+
+def units(options: argparse.Namespace) -> list[Unit]:
+    """First seeds of all models at all rates, the middle rate first."""
+    middle = sorted(options.rates)[len(options.rates) // 2]
+    rates = sorted(options.rates, key=lambda rate: abs(rate - middle))
+    texts = [name for name, _ in options.texts]
+    models = [model for model in options.models if not slow_on_a_gpu(model, options)]
+    combined = itertools.product(rates, texts, models)
+    return [Unit(text, model, rate, 0) for rate, text, model in combined]
+
+
+def close_units(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[Unit]:
+    """More seeds of the models that are close to the best of their kind, at their best rate."""
+    found = []
+    for text, attends in itertools.product([n for n, _ in options.texts], (False, True)):
+        best = [
+            min(alike, key=lambda row: row["bits"])
+            for model in options.models
+            if ("transformer" in model or ATTENTION in model) == attends
+            and (alike := [r for r in rows if matches(r, text, model) and r["seed"] == 0])
+        ]
+        limit = (1 + options.close) * min((row["bits"] for row in best), default=0.0)
+        for row, seed in itertools.product(best, range(1, options.seeds)):
+            if row["bits"] <= limit:
+                found.append(Unit(text, row["model"], row["rate"], seed))
+    return found
+
+
+def matches(row: dict[str, Any], text: str, model: str) -> bool:
+    return row["text"] == text and row["model"] == model
+
+
+class Workers:
+    """Units side by side, each a process; stopped when the time is over or by a signal."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.end = time.monotonic() + 60 * options.minutes if options.minutes else None
+        self.stopped = False
+        self.failed: dict[Unit, str] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.stop())
+
+    def stop(self) -> None:
+        """Start nothing more, and end what runs."""
+        self.stopped = True
+
+    def run(self, todo: list[Unit]) -> None:
+        """Run all that is not done, or as many as there is time for."""
+        waiting = [u for u in todo if not (u.folder(self.options.out) / "result.json").exists()]
+        waiting = [u for u in waiting if u not in self.failed]
+        running: dict[Unit, subprocess.Popen[bytes]] = {}
+        count = len(waiting)
+        while (waiting and not self.stopped) or running:
+            while waiting and not self.stopped and len(running) < self.options.processes:
+                unit = waiting.pop(0)
+                running[unit] = self._start(unit)
+            time.sleep(LOOK_EVERY)
+            if self.end is not None and time.monotonic() > self.end:
+                self.stopped = True
+            if self.stopped:
+                self._end([process for process in running.values() if process.poll() is None])
+            for unit in [u for u, process in running.items() if process.poll() is not None]:
+                self._note(unit, running.pop(unit), count - len(waiting) - len(running), count)
+
+    def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
+        folder = unit.folder(self.options.out)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        given = vars(self.options) | {"out": str(self.options.out), "unit": vars(unit)}
+        threads = str(max(1, (os.cpu_count() or 1) // self.options.processes))
+        names = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+        with folder.with_suffix(f"{folder.suffix}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, __file__, "--unit", json.dumps(given)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | dict.fromkeys(names, threads),
+                start_new_session=True,  # so that Ctrl-C reaches it through us alone
+            )
+
+    def _end(self, running: list[subprocess.Popen[bytes]]) -> None:
+        """Ask all to write a checkpoint and end."""
+        for process in running:
+            process.terminate()
+        limit = time.monotonic() + GRACE
+        for process in running:
+            try:
+                process.wait(max(0.0, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _note(self, unit: Unit, process: subprocess.Popen[bytes], done: int, count: int) -> None:
+        path = unit.folder(self.options.out) / "result.json"
+        words = f"{unit.text} {unit.model} {unit.rate:g} seed {unit.seed}"
+        if path.exists():
+            bits = json.loads(path.read_text())["bits"]
+            print(f"[{done}/{count}] {words}: {bits:.4f} bits per byte held out", flush=True)
+        elif self.stopped:
+            print(f"{words}: stopped", flush=True)
+        else:
+            log = unit.folder(self.options.out)
+            lines = log.with_suffix(f"{log.suffix}.log").read_text(errors="replace").splitlines()
+            self.failed[unit] = (lines or [f"exit status {process.returncode}"])[-1]
+            print(f"{words} failed: {self.failed[unit]}", flush=True)
+
+
+def search(options: argparse.Namespace) -> dict[Unit, str]:
+    """Train all. Returns what failed, and why."""
+    for name, source in options.texts:
+        chosen = PrepareConfig(sources=(source,), held_out=TextConfig.held_out)
+        if prepare(chosen, options.out / "data" / name, workers=1) is not None:
+            raise SystemExit("stopped; the same command goes on.")
+    workers = Workers(options)
+    workers.run(units(options))
+    if not workers.stopped:
+        workers.run(close_units(options, finished(options.out)))
+    if workers.stopped:
+        print("Stopped; the same command goes on.", flush=True)
+    return workers.failed
+
+
+def measure_times(options: argparse.Namespace) -> None:
+    """Time steps of every model alone."""
+    path = options.out / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    end = time.monotonic() + 60 * options.minutes if options.minutes else None
+    device = choose_device(options.device)
+    for model in options.models:
+        late = end is not None and time.monotonic() > end
+        if model in times or late or slow_on_a_gpu(model, options):
+            continue
+        release()
+        config = settings(Unit("", model, 1e-3, 0), options)
+        built = build_model(config, Codec()).to(device)  # type: ignore[arg-type] # transformers' to
+        loss = CausalLoss(built, config.optimizer.z_loss_weight)
+        sizes = options.batch_size, options.sequence_length
+        times[model] = measure_model(loss, *sizes, Processes(0, 1, device), config.execution)
+        times[model]["state"] = state_numbers(built, options.sequence_length)
+        path.write_text(json.dumps(times, indent=1) + "\n")
+        print(f"{model}: {times[model]['step_ms']:.1f} ms per step", flush=True)
+        del built, loss
+
+
+# The table
+
+
+def summary(rows: list[dict[str, Any]], times: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each model on each text, at its best rate, best ones first."""
+    lines = []
+    for text, model in dict.fromkeys((row["text"], row["model"]) for row in rows):
+        alike = [row for row in rows if matches(row, text, model)]
+        best = min((r for r in alike if r["seed"] == 0), key=lambda r: r["bits"], default=None)
+        if best is None:
+            continue
+        seeds = [row for row in alike if row["rate"] == best["rate"]]
+        means = {name: statistics.mean(r[name] for r in seeds) for name in ("loss", "bits")}
+        step = times.get(model, {}).get("step_ms")
+        lines.append(best | means | {"seeds": len(seeds), "step_ms": step})
+    for line in lines:
+        reference = next((x for x in lines if matches(x, line["text"], "transformer")), None)
+        both = reference and reference["step_ms"] and line["step_ms"]
+        line["ratio"] = line["bits"] / reference["bits"] if reference else None
+        line["time_ratio"] = line["step_ms"] / reference["step_ms"] if both else None
+    return sorted(lines, key=lambda line: (line["text"], line["bits"]))
+
+
+def tables(options: argparse.Namespace, failed: dict[Unit, str]) -> str:
+    """Markdown: the best of every model, then all runs, and what failed or has not ended."""
+    rows = finished(options.out)
+    path = options.out / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    lines = [f"{row['device']}, torch {torch.__version__}" for row in rows[:1]]
+    lines += dict.fromkeys(f"{row['text']}: {row['description']}" for row in rows)
+    lines += ["", *_markdown(COLUMNS, summary(rows, times)), ""]
+    every = ("text", "model", "rate", "seed", "loss", "bits", "train", "seconds", "compiled")
+    formats = {"loss": ".4f", "bits": ".4f", "train": ".4f", "seconds": ".0f", "rate": "g"}
+    lines += _markdown({name: (name, formats.get(name, "")) for name in every}, rows)
+    alone = [model for model in times if not any(row["model"] == model for row in rows)]
+    lines += [f"{model}: {times[model]['step_ms']:.1f} ms per step, not trained" for model in alone]
+    lines += [*_unfinished(options.out), *(f"failed: {u}: {why}" for u, why in failed.items())]
+    for model in options.models:
+        if note := missing_kernels(model.partition(":")[0]):
+            skipped = "is not trained, since it would take" if model in BASELINES else "takes"
+            lines.append(f"{model} {skipped} {note}")
+    return "\n".join(lines)
+
+
+def _markdown(columns: dict[str, tuple[str, str]], rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"| {' | '.join(heading for heading, _ in columns.values())} |"
+    yield "|---" * len(columns) + "|"
+    for row in rows:
+        cells = ("" if row[k] is None else format(row[k], f) for k, (_, f) in columns.items())
+        yield f"| {' | '.join(cells)} |"
+
+
+def _unfinished(out: Path) -> Iterator[str]:
+    for path in sorted(out.glob("runs/*/*/metrics.jsonl")):
+        if not (path.parent / "result.json").exists() and (records := read_metrics(path)):
+            last = statistics.mean(record["bits_per_byte"] for record in records[-20:])
+            run = f"{path.parent.parent.name} {path.parent.name}"
+            yield f"not finished: {run}: {last:.4f} bits per byte in training, step {len(records)}"
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="text; else the standard library")
-    parser.add_argument("--out", type=Path, default=Path("quality"), help="folder of the runs")
-    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=7, help="blocks; Mamba2 has twice as many")
-    parser.add_argument("--learning-rate", type=float, help="peak, instead of the paper's")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--text", action="append", help="code (Python's standard library), or NAME=PATH")
+    add("--models", nargs="+", default=["all"], help="architectures, or all")
+    add("--rates", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3], help="peak rates")
+    add("--seeds", type=int, default=2, help="of models that are close to the best")
+    add("--close", type=float, default=0.01, help="share of the bits per byte that is close")
+    add("--processes", type=int, help="models side by side; 4 on a GPU")
+    add("--minutes", type=float, help="stop after these; the same command goes on")
+    add("--times", action="store_true", help="only measure steps of every model alone")
+    add("--eager", action="store_true", help="do not compile blocks")
+    add("--out", type=Path, default=Path("quality"), help="folder of all runs")
+    add("--steps", type=int, default=1500)
+    add("--batch-size", type=int, default=32)
+    add("--sequence-length", type=int, default=1024)
+    add("--width", type=int, default=512)
+    add("--layers", type=int, default=7, help="blocks; the baseline Mamba2 has twice as many")
+    add("--key-size", type=int, default=64, help="of memories")
+    add("--value-size", type=int, default=16, help="of memories")
+    add(
         "--max-timescale",
         type=float,
         default=ArchitectureConfig.max_timescale,
-        help="steps over which ours forget at first; 0: biases of zero, as in the paper",
+        help="steps over which cells forget at first; 0: biases of zero, as in the paper",
     )
-    parser.add_argument("--attention-every", type=int, default=0, help="blocks, of ours; 0: none")
-    parser.add_argument("--validation-tokens", type=int, default=1_048_576)
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+    add("--validation-tokens", type=int, default=1_048_576)
+    add("--device", default="auto")
+    add("--unit", help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    if options.unit:
+        passed = json.loads(options.unit)
+        return argparse.Namespace(**passed | {"out": Path(passed["out"])})
+    every = all_models(options.layers)
+    options.models = [m for name in options.models for m in (every if name == "all" else [name])]
+    for model in options.models:
+        config = settings(Unit("", model, 1e-3, 0), options)
+        outline_model(config, Codec())  # refuses what cannot be
+    named = [text.partition("=") for text in options.text or ["code"]]
+    options.texts = [(name, source or STANDARD_LIBRARY) for name, _, source in named]
+    on_gpu = choose_device(options.device).type == "cuda"
+    options.processes = options.processes or (4 if on_gpu else 1)
+    return options
+
+
+def check_same(options: argparse.Namespace) -> None:
+    """Refuse a folder whose results have other settings."""
+    for row in finished(options.out):
+        wanted = stored_settings(options)
+        other = {n: v for n, v in row["settings"].items() if wanted[n] != v}
+        if other:
+            raise SystemExit(f"{options.out} holds results of {other}; take another --out.")
+
+
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
+    if options.unit:
+        return run_unit(Unit(**options.unit), options)
     options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.json"
-    rows = json.loads(results.read_text()) if results.exists() else []
-    skipped = []
-    for architecture in options.architectures:
-        missing = missing_kernels(architecture)
-        if missing and choose_device(options.device).type == "cuda":
-            skipped.append(f"{architecture}: not trained ({missing}).")
-        elif architecture not in {row["architecture"].split()[0] for row in rows}:
-            release()
-            rows.append(row(settings(architecture, options)))
-            results.write_text(json.dumps(rows, indent=1) + "\n")
-            print(table(rows[-1:], []), flush=True)
-    if rows:
-        print(f"\n{table(rows, skipped)}")
+    check_same(options)
+    failed: dict[Unit, str] = {}
+    if options.times:
+        measure_times(options)
+    else:
+        failed = search(options)
+    text = tables(options, failed)
+    (options.out / "table.md").write_text(text + "\n")
+    print(f"\n{text}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,52 +1,161 @@
 """benchmarks/quality.py at toy size."""
 
+import importlib.util
 import json
 import random
-import runpy
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pararnn.lm.catalogue import MEMORIES, check_architecture, parts
 from pararnn.lm.training import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/quality.py"
-TINY = """--steps 3 --batch-size 2 --sequence-length 32 --width 64 --layers 1
+TINY = """--steps 3 --batch-size 2 --sequence-length 32 --width 32 --layers 2 --value-size 8
 --validation-tokens 300 --device cpu""".split()
 
 
-def test_models_see_the_same_and_are_not_trained_twice(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def quality():
+    spec = importlib.util.spec_from_file_location("quality_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+class Ended:
+    """A process that has run."""
+
+    def __init__(self, returncode):
+        self.returncode = returncode
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def inline(quality, monkeypatch, capsys):
+    """`main` in this process, without others."""
+    start = lambda self, unit: Ended(quality.run_unit(unit, self.options))  # noqa: E731
+    monkeypatch.setattr(quality.Workers, "_start", start)
+    monkeypatch.setattr(quality.signal, "signal", lambda *_: None)
+
+    def call(*arguments):
+        assert quality.main(list(arguments)) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def arguments(tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(6):
         words = random.Random(number).choices(["state", "step", "cell", "of", "the"], k=300)
         (tmp_path / f"text/{number}.txt").write_text(" ".join(words))
-    arguments = [*TINY, "--data", str(tmp_path / "text"), "--out", str(tmp_path / "out")]
+    return [*TINY, "--text", f"words={tmp_path / 'text'}", "--out", str(tmp_path / "out")]
 
-    def run(*more):
-        monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, *more])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return capsys.readouterr().out
 
-    run("--architectures", "paragru")
-    first = RunFolder.open(tmp_path / "out/paragru")
-    written = first.metrics.stat().st_mtime_ns
-    printed = run("--architectures", "paragru", "transformer")
-    assert first.metrics.stat().st_mtime_ns == written
-    second = RunFolder.open(tmp_path / "out/transformer")
-    assert (first.data / "train-00000.bin").read_bytes() == (
-        second.data / "train-00000.bin"
-    ).read_bytes()
-    assert first.read_config().text == second.read_config().text
-    rows = {
-        row["architecture"]: row for row in json.loads((tmp_path / "out/results.json").read_text())
+def test_a_search(tmp_path, arguments, quality, inline):
+    """Two models on the same bytes, a second seed of each; nothing is trained twice; then times."""
+    chosen = ["--models", "transformer", "m2rnn:linear", "--rates", "0.003"]
+    inline(*arguments, *chosen, "--processes", "2")
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    models = ("transformer", "m2rnn:linear")  # each is the best of its kind
+    assert {(r["model"], r["seed"]) for r in rows} == {(m, seed) for m in models for seed in (0, 1)}
+    runs = [RunFolder.open(path.parent) for path in tmp_path.glob("out/runs/*/*/result.json")]
+    assert len({run.read_config().data for run in runs}) == 1
+    assert len({json.dumps(vars(run.read_config().text), default=str) for run in runs}) == 1
+    memory = next(r for r in rows if r["model"] == "m2rnn:linear")
+    assert memory["state"] == 2 * 4 * 64 * 8
+    assert memory["carried"] is not None
+    transformer = next(r for r in rows if r["model"] == "transformer")
+    assert transformer["state"] == 2 * 2 * 32 * 32
+    assert transformer["carried"] is None
+    again = inline(*arguments, *chosen)
+    assert "bits per byte held out" not in again.partition("| text")[0]
+    inline(*arguments, *chosen, "--times")
+    table = (tmp_path / "out/table.md").read_text()
+    assert f"| words | transformer | {transformer['parameters']:,} | 4,096 | 0.003 | 2 | " in table
+    assert table.count("| words | m2rnn:linear | ") == 1 + 2
+    options = type("Options", (), {**memory["settings"], "steps": 4, "out": tmp_path / "out"})
+    with pytest.raises(SystemExit, match=r"holds results of {'steps': 3}; take another --out"):
+        quality.check_same(options)
+
+
+def test_the_time_is_over(tmp_path, arguments, inline):
+    chosen = [
+        "--models",
+        "paragru",
+        "elman",
+        "--rates",
+        "0.003",
+        "--seeds",
+        "1",
+        "--processes",
+        "1",
+    ]
+    stopped = inline(*arguments, *chosen, "--minutes", "1e-9")
+    assert "Stopped; the same command goes on." in stopped
+    assert len(list(tmp_path.glob("out/runs/*/*/result.json"))) == 1
+    assert "elman 0.003 seed 0: " in inline(*arguments, *chosen)
+    assert len(list(tmp_path.glob("out/runs/*/*/result.json"))) == 2
+
+
+def test_stopped_by_a_signal(tmp_path, arguments):
+    """Processes write checkpoints. One model that fails does not take others with it."""
+    command = [sys.executable, str(SCRIPT), *arguments, "--rates", "0.003", "--processes", "2"]
+    command += ["--models", "elman", "paragru", "--steps", "100000"]
+    folder = tmp_path / "out/runs/words"
+    (folder / "elman-0.003-0").mkdir(parents=True)
+    (folder / "elman-0.003-0/config.json").write_text("damaged")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    first = next(line for line in process.stdout if " failed: " in line)
+    assert "elman 0.003 seed 0 failed: " in first
+    assert "config.json cannot be read" in first
+    metrics = folder / "paragru-0.003-0/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.2)
+    process.terminate()
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert "paragru 0.003 seed 0: stopped" in output
+    assert "not finished: words paragru-0.003-0: " in output
+    newest = max(path.name for path in folder.glob("paragru-0.003-0/checkpoints/step-*"))
+    assert int(newest.removeprefix("step-")) > 0
+
+
+def test_the_whole_search(quality):
+    models = quality.all_models(7)
+    assert len(models) == len(set(models)) > 25
+    for model in models:
+        check_architecture(model.partition(":")[0])
+    assert quality.stack("m2rnn", 1, 7) == "3xparagru+m2rnn+3xparagru"
+    for name in MEMORIES:
+        counts = [parts(model).count(name) for model in models if "+" in model]
+        assert {1, 2, 3} <= set(counts)
+    assert "m2rnn:linear" in models
+    assert "gated-deltanet:tanh" in models
+    assert "3xdelta+attention+3xdelta" in models
+
+
+def test_seeds_of_what_is_close(quality):
+    options = type("Options", (), {})()
+    options.texts, options.seeds, options.close = [("code", "")], 3, 0.01
+    options.models = ["a", "b", "c", "transformer", "attention+a"]
+    bits = {"a": 1.0, "b": 1.005, "c": 1.02, "transformer": 0.8, "attention+a": 0.9}
+    rows = [
+        {"text": "code", "model": model, "rate": rate, "seed": 0, "bits": value + rate}
+        for model, value in bits.items()
+        for rate in (0.001, 0.002)
+    ]
+    more = quality.close_units(options, rows)
+    assert {(u.model, u.rate, u.seed) for u in more} == {
+        (model, 0.001, seed) for model in ("a", "b", "transformer") for seed in (1, 2)
     }
-    ours, theirs = rows["paragru"], rows["transformer"]
-    assert ours["learning_rate"] == 5e-3
-    assert theirs["learning_rate"] == 3e-3
-    assert ours["tokens"] == theirs["tokens"] == 3 * 2 * 32
-    assert ours["parameters"] == pytest.approx(theirs["parameters"], rel=0.1)
-    assert ours["carried"] != ours["validation"]
-    assert theirs["carried"] is None
-    ratio = ours["validation"] / theirs["validation"]
-    assert f"paragru / transformer: {ratio:.3f} of its bits per byte" in printed
-    assert "| transformer | " in printed

@@ -14,16 +14,18 @@ CELLS = {
     "m2rnn": cells.M2RNNCell,
     "delta": cells.DeltaMemoryCell,
     "outer": cells.OuterMemoryCell,
+    "gated_delta": cells.GatedDeltaCell,
+    "mamba2": cells.Mamba2Cell,
 }
 INPUT, KEYS, VALUES, HEADS = 5, 4, 3, 2
 every_cell = pytest.mark.parametrize("name", CELLS)
 both_kinds_of_keys = pytest.mark.parametrize("shared_keys", [False, True])
 
 
-def make(name, shared_keys=False, dtype=torch.float64):
+def make(name, shared_keys=False, dtype=torch.float64, input_size=INPUT, **options):
     """A cell with no parameter left at a trivial value."""
     torch.manual_seed(5)
-    cell = CELLS[name](INPUT, KEYS, VALUES, HEADS, shared_keys).to(dtype)
+    cell = CELLS[name](input_size, KEYS, VALUES, HEADS, shared_keys, **options).to(dtype)
     with torch.no_grad():
         for parameter in cell.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -34,8 +36,12 @@ def outer(k, v):
     return k[:, None] * v[None, :]
 
 
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
 def unit(k):
-    k = k / (1 + torch.exp(-k))
+    k = silu(k)
     return k / k.square().sum().sqrt()
 
 
@@ -50,6 +56,7 @@ def written_out(name, cell, x, h):
     """
     split = [cell.input.weight[a:b] @ x for a, b in bounds(name, cell)]
     matrices, outputs = [], []
+    squash = torch.tanh if cell.nonlinearity == "tanh" else (lambda new: new)
     for i in range(HEADS):
         own = slice(0, KEYS) if cell.shared_keys else slice(i * KEYS, (i + 1) * KEYS)
         of_head = slice(i * VALUES, (i + 1) * VALUES)
@@ -57,14 +64,21 @@ def written_out(name, cell, x, h):
         softplus = torch.log(1 + torch.exp(a + cell.rate_bias[i]))
         f = torch.exp(-torch.exp(cell.log_rate[i]) * softplus)
         if name == "m2rnn":
-            new = f * h[i] + (1 - f) * torch.tanh(h[i] @ cell.recurrent[i] + outer(k, v))
+            new = f * h[i] + (1 - f) * squash(h[i] @ cell.recurrent[i] + outer(k, v))
             y = new.T @ q + cell.skip[i] * v
         elif name == "delta":
             k, q, g = unit(k), unit(q), split[4][of_head]
-            new = torch.tanh(f * h[i] + outer(k, v - h[i].T @ k))
-            y = g / (1 + torch.exp(-g)) * (new.T @ q)
+            new = squash(f * h[i] + outer(k, v - h[i].T @ k))
+            y = silu(g) * (new.T @ q)
+        elif name == "gated_delta":
+            k, q, b = unit(k), unit(q), 1 / (1 + torch.exp(-split[4][i]))
+            new = squash(f * h[i] + b * outer(k, silu(v) - f * h[i].T @ k))
+            y = new.T @ q
+        elif name == "mamba2":
+            new = squash(f * h[i] + softplus * outer(silu(k), silu(v)))
+            y = new.T @ silu(q) + cell.skip[i] * silu(v)
         else:
-            new = f * h[i] + (1 - f) * torch.tanh(cell.recurrent[i] * h[i] + outer(k, v))
+            new = f * h[i] + (1 - f) * squash(cell.recurrent[i] * h[i] + outer(k, v))
             y = new.T @ q
         matrices.append(new)
         outputs.append(y)
@@ -74,7 +88,8 @@ def written_out(name, cell, x, h):
 def bounds(name, cell):
     """First and last row of what gives q, k, v, a and the gate."""
     keys = KEYS if cell.shared_keys else KEYS * HEADS
-    sizes = [keys, keys, VALUES * HEADS, HEADS] + [VALUES * HEADS] * (name == "delta")
+    gate = {"delta": [VALUES * HEADS], "gated_delta": [HEADS]}.get(name, [])
+    sizes = [keys, keys, VALUES * HEADS, HEADS, *gate]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     assert ends[-1] == cell.input.out_features
     return list(zip([0, *ends], ends, strict=False))
@@ -105,7 +120,49 @@ def test_steps_are_the_equations(name, shared_keys):
     assert_close("last state", state, last, rtol=1e-12)
 
 
-STRUCTURES = {"m2rnn": f"heads (size {VALUES})", "delta": f"heads (size {KEYS})"}
+@pytest.mark.parametrize("nonlinearity", ["tanh", "linear"])
+@every_cell
+def test_both_nonlinearities(name, nonlinearity):
+    cell = make(name, nonlinearity=nonlinearity)
+    x = torch.randn(2, 6, INPUT, dtype=torch.float64)
+    state = torch.randn(2, *cell.state_shape, dtype=torch.float64)
+    expected = outcome(functools.partial(by_hand, name, cell), cell, x, state)
+    assert_same(outcome(RNN(cell), cell, x, state), expected, 1e-10)
+
+
+@both_kinds_of_keys
+@every_cell
+def test_a_memory_alone(name, shared_keys):
+    """x is q, k and v after silu, and gates of heads; nothing skips the memory or gates values."""
+    alone, whole = make(name, shared_keys, input_size=None), make(name, shared_keys)
+    whole.load_state_dict(alone.state_dict(), strict=False)
+    skip, keys_and_values = hasattr(whole, "skip"), sum(alone.widths[:3])
+    x = torch.randn(2, 40, INPUT, dtype=torch.float64)
+    gate = [VALUES * HEADS] if name == "delta" else []
+    parts = whole.input(x).split([keys_and_values, sum(alone.widths[3:]), *gate], -1)
+    silent = name in ("m2rnn", "outer")  # published without silu; the block around has it
+    given = torch.cat([parts[0] if silent else nn.functional.silu(parts[0]), parts[1]], -1)
+    if name == "delta":  # alone, it takes values as they are
+        values = parts[0][..., -VALUES * HEADS :]
+        given[..., keys_and_values - VALUES * HEADS : keys_and_values] = values
+    expected, last = RNN(whole)(x)
+    if name == "delta":
+        expected = expected / nn.functional.silu(parts[2])
+    if skip:
+        v = given[..., :keys_and_values][..., -VALUES * HEADS :]
+        expected = expected - whole.skip.flatten() * v
+    assert alone.input_size == given.shape[-1]
+    assert not hasattr(alone, "input")
+    y, state = RNN(alone)(given)
+    assert_close("y", y, expected, rtol=1e-9)
+    assert_close("state", state, last, rtol=1e-10)
+
+
+STRUCTURES = {
+    "m2rnn": f"heads (size {VALUES})",
+    "delta": f"heads (size {KEYS})",
+    "gated_delta": f"heads (size {KEYS})",
+}
 
 
 @both_kinds_of_keys
@@ -199,8 +256,9 @@ def test_one_product_serves_all_that_x_gives(name):
     per_head, shared = CELLS[name](64, 32, 16, 8), CELLS[name](64, 32, 16, 8, shared_keys=True)
     linear = [part for part in per_head.modules() if isinstance(part, nn.Linear)]
     values = 16 * 8 * (2 if name == "delta" else 1)
-    assert [part.out_features for part in linear] == [2 * 32 * 8 + values + 8]
-    assert shared.input.out_features == 2 * 32 + values + 8
+    gates = 2 * 8 if name == "gated_delta" else 8
+    assert [part.out_features for part in linear] == [2 * 32 * 8 + values + gates]
+    assert shared.input.out_features == 2 * 32 + values + gates
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 32])
@@ -273,6 +331,12 @@ def test_sizes_that_cannot_be(name, size):
     sizes = {"input_size": 3, "key_size": 4, "value_size": 5, "num_heads": 2}
     with pytest.raises(ValueError, match=f"{size} is 0; it must be at least 1"):
         CELLS[name](**{**sizes, size: 0})
+
+
+@every_cell
+def test_nonlinearities_that_there_are_not(name):
+    with pytest.raises(ValueError, match="nonlinearity is 'relu'; it must be 'tanh' or 'linear'"):
+        CELLS[name](3, 4, 5, nonlinearity="relu")
 
 
 def test_timescales_are_set_again():

@@ -93,7 +93,9 @@ def test_saved_and_loaded(hybrid, tokens, tmp_path):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="cell 'atention' is unknown"):
+    with pytest.raises(
+        ValueError, match="there is no mixer 'atention'; perhaps you meant 'attention'"
+    ):
         tiny_config(mixers=["paragru", "atention"])
     with pytest.raises(ValueError, match="mixers names 1 blocks but num_hidden_layers is 2"):
         tiny_config(mixers=["paragru"])

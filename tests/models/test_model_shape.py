@@ -38,7 +38,7 @@ def test_default_mlp_is_rounded_up():
     ("change", "message"),
     [
         ({"num_heads": 3}, "inner_size 8 cannot be split into 3 heads"),
-        ({"cell": "gru2"}, "cell 'gru2' is unknown; choose one of .*elman, "),
+        ({"cell": "gru2"}, "there is no mixer 'gru2'.*elman, .*register_cell"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; give a number from 1 up"),
     ],
 )
@@ -89,7 +89,7 @@ def test_a_registered_cell_is_built_and_left_as_it_is(tokens):
 
 def test_cell_names_are_unique():
     register_cell("paragru", ParaGRUCell)
-    with pytest.raises(ValueError, match="cell name 'paragru' is taken"):
+    with pytest.raises(ValueError, match="mixer name 'paragru' is taken"):
         register_cell("paragru", LinearCell)
 
 

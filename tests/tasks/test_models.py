@@ -7,17 +7,12 @@ import pytest
 import torch
 
 from pararnn.cells import DiagonalCell
-from pararnn.lm.models import CELLS
-from pararnn.lm.models.architectures import BASELINES, architectures
+from pararnn.lm.catalogue import CELLS, MEMORIES, check_architecture
 from pararnn.lm.models.attention import AttentionMixer
-from pararnn.lm.models.block import ParaRNNMixer
+from pararnn.lm.models.memory import MemoryMixer
+from pararnn.lm.models.recurrence import ParaRNNMixer
 from pararnn.tasks import TASKS, draw
-from pararnn.tasks.architectures import (
-    ARCHITECTURES,
-    LANGUAGE_MODEL_CELLS,
-    MORE_CELLS,
-    mixers_of,
-)
+from pararnn.tasks.architectures import ARCHITECTURES
 from pararnn.tasks.models import build_model, sinusoids
 from pararnn.tasks.settings import settings_for
 
@@ -56,23 +51,16 @@ def test_all_in_all_forms(architecture, form):
     assert (before[:, 7:] - after[:, 7:]).abs().max() > 1e-3
 
 
-def test_names_are_those_of_the_language_models():
-    for name in (*LANGUAGE_MODEL_CELLS, *MORE_CELLS):
-        assert name in CELLS
-    assert set(BASELINES) <= set(ARCHITECTURES)
-    own = [name for name in architectures() if name not in MORE_CELLS]
-    missing = [name for name in own if name not in ARCHITECTURES]
-    assert missing == [], "a cell of the language models that the tasks do not know"
-
-
 def test_every_cell_of_the_library_is_among_them():
     import pararnn.cells
 
     bases = {DiagonalCell, pararnn.cells.MatrixMemoryCell}
     kinds = {k for k in vars(pararnn.cells).values() if isinstance(k, type)} - bases
     found = set()
-    for name in (*LANGUAGE_MODEL_CELLS, *MORE_CELLS):
+    for name in CELLS:
         found.update(type(CELLS[name](8, 8, num_heads=2)).__mro__)
+    for name in MEMORIES:
+        found.update(type(MEMORIES[name](8, 4, 4)).__mro__)
     assert kinds - found == set()
 
 
@@ -84,6 +72,9 @@ def test_parts_are_those_of_the_language_models():
     model = build_model(task, HYBRID, smoke("1-hop"))
     kinds = [type(m) for m in model.modules() if isinstance(m, (ParaRNNMixer, AttentionMixer))]
     assert kinds == [ParaRNNMixer, AttentionMixer]
+    model = build_model(task, "m2rnn+mamba2", smoke("1-hop"))  # the memory, not the baseline
+    (m2rnn, mamba2) = (m for m in model.modules() if isinstance(m, MemoryMixer))
+    assert m2rnn.rnn.cell.state_shape == mamba2.rnn.cell.state_shape == (4, 8, 8)
     model = build_model(TASKS["s3"], HYBRID, smoke("s3", num_layers=4)).model
     assert model.config.mixers == ["paragru", "attention"] * 2
 
@@ -146,7 +137,7 @@ def test_positions_tell_steps_apart():
 )
 def test_unknown_architecture(name, message):
     with pytest.raises(ValueError, match=message):
-        mixers_of(name)
+        check_architecture(name)
 
 
 @pytest.mark.parametrize(

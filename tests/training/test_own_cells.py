@@ -173,7 +173,13 @@ def test_heads_are_given_to_a_cell_that_takes_them(folder):
 def test_options_of_a_cell_are_values():
     options = ("a=1", "b=tanh", "c=[1, 2]", "d=None", "e=x=y")
     config = TrainConfig(model="paragru", cell_options=options)
-    assert config.options_of_cell() == {"a": 1, "b": "tanh", "c": [1, 2], "d": None, "e": "x=y"}
+    assert config.options_of("cell_options") == {
+        "a": 1,
+        "b": "tanh",
+        "c": [1, 2],
+        "d": None,
+        "e": "x=y",
+    }
     assert "cell_options" not in identity(TrainConfig())
     assert identity(config)["cell_options"] == list(options)
     for wrong, message in [

@@ -44,6 +44,12 @@ from pararnn.lm.training.optimizer import build_optimizer, is_matrix, learning_r
             "attention_every is 2; it must be 0 for mamba2",
         ),
         (lambda: ArchitectureConfig(max_timescale=1.5), "max_timescale is 1.5; it must be >= 2"),
+        (lambda: TrainConfig(model="delta", memory_options=("a",)), "memory_options is a; it must"),
+        (
+            lambda: TrainConfig(model="mamba2", memory_options=("key_size=8",)),
+            r"memory_options is \('key_size=8',\); it must be empty for mamba2",
+        ),
+        (lambda: TrainConfig(model="7xdelt"), "'delt' in '7xdelt'; perhaps you meant 'delta'"),
         (lambda: ScheduleConfig(length=0), "schedule.length is 0; it must be >= 1"),
     ],
 )
@@ -57,6 +63,7 @@ def test_wrong_values_are_refused(make, message):
     [
         TrainConfig(),
         TrainConfig(data=Path("a"), out=Path("b"), text=TextConfig(held_out=0.5), model="paralstm"),
+        TrainConfig(model="2xdelta+attention", memory_options=("key_size=8", "nonlinearity=tanh")),
     ],
 )
 def test_settings_survive_json(config):
@@ -75,6 +82,12 @@ def test_identity_from_before_the_state_size():
     assert "architecture.state_size" not in identity(TrainConfig())
     other = TrainConfig(model="mamba2", architecture=ArchitectureConfig(state_size=16))
     assert identity(other)["architecture.state_size"] == 16
+
+
+def test_identity_from_before_memories():
+    assert not [name for name in identity(TrainConfig()) if "memory" in name]
+    other = TrainConfig(model="delta", memory_options=("key_size=8",))
+    assert identity(other)["memory_options"] == ["key_size=8"]
 
 
 @pytest.mark.parametrize(

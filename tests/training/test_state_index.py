@@ -11,8 +11,9 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from pararnn.lm.catalogue import architectures
 from pararnn.lm.data.files import digest
-from pararnn.lm.models.architectures import Shape, architectures, foreign_fields, make_config
+from pararnn.lm.models.architectures import Shape, foreign_fields, make_config
 from pararnn.lm.training import RunError, RunFolder, report, train
 from pararnn.lm.training.checkpoints import CheckpointError, verify
 from pararnn.lm.training.state_index import is_plain, part_names, read_index
@@ -132,7 +133,7 @@ def test_settings_that_fetch_code_are_refused(run, field):
 
 @pytest.mark.parametrize("architecture", architectures())
 def test_settings_of_every_architecture_are_known(architecture):
-    shape = Shape(vocab_size=256, width=8, num_layers=1, num_heads=2)
+    shape = Shape(vocab_size=256, width=16, num_layers=1, num_heads=2)
     assert foreign_fields(make_config(architecture, shape).to_dict()) == []
 
 

@@ -29,17 +29,14 @@ class DeltaMemoryCell(MatrixMemoryCell):
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:  # noqa: D102
         h = state
-        _, k, v, a, _ = self.project(x)
-        k = _of_length_one(k)
+        _, k, v, a, *_ = self.project(x)
+        k = F.normalize(self.activate(k), dim=-1)
         missing = v - torch.einsum("nhkv,nhk->nhv", h, k)
-        return torch.tanh(self.keep(a) * h + k.unsqueeze(-1) * missing.unsqueeze(-2)).to(h.dtype)
+        return self.squash(self.keep(a) * h + k.unsqueeze(-1) * missing.unsqueeze(-2)).to(h.dtype)
 
     def readout(self, x: Tensor, state: Tensor) -> Tensor:
-        """`silu(g) * (H'^T q)`, from the state after the step."""
-        q, _, _, _, g = self.project(x)
-        found = torch.einsum("nhkv,nhk->nhv", state, _of_length_one(q))
-        return (F.silu(g) * found).flatten(-2)
-
-
-def _of_length_one(keys: Tensor) -> Tensor:
-    return F.normalize(F.silu(keys), dim=-1)
+        """`silu(g) * (H'^T q)`, from the state after the step; of a memory alone, `H'^T q`."""
+        q, *_, g = self.project(x)
+        q = F.normalize(self.activate(q), dim=-1)
+        found = torch.einsum("nhkv,nhk->nhv", state, q)
+        return (F.silu(g) * found if self.projects else found).flatten(-2)

@@ -30,7 +30,8 @@ class M2RNNCell(MatrixMemoryCell):
     def make_parameters(self, **options: Any) -> None:  # noqa: D102
         values = self.value_size
         self.recurrent = nn.Parameter(torch.empty(self.num_heads, values, values, **options))
-        self.skip = nn.Parameter(torch.empty(self.num_heads, values, **options))
+        if self.projects:
+            self.skip = nn.Parameter(torch.empty(self.num_heads, values, **options))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -38,17 +39,19 @@ class M2RNNCell(MatrixMemoryCell):
         super().reset_parameters()
         values = self.value_size
         self.recurrent.copy_(torch.eye(values).expand(self.num_heads, values, values))
-        self.skip.fill_(1.0)
+        if self.projects:
+            self.skip.fill_(1.0)
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:  # noqa: D102
         h = state
         _, k, v, a = self.project(x)
         f = self.keep(a)
         mixed = torch.einsum("nhkv,hvw->nhkw", h, self.recurrent)
-        new = torch.tanh(mixed + k.unsqueeze(-1) * v.unsqueeze(-2))
+        new = self.squash(mixed + k.unsqueeze(-1) * v.unsqueeze(-2))
         return (f * h + (1 - f) * new).to(h.dtype)
 
     def readout(self, x: Tensor, state: Tensor) -> Tensor:
-        """`H'^T q + D v`, from the state after the step."""
+        """`H'^T q + D v`, from the state after the step; of a memory alone, `H'^T q`."""
         q, _, v, _ = self.project(x)
-        return (torch.einsum("nhkv,nhk->nhv", state, q) + self.skip * v).flatten(-2)
+        found = torch.einsum("nhkv,nhk->nhv", state, q)
+        return (found + self.skip * v if self.projects else found).flatten(-2)

@@ -1,13 +1,14 @@
 """What memories with a matrix state share: one projection of x, and the rate of forgetting."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _TIMESCALES = (1.0, 1000.0)  # in steps
+_NONLINEARITIES = ("tanh", "linear")
 
 
 class MatrixMemoryCell(nn.Module):
@@ -17,8 +18,12 @@ class MatrixMemoryCell(nn.Module):
     `project(x)` gives what it writes and reads with, `keep(a)` the share of the memory that a step
     keeps. All that comes from x is one product. Weights of its own are made by `make_parameters`.
 
+    With `input_size=None` a cell is the memory alone: x is what it writes and reads with, the parts
+    of `widths` side by side. What surrounds a memory, its projection, activations and gates of
+    values and what skips it, is then left to the block around it.
+
     Args:
-        input_size: Size of `x`.
+        input_size: Size of `x`; None if x is what `project` returns.
         key_size: Rows of the matrix of a head.
         value_size: Its columns.
         num_heads: Matrices, which do not reach each other.
@@ -26,40 +31,51 @@ class MatrixMemoryCell(nn.Module):
             projection is smaller; else each head has its own.
         device: Where to make the parameters.
         dtype: Their type.
+        nonlinearity: "tanh" or "linear", what squashes new entries; None for what the cell is
+            published with.
 
     Shapes: `x` (N, input_size); the state, and the result like it, (N, num_heads, key_size,
     value_size); the readout (N, num_heads * value_size).
 
     Raises:
-        ValueError: A size is not positive.
+        ValueError: A size is not positive, or there is no such nonlinearity.
     """
 
+    num_head_gates = 0
+    """Numbers per head that `project` returns besides the four parts of all memories."""
     num_value_gates = 0
-    """Vectors of value_size per head that `project` returns besides the four of all memories."""
+    """Vectors of value_size per head that it returns besides, with a projection of its own."""
+    published: ClassVar[Literal["tanh", "linear"]] = "tanh"
+    """The nonlinearity that the cell is published with."""
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int | None,
         key_size: int,
         value_size: int,
         num_heads: int = 1,
         shared_keys: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        nonlinearity: Literal["tanh", "linear"] | None = None,
     ) -> None:
         super().__init__()
+        self.nonlinearity = nonlinearity or self.published
         sizes = {"input_size": input_size, "key_size": key_size, "value_size": value_size}
-        for name, size in {**sizes, "num_heads": num_heads}.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1.")
-        self.input_size, self.key_size, self.value_size = input_size, key_size, value_size
+        _check({**sizes, "num_heads": num_heads}, self.nonlinearity)
+        self.key_size, self.value_size = key_size, value_size
         self.num_heads, self.shared_keys = num_heads, shared_keys
         self.state_shape = (num_heads, key_size, value_size)
         keys = key_size if shared_keys else num_heads * key_size
         values = num_heads * value_size
-        self._widths = [keys, keys, values, num_heads] + [values] * self.num_value_gates
+        self.projects = input_size is not None
+        self.widths = [keys, keys, values, *[num_heads] * (1 + self.num_head_gates)]
+        self.widths += [values] * (self.num_value_gates if self.projects else 0)
+        self.input_size = sum(self.widths) if input_size is None else input_size
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.input = nn.Linear(input_size, sum(self._widths), bias=False, **options)
+        if self.projects:
+            self.input = nn.Linear(self.input_size, sum(self.widths), bias=False, **options)
         self.log_rate = nn.Parameter(torch.empty(num_heads, **options))
         self.rate_bias = nn.Parameter(torch.empty(num_heads, **options))
         self.make_parameters(**options)
@@ -82,7 +98,8 @@ class MatrixMemoryCell(nn.Module):
         (arXiv 2603.14360) draw them at random from about this range, which leaves gaps where
         there are few heads.
         """
-        self.input.reset_parameters()
+        if self.projects:
+            self.input.reset_parameters()
         shortest, longest = _TIMESCALES
         place = (torch.arange(self.num_heads, device=self.rate_bias.device) + 0.5) / self.num_heads
         rate = torch.exp(-math.log(longest / shortest) * place) / shortest
@@ -97,13 +114,28 @@ class MatrixMemoryCell(nn.Module):
 
         Returns:
             Queries and keys, (N, num_heads, key_size), or (N, 1, key_size) if they are shared;
-            values, (N, num_heads, value_size); what `keep` takes, (N, num_heads); and the gates
-            of values.
+            values, (N, num_heads, value_size); what `keep` takes, (N, num_heads); gates of heads,
+            like it; and gates of values, like values.
         """
-        q, k, v, a, *gates = self.input(x).split(self._widths, -1)
+        parts = (self.input(x) if self.projects else x).split(self.widths, -1)
+        per_head = 4 + self.num_head_gates
+        (q, k, v), gates = parts[:3], parts[per_head:]
         keys, values = (-1, self.key_size), (-1, self.value_size)
         q, k, v = q.unflatten(-1, keys), k.unflatten(-1, keys), v.unflatten(-1, values)
-        return q, k, v, a, *(g.unflatten(-1, values) for g in gates)
+        return q, k, v, *parts[3:per_head], *(g.unflatten(-1, values) for g in gates)
+
+    def activate(self, part: Tensor) -> Tensor:
+        """`silu` of a part of x, unless the block around the memory has applied it."""
+        return F.silu(part) if self.projects else part
+
+    def squash(self, new: Tensor) -> Tensor:
+        """The nonlinearity of a step."""
+        return torch.tanh(new) if self.nonlinearity == "tanh" else new
+
+    def pace(self, a: Tensor) -> Tensor:
+        """`softplus(a + b)`, in float32 at least; (N, num_heads)."""
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        return F.softplus(a + self.rate_bias)
 
     def keep(self, a: Tensor) -> Tensor:
         """`exp(-exp(A) softplus(a + b))`, the share of the memory that a step keeps.
@@ -117,11 +149,21 @@ class MatrixMemoryCell(nn.Module):
         Returns:
             Shape (N, num_heads, 1, 1), between 0 and 1.
         """
-        a = a.to(torch.promote_types(a.dtype, torch.float32))
-        rate = torch.exp(self.log_rate) * F.softplus(a + self.rate_bias)
+        rate = torch.exp(self.log_rate) * self.pace(a)
         return torch.exp(-rate).unsqueeze(-1).unsqueeze(-1)
 
     def extra_repr(self) -> str:  # noqa: D102
-        sizes = f"{self.input_size}, {self.key_size}, {self.value_size}"
+        first = self.input_size if self.projects else None
         shared = ", shared_keys=True" if self.shared_keys else ""
-        return f"{sizes}, num_heads={self.num_heads}{shared}"
+        other = self.nonlinearity != self.published
+        squashed = f", nonlinearity={self.nonlinearity!r}" if other else ""
+        sizes = f"{first}, {self.key_size}, {self.value_size}, num_heads={self.num_heads}"
+        return f"{sizes}{shared}{squashed}"
+
+
+def _check(sizes: dict[str, int | None], nonlinearity: str) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1.")
+    if nonlinearity not in _NONLINEARITIES:
+        raise ValueError(f"nonlinearity is {nonlinearity!r}; it must be 'tanh' or 'linear'.")

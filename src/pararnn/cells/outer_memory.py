@@ -48,7 +48,7 @@ class OuterMemoryCell(MatrixMemoryCell):
         h = state
         _, k, v, a = self.project(x)
         f = self.keep(a)
-        new = torch.tanh(self.recurrent * h + k.unsqueeze(-1) * v.unsqueeze(-2))
+        new = self.squash(self.recurrent * h + k.unsqueeze(-1) * v.unsqueeze(-2))
         return (f * h + (1 - f) * new).to(h.dtype)
 
     def readout(self, x: Tensor, state: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def run(arguments: "list[str]") -> int:
         for name, task in TASKS.items():
             text = (sys.modules[type(task).__module__].__doc__ or "").partition("\n\n")[0]
             say(f"  {name:{width}}  {' '.join(text.split())}")
-        say(f"Architectures: {', '.join(ARCHITECTURES)}; and hybrids such as paragru+attention.")
+        say(f"Architectures: {', '.join(ARCHITECTURES)}; and stacks such as paragru+attention.")
         return 0
     from pararnn.tasks.suite import run_suite  # transformers is slow to import
 

@@ -1,12 +1,19 @@
 """What a language model can be built from, by name; without PyTorch, for command lines.
 
-A cell of the library stands here as the place of its class, which is imported when it is looked up.
+Mixers are what mixes over time in a block: cells, memories with a matrix state, and attention.
+Those of the library stand here as the places of their classes, which are imported when they are
+looked up.
+
+A stack of blocks is one line, for language models and for the tasks alike: names joined by `+`,
+with a number of times and an `x` before those that follow each other. `3xparagru+m2rnn` has four
+parts; a model of more blocks repeats them.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 from collections import UserDict
 from collections.abc import Callable
@@ -17,17 +24,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import nn
 
+    from pararnn.cells import MatrixMemoryCell
+
     CellFactory = Callable[..., nn.Module]
+    MemoryFactory = Callable[..., MatrixMemoryCell]
 
 ATTENTION = "attention"
-BASELINES = ("transformer", "mamba2")
+TRANSFORMER, MAMBA2 = "transformer", "mamba2"
+BASELINES = (TRANSFORMER, MAMBA2)
+"""Whole models of transformers, when one of these names stands alone for an architecture."""
 
 
-class Cells(UserDict[str, Any]):
-    """Factories of cells by name. A factory given as "module:name" is imported when looked up."""
+class Table(UserDict[str, Any]):
+    """Things by name. What is given as "module:name" is imported when it is looked up."""
 
-    def __getitem__(self, name: str) -> CellFactory:
-        """The factory of a name."""
+    def __getitem__(self, name: str) -> Any:
+        """What has a name."""
         factory = self.data[name]
         if isinstance(factory, str):
             module, _, attribute = factory.partition(":")
@@ -35,7 +47,7 @@ class Cells(UserDict[str, Any]):
         return factory
 
 
-CELLS = Cells(
+CELLS = Table(
     paragru="pararnn.cells:ParaGRUCell",
     paralstm="pararnn.cells:ParaLSTMCell",
     elman="pararnn.cells:DiagonalElmanCell",
@@ -47,21 +59,60 @@ CELLS = Cells(
 )
 """Cells by the names that `ParaRNNConfig(cell=...)` and `pararnn train --model` take."""
 
+MEMORIES = Table(
+    {
+        "m2rnn": "pararnn.cells:M2RNNCell",
+        "delta": "pararnn.cells:DeltaMemoryCell",
+        "outer": "pararnn.cells:OuterMemoryCell",
+        "gated-deltanet": "pararnn.cells:GatedDeltaCell",
+        "mamba2": "pararnn.cells:Mamba2Cell",
+    }
+)
+"""Memories with a matrix state by the names that `ParaRNNConfig(mixers=...)` takes."""
+
+LINEAR = Table(
+    {"gated-deltanet": "pararnn.lm.linear:GATED_DELTA", "mamba2": "pararnn.lm.linear:SIMPLE_GLA"}
+)
+"""Memories whose linear step another package computes over all times at once."""
+
 
 def register_cell(name: str, factory: CellFactory) -> None:
     """Make a cell available to `ParaRNNConfig(cell=name)`.
 
     Args:
-        name: A name that no other factory has.
+        name: A name that no other mixer has.
         factory: Called as `factory(input_size, hidden_size, num_heads=..., **cell_options)`;
             returns a cell for `pararnn.RNN`, whose outputs have `hidden_size` numbers. Its state
             may have any shape.
 
     Raises:
-        ValueError: The name belongs to another factory.
+        ValueError: The name belongs to another mixer.
     """
-    if CELLS.setdefault(name, factory) is not factory:
-        raise ValueError(f"cell name {name!r} is taken by {CELLS[name]!r}; choose another name.")
+    _register(name, factory, CELLS)
+
+
+def register_memory(name: str, factory: MemoryFactory) -> None:
+    """Make a memory with a matrix state available to `ParaRNNConfig(mixers=[..., name, ...])`.
+
+    Its block projects what the memory writes and reads with, and has the convolution, `silu`, the
+    gate, the norm and what skips the memory.
+
+    Args:
+        name: A name that no other mixer has.
+        factory: Called as `factory(None, key_size, value_size, num_heads=..., shared_keys=...,
+            **memory_options)`; returns a `MatrixMemoryCell` that is a memory alone.
+
+    Raises:
+        ValueError: The name belongs to another mixer.
+    """
+    _register(name, factory, MEMORIES)
+
+
+def _register(name: str, factory: Callable[..., Any], table: Table) -> None:
+    others = [place for place in (CELLS, MEMORIES) if place is not table and name in place]
+    if others or name == ATTENTION or table.setdefault(name, factory) is not factory:
+        found = others[0][name] if others else table.get(name, "attention itself")
+        raise ValueError(f"mixer name {name!r} is taken by {found!r}; choose another name.")
 
 
 @dataclass(frozen=True)
@@ -93,22 +144,87 @@ class OwnName:
         return own is not None and own.digest != "" and own.path.name == str(own.path)
 
 
+def mixers() -> list[str]:
+    """The names of all mixers."""
+    return [*CELLS, *MEMORIES, ATTENTION]
+
+
 def architectures() -> list[str]:
-    """The names that a language model can have: registered cells and baselines."""
-    return [*CELLS, *BASELINES]
+    """The names of whole models: cells and memories, in all blocks, and baselines."""
+    return [*(n for n in (*CELLS, *MEMORIES) if n not in BASELINES), *BASELINES]
+
+
+def check_mixer(name: str) -> None:
+    """Raise ValueError, with the nearest name, if there is no such mixer."""
+    if name not in mixers():
+        raise ValueError(_unknown("mixer", name, "", mixers()))
 
 
 def check_architecture(name: str) -> None:
-    """Raise ValueError, with the nearest name, if there is no such architecture."""
-    known = architectures()
+    """Raise ValueError, with the nearest name, if there is no such baseline, stack or file."""
     if name.endswith(".py"):
         raise ValueError(f"{name!r} is a file; name the class of the cell too: {name}:CLASS.")
-    if own := OwnName.of(name):
-        if not own.digest and not own.path.is_file():
-            raise ValueError(f"there is no file {str(own.path)!r}, which should hold {own.kind}.")
-    elif name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"architecture {name!r} is unknown; perhaps you meant {nearest!r}. There are: "
-            f"{', '.join(known)}; and FILE.py:CLASS, a cell of your own."
-        )
+    own = OwnName.of(name)
+    if own and not own.digest and not own.path.is_file():
+        raise ValueError(f"there is no file {str(own.path)!r}, which should hold {own.kind}.")
+    if name not in BASELINES:
+        parts(name)
+
+
+def parts(architecture: str) -> list[str]:
+    """The mixers of a line such as `3xparagru+m2rnn`, in order; a cell in a file stands alone.
+
+    Raises:
+        ValueError: A part is no mixer, or there is nothing but attention.
+    """
+    if OwnName.of(architecture):
+        return [architecture]
+    found: list[str] = []
+    for part in architecture.split("+"):
+        times, name = _TIMES.fullmatch(part).groups()  # type: ignore[union-attr] # matches anything
+        alone = name == architecture
+        where, known = ("", architectures()) if alone else (f" in {architecture!r}", mixers())
+        if name not in known:
+            raise ValueError(_unknown("architecture", name, where, known))
+        found += [name] * int(times or 1)
+    return found
+
+
+def repeated(stack: list[str], num_layers: int) -> list[str]:
+    """The mixers of all blocks: those of a stack from the first on, and over again."""
+    return [stack[i % len(stack)] for i in range(num_layers)]
+
+
+def cell_options(stack: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that all cells of a stack take: a model has one set for all of them.
+
+    `max_timescale` is taken by cells with a gate whose bias sets a time.
+    """
+    for name in stack:
+        if name in CELLS:
+            options = _accepted(CELLS[name], options)
+            if getattr(CELLS[name], "keeps", None) is None:
+                options.pop("max_timescale", None)
+    return options
+
+
+def _accepted(factory: CellFactory, options: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(factory).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(options)
+    names = {p.name for p in parameters}
+    return {name: value for name, value in options.items() if name in names}
+
+
+_TIMES = re.compile(r"(?:([1-9]\d*)x)?(.*)", re.DOTALL)
+
+
+def _unknown(what: str, name: str, where: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    if name == TRANSFORMER:
+        nearest = ATTENTION
+    return (
+        f"there is no {what} {name!r}{where}; perhaps you meant {nearest!r}. There are: "
+        f"{', '.join(known)}; stacks such as 3xparagru+m2rnn; and FILE.py:CLASS, a cell of your "
+        "own. pararnn.lm.models.register_cell and register_memory add names."
+    )

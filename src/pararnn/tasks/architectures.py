@@ -1,13 +1,11 @@
-"""What can be trained on the tasks, by name, and cells that language models do not have yet.
+"""What can be trained on the tasks, by name, and cells besides those of language models.
 
-A name is that of a cell, `transformer`, `mamba2`, or a hybrid: names of cells and `attention`
-joined by `+`, one for each layer, from the first on and over again.
+A name is that of a mixer, `transformer`, `mamba2`, or a stack of mixers as `pararnn.lm.catalogue`
+has it, such as `paragru+attention`: one for each layer, from the first on and over again.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pararnn import cells
-
-ATTENTION, TRANSFORMER, MAMBA2 = "attention", "transformer", "mamba2"
-BASELINES = (TRANSFORMER, MAMBA2)
+from pararnn.lm.catalogue import CELLS, architectures, register_cell
 
 
 class _EvenTimes(cells.ClosedFormContinuousCell):
@@ -59,15 +55,6 @@ def _dense_lstm(input_size: int, hidden_size: int, num_heads: int) -> nn.Module:
     return nn.LSTMCell(input_size, hidden_size)
 
 
-def _memory(kind: type[cells.MatrixMemoryCell]) -> Callable[..., nn.Module]:
-    def make(input_size: int, hidden_size: int, num_heads: int) -> nn.Module:
-        """As many keys as values, so that the outputs have `hidden_size` numbers."""
-        size = hidden_size // num_heads
-        return kind(input_size, size, size, num_heads=num_heads)
-
-    return make
-
-
 MORE_CELLS: dict[str, Callable[..., nn.Module]] = {
     "indrnn": _indrnn,
     "cfc": _cfc,
@@ -76,52 +63,11 @@ MORE_CELLS: dict[str, Callable[..., nn.Module]] = {
     "layer-norm-lstm": _layer_norm_lstm,
     "dense-gru": _dense_gru,
     "dense-lstm": _dense_lstm,
-    "m2rnn": _memory(cells.M2RNNCell),
-    "delta-memory": _memory(cells.DeltaMemoryCell),
-    "outer-memory": _memory(cells.OuterMemoryCell),
 }
-"""Cells by name, besides those of `pararnn.lm.models.CELLS`; models register them there."""
+"""Cells by name, besides those that language models have; they are registered here."""
 
-LANGUAGE_MODEL_CELLS = (
-    "paragru",
-    "paralstm",
-    "elman",
-    "mgu",
-    "janet",
-    "lstm",
-    "slstm",
-    "mingru",
-)
-"""Names in `pararnn.lm.models.CELLS`, here without importing transformers."""
+for _name, _factory in MORE_CELLS.items():
+    if _name not in CELLS:
+        register_cell(_name, _factory)
 
-ARCHITECTURES = (*LANGUAGE_MODEL_CELLS, *MORE_CELLS, *BASELINES)
-
-
-def mixers_of(name: str) -> list[str]:
-    """The parts of a hybrid, or the one architecture.
-
-    Raises:
-        ValueError: A part does not exist, or cannot be part of a hybrid.
-    """
-    parts = name.split("+")
-    known = ARCHITECTURES if len(parts) == 1 else (*LANGUAGE_MODEL_CELLS, *MORE_CELLS, ATTENTION)
-    for part in parts:
-        if part not in known:
-            nearest = difflib.get_close_matches(part, known, n=1, cutoff=0.0)[0]
-            nearest = ATTENTION if part == TRANSFORMER else nearest
-            of_hybrid = f" in {name!r}" if len(parts) > 1 else ""
-            raise ValueError(
-                f"there is no architecture {part!r}{of_hybrid}; perhaps you meant {nearest!r}. "
-                f"There are: {', '.join(known)}"
-                + ("." if len(parts) > 1 else "; and hybrids such as paragru+attention.")
-            )
-    return parts
-
-
-def accepted(factory: Callable[..., nn.Module], options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that a factory of cells takes."""
-    parameters = inspect.signature(factory).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(options)
-    names = {p.name for p in parameters}
-    return {name: value for name, value in options.items() if name in names}
+ARCHITECTURES = tuple(architectures())

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pararnn import RNN
-from pararnn.lm.catalogue import CELLS, register_cell
+from pararnn.lm.catalogue import (
+    ATTENTION,
+    BASELINES,
+    CELLS,
+    MAMBA2,
+    MEMORIES,
+    TRANSFORMER,
+    cell_options,
+    parts,
+    repeated,
+)
 from pararnn.lm.models.architectures import Shape, make_config, make_model
 from pararnn.lm.models.attention import AttentionMixer
 from pararnn.lm.models.block import make_mixer
 from pararnn.lm.models.configuration import ParaRNNConfig
 from pararnn.lm.models.convolution import CausalConvolution
-from pararnn.tasks.architectures import (
-    ATTENTION,
-    MAMBA2,
-    MORE_CELLS,
-    TRANSFORMER,
-    accepted,
-    mixers_of,
-)
+from pararnn.tasks import architectures as architectures  # registers its cells
 from pararnn.tasks.settings import Settings
 from pararnn.tasks.task import Task
 
@@ -34,10 +39,6 @@ _MAMBA: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,  # by default all three are tokens that a task may not have
 }
-
-for _name, _factory in MORE_CELLS.items():
-    if _name not in CELLS:
-        register_cell(_name, _factory)
 
 
 def build_model(task: Task, architecture: str, settings: Settings) -> nn.Module:
@@ -53,38 +54,37 @@ def build_model(task: Task, architecture: str, settings: Settings) -> nn.Module:
     Raises:
         ValueError: There is no such architecture.
     """
-    mixers = mixers_of(architecture)
+    stack = [architecture] if architecture in BASELINES else parts(architecture)
     if settings.form == "blocks":
-        return _LanguageModel(task, mixers, settings)
-    return _Stack(task, mixers, settings)
+        return _LanguageModel(task, architecture, stack, settings)
+    return _Stack(task, architecture, stack, settings)
 
 
 class _LanguageModel(nn.Module):
     """A whole language model; where there are fewer classes than tokens, some logits are idle."""
 
-    def __init__(self, task: Task, mixers: list[str], settings: Settings) -> None:
+    def __init__(self, task: Task, architecture: str, stack: list[str], settings: Settings) -> None:
         super().__init__()
-        layers = max(settings.num_layers, len(mixers))
+        layers = max(settings.num_layers, len(stack))
         shape = Shape(
             vocab_size=max(task.vocab_size, task.num_classes),
             width=settings.width,
             # Mamba2 has no MLPs, and twice the layers, as in the paper's language models.
-            num_layers=2 * layers if mixers == [MAMBA2] else layers,
+            num_layers=2 * layers if architecture == MAMBA2 else layers,
             num_heads=settings.num_heads,
             # Inputs of a sum of `width` terms keep their variance; 0.02 is for a width of 2,500.
             initializer_range=1 / math.sqrt(settings.width),
             state_size=_MAMBA_STATE,
             conv_kernel=_CONV,
         )
-        options: dict[str, Any] = {}
-        if mixers == [MAMBA2]:
-            options = _MAMBA
-        elif mixers != [TRANSFORMER]:
-            options["cell_options"] = _cell_options(mixers, settings)
-            options["attention_heads"] = settings.num_heads
-            options["mixers"] = _cycled(mixers, layers)
-        first = next((name for name in mixers if name != ATTENTION), "paragru")
-        self.model = make_model(make_config(first, shape, **options))
+        options: dict[str, Any] = _MAMBA if architecture == MAMBA2 else {}
+        if architecture not in BASELINES:
+            options = {
+                "attention_heads": settings.num_heads,
+                "cell_options": cell_options(stack, _options(settings)),
+                "memory_options": _memory_options(settings),
+            }
+        self.model = make_model(make_config(architecture, shape, **options))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
@@ -93,13 +93,17 @@ class _LanguageModel(nn.Module):
 class _Stack(nn.Module):
     """Embedding, layers, norm, linear: one layer is the model of the paper's tasks (C.2)."""
 
-    def __init__(self, task: Task, mixers: list[str], settings: Settings) -> None:
+    def __init__(self, task: Task, architecture: str, stack: list[str], settings: Settings) -> None:
         super().__init__()
         self.positions = settings.positions
         self.embedding = nn.Embedding(task.vocab_size, settings.width)
-        names = _cycled(mixers, max(settings.num_layers, len(mixers)))
-        options = _cell_options(mixers, settings)
-        self.layers = nn.ModuleList(_Layer(name, settings, options) for name in names)
+        names = repeated(stack, max(settings.num_layers, len(stack)))
+        if architecture in BASELINES:
+            make: Callable[[str], nn.Module] = functools.partial(_baseline, settings=settings)
+        else:
+            options = cell_options(stack, _options(settings))
+            make = functools.partial(_mixer, settings=settings, options=options)
+        self.layers = nn.ModuleList(_Layer(make(name), settings) for name in names)
         self.norm = nn.RMSNorm(settings.width)
         self.head = nn.Linear(settings.width, task.num_classes)
 
@@ -115,11 +119,11 @@ class _Stack(nn.Module):
 class _Layer(nn.Module):
     """Norm and mixer; in the form "mixer" a residual with a learnable scale as well (Figure 9)."""
 
-    def __init__(self, name: str, settings: Settings, options: dict[str, Any]) -> None:
+    def __init__(self, mixer: nn.Module, settings: Settings) -> None:
         super().__init__()
         width = settings.width
         self.norm = nn.RMSNorm(width)
-        self.mixer = _mixer(name, settings, options)
+        self.mixer = mixer
         scale = torch.ones(width) if settings.form == "mixer" else None
         self.residual_scale = None if scale is None else nn.Parameter(scale)
 
@@ -128,36 +132,50 @@ class _Layer(nn.Module):
         return y if self.residual_scale is None else self.residual_scale * x + y
 
 
+def _baseline(name: str, settings: Settings) -> nn.Module:
+    """What mixes over time in a baseline."""
+    width, heads = settings.width, settings.num_heads
+    if name == TRANSFORMER:
+        return _mixer(ATTENTION, settings, {})
+    shape = Shape(
+        vocab_size=1,
+        width=width,
+        num_layers=1,
+        num_heads=heads,
+        initializer_range=1 / math.sqrt(width),
+        state_size=_MAMBA_STATE,
+        conv_kernel=_CONV,
+    )
+    whole: Any = make_model(make_config(name, shape, **_MAMBA))
+    return whole.backbone.layers[0].mixer
+
+
 def _mixer(name: str, settings: Settings, options: dict[str, Any]) -> nn.Module:
     width, heads = settings.width, settings.num_heads
-    if name == MAMBA2:
-        shape = Shape(
-            vocab_size=1,
-            width=width,
-            num_layers=1,
-            num_heads=heads,
-            initializer_range=1 / math.sqrt(width),
-            state_size=_MAMBA_STATE,
-            conv_kernel=_CONV,
-        )
-        config = make_config(MAMBA2, shape, **_MAMBA)
-        whole: Any = make_model(config)
-        return whole.backbone.layers[0].mixer
-    if settings.form == "cell" and name not in (TRANSFORMER, ATTENTION):
-        return _Cell(RNN(CELLS[name](width, width, num_heads=heads, **options)))
+    if settings.form == "cell" and name != ATTENTION:
+        return _Cell(RNN(_cell(name, settings, options)))
     config = ParaRNNConfig(
         vocab_size=1,
         hidden_size=width,
         num_hidden_layers=1,
         num_heads=heads,
         conv_kernel=_CONV,
-        cell="paragru" if name in (TRANSFORMER, ATTENTION) else name,
+        cell=name,
         attention_heads=heads,
         cell_options=options,
+        memory_options=_memory_options(settings),
     )
-    if name in (TRANSFORMER, ATTENTION):
+    if name == ATTENTION:
         return _Attention(config, convolution=settings.form == "mixer")
     return _OfLanguageModel(make_mixer(config, name))
+
+
+def _cell(name: str, settings: Settings, options: dict[str, Any]) -> nn.Module:
+    """A cell alone, or a memory with a projection of its own."""
+    width, heads = settings.width, settings.num_heads
+    if name in CELLS:
+        return CELLS[name](width, width, num_heads=heads, **options)
+    return MEMORIES[name](width, num_heads=heads, **_memory_options(settings))
 
 
 class _Cell(nn.Module):
@@ -202,22 +220,17 @@ class _Attention(nn.Module):
         return self.attention(x, None, None)[0]
 
 
-def _cycled(names: list[str], count: int) -> list[str]:
-    return [names[i % len(names)] for i in range(count)]
-
-
-def _cell_options(mixers: list[str], settings: Settings) -> dict[str, Any]:
-    """What all cells of a model take; a language model has one set of options for all of them."""
-    options: dict[str, Any] = {
+def _options(settings: Settings) -> dict[str, Any]:
+    return {
         "max_recurrent_weight": settings.max_recurrent_weight,
         "max_timescale": settings.max_timescale,
     }
-    for name in mixers:
-        if name in CELLS:
-            options = accepted(CELLS[name], options)
-            if getattr(CELLS[name], "keeps", None) is None:  # no gate whose bias sets a timescale
-                options.pop("max_timescale", None)
-    return options
+
+
+def _memory_options(settings: Settings) -> dict[str, Any]:
+    """As many keys as values, so that the outputs have `width` numbers."""
+    size = settings.width // settings.num_heads
+    return {"key_size": size, "value_size": size, "shared_keys": False}
 
 
 def sinusoids(time: int, width: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pararnn.tasks.architectures import TRANSFORMER, mixers_of
+from pararnn.lm.catalogue import TRANSFORMER, check_architecture
 from pararnn.tasks.catalogue import TASKS, find_task
 
 Form = Literal["cell", "mixer", "blocks"]
@@ -200,7 +200,7 @@ class SuiteConfig:
     tasks: tuple[str, ...] = tuple(TASKS)
     """Names of tasks."""
     architectures: tuple[str, ...] = ("paragru", "paralstm", TRANSFORMER)
-    """Names of architectures, and hybrids such as paragru+attention, whose parts take turns."""
+    """Names of architectures, and stacks such as paragru+attention, whose parts take turns."""
     seeds: int = 3
     """Models of each architecture on each task, from seeds 0, 1 and so on."""
     preset: Literal["full", "smoke", "paper"] = "full"
@@ -233,7 +233,7 @@ class SuiteConfig:
             find_task(task)
             self.settings(task)
         for architecture in self.architectures:
-            mixers_of(architecture)
+            check_architecture(architecture)
         for name in ("seeds", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:

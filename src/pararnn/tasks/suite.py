@@ -20,7 +20,6 @@ from pararnn.lm.data.workers import Processes
 from pararnn.lm.models.architectures import missing_kernels
 from pararnn.lm.training.lock import alone_in_run
 from pararnn.lm.training.parallel import choose_device
-from pararnn.tasks.architectures import MAMBA2
 from pararnn.tasks.report import Result, accuracy_line, tables
 from pararnn.tasks.results import save_results
 from pararnn.tasks.settings import Settings, SuiteConfig, default_processes
@@ -65,8 +64,9 @@ def run_suite(config: SuiteConfig, command: str = "") -> SuiteResult:
         for architecture in config.architectures
     }
     config.out.mkdir(parents=True, exist_ok=True)
-    if MAMBA2 in config.architectures and (missing := missing_kernels(MAMBA2)):
-        say(f"Note: mamba2 takes {missing}.")
+    for architecture in config.architectures:
+        if missing := missing_kernels(architecture):
+            say(f"Note: {architecture} takes {missing}.")
     with alone_in_run(config.out):
         (config.out / _STOP).unlink(missing_ok=True)
         finished = {

@@ -97,14 +97,27 @@ def measure(
     Raises:
         torch.OutOfMemoryError: It does not fit into memory.
     """
-    device, on_gpu = processes.device, processes.device.type == "cuda"
+    device = processes.device
     alone = processes.count == 1  # then it is faster to make it on the device
     model = (
         size.build(architecture, device, torch.float32, time)
         if alone
         else outline(size.config(architecture, time))
     )
-    loss = CausalLoss(model, preset(architecture, size.name).z_loss_weight)
+    z_loss_weight = preset(architecture, size.name).z_loss_weight
+    return measure_model(CausalLoss(model, z_loss_weight), batch, time, processes, execution)
+
+
+def measure_model(
+    loss: CausalLoss, batch: int, time: int, processes: Processes, execution: ExecutionConfig
+) -> Row:
+    """The figures of a new model, which is laid out here.
+
+    Raises:
+        torch.OutOfMemoryError: It does not fit into memory.
+    """
+    model, device = loss.model, processes.device
+    on_gpu = device.type == "cuda"
     lay_out(loss, execution, processes)
     step = _train_step(loss, batch, time, device)
     milliseconds = steps_milliseconds(step, device)

@@ -7,6 +7,7 @@ devices the same function is called.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pararnn.layers.stepping import Form, captured_step, compile_options
-from pararnn.lm.models.cache import LayerState, ParaRNNCache, State, map_state
-from pararnn.lm.models.configuration import ATTENTION
+from pararnn.lm.catalogue import ATTENTION
+from pararnn.lm.models.cache import LayerState, ParaRNNCache, State
 from pararnn.lm.models.convolution import advance_windows
 from pararnn.lm.models.modeling import ParaRNNForCausalLM
 from pararnn.planning.costs import COSTS
@@ -94,7 +95,8 @@ class Decoder:
         self._noise = torch.ones(batch_size, model.config.vocab_size, device=device)
         self._generator: torch.Generator | None = None
         self._layers: list[LayerState] = []
-        self._windows = torch.empty(0)
+        self._windows: list[Tensor] = []  # of all blocks whose windows have the same shape
+        self._places: list[list[int]] = []  # which blocks these are
         self._next: Callable[[], tuple[list[Tensor], list[Tensor]]] = self._advance
         if compiled:
             self._next = torch.compile(
@@ -106,7 +108,7 @@ class Decoder:
     @property
     def state_bytes(self) -> int:
         """Size of the states of all blocks and texts; 0 before the first call."""
-        return self._windows.nbytes + sum(tensor.nbytes for tensor in _recurrent(self._layers))
+        return sum(tensor.nbytes for tensor in (*self._windows, *_recurrent(self._layers)))
 
     def generate(
         self,
@@ -154,7 +156,8 @@ class Decoder:
         layers = output.cache_params.layers
         if self._prepared_for is None or self._prepared_for.has_changed():
             self._prepare(layers)
-        self._windows.copy_(_windows(layers))
+        for windows, places in zip(self._windows, self._places, strict=True):
+            windows.copy_(_windows(layers, places))
         torch._foreach_copy_(_recurrent(self._layers), _recurrent(layers))
         self._draw()
         self._choose(output.logits)
@@ -193,11 +196,15 @@ class Decoder:
 
     def _prepare(self, layers: list[LayerState]) -> None:
         """Make the tensors of the states, and the graph, whose first runs write into them."""
-        self._windows = torch.zeros_like(_windows(layers))
-        self._layers = [
-            LayerState(window, map_state(torch.zeros_like, layer.recurrent))
-            for window, layer in zip(self._windows, layers, strict=True)
-        ]
+        alike: dict[torch.Size, list[int]] = {}
+        for place, layer in enumerate(layers):
+            alike.setdefault(layer.window.shape, []).append(place)
+        self._places = list(alike.values())
+        self._windows = [torch.zeros_like(_windows(layers, places)) for places in self._places]
+        self._layers = [layer.map(torch.zeros_like) for layer in layers]
+        for windows, places in zip(self._windows, self._places, strict=True):
+            for window, place in zip(windows, places, strict=True):
+                self._layers[place] = dataclasses.replace(self._layers[place], window=window)
         self._prepared_for = Form(self.model)
         self._run = captured_step(self._replace, self.model.device)
         self._ended.zero_()
@@ -205,7 +212,8 @@ class Decoder:
     def _replace(self) -> None:
         """Take a step. One call copies the states of all blocks, which are small."""
         newest, recurrent = self._next()
-        advance_windows(self._windows, newest)
+        for windows, places in zip(self._windows, self._places, strict=True):
+            advance_windows(windows, [newest[place] for place in places])
         torch._foreach_copy_(_recurrent(self._layers), recurrent)
 
     def _advance(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -241,8 +249,8 @@ def largest(scores: Tensor) -> Tensor:
     return best * size + indices.gather(-1, best)
 
 
-def _windows(layers: list[LayerState]) -> Tensor:
-    return torch.stack([layer.window for layer in layers])
+def _windows(layers: list[LayerState], places: list[int]) -> Tensor:
+    return torch.stack([layers[place].window for place in places])
 
 
 def _recurrent(layers: list[LayerState]) -> list[Tensor]:

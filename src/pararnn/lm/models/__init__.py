@@ -4,7 +4,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pararnn.lm.catalogue import CELLS as CELLS
+from pararnn.lm.catalogue import MEMORIES as MEMORIES
 from pararnn.lm.catalogue import register_cell as register_cell
+from pararnn.lm.catalogue import register_memory as register_memory
 from pararnn.lm.models import presets as presets
 from pararnn.lm.models.cache import LayerState as LayerState
 from pararnn.lm.models.cache import ParaRNNCache as ParaRNNCache

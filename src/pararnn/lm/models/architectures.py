@@ -8,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.mamba2 import Mamba2Config
 from transformers.models.qwen3 import Qwen3Config
 
+from pararnn.lm import linear
 from pararnn.lm.catalogue import BASELINES as BASELINES
+from pararnn.lm.catalogue import LINEAR, MAMBA2, parts, repeated
 from pararnn.lm.catalogue import architectures as architectures
 from pararnn.lm.catalogue import check_architecture as check_architecture
 from pararnn.lm.models.configuration import ParaRNNConfig, default_mlp_size
@@ -77,7 +80,7 @@ def _mamba2(shape: Shape, **options: Any) -> PreTrainedConfig:
     )
 
 
-_KERNELS = {"mamba2": {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": ""}}
+_KERNELS = {MAMBA2: {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": ""}}
 """Packages with the fast kernels of an architecture, and the module that transformers imports."""
 
 _BASELINES: dict[str, Callable[..., PreTrainedConfig]] = dict(
@@ -99,6 +102,8 @@ def foreign_fields(stored: dict[str, Any]) -> list[str]:
 
 def missing_kernels(architecture: str) -> str:
     """Which package an architecture lacks for its fast kernels; empty if none."""
+    if architecture not in BASELINES:
+        return _missing_of_memories(parts(architecture))
     for package, module in _KERNELS.get(architecture, {}).items():
         name = package.replace("-", "_")
         if importlib.util.find_spec(name) is None:
@@ -110,16 +115,29 @@ def missing_kernels(architecture: str) -> str:
     return ""
 
 
+def _missing_of_memories(stack: list[str]) -> str:
+    """Linear memories of a stack that run in our kernels on a GPU, and why."""
+    found = {
+        name: reason
+        for name in dict.fromkeys(stack)
+        if name in LINEAR and (reason := linear.missing(LINEAR[name]))
+    }
+    if not found or not torch.cuda.is_available():
+        return ""
+    return f"our step by step kernels for {', '.join(found)}: {next(iter(found.values()))}"
+
+
 def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedConfig:
     """The configuration of a language model.
 
     Args:
-        architecture: A name of `architectures()`.
+        architecture: A baseline, or a stack of mixers as in `pararnn.lm.catalogue`.
         shape: Its size.
         options: Further arguments of the configuration's class, such as `eos_token_id`.
 
     Raises:
-        ValueError: The name is unknown, or the heads do not divide the width.
+        ValueError: A name is unknown, the heads do not divide the width, or a stack has more parts
+            than there are blocks.
     """
     check_architecture(architecture)
     if shape.width % shape.num_heads:
@@ -129,12 +147,19 @@ def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedCo
         )
     if architecture in _BASELINES:
         return _BASELINES[architecture](shape, **options)
+    stack = parts(architecture)
+    if len(stack) > shape.num_layers:
+        raise ValueError(
+            f"architecture {architecture!r} has {len(stack)} blocks but the model has "
+            f"{shape.num_layers}; give it as many layers, or name fewer."
+        )
+    options.setdefault("mixers", repeated(stack, shape.num_layers))
     return ParaRNNConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,
         num_hidden_layers=shape.num_layers,
         num_heads=shape.num_heads,
-        cell=architecture,
+        cell=stack[0],
         conv_kernel=shape.conv_kernel,
         initializer_range=shape.initializer_range,
         **options,

@@ -5,10 +5,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from pararnn.lm.catalogue import ATTENTION as ATTENTION
-from pararnn.lm.catalogue import CELLS, OwnName
+from pararnn.lm.catalogue import CELLS, MEMORIES, OwnName, check_mixer
 
 MLP_MULTIPLE = 256
 ATTENTION_HEAD = 128
+
+
+_MEMORY: dict[str, Any] = {"key_size": 64, "value_size": 16, "shared_keys": True}  # as M2RNN's
 
 
 def default_mlp_size(hidden_size: int) -> int:
@@ -24,15 +27,19 @@ class ParaRNNConfig(PreTrainedConfig):
         hidden_size: Width of the residual stream, in channels.
         num_hidden_layers: Number of blocks (mixer and MLP).
         num_heads: Blocks of the cell's input projection; must divide `inner_size`.
-        inner_size: Channels of the recurrence; None for `hidden_size`.
+        inner_size: Channels of the recurrence, the values of all heads of a memory; None for
+            `hidden_size`.
         intermediate_size: Channels inside the SwiGLU; None for 8/3 of the width, rounded up to a
             multiple of 256.
         conv_kernel: Width of the causal depthwise convolution, in time steps.
-        cell: Name in `pararnn.lm.models.CELLS`.
-        mixers: What mixes over time in each block, for hybrid stacks: names of cells, and
-            "attention"; None for the cell in all.
+        cell: What mixes over time: a name in `pararnn.lm.models.CELLS` or `MEMORIES`.
+        mixers: The same for each block, for hybrid stacks, "attention" among them; None for the
+            cell in all.
         attention_heads: Heads of attention; None for one per 128 channels.
         cell_options: Further keyword arguments of the cell.
+        memory_options: Keyword arguments of memories, for all of them: `key_size` (64),
+            `value_size` (16), `shared_keys` (True: one query and one key for all heads), and what
+            else they take, such as `nonlinearity`.
         dropout: Share of the channels that are left out behind every mixer and MLP in training.
         backend: Which kernels evaluate the recurrence, as in `pararnn.RNN`.
         rms_norm_eps: Added to the mean square in every norm.
@@ -62,6 +69,7 @@ class ParaRNNConfig(PreTrainedConfig):
         mixers: list[str] | None = None,
         attention_heads: int | None = None,
         cell_options: dict[str, Any] | None = None,
+        memory_options: dict[str, Any] | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
         rms_norm_eps: float = 1e-5,
@@ -87,6 +95,7 @@ class ParaRNNConfig(PreTrainedConfig):
         self.mixers = [cell] * num_hidden_layers if mixers is None else list(mixers)
         self.attention_heads = attention_heads or max(1, hidden_size // ATTENTION_HEAD)
         self.cell_options = dict(cell_options or {})
+        self.memory_options = _MEMORY | (memory_options or {})
         self.dropout = dropout
         self.backend = backend
         self.rms_norm_eps = rms_norm_eps
@@ -119,17 +128,13 @@ class ParaRNNConfig(PreTrainedConfig):
                 f"inner_size {self.inner_size} cannot be split into {self.num_heads} heads; "
                 "choose num_heads that divides it."
             )
-        for cell in {self.cell, *self.mixers} - {ATTENTION}:
-            if cell not in CELLS and OwnName.stored(cell):
+        for name in {self.cell, *self.mixers}:
+            if name not in CELLS and OwnName.stored(name):
                 raise ValueError(
-                    f"the model has the cell {cell!r}, whose file must be run first: call "
+                    f"the model has the cell {name!r}, whose file must be run first: call "
                     "pararnn.lm.models.import_cells(FOLDER) with the folder of the model."
                 )
-            if cell not in CELLS:
-                raise ValueError(
-                    f"cell {cell!r} is unknown; choose one of {', '.join(sorted(CELLS))}, or add "
-                    "yours with pararnn.lm.models.register_cell."
-                )
+            check_mixer(name)
         if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
                 f"mixers names {len(self.mixers)} blocks but num_hidden_layers is "
@@ -139,4 +144,10 @@ class ParaRNNConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} cannot be split into {self.attention_heads} "
                 "attention heads; choose attention_heads that divides it."
+            )
+        values = self.memory_options["value_size"]
+        if MEMORIES.keys() & set(self.mixers) and (values < 1 or self.inner_size % values):
+            raise ValueError(
+                f"inner_size {self.inner_size} cannot be split into heads of {values} values "
+                "(memory_options' value_size); choose a number that divides it."
             )

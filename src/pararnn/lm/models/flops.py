@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pararnn.lm.models.configuration import ATTENTION
+from pararnn.lm.catalogue import ATTENTION
 
 _PEAK_FLOPS = {  # the first name that fits counts
     "H100 PCIe": 756e12,

@@ -11,13 +11,15 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from pararnn.lm.models.arguments import num_new_tokens, pop_cache, refuse_others
-from pararnn.lm.models.block import ParaRNNBlock, initialises_itself
+from pararnn.lm.models.block import ParaRNNBlock
 from pararnn.lm.models.boundaries import Boundaries, Documents, find_boundaries, may_hold, require
 from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.configuration import ParaRNNConfig
 from pararnn.lm.models.convolution import CausalConvolution
 from pararnn.lm.models.loss import IGNORED, language_model_loss
+from pararnn.lm.models.memory import MemoryMixer
 from pararnn.lm.models.projection import ResidualProjection
+from pararnn.lm.models.recurrence import initialises_itself
 
 
 @dataclass
@@ -83,6 +85,8 @@ class ParaRNNPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, ParaRNNBlock):
             init.ones_(module.residual_scale)
+        elif isinstance(module, MemoryMixer):
+            init.ones_(module.skip)
 
 
 def _reset(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pararnn.layers.runner import BackendError
-from pararnn.lm.catalogue import CELLS, OwnName
+from pararnn.lm.catalogue import BASELINES, CELLS, OwnName, parts
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.words import warn
 from pararnn.lm.models.causal_loss import CausalLoss
@@ -59,16 +59,24 @@ def import_kept(names: list[str], folder: Path, *, aloud: bool = True) -> None:
             raise RunError(str(error)) from error
 
 
+def _one_block_of_each(config: TrainConfig) -> TrainConfig:
+    """The same settings with one block of each mixer."""
+    model, kinds = config.model, list(dict.fromkeys(parts(config.model)))
+    if OwnName.of(model) is None:
+        model = "+".join(f"1x{kind}" for kind in kinds)
+    few = dataclasses.replace(config.architecture, num_layers=len(kinds), attention_every=0)
+    return dataclasses.replace(config, model=model, architecture=few)
+
+
 def try_step(config: TrainConfig, device: torch.device) -> None:
-    """One train step of a model of one block on one sequence of zeros.
+    """One train step of a model with one block of each mixer, on one sequence of zeros.
 
     Raises:
         RunError: The cell, its options or the backend cannot do it; the message says why.
     """
-    if not config.has_cell:
+    if config.model in BASELINES:
         return
-    one = dataclasses.replace(config.architecture, num_layers=1, attention_every=0)
-    small = dataclasses.replace(config, architecture=one)
+    small = _one_block_of_each(config)
     length = min(config.text.sequence_length, _LONGEST_TRIAL)
     tokens = torch.zeros(1, length + 1, dtype=torch.int64)
     tokens[:, 1:] = 1

@@ -9,11 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
-
-from pararnn.lm.catalogue import CELLS, OwnName, check_architecture
+from pararnn.lm.catalogue import ATTENTION, BASELINES, OwnName, check_architecture, parts
 from pararnn.lm.data.errors import RunError
 from pararnn.planning.backends import check_name
+
+try:
+    from tyro.conf import arg
+except ModuleNotFoundError:  # only command lines need it
+
+    def arg(**_: Any) -> Any:  # type: ignore[no-redef] # its stand-in
+        """Nothing."""
+
 
 DEFAULT_STEPS = 500
 
@@ -164,10 +170,13 @@ class TrainConfig:
     """File or folder of texts, read as bytes; or a folder that `pararnn data prepare`
     wrote; None for the source of Python's standard library."""
     model: Annotated[str, arg(aliases=["--cell"])] = "paragru"
-    """Architecture: paragru, paralstm or another cell of the library; FILE.py:CLASS, a cell of your
-    own, whose file is run and kept in the run folder; transformer or mamba2 as baselines."""
+    """Architecture: a cell of the library, a memory such as m2rnn, or a stack such as
+    3xparagru+m2rnn, repeated over the blocks; FILE.py:CLASS, a cell of your own, whose file is run
+    and kept in the run folder; transformer or mamba2 as baselines."""
     cell_options: tuple[str, ...] = ()
-    """Further arguments of the cell, as NAME=VALUE."""
+    """Further arguments of cells, as NAME=VALUE."""
+    memory_options: tuple[str, ...] = ()
+    """Arguments of memories, as NAME=VALUE: key_size, value_size, shared_keys, nonlinearity."""
     out: Path | None = None
     """Run folder; None for the next free runs/MODEL-NUMBER."""
     steps: int = DEFAULT_STEPS
@@ -202,30 +211,19 @@ class TrainConfig:
         check_architecture(self.model)
         check_name(self.backend)
         every = self.architecture.attention_every
-        _require(
-            not every or self.has_cell, "architecture.attention_every", every, f"0 for {self.model}"
-        )
-        _require(
-            not self.cell_options or self.has_cell,
-            "cell_options",
-            self.cell_options,
-            f"empty for {self.model}",
-        )
-        dropout = self.architecture.dropout
-        _require(
-            not dropout or self.has_cell, "architecture.dropout", dropout, f"0 for {self.model}"
-        )
-        if self.text.carry_state and (every or not self.has_cell):
+        dropout, ours = self.architecture.dropout, self.model not in BASELINES
+        _require(not every or ours, "architecture.attention_every", every, f"0 for {self.model}")
+        _require(not dropout or ours, "architecture.dropout", dropout, f"0 for {self.model}")
+        for name in ("cell_options", "memory_options"):
+            given = getattr(self, name)
+            _require(not given or ours, name, given, f"empty for {self.model}")
+            self.options_of(name)
+        attends = ours and (every or ATTENTION in parts(self.model))
+        if self.text.carry_state and (attends or not ours):
             raise ValueError(
                 f"text.carry_state needs a state of fixed size, but {self.model} "
-                f"{'has blocks of attention' if every else 'hands on none'}."
+                f"{'has blocks of attention' if attends else 'hands on none'}."
             )
-        self.options_of_cell()
-
-    @property
-    def has_cell(self) -> bool:
-        """Whether the model is built of a cell: one of the library, or one of the user."""
-        return self.model in CELLS or OwnName.of(self.model) is not None
 
     @property
     def title(self) -> str:
@@ -233,13 +231,13 @@ class TrainConfig:
         own = OwnName.of(self.model)
         return own.kind if own else self.model
 
-    def options_of_cell(self) -> dict[str, Any]:
-        """`cell_options` as values of Python; what is none is a text."""
+    def options_of(self, field: str) -> dict[str, Any]:
+        """`cell_options` or `memory_options` as values of Python; what is none is a text."""
         options = {}
-        for given in self.cell_options:
+        for given in getattr(self, field):
             name, sign, value = given.partition("=")
-            _require(bool(sign) and name.isidentifier(), "cell_options", given, "NAME=VALUE")
-            _require(name not in options, "cell_options", given, "given once for a name")
+            _require(bool(sign) and name.isidentifier(), field, given, "NAME=VALUE")
+            _require(name not in options, field, given, "given once for a name")
             try:
                 options[name] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
@@ -349,6 +347,7 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 _SINCE: dict[str, Any] = {
     "cell_options": [],
+    "memory_options": [],
     "architecture.state_size": 128,
     "architecture.dropout": 0.0,
     "text.carry_state": False,

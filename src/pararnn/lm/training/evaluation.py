@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pararnn.lm.catalogue import ATTENTION
 from pararnn.lm.data import TokenSplit
 from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM
 from pararnn.lm.models.causal_loss import CausalLoss
-from pararnn.lm.models.configuration import ATTENTION
 from pararnn.lm.models.loss import IGNORED
 from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.sharding import looking

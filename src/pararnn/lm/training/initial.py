@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pararnn.lm.models import ParaRNNConfig
 from pararnn.lm.models.architectures import make_model
-from pararnn.lm.models.block import initialises_itself
+from pararnn.lm.models.recurrence import initialises_itself
 
 _AROUND = 0  # number of the layers around the blocks; the blocks' numbers follow
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from pararnn.lm.catalogue import ATTENTION, BASELINES, cell_options, parts, repeated
 from pararnn.lm.decoding import generate
-from pararnn.lm.models import CELLS, ParaRNNForCausalLM
+from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.models.architectures import Shape, make_config
-from pararnn.lm.models.configuration import ATTENTION
 from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.initial import outline, start
 from pararnn.lm.training.text import Codec
@@ -35,21 +35,25 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
     )
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), codec.separator)
     ours: dict[str, Any] = {}
-    if config.has_cell:
-        ours = {"backend": config.backend, "z_loss_weight": config.optimizer.z_loss_weight}
-        ours["dropout"] = size.dropout
-        ours["mixers"] = mixers(config.model, size.num_layers, size.attention_every)
-        options = config.options_of_cell()
-        if getattr(CELLS[config.model], "keeps", None):
-            options = {"max_timescale": size.max_timescale} | options
-        ours["cell_options"] = options
+    if config.model not in BASELINES:
+        stack = parts(config.model)
+        timescale = cell_options(stack, {"max_timescale": size.max_timescale})
+        ours = {
+            "backend": config.backend,
+            "z_loss_weight": config.optimizer.z_loss_weight,
+            "dropout": size.dropout,
+            "mixers": mixers(stack, size.num_layers, size.attention_every),
+            "cell_options": timescale | config.options_of("cell_options"),
+            "memory_options": config.options_of("memory_options"),
+        }
     return outline(make_config(config.model, shape, **special, **ours))
 
 
-def mixers(cell: str, num_layers: int, attention_every: int) -> list[str]:
-    """Mixer of each block: the cell, or attention in every N-th block."""
+def mixers(stack: list[str], num_layers: int, attention_every: int) -> list[str]:
+    """Mixer of each block: those of the stack in turn, or attention in every N-th block."""
     period = attention_every or num_layers + 1
-    return [ATTENTION if block % period == 0 else cell for block in range(1, num_layers + 1)]
+    blocks = enumerate(repeated(stack, num_layers), 1)
+    return [ATTENTION if block % period == 0 else name for block, name in blocks]
 
 
 def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

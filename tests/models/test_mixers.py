@@ -1,0 +1,292 @@
+"""Every mixer by its name: documents, pieces, caches, gradients, saving; and what is refused."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from pararnn import RNN, cells
+from pararnn.lm import catalogue, linear
+from pararnn.lm.decoding import generate
+from pararnn.lm.models import MEMORIES, ParaRNNCache, ParaRNNConfig, register_memory
+from pararnn.lm.models.architectures import Shape, make_config, make_model, missing_kernels
+from pararnn.lm.training.checkpoints import quiet_transformers
+from pararnn.lm.training.comparison import step_by_step
+from pararnn.lm.training.config import OptimizerConfig
+from pararnn.lm.training.optimizer import build_optimizer
+from pararnn.testing import assert_close
+
+from .conftest import tiny_config
+
+KEYS, VALUES = 3, 4
+MIXERS = {
+    **{name: (name, {}) for name in ("paralstm", *MEMORIES, "attention")},
+    "m2rnn, linear": ("m2rnn", {"nonlinearity": "linear"}),
+    "delta, linear": ("delta", {"nonlinearity": "linear"}),
+    "gated-deltanet, tanh": ("gated-deltanet", {"nonlinearity": "tanh"}),
+    "m2rnn, keys of heads": ("m2rnn", {"shared_keys": False}),
+}
+
+
+def tiny(**changes):
+    """A float64 model with no parameter left at a trivial value."""
+    torch.manual_seed(1)
+    model = make_model(tiny_config(**changes)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@pytest.fixture(params=MIXERS, scope="module")
+def model(request):
+    """Two blocks of a mixer, with a cell of another kind between them."""
+    name, options = MIXERS[request.param]
+    return tiny(
+        num_hidden_layers=3,
+        mixers=[name, "paragru", name],
+        attention_heads=2,
+        memory_options={"key_size": KEYS, "value_size": VALUES, **options},
+    )
+
+
+def test_packed_documents_equal_separate_ones(model, tokens):
+    lengths, row = [4, 1, 6], tokens[:1]
+    separate = torch.cat([model(part).logits for part in row.split(lengths, 1)], 1)
+    packed = model(row, cu_seq_lens_q=torch.tensor([0, 4, 5, 11])).logits
+    assert_close("packed", packed, separate, rtol=1e-9)
+    resets = torch.zeros(1, 11, dtype=torch.bool)
+    resets[0, [0, 4, 5]] = True
+    cache, pieces = ParaRNNCache(), []
+    for piece, starts in zip(row.split([3, 8], 1), resets.split([3, 8], 1), strict=True):
+        pieces.append(model(piece, resets=starts, cache_params=cache, use_cache=True).logits)
+    assert_close("with a carried state", torch.cat(pieces, 1), separate, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 11, [5, 6]], ids=["steps", "pieces"])
+def test_decoding_equals_the_whole(model, tokens, sizes):
+    cache, pieces = ParaRNNCache(), []
+    for piece in tokens.split(sizes, 1):
+        pieces.append(model(piece, cache_params=cache, use_cache=True).logits)
+    assert_close("pieces", torch.cat(pieces, 1), model(tokens).logits, rtol=1e-9)
+
+
+def test_a_kept_cache_goes_on_twice(model, tokens, tmp_path):
+    expected = model(tokens).logits[:, 6:]
+    cache = model(tokens[:, :6], use_cache=True).cache_params
+    torch.save(cache, tmp_path / "cache.pt")
+    for kept in (copy.copy(cache), torch.load(tmp_path / "cache.pt", weights_only=False)):
+        again = model(tokens[:, 6:], cache_params=kept).logits
+        assert_close("continued", again, expected, rtol=1e-9)
+
+
+def test_gradients_are_those_of_a_loop(model, tokens):
+    """With documents that begin inside a row. Every parameter has one, and all are finite."""
+    resets = torch.rand(tokens.shape) < 0.2
+    loops = step_by_step(model)
+    model.zero_grad()
+    for each in (model, loops):
+        each(tokens, labels=tokens, resets=resets).loss.backward()
+    pairs = zip(model.named_parameters(), loops.parameters(), strict=True)
+    for (name, parameter), reference in pairs:
+        assert_close(name, parameter.grad, reference.grad, rtol=1e-7)
+
+
+def test_saved_and_loaded(model, tokens, tmp_path):
+    with quiet_transformers():
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.memory_options == model.config.memory_options
+    assert_close("logits", again(tokens).logits, model(tokens).logits, rtol=1e-12)
+
+
+def test_decays_biases_and_norms_have_no_weight_decay(model):
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.1))
+    decayed, others = (
+        {id(p) for p in group["params"]} for group in optimizer.param_groups if group["params"]
+    )
+    for name, parameter in model.named_parameters():
+        kind = name.split(".")[-1]
+        if kind in ("log_rate", "rate_bias", "skip", "bias", "recurrent") or parameter.dim() == 1:
+            assert id(parameter) in others, name
+        if "proj" in name:
+            assert id(parameter) in decayed, name
+
+
+def test_static_decoding_of_blocks_whose_windows_differ(tokens):
+    model = tiny(
+        num_hidden_layers=4,
+        mixers=["m2rnn", "paragru", "gated-deltanet", "paralstm"],
+        memory_options={"key_size": KEYS, "value_size": VALUES},
+    )
+    text = tokens
+    for _ in range(5):
+        text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], 1)
+    assert generate(model, tokens.tolist(), max_new_tokens=5) == text[:, 11:].tolist()
+
+
+def test_compiled(tokens):
+    model = tiny(
+        mixers=["m2rnn", "gated-deltanet"],
+        memory_options={"key_size": KEYS, "value_size": VALUES},
+    )
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    resets = torch.zeros(tokens.shape, dtype=torch.bool)
+    resets[:, 4] = True
+    expected = model(tokens, resets=resets).logits
+    assert_close("logits", compiled(tokens, resets=resets).logits, expected, rtol=1e-9)
+
+
+def test_new_blocks_are_as_published():
+    """Decays spread in the logarithm, `D` of ones, and the rest as in other blocks."""
+    config = ParaRNNConfig(vocab_size=17, hidden_size=64, num_hidden_layers=1, cell="m2rnn")
+    with torch.device("meta"):
+        loaded = make_model(config).to_empty(device="cpu")
+    for module in reversed(list(loaded.modules())):
+        loaded._init_weights(module)
+    for model in (make_model(config), loaded):
+        mixer = model.model.layers[0].mixer
+        assert torch.equal(mixer.skip, torch.ones(64))
+        kept = mixer.rnn.cell.keep(torch.zeros(1, 4)).flatten()
+        times = 1000 ** (torch.tensor([1, 3, 5, 7]) / 8)
+        assert_close("times", -1 / torch.log(kept), times, rtol=1e-4)
+        assert tuple(mixer.in_proj.weight.shape) == (2 * 64 + 64, 64)
+        assert mixer.rnn.cell.state_shape == (4, 64, 16)
+
+
+# What flash-linear-attention computes is checked against its documentation's equations, since its
+# kernels need a GPU: `tests/gpu/test_linear.py` compares with those.
+
+
+def simple_gla(q, k, v, g, scale, initial_state, output_final_state):
+    return gated_delta(q, k, v, g, None, scale, initial_state, output_final_state)
+
+
+def gated_delta(q, k, v, g, beta, scale, initial_state, output_final_state):
+    """(batch, time, heads, size) each; g and beta (batch, time, heads). Returns also the state."""
+    assert output_final_state
+    h, outputs = initial_state, []
+    if h is None:
+        h = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t, g_t = (x[:, t] for x in (q, k, v, g))
+        h = torch.exp(g_t)[..., None, None] * h
+        if beta is not None:
+            v_t = beta[:, t].unsqueeze(-1) * (v_t - (h * k_t.unsqueeze(-1)).sum(-2))
+        h = h + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        outputs.append(scale * (h * q_t.unsqueeze(-1)).sum(-2))
+    return torch.stack(outputs, 1), h
+
+
+FUNCTIONS = {"gated-deltanet": gated_delta, "mamba2": simple_gla}
+
+
+@pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_another_package_is_asked_for(name, shared_keys, monkeypatch):
+    """Values, states, documents and gradients are those of the step."""
+    monkeypatch.setattr(Tensor := torch.Tensor, "float", lambda tensor: tensor)  # stay exact
+    assert Tensor is torch.Tensor
+    cell = MEMORIES[name](None, KEYS, VALUES, num_heads=2, shared_keys=shared_keys).double()
+    x = torch.randn(3, 20, cell.input_size, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(3, *cell.state_shape, dtype=torch.float64, requires_grad=True)
+    resets = torch.rand(3, 20) < 0.2
+    results = []
+    for found in (
+        RNN(cell)(x, state, resets),
+        linear.evaluate(FUNCTIONS[name], catalogue.LINEAR[name], cell, x, state, resets),
+    ):
+        torch.manual_seed(3)
+        total = sum((part * torch.randn_like(part)).sum() for part in found)
+        results.append((*found, *torch.autograd.grad(total, [x, state, *cell.parameters()])))
+    for place, (found, expected) in enumerate(zip(*results, strict=True)):
+        assert_close(f"part {place}", found, expected, rtol=1e-9)
+
+
+def test_where_another_package_can_be_used():
+    cell = cells.GatedDeltaCell(None, KEYS, VALUES)
+    assert not linear.fits(cell, torch.randn(2, 8, cell.input_size))  # no GPU, and float32
+    on_gpu = torch.empty(2, 8, cell.input_size, dtype=torch.bfloat16, device="meta")
+    assert not linear.fits(cell, on_gpu)
+
+
+def test_a_package_that_is_missing_or_does_not_fit(monkeypatch):
+    absent = linear.Operator("fla.not.there", "f", lambda *_: {})
+    assert "is not installed (pip install 'pararnn[fla]')" in linear.missing(absent)
+    broken = linear.Operator("torch.nn.functional", "no_such_function", lambda *_: {})
+    assert "does not fit torch" in linear.missing(broken)
+    assert "no_such_function" in linear.missing(broken)
+    assert linear.missing(None) == linear.missing(linear.Operator("math", "exp", dict)) == ""
+    assert linear.choose(absent, "auto") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert linear.choose(absent, "auto") is None
+    present = linear.Operator("torch.nn.functional", "silu", lambda *_: {})
+    assert linear.choose(present, "auto") is F.silu
+    assert linear.choose(present, "triton") is None
+    monkeypatch.setitem(catalogue.LINEAR, "gated-deltanet", absent)
+    note = missing_kernels("3xparagru+gated-deltanet")
+    assert note.startswith("our step by step kernels for gated-deltanet: flash-linear-attention")
+
+
+def test_a_memory_of_ones_own(monkeypatch, tokens):
+    class Adding(cells.MatrixMemoryCell):
+        def forward(self, x, state):
+            _, k, v, a = self.project(x)
+            return self.keep(a) * state + k.unsqueeze(-1) * v.unsqueeze(-2)
+
+        def readout(self, x, state):
+            return torch.einsum("nhkv,nhk->nhv", state, self.project(x)[0]).flatten(-2)
+
+    register_memory("adding", Adding)
+    try:
+        model = tiny(cell="adding", memory_options={"value_size": 4})
+        assert model(tokens).logits.isfinite().all()
+        for name in ("adding", "paragru", "attention"):
+            with pytest.raises(ValueError, match=f"mixer name '{name}' is taken"):
+                register_memory(name, cells.M2RNNCell)
+    finally:
+        del MEMORIES["adding"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cell": "m2rn"}, "there is no mixer 'm2rn'; perhaps you meant 'm2rnn'. There are: para"),
+        ({"mixers": ["paragru", "gated-delta"]}, "perhaps you meant 'gated-deltanet'"),
+        ({"cell": "m2rnn"}, r"inner_size 8 cannot be split into heads of 16 values"),
+        ({"cell": "m2rnn", "memory_options": {"value_size": 0}}, "heads of 0 values"),
+        (
+            {"cell": "delta", "memory_options": {"value_size": 4, "heads": 2}},
+            r"memory 'delta' does not take memory_options .*'heads'.*They are key_size, value_size",
+        ),
+        (
+            {"cell": "outer", "memory_options": {"value_size": 4, "nonlinearity": "relu"}},
+            "nonlinearity is 'relu'; it must be 'tanh' or 'linear'",
+        ),
+        ({"cell": "outer", "memory_options": {"value_size": 4, "key_size": 0}}, "key_size is 0"),
+    ],
+)
+def test_mistakes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_stacks_in_one_line():
+    assert catalogue.parts("2xparagru+m2rnn+attention") == ["paragru"] * 2 + ["m2rnn", "attention"]
+    shape = Shape(vocab_size=17, width=32, num_layers=7, num_heads=2)
+    config = make_config("2xparagru+delta", shape)
+    assert config.mixers == ["paragru", "paragru", "delta"] * 2 + ["paragru"]
+    assert make_config("1xmamba2", shape).mixers == ["mamba2"] * 7
+    assert make_config("mamba2", shape).model_type == "mamba2"
+    with pytest.raises(ValueError, match="'8xparagru' has 8 blocks but the model has 7"):
+        make_config("8xparagru", shape)
+    with pytest.raises(ValueError, match=r"no architecture 'delt' in '2xparagru\+delt'; perhaps"):
+        make_config("2xparagru+delt", shape)
+
+
+def test_options_that_not_all_cells_take_are_left_out():
+    given = {"max_timescale": 50.0, "max_recurrent_weight": 0.5}
+    assert catalogue.cell_options(["paragru", "m2rnn"], given) == given
+    assert catalogue.cell_options(["paragru", "elman"], given) == {"max_recurrent_weight": 0.5}

@@ -108,12 +108,17 @@ def sums_state_over_rows(self, x, h):
     return self.decay * h.cumsum(0) + self.project(x)
 
 
+def subtracts_mean_state(self, x, h):
+    return self.decay * h + self.project(x) - h.mean(0)
+
+
 @pytest.mark.parametrize(
     ("forward", "error", "words"),
     [
         (sums_over_rows, TraceError, "mixes the rows of x"),
         (sums_over_rows_from_the_end, TraceError, "mixes the rows of x"),
         (sums_state_over_rows, TraceError, "mixes the rows of its state"),
+        (subtracts_mean_state, TraceError, "the rows of its state at .*test_mistakes.py:"),
         (adds_in_place, TraceError, "writes into its state in place at .*test_mistakes.py:"),
         (writes_entry, TraceError, "writes into its state in place at .*test_mistakes.py:"),
         (normalises_state, TraceError, r"writes into self\.norm\.num_batches_tracked in place"),
@@ -122,9 +127,9 @@ def sums_state_over_rows(self, x, h):
         (leaves_pytorch, TraceError, "test_mistakes.py:.* PyTorch did not compute"),
         (leaves_pytorch_by_list, TraceError, "test_mistakes.py:.* PyTorch did not compute"),
         (misspells, TypeError, "it raised AttributeError: .*projekt"),
-        (returns_nothing, TypeError, "with 1 it returned a NoneType|it returned a NoneType"),
-        (returns_list, TypeError, "it returned a list of 1"),
-        (returns_output_and_state, TypeError, "with 1 it returned a tuple of 2"),
+        (returns_nothing, TypeError, "it returned a NoneType.*Is a `return` missing"),
+        (returns_list, TypeError, "it returned a list of 1.*Return the tensor itself"),
+        (returns_output_and_state, TypeError, r"with 1 it returned a tuple of 2.*readout\(self, x"),
         (returns_part, TypeError, r"returned a tensor of shape \(11, 2\)"),
         (takes_a_pair_returns_one, TypeError, r"with 2 it returned a tensor of shape \(11, 3\)"),
     ],
@@ -132,6 +137,31 @@ def sums_state_over_rows(self, x, h):
 def test_cell(forward, error, words):
     with pytest.raises(error, match=words):
         RNN(with_forward(forward))
+
+
+class Knows(Cell):
+    """How many tensors its state has is not tried, but taken from the cell."""
+
+    num_components = 1
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (returns_nothing, "returned None; .*Is a `return` missing"),
+        (returns_list, "returned a list of 1; .*Return the tensor itself"),
+        (returns_output_and_state, r"returned a tuple of 2; .*readout\(self, x, state\)"),
+        (lambda c, h, x: Cell.forward(c, x, h), r"takes its state first.*: swap"),
+    ],
+)
+def test_cell_that_says_how_many_tensors_its_state_has(forward, words):
+    with pytest.raises(TraceError, match=words):
+        RNN(with_forward(forward, Knows))
+
+
+def test_modules_that_are_no_cells():
+    with pytest.raises(TypeError, match=r"Linear is no cell: .*\(x, state\)"):
+        RNN(nn.Linear(4, 3))
 
 
 X = torch.zeros(2, 6, 4)

@@ -778,7 +778,7 @@ def reads(make):
         (lambda h: h.mT, r"component 0 of shape \(3, 4, 3\) for one of shape \(3, 3, 4\); a state"),
         (lambda h: h.flatten(1), r"component 0 of shape \(3, 12\) for one of shape \(3, 3, 4\)"),
         (lambda h: (h,), "given one tensor as state but returned a tuple of 1"),
-        (lambda h: None, "component 0 as a NoneType"),
+        (lambda h: None, "returned None; .* `return` missing"),
         (lambda h: {"h": h}, "component 0 as a dict for one of shape"),
         (lambda h: h.int(), "component 0 of type torch.int32; the state must be floating point"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,6 +92,14 @@ def check_cell(cell: object) -> None:
             f"cell must be an nn.Module with forward(x, state), got {type(cell).__name__}; for a "
             "plain function use pararnn.scan."
         )
+    try:
+        inspect.signature(cell.forward).bind("x", "state")
+    except TypeError as error:
+        raise TypeError(
+            f"{type(cell).__name__} is no cell: its forward cannot be called with (x, state), the "
+            f"input and the state of one step ({error}). A cell returns the new state, as "
+            "nn.GRUCell does."
+        ) from None
 
 
 def describe(state: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pararnn.layers.arguments import describe, shape_of
-from pararnn.tracing.capture import snapshot
+from pararnn.tracing.capture import how_to_return, snapshot
 from pararnn.tracing.modes import uncompiled
 from pararnn.tracing.packed import Shape
 from pararnn.tracing.parametrised import computed, given
@@ -202,6 +202,7 @@ class Sizes:
         device = now.device
         x = torch.zeros(_TRIAL_ROWS, *features, dtype=kind, device=device)
         failures: list[str] = []
+        advice = ""
         for count in range(1, _MOST_COMPONENTS + 1):
             zeros = (torch.zeros(_TRIAL_ROWS, size, dtype=now.dtype, device=device),) * count
             try:
@@ -222,13 +223,14 @@ class Sizes:
                 self._num_components = count
                 return
             failures.append(f"returned {describe(new)}")
+            advice = advice or how_to_return(new, count)
         name, shape = type(cell).__name__, ", ".join(map(str, ("N", *features)))
         seen = [f"with {n} it {f}" for n, f in enumerate(failures, 1)]
         shown = f"it {failures[0]}" if len(set(failures)) == 1 else "; ".join(seen[:3])
         raise TypeError(
             f"{name}.forward(x, state) was tried on x of shape ({shape}) and 1 to "
             f"{_MOST_COMPONENTS} state tensors of shape (N, {size}) with N = {_TRIAL_ROWS}, and "
-            f"never returned the new state in the same form: {shown}. "
+            f"never returned the new state in the same form: {shown}.{advice} "
             + (
                 self._hint(cell)
                 or f"If the cell is right, set self.num_components = ... in {name}.__init__, or "

@@ -146,6 +146,20 @@ class Subject:
     state_position: int
     readout: StepFunction | None = None
 
+    def takes_state_first(self, tensors: dict[str, Tensor], given: Sequence[Tensor]) -> bool:
+        """Whether a step that has failed returns a state if it is called with (state, x).
+
+        Args:
+            tensors: As for the step.
+            given: x, and the only component of the state.
+        """
+        x, state = given
+        try:
+            new = self.step(tensors, (state,), x)
+        except Exception:  # whatever a wrong call of the user's code raises
+            return False
+        return isinstance(new, Tensor) and new.shape == state.shape
+
 
 def readout_of(cell: nn.Module) -> Callable[..., Any] | None:
     """The method `readout` of a cell, if its class has one; a submodule may be called so as well.
@@ -377,7 +391,15 @@ def record_step(
     def step(*flat: Tensor) -> tuple[Tensor, ...]:
         tensors = dict(zip(subject.tensors, flat[:own], strict=True))
         inputs, state = flat[own : own + num_inputs], flat[own + num_inputs :]
-        new = subject.step(tensors, inputs, state if is_tuple else state[0])
+        try:
+            new = subject.step(tensors, inputs, state if is_tuple else state[0])
+        except (RuntimeError, TypeError, ValueError) as error:
+            if not is_tuple and num_inputs == 1 and subject.takes_state_first(tensors, flat[own:]):
+                raise TraceError(
+                    f"{subject.name} takes its state first, but is called with (x, state): swap "
+                    f"the two parameters. As it is, it raised: {error}"
+                ) from error
+            raise
         new = checked_state(new, subject.name, [shape] * num_components, is_tuple)
         if subject.readout is None:
             return new
@@ -413,11 +435,11 @@ def checked_state(
         TraceError: It has another form.
     """
     components = tuple(new) if isinstance(new, (tuple, list)) else (new,)
-    if is_tuple != isinstance(new, (tuple, list)) or len(components) != len(shapes):
+    if new is None or is_tuple != isinstance(new, (tuple, list)) or len(components) != len(shapes):
         given = f"a tuple of {len(shapes)} tensors" if is_tuple else "one tensor"
         raise TraceError(
             f"{subject} was given {given} as state but returned {_describe(new)}; it must return "
-            "the new state in the same form."
+            f"the new state in the same form.{how_to_return(new, len(shapes))}"
         )
     for i, (component, shape) in enumerate(zip(components, shapes, strict=True)):
         if not isinstance(component, Tensor) or tuple(component.shape) != shape:
@@ -437,8 +459,30 @@ def checked_state(
     return components
 
 
+def how_to_return(new: Any, components: int) -> str:
+    """A sentence about what to change in a step that returned something else than its state.
+
+    Args:
+        new: What it returned.
+        components: Tensors in the state that it was given.
+    """
+    if new is None:
+        return " Is a `return` missing?"
+    if components != 1 or not isinstance(new, (tuple, list)):
+        return ""
+    if len(new) == 1:
+        return " Return the tensor itself."
+    return (
+        " Return one tensor, the state, which is what the layer returns for all times; what else "
+        "it is to return, a method readout(self, x, state) computes. For a state of several "
+        f"tensors set num_components = {len(new)}."
+    )
+
+
 def _describe(value: Any) -> str:
     """What a step returned, in words."""
+    if value is None:
+        return "None"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     number = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""

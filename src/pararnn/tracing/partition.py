@@ -155,6 +155,16 @@ def _split(
     return found, edges
 
 
+def rows_lost_at(capture: Capture) -> str:
+    """The first place where something of the state has no rows, as " at ..."; else empty."""
+    states = {n for n in capture.graph.nodes if str(n.target).startswith("state_")}
+    reached = followers(capture.graph, states)
+    for node in capture.graph.nodes:
+        if node in reached and node.meta.get("row_axes") == 0:
+            return f" at {show_place(node.meta.get('place'))}"
+    return ""
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

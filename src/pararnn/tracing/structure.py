@@ -24,6 +24,7 @@ from pararnn.tracing.partition import (
     is_random,
     module_from,
     partition,
+    rows_lost_at,
 )
 from pararnn.tracing.recorder import TraceError, is_differentiable, show_place
 from pararnn.tracing.repeated import compute_once
@@ -216,7 +217,7 @@ def _check_rows(traced: Traced, device: torch.device) -> None:
     if rows_mix(traced.parts, "x_"):
         raise _mixes_x(name)
     if rows_mix(traced.parts, "state_") or rows_mix(traced.parts, AFTER):
-        raise _mixes_state(name)
+        raise _mixes_state(name, rows_lost_at(traced.capture))
     examples = [_random((ROWS[0], *i.shape), i.dtype, device) for i in traced.given]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
     devices = [device] if device.type == "cuda" else []
@@ -277,8 +278,10 @@ def _check_rows_of(
             raise _mixes_x(name)
 
 
-def _mixes_state(name: str) -> TraceError:
-    return TraceError(f"{name} mixes the rows of its state; every row must be computed on its own.")
+def _mixes_state(name: str, where: str = "") -> TraceError:
+    return TraceError(
+        f"{name} mixes the rows of its state{where}; every row must be computed on its own."
+    )
 
 
 def _mixes_x(name: str) -> TraceError:

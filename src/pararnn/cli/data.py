@@ -8,13 +8,14 @@ from typing import Annotated
 import tyro
 
 from pararnn.cli.arguments import parse
+from pararnn.cli.output import Output
 from pararnn.lm.data import PrepareConfig, TokenDataset, open_tokens, prepare
 from pararnn.lm.data.config import OnError
-from pararnn.lm.data.words import say
+from pararnn.lm.data.words import show
 
 
 @dataclass(kw_only=True)
-class PrepareArguments:
+class PrepareArguments(Output):
     """Write the tokens of texts as checksummed shards. Call it again to continue a stopped run."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE...")]
@@ -75,14 +76,15 @@ def run(arguments: list[str]) -> int:
     """Prepare or check. Returns 0, or 128 plus the number of the signal that stopped it."""
     command = parse(DataArguments, "data", arguments).command
     if isinstance(command, CheckArguments):
-        say(_describe(open_tokens(command.folder)))
+        show(_describe(open_tokens(command.folder)))
         return 0
-    stopped_by = prepare(command.config(), command.out, command.workers)
+    with command.messages():
+        stopped_by = prepare(command.config(), command.out, command.workers)
     if stopped_by is not None:
         name = signal.Signals(stopped_by).name
-        say(f"Stopped by {name}; what is prepared is kept. Continue with the same command.")
+        show(f"Stopped by {name}; what is prepared is kept. Continue with the same command.")
         return 128 + stopped_by
-    say(_describe(open_tokens(command.out)))
+    show(_describe(open_tokens(command.out)))
     return 0
 
 

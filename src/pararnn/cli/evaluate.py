@@ -11,7 +11,7 @@ import tyro
 
 from pararnn.cli.arguments import parse
 from pararnn.lm.data.errors import RunError
-from pararnn.lm.data.words import say
+from pararnn.lm.data.words import show
 from pararnn.lm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(arguments: list[str]) -> int:
         chunk = (TextConfig() if config is None else config.text).sequence_length
         result = evaluate(model, split, codec, chunk=chunk)
     source = f"held-out {codec.unit}" if parsed.data is None else f"{codec.unit} of {parsed.data}"
-    say(
+    show(
         f"{result.bits_per_byte:.4f} bits per byte ({result.loss:.4f} nats, perplexity "
         f"{result.perplexity:.4f} per {codec.unit[:-1]}) on {result.num_tokens:,} {source}"
     )
@@ -115,9 +115,9 @@ def _run_tasks(parsed: EvalArguments) -> int:
         num_fewshot=parsed.num_fewshot,
         limit=parsed.limit,
     )
-    say(make_table(results))
+    show(make_table(results))
     if results.get("groups"):
-        say(make_table(results, "groups"))
+        show(make_table(results, "groups"))
     return 0
 
 
@@ -127,5 +127,5 @@ def _split(data: Path, codec: Codec, folder: Path) -> TokenSplit:
 
     split, skipped = write_split(data, codec.tokenizer, folder)
     for line in skipped.describe():
-        say(f"skipped: {line}")
+        show(f"skipped: {line}")
     return split

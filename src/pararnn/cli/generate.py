@@ -7,7 +7,7 @@ import tyro
 
 from pararnn.cli.arguments import parse
 from pararnn.lm.data.errors import RunError
-from pararnn.lm.data.words import say
+from pararnn.lm.data.words import show
 from pararnn.lm.training.run_folder import RunFolder
 
 
@@ -56,5 +56,5 @@ def run(arguments: list[str]) -> int:
             temperature=parsed.temperature,
             seed=parsed.seed,
         )
-    say(text)
+    show(text)
     return 0

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from pararnn.cli.arguments import parse
-from pararnn.lm.data.words import say
+from pararnn.lm.data.words import show
 from pararnn.tasks.architectures import ARCHITECTURES
 from pararnn.tasks.catalogue import TASKS
 from pararnn.tasks.settings import SuiteConfig
@@ -34,16 +34,16 @@ def run(arguments: "list[str]") -> int:
     parsed = parse(TasksArguments, "tasks", arguments)
     if parsed.list:
         width = max(map(len, TASKS))
-        say("Tasks:")
+        show("Tasks:")
         for name, task in TASKS.items():
             text = (sys.modules[type(task).__module__].__doc__ or "").partition("\n\n")[0]
-            say(f"  {name:{width}}  {' '.join(text.split())}")
-        say(f"Architectures: {', '.join(ARCHITECTURES)}; and stacks such as paragru+attention.")
+            show(f"  {name:{width}}  {' '.join(text.split())}")
+        show(f"Architectures: {', '.join(ARCHITECTURES)}; and stacks such as paragru+attention.")
         return 0
     from pararnn.tasks.suite import run_suite  # transformers is slow to import
 
     result = run_suite(parsed.config, " ".join(["pararnn tasks", *arguments]))
-    say(f"Written to {parsed.config.out}")
+    show(f"Written to {parsed.config.out}")
     if result.stopped_by is not None:
         return 128 + result.stopped_by
     return 1 if result.failed else 0

@@ -1,10 +1,12 @@
 """Ctrl-C or SIGTERM asks a loop to stop after its step; a second signal stops at once."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+_STOPPING = b"\nStopping, and keeping what is done; Ctrl-C again stops at once.\n"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -41,6 +43,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if number == signal.SIGINT and not self.by_torchrun:
+            os.write(2, _STOPPING)  # what print does may just be under way
         if not self.by_torchrun:
             self._restore()
 

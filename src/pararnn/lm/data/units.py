@@ -1,13 +1,10 @@
 """Units: blocks of the sources, which processes tokenize."""
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm  # type: ignore[import-untyped] # has none
 
 from pararnn.lm.data.config import PrepareConfig
 from pararnn.lm.data.documents import Block
@@ -18,6 +15,7 @@ from pararnn.lm.data.progress import Progress
 from pararnn.lm.data.signals import StopSignals
 from pararnn.lm.data.sources import Reader
 from pararnn.lm.data.tokenization import load_tokenizer
+from pararnn.lm.data.words import bar as progress_bar
 from pararnn.lm.data.workers import Inline, Processes
 
 
@@ -59,7 +57,8 @@ class Units:
         if total is not None:
             workers = min(workers, -(-(total - done) // self.config.unit_bytes))
         pending: dict[Future[Any], tuple[int, int]] = {}
-        with _bar(total, done) as bar, StopSignals() as stop, _executor(workers) as executor:
+        shown = progress_bar("Preparing", total, "B", initial=done, unit_scale=True)
+        with shown as bar, StopSignals() as stop, _executor(workers) as executor:
             try:
                 for number, block in enumerate(self._blocks(start), first):
                     self.num_found = number + 1
@@ -115,7 +114,7 @@ class Units:
         return self.parts / f"{number:08d}.npz"
 
     def _collect(
-        self, pending: dict[Future[Any], tuple[int, int]], bar: tqdm, stop: StopSignals, most: int
+        self, pending: dict[Future[Any], tuple[int, int]], bar: Any, stop: StopSignals, most: int
     ) -> None:
         """Wait until at most `most` units are in work; write shards whose parts are there."""
         while len(pending) > most and stop.received is None:
@@ -136,18 +135,6 @@ class Units:
         """Numbers of the units of the next shard."""
         first = self.progress.num_units
         return range(first, min(first + self.config.units_per_shard, self.num_found))
-
-
-def _bar(total: int | None, done: int) -> tqdm:
-    return tqdm(
-        desc="Preparing",
-        total=total,
-        initial=done,
-        unit="B",
-        unit_scale=True,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15.0,
-    )
 
 
 def _executor(workers: int) -> Executor:

@@ -10,9 +10,11 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from pararnn import RNN
+from pararnn.lm.data.words import bar
 from pararnn.lm.models.cache import State
 from pararnn.testing import loop
 
+_PARALLEL, _LOOPS = 6, 4  # steps that are run
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -71,17 +73,19 @@ def compare_train_steps(
         prepare: Given a model, returns a function that runs one whole train step of it (forward,
             backward and optimiser) and waits for its end.
     """
-    return Comparison(
-        parallel_s=_median_time(prepare(copy.deepcopy(model)), repeats=5),
-        sequential_s=_median_time(prepare(step_by_step(model)), repeats=3),
-    )
+    with bar("Comparing with the loop", _PARALLEL + _LOOPS, "step", leave=False, delay=2) as shown:
+        return Comparison(
+            parallel_s=_median_time(prepare(copy.deepcopy(model)), _PARALLEL, shown.update),
+            sequential_s=_median_time(prepare(step_by_step(model)), _LOOPS, shown.update),
+        )
 
 
-def _median_time(run: Callable[[], object], repeats: int) -> float:
-    run()
+def _median_time(run: Callable[[], object], runs: int, done: Callable[[], object]) -> float:
+    """Of some runs; the first one, which compiles, does not count."""
     times = []
-    for _ in range(repeats):
+    for _ in range(runs):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        done()
+    return statistics.median(times[1:])

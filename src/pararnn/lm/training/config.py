@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pararnn.lm.catalogue import ATTENTION, BASELINES, OwnName, check_architecture, parts
 from pararnn.lm.data.errors import RunError
+from pararnn.lm.data.files import read_json
 from pararnn.planning.backends import check_name
 
 try:
@@ -327,6 +328,31 @@ def to_dict(config: Any) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     as_json = {Path: str, type(Path()): str, tuple: list}
     return {name: as_json.get(type(v), lambda x: x)(v) for name, v in values.items()}
+
+
+def read_settings(path: Path) -> TrainConfig:
+    """The settings in a JSON file, as `--print-config` prints them; what it lacks is the default.
+
+    Raises:
+        RunError: The file cannot be read, or a setting in it is unknown or refused.
+    """
+    try:
+        given = read_json(path)
+        return from_dict(TrainConfig, _filled(to_dict(TrainConfig()), given))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(
+            f"cannot take settings from {path}: {reason}. pararnn train --print-config prints such "
+            "a file."
+        ) from error
+
+
+def _filled(defaults: Any, given: Any) -> Any:
+    """Nested values, with defaults where there are none."""
+    if not isinstance(defaults, dict) or not isinstance(given, dict):
+        return given
+    names = {**defaults, **given}
+    return {n: _filled(defaults.get(n), given.get(n, defaults.get(n))) for n in names}
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pararnn.lm.catalogue import ATTENTION
 from pararnn.lm.data import TokenSplit
+from pararnn.lm.data.words import bar
 from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.models.loss import IGNORED
@@ -102,7 +103,8 @@ def evaluate_together(
     cache = ParaRNNCache() if carry and carries_state(loss.model) else None
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    for start in range(0, inputs.shape[1], chunk):
+    starts = range(0, inputs.shape[1], chunk)
+    for start in bar("Evaluating", len(starts), "chunk", iterable=starts, leave=False, delay=2):
         part = inputs[:, start : start + chunk]
         expected = targets[:, start : start + chunk]
         resets = part == codec.separator

@@ -4,15 +4,13 @@ import importlib.util
 import io
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm  # type: ignore[import-untyped] # has none
 
 from pararnn.lm.data.files import free_name, write_atomically
-from pararnn.lm.data.words import say
+from pararnn.lm.data.words import bar, say
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.trackers import Tracker
 
@@ -68,13 +66,7 @@ class StepLog:
         self.metrics = MetricsFile(run.metrics, last_step)
         self.validation = MetricsFile(run.validation, last_step)
         self.board = SummaryWriter(str(run.tensorboard), purge_step=last_step + 1)
-        self.progress = tqdm(
-            total=steps,
-            initial=last_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        )
+        self.progress = bar(None, steps, "step", initial=last_step)
 
     def __enter__(self) -> "StepLog":
         return self
@@ -160,6 +152,27 @@ def _curve(path: Path) -> tuple[list[int], list[float]]:
     """Steps and bits per byte of a file."""
     records = [r for r in read_metrics(path) if isinstance(r.get("bits_per_byte"), float)]
     return [r["step"] for r in records], [r["bits_per_byte"] for r in records]
+
+
+def show_result(
+    folder: Path, step: int, values: dict[str, float], settings: dict[str, Any], sample: str
+) -> None:
+    """Show the end of a run in TensorBoard: validation, settings beside it, generated text.
+
+    Args:
+        folder: Of TensorBoard.
+        step: Optimiser steps done.
+        values: Of the validation, by name.
+        settings: By name; what is no number, text or bool is shown as text.
+        sample: Generated text.
+    """
+    plain = {n: v if isinstance(v, (int, float, str)) else str(v) for n, v in settings.items()}
+    results = {f"validation/{name}": value for name, value in values.items()}
+    with SummaryWriter(str(folder)) as board:
+        for name, value in results.items():
+            board.add_scalar(name, value, step)
+        board.add_text("sample", "".join(f"    {line}\n" for line in sample.splitlines()), step)
+        board.add_hparams(plain, results, run_name=".", global_step=step)
 
 
 def _line(record: dict[str, Any]) -> bytes:

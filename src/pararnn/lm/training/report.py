@@ -10,11 +10,11 @@ from pararnn.lm.data.files import write_atomically
 from pararnn.lm.data.words import say
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.comparison import compare_train_steps
-from pararnn.lm.training.config import TrainConfig
+from pararnn.lm.training.config import TrainConfig, leaves, to_dict
 from pararnn.lm.training.data import Windows
 from pararnn.lm.training.evaluation import Evaluation, evaluate
 from pararnn.lm.training.language_model import generate_text
-from pararnn.lm.training.metrics import MetricsFile, plot_loss
+from pararnn.lm.training.metrics import MetricsFile, plot_loss, show_result
 from pararnn.lm.training.optimizer import build_optimizer
 from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.run_folder import RunFolder
@@ -47,7 +47,7 @@ def report(
         model: Trained, whole, in this process.
         step: Optimiser steps done.
         train_seconds: That they took.
-        alone: One process trained; only then its speed is compared, and for small models.
+        alone: Compare the speed of this one process, if the model is small.
     """
     validation = evaluate(
         model,
@@ -73,6 +73,8 @@ def report(
         model, text.codec, SAMPLE_PROMPT, num_tokens=SAMPLE_TOKENS, seed=config.seed
     )
     write_atomically(run.sample, sample.encode())
+    values = {"loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
+    show_result(run.tensorboard, step, values, leaves(to_dict(config)), sample)
     say(f"Sample:\n{sample}")
     return validation
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -63,12 +64,14 @@ class TrainResult:
     validation: Evaluation | None
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
+def train(config: TrainConfig, *, resume: bool = False, comparison: bool = True) -> TrainResult:
     """Train a model and report on it, in one process or in those that `torchrun` started.
 
     Args:
         config: Settings; `out` must be given to resume.
         resume: Continue the run in `config.out` instead of starting one.
+        comparison: Time a train step against the same model run step by step, at the end; small
+            models in one process only.
 
     Raises:
         RunError: Something the user can put right.
@@ -94,7 +97,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
             return TrainResult(run, step, stopped_by, None)
         with explained(run):
             model = load_trained(run, processes.device)
-            alone = processes.count == 1
+            alone = comparison and processes.count == 1
             validation = report(config, run, text, model, step, seconds, alone=alone)
         return TrainResult(run, step, None, validation)
 
@@ -128,6 +131,8 @@ def _reopen(
     check_tracker(config.log)
     with explained(run):
         held.enter_context(alone_in_run(run.path))
+        if Path(config.model.partition(":")[0]).is_file():  # may have been named again
+            config = import_own(config)
         check_resumable(run.read_config(), config)
         import_kept([config.model], run.cell)
     return run, config

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -131,7 +130,8 @@ def _reopen(
     check_tracker(config.log)
     with explained(run):
         held.enter_context(alone_in_run(run.path))
-        if Path(config.model.partition(":")[0]).is_file():  # may have been named again
+        own = OwnName.of(config.model)
+        if own is not None and not own.digest:  # the file is named again
             config = import_own(config)
         check_resumable(run.read_config(), config)
         import_kept([config.model], run.cell)

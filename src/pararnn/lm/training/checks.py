@@ -16,6 +16,7 @@ from pararnn.lm.training.initial import start
 from pararnn.lm.training.language_model import outline_model, to_device
 from pararnn.lm.training.optimizer import build_optimizer
 from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.random_state import random_state, set_random_state
 from pararnn.lm.training.step import train_step
 from pararnn.lm.training.text import Codec
 
@@ -80,7 +81,7 @@ def try_step(config: TrainConfig, device: torch.device) -> None:
     length = min(config.text.sequence_length, _LONGEST_TRIAL)
     tokens = torch.zeros(1, length + 1, dtype=torch.int64)
     tokens[:, 1:] = 1
-    random = torch.get_rng_state()
+    numbers = random_state(device)
     try:
         model = to_device(start(outline_model(small, Codec()), config.seed), device)
         loss = CausalLoss(model.train(), config.optimizer.z_loss_weight)
@@ -99,4 +100,4 @@ def try_step(config: TrainConfig, device: torch.device) -> None:
             f"pararnn.testing.check_cell({own.kind}(8, 8))."
         ) from error
     finally:
-        torch.set_rng_state(random)
+        set_random_state(device, numbers)

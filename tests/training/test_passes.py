@@ -11,7 +11,7 @@ from pararnn.lm.training import report, train, trainer
 from pararnn.lm.training.config import ArchitectureConfig, ExecutionConfig
 from pararnn.lm.training.data import Batches, ReadAhead, WindowOrder
 from pararnn.lm.training.parallel import Processes
-from pararnn.lm.training.sharding import recomputes
+from pararnn.lm.training.sharding import recomputes, start_compilers
 from pararnn.lm.training.step import Measurement, train_step
 
 CPU = torch.device("cpu")
@@ -147,3 +147,18 @@ def test_memory_that_runs_out_although_it_should_not(make_config, monkeypatch):
 def test_what_training_begins_with(asked, count, expected):
     execution = ExecutionConfig(activation_checkpointing=asked)
     assert recomputes(execution, Processes(0, count, CPU)) == expected
+
+
+def test_compilers_are_started_on_a_gpu_alone(monkeypatch):
+    from torch._inductor import async_compile
+
+    started = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append("processes"))
+    monkeypatch.setattr(
+        async_compile.AsyncCompile, "use_process_pool", lambda: started.append("asked")
+    )
+    start_compilers(ExecutionConfig(compile=True), CPU)
+    start_compilers(ExecutionConfig(), torch.device("cuda"))
+    assert started == []
+    start_compilers(ExecutionConfig(compile=True), torch.device("cuda"))
+    assert started == ["processes", "asked"]

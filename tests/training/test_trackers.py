@@ -54,6 +54,15 @@ def test_every_step_and_validation_is_sent(make_config, service):
     assert '"run"' in told
 
 
+def test_a_service_that_does_not_start(make_config, service):
+    def fail(*args, **options):
+        raise KeyError("no such server")
+
+    service.init = service.start_run = fail
+    with pytest.raises(RunError, match=r"cannot start: 'no such server'. Put .* --log none"):
+        train(make_config(log=service.__name__))
+
+
 def test_a_service_that_is_not_installed(make_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -37,7 +37,7 @@ from pararnn.lm.training.parallel import Processes, join_processes
 from pararnn.lm.training.passes import Passes
 from pararnn.lm.training.report import report
 from pararnn.lm.training.run_folder import RunFolder
-from pararnn.lm.training.sharding import lay_out
+from pararnn.lm.training.sharding import lay_out, start_compilers
 from pararnn.lm.training.text import Text, check_tokenizer, open_text
 from pararnn.lm.training.trackers import check_tracker
 from pararnn.lm.training.trained import load_trained
@@ -77,6 +77,7 @@ def train(config: TrainConfig, *, resume: bool = False, comparison: bool = True)
     """
     with ExitStack() as held:
         with join_processes(config.device) as processes:
+            start_compilers(config.execution, processes.device)
             open_run = _reopen if resume else _start
             run, config = processes.on_first(
                 lambda: open_run(resolve(config, processes.count), held, processes.device)

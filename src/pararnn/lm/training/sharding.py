@@ -60,6 +60,19 @@ def lay_out(
         fully_shard(loss, mesh=mesh)
 
 
+def start_compilers(execution: ExecutionConfig, device: torch.device) -> None:
+    """Start the processes that compile kernels side by side, while data and model are made.
+
+    PyTorch starts them for the first kernel, and compiles one after another until they run.
+    """
+    if not execution.compile or device.type != "cuda":
+        return
+    from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
+
+    maybe_warm_pool()
+    AsyncCompile.use_process_pool()
+
+
 def may_recompute(execution: ExecutionConfig) -> bool:
     """Whether activations may be computed again where they need not."""
     return execution.activation_checkpointing != "off"

@@ -30,6 +30,9 @@ def tracker(config: TrainConfig, run: RunFolder) -> Iterator[Tracker]:
         config: Resolved settings, which are sent first.
         run: Its folder's name becomes that of the run there.
 
+    Raises:
+        RunError: The package is not installed, or does not start.
+
     Yields:
         Takes a step, and values by their names.
     """
@@ -40,7 +43,12 @@ def tracker(config: TrainConfig, run: RunFolder) -> Iterator[Tracker]:
     service = importlib.import_module(config.log)
     settings, name = leaves(to_dict(config)), run.path.resolve().name
     start = _mlflow if config.log == "mlflow" else _wandb
-    send, end = start(service, settings, name, run)
+    try:
+        send, end = start(service, settings, name, run)
+    except Exception as error:  # what such a package raises is its own
+        raise RunError(
+            f"--log {config.log} cannot start: {error}. Put that right, or resume with --log none."
+        ) from error
     try:
         yield send
     finally:

@@ -1,0 +1,90 @@
+"""What the examples on real data share: layers to compare, and training within a given time."""
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+import pararnn
+
+Batch = tuple[Tensor, Tensor]
+
+
+def parallel_gru(*args: int, **options: bool | float) -> nn.Module:
+    """An `nn.GRU` that `pararnn.RNN` evaluates."""
+    return pararnn.parallelize(nn.GRU(*args, **options))
+
+
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "ParaGRU": pararnn.ParaGRU,
+    "ParaLSTM": pararnn.ParaLSTM,
+    "parallelize(nn.GRU)": parallel_gru,
+    "nn.GRU": nn.GRU,
+}
+
+
+def fit(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Batch]],
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    validate: Callable[[nn.Module], float],
+    *,
+    seconds: float,
+    learning_rate: float,
+) -> str:
+    """Train until the time is over or nothing improves; the weights are then the best validated.
+
+    The rate is divided by 3 after 3 rounds without a better validation, and training ends at a
+    thirtieth of it. What happens in a round follows from the seed; how many fit into the time, from
+    the machine. The time is the processor's, of all threads together, so that other programs do not
+    count: with one thread, the wall-clock time on a machine that does nothing else.
+
+    Args:
+        model: Is changed.
+        batches: The batches of one round, pairs of inputs and targets.
+        loss: What the optimiser lowers.
+        validate: Lower is better; its time does not count.
+        seconds: For training.
+        learning_rate: Of AdamW, at the beginning.
+
+    Returns:
+        A note on how long it took.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=1 / 3, patience=3)
+    best, best_round, weights = float("inf"), 0, model.state_dict()
+    used, rounds = 0.0, 0
+    while used < seconds and schedule.get_last_lr()[0] > learning_rate / 30:
+        model.train()
+        used += train_round(model, batches(), loss, optimizer, seconds - used)
+        rounds += 1
+        model.eval()
+        with torch.no_grad():
+            value = validate(model)
+        if value < best:
+            best, best_round, weights = value, rounds, copy.deepcopy(model.state_dict())
+        schedule.step(value)
+    model.load_state_dict(weights)
+    return f"round {best_round} of {rounds}, {used:.0f} s"
+
+
+def train_round(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    seconds: float,
+) -> float:
+    """One step per batch, as long as there is time; the seconds that it took."""
+    begin = time.process_time()
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        pararnn.project_parameters(model)  # does nothing to an nn.GRU
+        if time.process_time() - begin >= seconds:
+            break
+    return time.process_time() - begin

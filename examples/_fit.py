@@ -1,5 +1,6 @@
 """What the examples on real data share: layers to compare, and training within a given time."""
 
+import argparse
 import copy
 import time
 from collections.abc import Callable, Iterable
@@ -12,17 +13,27 @@ import pararnn
 Batch = tuple[Tensor, Tensor]
 
 
-def parallel_gru(*args: int, **options: bool | float) -> nn.Module:
-    """An `nn.GRU` that `pararnn.RNN` evaluates."""
-    return pararnn.parallelize(nn.GRU(*args, **options))
+LAYERS = ("ParaGRU", "ParaLSTM", "parallelize(nn.GRU)", "nn.GRU")
 
 
-LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "ParaGRU": pararnn.ParaGRU,
-    "ParaLSTM": pararnn.ParaLSTM,
-    "parallelize(nn.GRU)": parallel_gru,
-    "nn.GRU": nn.GRU,
-}
+def make_layer(
+    name: str, width: int, num_layers: int = 1, memory: float | None = None
+) -> nn.Module:
+    """One of `LAYERS`; `memory`: in steps, the longest that the paper's cells begin with."""
+    if name in ("ParaGRU", "ParaLSTM"):
+        layer = getattr(pararnn, name)
+        return layer(width, width, num_layers, batch_first=True, max_timescale=memory)
+    gru = nn.GRU(width, width, num_layers, batch_first=True)
+    return gru if name == "nn.GRU" else pararnn.parallelize(gru)
+
+
+def options(seconds: float) -> argparse.ArgumentParser:
+    """What all of these examples can be asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=seconds, help="of training, for each line")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    return parser
 
 
 def fit(

@@ -40,7 +40,7 @@ def make_music(path):
 
 
 def make_text(path):
-    path.write_text("".join(random.Random(0).choices("abcdé \n", k=2000)), encoding="utf-8")
+    path.write_text("".join(random.Random(0).choices("abcdé \n", k=4000)), encoding="utf-8")
 
 
 MAKE = {"music.py": make_music, "characters.py": make_text}
@@ -97,7 +97,7 @@ def test_bits_per_character_of_a_guess_are_the_logarithm_of_the_number_of_symbol
     characters = example("characters.py")
     data, symbols = characters["read"]([str(tmp_path / "data")])
     assert symbols == 7
-    assert [len(data[split]) for split in ("train", "valid", "test")] == [1800, 100, 100]
+    assert [len(data[split]) for split in ("train", "valid", "test")] == [3600, 200, 200]
     guess = characters["bits_per_character"](Constant(torch.zeros(7)), data["test"])
     assert guess == pytest.approx(math.log2(7), rel=1e-5)
 

@@ -19,18 +19,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 KEYS = 88
-WIDTH = 400
 Pieces = list[Tensor]
 
 
 class Player(nn.Module):
     """Logits of the keys of the next frame."""
 
-    def __init__(self, layer: str, num_layers: int, dropout: float) -> None:
+    def __init__(self, layer: str, width: int, num_layers: int, dropout: float) -> None:
         super().__init__()
-        self.inputs = nn.Linear(KEYS, WIDTH)
-        self.rnn = make_layer(layer, WIDTH, num_layers)
-        self.head = nn.Linear(WIDTH, KEYS)
+        self.inputs = nn.Linear(KEYS, width)
+        self.rnn = make_layer(layer, width, num_layers)
+        self.head = nn.Linear(width, KEYS)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -77,6 +76,7 @@ def main() -> None:
     """Every layer, one line each."""
     parser = options(seconds=60.0)
     parser.add_argument("--data", required=True, help="JSB_Chorales.mat or Nottingham.mat")
+    parser.add_argument("--width", type=int, default=400)
     parser.add_argument("--num-layers", type=int, default=1)
     parser.add_argument("--dropout", type=float, default=0.5)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -84,7 +84,7 @@ def main() -> None:
     data = read(arguments.data)
     for layer in arguments.layers:
         torch.manual_seed(arguments.seed)
-        model = Player(layer, arguments.num_layers, arguments.dropout)
+        model = Player(layer, arguments.width, arguments.num_layers, arguments.dropout)
         note = fit(
             model,
             lambda: batches(data["train"], arguments.batch_size),

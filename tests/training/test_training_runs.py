@@ -305,6 +305,39 @@ def test_every_architecture_trains_under_the_same_command(make_config, monkeypat
     assert "Sample:\ndef " in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_options": ("heads=2",)}, "cannot be built: memory 'm2rnn' does not take"),
+        ({"memory_options": ("value_size=5",)}, "cannot be split into heads of 5 values"),
+        ({"model": "elman", "cell_options": ("gates=2",)}, "cannot be built: .*'gates'"),
+    ],
+)
+def test_options_that_a_mixer_does_not_take(make_config, options, message):
+    config = make_config(**{"model": "m2rnn", **options})
+    with pytest.raises(RunError, match=message):
+        train(config)
+    assert not config.out.exists()
+
+
+def test_a_stack_of_memories_and_cells(make_config):
+    """With the state carried from step to step; it goes on as if it had not been stopped."""
+    options = {"model": "paragru+m2rnn", "memory_options": ("key_size=4", "nonlinearity=linear")}
+    shape = ArchitectureConfig(width=16, num_layers=3, num_heads=2)
+    text = TextConfig(sequence_length=24, batch_size=3, validation_tokens=500, carry_state=True)
+    options |= {"architecture": shape, "text": text}
+    whole = make_config("whole", steps=4, **options)
+    train(whole)
+    parted = make_config("parted", steps=2, **options)
+    train(parted)
+    train(dataclasses.replace(parted, steps=4), resume=True)
+    assert curve(parted.out) == curve(whole.out)
+    newest = max((whole.out / "checkpoints").glob("step-*"))
+    config = ParaRNNForCausalLM.from_pretrained(newest).config
+    assert config.mixers == ["paragru", "m2rnn", "paragru"]
+    assert config.memory_options["key_size"] == 4
+
+
 def test_attention_takes_the_place_of_some_cells(make_config, capsys):
     shape = ArchitectureConfig(width=16, num_layers=5, num_heads=2, attention_every=2)
     config = make_config(steps=2, architecture=shape)

@@ -69,6 +69,18 @@ def _one_block_of_each(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=model, architecture=few)
 
 
+def _check_options(config: TrainConfig) -> None:
+    """Make the model without values.
+
+    Raises:
+        RunError: The mixers do not take their options.
+    """
+    try:
+        outline_model(config, Codec())
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{config.model} cannot be built: {error}") from error
+
+
 def try_step(config: TrainConfig, device: torch.device) -> None:
     """One train step of a model with one block of each mixer, on one sequence of zeros.
 
@@ -78,6 +90,8 @@ def try_step(config: TrainConfig, device: torch.device) -> None:
     if config.model in BASELINES:
         return
     small = _one_block_of_each(config)
+    if OwnName.of(config.model) is None:  # one in a file is told about below
+        _check_options(small)
     length = min(config.text.sequence_length, _LONGEST_TRIAL)
     tokens = torch.zeros(1, length + 1, dtype=torch.int64)
     tokens[:, 1:] = 1

@@ -47,6 +47,12 @@ def test_what_works_together_is_tested():
             assert f"def {name}(" in (ROOT / file).read_text(), what
 
 
+def test_figures_of_the_readme_are_those_of_the_pages():
+    made = runpy.run_path(str(ROOT / "benchmarks/readme.py"))["readme"]()
+    assert made == (ROOT / "README.md").read_text(), "run benchmarks/readme.py"
+    assert made.count("\n") <= 120  # what one reads before trying it
+
+
 def test_readme_has_code():
     assert len(blocks(ROOT / "README.md")) >= 4
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -207,3 +208,14 @@ def test_in_python(folder, make_config):
     result = train(config)
     assert result.validation.bits_per_byte > 0
     assert OwnName.stored(result.run.read_config().model)
+
+
+def test_the_program_in_the_docs(folder):
+    page = Path(__file__).parents[2] / "docs/training.md"
+    (program,) = re.findall(r"```python\n(from pararnn.lm.training .*?)```", page.read_text(), re.S)
+    program = program.replace("width=128, num_layers=2", "width=8, num_layers=1, num_heads=1")
+    program = program.replace('data="texts",', 'data="text.txt", steps=2, device="cpu",')
+    names = {"__name__": "__main__"}
+    exec(program, names)
+    assert names["result"].step == 2
+    assert names["model"].config.cell_options == {"damping": -0.5}

@@ -22,7 +22,7 @@ from pararnn.lm.training.step import train_step
 from pararnn.lm.training.text import Text
 from pararnn.lm.training.validation import say_best
 
-SAMPLE_PROMPT = "def "
+SAMPLE_PROMPT = "def "  # for Python's standard library; other texts begin anew
 SAMPLE_TOKENS = 300
 LARGEST_LOOP = 2**24
 """Values of the state, over all layers and times, up to which the step-by-step model is run."""
@@ -69,9 +69,8 @@ def report(
     say_best(run, step)
     if plot_loss(run):
         say(f"Plot: {run.plot}")
-    sample = generate_text(
-        model, text.codec, SAMPLE_PROMPT, num_tokens=SAMPLE_TOKENS, seed=config.seed
-    )
+    prompt = SAMPLE_PROMPT if config.data is None else ""
+    sample = generate_text(model, text.codec, prompt, num_tokens=SAMPLE_TOKENS, seed=config.seed)
     write_atomically(run.sample, sample.encode())
     values = {"loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
     show_result(run.tensorboard, step, values, leaves(to_dict(config)), sample)

@@ -90,7 +90,7 @@ COMPARISONS = (
         "ParaGRU layer, 32 x 2,048 steps, 2,048 channels",
         Figure(GPU, LAYER, "ParaGRU", 1),
         Figure(GPU, LAYER, "pararnn-torch's ParaGRU", 1),
-        "pararnn-torch",
+        "pararnn-torch 0.17, another library",
         "ms",
         "H200, bfloat16",
     ),
@@ -108,7 +108,7 @@ COMPARISONS = (
         Figure(MEMORIES, M2RNN[1:], "xma forward"),
         "its authors' kernels",
         "ms",
-        "two H200, bfloat16",
+        "H200 each, bfloat16",
     ),
     Comparison(
         "train step of a 400M language model",

@@ -211,6 +211,7 @@ def test_rows_of_integers_that_mix():
         (lambda: pararnn.ParaLSTM(4, 3)(X, [X, X]), TypeError, "got a list of"),
         (lambda: pararnn.scan(Cell(), torch.zeros(2, 4), X.numpy()), TypeError, "got a ndarray"),
         (lambda: pararnn.scan(Cell(), [torch.zeros(2, 4)], X), TypeError, "got a list"),
+        (lambda: pararnn.testing.check_cell(RNN(Cell())), TypeError, "pass the cell alone"),
         (lambda: pararnn.explain(Cell()), TypeError, r"wrap a cell as RNN\(cell\)"),
     ],
 )

@@ -14,7 +14,7 @@ from pararnn.lm.models.recurrence import ParaRNNMixer
 from pararnn.tasks import TASKS, draw
 from pararnn.tasks.architectures import ARCHITECTURES
 from pararnn.tasks.models import build_model, sinusoids
-from pararnn.tasks.settings import settings_for
+from pararnn.tasks.settings import SuiteConfig, settings_for
 
 FORMS = {"cell": "parity", "mixer": "1-hop", "blocks": "s3"}
 HYBRID = "paragru+attention"
@@ -164,3 +164,10 @@ def test_the_papers_settings():
     assert dataclasses.replace(settings, steps=10).schedule == "cosine"
     with pytest.raises(ValueError, match="the paper has no task 's5'"):
         settings_for("s5", "paper")
+
+
+def test_a_cell_in_a_file_is_refused_before_anything_is_written(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("class Mine: pass\n")
+    with pytest.raises(ValueError, match="which tasks do not take; name it by register_cell"):
+        SuiteConfig(architectures=(f"{file}:Mine",))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pararnn.lm.catalogue import TRANSFORMER, check_architecture
+from pararnn.lm.catalogue import TRANSFORMER, OwnName, check_architecture
 from pararnn.tasks.catalogue import TASKS, find_task
 
 Form = Literal["cell", "mixer", "blocks"]
@@ -234,6 +234,11 @@ class SuiteConfig:
             self.settings(task)
         for architecture in self.architectures:
             check_architecture(architecture)
+            if OwnName.of(architecture):
+                raise ValueError(
+                    f"architecture {architecture!r} is a cell in a file, which tasks do not take; "
+                    "name it by register_cell in Python, as the page on tasks shows."
+                )
         for name in ("seeds", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -65,8 +65,11 @@ def check_cell(
     Raises:
         AssertionError: Something differs; the message says what and by how much.
         TraceError: The cell cannot be evaluated for all times.
+        TypeError: The cell is an `RNN`, or the size of its input is not known.
         ValueError: The cell draws random numbers, so that no two evaluations are alike.
     """
+    if isinstance(cell, RNN):
+        raise TypeError("cell is an RNN already; pass the cell alone: check_cell(rnn.cell).")
     cell = copy.deepcopy(cell).double()
     shape = features if features is not None else getattr(cell, "input_size", None)
     if shape is None:

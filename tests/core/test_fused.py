@@ -521,3 +521,38 @@ def test_source_is_deterministic_and_shows_the_equations():
     assert "tanh(drive2 + " in text().split('"""')[1]
     assert "dot(state0, weight2)" in text()
     assert len(text().splitlines()) < 50
+
+
+class Masked(nn.Module):
+    """Channels are multiplied with a part of numbers of another type."""
+
+    input_size, hidden_size, num_components = INPUT, 6, 1
+
+    def __init__(self, numbers, part):
+        super().__init__()
+        self.input, self.mixed, self.part = nn.Linear(INPUT, 6), nn.Linear(6, 6), part
+        self.register_buffer("numbers", numbers)
+
+    def forward(self, x, h):
+        scaled = (h.unflatten(1, (3, 2)) * self.part(self.numbers)).flatten(1)
+        return torch.tanh(self.input(x) + self.mixed(scaled))
+
+
+PARTS = {
+    "expanded": (torch.arange(3), lambda m: m[:, None].expand(3, 2)),
+    "columns": (torch.arange(12).view(3, 4) % 3 > 0, lambda m: m[:, 1:3]),
+    "every_second": (torch.arange(12).view(3, 4) % 5 > 2, lambda m: m[:, ::2]),
+    "transposed": (torch.arange(6).view(2, 3), lambda m: m.T),
+    "as_it_lies": (torch.tensor([[True], [False], [True]]).expand(3, 2), lambda m: m),
+}
+
+
+@pytest.mark.parametrize("backend", ["c", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("name", PARTS)
+def test_inputs_of_another_type_lie_as_they_did(name, backend):
+    torch.manual_seed(2)
+    cell = Masked(*PARTS[name]).double()
+    rnn = RNN(cell, backend=backend, solver=Sequential())
+    x, state = torch.randn(2, 5, INPUT, dtype=torch.float64), random_state(1, 2, 6)
+    expected = outcome(functools.partial(loop, cell), cell, x, state)
+    assert_same(outcome(rnn, cell, x, state), expected, 1e-12)

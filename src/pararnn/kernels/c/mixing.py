@@ -204,10 +204,7 @@ class CSweep:
         """The inputs in the type of the state; truth values are numbers then."""
         places = (*self.products.drives, *self.products.coefficients, *self.products.weights)
         used = {p.input for p in places}
-        found = [t.to(dtype) if i in used else t for i, t in enumerate(inputs)]
-        if any(a.stride()[2:] != b.stride()[2:] for a, b in zip(inputs, found, strict=True)):
-            raise NotFused("an input of another type has entries that share memory")
-        return found
+        return [_converted(t, dtype) if i in used else t for i, t in enumerate(inputs)]
 
     def _weights(self, inputs: Sequence[Tensor]) -> Tensor:
         """The weights, (weights, groups, factor, result), with whole vectors; zero elsewhere."""
@@ -227,6 +224,15 @@ class CSweep:
             own = replace(p, results=1).of(inputs[p.input], products.groups).flatten(1)
             found.append(torch.nn.functional.pad(own, (0, products.size - p.width)))
         return torch.stack(found) if found else None
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another type with the same strides: places are read by these."""
+    if tensor.dtype == dtype or not tensor.numel():
+        return tensor.to(dtype)
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    spanned = tensor.as_strided((1 + sum((n - 1) * s for n, s in pairs),), (1,))
+    return spanned.to(dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def _over_time(tensor: Tensor | None, backwards: bool) -> list[int]:

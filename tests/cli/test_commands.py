@@ -181,6 +181,18 @@ def open_lines(path):
         return file.read().splitlines()
 
 
+def test_an_untrained_checkpoint_does_not_stand_for_a_damaged_one(tmp_path, capsys):
+    assert train_tiny("--steps", "2", "--checkpoint-every", "2", "--out", "run") == 0
+    newest = tmp_path / "run/checkpoints/step-00000002/model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-8])
+    capsys.readouterr()
+    assert main(["eval", "run"]) == 1
+    printed = capsys.readouterr().err
+    assert "step-00000002/model.safetensors is damaged" in printed
+    assert "is not trained. If you want that one" in printed
+    assert main(["eval", "run/checkpoints/step-00000000", "--data", "text.txt"]) == 0
+
+
 def test_generate_uses_the_last_good_checkpoint(tmp_path, capsys):
     assert train_tiny("--out", "run") == 0
     newest = tmp_path / "run/checkpoints/step-00000004/model.safetensors"

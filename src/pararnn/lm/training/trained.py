@@ -49,7 +49,8 @@ class Trained:
             owner: `identity_of` that it must have; None for any.
 
         Raises:
-            RunError: There is none, or its tokenizer is not that of the run's data.
+            RunError: There is none, or none but damaged ones and that of step 0; or its tokenizer
+                is not that of the run's data.
         """
         if self.chosen is not None:
             found: Checkpoint | None = verify(self.chosen, owner)
@@ -59,6 +60,11 @@ class Trained:
             if found is None:
                 raise RunError(
                     f"{self.run.path} holds no checkpoint yet. {how_to_resume(self.run)}"
+                )
+            if problems and found.step == 0:
+                raise RunError(
+                    f"{problems[0]}, and {found.path.name}, the newest checkpoint without damage, is "
+                    f"not trained. If you want that one, name its folder: {found.path}"
                 )
             for problem in problems:
                 warn(f"Skipped: {problem}. Using {found.path.name}.")

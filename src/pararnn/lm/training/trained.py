@@ -63,8 +63,8 @@ class Trained:
                 )
             if problems and found.step == 0:
                 raise RunError(
-                    f"{problems[0]}, and {found.path.name}, the newest checkpoint without damage, is "
-                    f"not trained. If you want that one, name its folder: {found.path}"
+                    f"{problems[0]}, and {found.path.name}, the newest checkpoint without damage, "
+                    f"is not trained. If you want that one, name its folder: {found.path}"
                 )
             for problem in problems:
                 warn(f"Skipped: {problem}. Using {found.path.name}.")

@@ -25,7 +25,7 @@ NO_COSTS = {
     # sizes that hardware or Triton demands
     "planning/triton_plan.py": {"_WARP"},
     "planning/kernel_plans.py": {"TILE"},
-    "kernels/c/mixing.py": {"_VECTOR_BYTES"},
+    "kernels/c/mixing.py": {"_VECTOR_BYTES", "_KINDS"},  # the latter are names
     "layers/xlstm.py": {"_COMPONENTS", "_GATES"},  # of its state and step
     "kernels/triton/build.py": {"OLDEST", "_PARSES_IN_THREADS"},  # versions
     # bounds of what is kept

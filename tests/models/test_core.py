@@ -9,9 +9,12 @@ import pararnn.lm
 
 ALLOWED = (
     "pararnn.layers",
+    "pararnn.cells",
     "pararnn.lm",
     "pararnn.bench",
     "pararnn.planning.costs",
+    "pararnn.planning.backends",  # their names
+    "pararnn._lazy",
     "pararnn.testing",
 )
 

@@ -80,10 +80,10 @@ def test_documents_begin_at_the_separator_of_any_tokenizer(tokens, monkeypatch):
     seen = []
     forward = CausalLoss.forward
 
-    def spy(self, tokens, targets, resets=None):
+    def spy(self, tokens, targets, resets=None, cache=None):
         if tokens.max() > 1:  # not the trial before the start
             seen.append((tokens, resets))
-        return forward(self, tokens, targets, resets)
+        return forward(self, tokens, targets, resets, cache)
 
     monkeypatch.setattr(CausalLoss, "forward", spy)
     assert main(["train", "--data", "others", "--out", "run", *TINY]) == 0
@@ -167,7 +167,7 @@ def test_size_is_a_starting_point(tokens, capsys):
     for wrong, message in (
         (["--size", "3b"], "size '3b' has no preset"),
         (["--size", "1b", "--model", "mgu"], "architecture 'mgu' has no preset"),
-        (["--size", "1b", "--resume"], "--size does not work with --resume"),
+        (["--size", "1b", "--resume"], "--resume does not work with --size"),
     ):
         with pytest.raises(SystemExit):
             main(["train", *wrong])

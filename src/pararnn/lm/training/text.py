@@ -148,9 +148,9 @@ def check_tokenizer(codec: Codec, checkpoint: Checkpoint) -> None:
     Raises:
         RunError: A file is missing, too many, or another one.
     """
-    if codec.tokenizer is None and is_byte_tokenizer(checkpoint.path):
-        return
-    expected = {name: value for name, value in checkpoint.files.items() if name in TOKENIZER_FILES}
+    of_bytes = is_byte_tokenizer(checkpoint.path)  # a run of bytes has no tokenizer itself
+    files = {} if of_bytes else checkpoint.files
+    expected = {name: value for name, value in files.items() if name in TOKENIZER_FILES}
     found = {} if codec.tokenizer is None else digests(codec.tokenizer)
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):

@@ -1,6 +1,6 @@
 """Residual against iteration for sequences of 2^8 to 2^11 steps, as the paper's Figure 4.
 
-    python benchmarks/convergence.py docs/benchmarks/convergence.png
+    python benchmarks/convergence.py docs/results/convergence.png
 
 Danieli et al. 2025 (arXiv 2510.21450), A: chunks of one step, cells as initialised, width 64,
 float64. Some minutes on two cores.

@@ -1,6 +1,6 @@
 """CPU benchmark: the generated C against the plain loop and `nn.GRU`, all in one run.
 
-    python benchmarks/cpu.py [--quick] [--out docs/benchmarks/cpu.json]
+    python benchmarks/cpu.py [--quick] [--out docs/results/cpu.json]
 
 Correctness first: every row is compared with the loop before it is timed. Times are medians; ratios
 are what travels. About ten minutes on two cores, two with --quick.

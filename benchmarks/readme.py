@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
-PLOT = ROOT / "docs/benchmarks/readme.png"
+PLOT = ROOT / "docs/results/readme.png"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Comparison:
         return 1 / ratio if self.more_is_better else ratio
 
 
-GPU, CPU = "benchmarks/gpu.md", "benchmarks/cpu.md"
+GPU, CPU = "results/gpu.md", "results/cpu.md"
 MIXING, MEMORIES = "results/mixing-cells.md", "results/matrix-memory.md"
 MODELS = "results/language-models.md"
 LAYER, STEP = ("B32 T2048 D2048",), ("1", "77 of 144")

@@ -13,7 +13,8 @@ from .test_documents import PAGES, blocks
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(pararnn.__file__).parent
-DOCUMENTED = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+API = ROOT / "docs/reference/api.md"
+DOCUMENTED = re.findall(r"^::: ([\w.]+)$", API.read_text(), re.MULTILINE)
 
 
 def public_names():

@@ -38,7 +38,7 @@ def test_code_runs(page, capsys):
 
 
 def test_what_works_together_is_tested():
-    rows = (ROOT / "docs" / "works-together.md").read_text().splitlines()
+    rows = (ROOT / "docs/reference/works-together.md").read_text().splitlines()
     cells = [[c.strip() for c in row.strip("|").split("|")] for row in rows if row.startswith("|")]
     assert sum(answer.startswith("yes") for _, answer, *_ in cells) > 40
     for what, answer, _, test in cells:
@@ -110,9 +110,9 @@ def test_docstring_examples():
 
 
 def test_guide_shows_what_explain_prints(tmp_path):
-    guide = (ROOT / "docs/writing-a-cell.md").read_text()
+    guide = (ROOT / "docs/tutorial/own-cell.md").read_text()
     script = tmp_path / "oscillator.py"
-    script.write_text(blocks(ROOT / "docs/writing-a-cell.md")[0])
+    script.write_text(blocks(ROOT / "docs/tutorial/own-cell.md")[0])
     cell = runpy.run_path(str(script))["Oscillator"](6, 10)
     printed = str(pararnn.explain(pararnn.RNN(cell, backend="c"))).splitlines()
     for line in printed:
@@ -121,7 +121,7 @@ def test_guide_shows_what_explain_prints(tmp_path):
 
 
 def test_messages_in_the_guide_are_those_of_the_code():
-    guide = (ROOT / "docs/writing-a-cell.md").read_text()
+    guide = (ROOT / "docs/tutorial/own-cell.md").read_text()
     table = guide[guide.index("| what | message says |") :].split("\n\n")[0]
     sources = [p.read_text() for p in (ROOT / "src/pararnn/tracing").glob("*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))

@@ -197,7 +197,7 @@ def test_guidance(model, tokens):
     [
         ({"past_key_values": DynamicCache()}, "a DynamicCache, .* pass the cache_params that it"),
         ({"output_attentions": True}, "output_attentions=bool: no attention weights are kept"),
-        ({"atention_mask": 1}, r"takes no atention_mask=int: docs/models.md lists"),
+        ({"atention_mask": 1}, r"takes no atention_mask=int: docs/reference/models.md lists"),
     ],
 )
 def test_arguments_without_meaning_are_refused(make_model, tokens, given, message):

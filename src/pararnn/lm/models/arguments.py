@@ -32,7 +32,7 @@ def refuse_others(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if value is None or value is False or name in _WITHOUT_EFFECT:
             continue
-        why = _INSTEAD.get(name, "docs/models.md lists the arguments")
+        why = _INSTEAD.get(name, "docs/reference/models.md lists the arguments")
         raise TypeError(f"the forward pass takes no {name}={type(value).__name__}: {why}.")
 
 

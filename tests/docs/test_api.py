@@ -1,8 +1,12 @@
 """The API reference names every public name, and nothing that does not exist."""
 
 import ast
+import dataclasses
 import importlib
+import inspect
+import itertools
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,8 +17,12 @@ from .test_documents import PAGES, blocks
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(pararnn.__file__).parent
-API = ROOT / "docs/reference/api.md"
-DOCUMENTED = re.findall(r"^::: ([\w.]+)$", API.read_text(), re.MULTILINE)
+REFERENCE = sorted((ROOT / "docs/reference").glob("*.md"))
+DOCUMENTED = [
+    name
+    for page in REFERENCE
+    for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
+]
 
 
 def public_names():
@@ -41,6 +49,16 @@ def is_module(name):
     return isinstance(find(name), type(pararnn))
 
 
+def is_config(name):
+    thing = find(name)
+    return dataclasses.is_dataclass(thing) and name.endswith(("Config", "Arguments", ".Output"))
+
+
+def is_nested(field):
+    made = field.default_factory
+    return dataclasses.is_dataclass(made)
+
+
 def imported_by(code):
     """Names of the package that a program imports."""
     for node in ast.walk(ast.parse(code)):
@@ -65,6 +83,27 @@ def test_every_public_name_is_in_the_reference():
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_every_name_in_the_reference_exists(name):
     assert find(name) is not None
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_every_object_of_the_reference_has_a_docstring(name):
+    thing = find(name)
+    assert isinstance(thing, dict) or inspect.getdoc(thing)
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED if is_config(name)])
+def test_every_setting_says_what_it_is(name):
+    """Attribute docstrings are what the reference and `--help` show."""
+    thing = find(name)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+    described = [
+        field.target.id
+        for field, text in itertools.pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    ]
+    own = [f.name for f in dataclasses.fields(thing) if f.name in thing.__annotations__]
+    nested = [f.name for f in dataclasses.fields(thing) if is_nested(f)]
+    assert [n for n in own if n not in described and n not in nested] == []
 
 
 def test_no_name_is_in_the_reference_twice():

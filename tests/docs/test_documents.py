@@ -121,7 +121,7 @@ def test_guide_shows_what_explain_prints(tmp_path):
 
 
 def test_messages_in_the_guide_are_those_of_the_code():
-    guide = (ROOT / "docs/tutorial/own-cell.md").read_text()
+    guide = (ROOT / "docs/reference/steps.md").read_text()
     table = guide[guide.index("| what | message says |") :].split("\n\n")[0]
     sources = [p.read_text() for p in (ROOT / "src/pararnn/tracing").glob("*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))

@@ -1,4 +1,4 @@
-"""The site: every page is in the menu, and nothing comes from elsewhere."""
+"""The site: every page is in the menu, none is too long, and nothing comes from elsewhere."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,19 @@ DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 SETTINGS = (ROOT / "mkdocs.yml").read_text()
 MENU = re.findall(r"^ +- .*: ([\w/-]+\.md)$", SETTINGS, re.MULTILINE)
+LONGEST = 1_200  # words of a page that is read from top to bottom
+TO_LOOK_UP = ("reference/", "results/")  # pages that are not
+
+
+def words(page):
+    """Those of the text, without code."""
+    text = (DOCS / page).read_text()
+    return len(re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE).split())
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if not p.startswith(TO_LOOK_UP)])
+def test_pages_are_short(page):
+    assert words(page) <= LONGEST
 
 
 def test_every_page_is_in_the_menu_once():

@@ -211,7 +211,7 @@ def test_in_python(folder, make_config):
 
 
 def test_the_program_in_the_docs(folder):
-    page = Path(__file__).parents[2] / "docs/howto/train.md"
+    page = Path(__file__).parents[2] / "docs/reference/training.md"
     (program,) = re.findall(r"```python\n(from pararnn.lm.training .*?)```", page.read_text(), re.S)
     program = program.replace("width=128, num_layers=2", "width=8, num_layers=1, num_heads=1")
     program = program.replace('data="texts",', 'data="text.txt", steps=2, device="cpu",')

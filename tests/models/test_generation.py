@@ -57,11 +57,11 @@ def test_a_decoder_may_be_used_again(make_model, cell):
     model = make_model(cell=cell)
     decoder = Decoder(model, 3)
     expected = decoder.generate(PROMPTS, max_new_tokens=9)
-    where = [layer.window.data_ptr() for layer in decoder._layers]
+    where = [layer.window.data_ptr() for layer in decoder._states.layers]
     others = decoder.generate(PROMPTS[::-1], max_new_tokens=5, temperature=2.0, end_of_text=7)
     assert others != expected
     assert decoder.generate(PROMPTS, max_new_tokens=9) == expected
-    assert [layer.window.data_ptr() for layer in decoder._layers] == where
+    assert [layer.window.data_ptr() for layer in decoder._states.layers] == where
 
 
 CHANGES = {
@@ -189,9 +189,9 @@ def test_a_compiled_step_leaves_the_same_states(make_model, cell, kernel, device
     tokens = [decoder.generate(PROMPTS[:1], max_new_tokens=5) for decoder in decoders]
     assert tokens[0] == tokens[1]
     if kernel > 1:
-        (found,), (expected,) = (decoder._windows for decoder in reversed(decoders))
+        (found,), (expected,) = (decoder._states.windows for decoder in reversed(decoders))
         assert_close("windows", found, expected, rtol=1e-5)
-    states = [generation._recurrent(decoder._layers) for decoder in decoders]
+    states = [generation.moved_by_a_step(decoder._states.layers) for decoder in decoders]
     for i, (expected, found) in enumerate(zip(*states, strict=True)):
         assert_close(f"state {i}", found, expected, rtol=1e-5)
 

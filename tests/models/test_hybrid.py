@@ -1,14 +1,16 @@
 """Stacks of recurrences and attention: pieces, documents, padding, generation, errors."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pararnn.lm.decoding import Decoder
+from pararnn.lm.decoding import Decoder, decoder
 from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM
 from pararnn.lm.training.checkpoints import quiet_transformers
+from pararnn.planning.costs import COSTS
 
 from .conftest import tiny_config
 from .test_document_boundaries import pad_left
@@ -104,9 +106,18 @@ def test_mistakes():
     assert tiny_config(hidden_size=448, inner_size=8).mixers == ["paragru"] * 2  # 3 heads unused
 
 
-def test_static_decoding_is_refused(hybrid):
-    with pytest.raises(ValueError, match=r"attention, whose state grows .* model.generate"):
-        Decoder(hybrid, 1)
+def test_static_decoding_equals_transformers(hybrid, tokens, monkeypatch):
+    """Also where the room for attention grows on the way."""
+    settings = GenerationConfig(max_new_tokens=30, do_sample=False, pad_token_id=0)
+    mask = torch.ones_like(tokens)
+    expected = hybrid.generate(tokens, attention_mask=mask, generation_config=settings)
+    for room in (1024, 8):
+        monkeypatch.setattr(decoder, "COSTS", replace(COSTS, attention_room=room))
+        found = Decoder(hybrid, 3).generate(tokens.tolist(), max_new_tokens=30)
+        assert found == expected[:, 11:].tolist()
+    ragged = [row[-length:] for row, length in zip(tokens.tolist(), (4, 11, 1), strict=True)]
+    alone = [Decoder(hybrid, 1).generate([row], max_new_tokens=9)[0] for row in ragged]
+    assert Decoder(hybrid, 3).generate(ragged, max_new_tokens=9) == alone
 
 
 def test_attention_learns_next_to_recurrences():

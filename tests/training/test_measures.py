@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import random
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +13,17 @@ import pytest
 import torch
 
 from pararnn.lm.data.signals import StopSignals
+from pararnn.lm.decoding import Decoder
 from pararnn.lm.models import ParaRNNConfig, ParaRNNForCausalLM
+from pararnn.lm.training import language_model
 from pararnn.lm.training.comparison import compare_train_steps, step_by_step
 from pararnn.lm.training.environment import describe_environment
 from pararnn.lm.training.evaluation import evaluate
-from pararnn.lm.training.language_model import generate_text
+from pararnn.lm.training.language_model import generate_text, stream_text
 from pararnn.lm.training.metrics import MetricsFile, plot_loss, read_metrics
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.text import Codec
+from pararnn.planning.plan import Choice
 
 from .conftest import byte_split
 
@@ -164,6 +168,50 @@ def test_generated_text_depends_on_the_seed_alone(model):
     assert torch.equal(torch.get_rng_state(), state)
     greedy = {generate("", num_tokens=9, temperature=0, seed=s) for s in (1, 2)}
     assert len(greedy) == 1
+
+
+def test_text_comes_in_pieces(model, monkeypatch):
+    """Of whole characters; the first when one token has been chosen."""
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+    taken, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self: taken.append(1) or step(self))
+    settings = {"num_tokens": 200, "seed": 4}
+    whole = generate_text(model, Codec(), "hé", **settings)
+    taken.clear()
+    pieces = stream_text(model, Codec(), "hé", **settings)
+    assert [next(pieces), next(pieces), len(taken)] == ["h", "é", 0]
+    rest = next(pieces)
+    assert 0 < len(taken) < 10
+    assert "hé" + rest + "".join(pieces) == whole
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_decoded_piece_by_piece(seed):
+    """Characters of several bytes, halves of them, bytes that are none, and separators."""
+    generator = random.Random(seed)
+    parts = [b"a", b" b", "é".encode(), "語".encode(), "🐦".encode(), "�".encode()]
+    parts += [b"\xe8\xaa", b"\xff", b"\x80", b"\x00", b"\n"]
+    tokens = list(b"".join(generator.choices(parts, k=60)))
+    pieces = list(Codec().decode_stream(tokens))
+    assert "".join(pieces) == Codec().decode(torch.tensor(tokens))
+    assert len(pieces) > 20
+    assert list(Codec().decode_stream([])) == list(Codec().decode_stream([0])) == []
+
+
+def test_a_long_text_is_generated_by_a_compiled_step(model, monkeypatch):
+    """The choice is that of `choose_step`, and its reason is told."""
+    made, said = [], []
+    monkeypatch.setattr(language_model, "warn", said.append)
+    chosen = Choice("step", "compiled", "it is long")
+    monkeypatch.setattr(language_model, "choose_step", lambda *given: made.append(given) or chosen)
+    real = language_model.Decoder
+    monkeypatch.setattr(
+        language_model, "Decoder", lambda *given, compiled: made.append(compiled) or real(*given)
+    )
+    generate_text(model, Codec(), "ab", num_tokens=3)
+    assert made == [("cpu", 2, 3), True]
+    assert said == ["The step of generation is compiled: it is long."]
 
 
 @pytest.fixture

@@ -36,19 +36,19 @@ class GenerateArguments:
 
 
 def run(arguments: list[str]) -> int:
-    """Print the prompt and its continuation."""
+    """Print the prompt and its continuation, as it comes."""
     parsed = parse(GenerateArguments, "generate", arguments)
     if "\0" in parsed.prompt:
         raise RunError("the prompt holds a zero byte; a text has none.")
     found = RunFolder.find(parsed.run)
     from pararnn.lm.training.advice import explained
-    from pararnn.lm.training.language_model import generate_text
+    from pararnn.lm.training.language_model import stream_text
     from pararnn.lm.training.parallel import choose_device
     from pararnn.lm.training.trained import Trained
 
     trained = Trained(*found)
     with explained(trained.run, training=False):
-        text = generate_text(
+        pieces = stream_text(
             trained.load(choose_device(parsed.device)),
             trained.codec,
             parsed.prompt,
@@ -56,5 +56,7 @@ def run(arguments: list[str]) -> int:
             temperature=parsed.temperature,
             seed=parsed.seed,
         )
-    show(text)
+        for piece in pieces:
+            show(piece, end="")
+    show("")
     return 0

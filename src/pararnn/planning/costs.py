@@ -303,6 +303,12 @@ class Costs:
     steps_between_checks: int = 32
     """Steps after which the host waits for the device to see whether all rows have ended.
     Estimate."""
+    decoding_compile_s: float = 1.25
+    """Seconds that compiling a step takes for each block: half a minute for 24 blocks. Estimate."""
+    decoding_saved_us: float = 30.0
+    """Microseconds by which a block's step is faster compiled. Estimate."""
+    attention_room: int = 1024
+    """Tokens of a text that attention has room for at first; then twice as many. Estimate."""
     part_of_scores: int = 1024
     """Scores that one multiprocessor looks at for the largest. docs/results/language-models.md."""
 

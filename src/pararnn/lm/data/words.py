@@ -40,16 +40,17 @@ def warn(text: str) -> None:
     LOGGER.warning("%s", text)
 
 
-def show(text: str) -> None:
+def show(text: str, end: str = "\n") -> None:
     """Print a result that was asked for, whatever is logged."""
-    _print(text, sys.stdout)
+    _print(text, sys.stdout, end)
 
 
-def _print(text: str, stream: Any) -> None:
+def _print(text: str, stream: Any, end: str = "\n") -> None:
     """Print at once. Characters that the terminal does not know are written as escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        known = text.encode(encoding, "backslashreplace").decode(encoding)
+        print(known, file=stream, end=end, flush=True)
     except BrokenPipeError:  # the reader has ended, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -2,3 +2,5 @@
 
 from pararnn.lm.decoding.decoder import Decoder as Decoder
 from pararnn.lm.decoding.decoder import generate as generate
+from pararnn.lm.decoding.snapshot import Snapshot as Snapshot
+from pararnn.planning.decoding_plan import choose_step as choose_step

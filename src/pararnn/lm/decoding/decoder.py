@@ -2,13 +2,14 @@
 
 A step reads and writes tensors that are made once: the states of all blocks, the last tokens, and
 which sequences have ended. So on a GPU the step is captured in a CUDA graph and replayed. On other
-devices the same function is called.
+devices the same function is called. The tensors of attention have room for more tokens; when it is
+used up, they are made twice as large, and the step is captured again.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from pararnn.layers.stepping import Form, captured_step, compile_options
 from pararnn.lm.catalogue import ATTENTION
-from pararnn.lm.models.cache import LayerState, ParaRNNCache, State
-from pararnn.lm.models.convolution import advance_windows
+from pararnn.lm.decoding.prompts import check_prompts, read_prompts
+from pararnn.lm.decoding.snapshot import Snapshot
+from pararnn.lm.decoding.states import Layer, StaticStates, moved_by_a_step
+from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.modeling import ParaRNNForCausalLM
 from pararnn.planning.costs import COSTS
 
@@ -68,10 +71,10 @@ class Decoder:
             notices changes of the model.
         batch_size: Texts side by side.
         compiled: Fuse the operations of a step with `torch.compile`, in the first call. Without it
-            a step consists of many small kernels.
+            a step consists of many small kernels. `choose_step` says when it pays.
 
     Raises:
-        ValueError: batch_size is less than 1, or the model has attention, whose state grows.
+        ValueError: batch_size is less than 1.
     """
 
     def __init__(
@@ -79,11 +82,6 @@ class Decoder:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; pass at least one prompt.")
-        if ATTENTION in model.config.mixers:
-            raise ValueError(
-                "the model has blocks of attention, whose state grows with the text; use "
-                "model.generate(...)."
-            )
         self.model = model.eval()
         self.batch_size = batch_size
         device = model.device
@@ -94,10 +92,9 @@ class Decoder:
         self._temperature = torch.zeros((), device=device)
         self._noise = torch.ones(batch_size, model.config.vocab_size, device=device)
         self._generator: torch.Generator | None = None
-        self._layers: list[LayerState] = []
-        self._windows: list[Tensor] = []  # of all blocks whose windows have the same shape
-        self._places: list[list[int]] = []  # which blocks these are
-        self._next: Callable[[], tuple[list[Tensor], list[Tensor]]] = self._advance
+        self._states: StaticStates | None = None
+        self._num_read = 0  # tokens of a text, padding included
+        self._next: Callable[[], tuple[list[list[Tensor]], list[Tensor]]] = self._advance
         if compiled:
             self._next = torch.compile(
                 self._advance, fullgraph=True, dynamic=False, options=compile_options()
@@ -108,7 +105,7 @@ class Decoder:
     @property
     def state_bytes(self) -> int:
         """Size of the states of all blocks and texts; 0 before the first call."""
-        return sum(tensor.nbytes for tensor in (*self._windows, *_recurrent(self._layers)))
+        return 0 if self._states is None else self._states.nbytes
 
     def generate(
         self,
@@ -118,11 +115,13 @@ class Decoder:
         temperature: float = 0.0,
         seed: int = 0,
         end_of_text: int | None = None,
+        after: Snapshot | None = None,
     ) -> list[list[int]]:
-        """As the function `generate`, for `batch_size` prompts."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-        self.start(prompts, temperature=temperature, seed=seed, end_of_text=end_of_text)
+        """As the function `generate`, for `batch_size` prompts; `after` as for `start`."""
+        _check_number(max_new_tokens)
+        self.start(
+            prompts, temperature=temperature, seed=seed, end_of_text=end_of_text, after=after
+        )
         new = [self.tokens.clone()]
         while len(new) < max_new_tokens:
             if len(new) % COSTS.steps_between_checks == 0 and self._ended.all():
@@ -132,6 +131,41 @@ class Decoder:
         rows = torch.cat(new, dim=1).tolist()
         return [_until(row, end_of_text) for row in rows]
 
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        end_of_text: int | None = None,
+        after: Snapshot | None = None,
+    ) -> Iterator[list[int | None]]:
+        """The tokens that `generate` returns, as they come; arguments as for `generate`.
+
+        The device computes the next step meanwhile, so the decoder itself is one step ahead.
+
+        Yields:
+            The next token of every text; None for a text that has ended.
+        """
+        _check_number(max_new_tokens)
+        self.start(
+            prompts, temperature=temperature, seed=seed, end_of_text=end_of_text, after=after
+        )
+        return self._stream(max_new_tokens, end_of_text)
+
+    def _stream(self, count: int, end: int | None) -> Iterator[list[int | None]]:
+        ended = [False] * self.batch_size
+        for left in reversed(range(count)):
+            chosen = OnTheWay(self.tokens)
+            if left:
+                self.step()
+            tokens = chosen.arrived()
+            ended = [was or token == end for was, token in zip(ended, tokens, strict=True)]
+            if all(ended):
+                return
+            yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
+
     @torch.no_grad()
     def start(
         self,
@@ -140,88 +174,131 @@ class Decoder:
         temperature: float = 0.0,
         seed: int = 0,
         end_of_text: int | None = None,
+        after: Snapshot | None = None,
     ) -> None:
-        """Read the prompts in one pass over all of their tokens, and choose the first new ones."""
+        """Read the prompts in one pass over all of their tokens, and choose the first new ones.
+
+        Args:
+            prompts: Tokens of every text, at least one each.
+            temperature: Temperature of the sampling; 0 takes the most probable token.
+            seed: Seed of the sampling.
+            end_of_text: Token that ends a text; None for no such token.
+            after: What was read before the prompts, of one text for all or of each text; only the
+                prompts are read then. Its own `tokens` were not read: put them first in the
+                prompts to go on with a text that was generated.
+
+        Raises:
+            ValueError: What cannot be read, see `generate`, or does not fit `after`.
+        """
         if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}; it must be at least 0.")
-        tokens, mask = self._pad(prompts)
+        check_prompts(prompts, self.batch_size, self.model.config.vocab_size)
+        logits, layers, num_read = read_prompts(self.model, prompts, after)
         self._temperature.fill_(temperature)
         self._end.fill_(-1 if end_of_text is None else end_of_text)
-        self._ended.zero_()
         self._noise.fill_(1.0)
         self._generator = None
         if temperature > 0:
             self._generator = torch.Generator(self.model.device).manual_seed(seed)
-        output = self.model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
-        layers = output.cache_params.layers
-        if self._prepared_for is None or self._prepared_for.has_changed():
-            self._prepare(layers)
-        for windows, places in zip(self._windows, self._places, strict=True):
-            windows.copy_(_windows(layers, places))
-        torch._foreach_copy_(_recurrent(self._layers), _recurrent(layers))
+        self._load(layers, num_read)
+        self._ended.zero_()
         self._draw()
-        self._choose(output.logits)
+        self._choose(logits)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Read the last token and choose the next, for every text. Does not wait for the device."""
+        """Read the last token and choose the next, for every text. Does not wait for the device.
+
+        Raises:
+            RuntimeError: Nothing was read yet.
+        """
+        if self._states is None:
+            raise RuntimeError("the decoder has read nothing; call start or restore first.")
+        if ATTENTION in self.model.config.mixers and self._num_read == self._states.room:
+            self.restore(self.snapshot())  # with more room
         self._draw()
         self._run()
+        self._num_read += 1
 
-    def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-        """Tokens with padding on the left, and the mask of the tokens; None without padding."""
-        if len(prompts) != self.batch_size:
-            raise ValueError(
-                f"there are {len(prompts)} prompts but batch_size is {self.batch_size}; pass as "
-                "many, or make another Decoder."
-            )
-        lengths = [len(prompt) for prompt in prompts]
-        if 0 in lengths:
-            raise ValueError(
-                f"prompt {lengths.index(0)} is empty; begin it with the token that begins a text."
-            )
-        tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
-            tokens[row, -len(prompt) :] = torch.as_tensor(prompt)
-            mask[row, -len(prompt) :] = 1
-        size = self.model.config.vocab_size
-        if tokens.min() < 0 or tokens.max() >= size:
-            raise ValueError(
-                f"the prompts hold tokens from {tokens.min()} to {tokens.max()} but the model has "
-                f"{size}; encode them with the tokenizer that it was trained with."
-            )
-        device = self.model.device
-        return tokens.to(device), None if mask.all() else mask.to(device)
+    @torch.no_grad()
+    def snapshot(self) -> Snapshot:
+        """The state of all texts, to `restore`, or to `start` from after what was read.
 
-    def _prepare(self, layers: list[LayerState]) -> None:
-        """Make the tensors of the states, and the graph, whose first runs write into them."""
-        alike: dict[torch.Size, list[int]] = {}
-        for place, layer in enumerate(layers):
-            alike.setdefault(layer.window.shape, []).append(place)
-        self._places = list(alike.values())
-        self._windows = [torch.zeros_like(_windows(layers, places)) for places in self._places]
-        self._layers = [layer.map(torch.zeros_like) for layer in layers]
-        for windows, places in zip(self._windows, self._places, strict=True):
-            for window, place in zip(windows, places, strict=True):
-                self._layers[place] = dataclasses.replace(self._layers[place], window=window)
-        self._prepared_for = Form(self.model)
-        self._run = captured_step(self._replace, self.model.device)
-        self._ended.zero_()
+        Raises:
+            RuntimeError: Nothing was read yet.
+        """
+        if self._states is None:
+            raise RuntimeError("the decoder has read nothing; call start or restore first.")
+        return Snapshot(
+            layers=tuple(self._states.saved(self._num_read)),
+            num_tokens=self._num_read,
+            tokens=self.tokens.clone(),
+            ended=self._ended.clone(),
+            end=self._end.clone(),
+            temperature=self._temperature.clone(),
+            random=None if self._generator is None else self._generator.get_state(),
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot, *, seed: int | None = None) -> None:
+        """Go on from a snapshot, of this or of another decoder: the next steps are the same.
+
+        Args:
+            snapshot: Of `batch_size` texts; `Snapshot.select` picks or repeats texts.
+            seed: Sample with other noise from here on, for another branch; None for the same.
+
+        Raises:
+            ValueError: The snapshot has another number of texts.
+        """
+        if snapshot.batch_size != self.batch_size:
+            raise ValueError(
+                f"the snapshot has {snapshot.batch_size} texts but batch_size is "
+                f"{self.batch_size}; pick or repeat texts with snapshot.select([...])."
+            )
+        self._load(snapshot.layers, snapshot.num_tokens)
+        self.tokens.copy_(snapshot.tokens)
+        self._ended.copy_(snapshot.ended)
+        self._end.copy_(snapshot.end)
+        self._temperature.copy_(snapshot.temperature)
+        self._noise.fill_(1.0)
+        self._generator = None
+        if snapshot.random is not None:
+            self._generator = torch.Generator(self.model.device)
+            self._generator.set_state(snapshot.random)
+            if seed is not None:
+                self._generator.manual_seed(seed)
+
+    def _load(self, layers: Sequence[Layer], num_read: int) -> None:
+        """Continue from these states; make tensors and graph where there are none that fit."""
+        changed = self._prepared_for is None or self._prepared_for.has_changed()
+        grows = ATTENTION in self.model.config.mixers
+        room = COSTS.attention_room
+        while grows and room <= num_read:
+            room *= 2
+        if changed or self._states is None or (grows and self._states.room < room):
+            self._states = StaticStates(layers, room)
+            self._prepared_for = Form(self.model)
+            self._run = captured_step(self._replace, self.model.device)  # the first runs write
+        self._states.load(layers)
+        self._num_read = num_read
 
     def _replace(self) -> None:
-        """Take a step. One call copies the states of all blocks, which are small."""
-        newest, recurrent = self._next()
-        for windows, places in zip(self._windows, self._places, strict=True):
-            advance_windows(windows, [newest[place] for place in places])
-        torch._foreach_copy_(_recurrent(self._layers), recurrent)
+        """Take a step."""
+        newest, moved = self._next()
+        self._now().advance(newest, moved)
 
-    def _advance(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _advance(self) -> tuple[list[list[Tensor]], list[Tensor]]:
         """Choose the next tokens. Returns the new entries of the windows and the new states."""
-        cache = ParaRNNCache(list(self._layers), 1)
+        states = self._now()
+        layers: list[Any] = list(states.layers)
+        cache = ParaRNNCache(layers, 1)
         output = self.model(input_ids=self.tokens, cache_params=cache, use_cache=True)
-        self._choose(output.logits)
-        return [layer.window[:, -1:] for layer in cache.layers], _recurrent(cache.layers)
+        self._choose(output.logits[:, -1])
+        return states.newest(cache.layers), moved_by_a_step(cache.layers)
+
+    def _now(self) -> StaticStates:
+        assert self._states is not None
+        return self._states
 
     def _draw(self) -> None:
         """Draw noise, outside of the graph, so that the seed of each call is used."""
@@ -234,7 +311,7 @@ class Decoder:
         At temperature 0 the noise has no effect. Texts that have ended repeat their last token.
         """
         gumbel = -self._noise.clamp_min(_LEAST_NOISE).log()
-        scores = logits[:, -1] + self._temperature * gumbel
+        scores = logits + self._temperature * gumbel
         chosen = largest(scores)
         self.tokens.copy_(torch.where(self._ended, self.tokens, chosen))
         self._ended.logical_or_(self.tokens == self._end)
@@ -249,16 +326,32 @@ def largest(scores: Tensor) -> Tensor:
     return best * size + indices.gather(-1, best)
 
 
-def _windows(layers: list[LayerState], places: list[int]) -> Tensor:
-    return torch.stack([layers[place].window for place in places])
+class OnTheWay:
+    """Tokens that are copied to the host, while the device goes on.
+
+    Args:
+        tokens: Shape (texts, 1); they may be written to at once.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._event = None
+        if tokens.device.type != "cuda":
+            self._host = tokens.clone()
+            return
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._host.copy_(tokens, non_blocking=True)
+        self._event = torch.cuda.current_stream(tokens.device).record_event()
+
+    def arrived(self) -> list[int]:
+        """Wait for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.flatten().tolist()
 
 
-def _recurrent(layers: list[LayerState]) -> list[Tensor]:
-    return [tensor for layer in layers for tensor in _components(layer.recurrent)]
-
-
-def _components(state: State) -> tuple[Tensor, ...]:
-    return (state,) if isinstance(state, Tensor) else state
+def _check_number(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
 
 
 def _until(tokens: list[int], end: int | None) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +25,50 @@ class AttentionState:
         keys: Shape (batch, steps, heads, channels per head), rotated.
         values: Of the same shape.
         document: Shape (batch, steps): number of the document of each step, -1 for padding.
+        used: Number of steps that hold something, int64 of shape (), where there is room for more:
+            further ones are then written in place. None if all do.
     """
 
     keys: Tensor
     values: Tensor
     document: Tensor
+    used: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
-        """The same state with a function applied to every tensor."""
-        return AttentionState(function(self.keys), function(self.values), function(self.document))
+        """The same state with a function applied to every tensor of it that has a batch."""
+        grown = (function(self.keys), function(self.values), function(self.document))
+        return AttentionState(*grown, self.used)
+
+    @property
+    def past(self) -> int | Tensor:
+        """Number of steps that hold something."""
+        return self.keys.shape[1] if self.used is None else self.used
+
+    def with_room(self, steps: int) -> AttentionState:
+        """A copy of a state without room, with room for so many steps in all."""
+        count = self.keys.shape[1]
+        used = torch.full((), count, dtype=torch.int64, device=self.keys.device)
+
+        def placed(tensor: Tensor) -> Tensor:
+            room = tensor.new_zeros(tensor.shape[0], steps, *tensor.shape[2:])
+            room[:, :count] = tensor
+            return room
+
+        return replace(self.map(placed), used=used)
+
+    def cut(self, count: int) -> AttentionState:
+        """A copy of the first steps, without room."""
+        return replace(self.map(lambda tensor: tensor[:, :count].clone()), used=None)
+
+    def followed_by(self, keys: Tensor, values: Tensor, document: Tensor) -> AttentionState:
+        """The state after more steps: in new tensors, or written in place where there is room."""
+        if self.used is None:
+            pairs = (self.keys, keys), (self.values, values), (self.document, document)
+            return AttentionState(*(torch.cat(pair, 1) for pair in pairs))
+        places = self.used + torch.arange(keys.shape[1], device=keys.device)
+        for held, new in (self.keys, keys), (self.values, values), (self.document, document):
+            held.index_copy_(1, places, new.to(held.dtype))
+        return replace(self, used=self.used + keys.shape[1])
 
 
 class AttentionMixer(nn.Module):
@@ -57,20 +92,14 @@ class AttentionMixer(nn.Module):
     ) -> tuple[Tensor, AttentionState]:
         """Mix x, shape (batch, time, hidden_size). Returns the result and the state after it."""
         queries, keys, values = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        past = 0 if state is None else state.keys.shape[1]
+        past = 0 if state is None else state.past
         queries = _rotated(self.query_norm(queries), past)
         keys = _rotated(self.key_norm(keys), past)
         document = _documents(x, boundaries, state)
-        after = AttentionState(keys, values, document)
-        if state is not None:
-            pairs = (
-                (state.keys, keys),
-                (state.values, values),
-                (state.document, document),
-            )
-            after = AttentionState(*(torch.cat(pair, 1) for pair in pairs))
+        new = (keys, values, document)
+        after = AttentionState(*new) if state is None else state.followed_by(*new)
         alone = boundaries is None and state is None
-        mask = None if alone else _visible(document, after.document)
+        mask = None if alone else _visible(document, after.document, past)
         y = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             after.keys.transpose(1, 2),
@@ -81,11 +110,11 @@ class AttentionMixer(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2)), after
 
 
-def _rotated(x: Tensor, first: int) -> Tensor:
+def _rotated(x: Tensor, first: int | Tensor) -> Tensor:
     """Rotate pairs of channels by an angle that grows with the step (arXiv 2104.09864)."""
     half = x.shape[-1] // 2
     exact = torch.promote_types(x.dtype, torch.float32)
-    steps = torch.arange(first, first + x.shape[1], device=x.device, dtype=exact)
+    steps = torch.arange(x.shape[1], device=x.device, dtype=exact) + first
     powers = torch.arange(half, device=x.device, dtype=exact) / half
     angles = (steps[:, None] * _ROTARY_BASE**-powers)[:, None]  # (time, 1, half)
     a, b = x[..., :half], x[..., half : 2 * half]
@@ -96,7 +125,11 @@ def _rotated(x: Tensor, first: int) -> Tensor:
 def _documents(x: Tensor, boundaries: Boundaries | None, state: AttentionState | None) -> Tensor:
     """Number of the document of every new step, counted on from the state."""
     batch, time, _ = x.shape
-    last = 0 if state is None else state.document[:, -1:]
+    last: int | Tensor = 0
+    if state is not None:
+        last = state.document[:, -1:]
+        if state.used is not None:
+            last = state.document.index_select(1, (state.used - 1).view(1))
     if boundaries is None:
         return torch.zeros(batch, time, dtype=torch.int64, device=x.device) + last
     document = boundaries.document + last
@@ -105,9 +138,15 @@ def _documents(x: Tensor, boundaries: Boundaries | None, state: AttentionState |
     return torch.where(boundaries.real.squeeze(-1), document, _PADDING)
 
 
-def _visible(queries: Tensor, keys: Tensor) -> Tensor:
-    """Which keys a query sees, (batch, 1, queries, keys): earlier ones of its own document."""
-    past = keys.shape[1] - queries.shape[1]
+def _visible(queries: Tensor, keys: Tensor, past: int | Tensor) -> Tensor:
+    """Which keys a query sees, (batch, 1, queries, keys): earlier ones of its own document.
+
+    Args:
+        queries: The documents of the queries, (batch, queries).
+        keys: Those of the keys, (batch, keys).
+        past: Number of keys before the first query.
+    """
     step = torch.arange(keys.shape[1], device=keys.device)
-    before = step <= step[past:, None]
+    own = torch.arange(queries.shape[1], device=keys.device) + past
+    before = step <= own[:, None]
     return ((queries[:, :, None] == keys[:, None, :]) & before).unsqueeze(1)

@@ -1,5 +1,6 @@
 """The language model of a run: building it, and continuing a text."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,12 +8,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from pararnn.lm.catalogue import ATTENTION, BASELINES, cell_options, parts, repeated
-from pararnn.lm.decoding import generate
+from pararnn.lm.data.words import warn
+from pararnn.lm.decoding import Decoder
 from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.models.architectures import Shape, make_config
 from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.initial import outline, start
 from pararnn.lm.training.text import Codec
+from pararnn.planning.decoding_plan import COMPILED, choose_step
 
 
 def build_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
@@ -83,18 +86,45 @@ def generate_text(
     Returns:
         The prompt and what follows it.
     """
+    pieces = stream_text(
+        model, codec, prompt, num_tokens=num_tokens, temperature=temperature, seed=seed
+    )
+    return "".join(pieces)
+
+
+def stream_text(
+    model: PreTrainedModel,
+    codec: Codec,
+    prompt: str,
+    *,
+    num_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The text that `generate_text` returns, piece by piece as it comes; the prompt comes first.
+
+    Arguments are those of `generate_text`. On a GPU the step of our models is compiled where that
+    pays (`choose_step`), which a note says then.
+    """
     tokens = codec.encode(prompt)
-    if isinstance(model, ParaRNNForCausalLM) and ATTENTION not in model.config.mixers:
-        (new,) = generate(
-            model,
-            tokens.tolist(),
-            max_new_tokens=num_tokens,
-            temperature=temperature,
-            seed=seed,
-            end_of_text=codec.separator,
-        )
-        return codec.decode(torch.cat([tokens[0], torch.tensor(new, dtype=torch.int64)]))
-    return codec.decode(_generate(model, codec, tokens, num_tokens, temperature, seed))
+    settings: dict[str, Any] = {"temperature": temperature, "seed": seed}
+    if not isinstance(model, ParaRNNForCausalLM):
+        whole = _generate(model, codec, tokens, num_tokens, **settings)
+        yield from codec.decode_stream(whole.tolist())
+        return
+    choice = choose_step(model.device.type, model.config.num_hidden_layers, num_tokens)
+    if choice.value == COMPILED:
+        warn(f"The step of generation is compiled: {choice.because}.")
+    decoder = Decoder(model, 1, compiled=choice.value == COMPILED)
+    settings |= {"max_new_tokens": num_tokens, "end_of_text": codec.separator}
+
+    def all_tokens() -> Iterator[int]:
+        yield from tokens[0].tolist()
+        for (token,) in decoder.stream(tokens.tolist(), **settings):
+            assert token is not None  # the only text has not ended
+            yield token
+
+    yield from codec.decode_stream(all_tokens())
 
 
 def _generate(
@@ -105,7 +135,7 @@ def _generate(
     temperature: float,
     seed: int,
 ) -> Tensor:
-    """The same by transformers, for models whose state grows."""
+    """The prompt and what follows it by transformers, for its own models."""
     tokens = tokens.to(model.device)
     settings = GenerationConfig(
         max_new_tokens=num_tokens,

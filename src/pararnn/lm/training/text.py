@@ -1,6 +1,7 @@
 """The training data of a run: prepared tokens, or texts that it prepares itself."""
 
 import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.run_folder import RunFolder
 
 VOCABULARY_MULTIPLE = 256
+_NO_CHARACTER = "\ufffd"  # where a text ends within a character
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,25 @@ class Codec:
     def decode(self, tokens: Tensor) -> str:
         """Text of tokens, shape (time,): without separators, U+FFFD where it is no UTF-8."""
         return self.tokenization.decode([t for t in tokens.tolist() if t != self.separator])
+
+    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The same text piece by piece, each as soon as its last character is whole.
+
+        Pieces are decoded together with the piece before, on which spaces may depend.
+        """
+        before: list[int] = []
+        piece: list[int] = []
+        decode = self.tokenization.decode
+        for token in tokens:
+            if token == self.separator:
+                continue
+            piece.append(token)
+            text = decode(before + piece)
+            if not text.endswith(_NO_CHARACTER):
+                yield text[len(decode(before)) :]
+                before, piece = piece, []
+        if piece:
+            yield decode(before + piece)[len(decode(before)) :]
 
 
 def open_text(config: TrainConfig, run: RunFolder) -> Text:

@@ -1,6 +1,7 @@
 """Stacks of recurrences and attention: pieces, documents, padding, generation, errors."""
 
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -118,6 +119,16 @@ def test_static_decoding_equals_transformers(hybrid, tokens, monkeypatch):
     ragged = [row[-length:] for row, length in zip(tokens.tolist(), (4, 11, 1), strict=True)]
     alone = [Decoder(hybrid, 1).generate([row], max_new_tokens=9)[0] for row in ragged]
     assert Decoder(hybrid, 3).generate(ragged, max_new_tokens=9) == alone
+
+
+def test_a_static_step_with_attention_can_be_compiled(hybrid, tokens, monkeypatch):
+    """As one graph, again where the room grows."""
+    compile_step = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(decoder.torch, "compile", compile_step)
+    expected = Decoder(hybrid, 3).generate(tokens.tolist(), max_new_tokens=12)
+    monkeypatch.setattr(decoder, "COSTS", replace(COSTS, attention_room=8))
+    found = Decoder(hybrid, 3, compiled=True).generate(tokens.tolist(), max_new_tokens=12)
+    assert found == expected
 
 
 def test_attention_learns_next_to_recurrences():

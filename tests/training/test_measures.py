@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pararnn.lm.data.signals import StopSignals
-from pararnn.lm.decoding import Decoder
+from pararnn.lm.decoding import Decoder, StepChoice
 from pararnn.lm.models import ParaRNNConfig, ParaRNNForCausalLM
 from pararnn.lm.training import language_model
 from pararnn.lm.training.comparison import compare_train_steps, step_by_step
@@ -23,7 +23,6 @@ from pararnn.lm.training.language_model import generate_text, stream_text
 from pararnn.lm.training.metrics import MetricsFile, plot_loss, read_metrics
 from pararnn.lm.training.run_folder import RunFolder
 from pararnn.lm.training.text import Codec
-from pararnn.planning.plan import Choice
 
 from .conftest import byte_split
 
@@ -203,7 +202,7 @@ def test_a_long_text_is_generated_by_a_compiled_step(model, monkeypatch):
     """The choice is that of `choose_step`, and its reason is told."""
     made, said = [], []
     monkeypatch.setattr(language_model, "warn", said.append)
-    chosen = Choice("step", "compiled", "it is long")
+    chosen = StepChoice(True, "it is long")
     monkeypatch.setattr(language_model, "choose_step", lambda *given: made.append(given) or chosen)
     real = language_model.Decoder
     monkeypatch.setattr(

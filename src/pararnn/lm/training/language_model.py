@@ -9,13 +9,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from pararnn.lm.catalogue import ATTENTION, BASELINES, cell_options, parts, repeated
 from pararnn.lm.data.words import warn
-from pararnn.lm.decoding import Decoder
+from pararnn.lm.decoding import Decoder, choose_step
 from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.models.architectures import Shape, make_config
 from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.initial import outline, start
 from pararnn.lm.training.text import Codec
-from pararnn.planning.decoding_plan import COMPILED, choose_step
 
 
 def build_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
@@ -113,9 +112,9 @@ def stream_text(
         yield from codec.decode_stream(whole.tolist())
         return
     choice = choose_step(model.device.type, model.config.num_hidden_layers, num_tokens)
-    if choice.value == COMPILED:
+    if choice.compiled:
         warn(f"The step of generation is compiled: {choice.because}.")
-    decoder = Decoder(model, 1, compiled=choice.value == COMPILED)
+    decoder = Decoder(model, 1, compiled=choice.compiled)
     settings |= {"max_new_tokens": num_tokens, "end_of_text": codec.separator}
 
     def all_tokens() -> Iterator[int]:

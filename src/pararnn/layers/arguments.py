@@ -155,10 +155,27 @@ def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.shape[0] - 1
 
 
+def check_boundaries(x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Refuse boundaries that are not those of the steps of x (batch, time, ...)."""
+    if cu_seqlens is None:
+        return
+    batch, time = x.shape[:2]
+    ends = cu_seqlens.to(x.device).long()
+    begins, ends = ends[:-1], ends[1:]
+    valid = (begins[0] == 0) & (ends[-1] == time) & (begins <= ends).all()
+    wanted = "cu_seqlens must rise from 0 to the number of steps"
+    if torch.compiler.is_compiling() and batch == 1:  # to name their number would fix it
+        torch._assert_async(valid, f"{wanted} of an x of batch 1.")
+    elif batch != 1 or not valid:
+        raise ValueError(
+            f"{wanted} {time} of an x of batch 1 (here {batch}), got {cu_seqlens.tolist()}."
+        )
+
+
 def starts_of(
     x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Where sequences start and end, after a check of `cu_seqlens`.
+    """Where sequences start and end.
 
     Returns:
         `starts` as in `Problem`; and with `cu_seqlens` the last step of every sequence, -1 for one
@@ -175,14 +192,6 @@ def starts_of(
     assert cu_seqlens is not None
     ends = cu_seqlens.to(x.device).long()
     begins, ends = ends[:-1], ends[1:]
-    valid = (begins[0] == 0) & (ends[-1] == time) & (begins <= ends).all()
-    wanted = "cu_seqlens must rise from 0 to the number of steps"
-    if torch.compiler.is_compiling() and batch == 1:  # to name their number would fix it
-        torch._assert_async(valid, f"{wanted} of an x of batch 1.")
-    elif batch != 1 or not valid:
-        raise ValueError(
-            f"{wanted} {time} of an x of batch 1 (here {batch}), got {cu_seqlens.tolist()}."
-        )
     steps = torch.arange(time, device=x.device)
     rows = torch.searchsorted(ends, steps, right=True)  # the sequence that a step belongs to
     starts = torch.where(begins[rows] == steps, rows, -1).int()

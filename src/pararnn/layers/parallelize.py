@@ -25,7 +25,11 @@ _CELLS: dict[type[nn.Module], type[nn.RNNCellBase]] = {
 
 
 def parallelize(
-    module: nn.Module, *, solver: Solver | None = None, backend: str = "auto"
+    module: nn.Module,
+    *,
+    solver: Solver | None = None,
+    backend: str = "auto",
+    checkpoint_every: int | None = None,
 ) -> nn.Module:
     """Have `nn.GRU`, `nn.LSTM`, `nn.RNN` and xLSTM's sLSTM evaluated by `RNN`, same results.
 
@@ -43,6 +47,7 @@ def parallelize(
         module: One of these layers, or any module that contains some.
         solver: See `RNN`.
         backend: See `RNN`.
+        checkpoint_every: See `RNN`.
 
     Returns:
         For a layer, a new one. For anything else `module` itself, with every such layer in it
@@ -73,7 +78,9 @@ def parallelize(
             "a cell as pararnn.RNN(cell)."
         )
     made = {
-        layer: _ADAPTERS[_kind_of(layer)](layer, name, solver=solver, backend=backend)
+        layer: _ADAPTERS[_kind_of(layer)](
+            layer, name, solver=solver, backend=backend, checkpoint_every=checkpoint_every
+        )
         for name, layer in found.items()
     }
     for name, layer in found.items():
@@ -93,6 +100,7 @@ class Parallelized(Lender, StackedRNN):
         *,
         solver: Solver | None = None,
         backend: str = "auto",
+        checkpoint_every: int | None = None,
     ) -> None:
         assert isinstance(original, nn.RNNBase)
         called = title(original, name)
@@ -108,7 +116,12 @@ class Parallelized(Lender, StackedRNN):
         ]
         super().__init__(
             [
-                RNN(_cell(original, suffix, called), solver=solver, backend=backend)
+                RNN(
+                    _cell(original, suffix, called),
+                    solver=solver,
+                    backend=backend,
+                    checkpoint_every=checkpoint_every,
+                )
                 for suffix in suffixes
             ],
             batch_first=original.batch_first,

@@ -20,6 +20,7 @@ from pararnn.layers.arguments import (
     State,
     batched,
     by_row,
+    check_boundaries,
     check_cell,
     check_resets,
     check_tensors,
@@ -32,6 +33,7 @@ from pararnn.layers.arguments import (
     sizes_in,
     starts_of,
 )
+from pararnn.layers.checkpoints import check_steps, cuts_time, run_segments, with_segments
 from pararnn.layers.compiled import valid_while_same
 from pararnn.layers.runner import Runner
 from pararnn.layers.sizes import Sizes, UnknownSizes
@@ -83,6 +85,9 @@ class RNN(nn.Module):
         structure: A claim about which channels have an influence on each other: "elementwise" (none
             on another), "heads" (only within equal groups of neighbours) or "dense"; checked
             against what tracing proves, nothing depends on it. None claims nothing.
+        checkpoint_every: For long sequences: steps after which the state is kept for the backward
+            pass, which computes everything between two such states again, one segment of so many
+            steps at a time (activation checkpointing over time). When None, all is kept.
 
     Raises:
         TypeError: `cell` is not a module, or sizes are not to be found.
@@ -107,9 +112,11 @@ class RNN(nn.Module):
         solver: Solver | None = None,
         backend: str = "auto",
         structure: str | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__()
         check_cell(cell)
+        check_steps(checkpoint_every)
         if solver is not None and not (isinstance(solver, Solver) and hasattr(solver, "coupling")):
             raise TypeError(
                 "solver must be pararnn.Newton(...) or another of the methods (QuasiNewton, "
@@ -123,6 +130,7 @@ class RNN(nn.Module):
         self.solver = solver
         self.backend = backend
         self.structure = structure
+        self.checkpoint_every = checkpoint_every
         self._known = Sizes(hidden_size, num_components, state_shape)
         self._shapes: tuple[Shape, ...] = ()  # of the state of what is traced
         check_name(backend)
@@ -218,7 +226,7 @@ class RNN(nn.Module):
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
         sequences = num_sequences(x.shape[0], cu_seqlens)
-        starts, last = starts_of(x, resets, cu_seqlens)
+        check_boundaries(x, cu_seqlens)
         parts = self._parts("state", state, sequences, x)
         fresh: tuple[Tensor, ...] = ()
         if cu_seqlens is not None and reset_state is not None:
@@ -234,28 +242,72 @@ class RNN(nn.Module):
             )
             restarts = self._parts("reset_state", every, batch, x)
             fresh = () if resets is None else restarts
-        path = None
-        if last is None:
-            path = self._path(runner, x, (*parts, *fresh), x.shape[1], resets is None)
-        if path == "pytorch":
-            y, *ends = [t.to(x.dtype) for t in pytorch_kernels.run(self.cell, x, parts)]
-            final = tuple(ends)
-            vars(self)["_report"] = len(x)
-        elif path == "loop":
-            one = 1 in x.shape[:2]
-            inputs = x.unbind(1) if one else x.transpose(0, 1).contiguous().unbind(0)
-            outputs, final = self._run_cell(runner, inputs, parts, resets, fresh)
-            y = torch.stack(outputs, 1)
+        run = functools.partial(self._run, runner)
+        if self.checkpoint_every is not None and cuts_time():
+            run = functools.partial(run_segments, run, self.checkpoint_every, runner.is_random)
+            y, final, report = run(x, parts, fresh, resets, cu_seqlens, self._tensors(runner))
         else:
-            if fresh:  # as `Problem.starts` has it
-                parts = tuple(torch.cat(pair) for pair in zip(parts, fresh, strict=True))
-            y, final = self._evaluate(runner, x, parts, starts, last)
+            y, final, report = run(x, parts, fresh, resets, cu_seqlens)
+        if not torch.compiler.is_compiling():
+            vars(self)["_report"] = report  # not by nn.Module.__setattr__, which takes 2 us
         if single:
             y = y.squeeze(0)
             final = final if cu_seqlens is not None else tuple(f.squeeze(0) for f in final)
         elif not self.batch_first:
             y = y.transpose(0, 1)
         return y, final if len(final) > 1 else final[0]
+
+    def _run(
+        self,
+        runner: Runner,
+        x: Tensor,
+        parts: tuple[Tensor, ...],
+        fresh: tuple[Tensor, ...],
+        resets: Tensor | None,
+        cu_seqlens: Tensor | None,
+        tensors: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | int | None]:
+        """Carry out the plan of a call, or of a segment.
+
+        Args:
+            runner: The traced cell.
+            x: Inputs, (batch, time, *features).
+            parts: Components before the first step.
+            fresh: Components that resets restart from, if there are resets.
+            resets: As in `forward`, (batch, time).
+            cu_seqlens: As in `forward`.
+            tensors: What the cell reads; read from it when None.
+
+        Returns:
+            The outputs at all times, the components after the last steps, and the report.
+        """
+        starts, last = starts_of(x, resets, cu_seqlens)
+        path = None
+        if last is None and (tensors is None or not self._is_parametrised):
+            path = self._path(runner, x, (*parts, *fresh), x.shape[1], resets is None)
+        if path in ("pytorch", "loop") and tensors is not None:
+            self._check_unchanged(runner, tensors)
+        if path == "pytorch":
+            y, *ends = [t.to(x.dtype) for t in pytorch_kernels.run(self.cell, x, parts)]
+            return y, tuple(ends), len(x)
+        if path == "loop":
+            one = 1 in x.shape[:2]
+            inputs = x.unbind(1) if one else x.transpose(0, 1).contiguous().unbind(0)
+            outputs, final = self._run_cell(runner, inputs, parts, resets, fresh)
+            return torch.stack(outputs, 1), final, len(x)
+        if fresh:  # as `Problem.starts` has it
+            parts = tuple(torch.cat(pair) for pair in zip(parts, fresh, strict=True))
+        return self._evaluate(runner, x, parts, starts, last, tensors)
+
+    def _check_unchanged(self, runner: Runner, tensors: Sequence[Tensor]) -> None:
+        """Refuse to run the cell itself if a segment ran it with other tensors before."""
+        now = [getattr(owner, name) for owner, name in runner.owners]
+        if not all(map(Tensor.is_set_to, now, tensors)):
+            raise RuntimeError(
+                f"the parameters of {type(self.cell).__name__} are not those of the forward pass, "
+                "and checkpoint_every evaluates segments again in the backward pass; call backward "
+                "before they are replaced (inside of what torch.func.functional_call calls)."
+            )
 
     def step(self, x_t: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Evaluate one step, as `forward` does on a sequence of length 1.
@@ -274,11 +326,14 @@ class RNN(nn.Module):
             x_t = x_t.unsqueeze(0)
             state = batched(state, self._shapes)
         parts = self._parts("state", state, x_t.shape[0], x_t)
+        report: Tensor | int | None = len(x_t)
         if self._path(runner, x_t, parts, 1, False) == "loop":
             (y,), final = self._run_cell(runner, [x_t], parts)
         else:
-            y, final = self._evaluate(runner, x_t.unsqueeze(1), parts, None, None)
+            y, final, report = self._evaluate(runner, x_t.unsqueeze(1), parts, None, None)
             y = y.squeeze(1)
+        if not torch.compiler.is_compiling():
+            vars(self)["_report"] = report
         if single:
             y, final = y.squeeze(0), tuple(f.squeeze(0) for f in final)
         return y, final if len(final) > 1 else final[0]
@@ -351,7 +406,6 @@ class RNN(nn.Module):
                 else:
                     y = readout(x_t, parts if as_tuple else parts[0])
                     outputs.append(y.to(parts[0].dtype))
-        vars(self)["_report"] = len(inputs[0])  # not by nn.Module.__setattr__, which takes 2 us
         return outputs, tuple([p.clone() for p in parts])  # a part may be an output, or given
 
     def _evaluate(
@@ -361,31 +415,27 @@ class RNN(nn.Module):
         parts: tuple[Tensor, ...],
         starts: Tensor | None,
         last: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Outputs for x (batch, time, *features), and the components after the last steps."""
+        tensors: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """Outputs for x (batch, time, *features), the components after the last steps, the report.
+
+        `tensors` are what the input part reads, if they have been read.
+        """
         packing = runner.traced.packing
         first = packing.join(parts)
-        names = runner.traced.input_part.names
-        if torch.compiler.is_compiling():
-            tensors = [resolve(self.cell, name) for name in names]
-        else:
-            with computed_once() if self._is_parametrised else _AS_IT_IS:
-                tensors = [getattr(owner, name) for owner, name in runner.owners]
+        own = self._tensors(runner) if tensors is None else list(tensors)
         rows = first
         if runner.is_tiled and last is not None:
             # two rows of states with one of x would be those of resets, see `has_reset_states`
             rows = nn.functional.pad(first, (0, 0, 0, 0, 0, 2))
         try:
-            y, states, report, ends = runner.run(tensors, [x], rows, starts)
+            y, states, report, ends = runner.run(own, [x], rows, starts)
         except RuntimeError as error:
             self._refuse_types(error, x.dtype)
             raise
-        if not torch.compiler.is_compiling():
-            vars(self)["_report"] = (
-                None if report is None or report.is_meta or not len(report) else report.detach()
-            )
-        own = states[0] if ends is None else ends
-        dtype = x.dtype if x.is_floating_point() else own.dtype
+        if torch.compiler.is_compiling() or report is None or report.is_meta or not len(report):
+            report = None
+        dtype = x.dtype if x.is_floating_point() else (states[0] if ends is None else ends).dtype
         if ends is not None:
             final = list(ends[: (x if last is None else last).shape[0]].unbind(1))
         elif last is None:
@@ -397,7 +447,15 @@ class RNN(nn.Module):
             y = packing.split(states * (packing.num_components // len(states)))[0]
         # copies: with views, writing into y would change the state, which would keep all of y alive
         parts = packing.split([f.to(dtype, copy=True) for f in final])
-        return y.to(dtype), tuple([p.contiguous() for p in parts])
+        report = None if report is None else report.detach()
+        return y.to(dtype), tuple([p.contiguous() for p in parts]), report
+
+    def _tensors(self, runner: Runner) -> list[Tensor]:
+        """What the input part reads."""
+        if torch.compiler.is_compiling():
+            return [resolve(self.cell, name) for name in runner.traced.input_part.names]
+        with computed_once() if self._is_parametrised else _AS_IT_IS:
+            return [getattr(owner, name) for owner, name in runner.owners]
 
     def plan(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Plan:
         """How a call would be carried out, and why; `print` it.
@@ -425,12 +483,13 @@ class RNN(nn.Module):
             (1, sizes[0]) if lead == 1 else sizes[:2] if self.batch_first else sizes[1::-1]
         )
         dtype, device = dtype or runner.traced.given[0].dtype, runner.traced.device
+        segment = min(time, self.checkpoint_every or time)
         parameters = max([p.numel() for p in self.cell.parameters()], default=0)
-        elements = max(parameters, math.prod(sizes))
+        elements = max(parameters, math.prod(sizes) // time * segment)
         may_loop, library = self._ways_around(runner, [dtype], device)
-        return runner.plan(
+        plan = runner.plan(
             batch,
-            time,
+            segment,
             dtype,
             elements,
             tracked=torch.is_grad_enabled(),
@@ -438,6 +497,11 @@ class RNN(nn.Module):
             library=library,
             shown=True,
         )
+        if self.checkpoint_every is None:
+            return plan
+        kept_in = dtype if dtype.is_floating_point else runner.traced.step.dtype
+        entries = batch * sum(map(math.prod, self.state_shapes))
+        return with_segments(plan, time, segment, entries * kept_in.itemsize)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"batch_first={self.batch_first}, backend={self.backend!r}"

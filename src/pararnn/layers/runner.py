@@ -51,6 +51,7 @@ class Runner:
         features: The shape of one input.
         by_rows: Which results of the input part have one row per sample.
         reads: The code of the readout; empty if there is none.
+        is_random: Whether a call draws random numbers.
         facts: Facts of its step.
         request: The name by which operators are called.
         choice: The chosen backend, or PyTorch if the kernels of the chosen one cannot be built.
@@ -99,6 +100,9 @@ class Runner:
         self.reads = self.traced.readout.module.code if self.traced.readout else ""
         self.features = traced.given[0].shape
         self.feature_axes = len(self.features)
+        self.is_random = self.input_part.is_random or getattr(
+            self.traced.readout, "is_random", False
+        )
         self.by_rows = self.traced.by_rows  # here, since torch.compile cannot take its lock
         self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
         if language and self.traced.step.recurrence is None and self.facts.tile is None:
@@ -236,8 +240,7 @@ class Runner:
         replay = None
         if initial.device.type == DEVICE and not torch.compiler.is_compiling():
             everything = [*fixed, *given, initial, starts]
-            draws = self.input_part.is_random or getattr(self.traced.readout, "is_random", False)
-            if can_replay(everything, draws) and self._in_graph(everything, given[0]):
+            if can_replay(everything, self.is_random) and self._in_graph(everything, given[0]):
                 replay = Replay.now(self, len(fixed), initial.shape[1], initial.device)
         if replay is not None:
             return (*replay([*fixed, *given, initial, starts]), None)

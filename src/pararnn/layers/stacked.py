@@ -235,6 +235,7 @@ class ParaRNNStack(StackedRNN):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_timescale: float | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
@@ -254,7 +255,9 @@ class ParaRNNStack(StackedRNN):
                 dtype,
                 max_timescale=max_timescale,
             )
-            layers.append(RNN(cell, solver=solver, backend=backend))
+            layers.append(
+                RNN(cell, solver=solver, backend=backend, checkpoint_every=checkpoint_every)
+            )
         super().__init__(
             layers, batch_first=batch_first, dropout=dropout, bidirectional=bidirectional
         )
@@ -279,6 +282,7 @@ class ParaGRU(ParaRNNStack):
         device: Device of the parameters.
         dtype: Type of the parameters.
         max_timescale: Longest time of forgetting at initialisation, in steps; see the cell.
+        checkpoint_every: See `RNN`.
 
     Unlike in `nn.GRU`, the recurrent weights are diagonal: a channel of the state sees only its own
     past, and channels mix in the input projection. Weights of an `nn.GRU` cannot be loaded.

@@ -87,6 +87,7 @@ class ParallelSLSTM(Lender):
         *,
         solver: Solver | None = None,
         backend: str = "auto",
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__()
         config: Any = original.config
@@ -97,7 +98,13 @@ class ParallelSLSTM(Lender):
         for weight in _WEIGHTS:
             lend(original, weight, cell, weight)
         batch_first = config.input_shape.startswith("B")
-        rnn = RNN(cell, batch_first=batch_first, solver=solver, backend=backend)
+        rnn = RNN(
+            cell,
+            batch_first=batch_first,
+            solver=solver,
+            backend=backend,
+            checkpoint_every=checkpoint_every,
+        )
         self.layers = nn.ModuleList([rnn])
         self.train(original.training)
         self._lend_from(original, {weight: (0, weight) for weight in _WEIGHTS})

@@ -37,7 +37,7 @@ def run(
     inside = (row < rows) & (column < SIZE)
     values = ()
     for n in tl.static_range(len(inputs)):
-        at = inputs[n][0] + row * inputs[n][1] + column * inputs[n][2]
+        at = inputs[n][0] + row * inputs[n][1] + column * tl.cast(inputs[n][2], tl.int64)
         value = tl.load(at, mask=inside, other=0)
         values = values + (value.to(tl.float64 if DOUBLE else tl.float32),)
     values = OPERATIONS(SIZE, values)

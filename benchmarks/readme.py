@@ -1,6 +1,7 @@
-"""The README's table and plot, from the tables of the docs: no figure is written twice.
+"""Figures of the README and of the page that compares, from the tables of the docs.
 
-Writes the table into README.md and draws the plot; with `--table` no plot, which needs matplotlib.
+No figure is written twice. Writes the tables into README.md and docs/comparison.md, and draws the
+README's plot; with `--table` no plot, which needs matplotlib.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of the README's table.
+    """A row of a table.
 
     Attributes:
         what: What is measured, in words.
@@ -61,6 +62,7 @@ class Comparison:
         unit: Of both.
         on: Device and number type.
         more_is_better: Whether it is a rate.
+        with_: Versions and date.
     """
 
     what: str
@@ -70,10 +72,11 @@ class Comparison:
     unit: str
     on: str
     more_is_better: bool = False
+    with_: str = "torch 2.11, November 2026"
 
     @property
     def ratio(self) -> float:
-        """How many times as fast ours is."""
+        """How many times as fast ours is, or as good."""
         ratio = self.theirs.value / self.ours.value
         return 1 / ratio if self.more_is_better else ratio
 
@@ -134,6 +137,7 @@ COMPARISONS = (
         "loop in PyTorch",
         "ms",
         "2 CPU cores, float32",
+        with_="torch 2.13, November 2026",
     ),
     Comparison(
         "`RNN(nn.RNNCell)`, one step, forward alone",
@@ -142,6 +146,77 @@ COMPARISONS = (
         "the cell",
         "ms",
         "1 CPU core, float32",
+        with_="torch 2.13, November 2026",
+    ),
+)
+
+
+QUALITY = ("ParaGRU", "23,712,768", "0.005", "0.844")
+MORE = (  # on the page that compares, besides those of the README
+    Comparison(
+        "ParaLSTM layer, 32 x 2,048 steps, 2,048 channels",
+        Figure(GPU, LAYER, "ParaLSTM", 1),
+        Figure(GPU, LAYER, "pararnn-torch's ParaLSTM", 1),
+        "pararnn-torch 0.17.4",
+        "ms",
+        "H200, bfloat16",
+    ),
+    Comparison(
+        "ParaGRU layer, 32 x 2,048 steps, 2,048 channels",
+        Figure(GPU, LAYER, "ParaGRU", 1),
+        Figure(GPU, LAYER, "cuDNN `nn.GRU`", 1),
+        "cuDNN's `nn.GRU`, which is another cell",
+        "ms",
+        "H200, bfloat16",
+    ),
+    Comparison(
+        "`RNN(nn.GRUCell)`, 256 x 512 steps, 256 channels, from Python",
+        Figure(MIXING, ("256", "512", "256"), "RNN(nn.GRUCell)", 1),
+        Figure(MIXING, ("256", "512", "256"), "cuDNN's nn.GRU", 1),
+        "cuDNN's `nn.GRU`, the same cell",
+        "ms",
+        "H200, float32",
+    ),
+    Comparison(
+        "M2RNN, 36 heads of 64 x 16, 8 x 2,048 steps",
+        Figure(MEMORIES, ("M2RNN", "8", "2048", "36"), "both"),
+        Figure(MEMORIES, ("8", "2048", "36"), "xma both"),
+        "its authors' kernels",
+        "ms",
+        "H200 each, bfloat16",
+    ),
+    Comparison(
+        "train step of a 400M language model on two GPUs, FSDP2",
+        Figure(MODELS, ("two H200", "ParaGRU"), "ms per step"),
+        Figure(MODELS, ("two H200", "Transformer"), "ms per step"),
+        "Transformer",
+        "ms",
+        "two H200, bfloat16",
+    ),
+    Comparison(
+        "one text from a 1B model, after 32,768 tokens",
+        Figure(MODELS, ("ParaGRU", "any"), "tokens/s"),
+        Figure(MODELS, ("Transformer", "32,768"), "tokens/s"),
+        "Transformer",
+        "tokens/s",
+        "H100, bfloat16",
+        more_is_better=True,
+    ),
+    Comparison(
+        "held-out Python source after 39.7 MB, 24M parameters",
+        Figure(MODELS, QUALITY, "held out"),
+        Figure(MODELS, ("Transformer, `--learning-rate 0.0015`",), "held out"),
+        "Transformer",
+        "bits per byte",
+        "H100, bfloat16",
+    ),
+    Comparison(
+        "the same, with attention in two of seven blocks",
+        Figure(MODELS, ("ParaGRU and attention, `--attention-every 3`",), "held out"),
+        Figure(MODELS, ("Transformer, `--learning-rate 0.0015`",), "held out"),
+        "Transformer",
+        "bits per byte",
+        "H100, bfloat16",
     ),
 )
 
@@ -164,21 +239,33 @@ def shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def table() -> str:
-    """The README's table."""
-    lines = ["| what | ParaRNN | other | times as fast | on |", "|---|---|---|---|---|"]
-    for row in COMPARISONS:
-        ours = f"[{shown(row.ours.value)} {row.unit}](docs/{row.ours.page})"
+def table(rows: tuple[Comparison, ...], to_docs: str, dated: bool) -> str:
+    """The table of a page, from where the docs are at `to_docs`; dated with versions."""
+    titles = ["what", "ParaRNN", "other", "ratio" if dated else "times as fast", "on"]
+    titles += ["measured with"] if dated else []
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        ours = f"[{shown(row.ours.value)} {row.unit}]({to_docs}{row.ours.page})"
         theirs = f"{shown(row.theirs.value)} {row.unit}, {row.by}"
-        lines.append(f"| {row.what} | {ours} | {theirs} | {row.ratio:.2g} | {row.on} |")
+        cells = [row.what, ours, theirs, f"{row.ratio:.2g}", row.on]
+        lines.append(f"| {' | '.join([*cells, *([row.with_] if dated else [])])} |")
     return "\n".join(lines) + "\n"
 
 
-def readme() -> str:
-    """The README with the table of today."""
-    text = (ROOT / "README.md").read_text()
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[1]
+def with_table(page: str, made: str) -> str:
+    """A page with the table of today."""
+    before, rest = (ROOT / page).read_text().split(BEGIN)
+    return before + BEGIN + made + END + rest.split(END)[1]
+
+
+def pages() -> dict[str, str]:
+    """All pages with such a table, by their path."""
+    return {
+        "README.md": with_table("README.md", table(COMPARISONS, "docs/", dated=False)),
+        "docs/comparison.md": with_table(
+            "docs/comparison.md", table((*COMPARISONS, *MORE), "", dated=True)
+        ),
+    }
 
 
 def plot() -> None:
@@ -215,6 +302,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="no plot")
     options = parser.parse_args()
-    (ROOT / "README.md").write_text(readme())
+    for path, text in pages().items():
+        (ROOT / path).write_text(text)
     if not options.table:
         plot()

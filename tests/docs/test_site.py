@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import pararnn
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
@@ -49,3 +51,10 @@ def test_rows_of_a_table_have_as_many_cells_as_its_header(page):
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         cells = {row.count("|") - row.count("\\|") for row in table.splitlines()}
         assert len(cells) == 1, table
+
+
+def test_every_cell_is_in_the_gallery():
+    gallery = (DOCS / "gallery.md").read_text()
+    cells = [name for name in vars(pararnn.cells) if name.endswith("Cell")]
+    assert len(cells) > 15
+    assert [name for name in cells if f"`{name}`" not in gallery] == []

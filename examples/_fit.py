@@ -4,13 +4,14 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pararnn
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]  # inputs, in the form that the model takes, and targets
 
 
 LAYERS = ("ParaGRU", "ParaLSTM", "parallelize(nn.GRU)", "nn.GRU")
@@ -39,7 +40,7 @@ def options(seconds: float) -> argparse.ArgumentParser:
 def fit(
     model: nn.Module,
     batches: Callable[[], Iterable[Batch]],
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    loss: Callable[[nn.Module, Any, Tensor], Tensor],
     validate: Callable[[nn.Module], float],
     *,
     seconds: float,
@@ -84,7 +85,7 @@ def fit(
 def train_round(
     model: nn.Module,
     batches: Iterable[Batch],
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    loss: Callable[[nn.Module, Any, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     seconds: float,
 ) -> float:

@@ -1,5 +1,7 @@
 """Mistakes of a first user, and the words that must help: what was wrong, what to do."""
 
+import traceback
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,49 @@ class Knows(Cell):
 def test_cell_that_says_how_many_tensors_its_state_has(forward, words):
     with pytest.raises(TraceError, match=words):
         RNN(with_forward(forward, Knows))
+
+
+def multiplies_wrong_sizes(self, x, h):
+    return self.project(torch.cat([x, x], -1)) + h
+
+
+@pytest.mark.parametrize("base", [Cell, Knows])
+@pytest.mark.parametrize(
+    "forward",
+    [adds_in_place, misspells, multiplies_wrong_sizes, subtracts_mean_state, counts_in_python],
+)
+def test_errors_about_a_cell_end_at_its_line(forward, base):
+    """A few frames of ours and PyTorch's, then the user's; so do the errors that caused them."""
+    code = forward.__code__
+    for call in (RNN, lambda cell: RNN(cell)(X)):
+        cell = with_forward(forward, base)
+        if call is not RNN:
+            del cell.input_size
+        with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError)) as caught:
+            call(cell)
+        error = caught.value
+        while error is not None:
+            frames = traceback.extract_tb(error.__traceback__)
+            assert frames[-1].filename == code.co_filename, frames
+            assert code.co_firstlineno < frames[-1].lineno < code.co_firstlineno + 5
+            assert len([f for f in frames if f.filename != code.co_filename]) <= 7
+            error = error.__cause__
+
+
+def test_errors_of_scanned_functions_end_at_their_line():
+    def step(h, x):
+        return h @ torch.ones(7, 7) + x
+
+    with pytest.raises(RuntimeError) as caught:
+        pararnn.scan(step, torch.zeros(2, 3), torch.zeros(2, 6, 3))
+    assert traceback.extract_tb(caught.tb)[-1].name == "step"
+
+
+def test_faults_of_the_library_keep_their_frames(monkeypatch):
+    monkeypatch.setattr("pararnn.tracing.structure.capture", None)
+    with pytest.raises(TypeError, match="not callable") as caught:
+        RNN(Cell())
+    assert "structure.py" in "".join(traceback.format_tb(caught.tb))
 
 
 def test_modules_that_are_no_cells():

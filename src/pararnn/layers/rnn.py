@@ -35,6 +35,7 @@ from pararnn.layers.arguments import (
 )
 from pararnn.layers.checkpoints import check_steps, cuts_time, run_segments, with_segments
 from pararnn.layers.compiled import valid_while_same
+from pararnn.layers.mistakes import ends_at_the_cell
 from pararnn.layers.runner import Runner
 from pararnn.layers.sizes import Sizes, UnknownSizes
 from pararnn.layers.traces import Kept, Traces
@@ -678,6 +679,7 @@ class RNN(nn.Module):
         single = shape_of("time", *features)
         return f"{shape_of(*lead, *features)}, or {single} for a single sequence"
 
+    @ends_at_the_cell
     def _prepare(
         self, features: tuple[int, ...], dtype: torch.dtype, device: torch.device, now: Snapshot
     ) -> Runner:

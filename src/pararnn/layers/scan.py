@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pararnn.layers.arguments import State, check_real
+from pararnn.layers.mistakes import ends_at_the_cell
 from pararnn.layers.runner import Runner
 from pararnn.planning.settings import Solver
 from pararnn.tracing.capture import StepFunction, Subject
@@ -104,6 +105,7 @@ def scan(
 class _Known:
     """A step traced for one key of `_known`."""
 
+    @ends_at_the_cell
     def __init__(
         self,
         step: Callable[..., State],

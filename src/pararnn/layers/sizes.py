@@ -202,7 +202,7 @@ class Sizes:
         device = now.device
         x = torch.zeros(_TRIAL_ROWS, *features, dtype=kind, device=device)
         failures: list[str] = []
-        advice = ""
+        advice, first = "", None
         for count in range(1, _MOST_COMPONENTS + 1):
             zeros = (torch.zeros(_TRIAL_ROWS, size, dtype=now.dtype, device=device),) * count
             try:
@@ -215,6 +215,7 @@ class Sizes:
                     new = cell(x, zeros if count > 1 else zeros[0])
             except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
                 failures.append(f"raised {type(error).__name__}: {error}")
+                first = first or error
                 continue
             parts = new if isinstance(new, tuple) else (new,)
             whole = isinstance(new, tuple) == (count > 1) and len(parts) == count
@@ -236,7 +237,7 @@ class Sizes:
                 or f"If the cell is right, set self.num_components = ... in {name}.__init__, or "
                 "pass RNN(cell, num_components=...)."
             )
-        )
+        ) from first
 
 
 def _size(hidden_size: Any, state_shape: Any, count: Any) -> int | tuple[Shape, ...] | None:

@@ -1,6 +1,7 @@
 """What `pararnn` offers; loaded with PyTorch when the first of it is used."""
 
 from pararnn import cells as cells
+from pararnn import distributed as distributed
 from pararnn import testing as testing
 from pararnn.diagnosis import Diagnosis as Diagnosis
 from pararnn.diagnosis import diagnose as diagnose

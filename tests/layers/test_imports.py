@@ -34,7 +34,7 @@ def test_a_layer_needs_nothing_but_pytorch(missing):
 
 ROOT = Path(pararnn.__file__).parent
 CORE = "cells tracing planning solvers kernels layers".split()
-ROOMS = [*CORE, *"testing diagnosis explanation bench lm tasks reproduce cli".split()]
+ROOMS = [*CORE, *"distributed testing diagnosis explanation bench lm tasks reproduce cli".split()]
 ROOMS_OF_LM = "catalogue linear presets data models decoding training evaluation bench".split()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pararnn.layers import pytorch_kernels
+from pararnn.layers import across, pytorch_kernels
 from pararnn.layers.arguments import (
     State,
     batched,
@@ -37,10 +37,12 @@ from pararnn.layers.checkpoints import check_steps, cuts_time, run_segments, wit
 from pararnn.layers.compiled import valid_while_same
 from pararnn.layers.mistakes import ends_at_the_cell
 from pararnn.layers.runner import Runner
+from pararnn.layers.shard import Given
 from pararnn.layers.sizes import Sizes, UnknownSizes
 from pararnn.layers.traces import Kept, Traces
 from pararnn.planning.plan import Plan, check_name
 from pararnn.planning.settings import Solver
+from pararnn.solvers.ranks import Ranks
 from pararnn.solvers.report import SolveReport
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.capture import (
@@ -133,6 +135,7 @@ class RNN(nn.Module):
         self.structure = structure
         self.checkpoint_every = checkpoint_every
         self._known = Sizes(hidden_size, num_components, state_shape)
+        self.ranks: Ranks | None = None  # among which time is split
         self._shapes: tuple[Shape, ...] = ()  # of the state of what is traced
         check_name(backend)
         self._runner: Runner | None = None
@@ -214,6 +217,32 @@ class RNN(nn.Module):
         Gradients: exact at the solution; they reach x, `state`, `reset_state` (the sum over all
             restarts) and the cell's parameters.
         """
+        if self.ranks is None:
+            given = self.laid_out(x, state, resets, cu_seqlens, reset_state)
+            check_boundaries(given.x, given.cu_seqlens)
+            y, final, report = self.at_all_times(*given[:-1])
+        else:
+            given, y, final, report = across.evaluate(
+                self, self.ranks, x, state, resets, cu_seqlens, reset_state
+            )
+        if not torch.compiler.is_compiling():
+            vars(self)["_report"] = report  # not by nn.Module.__setattr__, which takes 2 us
+        if given.is_single:
+            y = y.squeeze(0)
+            final = final if cu_seqlens is not None else tuple(f.squeeze(0) for f in final)
+        elif not self.batch_first:
+            y = y.transpose(0, 1)
+        return y, final if len(final) > 1 else final[0]
+
+    def laid_out(
+        self,
+        x: Tensor,
+        state: State | None,
+        resets: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reset_state: State | None,
+    ) -> Given:
+        """The arguments of `forward`, checked and laid out with batch and time first."""
         check_tensors("state", state)
         check_tensors("reset_state", reset_state)
         runner = self._runner_for(x, state)
@@ -227,7 +256,6 @@ class RNN(nn.Module):
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
         sequences = num_sequences(x.shape[0], cu_seqlens)
-        check_boundaries(x, cu_seqlens)
         parts = self._parts("state", state, sequences, x)
         fresh: tuple[Tensor, ...] = ()
         if cu_seqlens is not None and reset_state is not None:
@@ -243,20 +271,23 @@ class RNN(nn.Module):
             )
             restarts = self._parts("reset_state", every, batch, x)
             fresh = () if resets is None else restarts
+        return Given(runner, x, parts, fresh, resets, cu_seqlens, single)
+
+    def at_all_times(
+        self,
+        runner: Runner,
+        x: Tensor,
+        parts: tuple[Tensor, ...],
+        fresh: tuple[Tensor, ...],
+        resets: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | int | None]:
+        """Outputs, the components after the last steps and the report; arguments as in `Given`."""
+        if self.checkpoint_every is None or not cuts_time():
+            return self._run(runner, x, parts, fresh, resets, cu_seqlens)
         run = functools.partial(self._run, runner)
-        if self.checkpoint_every is not None and cuts_time():
-            run = functools.partial(run_segments, run, self.checkpoint_every, runner.is_random)
-            y, final, report = run(x, parts, fresh, resets, cu_seqlens, self._tensors(runner))
-        else:
-            y, final, report = run(x, parts, fresh, resets, cu_seqlens)
-        if not torch.compiler.is_compiling():
-            vars(self)["_report"] = report  # not by nn.Module.__setattr__, which takes 2 us
-        if single:
-            y = y.squeeze(0)
-            final = final if cu_seqlens is not None else tuple(f.squeeze(0) for f in final)
-        elif not self.batch_first:
-            y = y.transpose(0, 1)
-        return y, final if len(final) > 1 else final[0]
+        rest, tensors = (x, parts, fresh, resets, cu_seqlens), self._tensors(runner)
+        return run_segments(run, self.checkpoint_every, runner.is_random, *rest, tensors)
 
     def _run(
         self,

@@ -162,8 +162,8 @@ class StackedRNN(nn.Module):
             lasts.append(last)
             if self.bidirectional:
                 turned = resets
-                if resets is not None and backwards is None:  # no sequence begins after the last
-                    turned = F.pad(resets[:, 1:], (0, 1)).flip(1)
+                if resets is not None and backwards is None:
+                    turned = torch.cat([resets[:, 1:], _next(resets, layers[i])], 1).flip(1)
                 ends = None if cu_seqlens is None else cu_seqlens[-1] - cu_seqlens.flip(0)
                 first = firsts[i + 1] if ends is None else _each(firsts[i + 1], lambda s: s.flip(0))
                 z, last = layers[i + 1](turn(x), first, turned, ends, reset_state=fresh[i + 1])
@@ -306,6 +306,12 @@ class ParaLSTM(ParaRNNStack):
     """
 
     make_cell = ParaLSTMCell
+
+
+def _next(resets: Tensor, layer: RNN) -> Tensor:
+    """Whether a sequence begins after the last step, (batch, 1): on the next rank, if at all."""
+    first = resets[:, :1]
+    return torch.zeros_like(first) if layer.ranks is None else layer.ranks.from_next(first)
 
 
 def _for_all(rows: int) -> Callable[[Tensor], Tensor]:

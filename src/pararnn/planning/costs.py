@@ -298,6 +298,12 @@ class Costs:
     cached_block: int = 1 << 16
     """Elements of a tensor in a block of rows that fits a CPU's cache. Estimate."""
 
+    # Time split over ranks
+
+    rank_warm_up: float = 1 / 32
+    """Part of a rank's steps, at least, that the first guess of the next rank looks back: what that
+    costs, where a guess that is not good enough costs all of them once more. Estimate."""
+
     # Generation of text
 
     steps_between_checks: int = 32

@@ -1,0 +1,80 @@
+"""One sequence over several devices: every process holds a part of its time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+
+from pararnn.layers.rnn import RNN
+from pararnn.layers.stacked import StackedRNN
+from pararnn.solvers.ranks import RankError as RankError
+from pararnn.solvers.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def sequence_parallel(module: Module, mesh: DeviceMesh | dist.ProcessGroup | None) -> Module:
+    """Split the time of every recurrence in a module over processes.
+
+    From now on every process calls the module with its own part of time, and gets the outputs of
+    that part: what one process would compute for the whole sequence. Parts follow one another in
+    the order of the ranks and need not be of equal length; each has at least one step.
+
+    `state` counts where a sequence begins, and the state that is returned, the one after the last
+    step of all, is the same on every rank: pass and get what one process would. `resets` and x
+    are those of the own part, `cu_seqlens` those of the whole sequence.
+
+    Gradients are those of the sum of the losses of all ranks, and every rank must go back through
+    the outputs of its part, with zeros where it has no loss. A rank gets the gradient of its own
+    part of x. What all ranks have alike (parameters, `state`, `reset_state`) gets the part of the
+    gradient that its own steps contribute: add these up over the ranks, as
+    `DistributedDataParallel` and FSDP do (they take the mean: right for losses that are means).
+
+    Args:
+        module: An `RNN`, `ParaGRU`, `ParaLSTM`, what `parallelize` returned, or a module with some
+            of these in it. What else mixes times in it has to be split by other means.
+        mesh: The ranks: one dimension of a device mesh, or a process group. None: no longer split.
+
+    Returns:
+        The module itself. A copy of it is split in the same way.
+
+    Raises:
+        ValueError: There is no recurrence in it, or the mesh has several dimensions.
+        RankError: From a call, on all ranks: they do not do the same, or one of them failed.
+
+    Example:
+        >>> mesh = init_device_mesh("cuda", (2,))                           # doctest: +SKIP
+        >>> gru = sequence_parallel(ParaGRU(64, 64, batch_first=True), mesh)  # doctest: +SKIP
+        >>> y, state = gru(x.chunk(2, 1)[mesh.get_local_rank()])            # doctest: +SKIP
+    """
+    ranks = None if mesh is None else Ranks(_group(mesh))
+    layers = [m for m in module.modules() if isinstance(m, RNN)]
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} is and contains no pararnn.RNN, ParaGRU or ParaLSTM; use "
+            "pararnn.parallelize for layers of PyTorch first."
+        )
+    for layer in layers:
+        layer.ranks = ranks
+    stacks = [m for m in module.modules() if isinstance(m, StackedRNN) and m.bidirectional]
+    for stack in stacks:
+        for backwards in list(stack.layers)[1::2]:
+            assert isinstance(backwards, RNN)
+            backwards.ranks = None if ranks is None else ranks.reversed()
+    return module
+
+
+def _group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh has the dimensions {mesh.mesh_dim_names or mesh.ndim}; pass the one that time "
+            "is split over: mesh['sequence']."
+        )
+    return mesh.get_group()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from pararnn.layers.arguments import State
 from pararnn.layers.runner import Runner
-from pararnn.planning.costs import COSTS, Costs
-from pararnn.planning.plan import Way
-from pararnn.planning.settings import Jacobi, Newton, Solver
+from pararnn.planning.ranks_plan import plan_ranks
+from pararnn.planning.settings import Solver
 from pararnn.solvers.across import AcrossRanks, Own
 from pararnn.solvers.chunks import Groups
 from pararnn.solvers.ranks import Ranks
@@ -135,12 +134,15 @@ class Shard:
         dtype = given.x.dtype if given.x.is_floating_point() else given.parts[0].dtype
         first = [p.new_zeros(self.batch, *p.shape[1:], dtype=dtype) for p in given.parts]
         self.zero = self._vectors(first)
-        self.coupling = given.runner.method().coupling
-        has_tangent = ranks.count > 2 and not (self.is_first or self.is_last)
-        self.has_tangent = has_tangent and not torch.is_inference_mode_enabled()
+        # inference tensors know no gradients
+        couples = given.runner.method().coupling == "tangent"
+        couples = couples and not torch.is_inference_mode_enabled()
+        has_effect = ranks.count > 2 and not (self.is_first or self.is_last)
+        self.needs_tangent = couples and has_effect
         self.autocast = autocast_of(given.x.device.type)
         plan = given.runner.plan(self.batch, self.time, given.x.dtype)
-        self.ways = [self._way(way.tolerance) for way in (plan.forward, plan.adjoint)]
+        tolerances = plan.forward.tolerance, plan.adjoint.tolerance
+        self.ways = [plan_ranks(self.time, tolerance, couples) for tolerance in tolerances]
         self.shapes = [p.shape for p in given.parts]
         self.start = self.zero
         self.gradients: list[Tensor | None] = []
@@ -161,12 +163,6 @@ class Shard:
         self.start, x, *rest = tensors
         count = len(self.shapes)
         self.take(x, tuple(rest[:count]), tuple(rest[count:]))
-
-    def _way(self, tolerance: float) -> Way:
-        method: Solver = Newton() if self.coupling == "tangent" else Jacobi()
-        if torch.is_inference_mode_enabled():  # where no tangent can be had
-            method = Jacobi()
-        return Way(method, tolerance, warm_up=warm_up(self.time, tolerance))
 
     def solve(self) -> tuple[Tensor, Parts]:
         """The outputs of this part of time, and the state after the last step of all."""
@@ -190,12 +186,9 @@ class Shard:
         """The state after this part of time, from the one before it."""
         self._made = None
         self.start = start
-        with torch.set_grad_enabled(self.records or self._needs_tangent()):
+        with torch.set_grad_enabled(self.records or self.needs_tangent):
             self._made = self._run(self._parts(start), 0, self.time)
         return self._vectors(self._crossing(self._made.ends)).detach()
-
-    def _needs_tangent(self) -> bool:
-        return self.coupling == "tangent" and self.has_tangent
 
     def run_last(self, steps: int) -> Tensor:
         """The state after this part of time, run from the initial state `steps` before."""
@@ -389,16 +382,3 @@ def _last_steps(cu_seqlens: Tensor) -> Tensor:
     """The step where the state after every sequence is known: one of the rank that returns it."""
     begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
     return torch.where(begins < ends, ends - 1, begins.clamp_max(cu_seqlens[-1] - 1))
-
-
-def warm_up(time: int, tolerance: float, costs: Costs = COSTS) -> int:
-    """Steps of a rank's warm-up.
-
-    Args:
-        time: Steps of the rank.
-        tolerance: Of the solve.
-        costs: What work costs.
-    """
-    half, single, double = costs.tile_warm_up
-    least = half if tolerance > 1e-4 else single if tolerance > 1e-8 else double
-    return min(time, max(least, int(time * costs.rank_warm_up)))

@@ -90,6 +90,11 @@ def test_backends_and_solvers(group, backend):
     check(group, "slow_gates", [0, 9, 23, 30, 61], backend=backend, solver=Newton(chunk=4))
 
 
+def test_segments(group):
+    """Each rank cuts its own part into segments, which its backward pass runs again."""
+    check(group, "slow_gates", [0, 9, 23, 30, 61], checkpoint_every=4)
+
+
 @given(
     st.data(),
     st.sampled_from(CELLS),

@@ -30,8 +30,8 @@ class Given(NamedTuple):
         runner: The traced cell.
         x: Inputs, (batch, time, *features).
         parts: Components of the state before the first step.
-        resets: Boolean (batch, time), or None.
         fresh: Components of what resets restart from; none without resets.
+        resets: Boolean (batch, time), or None.
         cu_seqlens: Boundaries of packed sequences, or None.
         is_single: Whether there was no batch.
     """
@@ -39,8 +39,8 @@ class Given(NamedTuple):
     runner: Runner
     x: Tensor
     parts: Parts
-    resets: Tensor | None
     fresh: Parts
+    resets: Tensor | None
     cu_seqlens: Tensor | None
     is_single: bool
 
@@ -83,11 +83,11 @@ class Layer(Protocol):
         runner: Runner,
         x: Tensor,
         parts: Parts,
-        resets: Tensor | None,
         fresh: Parts,
+        resets: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Parts]:
-        """Outputs and last state, on this device alone."""
+    ) -> tuple[Tensor, Parts, Tensor | int | None]:
+        """Outputs, last state and report, on this device alone."""
 
 
 def autocast_of(device: str) -> tuple[str, torch.dtype, bool]:
@@ -120,16 +120,16 @@ class Shard:
         self.layer, self.runner = layer, given.runner
         self.take(given.x, given.parts, given.fresh)
         self.resets, self.cu_seqlens = given.resets, given.cu_seqlens
+        self.batch = len(given.x)
         self.time, self.begin = times[ranks.position], sum(times[: ranks.position])
         self.is_first, self.is_last = ranks.position == 0, ranks.position == ranks.count - 1
         self.before: slice | None = slice(None)  # rows whose state crosses a boundary
         self.after: slice | None = slice(None)
         if given.cu_seqlens is not None:
-            _check(given.cu_seqlens, sum(times))
+            _check(given.cu_seqlens, self.batch, sum(times))
             self.before = _crossing(given.cu_seqlens, self.begin)
             self.after = _crossing(given.cu_seqlens, self.begin + self.time)
         packing, step = given.runner.traced.packing, given.runner.traced.step
-        self.batch = len(given.x)
         self.groups = Groups(self.batch, packing.num_components, step.group)
         dtype = given.x.dtype if given.x.is_floating_point() else given.parts[0].dtype
         first = [p.new_zeros(self.batch, *p.shape[1:], dtype=dtype) for p in given.parts]
@@ -273,9 +273,8 @@ class Shard:
         if ends is not None:
             ends = (ends - (self.begin + begin)).clamp(0, end - begin)
         resets = None if self.resets is None else self.resets[:, begin:end]
-        y, last = self.layer.at_all_times(
-            self.runner, x[0][:, begin:end], parts, resets, fresh, ends
-        )
+        rest = (x[0][:, begin:end], parts, fresh, resets, ends)
+        y, last, _ = self.layer.at_all_times(self.runner, *rest)
         return Made(start, leaves, y, last)
 
     def _entered(self, part: Tensor, start: Tensor) -> Tensor:
@@ -359,13 +358,13 @@ def _filled(found: Sequence[Tensor | None], like: Parts) -> Parts:
     return tuple(torch.zeros_like(x) if f is None else f for f, x in zip(found, like, strict=True))
 
 
-def _check(cu_seqlens: Tensor, time: int) -> None:
+def _check(cu_seqlens: Tensor, batch: int, time: int) -> None:
     """Refuse boundaries that are not those of the whole sequence."""
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != time or ends != sorted(ends):
+    if batch != 1 or ends[0] != 0 or ends[-1] != time or ends != sorted(ends):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of steps of all ranks together, {time}, "
-            f"got {ends}."
+            f"cu_seqlens must rise from 0 to the number of steps of all ranks together, {time}, of "
+            f"an x of batch 1 (here {batch}), got {ends}."
         )
 
 

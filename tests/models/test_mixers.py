@@ -1,6 +1,8 @@
 """Every mixer by its name: documents, pieces, caches, gradients, saving; and what is refused."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +227,11 @@ def test_a_package_that_is_missing_or_does_not_fit(monkeypatch):
     present = linear.Operator("torch.nn.functional", "silu", lambda *_: {})
     assert linear.choose(present, "auto") is F.silu
     assert linear.choose(present, "triton") is None
+    flags = {"IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True, "TRITON_ABOVE_3_7_1": False}
+    monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace(**flags))
+    assert "wrong gradients on Hopper" in linear.missing(present)
+    monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace(IS_NVIDIA_HOPPER=True))
+    assert linear.missing(present) == ""
     monkeypatch.setitem(catalogue.LINEAR, "gated-deltanet", absent)
     note = missing_kernels("3xparagru+gated-deltanet")
     assert note.startswith("our step by step kernels for gated-deltanet: flash-linear-attention")

@@ -7,6 +7,8 @@ memory runs as every other cell does (`pararnn.RNN`): same equations, states and
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +44,9 @@ class Operator:
             RuntimeError: The package is not there, or does not fit Triton or PyTorch.
         """
         try:
-            return getattr(importlib.import_module(self.module), self.function)
+            function = getattr(importlib.import_module(self.module), self.function)
+            _check_gradients()
+            return function
         except Exception as error:  # whatever an import of another package may raise
             raise RuntimeError(_reason(error)) from error
 
@@ -127,6 +131,24 @@ def evaluate(
         **operator.inputs(cell, parts),
     )
     return y.flatten(2), last.to(x.dtype)
+
+
+def _check_gradients() -> None:
+    """Raise what the package itself raises first in a backward pass with gates, if it does.
+
+    Triton 3.4.0 to 3.7.0 computes wrong gradients there on Hopper GPUs, unless the package's
+    tilelang kernels do it.
+    """
+    about = sys.modules.get("fla.utils")
+    is_wrong = getattr(about, "TRITON_ABOVE_3_4_0", False) and not getattr(
+        about, "TRITON_ABOVE_3_7_1", True
+    )
+    if (
+        is_wrong
+        and getattr(about, "IS_NVIDIA_HOPPER", False)
+        and importlib.util.find_spec("tilelang") is None
+    ):
+        raise RuntimeError("wrong gradients on Hopper GPUs before Triton 3.7.1 without tilelang")
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """Layers on a CUDA device, chosen automatically: same results."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -80,3 +82,47 @@ def test_parallelized_layers(make):
     assert_close("y", ours(x)[0], layer(x)[0], rtol=1e-10)
     packed = pack_sequence([x[:n, 0] for n in (5, 9, 1)], enforce_sorted=False)
     assert_close("packed", ours(packed)[0].data, layer(packed)[0].data, rtol=1e-10)
+
+
+CAPTURED = {
+    "nn.GRUCell, cuDNN where captured": (lambda: nn.GRUCell(128, 128), 128, 32),
+    "nn.GRUCell, few rows": (lambda: nn.GRUCell(192, 192), 2, 300),
+    "nn.LSTMCell, one row": (lambda: nn.LSTMCell(96, 96), 1, 200),
+    "ParaGRU": (lambda: pararnn.cells.ParaGRUCell(96, 96), 3, 1000),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_capture_may_take_other_kernels_than_its_warm_up(name):
+    """A training step in a user's CUDA graph: outputs and gradients of the loop in float64."""
+    make, batch, time = CAPTURED[name]
+    cell = make().cuda()
+    size = cell.input_size
+    rnn = pararnn.RNN(cell)
+    x = torch.randn(batch, time, size, device="cuda", requires_grad=True)
+    cotangent = torch.randn(batch, time, cell.hidden_size, device="cuda")
+    inputs = [x, *cell.parameters()]
+
+    def both():
+        y = rnn(x)[0]
+        return y, *torch.autograd.grad((y * cotangent).sum(), inputs)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    for tensor in captured:
+        tensor.detach().fill_(torch.nan)
+    graph.replay()
+    double, wide = copy.deepcopy(cell).double(), x.detach().double().requires_grad_()
+    zeros = torch.zeros(batch, size, dtype=torch.float64, device="cuda")
+    y, _ = loop(double, wide, zeros if rnn.num_components == 1 else (zeros, zeros))
+    grads = torch.autograd.grad((y * cotangent).sum(), [wide, *double.parameters()])
+    for place, (found, expected) in enumerate(zip(captured, (y, *grads), strict=True)):
+        assert_close(f"result {place}", found.double(), expected, rtol=1e-4)

@@ -8,6 +8,7 @@ faster than what the library generates. Results are the same: products are exact
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -170,7 +171,7 @@ class _Cudnn(torch.autograd.Function):
         if torch._C._autograd._get_current_graph_task_keep_graph():
             reserve = reserve.clone()  # cuDNN writes to it, and there may be another backward pass
         of_y, of_h, of_c = (g if g is None else g.contiguous() for g in (*grads, None)[:3])
-        with _exact():
+        with _may_allocate(), _exact():
             of_x, of_h, of_c, of_weights = torch.ops.aten._cudnn_rnn_backward(
                 x, weights, len(weights), buffer, h, c, y, of_y, of_h, of_c,
                 *_settings(kernel, h, True), reserve, mask,
@@ -188,8 +189,8 @@ def _forward(
     # cuDNN reads all weights from one buffer; without it `_cudnn_rnn` makes one, and warns
     own, settings = [w.detach().clone() for w in weights], _settings(kernel, h, train)
     sizes = x.shape[-1], kernel.mode, h.shape[-1], 0, 1, True, False
-    buffer = torch.ops.aten._cudnn_rnn_flatten_weight(own, len(own), *sizes)
-    with _exact():
+    with _may_allocate(), _exact():
+        buffer = torch.ops.aten._cudnn_rnn_flatten_weight(own, len(own), *sizes)
         y, of_h, of_c, reserve, buffer = torch.ops.aten._cudnn_rnn(
             x, own, len(own), buffer, h, c, *settings
         )
@@ -199,6 +200,25 @@ def _forward(
 def _settings(kernel: Kernel, h: Tensor, train: bool) -> tuple[Any, ...]:
     """From the mode on: sizes, one layer, batch first, no dropout, one direction, not packed."""
     return kernel.mode, h.shape[-1], 0, 1, True, 0.0, train, False, [], None
+
+
+@contextlib.contextmanager
+def _may_allocate() -> Iterator[None]:
+    """Let cuDNN allocate memory of its own while a CUDA graph is captured.
+
+    Its first call does, and a capture forbids it. That first call may well be a captured one, since
+    other kernels may have been faster in the calls before it, which Python launched.
+    """
+    if torch.version.cuda is None or not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED of the driver
+    exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 @contextlib.contextmanager

@@ -113,8 +113,8 @@ def test_a_model_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
             raise RuntimeError("this is broken")
         return run(self)
 
-    run = Training._advance
-    monkeypatch.setattr(Training, "_advance", advance)
+    run = Training.advance
+    monkeypatch.setattr(Training, "advance", advance)
     result = run_suite(config(tmp_path))
     assert set(result.failed) == {"parity-elman-0", "s3-elman-0"}
     assert names(result) == [("parity", "paragru", 0), ("s3", "paragru", 0)]

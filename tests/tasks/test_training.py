@@ -42,7 +42,7 @@ def test_every_task_trains(task, tmp_path):
     settings = smoke(task, train_samples=8, batch_size=8, learning_rate=0.02, steps=60)
     settings = dataclasses.replace(settings, schedule="cosine", evaluate_every=60)
     training = Training(Unit(task, "paragru", 0), settings, tmp_path, CPU)
-    first = training._advance().item()
+    first = training.advance().item()
     result = training.run(never)
     assert result["history"][-1]["loss"] < 0.7 * first
     assert list(result["tests"]) == ["20", "40", "80", "320"]

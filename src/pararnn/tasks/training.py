@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pararnn import project_parameters
 from pararnn.lm.data.errors import RunError
@@ -28,8 +27,8 @@ from pararnn.tasks.catalogue import TASKS
 from pararnn.tasks.models import build_model
 from pararnn.tasks.settings import MULTIPLES, SOLVED, SOLVED_TWICE, Settings
 from pararnn.tasks.task import Batch, Score, Task, chance, draw, score
+from pararnn.tasks.train_step import TrainStep
 
-_IGNORED = -100
 _BLOCK = 50  # steps whose samples are drawn at once: walks cost one operation per token and block
 _TOKENS = 1 << 17  # in one pass of an evaluation
 _SAVE_EVERY = 20.0  # seconds, at an evaluation
@@ -110,12 +109,11 @@ class Training:
         with quiet_transformers():
             self.model = build_model(self.task, unit.architecture, settings).to(device)
         project_parameters(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.999),
+        self.step = TrainStep(
+            self.model,
+            learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            fused=True,
+            max_grad_norm=settings.max_grad_norm,
         )
         self.progress = _Progress()
         self._saved = time.perf_counter()
@@ -142,7 +140,7 @@ class Training:
         started, before = time.perf_counter(), self.progress.seconds
         finite = True
         while self.progress.step < self.end and finite:
-            loss = self._advance()
+            loss = self.advance()
             step = self.progress.step
             if step % self.settings.evaluate_every == 0 or step == self.end:
                 finite = self._evaluate(loss)
@@ -153,23 +151,13 @@ class Training:
             self._save_sometimes()
         return self._finish(finite)
 
-    def _advance(self) -> Tensor:
+    def advance(self) -> Tensor:
         """One step; returns its loss."""
-        self.model.train()
-        settings, step = self.settings, self.progress.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, self.progress.decay_from)
-        batch = self.samples.of_step(step)
-        logits = self.model(batch.tokens)
-        targets = batch.targets.where(batch.counts, _IGNORED)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-        self.optimizer.step()
-        project_parameters(self.model)
-        self.progress.step += 1
-        return loss.detach()
+        progress = self.progress
+        rate = learning_rate(self.settings, progress.step, progress.decay_from)
+        loss = self.step(self.samples.of_step(progress.step), rate)
+        progress.step += 1
+        return loss
 
     def _evaluate(self, loss: Tensor) -> bool:
         """Note loss and validation accuracy; whether the loss is finite."""
@@ -246,7 +234,7 @@ class Training:
             "identity": self._identity(),
             "progress": dataclasses.asdict(self.progress),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
         }
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -263,7 +251,7 @@ class Training:
             ) from error
         check_identity(self.checkpoint, state["identity"], self._identity())
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.step.optimizer.load_state_dict(state["optimizer"])
         self.progress = _Progress(**state["progress"])
 
 

@@ -27,7 +27,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     panels = report["panels"]
     columns = max(1, min(report["columns"], len(panels)))
     rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(5.2 * columns, 3.9 * rows), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 4.5 * rows), layout="constrained")
     pictures = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, panel in zip(pictures, panels, strict=False):
         _draw(axes, panel)
@@ -51,8 +51,9 @@ def _draw(axes: Axes, panel: dict[str, Any]) -> None:
     if panel["names"] is None and not panel["log_x"]:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=panel["title"], xlabel=panel["x_label"], ylabel=panel["y_label"])
-    if panel["lines"]:
-        axes.legend(fontsize=7, handlelength=3, framealpha=0.6)
+    if panel["lines"]:  # below, where no curve is
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
+        axes.legend(fontsize=7, handlelength=3, frameon=False, **place)
 
 
 def _draw_line(axes: Axes, line: dict[str, Any]) -> None:
@@ -83,5 +84,4 @@ def _draw_bars(axes: Axes, panel: dict[str, Any]) -> None:
             label=f"{line['name']} ({line['origin']})",
         )
     axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.margins(y=0.3)  # room for the legend
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 SETTINGS = (ROOT / "mkdocs.yml").read_text()
-MENU = re.findall(r"^ +- .*: ([\w/-]+\.md)$", SETTINGS, re.MULTILINE)
+MENU = re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", SETTINGS, re.MULTILINE)
 LONGEST = 1_200  # words of a page that is read from top to bottom
 TO_LOOK_UP = ("reference/", "results/")  # pages that are not
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import functools
+import importlib.util
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from pararnn.layers.arguments import batched, by_row, map_state
 from pararnn.layers.rnn import RNN
 from pararnn.layers.runner import Runner
+from pararnn.notebook import Made, Report, show, table
 from pararnn.planning.costs import COSTS
 from pararnn.planning.plan import BackendChoice, Plan
 from pararnn.planning.settings import Solver
@@ -32,9 +36,9 @@ _SMALLEST = 1e-300
 Solve = Callable[[Solver], SolveReport]
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """Results of `diagnose`; `str()` gives the report.
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Report):
+    """Results of `diagnose`; `str()` gives the report, which a notebook shows with a plot.
 
     Attributes:
         cell: Name of the cell's class.
@@ -76,6 +80,9 @@ class Diagnosis:
     chunks_reason: str = field(default="")
     recommendation: str = field(default="")
 
+    def __repr__(self) -> str:
+        return f"<Diagnosis of {self.cell}: {self.recommendation}>"
+
     def __str__(self) -> str:
         lines = [
             f"{self.cell}: {self.structure}, {self.steps} steps, {self.method}",
@@ -96,11 +103,41 @@ class Diagnosis:
         ]
         return "\n".join(lines)
 
-    def plot(self, file: Path | str) -> None:
+    def _repr_html_(self) -> str:
+        rows = [
+            ("Lyapunov exponent", f"{self.lyapunov_exponent:+.3f} nats per step"),
+            *(
+                (
+                    f"chunks of {chunk}",
+                    f"{_counted(self.iterations[chunk])}; tangents up to "
+                    f"{self.contraction[chunk]:.0e}",
+                )
+                for chunk in self.iterations
+            ),
+            (f"chunks {'pay' if self.chunks_pay else 'do not pay'}", self.chunks_reason),
+            (
+                "against the loop",
+                f"values {self.value_error:.0e}, gradients {self.gradient_error:.0e}",
+            ),
+            ("advice", self.recommendation),
+        ]
+        header = (self.cell, f"{self.structure}, {self.steps} steps, {self.method}")
+        return table(rows, header=header) + self._image()
+
+    def _image(self) -> str:
+        """The plot in HTML; nothing where there is none, or no matplotlib."""
+        if not any(self.residuals.values()) or importlib.util.find_spec("matplotlib") is None:
+            return ""
+        file = io.BytesIO()
+        self.plot(file)
+        data = base64.b64encode(file.getvalue()).decode()
+        return Made(f'<img alt="residuals over iterations" src="data:image/png;base64,{data}">')
+
+    def plot(self, file: Path | str | BinaryIO) -> None:
         """Draw the residual over iterations, one line per chunk length, with matplotlib.
 
         Args:
-            file: Path of the image; its ending gives the format.
+            file: Path of the image; its ending gives the format. Or an open file, for a PNG.
         """
         from matplotlib.figure import Figure
 
@@ -115,7 +152,9 @@ class Diagnosis:
 
 
 def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
-    """Evaluate a float64 copy of a layer on an input; print the report and return it.
+    """Evaluate a float64 copy of a layer on an input; show the report and return it.
+
+    It is printed; in a notebook it is a table, with a plot if there is matplotlib.
 
     Args:
         rnn: The layer; unchanged.
@@ -138,7 +177,7 @@ def diagnose(rnn: RNN, x: Tensor, state: Any = None) -> Diagnosis:
         raise ValueError(f"x has shape {tuple(x.shape)}; diagnose needs at least one sequence.")
     with torch.inference_mode(False), torch.enable_grad():
         found = _diagnosed(rnn, x, state)
-    print(found)
+    show(found)
     return found
 
 

@@ -13,6 +13,7 @@ from pararnn.kernels.printing import equations
 from pararnn.kernels.rows import Rows
 from pararnn.kernels.tiled import Tiled
 from pararnn.layers.rnn import RNN
+from pararnn.notebook import Made, Report, folded, lines, show, table
 from pararnn.planning.plan import Plan
 from pararnn.tracing.expressions import leaf
 from pararnn.tracing.operations import MOVES, operation_name
@@ -20,9 +21,9 @@ from pararnn.tracing.recorder import show_place
 from pararnn.tracing.traced import Traced
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found; `str()` of it is the report.
+@dataclass(frozen=True, repr=False)
+class Explanation(Report):
+    """What `explain` found; `str()` of it is the report, which a notebook shows as a table.
 
     Attributes:
         cell: Name of the cell's class.
@@ -61,26 +62,55 @@ class Explanation:
     source: str = field(repr=False)
     compile_s: float
 
+    def __repr__(self) -> str:
+        return f"<Explanation of {self.cell}: {self.structure}, print it for the report>"
+
     def __str__(self) -> str:
         indented = lambda lines: "\n".join(f"    {line}" for line in lines) or "    (none)"  # noqa: E731
-        runs = "in the kernel of the steps" if self.plan.path == "tiles" else "once for all times"
         return (
             f"{self.cell}: {self.structure}, because {self.structure_reason}\n"
             f"  state\n{indented(self.state)}\n"
             f"  equations\n{indented(self.equations)}\n"
             f"  input part, once for all times\n{indented(self.input_part)}\n"
             f"  recurrent part\n{indented(self.recurrent_part)}\n"
-            f"  readout, {runs}\n{indented(self.readout)}\n"
+            f"  readout, {self._readout_runs}\n{indented(self.readout)}\n"
             f"  drives        {', '.join(self.drives) or '(none)'}\n"
             f"  coefficients  {', '.join(self.coefficients) or '(none)'}\n"
             f"  plan for x of shape {self.shape}\n{indented(str(self.plan).splitlines())}\n"
-            f"  source        {len(self.source.splitlines())} lines, in .source; kernels took "
-            f"{self.compile_s:.2f} s to compile and load so far"
+            f"  source        {len(self.source.splitlines())} lines, in .source; {self._compiled}"
         )
+
+    def _repr_html_(self) -> str:
+        return table(
+            [
+                ("structure", f"{self.structure}, because {self.structure_reason}"),
+                ("state", lines(self.state)),
+                ("equations", lines(self.equations) or "(none)"),
+                ("input part, once for all times", lines(self.input_part) or "(none)"),
+                ("recurrent part", lines(self.recurrent_part) or "(none)"),
+                (f"readout, {self._readout_runs}", lines(self.readout) or "(none)"),
+                ("drives", ", ".join(self.drives) or "(none)"),
+                ("coefficients", ", ".join(self.coefficients) or "(none)"),
+                (f"plan for x of shape {self.shape}", Made(self.plan._repr_html_())),
+                ("source", folded(f"{len(self.source.splitlines())} lines", self.source)),
+                ("", self._compiled),
+            ],
+            header=(self.cell, ""),
+        )
+
+    @property
+    def _readout_runs(self) -> str:
+        return "in the kernel of the steps" if self.plan.path == "tiles" else "once for all times"
+
+    @property
+    def _compiled(self) -> str:
+        return f"kernels took {self.compile_s:.2f} s to compile and load so far"
 
 
 def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
-    """Print what a layer found in its cell and how it would carry out a call, and return it.
+    """Show what a layer found in its cell and how it would carry out a call, and return it.
+
+    It is printed; in a notebook it is a table.
 
     Args:
         rnn: A layer whose cell says its input size, or that was called once.
@@ -135,7 +165,7 @@ def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
         source,
         compile_s,
     )
-    print(explanation)
+    show(explanation)
     return explanation
 
 

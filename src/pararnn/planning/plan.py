@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pararnn.notebook import table
 from pararnn.planning.backends import BACKENDS as BACKENDS
 from pararnn.planning.backends import BackendError as BackendError
 from pararnn.planning.backends import check_name as check_name
@@ -226,6 +227,10 @@ class Plan:
             f"{what:{widths[0]}s}  {value:{widths[1]}s}  {because}".rstrip()
             for what, value, because in shown
         )
+
+    def _repr_html_(self) -> str:
+        rows = [(c.what, c.value, c.because) for c in self.choices]
+        return table(rows, header=("what", "choice", "because"))
 
 
 def by_channels(facts: Facts, backend: BackendChoice) -> bool:

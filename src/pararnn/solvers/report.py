@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pararnn.notebook import table
 from pararnn.planning.settings import Solver
 
 STATUS = ("sequential", "converged", "completed step by step")
@@ -73,6 +74,10 @@ class SolveReport:
             f"{self.status}: {self.chunks} chunks, {self.iterations} iterations, "
             f"residual {self.residual:.1e}"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [(self.status, self.chunks, self.iterations, f"{self.residual:.1e}")]
+        return table(rows, header=("status", "chunks", "iterations", "residual"))
 
 
 class ConvergenceError(RuntimeError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pararnn.layers.rnn import RNN
+from pararnn.notebook import table
 from pararnn.planning.settings import Newton
 from pararnn.testing.close import assert_close
 from pararnn.testing.loop import loop
@@ -22,7 +23,7 @@ from pararnn.tracing.traced import Traced
 
 @dataclass(frozen=True)
 class CellCheck:
-    """What `check_cell` found.
+    """What `check_cell` found; a notebook shows it as a table.
 
     Attributes:
         structure: Of the recurrent part.
@@ -31,6 +32,10 @@ class CellCheck:
 
     structure: str
     errors: dict[str, float]
+
+    def _repr_html_(self) -> str:
+        rows = [(run, f"{error:.0e}") for run, error in self.errors.items()]
+        return table(rows, header=(self.structure, "largest error, values and gradients"))
 
 
 def check_cell(

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import io
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from pararnn.planning.costs import COSTS
 from pararnn.planning.plan import BackendChoice, Plan
 from pararnn.planning.settings import Solver
 from pararnn.solvers.report import ConvergenceError, SolveReport
+from pararnn.solvers.shooting import noted_residuals
 from pararnn.testing.loop import loop
 from pararnn.tracing.capture import resolve, snapshot
 
@@ -188,7 +190,9 @@ def _diagnosed(rnn: RNN, x: Tensor, state: Any) -> Diagnosis:
     tried = RNN(cell, state_shape=rnn.state_shapes, solver=solver)
     plan = rnn.plan(x.shape, x.dtype)
     x, first = _batched(rnn, x, state)
+    _say("diagnose: growth of small differences")
     growth = tangent_growth(cell, x, first)
+    _say("diagnose: values and gradients of the loop")
     errors = _errors(tried, x, first)
     runner = tried.runner()
     method = runner.method()
@@ -204,8 +208,18 @@ def _diagnosed(rnn: RNN, x: Tensor, state: Any) -> Diagnosis:
         *_iterations(solve, method, x.shape[1], tolerance),
         *errors,
     )
-    pay, why = _worth(found, plan, method, solve, growth)
-    return replace(found, chunks_pay=pay, chunks_reason=why, recommendation=_recommendation(found))
+    chunk = _planned_chunk(plan, x.shape[1])
+    pay, why = _worth(found, plan, chunk, method, solve, growth)
+    _say("")
+    advice = _recommendation(found, -(-x.shape[1] // chunk))
+    return replace(found, chunks_pay=pay, chunks_reason=why, recommendation=advice)
+
+
+def _say(what: str) -> None:
+    """Say on a terminal what is going on, in a line that the next one replaces."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{what}")
+        sys.stderr.flush()
 
 
 def tangent_growth(cell: nn.Module, x: Tensor, state: Any) -> Tensor:
@@ -299,31 +313,35 @@ def _iterations(
     """Residuals after each iteration, and iterations to a tolerance, by chunk length."""
     residuals, needed = {}, {}
     for chunk in _chunks(time):
-        found: list[float] = []
-        for most in range(1, _MOST_ITERATIONS + 1):
-            report = solve(method(tolerance=_SMALLEST, max_iterations=most, chunk=chunk))
-            if report.iterations < most:
-                break
-            found.append(report.residual)
-        residuals[chunk] = found
+        _say(f"diagnose: iterations of chunks of {chunk}")
+        with noted_residuals() as found:
+            solve(method(tolerance=_SMALLEST, max_iterations=_MOST_ITERATIONS, chunk=chunk))
+        residuals[chunk] = [math.inf if math.isnan(r) else r for r in found]
         needed[chunk] = solve(method(tolerance=tolerance, chunk=chunk)).iterations
     return residuals, needed
 
 
+def _planned_chunk(plan: Plan, time: int) -> int:
+    """Steps of a chunk in calls of the layer."""
+    if plan.path in ("loop", "pytorch"):
+        return time
+    return min(int(plan.forward.solver.chunk), time)
+
+
 def _worth(
-    found: Diagnosis, plan: Plan, method: type[Solver], solve: Solve, growth: Tensor
+    found: Diagnosis, plan: Plan, chunk: int, method: type[Solver], solve: Solve, growth: Tensor
 ) -> tuple[bool, str]:
     """Whether chunks pay, and why.
 
     Args:
         found: What is known so far.
         plan: How calls of the layer are carried out.
+        chunk: Steps of a chunk in these calls.
         method: How chunks are coupled where there are some.
         solve: Solves for the states as a solver says.
         growth: See `tangent_growth`.
     """
     way, time = plan.forward, found.steps
-    chunk = time if plan.path in ("loop", "pytorch") else min(int(way.solver.chunk), time)
     chunks = -(-time // chunk)
     if chunks == 1:
         what = {"kernel": "chunks", "tiles": "chunks", "rows": "method"}.get(plan.path, "path")
@@ -381,8 +399,8 @@ def _apart(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(_SMALLEST))
 
 
-def _recommendation(found: Diagnosis) -> str:
-    """Advice for the user, in words."""
+def _recommendation(found: Diagnosis, chunks: int) -> str:
+    """Advice for the user, in words; calls of the layer have so many chunks."""
     if not found.residuals:
         return "The sequence has one step; nothing can be evaluated in parallel."
     if not math.isfinite(found.lyapunov_exponent + found.value_error):
@@ -402,7 +420,9 @@ def _recommendation(found: Diagnosis) -> str:
     if few:
         but = "but" if grown > 1 else "and"
         return f"{words}, {but} a few iterations suffice: leave chunk='auto'."
+    planned = "one chunk" if chunks == 1 else f"{chunks} chunks"
     return (
-        f"{words}, but chunks of {most} take {found.iterations[most]} iterations; chunks "
-        f"of {best} take {found.iterations[best]}. So leave chunk='auto', which makes long chunks."
+        f"{words}, but chunks of {most} take {_counted(found.iterations[most])}; chunks of {best} "
+        f"take {found.iterations[best]}. So do not set shorter chunks than the plan's, which has "
+        f"{planned} here."
     )

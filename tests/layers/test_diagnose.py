@@ -1,5 +1,6 @@
 """`diagnose`: exponents that are known, iterations, agreement, words, plot, mistakes."""
 
+import copy
 import math
 import re
 from contextlib import nullcontext
@@ -218,6 +219,38 @@ def test_the_loop_over_a_cell_has_one_chunk():
     assert "chunks of 1 would take" in found.chunks_reason
     found = diagnose(RNN(nn.GRUCell(4, 6)), torch.randn(2, 1, 4))
     assert found.chunks_reason.endswith("fastest here)")
+
+
+def test_residuals_are_those_after_so_many_iterations():
+    """Of one solve; each equals what a solve of so many iterations reports."""
+    torch.manual_seed(0)
+    rnn, x = RNN(nn.RNNCell(3, 5), solver=Jacobi()), torch.randn(2, 30, 3)
+    found = diagnose(rnn, x)
+    assert len(found.residuals[1]) == 10
+    exact = RNN(copy.deepcopy(rnn.cell).double(), backend="torch")
+    for i, residual in enumerate(found.residuals[1][:4], 1):
+        exact.solver = Jacobi(tolerance=1e-300, max_iterations=i, chunk=1)
+        exact(x.double())
+        assert exact.report.residual == pytest.approx(residual, rel=1e-6)
+
+
+def test_a_terminal_sees_what_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(2, 20, 4))
+    said = capsys.readouterr().err.split("\r\x1b[K")
+    assert "diagnose: iterations of chunks of 8" in said
+    assert said[-1] == ""  # the line is gone
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(2, 20, 4))
+    assert capsys.readouterr().err == ""
+
+
+def test_advice_agrees_with_the_plan():
+    """Chunks of one step take many iterations, and the plan has one chunk."""
+    found = diagnose(RNN(nn.GRUCell(16, 64)), torch.randn(1, 200, 16))
+    assert not found.chunks_pay
+    assert re.search(r"chunks of 1 take \d+ iterations", found.recommendation)
+    assert "the plan's, which has one chunk here" in found.recommendation
 
 
 def test_mistakes():

@@ -16,7 +16,9 @@ initial state.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +96,20 @@ class System(abc.ABC):
             converged: Boolean (batch,).
         """
         return self.step_by_step()
+
+
+_noted: ContextVar[list[float] | None] = ContextVar("residuals", default=None)
+
+
+@contextlib.contextmanager
+def noted_residuals() -> Iterator[list[float]]:
+    """The largest residual after each iteration of the solves within, as they go on."""
+    found: list[float] = []
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
 
 
 def solve(system: System, way: Way) -> tuple[list[Tensor], Tensor | None]:
@@ -188,12 +204,14 @@ def _iterate(
         The result, and the values of the report: the iterations until convergence, or all
         iterations; the residual of the first states of the last sweep.
     """
-    chunks = system.chunks
+    chunks, noted = system.chunks, _noted.get()
     most = min(settings.max_iterations or chunks, chunks)
     iterations = guess.new_full(guess.shape[:1], most, dtype=torch.float64)
     for iteration in range(1, most + 1):
         found, ends = system.run(guess)
         residual = system.residual(ends[:, :-1], guess[:, 1:])
+        if noted is not None:
+            noted.append(float(residual.amax()))
         converged = residual <= tolerance
         iterations = torch.where(converged, iterations.clamp_max(iteration), iterations)
         if system.settles:

@@ -20,9 +20,9 @@ class Report:
             print(repr(self))
         elif vars(self).get("_shown_in") != now:
             vars(self)["_shown_in"] = now
-            from IPython.display import HTML, display
+            from IPython.display import display
 
-            display(HTML(self._repr_html_()))
+            display({"text/plain": str(self), "text/html": self._repr_html_()}, raw=True)
 
 
 def show(report: Report) -> None:
@@ -33,10 +33,22 @@ def show(report: Report) -> None:
         report._ipython_display_()
 
 
+def name_of(file: str) -> str:
+    """What a message calls a file of code: In[3] for a cell of a notebook."""
+    names: Any = getattr(_shell(), "compile", None)
+    cell = names.format_code_name(file) if hasattr(names, "format_code_name") else None
+    return cell[1] if cell else file
+
+
 def _cell_that_runs() -> object:
     """Which cell of a notebook runs now; None elsewhere."""
-    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    shell = _shell()
     return shell.execution_count if hasattr(shell, "kernel") else None
+
+
+def _shell() -> Any:
+    """IPython's, if this process has one."""
+    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:

@@ -55,7 +55,7 @@ def notebook(monkeypatch):
     shell = SimpleNamespace(kernel=object(), execution_count=1)
     displayed = []
     pretended = SimpleNamespace(get_ipython=lambda: shell, version_info=(9, 0))
-    display = SimpleNamespace(HTML=lambda page: page, display=displayed.append)
+    display = SimpleNamespace(display=lambda shown, raw: displayed.append(shown))
     monkeypatch.setitem(sys.modules, "IPython", pretended)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     return SimpleNamespace(shell=shell, displayed=displayed)
@@ -75,7 +75,8 @@ def test_shown_once(tool, notebook, capsys):
     assert len(notebook.displayed) == 1
     notebook.shell.execution_count = 2
     report._ipython_display_()
-    assert notebook.displayed == [report._repr_html_()] * 2
+    shown = {"text/plain": str(report), "text/html": report._repr_html_()}
+    assert notebook.displayed == [shown] * 2
     assert capsys.readouterr().out == ""
 
 
@@ -104,6 +105,24 @@ def test_what_tables_say(capsys):
     diagnosis = pararnn.diagnose(rnn, torch.randn(2, 20, 4))
     assert diagnosis.recommendation in text_of(diagnosis)
     assert re.search(r'<img [^>]*src="data:image/png;base64,iVBOR', diagnosis._repr_html_())
+
+
+def test_messages_name_the_cell_of_the_notebook(notebook):
+    names = {__file__: ("Cell", "In[7]")}
+    notebook.shell.compile = SimpleNamespace(format_code_name=names.get)
+
+    class Writes(Leaky):
+        def forward(self, x, h):
+            h += x.sum()
+            return h
+
+    with pytest.raises(pararnn.TraceError, match=r"in place at In\[7\]:\d+;"):
+        pararnn.RNN(Writes())
+
+
+def test_files_of_pytorch_are_called_as_within_it(capsys):
+    found = pararnn.explain(pararnn.RNN(nn.GRUCell(4, 6)))
+    assert re.search(r"^addmm at torch/nn/modules/rnn\.py:\d+", found.structure_reason)
 
 
 def test_no_plot_without_matplotlib(monkeypatch, capsys):

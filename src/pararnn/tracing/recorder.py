@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pararnn.notebook import name_of
 from pararnn.tracing.ran import LIBRARY, unnoted
 
 aten = torch.ops.aten
+_ABOVE_TORCH = str(Path(torch.__file__).parents[1]) + os.sep
 _MODULES = str(Path(torch.nn.__file__).parent)
 
 
@@ -362,10 +365,13 @@ def _forwards() -> set[CodeType | None]:
 
 
 def show_place(place: tuple[str, int] | None) -> str:
-    """A file and line as an error message shows them; unknown where code is generated."""
+    """A file and line as an error message shows them; unknown where code is generated.
+
+    PyTorch's files are shown as they are called within it.
+    """
     if place is None or is_generated(place):
         return "an unknown line"
-    return f"{place[0]}:{place[1]}"
+    return f"{name_of(place[0]).removeprefix(_ABOVE_TORCH)}:{place[1]}"
 
 
 def is_generated(place: tuple[str, int] | None) -> bool:

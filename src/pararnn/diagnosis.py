@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from pararnn._notebook import Made, Report, show, table
 from pararnn.layers.arguments import batched, by_row, map_state
 from pararnn.layers.rnn import RNN
 from pararnn.layers.runner import Runner
-from pararnn.notebook import Made, Report, show, table
 from pararnn.planning.costs import COSTS
 from pararnn.planning.plan import BackendChoice, Plan
 from pararnn.planning.settings import Solver

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from pararnn._notebook import Made, Report, folded, lines, show, table
 from pararnn.kernels import operators
 from pararnn.kernels.channels import Channels
 from pararnn.kernels.printing import equations
 from pararnn.kernels.rows import Rows
 from pararnn.kernels.tiled import Tiled
 from pararnn.layers.rnn import RNN
-from pararnn.notebook import Made, Report, folded, lines, show, table
 from pararnn.planning.plan import Plan
 from pararnn.tracing.expressions import leaf
 from pararnn.tracing.operations import MOVES, operation_name

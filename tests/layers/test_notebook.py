@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pararnn
-from pararnn.notebook import Report, table
+from pararnn._notebook import Report, table
 
 
 class Leaky(nn.Module):

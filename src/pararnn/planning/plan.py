@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pararnn.notebook import table
+from pararnn._notebook import table
 from pararnn.planning.backends import BACKENDS as BACKENDS
 from pararnn.planning.backends import BackendError as BackendError
 from pararnn.planning.backends import check_name as check_name

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pararnn.notebook import table
+from pararnn._notebook import table
 from pararnn.planning.settings import Solver
 
 STATUS = ("sequential", "converged", "completed step by step")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pararnn._notebook import table
 from pararnn.layers.rnn import RNN
-from pararnn.notebook import table
 from pararnn.planning.settings import Newton
 from pararnn.testing.close import assert_close
 from pararnn.testing.loop import loop

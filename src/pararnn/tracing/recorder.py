@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pararnn.notebook import name_of
+from pararnn._notebook import name_of
 from pararnn.tracing.ran import LIBRARY, unnoted
 
 aten = torch.ops.aten

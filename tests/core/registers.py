@@ -102,7 +102,7 @@ NORMED_CELLS = {  # whose weights are read at every step too
 MEMORIES = {"m2rnn": M2RNNCell, "delta": DeltaMemoryCell, "outer": OuterMemoryCell}
 NORMED = json.dumps(  # a vector that is normed and scaled, as a saved program has it
     {
-        "leaves": [True, True],
+        "leaves": [[0, 1024, 1024, 1024]] * 2,
         "nodes": [
             ["drive", 0],
             ["mul", [0], [0]],
@@ -163,14 +163,15 @@ def call(
     y.backward(torch.ones_like(y))
 
 
-def product(recorder: Recorder, name: str, kind: torch.dtype) -> None:
-    """Two matrices and one vector."""
+def product(recorder: Recorder, name: str, kind: torch.dtype, texts: int = 1) -> None:
+    """Two matrices and one vector, of one or of several texts."""
     from pararnn.kernels import matvec  # noqa: F401  # which defines the operator
 
     recorder.place = name
-    leaves = [torch.randn(1024).to(kind) for _ in range(2)]
+    leaves = [torch.randn(1024 * texts).to(kind) for _ in range(2)]
     matrices = [torch.randn(1, 2048, 1024).to(kind) for _ in range(2)]
-    torch.ops.pararnn.matvec(leaves, matrices, [], NORMED)
+    of_products = [str(kind).removeprefix("torch.")]
+    torch.ops.pararnn.matvec(leaves, matrices, of_products, texts, NORMED)
 
 
 def cases() -> dict[str, Callable[[Recorder, str], None]]:
@@ -206,6 +207,7 @@ def cases() -> dict[str, Callable[[Recorder, str], None]]:
         found[f"{cell} {kind} chunks"] = functools.partial(run, size=(1, 8192))
     for kind, dtype in DTYPES.items():
         found[f"matvec {kind}"] = functools.partial(product, kind=dtype)
+    found["matvec_texts half"] = functools.partial(product, kind=DTYPES["half"], texts=8)
     return found
 
 

@@ -12,7 +12,7 @@ if sys.platform != "linux":
 
 
 from pararnn.kernels.matvec_fusion import FuseMatvecs
-from pararnn.planning.kernel_plans import plan_matvec
+from pararnn.planning.kernel_plans import plan_matvec, plan_products, plan_vectors
 from pararnn.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
@@ -27,6 +27,7 @@ class Counted(FuseMatvecs):
         super().__call__(graph)
         names = [str(node.target) for node in graph.nodes]
         self.fused = names.count("pararnn.matvec.default")
+        self.converted = [n for n in graph.nodes if "int8" in str(n.args) and n.users]
         self.left = names.count("aten.mm.default") + names.count("aten.bmm.default")
 
     def uuid(self):
@@ -127,9 +128,85 @@ def test_equals_float64(case, dtype):
     assert (fusion.fused, fusion.left) == (products, 0)
 
 
-@pytest.mark.parametrize("shapes", [[(2, 64), (5, 64)], [(1, 8), (5, 8)], [(1, 16400), (2, 16400)]])
+def text_heads(window, u, taps, w):
+    """The same as `heads` for several texts, whose vectors lie head by head."""
+    inputs = torch.cat([window, u], 1)
+    y = sum(inputs[:, k : k + 1] * taps[k] for k in range(len(taps)))
+    count, _, inner = w.shape
+    y = F.silu(y).view(-1, count, inner).transpose(0, 1)
+    return torch.bmm(y, w.mT).transpose(0, 1).flatten(1), inputs[:, 1:]
+
+
+def slots(x, bias, w):
+    """What a cell makes of its drives: a product per head, its slots apart, gates and a sum."""
+    count, rows, inner = w.shape
+    drives = torch.bmm(x.view(-1, count, inner).transpose(0, 1), w.mT) * 0.1
+    drives = drives.view(count, -1, 3, rows // 3).permute(1, 2, 0, 3).contiguous()
+    z, r, c = (d.flatten(1) for d in drives.unbind(1))
+    h = torch.sigmoid(z + bias[0]) * torch.tanh(r * bias[1] + c)
+    return F.linear(h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5), bias), h
+
+
+def apart(x, w):
+    """What is not regular is computed outside: every third entry of two tensors."""
+    return F.linear(torch.cat([x[:, ::3], x[:, 1::3]], 1), w)
+
+
+def number_of_texts(x, factor, other, w):
+    """One number for every text, and one vector for all."""
+    return F.linear(x * factor + other, w)
+
+
+SEVERAL = {
+    "residual_norm": (residual_norm, [(0, 1, 48)] * 2 + [(48,)] * 2 + [(37, 48)] * 2, 1),
+    "gated": (gated, [(0, 88), (0, 88), (21, 88)], 1),
+    "given": (given, [(0, 64), (5, 64)], 1),
+    "long": (gated, [(0, 2300), (0, 2300), (19, 2300)], 1),
+    "text_heads": (text_heads, [(0, 3, 96), (0, 1, 96), (4, 96), (3, 20, 32)], 1),
+    "slots": (slots, [(0, 96), (40, 96), (3, 96, 32)], 2),
+    "apart": (apart, [(0, 72), (9, 48)], 1),
+    "mean_used": (mean_used, [(0, 1, 40), (9, 40)], 1),
+    "many": (many, [(0, 33)] + [(7, 33)] * 11, 2),
+    "number_of_texts": (number_of_texts, [(0, 40), (0, 1), (40,), (9, 40)], 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("texts", "dtype"),
+    [(1, torch.float32), (2, torch.bfloat16), (3, torch.float16), (8, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", SEVERAL)
+def test_several_texts_equal_float64(case, texts, dtype):
+    function, shapes, products = SEVERAL[case]
+    arguments = [torch.randn([n or texts for n in shape]).to(dtype) for shape in shapes]
+    with torch.no_grad():
+        fusion = compare(function, arguments, RTOL[dtype])
+    assert (fusion.fused, fusion.left) == (products, 0)
+
+
+@pytest.mark.parametrize("texts", [1, 4])
+def test_weights_of_bytes_are_read_as_they_are(texts):
+    """Converted within the kernel; their scales are taken in by what follows."""
+
+    def function(x, w, scale, other):
+        y = F.linear(x, w.to(x.dtype)) * scale
+        return F.linear(F.silu(y).to(x.dtype), other)
+
+    x = torch.randn(texts, 48).bfloat16()
+    w = torch.randint(-127, 128, (64, 48), dtype=torch.int8)
+    scale, other = torch.rand(64) / 100, torch.randn(9, 64).bfloat16()
+    with torch.no_grad():
+        fusion = compare(function, [x, w, scale, other], RTOL[torch.bfloat16])
+    assert (fusion.fused, fusion.left) == (2, 0)
+    assert not fusion.converted
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(2, 64), (5, 64)], [(9, 64), (5, 64)], [(1, 8), (5, 8)], [(1, 16400), (2, 16400)]]
+)
 def test_what_does_not_fit_is_left(shapes):
-    """Two rows, a short vector and one too long for a program."""
+    """Two rows in float32, a short vector and one too long for a program."""
     with torch.no_grad():
         fusion = compare(given, [torch.randn(shape) for shape in shapes], 2e-6)
     assert fusion.fused == 0
@@ -154,20 +231,40 @@ def test_products_of_results_are_left():
 @pytest.mark.parametrize("rows", [1, 333, 2048, 50432])
 def test_launches_have_all_rows_and_fit(rows, inner, heads):
     for itemsize, processors in itertools.product((2, 4), (1, 132)):
-        launch = plan_matvec(rows, 2, heads, inner, itemsize, processors)
+        operations = 10 if rows % 2 else 50
+        launch = plan_matvec(rows, 2, heads, inner, itemsize, processors, operations)
         assert launch.block >= inner
         assert launch.rows * launch.block * itemsize <= 128 * 32 * launch.warps
         assert 1 <= launch.programs <= -(-rows // launch.rows) * 2
+
+
+@pytest.mark.parametrize("texts", [2, 5, 8])
+@pytest.mark.parametrize("inner", [16, 17, 512, 2048, 5632, 16384])
+@pytest.mark.parametrize("rows", [1, 333, 50432])
+def test_launches_for_several_texts_have_all_columns(rows, inner, texts):
+    for heads, processors in itertools.product((1, 4), (1, 132)):
+        launch = plan_products(rows, 2, heads, inner, texts, processors)
+        covered = launch.parts * launch.part
+        assert covered * (launch.chunks - 1) < inner <= covered * launch.chunks
+        assert launch.warps <= 16 <= launch.part
+        assert 1 <= launch.programs <= -(-rows // launch.rows) * 2
+        assert launch.texts >= texts
+    for whole in (True, False):
+        programs, block, warps = plan_vectors(inner, whole)
+        assert block * (programs - 1) < inner <= block * programs
+        assert programs == 1 or not whole
+        assert warps <= 16
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "import os",
-        '{"leaves": [true], "nodes": [["drive", 1]], "roots": [[0]]}',
-        '{"leaves": [true], "nodes": [["__import__", 1]], "roots": [[0]]}',
+        '{"leaves": [[0, 0, 2, 2]], "nodes": [["drive", 1]], "roots": [[0]]}',
+        '{"leaves": [[0, 0, 2, 2]], "nodes": [["__import__", 1]], "roots": [[0]]}',
+        '{"leaves": [["os", 0, 2, 2]], "nodes": [["drive", 0]], "roots": [[0]]}',
     ],
 )
 def test_a_foreign_text_runs_nothing(text):
-    with pytest.raises(ValueError, match=r"vector|among|operation|Expecting"):
-        torch.ops.pararnn.matvec([torch.ones(2)], [torch.ones(1, 3, 2)], [], text)
+    with pytest.raises(ValueError, match=r"vector|among|operation|Expecting|invalid literal"):
+        torch.ops.pararnn.matvec([torch.ones(2)], [torch.ones(1, 3, 2)], [], 1, text)

@@ -12,7 +12,13 @@ from .conftest import needs_triton
 pytestmark = needs_triton
 
 ROOT = Path(__file__).parents[2]
-ROWS = {"gru half one none": 3, "matvec half": 1, "wide_gru auto none": 8, "m2rnn half none": 2}
+ROWS = {
+    "gru half one none": 3,
+    "matvec half": 1,
+    "matvec_texts half": 2,
+    "wide_gru auto none": 8,
+    "m2rnn half none": 2,
+}
 TOLERANCE = 4  # registers
 
 

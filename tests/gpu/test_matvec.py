@@ -5,6 +5,8 @@ from core.test_matvec import (  # noqa: F401
     test_double_is_left,
     test_equals_float64,
     test_products_of_results_are_left,
+    test_several_texts_equal_float64,
+    test_weights_of_bytes_are_read_as_they_are,
     test_what_does_not_fit_is_left,
 )
 

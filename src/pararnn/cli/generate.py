@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 
@@ -25,6 +26,8 @@ class GenerateArguments:
     """Of the sampling; 0 takes the most probable token."""
     seed: int = 0
     """Of the sampling."""
+    weights: Literal["stored", "int8"] = "stored"
+    """As they are stored, or those of projections rounded to one byte each: less to read."""
     device: str = "auto"
     """A torch device; auto for CUDA when there is one, else the CPU."""
 
@@ -48,8 +51,11 @@ def run(arguments: list[str]) -> int:
 
     trained = Trained(*found)
     with explained(trained.run, training=False):
+        model = trained.load(choose_device(parsed.device))
+        if parsed.weights == "int8":
+            model = _with_int8_weights(model)
         pieces = stream_text(
-            trained.load(choose_device(parsed.device)),
+            model,
             trained.codec,
             parsed.prompt,
             num_tokens=parsed.num_tokens,
@@ -60,3 +66,12 @@ def run(arguments: list[str]) -> int:
             show(piece, end="")
     show("")
     return 0
+
+
+def _with_int8_weights(model: Any) -> Any:
+    from pararnn.lm.decoding import int8_weights
+
+    try:
+        return int8_weights(model)
+    except TypeError as error:
+        raise RunError(f"--weights int8: {error}") from error

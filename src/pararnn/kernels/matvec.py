@@ -1,4 +1,8 @@
-"""Products of matrices with one vector, fused with the vector's own computation."""
+"""Products of matrices with a few vectors, fused with the vectors' own computation.
+
+A vector is that of one text. For one text every program computes the whole vector; for several, a
+kernel computes the vectors once, and products go through tensor cores.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,35 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pararnn.kernels.triton.device import on_device, overlaps
+from pararnn.kernels.triton.device import on_device, overlaps, processors
 from pararnn.kernels.triton.expressions import function
 from pararnn.planning.costs import COSTS
-from pararnn.planning.kernel_plans import plan_matvec
-from pararnn.tracing.expressions import Operand
+from pararnn.planning.kernel_plans import plan_matvec, plan_products, plan_vectors
+from pararnn.tracing.expressions import Operand, topological
 from pararnn.tracing.written import read_expressions, write_expressions
+
+
+class Leaf(NamedTuple):
+    """Where the entries of a vector lie in a tensor.
+
+    Entry i of text b is at `first + b * text + i // run * stride + i % run`.
+
+    Attributes:
+        first: The first entry of the first text.
+        text: From one text to the next; 0 if all have the same.
+        run: Entries that are neighbours; 0 if all entries of a text are one number.
+        stride: From one run to the next.
+    """
+
+    first: int
+    text: int
+    run: int
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -24,12 +46,12 @@ class Vector:
     """The computation of a vector.
 
     Attributes:
-        leaves: Whether each input is a vector; the others are one number.
+        leaves: Where the entries of each input are.
         value: The vector.
         stored: Further results to store.
     """
 
-    leaves: tuple[bool, ...]
+    leaves: tuple[Leaf, ...]
     value: Operand
     stored: tuple[Operand, ...]
 
@@ -46,81 +68,155 @@ class Vector:
         """
         try:
             written = json.loads(text)
-            leaves = tuple(map(bool, written["leaves"]))
+            leaves = tuple(Leaf(*map(int, leaf)) for leaf in written["leaves"])
             value, *stored = read_expressions(written, {"drive": len(leaves)}, also=["mean"])
             return cls(leaves, value, tuple(stored))
         except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise ValueError(f"{text[:80]!r} does not say how a vector is computed") from error
 
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    @property
+    def operations(self) -> list[str]:
+        """What is computed for an entry."""
+        found = [e.op for e in topological([self.value, *self.stored])]
+        return [op for op in found if op != "drive"]
 
 
 @functools.lru_cache(maxsize=256)
-def _computed(text: str) -> tuple[Any, tuple[bool, ...]]:
-    """A function in Triton that computes the vector of a text; which of its leaves are vectors."""
+def _computed(text: str) -> tuple[Any, Vector]:
+    """A function in Triton that computes the vector of a text, and the vector."""
     vector = Vector.read(text)
     roots = [vector.value, *vector.stored]
-    return function("vector", {"drive": len(vector.leaves)}, roots, double=False), vector.leaves
+    return function("vector", {"drive": len(vector.leaves)}, roots, double=False), vector
 
 
 _library = torch.library.Library("pararnn", "FRAGMENT")
-_library.define("matvec(Tensor[] leaves, Tensor[] matrices, str[] kinds, str vector) -> Tensor[]")
+_library.define(
+    "matvec(Tensor[] leaves, Tensor[] matrices, str[] kinds, int texts, str vector) -> Tensor[]"
+)
 
 
 def _run(
-    leaves: Sequence[Tensor], matrices: Sequence[Tensor], kinds: Sequence[str], vector: str
+    leaves: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    kinds: Sequence[str],
+    texts: int,
+    vector: str,
 ) -> list[Tensor]:
-    """Products of every matrix, shape (heads, rows, inner), with a vector per head.
+    """Products of every matrix, shape (heads, rows, inner), with a vector per head and text.
 
     Args:
-        leaves: What the vectors are computed from: shape (heads * inner,), or one number.
+        leaves: What the vectors are computed from, contiguous.
         matrices: Of one shape and type.
-        kinds: Names of the types of what is stored.
-        vector: How they are computed, see `Vector.text`.
+        kinds: Names of the types of the products and of what is stored.
+        texts: Number of texts.
+        vector: How the vectors are computed, see `Vector.text`.
 
     Returns:
-        The products, shape (matrices, heads, rows), and what is stored, shape (heads * inner,).
+        The products, shape (matrices, heads, texts, rows), and what is stored, each (texts, heads *
+        inner).
     """
-    from pararnn.kernels.triton import matvec  # needs Triton, which this module does not
-
-    compute, is_vector = _computed(vector)
-    products, *stored = results = _fake(leaves, matrices, kinds, vector)
-    first, (heads, rows, inner) = matrices[0], matrices[0].shape
-    processors = _processors(first.device)
-    launch = plan_matvec(rows, len(matrices), heads, inner, first.itemsize, processors)
-    pdl = overlaps(first.device)
-    with on_device(first):
-        matvec.run[launch.programs, heads](
-            tuple(leaf.contiguous() for leaf in leaves),
-            tuple(matrix.contiguous() for matrix in matrices),
-            products,
-            tuple(stored),
-            rows,
-            VECTOR=compute,
-            IS_VECTOR=is_vector,
-            INNER=inner,
-            ROWS=launch.rows,
-            BLOCK=launch.block,
-            PDL=pdl,
-            num_warps=launch.warps,
-            maxnreg=COSTS.matvec_registers,
-            **({"launch_pdl": True} if pdl else {}),
-        )
+    compute, how = _computed(vector)
+    results = _fake(leaves, matrices, kinds, texts, vector)
+    leaves = tuple(leaf.contiguous() for leaf in leaves)
+    matrices = tuple(matrix.contiguous() for matrix in matrices)
+    with on_device(matrices[0]):
+        if texts == 1:
+            _one_text(leaves, matrices, results, compute, how)
+        else:
+            _several_texts(leaves, matrices, results, compute, how)
     return results
 
 
+def _one_text(
+    leaves: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    results: Sequence[Tensor],
+    compute: Any,
+    how: Vector,
+) -> None:
+    from pararnn.kernels.triton import matvec  # needs Triton, which this module does not
+
+    first, (heads, rows, inner) = matrices[0], matrices[0].shape
+    sizes = rows, len(matrices), heads, inner, first.itemsize
+    launch = plan_matvec(*sizes, processors(first.device), len(how.operations))
+    matvec.run[launch.programs, heads](
+        leaves,
+        matrices,
+        results[0],
+        tuple(results[1:]),
+        rows,
+        VECTOR=compute,
+        LEAVES=tuple(map(tuple, how.leaves)),
+        INNER=inner,
+        ROWS=launch.rows,
+        BLOCK=launch.block,
+        num_warps=launch.warps,
+        maxnreg=COSTS.matvec_registers,
+        **_overlap(first),
+    )
+
+
+def _several_texts(
+    leaves: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    results: Sequence[Tensor],
+    compute: Any,
+    how: Vector,
+) -> None:
+    from pararnn.kernels.triton import matvec
+
+    products, *stored = results
+    heads, texts = products.shape[1:3]
+    first, (_, rows, inner) = matrices[0], matrices[0].shape
+    vectors = products.new_empty(texts, heads, inner)
+    parts, block, warps = plan_vectors(inner, "mean" in how.operations)
+    matvec.run_vectors[parts, heads, texts](
+        leaves,
+        vectors,
+        tuple(stored),
+        VECTOR=compute,
+        LEAVES=tuple(map(tuple, how.leaves)),
+        INNER=inner,
+        BLOCK=block,
+        num_warps=warps,
+        **_overlap(first),
+    )
+    launch = plan_products(rows, len(matrices), heads, inner, texts, processors(first.device))
+    matvec.run_products[launch.programs, heads](
+        vectors,
+        matrices,
+        products,
+        rows,
+        TEXTS=texts,
+        BLOCK=launch.texts,
+        INNER=inner,
+        ROWS=launch.rows,
+        PARTS=launch.parts,
+        PART=launch.part,
+        CHUNKS=launch.chunks,
+        num_warps=launch.warps,
+        num_stages=1,  # weights are loaded ahead by hand
+        maxnreg=COSTS.matvec_registers,
+        **_overlap(first),
+    )
+
+
+def _overlap(tensor: Tensor) -> dict[str, Any]:
+    """Arguments of a launch: whether it may start before the kernel before it has ended."""
+    return {"PDL": True, "launch_pdl": True} if overlaps(tensor.device) else {"PDL": False}
+
+
 def _fake(
-    leaves: Sequence[Tensor], matrices: Sequence[Tensor], kinds: Sequence[str], vector: str
+    leaves: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    kinds: Sequence[str],
+    texts: int,
+    vector: str,
 ) -> list[Tensor]:
     heads, rows, inner = matrices[0].shape
-    products = matrices[0].new_empty(len(matrices), heads, rows)
-    types = [getattr(torch, kind) for kind in kinds]
-    return [products, *(products.new_empty(heads * inner, dtype=dtype) for dtype in types)]
+    of_products, *others = (getattr(torch, kind) for kind in kinds)
+    products = matrices[0].new_empty((len(matrices), heads, texts, rows), dtype=of_products)
+    return [products, *(products.new_empty((texts, heads * inner), dtype=t) for t in others)]
 
 
 _library.impl("matvec", _run, "CompositeExplicitAutograd")

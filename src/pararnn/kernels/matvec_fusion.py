@@ -1,14 +1,15 @@
 """A pass of PyTorch's compiler that fuses matrix-vector products, for steps of generation.
 
-Products of several matrices with one vector become one `pararnn::matvec`. It also computes the
-vector itself, by pointwise operations and means. Intermediate results are not rounded, as in all
-code that the compiler fuses.
+Products of several matrices with one vector, or with one of each of a few texts, become one
+`pararnn::matvec`. It also computes the vectors themselves, by pointwise operations and means.
+Intermediate results are not rounded, as in all code that the compiler fuses. What only moves
+numbers is not computed at all: where they are is part of the kernel.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from pararnn.kernels import matvec
-from pararnn.kernels.matvec import Vector
+from pararnn.kernels.matvec import Leaf, Vector
 from pararnn.kernels.triton.build import interpreted
 from pararnn.kernels.triton.expressions import express_node, is_expressed
 from pararnn.planning.costs import COSTS
@@ -39,12 +40,14 @@ _MOVES = frozenset(
     )
 )
 _CONVERT = torch.ops.prims.convert_element_type.default
-_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PARTS = frozenset((aten.slice.Tensor, aten.select.int, aten.unbind.int))
+_HALF = (torch.bfloat16, torch.float16)
+_TYPES = (*_HALF, torch.float32)
 
 
 @dataclass
 class _Group:
-    """Products with one vector, or with one vector per head.
+    """Products with one vector of every text, or with one per head and text.
 
     Attributes:
         nodes: The products.
@@ -55,15 +58,22 @@ class _Group:
     matrices: list[fx.Node] = field(default_factory=list)
 
     @property
-    def vector(self) -> fx.Node:
-        """The vector, before operations that only change its shape."""
-        return _unshaped(self.nodes[0].args[0])
+    def x(self) -> fx.Node:
+        """The vectors, (texts, inner) or (heads, texts, inner)."""
+        x = self.nodes[0].args[0]
+        assert isinstance(x, fx.Node)
+        return x
 
     @property
     def heads(self) -> int:
-        """Number of vectors."""
+        """Number of vectors of a text."""
         shape = _value(self.matrices[0]).shape
         return shape[0] if len(shape) == 3 else 1
+
+    @property
+    def texts(self) -> int:
+        """Number of texts."""
+        return _value(self.nodes[0]).shape[-2]
 
 
 class FuseMatvecs(CustomGraphPass):
@@ -123,7 +133,7 @@ def _groups(graph: fx.Graph) -> list[_Group]:
         if matrix is None or not _serves(x, matrix):
             continue
         value = _value(matrix)
-        key = (_unshaped(x), value.shape, value.dtype)
+        key = (_unshaped(x), value.shape, value.dtype, _value(node).shape)
         groups = found.setdefault(key, [])
         if not groups or len(groups[-1].nodes) == COSTS.matvec_most_matrices:
             groups.append(_Group())
@@ -133,61 +143,115 @@ def _groups(graph: fx.Graph) -> list[_Group]:
 
 
 def _serves(x: fx.Node, matrix: fx.Node) -> bool:
-    """Whether the operator supports a product: one row times a contiguous weight."""
-    value, (least, most) = _value(matrix), COSTS.matvec_inner
+    """Whether the operator supports a product: a row for every text times a contiguous weight.
+
+    For several texts vectors are rounded to half precision, as tensor cores take them.
+    """
+    value, texts, (least, most) = _value(matrix), _value(x).shape[-2], COSTS.matvec_inner
     return (
-        _value(x).shape[-2] == 1
+        texts <= COSTS.matvec_most_texts
         and least <= value.shape[-1] <= most
         and value.is_contiguous()
-        and value.dtype in _TYPES
+        and value.dtype in (*_TYPES, torch.int8)
+        and _value(x).dtype in (_TYPES if texts == 1 else _HALF)
         and (value.device.type == "cuda" or interpreted())
         and _unshaped(matrix).op == "placeholder"
     )
 
 
 class _Region:
-    """The operations that compute the vector of a group inside the fused operator.
+    """The operations that compute the vectors of a group inside the fused operator.
 
     Attributes:
         inside: The operations, in order; empty if the vector itself is a leaf.
-        leaves: The tensors that they read.
+        leaves: What they read: by the node, the tensor that has its entries, and where.
     """
 
     def __init__(self, graph: fx.Graph, group: _Group) -> None:
-        self.group = group
-        self.size = _value(group.vector).numel()
-        before = _ancestors(group.vector)
+        self.heads, self.texts, x = group.heads, group.texts, group.x
+        self.size = _value(x).numel() // self.texts
+        self.root, entries = _source(x, _is_move)
+        if not torch.equal(self._by_text(entries), self._all()):
+            self.root = x
+        before = _ancestors(self.root)
         found: set[fx.Node] = set()
         for node in reversed(graph.nodes):
             if node not in before:
                 continue
             users = [user for user in node.users if user in before]
-            wanted = node is group.vector or (users and all(user in found for user in users))
+            wanted = node is self.root or (users and all(user in found for user in users))
             if wanted and self._takes(node):
                 found.add(node)
         self.inside = [node for node in graph.nodes if node in found]
-        operands = [o for node in self.inside for o in node.all_input_nodes if o not in found]
-        self.leaves = list(dict.fromkeys(operands or [group.vector]))
+        self.leaves: dict[fx.Node, tuple[fx.Node, Leaf]] = {}
+        if not self.inside:
+            self.root = x
+            self.leaves[x] = self._leaf(x, self._by_text)
+        for node in self.inside:
+            for operand in node.all_input_nodes:
+                if operand not in found and operand not in self.leaves:
+                    self.leaves[operand] = self._leaf(operand, self._broadcast)
+
+    def _all(self) -> Tensor:
+        """Numbers of all entries, (texts, entries)."""
+        return _numbers(self.texts * self.size).view(self.texts, self.size)
+
+    def _by_text(self, entries: Tensor) -> Tensor:
+        """Entries in the order of x, (heads, texts, inner), as (texts, entries)."""
+        return entries.view(self.heads, self.texts, -1).transpose(0, 1).reshape(self.texts, -1)
+
+    def _broadcast(self, entries: Tensor) -> Tensor:
+        """A vector or a number, of each text or of all, as (texts, entries)."""
+        if len(entries) == self.size:
+            return entries.expand(self.texts, -1)
+        if len(entries) == 1:
+            return entries.expand(self.texts, 1)
+        return entries.view(self.texts, -1)
+
+    def _leaf(self, node: fx.Node, lay: Callable[[Tensor], Tensor]) -> tuple[fx.Node, Leaf]:
+        """The tensor that has the entries of a node, and where; the node itself if need be."""
+        source, entries = _source(node, _only_moves)
+        value = _value(source)
+        readable = value.dtype in _TYPES and value.is_contiguous()
+        found = _regular(lay(entries)) if readable else None
+        if found is None:
+            source, found = node, _regular(lay(_numbers(_value(node).numel())))
+        assert found is not None
+        return source, found
 
     def _takes(self, node: fx.Node) -> bool:
         """Whether the kernel can compute a node; its tensors are vectors or single numbers."""
-        tensors = [node, *node.all_input_nodes]
-        if node.op != "call_function" or len(tensors) == 1:
+        operands = node.all_input_nodes
+        if node.op != "call_function" or not operands:
             return False
-        values = [_value(n) for n in tensors]
-        if not all(
-            isinstance(v, Tensor) and v.dtype in _TYPES and v.numel() in (self.size, 1)
-            for v in values
-        ):
+        result, *given = (_value(n) for n in (node, *operands))
+        if not all(isinstance(v, Tensor) and v.dtype in _TYPES for v in (result, *given)):
             return False
-        if node.target in _MOVES:
-            return _unshaped(node) is not node
+        of_all = self.texts * self.size
+        if not all(v.numel() in (of_all, self.size, self.texts, 1) for v in (result, *given)):
+            return False
+        if _is_move(node):
+            _, entries = _source(node, lambda n: n is node)
+            return torch.equal(entries, _numbers(given[0].numel()))
         if node.target is aten.mean.dim:
-            return self.group.heads == 1 and values[0].numel() == 1 < values[1].numel()
+            of_text = self.heads == 1 and given[0].shape[-1] == self.size
+            return of_text and given[0].numel() == of_all and result.numel() == self.texts
         if node.target is _CONVERT:
             return True
-        leaves = {n: leaf("drive", i) for i, n in enumerate(node.all_input_nodes)}
-        return is_expressed(node, leaves, torch.float32)
+        leaves = {n: leaf("drive", i) for i, n in enumerate(operands)}
+        if not is_expressed(node, leaves, torch.float32):
+            return False
+        return all(self._agrees(value, result) for value in given)
+
+    def _agrees(self, value: Tensor, result: Tensor) -> bool:
+        """Whether an operation takes, for an entry of a text, that entry of that text."""
+        places = _numbers(value.numel()).view(value.shape).expand(result.shape).reshape(-1)
+        if value.numel() in (1, result.numel()):
+            return value.numel() == 1 or torch.equal(places, _numbers(len(places)))
+        if result.numel() != self.texts * self.size:
+            return False
+        expected = self._broadcast(_numbers(value.numel()))
+        return torch.equal(places.view(self.texts, -1), expected.expand(self.texts, self.size))
 
     def vector(self, stored: Sequence[fx.Node]) -> Vector:
         """Express the vector, and results that other operations need as well (`stored`)."""
@@ -195,15 +259,15 @@ class _Region:
             n: leaf("drive", i) for i, n in enumerate(self.leaves)
         }
         for node in self.inside:
-            if node.target in _MOVES or node.target is _CONVERT:
+            if _is_move(node) or node.target is _CONVERT:
                 expressions[node] = expressions[node.all_input_nodes[0]]
             elif node.target is aten.mean.dim:
                 expressions[node] = make("mean", expressions[node.all_input_nodes[0]])
             else:
                 expressions[node] = express_node(node, expressions, torch.float32)
         return Vector(
-            tuple(_value(n).numel() > 1 for n in self.leaves),
-            expressions[self.group.vector],
+            tuple(place for _, place in self.leaves.values()),
+            expressions[self.root],
             tuple(expressions[n] for n in stored),
         )
 
@@ -211,28 +275,115 @@ class _Region:
 def _fuse(graph: fx.Graph, group: _Group) -> None:
     """Replace a group by `pararnn::matvec`."""
     region = _Region(graph, group)
-    inside = {*region.inside, *group.nodes}
-    stored = [
+    inside, texts = {*region.inside, *group.nodes}, group.texts
+    wanted = [
         node
         for node in region.inside
-        if _value(node).numel() == region.size and not all(_only_for(u, inside) for u in node.users)
+        if _value(node).numel() == texts * region.size
+        and not all(_only_for(u, inside) for u in node.users)
     ]
-    text = region.vector(stored).text()
+    stored = [_converted(node, inside) for node in wanted]
+    text = region.vector(wanted).text()
     shape = [group.heads, *_value(group.matrices[0]).shape[-2:]]
-    kinds = [str(_value(node).dtype).removeprefix("torch.") for node in stored]
+    kinds = [str(_value(node).dtype).removeprefix("torch.") for node in (group.nodes[0], *stored)]
     with graph.inserting_before(group.nodes[0]):
-        flat = [_shaped(graph, n, [_value(n).numel()]) for n in region.leaves]
+        flat = [_shaped(graph, n, [_value(n).numel()]) for n, _ in region.leaves.values()]
         matrices = [_shaped(graph, m, shape) for m in group.matrices]
-        results = _call(graph, torch.ops.pararnn.matvec.default, flat, matrices, kinds, text)
-        products, *kept = (
-            _call(graph, operator.getitem, results, i) for i in range(1 + len(kinds))
-        )
+        target = torch.ops.pararnn.matvec.default
+        results = _call(graph, target, flat, matrices, kinds, texts, text)
+        products, *kept = (_call(graph, operator.getitem, results, i) for i in range(len(kinds)))
         chosen = [_call(graph, aten.select.int, products, 0, i) for i in range(len(matrices))]
         for old, new in zip([*group.nodes, *stored], [*chosen, *kept], strict=True):
             new = _shaped(graph, new, list(_value(old).shape))
             old.replace_all_uses_with(new, lambda user: user not in inside)
     for node in group.nodes:
         graph.erase_node(node)
+
+
+def _source(node: fx.Node, passes: Callable[[fx.Node], bool]) -> tuple[fx.Node, Tensor]:
+    """The earliest tensor that a node has its entries from, and where they are in it.
+
+    Args:
+        node: Any.
+        passes: Whether to look behind a node.
+    """
+    if node.target is aten.cat.default or not passes(node):
+        return node, _numbers(_value(node).numel())
+    moves: list[fx.Node] = []
+    while passes(node) and node.target is not aten.cat.default:
+        moves.append(node)
+        (node,) = node.all_input_nodes
+    entries: Any = _numbers(_value(node).numel()).view(_value(node).shape)
+    for move in reversed(moves):
+        if move.target is not _CONVERT:
+            target: Any = move.target
+            before = entries
+            args, kwargs = fx.map_arg((move.args, move.kwargs), lambda _: before)  # noqa: B023
+            entries = target(*args, **kwargs)
+    entries = entries.reshape(-1)
+    return _part_of(node, entries, passes) if passes(node) else (node, entries)
+
+
+def _part_of(
+    joined: fx.Node, entries: Tensor, passes: Callable[[fx.Node], bool]
+) -> tuple[fx.Node, Tensor]:
+    """The same for entries of a concatenation, if all are in one of its parts."""
+    parts = _arguments(joined)["tensors"]
+    numbers = [_numbers(_value(part).numel()).view(_value(part).shape) for part in parts]
+    owners = [torch.full_like(n, i) for i, n in enumerate(numbers)]
+    axis = _arguments(joined)["dim"]
+    owner, number = (torch.cat(each, axis).reshape(-1)[entries] for each in (owners, numbers))
+    if not (owner == owner[0]).all():
+        return joined, entries
+    source, places = _source(parts[int(owner[0])], passes)
+    return source, places[number]
+
+
+def _numbers(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")  # whatever the default
+
+
+def _is_move(node: fx.Node) -> bool:
+    """Whether a node has all entries of another, maybe in another order."""
+    return node.target in _MOVES or node.target is aten.clone.default
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """Whether a node has entries of another, unchanged but for their type."""
+    if node.target is operator.getitem:
+        return node.args[0].target is aten.unbind.int  # type: ignore[union-attr]
+    return _is_move(node) or node.target in _PARTS or node.target in (_CONVERT, aten.cat.default)
+
+
+def _regular(places: Tensor) -> Leaf | None:
+    """The places of a vector's entries, (texts, entries), or of one number, (texts, 1)."""
+    first, count = int(places[0, 0]), places.shape[1]
+    text = int(places[1, 0]) - first if len(places) > 1 else 0
+    own = places[0] - first
+    if not torch.equal(places, first + own + text * _numbers(len(places))[:, None]):
+        return None
+    if count == 1:
+        return Leaf(first, text, 0, 0)
+    ends = (own.diff() != 1).nonzero()
+    run = int(ends[0]) + 1 if len(ends) else count
+    stride = int(own[run]) if run < count else run
+    number = _numbers(count)
+    if not torch.equal(own, number // run * stride + number % run):
+        return None
+    return Leaf(first, text, run, stride)
+
+
+def _converted(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
+    """The form in which alone a value is needed outside: behind a conversion; else as it is."""
+    moves = [node]
+    while True:
+        users = [user for user in moves[-1].users if user not in inside]
+        if len(users) != 1 or not (_is_move(users[0]) or users[0].target is _CONVERT):
+            return node
+        moves.append(users[0])
+        if users[0].target is _CONVERT:
+            _, entries = _source(users[0], lambda n: n in moves[1:])
+            return users[0] if torch.equal(entries, _numbers(len(entries))) else node
 
 
 def _shaped(graph: fx.Graph, node: fx.Node, shape: list[int]) -> fx.Node:
@@ -264,11 +415,15 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _transposed(node: Any) -> fx.Node | None:
-    """The matrix whose transpose a node is."""
+    """The matrix whose transpose a node is; as it is stored, if it is bytes."""
     if node.target is not aten.permute.default:
         return None
     axes = list(range(_value(node).dim()))
-    return node.args[0] if list(node.args[1]) == [*axes[:-2], axes[-1], axes[-2]] else None
+    if list(node.args[1]) != [*axes[:-2], axes[-1], axes[-2]]:
+        return None
+    matrix = node.args[0]
+    converted = matrix.target is _CONVERT and _value(matrix.args[0]).dtype is torch.int8
+    return matrix.args[0] if converted else matrix
 
 
 def _unshaped(node: Any) -> fx.Node:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pararnn.kernels import operators, transforms
 from pararnn.kernels.c.backend import CBackend
@@ -29,6 +29,8 @@ from pararnn.planning.plan import check_name as check_name
 from pararnn.planning.rows_plan import coupling
 from pararnn.planning.settings import Newton, Sequential, Solver
 from pararnn.tracing.modes import autocasts, stand_in, transformed, untransformed
+from pararnn.tracing.products import unfused
+from pararnn.tracing.step import arithmetic, in_type
 from pararnn.tracing.tiles import Tiles
 from pararnn.tracing.traced import Traced
 
@@ -97,6 +99,7 @@ class Runner:
         own_choice = isinstance(solver, (Sequential, type(None)))
         if language == "triton" and own_choice and not all_states:
             self._cut_into_tiles()
+        self._inlined: fx.GraphModule | None = None
         self.reads = self.traced.readout.module.code if self.traced.readout else ""
         self.features = traced.given[0].shape
         self.feature_axes = len(self.features)
@@ -245,6 +248,10 @@ class Runner:
         if replay is not None:
             return (*replay([*fixed, *given, initial, starts]), None)
         inputs = self.inputs(fixed, given)
+        in_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        if in_graph and self._inlined is not None and starts is None and given[0].shape[1] == 1:
+            states = self._one_step(self._inlined, inputs, initial)
+            return self.read(states, inputs), states, None, None
         if self.is_tiled:
             y, last, _, report = operators.solve(inputs, initial, starts, self._written())
             return (
@@ -252,6 +259,30 @@ class Runner:
             )
         *states, report = self.solve(inputs, initial, starts)
         return self.read(states, inputs), states, report, None
+
+    def inline(self) -> None:
+        """From now on a single step without gradients is part of a compiled graph around it.
+
+        The compiler then fuses it with what comes before and after. This holds for steps on each
+        element only; others have kernels of their own, or products that read weights.
+        """
+        if self._inlined is None and self.traced.step.recurrence is not None:
+            self._inlined = untransformed(lambda: unfused(self.traced.step.module))
+
+    def _one_step(
+        self, module: fx.GraphModule, inputs: Sequence[Tensor], initial: Tensor
+    ) -> list[Tensor]:
+        """The states after one step, each (batch, 1, hidden), in the type of the drives."""
+        step = self.traced.step
+        own = inputs[: len(step.inputs)]
+        dtype = arithmetic(t.dtype for t in (*own, initial))
+        given = [
+            in_type(i.squeeze(1).contiguous() if by_rows else i, dtype)
+            for i, by_rows in zip(own, step.by_rows, strict=True)
+        ]
+        states = [s.contiguous() for s in initial.to(dtype).unbind(1)]
+        kept_in = torch.float64 if dtype is torch.float64 else own[0].dtype  # drives come first
+        return [s.unsqueeze(1).to(kept_in) for s in module.forward(*states, *given)]
 
     def read(self, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
         """What the readout makes of the states, (batch, time, ...); None if the cell has none.

@@ -53,6 +53,13 @@ def captured_step(step: Callable[[], None], device: torch.device) -> Callable[[]
         return captured(step)
 
 
+def inline_steps(model: nn.Module) -> None:
+    """Let steps on each element become part of a compiled step of a model, see `Runner.inline`."""
+    for layer in model.modules():
+        if isinstance(layer, RNN):
+            layer.runner().inline()
+
+
 def compile_options() -> dict[str, Any]:
     """Options for `torch.compile` of a step: products with one vector in our kernels, if they run.
 

@@ -213,10 +213,24 @@ class Costs:
     """Warps of a program, at least and at most. Estimate."""
     matvec_elements_of_a_warp: int = 1024
     """Elements of the vector per warp. Estimate."""
+    matvec_operations: int = 24
+    """Operations of an element from which on a program has fewer of them per warp: then fewer
+    programs compute the vector, one on each multiprocessor for 2,048 elements. By count: a norm
+    takes 12, a norm and the step of a ParaGRU 31. Estimate."""
+    matvec_elements_of_a_costly_warp: int = 128
+    """Elements per warp of such a vector. Estimate."""
     matvec_inner: tuple[int, int] = (16, 2**14)
     """Elements of the vector, at least and at most: a program holds it in registers. Estimate."""
     matvec_most_matrices: int = 8
     """Matrices in one kernel, at most. Estimate."""
+    matvec_most_texts: int = 8
+    """Texts up to which a product is such a kernel. Estimate."""
+    matvec_part: int = 128
+    """Columns of a warp where there are several texts: with as many rows as tensor cores take, as
+    many bytes as `matvec_tile`. By count. Estimate."""
+    vectors_of_a_warp: int = 128
+    """Elements per warp of a vector that one program computes, for one of several texts. Estimate.
+    """
 
     # The kernel for all steps of a cell whose channels mix
 

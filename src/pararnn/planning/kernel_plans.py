@@ -33,15 +33,28 @@ def plan_matvec(
     inner: int,
     itemsize: int,
     processors: int,
+    operations: int = 0,
     costs: Costs = COSTS,
 ) -> MatvecLaunch:
     """As many programs as the device runs at a time, so that no multiprocessor has more to read.
 
     Of tiles that share the rows equally well the largest: more is on its way at a time.
+
+    Args:
+        rows: Of a matrix.
+        matrices: With the same vector.
+        heads: Vectors.
+        inner: Elements of a vector.
+        itemsize: Bytes of a weight.
+        processors: Multiprocessors.
+        operations: Of an element of the vector.
+        costs: What a program may have.
     """
     block = 1 << (inner - 1).bit_length()
     least, most_warps = costs.matvec_warps
-    warps = min(most_warps, max(least, block // costs.matvec_elements_of_a_warp))
+    few = operations >= costs.matvec_operations
+    of_a_warp = costs.matvec_elements_of_a_costly_warp if few else costs.matvec_elements_of_a_warp
+    warps = min(most_warps, max(least, block // of_a_warp))
     most = max(1, processors * costs.matvec_threads // (32 * warps) // heads)
 
     def launch(height: int) -> MatvecLaunch:
@@ -54,6 +67,71 @@ def plan_matvec(
 
     largest = max(1, costs.matvec_tile * 32 * warps // (block * itemsize))
     return min((launch(largest >> i) for i in range(largest.bit_length())), key=longest)
+
+
+def plan_vectors(inner: int, whole: bool, costs: Costs = COSTS) -> tuple[int, int, int]:
+    """Programs for a vector of one of several texts, entries of each, and warps.
+
+    Args:
+        inner: Entries of the vector.
+        whole: Whether an entry depends on all others.
+        costs: Entries of a warp and of a program.
+    """
+    block = 1 << (inner - 1).bit_length()
+    if not whole:
+        block = min(block, costs.pointwise_block)
+    least, most = costs.matvec_warps
+    return -(-inner // block), block, min(most, max(least, block // costs.vectors_of_a_warp))
+
+
+@dataclass(frozen=True)
+class ProductsLaunch:
+    """How a product of matrices with the vectors of several texts is launched.
+
+    Attributes:
+        programs: Programs per head.
+        rows: Rows of one at a time.
+        parts: Parts of the columns that it has at a time, a warp for each.
+        part: Columns of a part.
+        chunks: Times that it goes on to further columns.
+        texts: Texts, with those that fill up a tile.
+        warps: Warps of a program.
+    """
+
+    programs: int
+    rows: int
+    parts: int
+    part: int
+    chunks: int
+    texts: int
+    warps: int
+
+
+def plan_products(
+    rows: int,
+    matrices: int,
+    heads: int,
+    inner: int,
+    texts: int,
+    processors: int,
+    costs: Costs = COSTS,
+) -> ProductsLaunch:
+    """As many programs as the device runs at a time, each with what tensor cores take of rows."""
+    _, most_warps = costs.matvec_warps
+    part = min(costs.matvec_part, max(TILE, 1 << (inner - 1).bit_length()))
+    parts = 1
+    while parts < most_warps and parts * part < inner:
+        parts *= 2
+    most = max(1, processors * costs.matvec_threads // (32 * parts) // heads)
+    return ProductsLaunch(
+        programs=min(-(-rows // TILE) * matrices, most),
+        rows=TILE,
+        parts=parts,
+        part=part,
+        chunks=-(-inner // (parts * part)),
+        texts=max(TILE // 2, 1 << (texts - 1).bit_length()),
+        warps=parts,
+    )
 
 
 def kept_width(size: int) -> int:

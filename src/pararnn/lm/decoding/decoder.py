@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pararnn.layers.stepping import Form, captured_step, compile_options
+from pararnn.layers.stepping import Form, captured_step, compile_options, inline_steps
 from pararnn.lm.catalogue import ATTENTION
 from pararnn.lm.decoding.prompts import check_prompts, read_prompts
 from pararnn.lm.decoding.snapshot import Snapshot
@@ -94,6 +94,7 @@ class Decoder:
         self._generator: torch.Generator | None = None
         self._states: StaticStates | None = None
         self._num_read = 0  # tokens of a text, padding included
+        self._compiled = compiled
         self._next: Callable[[], tuple[list[list[Tensor]], list[Tensor]]] = self._advance
         if compiled:
             self._next = torch.compile(
@@ -277,6 +278,8 @@ class Decoder:
             room *= 2
         if changed or self._states is None or (grows and self._states.room < room):
             self._states = StaticStates(layers, room)
+            if self._compiled:
+                inline_steps(self.model)
             self._prepared_for = Form(self.model)
             self._run = captured_step(self._replace, self.model.device)  # the first runs write
         self._states.load(layers)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from pararnn.layers.rnn import RNN
 from pararnn.layers.stacked import StackedRNN
 from pararnn.solvers.ranks import RankError as RankError
 from pararnn.solvers.ranks import Ranks
+from pararnn.tracing.modes import outside_of_graphs
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -37,7 +43,8 @@ def sequence_parallel(module: Module, mesh: DeviceMesh | dist.ProcessGroup | Non
 
     Args:
         module: An `RNN`, `ParaGRU`, `ParaLSTM`, what `parallelize` returned, or a module with some
-            of these in it. What else mixes times in it has to be split by other means.
+            of these in it, such as a language model of this library. What else mixes times in it
+            has to be split by other means.
         mesh: The ranks: one dimension of a device mesh, or a process group. None: no longer split.
 
     Returns:
@@ -53,7 +60,7 @@ def sequence_parallel(module: Module, mesh: DeviceMesh | dist.ProcessGroup | Non
         >>> y, state = gru(x.chunk(2, 1)[mesh.get_local_rank()])            # doctest: +SKIP
     """
     ranks = None if mesh is None else Ranks(_group(mesh))
-    layers = [m for m in module.modules() if isinstance(m, RNN)]
+    layers = _split_over_time(module)
     if not layers:
         raise ValueError(
             f"{type(module).__name__} is and contains no pararnn.RNN, ParaGRU or ParaLSTM; use "
@@ -67,6 +74,60 @@ def sequence_parallel(module: Module, mesh: DeviceMesh | dist.ProcessGroup | Non
             assert isinstance(backwards, RNN)
             backwards.ranks = None if ranks is None else ranks.reversed()
     return module
+
+
+def _split_over_time(module: nn.Module) -> list[Any]:
+    """The modules that mix times and know how over ranks."""
+    return [m for m in module.modules() if hasattr(m, "ranks")]
+
+
+@contextmanager
+def on_this_rank(module: nn.Module) -> Iterator[None]:
+    """Inside, every process has whole sequences of its own."""
+    held = [(m, m.ranks) for m in _split_over_time(module)]
+    for layer, _ in held:
+        layer.ranks = None
+    try:
+        yield
+    finally:
+        for layer, ranks in held:
+            layer.ranks = ranks
+
+
+@outside_of_graphs
+def hand_on(first: Tensor, own: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Hand something on to the next rank in time; differentiable.
+
+    Args:
+        first: What comes before the first rank.
+        own: What this rank hands on, of the same shape and type.
+        ranks: All call this.
+
+    Returns:
+        What comes before this rank, and what the last rank hands on.
+    """
+    return _HandOn.apply(ranks, first, own)
+
+
+class _HandOn(Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, first: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.ranks = ranks
+        every = ranks.exchange(own)
+        before = every[ranks.position - 1] if ranks.position else first
+        return before.clone(), every[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_before: Tensor, grad_last: Tensor) -> Any:
+        ranks: Ranks = ctx.ranks
+        every = ranks.exchange(torch.stack([grad_before, grad_last]))
+        if ranks.position == ranks.count - 1:
+            grad_own = every[:, 1].sum(0)
+        else:
+            grad_own = every[ranks.position + 1, 0]
+        grad_first = torch.zeros_like(grad_before) if ranks.position else grad_before
+        return None, grad_first, grad_own
 
 
 def _group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:

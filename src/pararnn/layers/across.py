@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,11 +13,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from pararnn.layers.shard import Given, Layer, Parts, Shard, autocast_of
 from pararnn.solvers.ranks import Ranks
 from pararnn.tracing.capture import snapshot
-from pararnn.tracing.modes import transformed
+from pararnn.tracing.modes import outside_of_graphs, transformed
 
 Result = tuple[Given, Tensor, Parts, Tensor | None]
 
 
+@outside_of_graphs
 def evaluate(layer: Layer, ranks: Ranks, *arguments: Any) -> Result:
     """Evaluate a layer on this rank's part of time.
 
@@ -34,17 +34,6 @@ def evaluate(layer: Layer, ranks: Ranks, *arguments: Any) -> Result:
     Raises:
         RankError: The ranks do not do the same, or another one failed.
     """
-    run = _evaluate
-    if "torch._dynamo" in sys.modules:
-        run = torch.compiler.disable(_evaluate)
-    return run(layer, ranks, arguments)
-
-
-# For the compiler; the decorator would import it (2 s)
-vars(evaluate)["_torchdynamo_disable"] = True
-
-
-def _evaluate(layer: Layer, ranks: Ranks, arguments: tuple[Any, ...]) -> Result:
     cell = snapshot(layer.cell)
     given, failure, what, tracked, time = None, None, {}, False, 0
     device = cell.device

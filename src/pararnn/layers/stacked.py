@@ -14,6 +14,8 @@ from pararnn.cells import ParaGRUCell, ParaLSTMCell
 from pararnn.layers.arguments import State, check_resets, num_sequences
 from pararnn.layers.rnn import RNN
 from pararnn.planning.settings import Solver
+from pararnn.solvers.ranks import Ranks
+from pararnn.tracing.modes import outside_of_graphs
 
 
 class StackedRNN(nn.Module):
@@ -163,7 +165,10 @@ class StackedRNN(nn.Module):
             if self.bidirectional:
                 turned = resets
                 if resets is not None and backwards is None:
-                    turned = torch.cat([resets[:, 1:], _next(resets, layers[i])], 1).flip(1)
+                    ranks, after = layers[i].ranks, torch.zeros_like(resets[:, :1])
+                    if ranks is not None:
+                        after = _next(resets, ranks)
+                    turned = torch.cat([resets[:, 1:], after], 1).flip(1)
                 ends = None if cu_seqlens is None else cu_seqlens[-1] - cu_seqlens.flip(0)
                 first = firsts[i + 1] if ends is None else _each(firsts[i + 1], lambda s: s.flip(0))
                 z, last = layers[i + 1](turn(x), first, turned, ends, reset_state=fresh[i + 1])
@@ -308,10 +313,11 @@ class ParaLSTM(ParaRNNStack):
     make_cell = ParaLSTMCell
 
 
-def _next(resets: Tensor, layer: RNN) -> Tensor:
-    """Whether a sequence begins after the last step, (batch, 1): on the next rank, if at all."""
-    first = resets[:, :1]
-    return torch.zeros_like(first) if layer.ranks is None else layer.ranks.from_next(first)
+@outside_of_graphs
+def _next(resets: Tensor, ranks: Ranks) -> Tensor:
+    """Whether a sequence begins at the first step of the next rank, (batch, 1)."""
+    every = ranks.exchange(resets[:, :1])
+    return torch.cat([every[1:], torch.zeros_like(every[:1])])[ranks.position]
 
 
 def _for_all(rows: int) -> Callable[[Tensor], Tensor]:

@@ -107,12 +107,11 @@ class Ranks:
         tensors = every[:, :-1].contiguous().view(tensor.dtype).view(self.count, *tensor.shape)
         return tensors.flip(0) if self.backwards else tensors
 
-    def from_next(self, tensor: Tensor) -> Tensor:
-        """The tensor that the next rank in time passes; zeros on the last."""
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """As `gather`, of tensors whose shapes may differ by mistake."""
         what = {"the shape of what is exchanged": (tuple(tensor.shape), tensor.dtype)}
         self.agree(what, [], tensor.device)
-        every = self.gather(tensor)
-        return torch.cat([every[1:], torch.zeros_like(every[:1])])[self.position]
+        return self.gather(tensor)
 
     def _raise(self, failure: Exception | None) -> None:
         """Raise the failure of this rank, or say which other one failed and why."""

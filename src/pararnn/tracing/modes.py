@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -87,6 +88,20 @@ def without_tools() -> Iterator[None]:
         for hooks, held in before:
             hooks.clear()
             hooks.update(held)
+
+
+def outside_of_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function as `torch.compile` is to call it: as it is, and all that it calls."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Result:
+        called = function
+        if "torch._dynamo" in sys.modules:  # or it would be imported (2 s), as by the decorator
+            called = torch.compiler.disable(function)
+        return called(*arguments)
+
+    vars(run)["_torchdynamo_disable"] = True
+    return run
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pararnn.lm.models.boundaries import Boundaries
 from pararnn.lm.models.configuration import ParaRNNConfig
 from pararnn.lm.models.projection import ResidualProjection
+from pararnn.solvers.ranks import Ranks
+from pararnn.tracing.modes import outside_of_graphs
 
 _ROTARY_BASE = 10_000.0
 _PADDING = -1
@@ -86,19 +88,24 @@ class AttentionMixer(nn.Module):
         self.query_norm = nn.RMSNorm(width // self.heads, eps=config.rms_norm_eps)
         self.key_norm = nn.RMSNorm(width // self.heads, eps=config.rms_norm_eps)
         self.out_proj = ResidualProjection(width, width, bias=False)
+        self.ranks: Ranks | None = None  # among which time is split
 
     def forward(
         self, x: Tensor, boundaries: Boundaries | None, state: AttentionState | None
     ) -> tuple[Tensor, AttentionState]:
         """Mix x, shape (batch, time, hidden_size). Returns the result and the state after it."""
         queries, keys, values = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        past = 0 if state is None else state.past
+        past: int | Tensor = 0 if state is None else state.past
+        if self.ranks is not None:
+            past = self._steps_before(self.ranks, x.shape[1], state)
         queries = _rotated(self.query_norm(queries), past)
         keys = _rotated(self.key_norm(keys), past)
         document = _documents(x, boundaries, state)
         new = (keys, values, document)
         after = AttentionState(*new) if state is None else state.followed_by(*new)
-        alone = boundaries is None and state is None
+        alone = boundaries is None and state is None and self.ranks is None
+        if self.ranks is not None:
+            after, document = _from_all_ranks(self.ranks, after)
         mask = None if alone else _visible(document, after.document, past)
         y = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
@@ -108,6 +115,40 @@ class AttentionMixer(nn.Module):
             is_causal=alone,
         )
         return self.out_proj(y.transpose(1, 2).flatten(2)), after
+
+    def _steps_before(self, ranks: Ranks, time: int, state: AttentionState | None) -> int:
+        """Steps of the ranks before this one."""
+        if state is not None:
+            raise ValueError(
+                "attention does not go on from a cache where time is split over ranks; pass none."
+            )
+        return ranks.position * time
+
+
+def _from_all_ranks(ranks: Ranks, own: AttentionState) -> tuple[AttentionState, Tensor]:
+    """Keys and values of all ranks, and the documents of the own steps as all count them.
+
+    By PyTorch's context parallelism: the operator that gathers them for its attention with masks.
+    """
+    try:
+        from torch.distributed.tensor.experimental._context_parallel import flex_cp_allgather
+    except ImportError as error:
+        raise RuntimeError(
+            f"attention over ranks needs the context parallelism of a later PyTorch than "
+            f"{torch.__version__}; install one, or use a stack without attention."
+        ) from error
+    documents = _exchange(own.document, ranks)
+    counts = documents[:, :, -1:].cumsum(0)
+    documents = documents + torch.cat([torch.zeros_like(counts[:1]), counts[:-1]])
+    group = ranks.group.group_name
+    keys, values = flex_cp_allgather(own.keys, own.values, 1, group)
+    every = documents.transpose(0, 1).flatten(1)
+    return AttentionState(keys, values, every), documents[ranks.position]
+
+
+@outside_of_graphs
+def _exchange(document: Tensor, ranks: Ranks) -> Tensor:
+    return ranks.exchange(document)
 
 
 def _rotated(x: Tensor, first: int | Tensor) -> Tensor:

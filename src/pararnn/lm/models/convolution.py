@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pararnn.distributed import hand_on
 from pararnn.lm.models.boundaries import Boundaries
+from pararnn.solvers.ranks import Ranks
 
 
 class CausalConvolution(nn.Module):
@@ -23,6 +25,7 @@ class CausalConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kernel_size, channels))
         self.bias = nn.Parameter(torch.empty(channels))
+        self.ranks: Ranks | None = None  # among which time is split
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -39,10 +42,36 @@ class CausalConvolution(nn.Module):
         `window` holds the last kernel_size - 1 inputs before u (None for zeros). Returns the
         result, shaped and typed as u, and the window after u.
         """
-        batch, time, channels = u.shape
+        batch, _, channels = u.shape
         history = self.weight.shape[0] - 1
         if window is None:
             window = u.new_zeros(batch, history, channels)
+        if self.ranks is not None:
+            return self._on_ranks(self.ranks, u, window, boundaries)
+        return self._filter(u, window, boundaries)
+
+    def _on_ranks(
+        self, ranks: Ranks, u: Tensor, window: Tensor, boundaries: Boundaries | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`: the window comes from the rank before, and the last one goes to all."""
+        history = self.weight.shape[0] - 1
+        if u.shape[1] < history:
+            raise ValueError(
+                f"a rank has {u.shape[1]} steps, but a convolution looks back {history}; split the "
+                "sequence over fewer ranks."
+            )
+        last = u[:, u.shape[1] - history :]
+        if boundaries is not None:
+            document = boundaries.document[:, u.shape[1] - history :]
+            last = last * (document == boundaries.document[:, -1:]).unsqueeze(-1)
+        before, after = hand_on(window.to(u.dtype), last, ranks)
+        return self._filter(u, before, boundaries)[0], after
+
+    def _filter(
+        self, u: Tensor, window: Tensor, boundaries: Boundaries | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, time, _ = u.shape
+        history = self.weight.shape[0] - 1
         inputs = torch.cat([window.to(u.dtype), u], dim=1)
         weight, bias = self.weight.to(u.dtype), self.bias.to(u.dtype)
         if boundaries is None:

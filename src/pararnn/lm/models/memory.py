@@ -75,7 +75,8 @@ class MemoryMixer(nn.Module):
         """What the memory reads out, (batch, time, inner_size), and its last state."""
         resets = None if boundaries is None else boundaries.resets
         cell: Any = self.rnn.cell
-        if self.all_at_once is not None and linear.fits(cell, given):
+        whole = self.rnn.ranks is None
+        if whole and self.all_at_once is not None and linear.fits(cell, given):
             assert not isinstance(state, tuple)  # a memory's is one tensor
             return linear.evaluate(self.all_at_once, self.operator, cell, given, state, resets)
         return self.rnn(given, state, resets)

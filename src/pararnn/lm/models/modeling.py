@@ -20,6 +20,7 @@ from pararnn.lm.models.loss import IGNORED, language_model_loss
 from pararnn.lm.models.memory import MemoryMixer
 from pararnn.lm.models.projection import ResidualProjection
 from pararnn.lm.models.recurrence import initialises_itself
+from pararnn.solvers.ranks import Ranks
 
 
 @dataclass
@@ -114,6 +115,7 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.ranks: Ranks | None = None  # among which time is split
         self.post_init()
 
     def forward(
@@ -168,6 +170,9 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
                 "for one text."
             )
         num_past = 0 if cache_params is None else cache_params.num_tokens
+        if self.ranks is not None:
+            others = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+            _refuse_on_ranks(any(given is not None for given in others))
         documents = Documents(
             resets=resets, position_ids=position_ids, seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q
         )
@@ -225,6 +230,14 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             return False
         options = getattr(self._gradient_checkpointing_func, "keywords", {})
         return options.get("use_reentrant", True)
+
+
+def _refuse_on_ranks(given: bool) -> None:
+    if given:
+        raise TypeError(
+            "where time is split over ranks, documents are told by resets alone, and there is no "
+            "padding: a part does not show where a document begins at its first token."
+        )
 
 
 class ParaRNNForCausalLM(ParaRNNPreTrainedModel, GenerationMixin):

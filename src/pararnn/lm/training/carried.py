@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pararnn.lm.models.cache import LayerState, ParaRNNCache
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.parallel import Processes
-from pararnn.lm.training.sharding import looking
+from pararnn.lm.training.sharding import looking, mesh_of
 
 
 class CarriedState:
@@ -23,10 +22,18 @@ class CarriedState:
         rows: Sequences of a step in this process.
         processes: That train together.
         half: Whether the model runs in bfloat16 autocast.
+        parts: Processes that share a sequence, and its state.
     """
 
-    def __init__(self, model: CausalLoss, rows: int, processes: Processes, half: bool) -> None:
-        self._mesh = None if processes.count == 1 else _mesh(processes)
+    def __init__(
+        self,
+        model: CausalLoss,
+        rows: int,
+        processes: Processes,
+        half: bool,
+        parts: int = 1,
+    ) -> None:
+        self._mesh = None if processes.count == 1 else mesh_of(processes, parts)
         self._layers = _empty(model, rows, processes.device, half)
 
     def begin(self) -> None:
@@ -53,7 +60,7 @@ class CarriedState:
 
     def _shared(self, rows: Tensor) -> Tensor:
         mesh = self._mesh
-        return rows if mesh is None else DTensor.from_local(rows, mesh, [Shard(0)])
+        return rows if mesh is None else DTensor.from_local(rows, mesh, [Shard(0), Replicate()])
 
     def set_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""
@@ -61,10 +68,6 @@ class CarriedState:
             found = [state[f"{index}.{number}"] for number in range(len(_tensors(layer)))]
             own = [t.to_local() if isinstance(t, DTensor) else t for t in found]
             self._layers[index] = _like(layer, own)
-
-
-def _mesh(processes: Processes) -> DeviceMesh:
-    return init_device_mesh(processes.device.type, (processes.count,))
 
 
 def _empty(model: CausalLoss, rows: int, device: torch.device, half: bool) -> list[LayerState]:

@@ -157,6 +157,9 @@ class ExecutionConfig:
     """Compile every block with torch.compile."""
     profile_steps: int = 0
     """Steps to record with torch.profiler into profile/, after two others; 0 for none."""
+    sequence_parallel: int = 1
+    """Processes that share each sequence, every one with an equal part of its time; divides their
+    number and text.sequence_length."""
 
     def __post_init__(self) -> None:
         steps = self.profile_steps
@@ -219,6 +222,11 @@ class TrainConfig:
             given = getattr(self, name)
             _require(not given or ours, name, given, f"empty for {self.model}")
             self.options_of(name)
+        split, length = self.execution.sequence_parallel, self.text.sequence_length
+        name = "execution.sequence_parallel"
+        _require(split == 1 or ours, name, split, f"1 for {self.model}")
+        wanted = f"a divisor of text.sequence_length, {length}"
+        _require(split >= 1 and length % split == 0, name, split, wanted)
         attends = ours and (every or ATTENTION in parts(self.model))
         if self.text.carry_state and (attends or not ours):
             raise ValueError(
@@ -261,12 +269,20 @@ def resolve(config: TrainConfig, num_processes: int = 1) -> TrainConfig:
         RunError: The processes cannot share the sequences of an optimiser step.
     """
     length = config.schedule.length or max(DEFAULT_STEPS, config.steps)
-    at_once = config.text.batch_size * num_processes
+    split = config.execution.sequence_parallel
+    if num_processes % split:
+        raise RunError(
+            f"{num_processes} processes cannot share sequences by {split} each "
+            "(execution.sequence_parallel). Start a multiple of that with torchrun "
+            "--nproc-per-node, or give another --execution.sequence-parallel."
+        )
+    at_once = config.text.batch_size * num_processes // split
     per_step = config.text.global_batch_size or at_once
     if per_step % at_once:
         raise RunError(
             f"{per_step} sequences per optimiser step (text.global_batch_size) are not a multiple "
-            f"of {config.text.batch_size} (text.batch_size) x {num_processes} (processes). Give "
+            f"of {config.text.batch_size} (text.batch_size) x {num_processes // split} (processes"
+            f"{' that have sequences of their own' if split > 1 else ''}). Give "
             "another --text.batch-size or start another number of processes."
         )
     return dataclasses.replace(
@@ -382,7 +398,7 @@ _SINCE: dict[str, Any] = {
 }
 """Settings that decide the curve and runs may have begun without, and what they did then."""
 _MAY_LACK = {name.rpartition(".")[2] for name in _SINCE} | {
-    *("attention_every", "validate_every", "log")
+    *("attention_every", "validate_every", "log", "sequence_parallel")
 }
 
 

@@ -119,7 +119,8 @@ class Batches:
     """The share of one process in every optimiser step, cut into forward passes.
 
     The step is all there is to remember. Process r of n takes the r-th of n equal parts of the
-    step's windows, so together they read the same windows whatever their number.
+    step's windows, so together they read the same windows whatever their number. Where processes
+    share sequences, those that follow one another have the same windows, and each a part of time.
 
     Args:
         windows: All sequences, each a tensor (time + 1,) int64.
@@ -127,6 +128,7 @@ class Batches:
         batch_size: Sequences per forward pass.
         rank: This process, from 0.
         num_processes: Processes that share a step; they and the batch size divide it.
+        parts: Processes that share a sequence.
     """
 
     def __init__(
@@ -136,15 +138,18 @@ class Batches:
         batch_size: int,
         rank: int = 0,
         num_processes: int = 1,
+        parts: int = 1,
     ) -> None:
         self.windows, self.order, self.batch_size = windows, order, batch_size
-        self.share = order.per_step // num_processes
-        self.first = rank * self.share
+        self.share = order.per_step * parts // num_processes
+        self.first, self.part, self.parts = rank // parts * self.share, rank % parts, parts
 
     def of_step(self, step: int) -> list[Tensor]:
         """The forward passes of the optimiser step after `step` others: (batch, time + 1) each."""
         mine = self.order.of_step(step)[self.first : self.first + self.share]
         rows = torch.stack([self.windows[index] for index in mine])
+        time = (rows.shape[1] - 1) // self.parts
+        rows = rows[:, self.part * time : (self.part + 1) * time + 1]
         return list(rows.split(self.batch_size))
 
 

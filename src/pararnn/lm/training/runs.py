@@ -199,7 +199,8 @@ def _build_trainer(
     rows, settings = config.text.global_batch_size or batch_size, config.optimizer
     make_order = StreamOrder if config.text.carry_state else WindowOrder
     order = make_order(len(windows), rows, config.seed)
-    batches = Batches(windows, order, batch_size, processes.rank, processes.count)
+    parts = config.execution.sequence_parallel
+    batches = Batches(windows, order, batch_size, processes.rank, processes.count, parts)
     owner = identity_of(config, text)
     flops = train_flops_per_token(model.model, length)
     per_byte = text.codec.tokens_per_byte(text.train)
@@ -210,7 +211,7 @@ def _build_trainer(
         average = AverageWeights(model.model, settings.average_decay)
     if config.text.carry_state:
         half = settings.precision == "bfloat16"
-        carried = CarriedState(model, batches.share, processes, half)
+        carried = CarriedState(model, batches.share, processes, half, parts)
     torch.manual_seed(config.seed + processes.rank)  # each process draws other numbers
     return Trainer(
         config,
@@ -233,6 +234,8 @@ def _introduction(
 ) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     together = f", in parts on {processes.count} processes" if processes.count > 1 else ""
+    parts = config.execution.sequence_parallel
+    together += f", {parts} of which share each sequence" if parts > 1 else ""
     lines = [
         f"Text: {text.description}",
         f"Model: {config.title}, {parameters:,} parameters{together}",

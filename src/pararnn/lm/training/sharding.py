@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from pararnn.distributed import on_this_rank, sequence_parallel
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.config import ExecutionConfig
 from pararnn.lm.training.initial import around, blocks, is_empty, start_around, start_block
@@ -29,7 +30,8 @@ def lay_out(
     block's parameters are gathered when it runs, and its gradients are averaged in float32. In
     bfloat16 the matrix products run under autocast, as in a single process, rather than by the
     policy of FSDP: so a result does not depend on the number of processes by more than rounding.
-    The price is that parameters are gathered in float32.
+    The price is that parameters are gathered in float32. Processes that share a sequence have such
+    parts too: gradients are averaged over all processes, each of which has as many tokens.
 
     A block is brought to the device whole, so that its recurrence is traced there before anything
     is compiled. What is recomputed lies inside what is compiled, and that inside the hooks of a
@@ -58,6 +60,15 @@ def lay_out(
         module._apply(lambda tensor: tensor.to(device), recurse=False)
     if mesh is not None:
         fully_shard(loss, mesh=mesh)
+    if execution.sequence_parallel > 1:
+        mesh = mesh_of(processes, execution.sequence_parallel)
+        sequence_parallel(loss, mesh["sequence"])
+
+
+def mesh_of(processes: Processes, parts: int) -> DeviceMesh:
+    """All processes by the sequences, and by the parts of time of a sequence, that they have."""
+    shape = (processes.count // parts, parts)
+    return init_device_mesh(processes.device.type, shape, mesh_dim_names=("data", "sequence"))
 
 
 def start_compilers(execution: ExecutionConfig, device: torch.device) -> None:
@@ -113,7 +124,7 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def looking(loss: CausalLoss) -> Iterator[None]:
-    """Run a model between train steps: in evaluation mode, without gradients.
+    """Run a model between train steps: in evaluation mode, without gradients, on whole sequences.
 
     Blocks run as they are written, or they would be compiled for this as well. What is around the
     blocks is in parts again at the end: only a backward pass would see to that.
@@ -121,7 +132,7 @@ def looking(loss: CausalLoss) -> Iterator[None]:
     was_training = loss.model.training
     loss.model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), on_this_rank(loss):
             yield
     finally:
         loss.model.train(was_training)

@@ -1,5 +1,7 @@
 """Language models whose sequences are split over processes equal those of one process."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -11,7 +13,12 @@ from pararnn.lm.training.language_model import build_model
 from pararnn.lm.training.text import Codec
 from pararnn.testing import assert_close
 
-MODELS = ["paragru", "1xparalstm+1xm2rnn", "1xattention+1xparagru+1xattention"]
+CONTEXT = "torch.distributed.tensor.experimental._context_parallel"
+needs_context_parallel = pytest.mark.skipif(
+    importlib.util.find_spec(CONTEXT) is None, reason="this PyTorch has no such module"
+)
+ATTENDS = pytest.param("1xattention+1xparagru+1xattention", marks=needs_context_parallel)
+MODELS = ["paragru", "1xparalstm+1xm2rnn", ATTENDS]
 TIME = 24
 
 

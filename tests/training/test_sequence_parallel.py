@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from distributed.test_language_models import needs_context_parallel
 
 from pararnn.lm.training import RunError, RunFolder, train
 from pararnn.lm.training.config import ArchitectureConfig, ExecutionConfig, TextConfig, TrainConfig
@@ -54,6 +55,7 @@ def test_two_processes_share_each_sequence(folder, launch):
     assert_close_curves(out, folder / "two", STEPS)
 
 
+@needs_context_parallel
 def test_four_processes_are_two_by_two(folder, launch):
     """A hybrid with attention and a memory, documents, and both ways of sharing a step."""
     changes = ("--model", "1xattention+1xparagru", "--text.batch-size", 1)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from pararnn.layers.rnn import RNN
 from pararnn.layers.stacked import StackedRNN
 from pararnn.solvers.ranks import RankError as RankError
-from pararnn.solvers.ranks import Ranks
+from pararnn.solvers.ranks import Ranks as Ranks
 from pararnn.tracing.modes import outside_of_graphs
 
 if TYPE_CHECKING:
@@ -92,6 +92,12 @@ def on_this_rank(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, ranks in held:
             layer.ranks = ranks
+
+
+@outside_of_graphs
+def exchange(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """What every rank passes, (ranks, *shape), in the order of time; without gradients."""
+    return ranks.exchange(tensor)
 
 
 @outside_of_graphs

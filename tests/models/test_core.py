@@ -8,6 +8,7 @@ import pytest
 import pararnn.lm
 
 ALLOWED = (
+    "pararnn.distributed",
     "pararnn.layers",
     "pararnn.cells",
     "pararnn.lm",

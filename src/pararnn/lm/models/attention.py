@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pararnn.distributed import Ranks, exchange
 from pararnn.lm.models.boundaries import Boundaries
 from pararnn.lm.models.configuration import ParaRNNConfig
 from pararnn.lm.models.projection import ResidualProjection
-from pararnn.solvers.ranks import Ranks
-from pararnn.tracing.modes import outside_of_graphs
 
 _ROTARY_BASE = 10_000.0
 _PADDING = -1
@@ -137,18 +136,13 @@ def _from_all_ranks(ranks: Ranks, own: AttentionState) -> tuple[AttentionState, 
             f"attention over ranks needs the context parallelism of a later PyTorch than "
             f"{torch.__version__}; install one, or use a stack without attention."
         ) from error
-    documents = _exchange(own.document, ranks)
+    documents = exchange(own.document, ranks)
     counts = documents[:, :, -1:].cumsum(0)
     documents = documents + torch.cat([torch.zeros_like(counts[:1]), counts[:-1]])
     group = ranks.group.group_name
     keys, values = flex_cp_allgather(own.keys, own.values, 1, group)
     every = documents.transpose(0, 1).flatten(1)
     return AttentionState(keys, values, every), documents[ranks.position]
-
-
-@outside_of_graphs
-def _exchange(document: Tensor, ranks: Ranks) -> Tensor:
-    return ranks.exchange(document)
 
 
 def _rotated(x: Tensor, first: int | Tensor) -> Tensor:

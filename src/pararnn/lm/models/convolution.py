@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pararnn.distributed import hand_on
+from pararnn.distributed import Ranks, hand_on
 from pararnn.lm.models.boundaries import Boundaries
-from pararnn.solvers.ranks import Ranks
 
 
 class CausalConvolution(nn.Module):

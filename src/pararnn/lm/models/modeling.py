@@ -10,6 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from pararnn.distributed import Ranks
 from pararnn.lm.models.arguments import num_new_tokens, pop_cache, refuse_others
 from pararnn.lm.models.block import ParaRNNBlock
 from pararnn.lm.models.boundaries import Boundaries, Documents, find_boundaries, may_hold, require
@@ -20,7 +21,6 @@ from pararnn.lm.models.loss import IGNORED, language_model_loss
 from pararnn.lm.models.memory import MemoryMixer
 from pararnn.lm.models.projection import ResidualProjection
 from pararnn.lm.models.recurrence import initialises_itself
-from pararnn.solvers.ranks import Ranks
 
 
 @dataclass

@@ -12,14 +12,14 @@ import numpy as np
 from triton import language as tl
 from triton.runtime import interpreter
 
-from pararnn.kernels.triton import sweeps, wide
+from pararnn.kernels.triton import spread, sweeps, wide
 
 _TIMEOUT_S = 60
 
 
 @contextlib.contextmanager
 def programs_at_once(multiprocessors):
-    """Within this, `wide.run` is launched as on so many multiprocessors."""
+    """Within this, `wide.run` and `spread.run` are launched as on so many multiprocessors."""
     own, barriers, errors = threading.local(), {}, []
     launch, lock = sweeps._launch, threading.Lock()
     rewritten = interpreter.InterpretedFunction.rewrite
@@ -60,7 +60,7 @@ def programs_at_once(multiprocessors):
             raise errors[0]
 
     # once for all, since threads would undo it for each other
-    patched = [interpreter._patch_lang(f.fn) for f in (wide.run, tl.sum)]
+    patched = [interpreter._patch_lang(f.fn) for f in (wide.run, spread.run, tl.sum)]
     builder = interpreter.interpreter_builder
     try:
         with (
@@ -68,6 +68,8 @@ def programs_at_once(multiprocessors):
             mock.patch.object(builder, "create_get_program_id", program_id),
             mock.patch.object(interpreter.InterpretedFunction, "rewrite", rewrite),
             mock.patch.object(wide, "together", together),
+            mock.patch.object(spread, "arrive", lambda *_: None),
+            mock.patch.object(spread, "wait", together),
             mock.patch.object(sweeps, "_launch", launch_all),
             mock.patch.object(sweeps, "processors", return_value=multiprocessors),
         ):

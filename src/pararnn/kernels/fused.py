@@ -66,6 +66,12 @@ def streams(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") ->
     return isinstance(_found(chunks, state, backend), Streamed)
 
 
+def few_rows(chunks: Chunks, state: Sequence[Tensor], backend: str = "triton") -> int:
+    """Rows up to which a kernel that `streams` keeps the weights; 0 if there is none."""
+    found = _found(chunks, state, backend)
+    return found.spreads.most_rows(state[0]) if isinstance(found, Streamed) else 0
+
+
 def _found(chunks: Chunks, state: Sequence[Tensor], backend: str) -> _Sweeps | str:
     """The kernel for tensors of these shapes and types, or the reason why there is none; cached."""
     known = _known.setdefault(chunks.step.module, {})

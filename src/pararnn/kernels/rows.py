@@ -212,10 +212,8 @@ def _run_operations(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequen
 
 def kernels_of(
     backend: str, step: Step, inputs: Sequence[Tensor], initial: Tensor
-) -> tuple[tuple[str | None, str | None], bool]:
-    """The reasons why steps forward and backward do not run in one kernel; None if they do.
-
-    And whether one of these kernels reads its weights at every step.
+) -> dict[str, Any]:
+    """Facts of kernels for all steps: `kernels`, `streams` and `few` of `planning.plan.Facts`.
 
     Args:
         backend: "c" or "triton".
@@ -230,4 +228,8 @@ def kernels_of(
     before = [s.unsqueeze(1).expand(-1, chain.time, -1).contiguous() for s in state]
     both = chain.chunks(cut), chain.linear(cut, before)
     forward, backward = (fused.reason(chunks, state, backend) for chunks in both)
-    return (forward, backward), any(fused.streams(chunks, state, backend) for chunks in both)
+    return {
+        "kernels": (forward, backward),
+        "streams": any(fused.streams(chunks, state, backend) for chunks in both),
+        "few": min(fused.few_rows(chunks, state, backend) for chunks in both),
+    }

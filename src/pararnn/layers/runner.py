@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -110,8 +111,8 @@ class Runner:
         self.owners = [owner_of(name) for name in self.input_part.names] if owner_of else []
         if language and self.traced.step.recurrence is None and self.facts.tile is None:
             own = [stand_in(tensors(name)) for name in self.input_part.names]
-            kernels, streams = untransformed(lambda: self._kernels(language, own))
-            self.facts = replace(self.facts, kernels=kernels, streams=streams)
+            found = untransformed(lambda: self._kernels(language, own))
+            self.facts = replace(self.facts, **found)
         self._take(
             choose_backend(backend, self.facts, machine_of(device), solver)
             if isinstance(backend, str)
@@ -153,8 +154,8 @@ class Runner:
 
     def _kernels(
         self, language: str, tensors: Sequence[Tensor]
-    ) -> tuple[tuple[str | None, str | None], bool]:
-        """Whether there are kernels of "c" or "triton" for all steps, see `kernels_of`."""
+    ) -> dict[str, Any]:
+        """Facts of kernels of "c" or "triton" for all steps, see `kernels_of`."""
         with torch.no_grad():
             return kernels_of(language, self.traced.step, *self._example(tensors))
 

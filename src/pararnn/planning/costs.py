@@ -177,6 +177,13 @@ class Costs:
         (103.0, 0.0, 5.57, 0.0103, 0.0, 2.22e-5, 2.19e-7),
     )
     """The same of our kernel that reads them at every step. docs/results/mixing-cells.md."""
+    spread_sweeps: tuple[tuple[float, ...], ...] = (
+        (454.0, 0.0, 1.0, 1.0e-3, 0.0, 1.86e-6, 2.0e-8),
+        (690.0, 0.0, 1.5, 3.0e-3, 0.0, 4.60e-5, 6.0e-8),
+        (89.1, 0.0, 1.0, 1.0e-3, 0.0, 0.0, 2.0e-8),
+        (103.0, 0.0, 1.5, 3.0e-3, 0.0, 2.22e-5, 6.0e-8),
+    )
+    """The same of our kernel whose programs share them and keep them. Estimate."""
 
     # CUDA graphs
 
@@ -268,6 +275,18 @@ class Costs:
     wide_late: int = 128
     """Channels of a vector that a program computes again instead of waiting for others, at most. By
     count: two microseconds of a round for some hundred operations on each of 16 rows. Estimate."""
+
+    # The same for few rows, where programs keep parts of the weights
+
+    spread_rows: tuple[int, ...] = (1, 2, 4)
+    """Rows that a program may have. docs/results/mixing-cells.md."""
+    spread_weights: int = 128 * 2**10
+    """Bytes of weights that a program keeps, at most: half of the registers of a multiprocessor of
+    an H100, by count."""
+    spread_warps: int = 8
+    """Warps of a program. Estimate."""
+    spread_step: float = 0.25
+    """Time of a step against one of a kernel that reads the weights at every step. Estimate."""
 
     # Kernels of cells whose state is cut into tiles
 

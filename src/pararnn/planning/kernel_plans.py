@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pararnn.planning.costs import COSTS, Costs
@@ -229,6 +230,85 @@ def plan_wide(
     width = -(-size // whole) * whole
     warps = costs.wide_warps[block * together > costs.wide_small]
     return WideLaunch(together, parts, block, inner, width, costs.wide_stages, warps)
+
+
+@dataclass(frozen=True)
+class SpreadLaunch:
+    """How the kernel is launched whose programs share weights and keep them, see `triton.spread`.
+
+    Attributes:
+        rows: Rows of a program.
+        parts: Programs that share the channels of a group, for the same rows.
+        block: Channels of a program.
+        warps: Warps of a program.
+    """
+
+    rows: int
+    parts: int
+    block: int
+    warps: int
+
+
+def plan_spread(
+    size: int,
+    groups: int,
+    rows: int,
+    itemsize: int,
+    processors: int,
+    sizes: Callable[[int], tuple[int, int] | None],
+    costs: Costs = COSTS,
+) -> SpreadLaunch | None:
+    """As few rows of a program as the device has room for, and as few rounds as weights allow.
+
+    Args:
+        size: Channels of a group.
+        groups: Groups.
+        rows: Chunks of all sequences.
+        itemsize: Bytes of an element.
+        processors: Multiprocessors.
+        sizes: Of programs with so many channels, how often they wait in a step, and how many
+            numbers of weights each keeps; None if there are no such programs.
+        costs: What a multiprocessor holds.
+
+    Returns:
+        None if the weights do not fit, or there are too many rows.
+    """
+    blocks = _spread_blocks(size, itemsize, sizes, costs)
+    for own in costs.spread_rows:
+        share = processors // (-(-rows // own) * groups)
+        found = [(waits, block, parts) for waits, block, parts in blocks if parts <= share]
+        if found:
+            _, block, parts = min(found)
+            return SpreadLaunch(own, parts, block, costs.spread_warps)
+    return None
+
+
+def most_spread_rows(
+    size: int,
+    groups: int,
+    itemsize: int,
+    processors: int,
+    sizes: Callable[[int], tuple[int, int] | None],
+    costs: Costs = COSTS,
+) -> int:
+    """The most rows for which `plan_spread`, with these arguments, finds a launch."""
+    parts = min((parts for *_, parts in _spread_blocks(size, itemsize, sizes, costs)), default=0)
+    return costs.spread_rows[-1] * (processors // (parts * groups)) if parts else 0
+
+
+def _spread_blocks(
+    size: int,
+    itemsize: int,
+    sizes: Callable[[int], tuple[int, int] | None],
+    costs: Costs,
+) -> list[tuple[int, int, int]]:
+    """For each number of channels that a program may have: waits, channels, programs."""
+    found = []
+    for n in range((-(-size // TILE) - 1).bit_length() + 1):
+        block, known = TILE << n, sizes(TILE << n)
+        if known is not None and known[1] * itemsize <= costs.spread_weights:
+            found.append((known[0], block, -(-size // block)))
+    return found
 
 
 def computes_late(lanes: int, costs: Costs = COSTS) -> bool:

@@ -69,6 +69,7 @@ class Facts:
             do.
         streams: Whether such a kernel on a GPU reads the weights at every step, which are too large
             to be kept on the chip.
+        few: Rows up to which such a kernel keeps them all the same, shared among programs.
         one_call: Whether a step of the cell itself is hardly more than one call.
         tile: Sizes of the tiles that its state is cut into, for a kernel of all steps with the
             readout; None if there is no such kernel.
@@ -86,6 +87,7 @@ class Facts:
     obstacle: str | None = None
     kernels: tuple[str | None, str | None] = (None, None)
     streams: bool = False
+    few: int = 0
     one_call: bool = False
     tile: TileSizes | None = None
 
@@ -365,7 +367,7 @@ def _times(plan: Plan, facts: Facts, call: Call, costs: Costs) -> Times | None:
     kinds = {"operations": "loop" if chunk == call.time else "", "kernel": "c"}
     kind = "loop" if plan.path == "loop" else kinds.get(way.steps, "")
     if kind == "c" and plan.backend == "triton":
-        kind = "streamed" if facts.streams else "kept"
+        kind = _kind_of_kernel(facts, call.batch * -(-call.time // chunk))
     if plan.path not in ("rows", "loop") or call.time == 1:
         return None
     sizes = facts.work, call.hidden, call.batch, call.time, chunk, way.warm_up
@@ -528,7 +530,8 @@ def _rows(
     if solver is None and _in_c(facts, call, backend, costs):
         chosen = Sequential()
     elif solver is None or solver.chunk == "auto":
-        chosen = plan_rows(facts.entries, free, call.batch, call.time, costs)
+        quick = backend.name == "triton" and call.batch <= facts.few
+        chosen = plan_rows(facts.entries, free, call.batch, call.time, costs, quick)
         if solver is not None:
             chosen = _in_chunks(solver, int(chosen.chunk))
     assert chosen is not None
@@ -556,7 +559,7 @@ def _rows(
     ours = iterates and solver is None  # nobody asked for these iterations
     ways = []
     for direction, name in enumerate(("steps forward", "steps backward")):
-        steps, why = _steps(facts, call, machine, backend, direction, costs)
+        steps, why = _steps(facts, call, machine, backend, direction, chunks, costs)
         choices.append(Choice(name, steps, why))
         settle, settings = ours and steps == "kernel", chosen
         if settle:
@@ -580,6 +583,13 @@ def _free_rows(facts: Facts, machine: Machine, backend: BackendChoice, costs: Co
     return free_rows(facts.work, facts.launches, machine.device, streams, costs)
 
 
+def _kind_of_kernel(facts: Facts, rows: int) -> str:
+    """What a kernel on a GPU does with the weights, for so many rows."""
+    if not facts.streams:
+        return "kept"
+    return "spread" if rows <= facts.few else "streamed"
+
+
 def _elements(facts: Facts, call: Call) -> int:
     """Elements of all states."""
     return call.batch * call.time * call.hidden * facts.components
@@ -597,6 +607,7 @@ def _steps(
     machine: Machine,
     backend: BackendChoice,
     direction: int,
+    chunks: int,
     costs: Costs,
 ) -> tuple[str, str]:
     """What carries out the steps of a sweep on rows, and why."""
@@ -609,7 +620,11 @@ def _steps(
     if backend.name == "triton":
         reason = facts.kernels[direction]
         if reason is None:
-            where = "which it reads at every step" if facts.streams else "on the chip"
+            where = {
+                "kept": "on the chip",
+                "spread": "on the chip, shared among programs",
+                "streamed": "which it reads at every step",
+            }[_kind_of_kernel(facts, call.batch * chunks)]
             return "kernel", f"one kernel runs all steps, with the weights {where}"
     else:
         reason = facts.kernels[direction] if backend.generated else "PyTorch operations"

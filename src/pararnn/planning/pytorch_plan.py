@@ -59,8 +59,8 @@ def compare(
 
     Args:
         library: Of PyTorch: "cudnn", "onednn" or "aten".
-        steps: What runs the library's steps: "kept" or "streamed" (a kernel on a GPU which keeps
-            the weights on the chip, or reads them), "c", "loop" (the cell itself, or operations
+        steps: What runs the library's steps: "kept", "spread" or "streamed" (a kernel on a GPU
+            which keeps the weights on the chip, in parts if need be, or reads them), "c", "loop" (the cell itself, or operations
             one after another), or anything else.
         weights: Numbers in the recurrent weights.
         hidden: Channels.
@@ -74,6 +74,7 @@ def compare(
     """
     ours = {
         "kept": costs.kept_sweeps,
+        "spread": costs.spread_sweeps,
         "streamed": costs.streamed_sweeps,
         "c": costs.steps_in_c,
         "loop": costs.steps_of_cell,

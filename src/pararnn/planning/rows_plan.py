@@ -100,7 +100,14 @@ def rows_at_once(rows: int, width: int, device: str, costs: Costs = COSTS) -> in
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_rows(entries: int, free: float, batch: int, time: int, costs: Costs = COSTS) -> Solver:
+def plan_rows(
+    entries: int,
+    free: float,
+    batch: int,
+    time: int,
+    costs: Costs = COSTS,
+    quick: bool = False,
+) -> Solver:
     """Chunks and iterations that a recurrence gains from.
 
     With the launches of a step as the unit of time, a step of r rows takes 1 + r / free.
@@ -114,13 +121,15 @@ def plan_rows(entries: int, free: float, batch: int, time: int, costs: Costs = C
         batch: Sequences.
         time: Steps.
         costs: What work costs.
+        quick: Whether steps of so many sequences, and no more rows, keep the weights on the chip.
     """
     cut = _Cut.of(free, batch, time, costs)
-    if cut.loop < costs.worth * cut.first:
+    loop = cut.loop * (costs.spread_step if quick else 1.0)
+    if loop < costs.worth * cut.first:
         return Sequential()
     method = coupling(entries, costs)
     tangents = cut.sweep(entries) if method is Newton else 0.0
-    most = max(1, 1 + int((costs.patience * cut.loop - cut.first) / (cut.sweep() + tangents)))
+    most = max(1, 1 + int((costs.patience * loop - cut.first) / (cut.sweep() + tangents)))
     return method(chunk=cut.chunk, max_iterations=most)
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from pararnn.kernels.lowering import REDUCTIONS, NotLowered, lower
+from pararnn.kernels.spread import Spread
 from pararnn.kernels.stages import Stages
 from pararnn.kernels.triton.build import load
 from pararnn.kernels.triton.steps import Module
@@ -99,6 +100,26 @@ def staged_source(stages: Stages, leaves: Mapping[str, int], double: bool) -> st
         module.function(f"late{level}", leaves, [stages.at(level, late=True)])
     module.function("new_state", leaves, [stages.roots])
     return module.text("a step in stages", stages.equations())
+
+
+def spread_source(spread: Spread, leaves: Mapping[str, int], double: bool) -> str:
+    """A module with the functions of a step that is spread over programs.
+
+    `vectors0` computes what is multiplied or summed in the first stage, each program its channels;
+    `brief0` what all programs compute; `vectors1` and `brief1` the same of the second stage, and so
+    on; `new_state` the new components.
+
+    Args:
+        spread: The step.
+        leaves: How many there are of each kind, products and totals included.
+        double: Whether it computes in float64, else in float32.
+    """
+    module = Module("double" if double else "single")
+    for stage, moment in enumerate(spread.moments):
+        module.function(f"vectors{stage}", leaves, [spread.vectors(moment, brief=False)])
+        module.function(f"brief{stage}", leaves, [spread.vectors(moment, brief=True)])
+    module.function("new_state", leaves, [spread.roots])
+    return module.text(f"a step in {spread.waits} rounds", equations(spread.everything(False)))
 
 
 def equations(roots: Sequence[Operand]) -> list[str]:

@@ -12,24 +12,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pararnn.kernels.spread import BRIEF, SENT, Spread
 from pararnn.kernels.stages import NotFused, Stages
 from pararnn.kernels.triton.build import load, text_of
 from pararnn.kernels.triton.device import on_device, processors, rounds_products, shared_memory
-from pararnn.kernels.triton.expressions import function, staged_source
+from pararnn.kernels.triton.expressions import function, spread_source, staged_source
 from pararnn.kernels.triton.tuples import OverTime
+from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import (
     TILE,
     WideLaunch,
     computes_late,
     keeps_weights,
     kept_width,
+    most_spread_rows,
+    plan_spread,
     plan_wide,
     rows_warps,
     wide_precision,
 )
 from pararnn.solvers.chunks import Chunks, Sweep
 from pararnn.solvers.problem import with_rows
-from pararnn.tracing.expressions import Operand, leaf
+from pararnn.tracing.expressions import Operand, leaf, topological
 from pararnn.tracing.products import Place, Products
 
 
@@ -76,7 +80,7 @@ class _Kernel:
         states: Sequence[Tensor],
         ends: Sequence[Tensor],
     ) -> dict[str, Any]:
-        """What both kernels take."""
+        """What all kernels take, but for `constants`."""
         cut, inputs = chunks.cut, chunks.inputs
         resets = [] if chunks.resets is None else [chunks.resets]
         over_time = functools.partial(_over_time, cut.backwards)
@@ -95,7 +99,6 @@ class _Kernel:
             "chunk": cut.chunk,
             "first": sweep.first,
             "reverse": int(chunks.reverse),
-            **self.constants,
         }
 
 
@@ -120,19 +123,21 @@ class Kept(_Kernel):
             arguments = self.arguments(chunks, state, sweep, states, ends)
             grid = len(state[0]), self.products.groups
             weights = _blocks(self.products, chunks.inputs, kept_width(self.products.size))
-            _launch(mixing.run, grid, arguments | {"weights": weights})
+            _launch(mixing.run, grid, {**arguments, **self.constants, "weights": weights})
 
 
 @dataclass(frozen=True)
 class Streamed(_Kernel):
-    """Reads the weights at every step: `wide.run`.
+    """Reads the weights at every step: `wide.run`. With few rows, programs keep parts of them.
 
     Attributes:
         most: The most products of a level, and blocks of vectors that it loads to multiply.
+        spreads: The step for few rows: `spread.run`.
         stages: How many blocks fit on the chip at a time, of launches that asked for too many.
     """
 
     most: tuple[int, int]
+    spreads: Spreads
     stages: dict[WideLaunch, int] = field(default_factory=dict, compare=False)
     calls = "NEW_STATE"
 
@@ -145,34 +150,39 @@ class Streamed(_Kernel):
         ends: Sequence[Tensor],
     ) -> None:
         """Run a sweep; see `fused._Sweeps`."""
+        like = state[0]
+        arguments = self.arguments(chunks, state, sweep, states, ends)
+        with on_device(like):
+            if not self.spreads.run(chunks, like, arguments):
+                self._run(chunks, like, arguments)
+
+    def _run(self, chunks: Chunks, like: Tensor, arguments: dict[str, Any]) -> None:
         from pararnn.kernels.triton import wide  # needs Triton, which this module does not
 
-        products, like = self.products, state[0]
+        products = self.products
         sizes = products.size, products.groups, len(like), *self.most, like.itemsize
-        device = processors(like.device), shared_memory(like.device)
-        plan = plan_wide(*sizes, *device)
-        with on_device(like):
-            arguments = self.arguments(chunks, state, sweep, states, ends)
-            shared = -(-len(like) // plan.rows), products.groups
-            count, totals = math.prod(shared), sum(map(len, self.constants["TOTALS"]))
-            half = self.constants["SLOTS"] * plan.width + totals * plan.parts
-            arguments |= {
-                "weights": _blocks(products, chunks.inputs, plan.width).to(like.dtype),
-                "scratch": like.new_empty(2 * half * count * plan.rows),
-                "counters": like.new_zeros(count, dtype=torch.int32),
-                "total": len(like),
-                "WIDTH": plan.width,
-                "PARTS": plan.parts,
-                "SHARES": 1 << (plan.parts - 1).bit_length(),
-                "ROWS": plan.rows,
-                "BLOCK": plan.block,
-                "INNER": plan.inner,
-                "PRECISION": wide_precision(rounds_products(like.dtype), like.itemsize),
-                "num_warps": plan.warps,
-            }
-            if plan.parts > 1:  # which wait for each other
-                arguments["launch_cooperative_grid"] = True
-            self._launch(wide.run, (*shared, plan.parts), arguments, plan)
+        plan = plan_wide(*sizes, processors(like.device), shared_memory(like.device))
+        shared = -(-len(like) // plan.rows), products.groups
+        count, totals = math.prod(shared), sum(map(len, self.constants["TOTALS"]))
+        half = self.constants["SLOTS"] * plan.width + totals * plan.parts
+        arguments |= {
+            **self.constants,
+            "weights": _blocks(products, chunks.inputs, plan.width).to(like.dtype),
+            "scratch": like.new_empty(2 * half * count * plan.rows),
+            "counters": like.new_zeros(count, dtype=torch.int32),
+            "total": len(like),
+            "WIDTH": plan.width,
+            "PARTS": plan.parts,
+            "SHARES": 1 << (plan.parts - 1).bit_length(),
+            "ROWS": plan.rows,
+            "BLOCK": plan.block,
+            "INNER": plan.inner,
+            "PRECISION": wide_precision(rounds_products(like.dtype), like.itemsize),
+            "num_warps": plan.warps,
+        }
+        if plan.parts > 1:  # which wait for each other
+            arguments["launch_cooperative_grid"] = True
+        self._launch(wide.run, (*shared, plan.parts), arguments, plan)
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], plan: WideLaunch
@@ -186,6 +196,154 @@ class Streamed(_Kernel):
                 if stages == 1:
                     raise
                 self.stages[plan] = stages - 1
+
+
+class Spreads:
+    """A step for few rows, whose programs share channels and keep weights: `spread.run`.
+
+    Args:
+        products: The step.
+        double: Whether it computes in float64, else in float32.
+    """
+
+    def __init__(self, products: Products, double: bool) -> None:
+        self.products, self.double = products, double
+        self._known: dict[int, Spread] = {}
+        self._constants: dict[int, dict[str, Any]] = {}
+
+    def spread(self, block: int) -> Spread:
+        """The step where a program has so many channels.
+
+        Raises:
+            NotFused: It has sums that such programs cannot compute.
+        """
+        if block not in self._known:
+            p = self.products
+            self._known[block] = Spread(p.step, p.weights, p.size, block, COSTS.wide_late)
+        return self._known[block]
+
+    def sizes(self, block: int) -> tuple[int, int] | None:
+        """How often such programs wait in a step, and how many numbers of weights each has."""
+        try:
+            spread = self.spread(block)
+        except NotFused:
+            return None
+        return spread.waits, spread.elements
+
+    def most_rows(self, like: Tensor) -> int:
+        """Rows like those of a state up to which `run` runs them."""
+        sizes = self.products.size, self.products.groups, like.itemsize
+        return most_spread_rows(*sizes, processors(like.device), self.sizes)
+
+    def run(self, chunks: Chunks, like: Tensor, arguments: Mapping[str, Any]) -> bool:
+        """Run a sweep, if there are few enough rows.
+
+        Args:
+            chunks: The steps.
+            like: The states before them.
+            arguments: What all kernels take.
+        """
+        from pararnn.kernels.triton import spread  # needs Triton, which this module does not
+
+        sizes = self.products.size, self.products.groups, len(like), like.itemsize
+        plan = plan_spread(*sizes, processors(like.device), self.sizes)
+        if plan is None:
+            return False
+        width = -(-self.products.size // TILE) * TILE
+        constants = self.constants(plan.block)
+        grid = -(-len(like) // plan.rows), self.products.groups, plan.parts
+        every = {
+            **arguments,
+            **constants,
+            "weights": _blocks(self.products, chunks.inputs, width).to(like.dtype),
+            "scratch": like.new_empty(2 * constants["SUMS"] * math.prod(grid) * plan.rows),
+            "counters": like.new_zeros(math.prod(grid[:2]), dtype=torch.int32),
+            "total": len(like),
+            "WIDTH": width,
+            "PARTS": plan.parts,
+            "SHARES": 1 << (plan.parts - 1).bit_length(),
+            "ROWS": plan.rows,
+            "num_warps": plan.warps,
+            "num_stages": 1,
+        }
+        if plan.parts > 1:  # which wait for each other
+            every["launch_cooperative_grid"] = True
+        _launch(spread.run, grid, every)
+        return True
+
+    def constants(self, block: int) -> dict[str, Any]:
+        """Compile-time arguments, see `spread.run`."""
+        if block not in self._constants:
+            self._constants[block] = self._made(self.spread(block))
+        return self._constants[block]
+
+    def _made(self, spread: Spread) -> dict[str, Any]:
+        more = {"product": len(spread.products), "reduced": len(spread.totals)}
+        leaves = _leaves(self.products) | more
+        module = load(spread_source(spread, leaves, self.double))
+        stages = range(len(spread.moments))
+        return {
+            "VECTORS": tuple(getattr(module, f"vectors{n}") for n in stages),
+            "BRIEF_VECTORS": tuple(getattr(module, f"brief{n}") for n in stages),
+            "NEW_STATE": module.new_state,
+            **_sums(spread),
+            **self._places("drive", self.products.drives, spread),
+            **self._places("coefficient", self.products.coefficients, spread),
+            "GROUPS": self.products.groups,
+            "SIZE": self.products.size,
+            "BLOCK": spread.block,
+            "BRIEF_BLOCK": spread.brief_block,
+            "TILE": TILE,
+        }
+
+    def _places(self, kind: str, places: Sequence[Place], spread: Spread) -> dict[str, Any]:
+        """Which inputs of a kind programs read in their channels, and which all of them read."""
+        found: dict[str, Any] = {}
+        shown = _used(places, self.products.size)[1]
+        for name, brief in ((kind.upper(), False), (f"BRIEF_{kind.upper()}", True)):
+            used = {e.args[0] for e in topological(spread.everything(brief)) if e.op == kind}
+            numbers = [n for n in range(len(places)) if n in used]
+            found[f"{name}S"] = tuple(shown[n] for n in numbers)
+            found[name] = tuple(
+                numbers.index(n) if n in used else -1 for n in range(len(places))
+            )
+        return found
+
+
+def _sums(spread: Spread) -> dict[str, Any]:
+    """Which sums are computed when, and where they are sent, see `spread.run`."""
+    place, products, totals = 0, [], []
+    for n, p in enumerate(spread.products):
+        weight, (results, lanes) = spread.weights[p.number], spread.shape(n)
+        widths = weight.width, weight.results * weight.parts
+        products.append((p.number, p.way, results, lanes, *widths, place))
+        place += results * (p.way == SENT)
+    for t in spread.totals:
+        totals.append((_KINDS[t.op[:3]], t.way, t.number, place))
+        place += t.way == SENT
+    names = "WAITS ARRIVES SENT_PRODUCTS RECEIVED MULTIPLIED SENT_TOTALS COLLECTED SUMMED"
+    tables: dict[str, list[Any]] = {name: [] for name in names.split()}
+    sends = [s.begins for s in spread.all if s.way == SENT]
+    for moment in spread.moments:
+        vectors = [spread.vectors(moment, brief) for brief in (False, True)]
+        tables["WAITS"].append(moment[0] > 0 and moment[1] == 0)
+        of_round = [m for m in sends if m[0] == moment[0]]
+        tables["ARRIVES"].append(bool(of_round) and moment == max(of_round))
+        for kinds, sums in (
+            (("SENT_PRODUCTS", "MULTIPLIED", "RECEIVED"), spread.products),
+            (("SENT_TOTALS", "SUMMED", "COLLECTED"), spread.totals),
+        ):
+            for sent, name in zip((True, False), kinds, strict=False):
+                pairs = [
+                    (n, vectors[s.way == BRIEF].index(s.factor))
+                    for n, s in enumerate(sums)
+                    if s.begins == moment and (s.way == SENT) == sent
+                ]
+                tables[name].append(tuple(itertools.chain(*pairs)))
+            arrived = [n for n, s in enumerate(sums) if s.way == SENT and s.known == moment]
+            tables[kinds[2]].append(tuple(arrived))
+    found = {name: tuple(t) for name, t in tables.items()}
+    return {**found, "PRODUCTS": tuple(products), "TOTALS": tuple(totals), "SUMS": place}
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
@@ -272,7 +430,8 @@ def _streamed(products: Products, like: Tensor) -> Streamed:
     }
     loaded = [len(tables["FACTORS"][n]) + stages.loaded_late(n) for n in levels]
     most = max(1, *map(len, tables["WEIGHTS"])), max(1, *loaded)
-    return Streamed(products, drives, coefficients, constants, most)
+    spreads = Spreads(products, like.dtype is torch.float64)
+    return Streamed(products, drives, coefficients, constants, most, spreads)
 
 
 _KINDS = {"sum": 0, "max": 1, "min": 2}  # as in `wide`

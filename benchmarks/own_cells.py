@@ -35,7 +35,7 @@ from pararnn.kernels import facts
 from pararnn.kernels.graphs import captured
 from pararnn.layers import pytorch_kernels
 from pararnn.planning.costs import COSTS
-from pararnn.planning.plan import decide
+from pararnn.planning.plan import decide, kind_of_kernel
 from pararnn.testing import assert_close
 
 CELLS = {"GRUCell": nn.GRUCell, "LSTMCell": nn.LSTMCell, "RNNCell": nn.RNNCell}
@@ -147,8 +147,9 @@ def kinds_of(rnn: pararnn.RNN, x: Tensor, device: torch.device) -> dict[str, tup
         if device.type == "cuda":
             gates = own.work > rnn.hidden_size**2
             on_chip = rnn.hidden_size <= COSTS.cudnn_on_chip[gates]
+            rows = x.shape[0] * -(-x.shape[1] // int(plan.forward.solver.chunk))
             found[kind] = (
-                "streamed_sweeps" if own.streams else "kept_sweeps",
+                f"{kind_of_kernel(own, rows)}_sweeps",
                 "cudnn_kept" if on_chip else "cudnn",
             )
         else:

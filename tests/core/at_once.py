@@ -68,7 +68,7 @@ def programs_at_once(multiprocessors):
             mock.patch.object(builder, "create_get_program_id", program_id),
             mock.patch.object(interpreter.InterpretedFunction, "rewrite", rewrite),
             mock.patch.object(wide, "together", together),
-            mock.patch.object(spread, "arrive", lambda *_: None),
+            mock.patch.object(spread, "arrive", return_value=None),
             mock.patch.object(spread, "wait", together),
             mock.patch.object(sweeps, "_launch", launch_all),
             mock.patch.object(sweeps, "processors", return_value=multiprocessors),

@@ -35,7 +35,7 @@ from pararnn.kernels.triton import backend as triton_backend
 from pararnn.kernels.triton.sweeps import Kept, Streamed
 from pararnn.layers.pytorch_kernels import library_of
 from pararnn.planning.c_plan import plan_c
-from pararnn.planning.kernel_plans import plan_matvec, plan_wide
+from pararnn.planning.kernel_plans import plan_matvec, plan_spread, plan_wide
 from pararnn.planning.plan import BackendError
 from pararnn.planning.rows_plan import steps_at_once
 from pararnn.solvers.chunks import Chunks, Cut
@@ -321,8 +321,9 @@ def _mixing(rnn, given):
             rows = given.shape[0] * -(-time // chunk)
             sizes = products.size, products.groups, rows, *kernel.most
             itemsize = 8 if given.dtype == "float64" else 4
-            machine = given.processors, 227 * 2**10
-            launch = plan_wide(*sizes, itemsize, *machine)
+            shared, spreads = 227 * 2**10, kernel.spreads
+            launch = plan_spread(*sizes[:3], itemsize, given.processors, spreads.sizes)
+            launch = launch or plan_wide(*sizes, itemsize, given.processors, shared)
             found["launch"] = dataclasses.asdict(launch)
         elif isinstance(kernel, Kept):
             found["warps"] = kernel.constants["num_warps"]

@@ -11,7 +11,7 @@ from pararnn.kernels import c as c_package
 from pararnn.kernels import fused
 from pararnn.kernels.c.backend import CBackend
 from pararnn.kernels.triton.backend import TritonBackend
-from pararnn.kernels.triton.sweeps import streamed_source
+from pararnn.kernels.triton.sweeps import Spreads, streamed_source
 from pararnn.solvers.chunks import Chunks, Cut
 
 CELLS = {
@@ -50,7 +50,7 @@ def _without_written(text):
 
 def _rows(name, of):
     """The steps, forwards and of the adjoint."""
-    count, cut, steps, in_c, wide = of.num_components, Cut(2, 3, 3), [], [], []
+    count, cut, steps, in_c, wide, spread = of.num_components, Cut(2, 3, 3), [], [], [], []
     rows = torch.rand(6, of.hidden)
     inputs = [torch.rand(*([6] if i.by_rows else []), *i.shape) for i in of.inputs]
     adjoint = of.adjoint
@@ -67,5 +67,7 @@ def _rows(name, of):
         kernel = fused._kernel(chunks, state)
         steps.append(kernel.source)
         wide.append(streamed_source(kernel.products, double=False))
+        spread.append(Spreads(kernel.products, double=False).source(2))  # channels
     found = {f"{name}.py": steps, f"{name}.c": in_c, f"{name}_wide.py": wide}
+    found |= {f"{name}_spread.py": spread}
     return {file: "\n\n".join(parts) for file, parts in found.items()}

@@ -42,6 +42,8 @@ NO_COSTS = {
     "kernels/c/build.py": {"_LIMIT_S"},
     # names of numbers
     "kernels/triton/wide.py": {"SUM", "MAX", "MIN"},
+    "kernels/triton/spread.py": {"OWN", "REPEATED", "SENT"},
+    "kernels/spread.py": {"OWN", "REPEATED", "SENT"},
     "kernels/triton/sweeps.py": {"_KINDS"},
     "solvers/report.py": {"SEQUENTIAL", "CONVERGED", "COMPLETED"},
     # sizes of what a cell is tried with

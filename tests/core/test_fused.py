@@ -40,6 +40,7 @@ def run_streamed(chunks, state, sweep=WHOLE):
         mock.patch.object(fused, "_known", weakref.WeakKeyDictionary()),
         mock.patch.object(sweeps, "keeps_weights", return_value=False),
         mock.patch.object(sweeps, "plan_wide", functools.partial(plan_wide, costs=SMALL)),
+        mock.patch.object(sweeps, "plan_spread", return_value=None),  # nor in several programs
     ):
         return fused.run_steps(chunks, state, sweep)
 

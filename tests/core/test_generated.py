@@ -9,7 +9,7 @@ from .golden import FOLDER
 
 pytestmark = needs_triton
 NAMES = ("gru.py", "gru.c", "slstm.py", "slstm.c", "heads.py", "heads.c", "dense.py", "dense.c")
-NAMES += ("heads_wide.py", "dense_wide.py")
+NAMES += ("heads_wide.py", "dense_wide.py", "heads_spread.py", "dense_spread.py")
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,10 @@ def test_fewer_blocks_on_their_way_where_memory_is_short():
         launch(kernel, grid, arguments)
 
     of, chunks = steps_of(make("gated_layer", dtype), dtype, "adjoint", Cut(3, 4, 4))
-    with mock.patch.object(sweeps, "_launch", of_a_small_chip):
+    with (
+        mock.patch.object(sweeps, "_launch", of_a_small_chip),
+        mock.patch.object(sweeps, "plan_spread", return_value=None),
+    ):
         for _ in range(2):
             compare(chunks, random_rows(of, chunks.cut, dtype), dtype)
     assert tried == [3, 2, 1, 1]
@@ -182,13 +185,15 @@ def test_operations_that_kernels_do_not_know(name):
 
 
 def test_a_plan_says_that_steps_run_in_one_kernel():
-    """Also where the weights would fit on the chip."""
+    """Few rows keep the weights, in several programs; more read them at every step."""
     with pretend_gpu():
         rnn = RNN(make("block_gru", torch.float32))
-        plan = rnn.plan((16, 512, INPUT))
-        assert plan.forward.steps == plan.adjoint.steps == "kernel"
+        few = rnn.runner().facts.few
+        plans = [rnn.plan((batch, 512, INPUT)) for batch in (few, few + 1)]
+        assert all(p.forward.steps == p.adjoint.steps == "kernel" for p in plans)
         assert rnn.runner().facts.streams
-    assert "weights which it reads at every step" in str(plan)
+    for plan, where in zip(plans, ("on the chip, shared", "which it reads"), strict=True):
+        assert f"weights {where}" in str(plan)
 
 
 def test_extremes_with_a_number_that_is_none(dtype):

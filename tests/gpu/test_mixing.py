@@ -246,9 +246,39 @@ def test_normed_cells_equal_the_loop(cell, hidden, solver):
     assert all(torch.equal(rnn(x)[0], first) for _ in range(5))
 
 
+SPREAD = {
+    "block_gru": lambda: BlockGRUCell(6, 512),
+    "block_gru_of_320": lambda: BlockGRUCell(6, 320, num_blocks=5),
+    "gru": lambda: nn.GRUCell(6, 256),
+    "gru_of_300": lambda: nn.GRUCell(6, 300),
+    "layer_norm_lstm": lambda: LayerNormLSTMCell(6, 256),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 16, 17, 31])
+@pytest.mark.parametrize("name", SPREAD)
+def test_few_rows_equal_the_loop(name, batch):
+    """Programs share channels, keep the weights and exchange sums; always with the same bits."""
+    torch.manual_seed(1)
+    rnn = RNN(SPREAD[name](), solver=Sequential(), backend="triton").cuda()
+    x = torch.randn(batch, 120, 6, device="cuda", requires_grad=True)
+    if batch <= rnn.runner().facts.few:
+        assert "on the chip, shared among programs" in str(rnn.plan(x.shape))
+    compare(rnn, x)
+    compare(rnn, x, torch.rand(batch, 120, device="cuda") < 0.02)
+    first = rnn(x)[0]
+    assert all(torch.equal(rnn(x)[0], first) for _ in range(5))
+
+
+def test_few_rows_of_the_cells_that_were_measured():
+    for name, batch in {"block_gru": 16, "gru": 64, "layer_norm_lstm": 16}.items():
+        assert RNN(SPREAD[name]()).cuda().runner().facts.few >= batch, name
+
+
 def test_wide_cells_round_only_where_they_may():
     rnn = RNN(nn.GRUCell(6, 256)).cuda()
-    x = torch.randn(2, 500, 6, device="cuda")
+    x = torch.randn(200, 60, 6, device="cuda")  # few rows have ordinary products of float32
+    assert "reads at every step" in str(rnn.plan(x.shape))
     exact = rnn(x)[0]
     torch.set_float32_matmul_precision("high")
     try:

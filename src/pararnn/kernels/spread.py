@@ -1,33 +1,42 @@
-"""A step whose channels are spread over programs, which hand nothing but sums to each other."""
+"""A step whose channels are spread over programs: which sums these have to exchange, and when.
+
+A sum here is a product with a weight, or a sum or an extreme over channels. `triton.spread` runs
+such steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pararnn.kernels.stages import NotFused
 from pararnn.tracing.expressions import Expression, Operand, leaf, make, rewrite, topological
 from pararnn.tracing.products import PARTLY, WHOLE, Place
 
-OWN, BRIEF, SENT = 0, 1, 2
-"""Who computes a sum: each program from channels of its own; each program, all of it, from values
-that all know; or all together, each the part over its own channels, which they then add up."""
+OWN, REPEATED, SENT = 0, 1, 2
+"""Who computes a sum.
+
+- `OWN`: each program for its own channels, from its own channels.
+- `REPEATED`: every program all of it, from values that all of them know.
+- `SENT`: all together. Each computes the part that comes from its own channels and sends it to the
+  others, and they add up the parts of all.
+"""
 
 Moment = tuple[int, int]
-"""How often programs have waited for each other in a step, and how many sums since then came first.
-"""
+"""A place in a step: how often programs have waited for each other, and how many sums that depend
+on each other were computed since."""
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A product of a vector with a weight, or a total of a vector.
+    """A product of a vector with a weight, or a total: a sum or an extreme of a vector.
 
     Attributes:
         op: "dot", or the operation of a total, see `tracing.products`.
         factor: The vector, as an expression of leaves and results of others.
-        number: Of the weight; or the lanes of a total.
-        way: `OWN`, `BRIEF` or `SENT`.
-        begins: When the vector is known.
+        number: Of a product, the number of its weight; of a total, how many lanes it sums.
+        way: `OWN`, `REPEATED` or `SENT`.
+        begins: When the vector is known, and so the sum can be computed.
     """
 
     op: str
@@ -44,28 +53,35 @@ class Sum:
 
 
 class Spread:
-    """A step, taken apart at its sums.
+    """A step, taken apart at its sums, for programs that share its channels.
 
     Attributes:
-        products: Leaf `product` n is the n-th.
-        totals: Leaf `reduced` n is the n-th.
+        products: In the expressions, leaf `product` n stands for the n-th of these.
+        totals: Likewise leaf `reduced` n.
         roots: Expressions of the new components.
 
     Args:
-        step: Expressions of the new components, with sums.
+        step: Expressions of the new components, with sums inside, see `tracing.products`.
         weights: Places of the weights.
         size: Channels.
         block: Channels of a program.
-        brief: The most channels of a vector that all programs compute, each for itself.
+        repeats: Whether every program computes a vector with so many channels as a whole, where it
+            can, so that it need not be sent.
 
     Raises:
         NotFused: The step has sums of parts of the channels.
     """
 
     def __init__(
-        self, step: Sequence[Operand], weights: Sequence[Place], size: int, block: int, brief: int
+        self,
+        step: Sequence[Operand],
+        weights: Sequence[Place],
+        size: int,
+        block: int,
+        repeats: Callable[[int], bool],
     ) -> None:
-        self.weights, self.size, self.block, self.brief = weights, size, block, brief
+        self.weights, self.size, self.block = weights, size, block
+        self._repeats = repeats
         self.products: list[Sum] = []
         self.totals: list[Sum] = []
         known: dict[tuple[object, ...], Operand] = {}
@@ -94,7 +110,7 @@ class Spread:
         lanes = self.weights[number].width if op == "dot" else number
         if self._is_local(op, number):
             return Sum(op, factor, number, OWN, begins)
-        way = BRIEF if lanes <= self.brief and self._all_know(below) else SENT
+        way = REPEATED if self._repeats(lanes) and self._all_know(below) else SENT
         return Sum(op, factor, number, way, begins)
 
     def _is_local(self, op: str, number: int) -> bool:
@@ -103,11 +119,11 @@ class Spread:
             return self.size <= self.block
         weight = self.weights[number]
         if max(weight.lanes, weight.results) * weight.parts <= self.block:
-            return True  # all channels are those of the first
+            return True  # all are channels of the first program
         return weight.lanes == weight.results and self.block % weight.lanes == 0
 
     def _all_know(self, below: Sequence[Expression]) -> bool:
-        """Whether all programs know a vector with these expressions: it is made of sent sums."""
+        """Whether all programs know a vector with these expressions: products in it were sent."""
         products = [self.products[_number(e)].way for e in below if e.op == "product"]
         return set(products) == {SENT} and all(e.op != "state" for e in below)
 
@@ -123,37 +139,38 @@ class Spread:
 
     @property
     def moments(self) -> list[Moment]:
-        """The moments at which sums are computed or arrive, in their order."""
+        """The moments at which sums are computed or arrive, in order: the stages of a step."""
         return sorted({s.begins for s in self.all} | {s.known for s in self.all if s.way == SENT})
 
-    def vectors(self, moment: Moment, brief: bool) -> list[Operand]:
+    def vectors(self, moment: Moment, repeated: bool) -> list[Operand]:
         """The distinct vectors that are multiplied or summed at a moment.
 
         Args:
             moment: The moment.
-            brief: Those that all programs compute; else those of which each has its channels.
+            repeated: Those that every program computes as a whole; else those of which each
+                computes its channels.
         """
-        mine = [s for s in self.all if s.begins == moment and (s.way == BRIEF) == brief]
+        mine = [s for s in self.all if s.begins == moment and (s.way == REPEATED) == repeated]
         return list(dict.fromkeys(s.factor for s in mine))
 
-    def everything(self, brief: bool) -> list[Operand]:
-        """All that is computed of brief vectors, or of the channels that a program has."""
-        found = [v for m in self.moments for v in self.vectors(m, brief)]
-        return found if brief else [*found, *self.roots]
+    def everything(self, repeated: bool) -> list[Operand]:
+        """All repeated vectors; or all that a program computes in its own channels."""
+        found = [v for m in self.moments for v in self.vectors(m, repeated)]
+        return found if repeated else [*found, *self.roots]
 
     def shape(self, number: int) -> tuple[int, int]:
-        """Results and multiplied channels of the part of a weight that a product reads."""
+        """Results and multiplied channels of the part of a weight that a program keeps."""
         product = self.products[number]
         if product.way == SENT:
             weight = self.weights[product.number]
             return _padded(weight.results * weight.parts), self.block
-        return self.block, self.brief_block if product.way == BRIEF else self.block
+        return self.block, self.repeated_block if product.way == REPEATED else self.block
 
     @property
-    def brief_block(self) -> int:
-        """Channels of brief vectors."""
-        lanes = [self.weights[p.number].width for p in self.products if p.way == BRIEF]
-        lanes += [t.number for t in self.totals if t.way == BRIEF]
+    def repeated_block(self) -> int:
+        """Channels of the longest repeated vector, a power of two."""
+        lanes = [self.weights[p.number].width for p in self.products if p.way == REPEATED]
+        lanes += [t.number for t in self.totals if t.way == REPEATED]
         return _padded(max(lanes, default=1))
 
     @property

@@ -152,9 +152,7 @@ class Runner:
             self.facts = replace(facts, one_call=self.facts.one_call, tile=sizes_of(found))
             self.traced, self.input_part = small, small.input_part
 
-    def _kernels(
-        self, language: str, tensors: Sequence[Tensor]
-    ) -> dict[str, Any]:
+    def _kernels(self, language: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """Facts of kernels of "c" or "triton" for all steps, see `kernels_of`."""
         with torch.no_grad():
             return kernels_of(language, self.traced.step, *self._example(tensors))

@@ -312,7 +312,7 @@ def _spread_blocks(
 
 
 def computes_late(lanes: int, costs: Costs = COSTS) -> bool:
-    """Whether those who multiply a vector that needs a sum compute it themselves.
+    """Whether programs that multiply a vector which needs a sum compute it themselves, as a whole.
 
     Else each program computes its channels once all have the sum, and all wait once more.
 

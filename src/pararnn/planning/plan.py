@@ -69,7 +69,7 @@ class Facts:
             do.
         streams: Whether such a kernel on a GPU reads the weights at every step, which are too large
             to be kept on the chip.
-        few: Rows up to which such a kernel keeps them all the same, shared among programs.
+        few: Rows up to which programs can share them out and keep them all the same.
         one_call: Whether a step of the cell itself is hardly more than one call.
         tile: Sizes of the tiles that its state is cut into, for a kernel of all steps with the
             readout; None if there is no such kernel.
@@ -367,7 +367,7 @@ def _times(plan: Plan, facts: Facts, call: Call, costs: Costs) -> Times | None:
     kinds = {"operations": "loop" if chunk == call.time else "", "kernel": "c"}
     kind = "loop" if plan.path == "loop" else kinds.get(way.steps, "")
     if kind == "c" and plan.backend == "triton":
-        kind = _kind_of_kernel(facts, call.batch * -(-call.time // chunk))
+        kind = kind_of_kernel(facts, call.batch * -(-call.time // chunk))
     if plan.path not in ("rows", "loop") or call.time == 1:
         return None
     sizes = facts.work, call.hidden, call.batch, call.time, chunk, way.warm_up
@@ -583,7 +583,7 @@ def _free_rows(facts: Facts, machine: Machine, backend: BackendChoice, costs: Co
     return free_rows(facts.work, facts.launches, machine.device, streams, costs)
 
 
-def _kind_of_kernel(facts: Facts, rows: int) -> str:
+def kind_of_kernel(facts: Facts, rows: int) -> str:
     """What a kernel on a GPU does with the weights, for so many rows."""
     if not facts.streams:
         return "kept"
@@ -624,7 +624,7 @@ def _steps(
                 "kept": "on the chip",
                 "spread": "on the chip, shared among programs",
                 "streamed": "which it reads at every step",
-            }[_kind_of_kernel(facts, call.batch * chunks)]
+            }[kind_of_kernel(facts, call.batch * chunks)]
             return "kernel", f"one kernel runs all steps, with the weights {where}"
     else:
         reason = facts.kernels[direction] if backend.generated else "PyTorch operations"

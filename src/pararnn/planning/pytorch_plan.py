@@ -60,8 +60,9 @@ def compare(
     Args:
         library: Of PyTorch: "cudnn", "onednn" or "aten".
         steps: What runs the library's steps: "kept", "spread" or "streamed" (a kernel on a GPU
-            which keeps the weights on the chip, in parts if need be, or reads them), "c", "loop" (the cell itself, or operations
-            one after another), or anything else.
+            where a program keeps the weights, where programs keep parts of them, or where they are
+            read at every step), "c", "loop" (the cell itself, or operations one after another), or
+            anything else.
         weights: Numbers in the recurrent weights.
         hidden: Channels.
         batch: Sequences.

@@ -121,7 +121,8 @@ def plan_rows(
         batch: Sequences.
         time: Steps.
         costs: What work costs.
-        quick: Whether steps of so many sequences, and no more rows, keep the weights on the chip.
+        quick: Whether a loop of so many sequences keeps weights on the chip which chunks, that are
+            more rows, read at every step.
     """
     cut = _Cut.of(free, batch, time, costs)
     loop = cut.loop * (costs.spread_step if quick else 1.0)

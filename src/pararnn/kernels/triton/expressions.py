@@ -105,9 +105,9 @@ def staged_source(stages: Stages, leaves: Mapping[str, int], double: bool) -> st
 def spread_source(spread: Spread, leaves: Mapping[str, int], double: bool) -> str:
     """A module with the functions of a step that is spread over programs.
 
-    `vectors0` computes what is multiplied or summed in the first stage, each program its channels;
-    `brief0` what all programs compute; `vectors1` and `brief1` the same of the second stage, and so
-    on; `new_state` the new components.
+    `vectors0` computes what is multiplied or summed in the first stage, in the channels of a
+    program; `repeated0` the vectors that every program computes as a whole; `vectors1` and
+    `repeated1` the same of the second stage, and so on; `new_state` the new components.
 
     Args:
         spread: The step.
@@ -116,10 +116,12 @@ def spread_source(spread: Spread, leaves: Mapping[str, int], double: bool) -> st
     """
     module = Module("double" if double else "single")
     for stage, moment in enumerate(spread.moments):
-        module.function(f"vectors{stage}", leaves, [spread.vectors(moment, brief=False)])
-        module.function(f"brief{stage}", leaves, [spread.vectors(moment, brief=True)])
+        module.function(f"vectors{stage}", leaves, [spread.vectors(moment, repeated=False)])
+        module.function(f"repeated{stage}", leaves, [spread.vectors(moment, repeated=True)])
     module.function("new_state", leaves, [spread.roots])
-    return module.text(f"a step in {spread.waits} rounds", equations(spread.everything(False)))
+    return module.text(
+        "a step for programs that share channels", equations(spread.everything(False))
+    )
 
 
 def equations(roots: Sequence[Operand]) -> list[str]:

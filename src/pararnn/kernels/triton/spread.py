@@ -1,15 +1,20 @@
 """Many steps of a cell whose channels mix, for few rows: programs share channels and keep weights.
 
-A program has some rows and a block of channels of one group: their state, and of each weight what
-its channels are multiplied with, stay in registers for all steps. Programs hand nothing but sums to
-each other. A product of all channels is a sum of parts, one for the channels of each program; these
-write their parts to global memory, that is, to the cache, wait for each other and add them up, each
-program all parts and in the same order. So do they with sums, means and norms. Blocks of weights
-that lie within the channels of a program need none of this, and what is computed from a few sums
-alone, such as a small layer and its norm, each program computes for itself (`spread.Spread`).
+A program has some rows and a block of channels of one group. It keeps in registers, for all steps,
+the state of its channels and the part of each weight that it multiplies. Programs with the same
+rows exchange sums and nothing else. Each multiplies a weight with its own channels alone, which
+gives its part of every result of the product. It writes this part to global memory, which the L2
+cache holds, waits for the others, and adds up the parts of all for the channels that it has. Sums,
+means and norms over channels are exchanged in the same way. All add in the same order, so that the
+result does not depend on which program was first.
 
-A step is a sequence of stages, and begins some of them by waiting. Sums are in memory twice and
-written in turn, so that no program writes what another still reads.
+Two kinds of sums need no exchange (`kernels.spread` finds them): products with blocks of a weight
+that lie within the channels of one program; and whatever is computed from exchanged sums alone and
+is small, such as a narrow layer with its norm, which every program computes for itself.
+
+A step is a sequence of stages. A stage that needs sums of others begins by waiting for them. Memory
+for sums is there twice, and steps use the two in turn: a program that is already in the next step
+does not overwrite what a slower one still reads.
 """
 
 import triton
@@ -19,18 +24,18 @@ from pararnn.kernels.triton.common import cast
 from pararnn.kernels.triton.mixing import begins, directed, load, load_places, moved, store
 from pararnn.kernels.triton.wide import along, neutral
 
-# Who computes a sum, as in `kernels.spread`
+# Who computes a sum, see `kernels.spread`
 OWN: tl.constexpr = tl.constexpr(0)
-BRIEF: tl.constexpr = tl.constexpr(1)
+REPEATED: tl.constexpr = tl.constexpr(1)
 SENT: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
 def picked(values, WHICH: tl.constexpr):
-    """Some values in another order; anything where a number is negative."""
+    """Values by their numbers; a zero that nobody reads where a number is negative."""
     found = ()
     for n in tl.static_range(len(WHICH)):
-        if WHICH[n] >= 0:
+        if WHICH[n] >= 0:  # noqa: SIM108
             found = found + (values[WHICH[n]],)
         else:
             found = found + (0.0,)
@@ -39,7 +44,7 @@ def picked(values, WHICH: tl.constexpr):
 
 @triton.jit
 def unknown(COUNT: tl.constexpr):
-    """Sums that are not known yet, which nobody asks for, as anything."""
+    """Zeros in place of sums that are not known yet."""
     found = ()
     for _ in tl.static_range(COUNT):
         found = found + (0.0,)
@@ -48,10 +53,10 @@ def unknown(COUNT: tl.constexpr):
 
 @triton.jit
 def put(values, NUMBER: tl.constexpr, value):
-    """The values with one replaced."""
+    """A tuple with one value replaced."""
     found = ()
     for n in tl.static_range(len(values)):
-        if n == NUMBER:
+        if n == NUMBER:  # noqa: SIM108
             found = found + (value,)
         else:
             found = found + (values[n],)
@@ -60,7 +65,7 @@ def put(values, NUMBER: tl.constexpr, value):
 
 @triton.jit
 def chosen(which, a, b):
-    """The first where a condition holds, else the second, of tuples."""
+    """`tl.where` of two tuples."""
     found = ()
     for n in tl.static_range(len(a)):
         found = found + (tl.where(which, a[n], b[n]),)
@@ -71,13 +76,15 @@ def chosen(which, a, b):
 def load_tiles(
     weights, first, PRODUCTS: tl.constexpr, MATRIX, WIDTH: tl.constexpr, TILE: tl.constexpr
 ):
-    """What a program multiplies with, of every product (result, factor // TILE, factor % TILE).
+    """The part of the weight of every product that a program multiplies.
+
+    Axes of a part: results, multiplied channels // TILE, multiplied channels % TILE.
 
     Args:
-        weights: Blocks of the group, `WIDTH` x `WIDTH`.
+        weights: Those of the group, each `WIDTH` x `WIDTH`.
         first: The first channel of the program.
         PRODUCTS: See `run`.
-        MATRIX: From block to block.
+        MATRIX: Elements from one weight to the next.
         WIDTH: See `run`.
         TILE: See `functions.dot`.
     """
@@ -99,7 +106,7 @@ def load_tiles(
 
 @triton.jit
 def times(tile, x, line, ROWS: tl.constexpr):
-    """The products of all rows of a vector with a part of a weight, see `functions.dot`."""
+    """The products of all rows of a vector with a part of a weight, row by row."""
     found = tl.zeros([ROWS, tile.shape[0]], tile.dtype)
     for row in tl.static_range(ROWS):
         own = tl.sum(tl.where(line == row, x, 0.0), axis=0)
@@ -111,7 +118,7 @@ def times(tile, x, line, ROWS: tl.constexpr):
 
 @triton.jit
 def arrive(counter, PARTS: tl.constexpr):
-    """Say that all that this program sends has been written."""
+    """Tell the others that this program has written its parts of all sums of a round."""
     tl.debug_barrier()
     if PARTS > 1:
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
@@ -119,7 +126,7 @@ def arrive(counter, PARTS: tl.constexpr):
 
 @triton.jit
 def wait(counter, target, PARTS: tl.constexpr):
-    """Wait until so many programs have arrived."""
+    """Wait until programs have arrived so many times."""
     if PARTS > 1:
         while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
             pass
@@ -142,7 +149,7 @@ def send(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Write this program's parts of sums: (program, row, result) in memory, see `run`."""
+    """Write this program's parts of the sums that are exchanged: (program, row, result)."""
     for n in tl.static_range(len(SENT_PRODUCTS[STAGE]) // 2):
         lanes = PRODUCTS[SENT_PRODUCTS[STAGE][2 * n]][4]
         x = tl.where(d < lanes, vectors[SENT_PRODUCTS[STAGE][2 * n + 1]], 0.0)
@@ -168,7 +175,7 @@ def received(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Products with those that arrive, of whose lanes the parts of all programs are added up."""
+    """Products, with those that arrive: in some lanes, the parts of all programs added up."""
     for n in tl.static_range(len(RECEIVED[STAGE])):
         inside = (lanes < PRODUCTS[RECEIVED[STAGE][n]][5]) & (line >= 0)
         at = here + PRODUCTS[RECEIVED[STAGE][n]][6] * (PARTS * ROWS) + lanes
@@ -192,7 +199,7 @@ def collected(
     SHARES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Totals with those that arrive, see `received`."""
+    """Totals, with those that arrive, see `received`."""
     share, row = tl.arange(0, SHARES)[None, :], tl.arange(0, ROWS)[:, None]
     inside = (share < PARTS) & (row >= 0)
     for n in tl.static_range(len(COLLECTED[STAGE])):
@@ -207,7 +214,7 @@ def collected(
 def multiplied(
     product,
     vectors,
-    brief,
+    repeated,
     tile,
     d,
     b,
@@ -217,11 +224,11 @@ def multiplied(
     PRODUCTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Products with those of a stage that a program computes alone."""
+    """Products, with those of a stage that need no exchange."""
     for n in tl.static_range(len(MULTIPLIED[STAGE]) // 2):
         lanes = PRODUCTS[MULTIPLIED[STAGE][2 * n]][4]
-        if PRODUCTS[MULTIPLIED[STAGE][2 * n]][1] == BRIEF:
-            x = tl.where(b < lanes, brief[MULTIPLIED[STAGE][2 * n + 1]], 0.0)
+        if PRODUCTS[MULTIPLIED[STAGE][2 * n]][1] == REPEATED:
+            x = tl.where(b < lanes, repeated[MULTIPLIED[STAGE][2 * n + 1]], 0.0)
         else:
             x = tl.where(d < lanes, vectors[MULTIPLIED[STAGE][2 * n + 1]], 0.0)
         result = times(tile[MULTIPLIED[STAGE][2 * n]], x, line, ROWS)
@@ -233,17 +240,17 @@ def multiplied(
 def summed(
     totals,
     vectors,
-    brief,
+    repeated,
     d,
     b,
     STAGE: tl.constexpr,
     SUMMED: tl.constexpr,
     TOTALS: tl.constexpr,
 ):
-    """Totals with those of a stage that a program computes alone."""
+    """Totals, with those of a stage that need no exchange."""
     for n in tl.static_range(len(SUMMED[STAGE]) // 2):
-        if TOTALS[SUMMED[STAGE][2 * n]][1] == BRIEF:
-            found = total_of(brief[SUMMED[STAGE][2 * n + 1]], b, SUMMED[STAGE][2 * n], TOTALS)
+        if TOTALS[SUMMED[STAGE][2 * n]][1] == REPEATED:
+            found = total_of(repeated[SUMMED[STAGE][2 * n + 1]], b, SUMMED[STAGE][2 * n], TOTALS)
         else:
             found = total_of(vectors[SUMMED[STAGE][2 * n + 1]], d, SUMMED[STAGE][2 * n], TOTALS)
         totals = put(totals, SUMMED[STAGE][2 * n], found)
@@ -278,7 +285,7 @@ def run(
     first,
     reverse,
     VECTORS: tl.constexpr,
-    BRIEF_VECTORS: tl.constexpr,
+    REPEATED_VECTORS: tl.constexpr,
     NEW_STATE: tl.constexpr,
     WAITS: tl.constexpr,
     ARRIVES: tl.constexpr,
@@ -292,12 +299,12 @@ def run(
     SUMMED: tl.constexpr,
     DRIVES: tl.constexpr,
     DRIVE: tl.constexpr,
-    BRIEF_DRIVES: tl.constexpr,
-    BRIEF_DRIVE: tl.constexpr,
+    REPEATED_DRIVES: tl.constexpr,
+    REPEATED_DRIVE: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
     COEFFICIENT: tl.constexpr,
-    BRIEF_COEFFICIENTS: tl.constexpr,
-    BRIEF_COEFFICIENT: tl.constexpr,
+    REPEATED_COEFFICIENTS: tl.constexpr,
+    REPEATED_COEFFICIENT: tl.constexpr,
     SUMS: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -306,7 +313,7 @@ def run(
     SHARES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BRIEF_BLOCK: tl.constexpr,
+    REPEATED_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Run steps of chunks.
@@ -322,7 +329,8 @@ def run(
         ends: Those after the last step of rows, components (rows, hidden).
         settled: Which sequences are left as they are, (batch,), or None.
         scratch: Memory for 2 * `SUMS` numbers of every row of all programs.
-        counters: Zeros, one for all programs that share the channels of some rows.
+        counters: Zeros, one for the programs that share the channels of some rows: how often they
+            have arrived.
         rows: Chunks of all sequences.
         total: Rows that are run; if there are more than `rows`, they read the same once more.
         batch: Sequences.
@@ -330,41 +338,43 @@ def run(
         chunk: Steps of a chunk.
         first: Steps left out, of every chunk the first.
         reverse: 1 if the last step of a chunk comes first, else 0.
-        VECTORS: Of every stage, a generated function of the vectors of which each program has its
-            channels.
-        BRIEF_VECTORS: Likewise, of those that all programs compute.
+        VECTORS: Of every stage, a generated function that computes what is multiplied or summed, in
+            the channels of the program.
+        REPEATED_VECTORS: Likewise, of vectors that every program computes as a whole.
         NEW_STATE: New states from states, drives, coefficients, products and totals: a generated
             function.
         WAITS: Of every stage, whether it begins by waiting.
-        ARRIVES: Of every stage, whether nothing is sent after its sums before the next wait.
-        PRODUCTS: Every one is (weight, who computes it, results and multiplied channels of what a
-            program reads of the weight, lanes of the vector, lanes of the result, place in
-            `scratch`).
-        SENT_PRODUCTS: Of every stage, the number and the vector of each product that is sent.
-        RECEIVED: Of every stage, the products that arrive.
-        MULTIPLIED: Like `SENT_PRODUCTS`, of those that each program computes alone.
-        TOTALS: Every one is (kind, who computes it, lanes, place in `scratch`).
+        ARRIVES: Of every stage, whether it writes the last sums before the next wait.
+        PRODUCTS: Of every product (0) its weight, (1) who computes it, (2) results and (3)
+            multiplied channels of the part of the weight that a program has, (4) lanes of the
+            vector, (5) lanes of the result, (6) its place in `scratch`.
+        SENT_PRODUCTS: Of every stage, pairs of numbers, flat: a product of which the program writes
+            its part, and the vector that is multiplied.
+        RECEIVED: Of every stage, the numbers of products that arrive.
+        MULTIPLIED: Like `SENT_PRODUCTS`, of products that need no exchange.
+        TOTALS: Of every sum or extreme of a vector (0) its kind, (1) who computes it, (2) lanes of
+            the vector, (3) its place in `scratch`.
         SENT_TOTALS: Like `SENT_PRODUCTS`.
         COLLECTED: Like `RECEIVED`.
         SUMMED: Like `MULTIPLIED`.
         DRIVES: Places in `drives` of those that are read in the channels of a program, see
             `mixing.load_places`.
-        DRIVE: Of every drive, its number among these, negative for none.
-        BRIEF_DRIVES: Like `DRIVES`, of those that all programs read.
-        BRIEF_DRIVE: Like `DRIVE`.
-        COEFFICIENTS: The same of coefficients, as for the next three.
+        DRIVE: Of every drive of the step, its number among these, negative for none.
+        REPEATED_DRIVES: Like `DRIVES`, of those that `REPEATED_VECTORS` read, as a whole.
+        REPEATED_DRIVE: Like `DRIVE`.
+        COEFFICIENTS: These four are of coefficients what the last four are of drives.
         COEFFICIENT: See there.
-        BRIEF_COEFFICIENTS: See there.
-        BRIEF_COEFFICIENT: See there.
-        SUMS: Numbers that a program sends in a step, of a row.
+        REPEATED_COEFFICIENTS: See there.
+        REPEATED_COEFFICIENT: See there.
+        SUMS: Numbers that a program writes for a row in a step.
         GROUPS: Their number.
         SIZE: Channels of a group.
-        WIDTH: Those in `weights`.
-        PARTS: Programs that share them. All run at the same time.
-        SHARES: The next power of two.
+        WIDTH: Rows and columns of a weight in `weights`.
+        PARTS: Programs that share these. All must run at the same time.
+        SHARES: `PARTS`, or the next power of two.
         ROWS: Rows of a program.
         BLOCK: Channels of a program.
-        BRIEF_BLOCK: Channels of a vector that all programs compute.
+        REPEATED_BLOCK: Channels of a vector that every program computes as a whole.
         TILE: See `functions.dot`.
     """
     real: tl.constexpr = initial[0].dtype.element_ty
@@ -372,7 +382,7 @@ def run(
     own, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = tl.arange(0, ROWS)[:, None]
     d = part * BLOCK + tl.arange(0, BLOCK)[None, :]
-    b = tl.arange(0, BRIEF_BLOCK)[None, :]
+    b = tl.arange(0, REPEATED_BLOCK)[None, :]
     number = own * ROWS + line
     exists, row = number < total, number % rows
     begin = row // batch * chunk
@@ -398,26 +408,28 @@ def run(
     scratch += shared * (2 * HALF)
     weights += tl.cast(group, tl.int64) * (WIDTH * WIDTH)
     tile = load_tiles(weights, part * BLOCK, PRODUCTS, GROUPS * WIDTH * WIDTH, WIDTH, TILE)
-    inside, brief_inside = exists & (d < SIZE), exists & (b < SIZE)
+    inside, repeated_inside = exists & (d < SIZE), exists & (b < SIZE)
     coefficient = picked(
         cast(load_places(coefficients, (), 0, COEFFICIENTS, group, d, d < SIZE), real), COEFFICIENT
     )
-    brief_coefficient = picked(
-        cast(load_places(coefficients, (), 0, BRIEF_COEFFICIENTS, group, b, b < SIZE), real),
-        BRIEF_COEFFICIENT,
+    repeated_coefficient = picked(
+        cast(load_places(coefficients, (), 0, REPEATED_COEFFICIENTS, group, b, b < SIZE), real),
+        REPEATED_COEFFICIENT,
     )
     s = cast(load(initial, row, group * SIZE + d, inside), real)
     ahead = load_places(drives_at, drive_steps, 0, DRIVES, group, d, inside)
-    brief_ahead = load_places(drives_at, drive_steps, 0, BRIEF_DRIVES, group, b, brief_inside)
+    repeated_ahead = load_places(
+        drives_at, drive_steps, 0, REPEATED_DRIVES, group, b, repeated_inside
+    )
     reset = load(resets_at, 0, 0, exists)
     for i in range(0, longest):
         active = i < steps
         following = tl.cast(tl.minimum(i + 1, last), tl.int64)
         drive = picked(cast(ahead, real), DRIVE)
-        brief_drive = picked(cast(brief_ahead, real), BRIEF_DRIVE)
+        repeated_drive = picked(cast(repeated_ahead, real), REPEATED_DRIVE)
         ahead = load_places(drives_at, drive_steps, following, DRIVES, group, d, inside)
-        brief_ahead = load_places(
-            drives_at, drive_steps, following, BRIEF_DRIVES, group, b, brief_inside
+        repeated_ahead = load_places(
+            drives_at, drive_steps, following, REPEATED_DRIVES, group, b, repeated_inside
         )
         before = s
         for n in tl.static_range(len(resets)):  # of one, or none
@@ -429,20 +441,20 @@ def run(
                 before = chosen(replaced, fresh, before)
             reset = load(moved(resets_at, reset_steps, following), 0, 0, exists)
         here = scratch + i % 2 * HALF
-        product, brief_product = unknown(len(PRODUCTS)), unknown(len(PRODUCTS))
+        product, repeated_product = unknown(len(PRODUCTS)), unknown(len(PRODUCTS))
         totals = unknown(len(TOTALS))
         for stage in tl.static_range(len(WAITS)):
             if WAITS[stage]:
                 target += PARTS
                 wait(counter, target, PARTS)
             product = received(product, here, d, line, stage, RECEIVED, PRODUCTS, PARTS, ROWS)
-            brief_product = received(
-                brief_product, here, b, line, stage, RECEIVED, PRODUCTS, PARTS, ROWS
+            repeated_product = received(
+                repeated_product, here, b, line, stage, RECEIVED, PRODUCTS, PARTS, ROWS
             )
             totals = collected(totals, here, stage, COLLECTED, TOTALS, PARTS, SHARES, ROWS)
             vectors = VECTORS[stage](before, drive, coefficient, product, totals)
-            brief = BRIEF_VECTORS[stage](
-                (), brief_drive, brief_coefficient, brief_product, totals
+            repeated = REPEATED_VECTORS[stage](
+                (), repeated_drive, repeated_coefficient, repeated_product, totals
             )
             send(
                 here,
@@ -462,9 +474,9 @@ def run(
             if ARRIVES[stage]:
                 arrive(counter, PARTS)
             product = multiplied(
-                product, vectors, brief, tile, d, b, line, stage, MULTIPLIED, PRODUCTS, ROWS
+                product, vectors, repeated, tile, d, b, line, stage, MULTIPLIED, PRODUCTS, ROWS
             )
-            totals = summed(totals, vectors, brief, d, b, stage, SUMMED, TOTALS)
+            totals = summed(totals, vectors, repeated, d, b, stage, SUMMED, TOTALS)
         new = NEW_STATE(before, drive, coefficient, product, totals)
         store(states_at, 0, group * SIZE + d, new, inside & active)
         states_at = moved(states_at, state_steps, 1)

@@ -1,4 +1,4 @@
-"""Launches the kernels that run many steps of a cell whose channels mix: `mixing` and `wide`."""
+"""Launches the kernels of cells whose channels mix: `mixing`, `wide` and `spread`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pararnn.kernels.spread import BRIEF, SENT, Spread
+from pararnn.kernels.spread import REPEATED, SENT, Spread
 from pararnn.kernels.stages import NotFused, Stages
 from pararnn.kernels.triton.build import load, text_of
 from pararnn.kernels.triton.device import on_device, processors, rounds_products, shared_memory
 from pararnn.kernels.triton.expressions import function, spread_source, staged_source
 from pararnn.kernels.triton.tuples import OverTime
-from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import (
     TILE,
     WideLaunch,
@@ -128,7 +127,7 @@ class Kept(_Kernel):
 
 @dataclass(frozen=True)
 class Streamed(_Kernel):
-    """Reads the weights at every step: `wide.run`. With few rows, programs keep parts of them.
+    """Reads the weights at every step: `wide.run`. For few rows, `spread.run` instead.
 
     Attributes:
         most: The most products of a level, and blocks of vectors that it loads to multiply.
@@ -219,7 +218,7 @@ class Spreads:
         """
         if block not in self._known:
             p = self.products
-            self._known[block] = Spread(p.step, p.weights, p.size, block, COSTS.wide_late)
+            self._known[block] = Spread(p.step, p.weights, p.size, block, computes_late)
         return self._known[block]
 
     def sizes(self, block: int) -> tuple[int, int] | None:
@@ -236,7 +235,7 @@ class Spreads:
         return most_spread_rows(*sizes, processors(like.device), self.sizes)
 
     def run(self, chunks: Chunks, like: Tensor, arguments: Mapping[str, Any]) -> bool:
-        """Run a sweep, if there are few enough rows.
+        """Run a sweep, if there are few enough rows; returns whether there were.
 
         Args:
             chunks: The steps.
@@ -271,6 +270,12 @@ class Spreads:
         _launch(spread.run, grid, every)
         return True
 
+    def source(self, block: int) -> str:
+        """Source text of the step where a program has so many channels."""
+        spread = self.spread(block)
+        more = {"product": len(spread.products), "reduced": len(spread.totals)}
+        return spread_source(spread, _leaves(self.products) | more, self.double)
+
     def constants(self, block: int) -> dict[str, Any]:
         """Compile-time arguments, see `spread.run`."""
         if block not in self._constants:
@@ -278,13 +283,11 @@ class Spreads:
         return self._constants[block]
 
     def _made(self, spread: Spread) -> dict[str, Any]:
-        more = {"product": len(spread.products), "reduced": len(spread.totals)}
-        leaves = _leaves(self.products) | more
-        module = load(spread_source(spread, leaves, self.double))
+        module = load(self.source(spread.block))
         stages = range(len(spread.moments))
         return {
             "VECTORS": tuple(getattr(module, f"vectors{n}") for n in stages),
-            "BRIEF_VECTORS": tuple(getattr(module, f"brief{n}") for n in stages),
+            "REPEATED_VECTORS": tuple(getattr(module, f"repeated{n}") for n in stages),
             "NEW_STATE": module.new_state,
             **_sums(spread),
             **self._places("drive", self.products.drives, spread),
@@ -292,21 +295,19 @@ class Spreads:
             "GROUPS": self.products.groups,
             "SIZE": self.products.size,
             "BLOCK": spread.block,
-            "BRIEF_BLOCK": spread.brief_block,
+            "REPEATED_BLOCK": spread.repeated_block,
             "TILE": TILE,
         }
 
     def _places(self, kind: str, places: Sequence[Place], spread: Spread) -> dict[str, Any]:
-        """Which inputs of a kind programs read in their channels, and which all of them read."""
+        """Which inputs of a kind programs read in their own channels, and which as a whole."""
         found: dict[str, Any] = {}
         shown = _used(places, self.products.size)[1]
-        for name, brief in ((kind.upper(), False), (f"BRIEF_{kind.upper()}", True)):
-            used = {e.args[0] for e in topological(spread.everything(brief)) if e.op == kind}
+        for name, repeated in ((kind.upper(), False), (f"REPEATED_{kind.upper()}", True)):
+            used = {e.args[0] for e in topological(spread.everything(repeated)) if e.op == kind}
             numbers = [n for n in range(len(places)) if n in used]
             found[f"{name}S"] = tuple(shown[n] for n in numbers)
-            found[name] = tuple(
-                numbers.index(n) if n in used else -1 for n in range(len(places))
-            )
+            found[name] = tuple(numbers.index(n) if n in used else -1 for n in range(len(places)))
         return found
 
 
@@ -325,7 +326,7 @@ def _sums(spread: Spread) -> dict[str, Any]:
     tables: dict[str, list[Any]] = {name: [] for name in names.split()}
     sends = [s.begins for s in spread.all if s.way == SENT]
     for moment in spread.moments:
-        vectors = [spread.vectors(moment, brief) for brief in (False, True)]
+        vectors = [spread.vectors(moment, repeated) for repeated in (False, True)]
         tables["WAITS"].append(moment[0] > 0 and moment[1] == 0)
         of_round = [m for m in sends if m[0] == moment[0]]
         tables["ARRIVES"].append(bool(of_round) and moment == max(of_round))
@@ -335,7 +336,7 @@ def _sums(spread: Spread) -> dict[str, Any]:
         ):
             for sent, name in zip((True, False), kinds, strict=False):
                 pairs = [
-                    (n, vectors[s.way == BRIEF].index(s.factor))
+                    (n, vectors[s.way == REPEATED].index(s.factor))
                     for n, s in enumerate(sums)
                     if s.begins == moment and (s.way == SENT) == sent
                 ]

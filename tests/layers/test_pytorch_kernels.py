@@ -390,8 +390,9 @@ def test_times_follow_costs():
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("tracked", [False, True])
-def test_every_kind_of_call_has_its_own_times(tracked, captured):
+@pytest.mark.parametrize("steps", ["kept", "spread", "streamed"])
+def test_every_kind_of_call_has_its_own_times(steps, tracked, captured):
     rows = tuple((1e3 * (i + 1),) + (0,) * 6 for i in range(4))
-    costs = replace(COSTS, cudnn=rows, streamed_sweeps=rows)
-    found = compare("cudnn", "streamed", 10**7, 1000, 1, 10, 10, 0, tracked, captured, costs)
+    costs = replace(COSTS, **{"cudnn": rows, f"{steps}_sweeps": rows})
+    found = compare("cudnn", steps, 10**7, 1000, 1, 10, 10, 0, tracked, captured, costs)
     assert found.ours == found.theirs == 1 + tracked + 2 * captured

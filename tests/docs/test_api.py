@@ -85,6 +85,16 @@ def test_every_name_in_the_reference_exists(name):
     assert find(name) is not None
 
 
+def test_every_option_of_the_command_line_is_in_the_reference():
+    found = []
+    for file in (PACKAGE / "cli").glob("[!_]*.py"):
+        module = f"pararnn.cli.{file.stem}"
+        names = [n for n in vars(find(module)) if re.fullmatch(r"[A-Z]\w+Arguments", n)]
+        found += [f"{module}.{n}" for n in names if n != "DataArguments"]  # which are two commands
+    assert len(found) > 8
+    assert [name for name in found if name not in DOCUMENTED] == []
+
+
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_every_object_of_the_reference_has_a_docstring(name):
     thing = find(name)

@@ -59,6 +59,7 @@ def test_two_processes_share_each_sequence(folder, launch):
 def test_four_processes_are_two_by_two(folder, launch):
     """A hybrid with attention and a memory, documents, and both ways of sharing a step."""
     changes = ("--model", "1xattention+1xparagru", "--text.batch-size", 1)
+    changes += ("--execution.activation-checkpointing", "off")
     shared(launch, "four", 4, 2, *changes)
     config = RunFolder.open(folder / "four").read_config()
     assert config.text.global_batch_size == 2

@@ -1,5 +1,6 @@
 """Cells whose channels mix on a CUDA device: sweeps in one kernel or by graphs, and the loop."""
 
+import copy
 import itertools
 
 import pytest
@@ -24,8 +25,7 @@ CELLS = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 def compare(rnn, x, resets=None, rtol=1e-5):
     """Values and gradients against the loop in float64 on the CPU."""
     cell = rnn.cell
-    exact = type(cell)(cell.input_size, cell.hidden_size).double()
-    exact.load_state_dict({n: p.double().cpu() for n, p in cell.state_dict().items()})
+    exact = copy.deepcopy(cell).double().cpu()
     zeros = torch.zeros(len(x), cell.hidden_size, dtype=torch.float64)
     state = zeros if rnn.num_components == 1 else (zeros, zeros)
     x64 = x.detach().double().cpu().requires_grad_()
@@ -260,7 +260,7 @@ SPREAD = {
 def test_few_rows_equal_the_loop(name, batch):
     """Programs share channels, keep the weights and exchange sums; always with the same bits."""
     torch.manual_seed(1)
-    rnn = RNN(SPREAD[name](), solver=Sequential(), backend="triton").cuda()
+    rnn = RNN(SPREAD[name]().cuda(), solver=Sequential(), backend="triton")
     x = torch.randn(batch, 120, 6, device="cuda", requires_grad=True)
     if batch <= rnn.runner().facts.few:
         assert "on the chip, shared among programs" in str(rnn.plan(x.shape))

@@ -11,6 +11,8 @@ from core.cells import HIDDEN, INPUT
 from core.compare import assert_same, joined, one_by_one, outcome, with_resets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pararnn import RNN, Newton
@@ -199,6 +201,56 @@ def test_activation_checkpointing(group):
             torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
 
 
+def in_ddp(group, rank, x):
+    """Mean losses of parts of one length, and the gradients that DDP has averaged."""
+    layer = jobs.make_rnn("slow_gates")
+    model = DistributedDataParallel(sequence_parallel(layer, group), process_group=group)
+    y, _ = model(x.chunk(group.size(), 1)[rank])
+    y.square().mean().backward()
+    return [p.grad.numpy() for p in layer.parameters()]
+
+
+def test_distributed_data_parallel(group):
+    x = draw(2, 40, INPUT)
+    cell = jobs.make_cell("slow_gates")
+    loop(cell, x, x.new_zeros(2, HIDDEN))[0].square().mean().backward()
+    for found in group.run(in_ddp, x):
+        for gradient, parameter in zip(found, cell.parameters(), strict=True):
+            torch.testing.assert_close(
+                torch.from_numpy(gradient), parameter.grad, rtol=1e-11, atol=1e-16
+            )
+
+
+def in_a_type(group, rank, name, dtype, x, autocasts):
+    """A layer in another type than float64, and under autocast."""
+    layer = sequence_parallel(jobs.make_rnn(name).to(dtype), group)
+    part = x.to(dtype).chunk(group.size(), 1)[rank].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+        y, last = layer(part)
+    (y.float().square().sum() + last[0].float().sum()).backward()
+    assert y.dtype is dtype
+    assert part.grad.dtype is dtype
+    return y.detach().float().numpy(), part.grad.float().numpy()
+
+
+@pytest.mark.parametrize("name", ["paralstm", "slow_gates", "gru"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+def test_other_types(group, name, kind):
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    x = draw(2, 40, INPUT).to(dtype)
+    results = group.run(in_a_type, name, dtype, x, kind == "autocast")
+    assert all(not isinstance(r[0], str) for r in results), results
+    layer, whole = jobs.make_rnn(name).to(dtype), x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        y, last = layer(whole)
+    (y.float().square().sum() + 4 * last[0].float().sum()).backward()
+    tolerance = 1e-5 if kind == "float32" else 3e-2
+    for i, wanted in enumerate((y.detach(), whole.grad)):
+        found = torch.cat([torch.from_numpy(r[i]) for r in results], 1)
+        error = (found - wanted.float()).abs().max() / wanted.float().abs().max()
+        assert error < tolerance, (i, error)
+
+
 def without_gradients(group, rank, name, x, cuts, mode):
     layer = sequence_parallel(jobs.make_rnn(name), group)
     with getattr(torch, mode)():
@@ -340,6 +392,13 @@ def refused(group, rank, kind):
         layer = RNN(Noisy())
         sequence_parallel(layer, group)
         return layer(torch.randn(1, 5, INPUT))
+    if kind == "packed":
+        layer = sequence_parallel(jobs.make_stack("parallelized"), group)
+        x = torch.randn(3, INPUT, dtype=torch.float64)
+        return layer(torch.nn.utils.rnn.pack_sequence([x]))
+    if kind == "mesh":
+        mesh = DeviceMesh("cpu", torch.arange(2).view(1, 2), mesh_dim_names=("data", "sequence"))
+        return sequence_parallel(jobs.make_rnn("paragru"), mesh)
     if kind == "nothing":
         return sequence_parallel(torch.nn.Linear(2, 2), group)
     if kind == "vmap":
@@ -357,6 +416,8 @@ class Noisy(Fails):
 
 
 REFUSED = {
+    "packed": ("TypeError", "a PackedSequence, whose time cannot be split over ranks"),
+    "mesh": ("ValueError", "mesh has the dimensions ('data', 'sequence'); pass the one"),
     "random": ("TypeError", "Noisy draws random numbers"),
     "nothing": ("ValueError", "Linear is and contains no pararnn.RNN"),
     "vmap": ("TypeError", "transforms of torch.func do not reach across ranks"),

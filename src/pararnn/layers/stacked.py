@@ -80,6 +80,11 @@ class StackedRNN(nn.Module):
                     "x is a PackedSequence, which says itself where sequences begin; to use "
                     "resets, reset_state or cu_seqlens, pass x as a tensor."
                 )
+            if getattr(self.layers[0], "ranks", None) is not None:
+                raise TypeError(
+                    "x is a PackedSequence, whose time cannot be split over ranks; put the "
+                    "sequences one after another and pass cu_seqlens."
+                )
             return self._packed(x, state)
         if not isinstance(x, Tensor):
             raise TypeError(

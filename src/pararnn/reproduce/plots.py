@@ -52,7 +52,7 @@ def _draw(axes: Axes, panel: dict[str, Any]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=panel["title"], xlabel=panel["x_label"], ylabel=panel["y_label"])
     if panel["lines"]:  # below, where no curve is
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
         axes.legend(fontsize=7, handlelength=3, frameon=False, **place)
 
 

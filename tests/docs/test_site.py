@@ -58,3 +58,9 @@ def test_every_cell_is_in_the_gallery():
     cells = [name for name in vars(pararnn.cells) if name.endswith("Cell")]
     assert len(cells) > 15
     assert [name for name in cells if f"`{name}`" not in gallery] == []
+
+
+def test_every_example_is_on_its_page():
+    page = (DOCS / "examples.md").read_text()
+    files = {file.name for file in (ROOT / "examples").glob("[!_]*.py")}
+    assert set(re.findall(r"^\| `(\w+\.py)`", page, re.MULTILINE)) == files

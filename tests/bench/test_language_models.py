@@ -110,12 +110,27 @@ def test_decode_rows(once):
     assert states["paralstm"] == 2 * 2 * (3 + 2) * 64 * 2
 
 
+def test_decode_with_int8_weights(once):
+    """For models with cells: a byte for each weight of a projection, four for each channel."""
+    rows = list(
+        decode.decode_rows(SIZE, ARCHITECTURES, [1], [32], CPU, 10.0, weights=["stored", "int8"])
+    )
+    found = {(row["architecture"], row["weights"]): row["weight_bytes"] for row in rows}
+    assert set(found) == {(name, "stored") for name in ARCHITECTURES} | {
+        (name, "int8") for name in ("paragru", "paralstm")
+    }
+    model = SIZE.build("paragru", CPU, torch.bfloat16, 8)
+    projections = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    saved = sum(weight.numel() - 4 * len(weight) for weight in projections)
+    assert found["paragru", "int8"] == found["paragru", "stored"] - saved
+
+
 def test_decode_of_the_transformer_stays_at_its_context(monkeypatch):
     """However often it is timed, the cache holds the context and the steps of one run."""
     model = SIZE.build("transformer", CPU, torch.float32, 64)
     caches, make = [], decode.StaticCache
     monkeypatch.setattr(decode, "StaticCache", lambda **o: caches.append(make(**o)) or caches[-1])
-    run, _ = decode._steps(model, 1, 32)
+    run, _ = decode._steps(model, 1, 32, compiled=False)
     for _ in range(3):
         run()
         assert caches[0].get_seq_length() == 32 + 16

@@ -150,7 +150,10 @@ def test_train_then_generate_and_evaluate(capsys):
     assert train_tiny() == 0
     assert train_tiny() == 0
     assert "Run: runs/paragru-2" in capsys.readouterr().out
-    assert main(["generate", "runs/paragru-1", "--prompt", "to be", "--num-tokens", "12"]) == 0
+    command = ["generate", "runs/paragru-1", "--prompt", "to be", "--num-tokens", "12"]
+    assert main([*command, "--weights", "int8"]) == 0
+    assert capsys.readouterr().out.startswith("to be")
+    assert main(command) == 0
     assert capsys.readouterr().out.startswith("to be")
     assert main(["eval", "runs/paragru-1", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

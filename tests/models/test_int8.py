@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pararnn.lm.decoding import Decoder, int8_weights
 from pararnn.lm.decoding import decoder as generation
 from pararnn.lm.decoding.int8 import Int8Linear
-from pararnn.lm.models import ParaRNNForCausalLM
+from pararnn.lm.models import CausalLoss, ParaRNNForCausalLM
 from pararnn.lm.models.architectures import Shape, make_config, make_model
 from pararnn.testing import assert_close
 
@@ -24,8 +25,10 @@ def test_weights_are_the_nearest_of_255_steps():
         linear.weight[3] *= 1000  # a channel does not disturb the others
         linear.weight[5] = 0
     rounded = Int8Linear(linear)
-    assert rounded.weight.dtype is torch.int8
-    again = rounded.weight.double() * rounded.scale[:, None]
+    assert rounded.codes.dtype is torch.int8
+    again = rounded.weight
+    assert again.dtype is torch.float64
+    assert torch.equal(again, rounded.codes.double() * rounded.scale[:, None])
     assert ((again - linear.weight).abs() <= 0.5001 * rounded.scale[:, None]).all()
     x = torch.randn(2, 3, 40, dtype=torch.float64)
     assert_close("product", rounded(x), x @ again.T, rtol=1e-12)
@@ -77,10 +80,14 @@ def test_a_trained_model_loses_little():
         model(text, labels=text).loss.backward()
         optimizer.step()
     model.eval()
+    small = int8_weights(model)
     with torch.no_grad():
-        exact, near = (m(text, labels=text).loss.item() for m in (model, int8_weights(model)))
+        exact, near = (m(text, labels=text).loss.item() for m in (model, small))
+        expected = small(text, labels=text).cross_entropy.item()
+        loss, *_ = CausalLoss(small)(text, F.pad(text[:, 1:], (0, 1), value=-100))
     assert exact < 0.7
     assert abs(near - exact) < 0.01 * exact
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's own are errors to it

@@ -40,6 +40,7 @@ _DECODE = Table(
     "context.",
     (
         ("architecture", "model", ""),
+        ("weights", "weights", ""),
         ("batch", "texts", ""),
         ("context", "context", ","),
         ("tokens_per_second", "tokens/s", ",.0f"),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pararnn.cli.arguments import parse
 from pararnn.lm.data.errors import RunError
@@ -84,6 +84,8 @@ class DecodeArguments(_ModelArguments):
     """Texts side by side."""
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     """Numbers of tokens before the generated one; they matter for the cache of the Transformer."""
+    weights: tuple[Literal["stored", "int8"], ...] = ("stored",)
+    """In bfloat16, or those of projections in int8; the latter for models with cells only."""
 
     def rows(self, processes: Processes, rate: float) -> Iterator[Row]:
         """Measure."""
@@ -92,7 +94,13 @@ class DecodeArguments(_ModelArguments):
         from pararnn.lm.bench.decode import decode_rows
 
         return decode_rows(
-            self.size, self.architectures, self.batch_sizes, self.contexts, processes.device, rate
+            self.size,
+            self.architectures,
+            self.batch_sizes,
+            self.contexts,
+            processes.device,
+            rate,
+            self.weights,
         )
 
 

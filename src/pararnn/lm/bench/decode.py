@@ -14,7 +14,10 @@ from pararnn.bench.problem import Row
 from pararnn.bench.timing import steps_milliseconds
 from pararnn.layers.stepping import captured_step, compile_options
 from pararnn.lm.bench.models import ModelSize, release
+from pararnn.lm.catalogue import CELLS
+from pararnn.lm.decoding import int8_weights
 from pararnn.lm.decoding.decoder import Decoder, largest
+from pararnn.lm.decoding.int8 import Int8Linear
 from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.models.architectures import missing_kernels
 from pararnn.lm.models.flops import multiplied_parameters
@@ -29,6 +32,8 @@ def decode_rows(
     contexts: Sequence[int],
     device: torch.device,
     rate: float,
+    weights: Sequence[str] = ("stored",),
+    compiled: bool = True,
 ) -> Iterator[Row]:
     """Time single steps of generation in bfloat16, greedily.
 
@@ -40,34 +45,48 @@ def decode_rows(
         architectures: Names of presets.
         batches: Texts side by side.
         contexts: Numbers of tokens before the generated one.
-        device: Where to run; on a GPU a step is compiled and captured in a CUDA graph.
+        device: Where to run; on a GPU a step is captured in a CUDA graph.
         rate: Speed at which the device copies, in GB/s.
+        weights: "stored" or "int8"; other models than ours have the first only.
+        compiled: Whether a step is compiled on a GPU.
     """
     for architecture in architectures:
         grows = hasattr(size.config(architecture, max(contexts)), "num_key_value_heads")
-        for batch, context in itertools.product(batches, contexts if grows else [None]):
-            row: Row = {"architecture": architecture, "batch": batch, "context": context}
+        kinds = weights if architecture in CELLS else ["stored"]
+        sizes = itertools.product(kinds, batches, contexts if grows else [None])
+        for kind, batch, context in sizes:
+            row: Row = {"architecture": architecture, "weights": kind}
+            row |= {"batch": batch, "context": context}
             row["note"] = missing_kernels(architecture)
             release()
             try:
-                row |= _measure(size, architecture, batch, context, device, rate)
+                model = make_ready(size, architecture, kind, context, device)
+                row |= measure(model, batch, context, rate, compiled)
             except torch.OutOfMemoryError:
                 row["skipped"] = "out of memory"
             yield row
 
 
-def _measure(
-    size: ModelSize,
-    architecture: str,
-    batch: int,
-    context: int | None,
-    device: torch.device,
-    rate: float,
-) -> Row:
+def make_ready(
+    size: ModelSize, architecture: str, weights: str, context: int | None, device: torch.device
+) -> PreTrainedModel:
+    """A new model in bfloat16, or with int8 weights; arguments as for `decode_rows`."""
     model = size.build(architecture, device, torch.bfloat16, (context or 0) + _STEPS).eval()
-    run, state_bytes = _steps(model, batch, context)
-    milliseconds = steps_milliseconds(run, device) / _STEPS
+    if weights == "int8":
+        assert isinstance(model, ParaRNNForCausalLM)
+        return int8_weights(model)
+    return model
+
+
+def measure(
+    model: PreTrainedModel, batch: int, context: int | None, rate: float, compiled: bool
+) -> Row:
+    """What is measured of a step, and its limit; arguments as for `decode_rows`."""
+    run, state_bytes = _steps(model, batch, context, compiled and model.device.type == "cuda")
+    milliseconds = steps_milliseconds(run, model.device) / _STEPS
+    rounded = [m for m in model.modules() if isinstance(m, Int8Linear)]
     weight_bytes = multiplied_parameters(model) * model.dtype.itemsize
+    weight_bytes += sum(m.codes.nbytes + m.scale.nbytes for m in rounded)
     limit = (weight_bytes + state_bytes) / rate / 1e6
     return {
         "weight_bytes": weight_bytes,
@@ -80,16 +99,16 @@ def _measure(
 
 
 def _steps(
-    model: PreTrainedModel, batch: int, context: int | None
+    model: PreTrainedModel, batch: int, context: int | None, compiled: bool
 ) -> tuple[Callable[[], None], int]:
     """A function that runs `_STEPS` steps, and the bytes of state that a step reads and writes."""
     if isinstance(model, ParaRNNForCausalLM):
-        decoder = Decoder(model, batch, compiled=model.device.type == "cuda")
+        decoder = Decoder(model, batch, compiled=compiled)
         decoder.start([[1]] * batch)
         return _repeated(decoder.step), 2 * decoder.state_bytes
     cache = StaticCache(config=model.config, max_cache_len=(context or 0) + _STEPS)
     layers: list[Any] = cache.layers
-    repeated = _repeated(_cached_step(model, batch, cache))
+    repeated = _repeated(_cached_step(model, batch, cache, compiled))
     if context is None:
         kinds = [kind for layer in layers for kind in (layer.conv_states, layer.recurrent_states)]
         return repeated, 2 * sum(state.nbytes for kind in kinds for state in kind.values())
@@ -103,7 +122,9 @@ def _steps(
     return from_context, held * context // (context + _STEPS)
 
 
-def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Callable[[], None]:
+def _cached_step(
+    model: PreTrainedModel, batch: int, cache: StaticCache, compiled: bool
+) -> Callable[[], None]:
     """One greedy step of a model of transformers, as `Decoder.step` is for our models."""
     accepted = inspect.signature(model.forward).parameters
     name = "cache_params" if "cache_params" in accepted else "past_key_values"
@@ -115,10 +136,9 @@ def _cached_step(model: PreTrainedModel, batch: int, cache: StaticCache) -> Call
         tokens.copy_(largest(output.logits[:, -1]))
 
     step()  # the cache makes its tensors
-    if model.device.type != "cuda":
-        return step
-    compiled = torch.compile(step, dynamic=False, options=compile_options())
-    return captured_step(compiled, model.device)
+    if compiled:
+        step = torch.compile(step, dynamic=False, options=compile_options())
+    return captured_step(step, model.device)
 
 
 def _repeated(step: Callable[[], None]) -> Callable[[], None]:

@@ -26,10 +26,15 @@ class Int8Linear(nn.Module):
 
     Args:
         linear: Where the weight comes from.
+
+    Attributes:
+        codes: The weight in steps, int8, (outputs, inputs).
+        scale: The size of a step, (outputs,).
     """
 
-    weight: Tensor
+    codes: Tensor
     scale: Tensor
+    _like: Tensor  # of the type of the weight
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -37,12 +42,18 @@ class Int8Linear(nn.Module):
         exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
         scale = exact.abs().amax(1, keepdim=True).div(_LARGEST)
         scale = torch.where(scale == 0, 1.0, scale)
-        self.register_buffer("weight", exact.div(scale).round().to(torch.int8))
+        self.register_buffer("codes", exact.div(scale).round().to(torch.int8))
         self.register_buffer("scale", scale.squeeze(1))
+        self.register_buffer("_like", linear.weight.detach().new_empty(0))
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weight, for losses that read it."""
+        return (self.codes * self.scale[:, None]).to(self._like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x, shape (..., inputs)."""
-        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
+        return (F.linear(x, self.codes.to(x.dtype)) * self.scale).to(x.dtype)
 
 
 def int8_weights(model: ParaRNNForCausalLM) -> ParaRNNForCausalLM:

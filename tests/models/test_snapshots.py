@@ -178,6 +178,28 @@ def test_a_stream_ends_when_all_texts_have_and_comes_one_by_one(monkeypatch):
     assert list(Decoder(model, 1).stream([[3]], max_new_tokens=50, end_of_text=0)) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["paragru", "m2rnn", "gated-deltanet", "attention"])
+def test_captured_steps_go_back_and_stream(mixer, monkeypatch):
+    """Steps are CUDA graphs, tokens are copied to the host beside them, and the room grows."""
+    monkeypatch.setattr(decoder, "COSTS", replace(COSTS, attention_room=16))
+    options = {"memory_options": {"key_size": 16, "value_size": 16}, "attention_heads": 2}
+    sizes = {"hidden_size": 32, "mixers": [mixer, "paralstm"]}
+    model = tiny(**sizes, **options).float().to("cuda")
+    decoding = Decoder(model, 3)
+    expected = decoding.generate(PROMPTS, max_new_tokens=24, **SAMPLED)
+    assert decoding.generate(PROMPTS, max_new_tokens=24, **SAMPLED) == expected
+    rows = list(decoding.stream(PROMPTS, max_new_tokens=24, **SAMPLED))
+    assert [list(tokens) for tokens in zip(*rows, strict=True)] == expected
+    decoding.start(PROMPTS, **SAMPLED)
+    steps(decoding, 3)
+    kept = decoding.snapshot()
+    after = steps(decoding, 9)
+    decoding.generate(PROMPTS[::-1], max_new_tokens=5)
+    decoding.restore(kept)
+    assert_same_bits(steps(decoding, 9), after)
+
+
 def test_refused(hybrid):
     decoding = Decoder(hybrid, 2)
     for early in (decoding.step, decoding.snapshot):

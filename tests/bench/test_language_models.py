@@ -245,11 +245,11 @@ def test_commands_write_tables(tmp_path, capsys, monkeypatch, once):
     arguments = ["--architectures", "paragru", "--batch-size", "2", "--sequence-length", "16"]
     assert main(["bench", "train", "--out", "tables", *arguments, *TINY]) == 0
     printed = capsys.readouterr().out
-    assert "decode architecture=transformer batch=1 context=1024" in printed
+    assert "decode architecture=transformer weights=stored batch=1 context=1024" in printed
     assert "Written to tables/train.md" in printed
     table = (tmp_path / "tables/decode.md").read_text()
-    assert "| transformer | 1 | 1,024 | 8,000 | 0.125 |" in table
-    assert "| paragru | 1 | any | 8,000 | 0.125 |" in table
+    assert "| transformer | stored | 1 | 1,024 | 8,000 | 0.125 |" in table
+    assert "| paragru | stored | 1 | any | 8,000 | 0.125 |" in table
     assert "`pararnn bench decode --out tables --batch-sizes 1 --contexts 32 1024" in table
     assert "preset 1b, width 64, layers 2, vocabulary 256" in table
     assert "Note: mamba2: transformers' slow path: mamba-ssm is not installed." in table

@@ -7,6 +7,9 @@ measured, with noise. What is the level at each event? GRU-D (Che et al. 2018, a
 lets its state, and the values last seen, fade with the time that has passed; an `nn.GRU` of the
 same width gets the same numbers as inputs. Both train on events an hour apart on average, and are
 tested on such patients and on some whose events are three hours apart.
+
+Expected, in 20 seconds of one core of a CPU: errors of 0.042 and 0.040 for GRU-D, 0.028 and 0.065
+for `nn.GRU`, 0.50 and 0.36 for the mean. More in docs/results/examples.md.
 """
 
 import argparse

@@ -5,6 +5,9 @@
 "LATIN SMALL LETTER E WITH ACUTE" names a small letter (Ll), "LEFT SQUARE BRACKET" opens (Ps). The
 names and categories of Unicode come with Python: 3 to 88 symbols, read letter by letter. All layers
 take a `PackedSequence`, so the code is that for `nn.GRU`; each has the same time.
+
+Expected, on one core of a CPU: 0.947 are right with ParaGRU, 0.933 with `nn.GRU`. More in
+docs/results/examples.md.
 """
 
 import unicodedata

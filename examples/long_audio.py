@@ -6,8 +6,8 @@ Six seconds at 16 kHz, made here: noise, a bell near the beginning and one near 
 of two notes. The first must be remembered for 80,000 steps, so the gates begin with memories of up
 to `--memory` samples; the whole recording if it is not given.
 
-Expected: accuracy 1.00 in 117 seconds of one core of a CPU, 0.51 with `--memory 1000`. The recurrence
-alone takes 0.33 s forward and backward, an `nn.GRU` of its size 12 s.
+Expected: accuracy 1.00 in 117 seconds of one core of a CPU, 0.51 with `--memory 1000`. The
+recurrence alone takes 0.33 s forward and backward, an `nn.GRU` of its size 12 s.
 """
 
 import argparse

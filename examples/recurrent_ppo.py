@@ -8,8 +8,8 @@ nothing shows, and a junction: the side of the sign pays 1, the other -1, and a 
 length, so episodes begin in the middle of them: `resets` say where, and the state of the last step
 goes on into the next rollout.
 
-Expected: +0.999 per maze after 120 updates, in 16 seconds of one core of a CPU; with a memory that is
-reset at every step (`--forgets`) about 0. More in docs/results/examples.md.
+Expected: +0.999 per maze after 120 updates, in 16 seconds of one core of a CPU; with a memory that
+is reset at every step (`--forgets`) about 0. More in docs/results/examples.md.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Mistakes of a first user, and the words that must help: what was wrong, what to do."""
 
+import inspect
 import traceback
 
 import numpy as np
@@ -272,3 +273,18 @@ def test_constants_that_stay_are_fine():
         return torch.tanh(self.decay * h * torch.tensor([0.1, 0.2, 0.3]) + self.project(x))
 
     assert pararnn.testing.check_cell(with_forward(forward)).structure == "elementwise"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pararnn.ParaGRU,
+        pararnn.ParaLSTM,
+        *[v for v in vars(pararnn.cells).values() if isinstance(v, type)],
+    ],
+)
+def test_a_wrong_argument_is_one_of_the_class_that_was_called(kind):
+    if "**kwargs" in str(inspect.signature(kind)):
+        pytest.skip("its __init__ hands on what it does not take")
+    with pytest.raises(TypeError, match=rf"^{kind.__name__}\.__init__\(\) .*'layers'"):
+        kind(4, 8, layers=2)

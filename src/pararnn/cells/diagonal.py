@@ -12,9 +12,10 @@ from pararnn.cells._input import (
     init_timescales_,
     project,
 )
+from pararnn.cells._named import NamedInit
 
 
-class DiagonalCell(nn.Module):
+class DiagonalCell(NamedInit, nn.Module):
     """Base of cells whose recurrent matrices are diagonal.
 
     A subclass says how many of each it has, and has a `forward` of its own: `inputs(x)` is what the

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pararnn.cells._named import NamedInit
+
 _TIMESCALES = (1.0, 1000.0)  # in steps
 _NONLINEARITIES = ("tanh", "linear")
 
 
-class MatrixMemoryCell(nn.Module):
+class MatrixMemoryCell(NamedInit, nn.Module):
     """Base of cells whose state is one matrix per head, keys x values.
 
     A subclass has a `forward` that writes into the memory and a `readout` that reads from it:

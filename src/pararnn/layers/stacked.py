@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
+from pararnn.cells._named import NamedInit
 from pararnn.layers.arguments import State, check_resets, num_sequences
 from pararnn.layers.rnn import RNN
 from pararnn.planning.settings import Solver
@@ -223,7 +224,7 @@ class StackedRNN(nn.Module):
         ), last
 
 
-class ParaRNNStack(StackedRNN):
+class ParaRNNStack(NamedInit, StackedRNN):
     """Layers of one of the paper's cells; see `ParaGRU` for the arguments."""
 
     make_cell: ClassVar[Callable[..., nn.Module]]

@@ -23,10 +23,7 @@ class NamedInit:
             inherited.__defaults__,
             inherited.__closure__,
         )
-        own.__kwdefaults__, own.__annotations__ = (
-            inherited.__kwdefaults__,
-            inherited.__annotations__,
-        )
-        own.__doc__, own.__module__ = inherited.__doc__, inherited.__module__
+        for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__"):
+            setattr(own, name, getattr(inherited, name))
         own.__qualname__ = f"{cls.__qualname__}.__init__"
-        cls.__init__ = own  # type: ignore[misc]
+        cls.__init__ = own  # type: ignore[method-assign]

@@ -162,6 +162,28 @@ def test_cell_that_says_how_many_tensors_its_state_has(forward, words):
         RNN(with_forward(forward, Knows))
 
 
+def ignores_its_state(self, x, h):
+    return torch.tanh(self.project(x))
+
+
+def ignores_all_of_its_state(self, x, state):
+    return torch.tanh(self.project(x)), self.project(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "base"), [(ignores_its_state, Cell), (ignores_all_of_its_state, Pair)]
+)
+def test_a_cell_that_ignores_its_state_is_told(forward, base):
+    for use in (RNN, pararnn.testing.check_cell):
+        with pytest.warns(UserWarning, match="Mistaken ignores its state: .* depends on x alone"):
+            use(with_forward(forward, base))
+
+
+def test_a_component_may_be_written_alone():
+    """As the output of an LSTM that reads its cell state only."""
+    RNN(with_forward(lambda self, x, s: (torch.tanh(s[1]), 0.5 * s[1] + self.project(x)), Pair))
+
+
 def multiplies_wrong_sizes(self, x, h):
     return self.project(torch.cat([x, x], -1)) + h
 

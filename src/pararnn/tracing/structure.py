@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -72,7 +73,14 @@ def trace(
             check_gradients(found, device)
         return found
 
-    return untransformed(traced)
+    found = untransformed(traced)
+    if found.forgets_all:
+        warnings.warn(
+            f"{subject.name} ignores its state: what it returns depends on x alone, so nothing is "
+            "remembered from step to step. Compute the new state from the state as well.",
+            stacklevel=2,
+        )
+    return found
 
 
 def _packed(

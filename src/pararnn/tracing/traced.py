@@ -110,6 +110,11 @@ class Traced:
         return self.parts.capture
 
     @property
+    def forgets_all(self) -> bool:
+        """Whether nothing is computed from the state, nor is it handed on."""
+        return not any(node.users for node in self.parts.states)
+
+    @property
     def by_rows(self) -> tuple[bool, ...]:
         """Which results of the input part have one row per sample."""
         read = self.readout.inputs if self.readout else ()

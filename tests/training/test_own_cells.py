@@ -219,3 +219,16 @@ def test_the_program_in_the_docs(folder):
     exec(program, names)
     assert names["result"].step == 2
     assert names["model"].config.cell_options == {"damping": -0.5}
+
+
+def test_a_file_that_imports_another_one_is_told_before_training(folder, capsys, monkeypatch):
+    """It trains where the other can be imported; the run has only the one."""
+    (folder / "springs.py").write_text("STIFFNESS = 1.0\n")
+    imports = "import json\n\nimport numpy\nfrom springs import STIFFNESS\n\nimport pararnn\n"
+    (folder / "my_cell.py").write_text(imports + CELL)
+    monkeypatch.syspath_prepend(folder)
+    assert start("--out", "run") == 0
+    said = capsys.readouterr().err
+    assert f"keeps a copy of my_cell.py, but not of {folder / 'springs.py'}" in said
+    assert said.count("but not of") == 1  # Python's and installed packages are elsewhere too
+    monkeypatch.delitem(sys.modules, "springs")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import sys
+import sysconfig
 import traceback
 import types
 from dataclasses import dataclass, field
@@ -130,6 +133,41 @@ def files_of(names: list[str]) -> dict[str, bytes]:
     cells = [CELLS[name] for name in names if name in CELLS]
     found = [cell for cell in cells if isinstance(cell, OwnCell)]
     return {cell.name.partition(":")[0]: cell.source for cell in found}
+
+
+def not_kept(name: str) -> list[str]:
+    """Files that the file of a cell imports and that are no installed packages: no run has them.
+
+    Args:
+        name: Of an imported cell.
+    """
+    cell = CELLS[name]
+    found: dict[str, None] = {}
+    if isinstance(cell, OwnCell):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [node.module or ""]
+            else:
+                continue
+            for module in imported:
+                place = getattr(sys.modules.get(module), "__file__", None)
+                if place is not None and not _is_installed(module.partition(".")[0], place):
+                    found[place] = None
+    return list(found)
+
+
+def _is_installed(package: str, place: str) -> bool:
+    """Whether a file belongs to Python or to an installed package, maybe in a folder of its own."""
+    paths = sysconfig.get_paths()
+    if place.startswith(tuple(paths[kind] for kind in ("stdlib", "purelib", "platlib"))):
+        return True
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return package in ("pararnn", *importlib.metadata.packages_distributions())
+    return True
 
 
 def _run(path: Path, source: bytes, name: str) -> types.ModuleType:

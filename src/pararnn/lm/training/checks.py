@@ -10,7 +10,7 @@ from pararnn.lm.catalogue import BASELINES, CELLS, OwnName, parts
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.words import warn
 from pararnn.lm.models.causal_loss import CausalLoss
-from pararnn.lm.models.own_cells import import_cell, told
+from pararnn.lm.models.own_cells import import_cell, not_kept, told
 from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.initial import start
 from pararnn.lm.training.language_model import outline_model, to_device
@@ -26,15 +26,24 @@ _LONGEST_TRIAL = 256  # tokens
 def import_own(config: TrainConfig) -> TrainConfig:
     """Run the file of a cell of the user's own; its model then has the name with the digest.
 
+    Says so if the file needs others that the run will not have.
+
     Raises:
         RunError: The file cannot be run, or has no such cell.
     """
     if OwnName.of(config.model) is None:
         return config
     try:
-        return dataclasses.replace(config, model=import_cell(config.model))
+        name = import_cell(config.model)
     except ValueError as error:
         raise RunError(str(error)) from error
+    for file in not_kept(name):
+        warn(
+            f"Note: the run keeps a copy of {name.partition(':')[0]}, but not of {file}, which "
+            "that imports. It can be opened only where this can be imported too. To keep all, write it "
+            "into the one file, or make it an installed package."
+        )
+    return dataclasses.replace(config, model=name)
 
 
 def import_kept(names: list[str], folder: Path, *, aloud: bool = True) -> None:

@@ -67,14 +67,14 @@ def test_other_settings_in_the_same_folder(capsys):
 
 
 def test_help_loads_no_models():
-    """It is quick: transformers alone would take longer than all the rest."""
+    """It is quick: PyTorch and transformers would take longer than all the rest."""
     script = """
 import sys
 from pararnn.cli.main import main
 try:
     main(["tasks", "--help"])
 finally:
-    loaded = [name for name in ("transformers", "matplotlib") if name in sys.modules]
+    loaded = [name for name in ("torch", "transformers", "matplotlib") if name in sys.modules]
     print(*loaded, file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

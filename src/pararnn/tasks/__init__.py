@@ -1,9 +1,10 @@
 """Synthetic tasks: what a recurrence can keep, count and look up."""
 
-from pararnn.tasks.catalogue import TASKS as TASKS
-from pararnn.tasks.task import Batch as Batch
-from pararnn.tasks.task import Known as Known
-from pararnn.tasks.task import Score as Score
-from pararnn.tasks.task import Task as Task
-from pararnn.tasks.task import draw as draw
-from pararnn.tasks.task import score as score
+from typing import TYPE_CHECKING
+
+from pararnn._lazy import contents_of
+
+if TYPE_CHECKING:
+    from pararnn.tasks._public import *  # noqa: F403 # what the name after the next line finds
+else:
+    __getattr__, __dir__ = contents_of("pararnn.tasks._public", __name__)

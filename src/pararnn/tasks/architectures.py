@@ -7,51 +7,53 @@ has it, such as `paragru+attention`: one for each layer, from the first on and o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from pararnn import cells
 from pararnn.lm.catalogue import CELLS, architectures, register_cell
 
-
-class _EvenTimes(cells.ClosedFormContinuousCell):
-    """A closed-form continuous-time cell whose steps are one unit of time apart."""
-
-    def __init__(self, input_size: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(input_size, *args, **kwargs)
-        self.input_size = input_size
-
-    def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        return super().forward(torch.cat([x, torch.ones_like(x[:, :1])], 1), state)
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _indrnn(input_size: int, hidden_size: int, **options: Any) -> nn.Module:
+    from pararnn import cells
+
     return cells.DiagonalElmanCell(input_size, hidden_size, nonlinearity="relu", **options)
 
 
 def _cfc(input_size: int, hidden_size: int, **options: Any) -> nn.Module:
-    return _EvenTimes(input_size, hidden_size, **options)
+    from pararnn.tasks.even_times import EvenTimes
+
+    return EvenTimes(input_size, hidden_size, **options)
 
 
 def _slstm_heads(input_size: int, hidden_size: int, num_heads: int) -> nn.Module:
+    from pararnn import cells
+
     return cells.HeadSLSTMCell(input_size, hidden_size, num_heads=num_heads)
 
 
 def _block_gru(input_size: int, hidden_size: int, num_heads: int) -> nn.Module:
+    from pararnn import cells
+
     return cells.BlockGRUCell(input_size, hidden_size, num_blocks=num_heads)
 
 
 def _layer_norm_lstm(input_size: int, hidden_size: int, num_heads: int) -> nn.Module:
+    from pararnn import cells
+
     return cells.LayerNormLSTMCell(input_size, hidden_size)
 
 
 def _dense_gru(input_size: int, hidden_size: int, num_heads: int) -> nn.Module:
+    from torch import nn
+
     return nn.GRUCell(input_size, hidden_size)
 
 
 def _dense_lstm(input_size: int, hidden_size: int, num_heads: int) -> nn.Module:
+    from torch import nn
+
     return nn.LSTMCell(input_size, hidden_size)
 
 

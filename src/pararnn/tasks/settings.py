@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pararnn.lm.catalogue import TRANSFORMER, OwnName, check_architecture
-from pararnn.tasks.catalogue import TASKS, find_task
+from pararnn.tasks.catalogue import TASKS, check_task
 
 Form = Literal["cell", "mixer", "blocks"]
 MULTIPLES = (1, 2, 4, 16)
@@ -183,6 +183,8 @@ def settings_for(task: str, preset: str, changes: dict[str, Any] | None = None) 
     changes = changes or {}
     chosen = {"full": {}, "smoke": _SMOKE, "paper": _PAPER}[preset] | changes
     settings = dataclasses.replace(full, **chosen)
+    if settings.length == full.length:
+        return settings
     shortest = TASKS[task].min_length
     if settings.length < shortest:
         raise ValueError(
@@ -229,7 +231,7 @@ class SuiteConfig:
             if not values:
                 raise ValueError(f"{name} is empty; name at least one.")
         for task in self.tasks:
-            find_task(task)
+            check_task(task)
             self.settings(task)
         for architecture in self.architectures:
             check_architecture(architecture)

@@ -40,8 +40,8 @@ def import_own(config: TrainConfig) -> TrainConfig:
     for file in not_kept(name):
         warn(
             f"Note: the run keeps a copy of {name.partition(':')[0]}, but not of {file}, which "
-            "that imports. It can be opened only where this can be imported too. To keep all, write it "
-            "into the one file, or make it an installed package."
+            "that imports. It can be opened only where this can be imported too. To keep all, "
+            "write it into the one file, or make it an installed package."
         )
     return dataclasses.replace(config, model=name)
 

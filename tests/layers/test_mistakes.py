@@ -211,6 +211,42 @@ def test_errors_about_a_cell_end_at_its_line(forward, base):
             error = error.__cause__
 
 
+def raises_from_itself(self, x, h):
+    try:
+        return self.projekt(x)
+    except AttributeError as error:
+        raise error from error
+
+
+def tries_again(self, x, h, times=40):
+    """Each error is both the cause and the context of the next one."""
+    try:
+        if not times:
+            return self.projekt(x)
+        return tries_again(self, x, h, times - 1)
+    except AttributeError as error:
+        raise AttributeError(f"{times}: {error}") from error
+
+
+@pytest.mark.parametrize("base", [Cell, Knows])
+@pytest.mark.parametrize("forward", [raises_from_itself, tries_again])
+def test_errors_that_come_from_many_or_from_themselves(forward, base):
+    with pytest.raises((AttributeError, TypeError), match="projekt"):
+        RNN(with_forward(forward, base))
+
+
+def test_an_error_that_is_handled_around_the_call_keeps_its_frames():
+    try:
+        torch.zeros(2).split(-1)
+    except RuntimeError as error:
+        around = error
+        before = traceback.extract_tb(error.__traceback__)
+        with pytest.raises(AttributeError, match="projekt"):
+            RNN(with_forward(misspells, Knows))
+    assert "_tensor.py" in before[-1].filename
+    assert traceback.extract_tb(around.__traceback__) == before
+
+
 def test_errors_of_scanned_functions_end_at_their_line():
     def step(h, x):
         return h @ torch.ones(7, 7) + x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,20 +25,35 @@ def ends_at_the_cell(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        before = sys.exc_info()[1]  # what the user's code handles around this call
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            _shorten(error)
+            for one in reversed(_linked(error, before)):
+                _shorten(one)
             raise error
 
     return run  # type: ignore[return-value]
 
 
+def _linked(error: BaseException, before: BaseException | None) -> list[BaseException]:
+    """An error and those it came from, each once; without what was handled before."""
+    found: list[BaseException] = []
+    ahead: list[BaseException | None] = [error]
+    while ahead:
+        one = ahead.pop()
+        if one is None or any(one is other for other in (before, *found)):
+            continue
+        found.append(one)
+        ahead += [one.__context__, one.__cause__]
+    return found
+
+
 def _shorten(error: BaseException) -> None:
-    """Leave out all frames but the user's, if the error is about the user's code."""
-    for reason in (error.__cause__, error.__context__):
-        if reason is not None:
-            _shorten(reason)
+    """Leave out all frames but the user's, if the error is about the user's code.
+
+    The errors that it came from are shortened already.
+    """
     frames = _frames(error.__traceback__)
     own = _users(frames)
     from_inside = bool(frames) and "pararnn" in frames[-1].tb_frame.f_globals.get("__name__", "")

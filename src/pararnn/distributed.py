@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 
 from pararnn.layers.rnn import RNN
 from pararnn.layers.stacked import StackedRNN
 from pararnn.solvers.ranks import RankError as RankError
 from pararnn.solvers.ranks import Ranks as Ranks
 from pararnn.tracing.modes import outside_of_graphs
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -139,6 +137,11 @@ class _HandOn(Function):
 def _group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     if isinstance(mesh, dist.ProcessGroup):
         return mesh
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh must be one dimension of a device mesh, or a process group that this process is "
+            f"in, got {mesh!r}, a {type(mesh).__name__}."
+        )
     if mesh.ndim != 1:
         raise ValueError(
             f"mesh has the dimensions {mesh.mesh_dim_names or mesh.ndim}; pass the one that time "

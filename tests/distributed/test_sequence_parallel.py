@@ -92,6 +92,27 @@ def test_backends_and_solvers(group, backend):
     check(group, "slow_gates", [0, 9, 23, 30, 61], backend=backend, solver=Newton(chunk=4))
 
 
+def without_rows(group, rank, name):
+    layer = sequence_parallel(jobs.make_rnn(name), group)
+    x = torch.randn(0, 3 + rank, INPUT, dtype=torch.float64, requires_grad=True)
+    y, last = layer(x)
+    y.sum().backward()
+    return y.shape, last.shape, x.grad.shape
+
+
+@pytest.mark.parametrize("name", ["paragru", "slow_gates"])
+def test_a_batch_without_rows(group, name):
+    for rank, shapes in enumerate(group.run(without_rows, name)):
+        time = 3 + rank
+        assert shapes == ((0, time, HIDDEN), (0, HIDDEN), (0, time, INPUT))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_one_rank_is_one_process(name, tmp_path):
+    with Group(1, tmp_path) as alone:
+        check(alone, name, [0, 23])
+
+
 def test_segments(group):
     """Each rank cuts its own part into segments, which its backward pass runs again."""
     check(group, "slow_gates", [0, 9, 23, 30, 61], checkpoint_every=4)
@@ -401,6 +422,8 @@ def refused(group, rank, kind):
         return sequence_parallel(jobs.make_rnn("paragru"), mesh)
     if kind == "nothing":
         return sequence_parallel(torch.nn.Linear(2, 2), group)
+    if kind == "number":
+        return sequence_parallel(jobs.make_rnn("paragru"), 2)
     if kind == "vmap":
         layer = sequence_parallel(jobs.make_rnn("paragru"), group)
         x = torch.randn(3, 1, 5, INPUT, dtype=torch.float64)
@@ -418,6 +441,7 @@ class Noisy(Fails):
 REFUSED = {
     "packed": ("TypeError", "a PackedSequence, whose time cannot be split over ranks"),
     "mesh": ("ValueError", "mesh has the dimensions ('data', 'sequence'); pass the one"),
+    "number": ("TypeError", "got 2, a int"),
     "random": ("TypeError", "Noisy draws random numbers"),
     "nothing": ("ValueError", "Linear is and contains no pararnn.RNN"),
     "vmap": ("TypeError", "transforms of torch.func do not reach across ranks"),

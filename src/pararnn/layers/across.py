@@ -15,7 +15,7 @@ from pararnn.solvers.ranks import Ranks
 from pararnn.tracing.capture import snapshot
 from pararnn.tracing.modes import outside_of_graphs, transformed
 
-Result = tuple[Given, Tensor, Parts, Tensor | None]
+Result = tuple[Given, Tensor, Parts, Tensor | int | None]
 
 
 @outside_of_graphs
@@ -48,6 +48,8 @@ def evaluate(layer: Layer, ranks: Ranks, *arguments: Any) -> Result:
         failure = error
     numbers = ranks.agree(what, [time, tracked], device, failure)
     assert given is not None
+    if not len(given.x):  # no rows: nothing to hand on
+        return given, *layer.at_all_times(*given[:-1])
     shard = Shard(layer, ranks, given, [n[0] for n in numbers], records=any(n[1] for n in numbers))
     if not shard.records:
         return given, *shard.solve(), shard.report

@@ -101,10 +101,10 @@ class Ranks:
         sent = torch.cat([own, own.new_full((1,), failure is not None)])
         found = [torch.empty_like(sent) for _ in range(self.count)]
         dist.all_gather(found, sent, self.group)
-        every = torch.stack(found)
-        if bool(every[:, -1].any()):  # a host sync
+        if bool(torch.stack(found)[:, -1].any()):  # a host sync
             self._raise(failure)
-        tensors = every[:, :-1].contiguous().view(tensor.dtype).view(self.count, *tensor.shape)
+        every = torch.stack([one[:-1] for one in found])
+        tensors = every.view(tensor.dtype).view(self.count, *tensor.shape)
         return tensors.flip(0) if self.backwards else tensors
 
     def exchange(self, tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils._device import _device_constructors
 
 GPU = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -57,6 +58,7 @@ def pretend_gpu(multiprocessors: int = 132, capability: tuple[int, int] = (9, 0)
     Kernels run in Triton's interpreter, which knows no GPU newer than of capability (8, 0); or they
     are compiled and go to `Driver`, if Triton's has been set to it.
     """
+    _device_constructors()  # PyTorch remembers the factories of its first call; not those of below
     properties = types.SimpleNamespace(multi_processor_count=multiprocessors)
     cuda = {
         "is_available": lambda: True,

@@ -1,5 +1,9 @@
 """What is chosen for 827 combinations of cell, shape, device and settings is what was recorded."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +71,14 @@ def test_a_step_without_a_layer_is_planned_for_the_device_that_it_is_on():
         plan = path._plan(path.problem(inputs, torch.zeros(2, 1, 64), None))
         assert plan.forward == pararnn.RNN(ParaGRUCell(6, 64)).plan((2, 4096, 6)).forward
     assert plan.forward.launch.chunks > 1
+
+
+def test_a_gpu_that_is_not_there_leaves_nothing_behind():
+    """In a process of its own, where nothing has made a tensor on a device before."""
+    program = (
+        "import torch\nfrom core.pretend_gpu import pretend_gpu\n"
+        "with pretend_gpu(), torch.device('cpu'):\n    torch.empty(1)\n"
+        "with torch.device('meta'):\n    assert torch.empty(1).is_meta"
+    )
+    tests = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", program], cwd=tests, check=True)

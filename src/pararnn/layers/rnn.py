@@ -321,12 +321,12 @@ class RNN(nn.Module):
             self._check_unchanged(runner, tensors)
         if path == "pytorch":
             y, *ends = [t.to(x.dtype) for t in pytorch_kernels.run(self.cell, x, parts)]
-            return y, tuple(ends), len(x)
+            return y, tuple(ends), x.shape[0]
         if path == "loop":
             one = 1 in x.shape[:2]
             inputs = x.unbind(1) if one else x.transpose(0, 1).contiguous().unbind(0)
             outputs, final = self._run_cell(runner, inputs, parts, resets, fresh)
-            return torch.stack(outputs, 1), final, len(x)
+            return torch.stack(outputs, 1), final, x.shape[0]
         if fresh:  # as `Problem.starts` has it
             parts = tuple(torch.cat(pair) for pair in zip(parts, fresh, strict=True))
         return self._evaluate(runner, x, parts, starts, last, tensors)
@@ -358,9 +358,10 @@ class RNN(nn.Module):
             x_t = x_t.unsqueeze(0)
             state = batched(state, self._shapes)
         parts = self._parts("state", state, x_t.shape[0], x_t)
-        report: Tensor | int | None = len(x_t)
+        report: Tensor | int | None
         if self._path(runner, x_t, parts, 1, False) == "loop":
             (y,), final = self._run_cell(runner, [x_t], parts)
+            report = x_t.shape[0]
         else:
             y, final, report = self._evaluate(runner, x_t.unsqueeze(1), parts, None, None)
             y = y.squeeze(1)

@@ -93,7 +93,7 @@ class Diagnosis(Report):
         for chunk, residuals in self.residuals.items():
             shown = ", ".join(f"{r:.0e}" for r in residuals)
             needed = (
-                f"{self.iterations[chunk]} iterations; tangents up to "
+                f"{_counted(self.iterations[chunk])}; tangents up to "
                 f"{self.contraction[chunk]:.0e}; residuals {shown}"
             )
             lines.append(f"  chunks of {chunk:<4d}     {needed}")

@@ -89,7 +89,7 @@ def test_refused_value(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data", "none.txt"], "none.txt. Other sources of pararnn data"),
+        (["train", "--data", "none.txt"], "none.txt. Besides these, pararnn data"),
         (["train", "--resume", "--out", "none"], "none holds no run"),
         (["train", "--resume"], "no run to resume in runs/; name its folder with --out"),
         (["generate", "none"], "none holds no run"),

@@ -131,6 +131,7 @@ def test_a_checkpoint_away_from_its_run(folder, capsys):
         ("raise KeyError('me')\n", "my_cell.py:Resonator", r"KeyError: 'me' \(line 1\)"),
         ("", "other.py:Resonator", "there is no file 'other.py'"),
         ("", "my_cell.py", "name the class of the cell too: my_cell.py:CLASS"),
+        ("", "my_cell:Resonator", "perhaps you meant 'my_cell.py:Resonator'"),
     ],
 )
 def test_a_wrong_place_is_refused_with_the_reason(folder, change, place, message):

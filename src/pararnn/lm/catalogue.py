@@ -223,6 +223,9 @@ def _unknown(what: str, name: str, where: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     if name == TRANSFORMER:
         nearest = ATTENTION
+    file, _, cell = name.partition(":")
+    if file and cell:  # as a Python module is named
+        nearest = f"{file}.py:{cell}"
     return (
         f"there is no {what} {name!r}{where}; perhaps you meant {nearest!r}. There are: "
         f"{', '.join(known)}; stacks such as 3xparagru+m2rnn; and FILE.py:CLASS, a cell of your "

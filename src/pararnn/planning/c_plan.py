@@ -48,5 +48,11 @@ def plan_c(
     per_row = -(-used // (batch * chunks))
     share = -(-hidden // per_row)
     block = -(-share // costs.c_vector) * costs.c_vector
-    because = f"{lanes} blocks of channels for {threads} threads"
+    if lanes >= threads:
+        because = "channels keep all threads busy"
+    elif chunks > 1:
+        because = "channels alone are too few for all threads"
+    else:
+        because = "channels are too few for all threads, and steps too few to cut"
+    because += f" (blocks of channels: {lanes}, threads: {threads})"
     return Cut(chunk, chunks, used, min(costs.c_block, block), because)

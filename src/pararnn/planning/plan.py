@@ -547,7 +547,7 @@ def _rows(
     choices.append(Choice("method", type(chosen).__name__, because))
     because = f"arithmetic of {free:.3g} rows takes as long as the launches of a step"
     if solver is None and _in_c(facts, call, backend, costs):
-        because = "steps in C are not launched"
+        because = "steps in C need no launches, which chunks would save"
     given = solver is not None and solver.chunk != "auto"
     choices.append(Choice("chunks", chunks, "asked for" if given else because))
     warm_up = _warm_up(costs.warm_up, chunk, chunks, choices)

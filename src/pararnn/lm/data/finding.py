@@ -87,7 +87,7 @@ def _status(data: Path) -> os.stat_result:
         status = data.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise RunError(
-            f"there is no file or folder {data}. Other sources of pararnn data prepare are "
+            f"there is no file or folder {data}. Besides these, pararnn data prepare takes "
             f"datasets:NAME, {', '.join(RECIPES)} and {STANDARD_LIBRARY}."
         ) from error
     except OSError as error:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import pararnn
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
 from pararnn.layers.stacked import ParaRNNStack
 
@@ -133,7 +132,6 @@ def train(name: str, seed: int, data: tuple[Tensor, Tensor, int], options) -> No
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        pararnn.project_parameters(model)
         losses.append(loss.item() / math.log(2))
         if step % max(1, options.steps // 8) == 0:
             curve.append(f"{held_out_bits(model, held_out):.3f}")

@@ -53,7 +53,6 @@ def train(layer: type[nn.Module], text: Tensor, steps: int) -> tuple[Bytes, floa
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        pararnn.project_parameters(model)  # does nothing to an nn.GRU
         losses.append(loss.item() / torch.log(torch.tensor(2.0)).item())
     elapsed_ms = (time.perf_counter() - begin) / steps * 1e3
     last = losses[-max(1, steps // 10) :]

@@ -81,7 +81,6 @@ def main() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        pararnn.project_parameters(model)
         if step % 25 == 0 or step == steps:
             print(f"step {step}: loss {loss.item():.3f}")
     wave, answer = waves(256)

@@ -175,7 +175,6 @@ def main() -> None:
                 losses(agent, rollout, rows).backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
                 optimizer.step()
-                pararnn.project_parameters(agent)
         if update % 10 == 0 or update == arguments.updates:
             last = sum(earned[-10:]) / len(earned[-10:])
             print(f"update {update}: {last:+.3f} per maze, {time.process_time() - begin:.0f} s")

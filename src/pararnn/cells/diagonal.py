@@ -104,7 +104,10 @@ class DiagonalCell(NamedInit, nn.Module):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Clip the recurrent weights to the bound, in place; call it after the optimiser's step."""
+        """Clip the recurrent weights to the bound, in place.
+
+        A layer does so after every step of an optimiser.
+        """
         if self.max_recurrent_weight is not None:
             for weight in self._recurrent_weights():
                 weight.clamp_(-self.max_recurrent_weight, self.max_recurrent_weight)

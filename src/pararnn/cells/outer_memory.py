@@ -41,7 +41,7 @@ class OuterMemoryCell(MatrixMemoryCell):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Clip `A` to its bound, in place; call it after the optimiser's step."""
+        """Clip `A` to its bound, in place; a layer does so after an optimiser's step."""
         self.recurrent.clamp_(-self.max_recurrent_weight, self.max_recurrent_weight)
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:  # noqa: D102

@@ -35,6 +35,7 @@ from pararnn.layers.arguments import (
 )
 from pararnn.layers.checkpoints import check_steps, cuts_time, run_segments, with_segments
 from pararnn.layers.compiled import valid_while_same
+from pararnn.layers.constraints import keep_in_bounds
 from pararnn.layers.mistakes import ends_at_the_cell
 from pararnn.layers.runner import Runner
 from pararnn.layers.shard import Given
@@ -146,6 +147,7 @@ class RNN(nn.Module):
         self._is_parametrised = False
         self._annealed = Annealed()
         self._report: Tensor | int | None = None  # a number of rows: they went step by step
+        keep_in_bounds(self)
         with contextlib.suppress(UnknownSizes):  # the state of the first call may give them
             self._prepare_early()
 
@@ -809,6 +811,10 @@ class RNN(nn.Module):
         """Leave out traces, which belong to this process; a copy traces again."""
         own = dict.fromkeys(("_runner", "_latest", "_watched", "_report"))
         return {**self.__dict__, **own, "_signature": (), "_traces": Traces()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        keep_in_bounds(self)
 
 
 def _kind(dtype: torch.dtype, now: Snapshot) -> torch.dtype | None:

@@ -287,7 +287,7 @@ class ParaGRU(ParaRNNStack):
         dropout: Probability of zeroing an output between layers, in training.
         bidirectional: Whether each layer also runs backwards in time.
         num_heads: Blocks of every input projection; must divide all sizes.
-        max_recurrent_weight: Bound on the diagonal weights, kept by `project_parameters`.
+        max_recurrent_weight: Bound on the diagonal weights, kept after each step of an optimiser.
         solver: See `RNN`.
         backend: See `RNN`.
         device: Device of the parameters.

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pararnn import project_parameters
 from pararnn.lm.data.words import say
 from pararnn.tasks.task import Batch
 
@@ -79,7 +78,6 @@ class TrainStep:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
-        project_parameters(self.model)
         return loss.detach()
 
     def _capture(self, batch: Batch) -> None:

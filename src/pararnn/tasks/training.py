@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pararnn import project_parameters
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import read_json, write_atomically
 from pararnn.lm.training.checkpoints import quiet_transformers
@@ -108,7 +107,6 @@ class Training:
         torch.manual_seed(unit.seed)
         with quiet_transformers():
             self.model = build_model(self.task, unit.architecture, settings).to(device)
-        project_parameters(self.model)
         self.step = TrainStep(
             self.model,
             learning_rate=settings.learning_rate,

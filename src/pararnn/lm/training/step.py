@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pararnn import project_parameters
 from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.config import OptimizerConfig
@@ -92,7 +91,6 @@ def train_step(
     limit = config.max_grad_norm or math.inf
     nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     optimizer.step()
-    project_parameters(model)
     optimizer.zero_grad(set_to_none=True)
     names = [name for name, _ in named]
     return Measurement(losses, norm, norms, names, processes)

@@ -1,5 +1,6 @@
 """Decoders that go back, branch, begin after a prefix, and hand out tokens as they come."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -76,9 +77,11 @@ def test_a_branch_equals_the_text_alone(model):
     expected = steps(three, 8)[0]
     order = [2, 0, 2, 1]
     branched = Decoder(model, 4)
-    branched.restore(kept.select(order))
+    branched.restore(kept.select(torch.tensor(order)))
     found, states = steps(branched, 8)
     assert torch.equal(found, expected[order])
+    for few in (range(1, 3), (1, 2)):
+        assert torch.equal(kept.select(few).tokens, kept.tokens[1:])
     for state in states:
         assert torch.equal(state[0], state[2])
 
@@ -213,8 +216,11 @@ def test_refused(hybrid):
         Decoder(hybrid, 3).start(PROMPTS, after=kept)
     with pytest.raises(ValueError, match=r"prompts have 1 to 2 tokens, .* of one length"):
         decoding.start([[1], [2, 3]], after=kept)
-    for texts in ([2], [-1], []):
+    for texts in ([2], [-1], [], torch.tensor([0, 2])):
         with pytest.raises(IndexError, match="the snapshot has texts 0 to 1; name at least one"):
             kept.select(texts)
+    for temperature in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="must be finite and at least 0"):
+            decoding.start([[1], [2]], temperature=temperature)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         decoding.stream([[1], [2]], max_new_tokens=0)

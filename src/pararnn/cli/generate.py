@@ -1,5 +1,6 @@
 """`pararnn generate`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +35,8 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
             raise ValueError(f"num-tokens is {self.num_tokens}; it must be >= 1.")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be >= 0.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be finite and >= 0.")
 
 
 def run(arguments: list[str]) -> int:

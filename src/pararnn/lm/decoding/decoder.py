@@ -8,6 +8,7 @@ used up, they are made twice as large, and the step is captured again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -191,8 +192,8 @@ class Decoder:
         Raises:
             ValueError: What cannot be read, see `generate`, or does not fit `after`.
         """
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}; it must be at least 0.")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; it must be finite and at least 0.")
         check_prompts(prompts, self.batch_size, self.model.config.vocab_size)
         logits, layers, num_read = read_prompts(self.model, prompts, after)
         self._temperature.fill_(temperature)

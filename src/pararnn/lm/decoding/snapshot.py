@@ -46,19 +46,20 @@ class Snapshot:
             layer.map(lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
         return sum(sizes)
 
-    def select(self, texts: Sequence[int]) -> Snapshot:
+    def select(self, texts: Sequence[int] | Tensor) -> Snapshot:
         """These texts, in this order; one may come several times, to go on in several ways.
 
         Raises:
             IndexError: There is no such text.
         """
+        texts = torch.as_tensor(texts).tolist()
         wrong = [text for text in texts if not 0 <= text < self.batch_size]
         if wrong or not texts:
             raise IndexError(
-                f"texts is {list(texts)}, but the snapshot has texts 0 to {self.batch_size - 1}; "
+                f"texts is {texts}, but the snapshot has texts 0 to {self.batch_size - 1}; "
                 "name at least one of these."
             )
-        rows = torch.tensor(list(texts), device=self.tokens.device)
+        rows = torch.tensor(texts, device=self.tokens.device)
         return replace(
             self,
             layers=tuple(select_rows(self.layers, rows)),

@@ -72,8 +72,9 @@ def test_misspelt_flag_is_answered_with_the_nearest(arguments, nearest, capsys):
         (["train", "--steps", "0"], "steps is 0; it must be >= 1"),
         (
             ["generate", "run", "--temperature", "-1"],
-            "temperature is -1.0; it must be finite and >= 0",
+            "temperature is -1.0; it must be >= 0",
         ),
+        (["generate", "run", "--temperature", "inf"], "temperature is inf; it must be >= 0"),
         (["generate", "run", "--num-tokens", "0"], "num-tokens is 0; it must be >= 1"),
         (["eval", "run", "--task-folder", "tasks"], "--task-folder needs --tasks"),
         (["eval", "run", "--limit", "3"], "--limit needs --tasks"),

@@ -51,6 +51,42 @@ def test_exponent_of_few_steps(steps):
     assert found.lyapunov_exponent == pytest.approx(math.log(0.5), rel=1e-12)
 
 
+class Delayed(Map):
+    """What it returns is the state of one step before."""
+
+    num_components = 2
+
+    def forward(self, x, state):
+        h, c = state
+        return 0.5 * c, h + x
+
+
+class Tokens(Map):
+    """Takes token numbers."""
+
+    input_size = None
+
+    def __init__(self):
+        super().__init__(torch.tanh)
+        self.table = nn.Embedding(5, 3)
+
+    def forward(self, x, h):
+        return self.function(h + self.table(x))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("recording", [True, False])
+def test_outputs_without_gradients(steps, recording):
+    delayed = RNN(Delayed(None))
+    tokens = RNN(Tokens()).requires_grad_(False)
+    x = torch.randn(2, steps, 1)
+    with torch.set_grad_enabled(recording):
+        for found in (diagnose(delayed, x), diagnose(tokens, torch.randint(5, (2, steps)))):
+            assert found.value_error < 1e-12
+            assert found.gradient_error < 1e-12
+    assert not x.requires_grad
+
+
 class Restarting(Map):
     """The logistic map, which starts anew where x is 1."""
 

@@ -310,16 +310,16 @@ def test_seed_decides_and_the_global_state_is_left_alone(make_model):
         ([[1, 17]], {}, "hold tokens from 1 to 17 but the model has 17; encode them with"),
         ([[1, -1]], {}, "hold tokens from -1 to 1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
-        ([[1]], {"temperature": -0.5}, "temperature is -0.5; it must be finite and at least 0"),
+        ([[1]], {"temperature": -0.5}, "temperature is -0.5; it must be at least 0"),
         (
             [[1]],
             {"temperature": float("nan")},
-            "temperature is nan; it must be finite and at least 0",
+            "temperature is nan; it must be at least 0",
         ),
         (
             [[1]],
             {"temperature": float("inf")},
-            "temperature is inf; it must be finite and at least 0",
+            "temperature is inf; it must be .*, and finite",
         ),
     ],
 )

@@ -1,6 +1,5 @@
 """Decoders that go back, branch, begin after a prefix, and hand out tokens as they come."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -219,8 +218,5 @@ def test_refused(hybrid):
     for texts in ([2], [-1], [], torch.tensor([0, 2])):
         with pytest.raises(IndexError, match="the snapshot has texts 0 to 1; name at least one"):
             kept.select(texts)
-    for temperature in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="must be finite and at least 0"):
-            decoding.start([[1], [2]], temperature=temperature)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         decoding.stream([[1], [2]], max_new_tokens=0)

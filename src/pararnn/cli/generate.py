@@ -36,7 +36,7 @@ class GenerateArguments:
         if self.num_tokens < 1:
             raise ValueError(f"num-tokens is {self.num_tokens}; it must be >= 1.")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be finite and >= 0.")
+            raise ValueError(f"temperature is {self.temperature}; it must be >= 0, and finite.")
 
 
 def run(arguments: list[str]) -> int:

@@ -193,7 +193,7 @@ class Decoder:
             ValueError: What cannot be read, see `generate`, or does not fit `after`.
         """
         if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}; it must be finite and at least 0.")
+            raise ValueError(f"temperature is {temperature}; it must be at least 0, and finite.")
         check_prompts(prompts, self.batch_size, self.model.config.vocab_size)
         logits, layers, num_read = read_prompts(self.model, prompts, after)
         self._temperature.fill_(temperature)

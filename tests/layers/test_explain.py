@@ -176,6 +176,19 @@ def test_check_cell_passes_and_reports():
     assert max(check.errors.values()) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (pararnn.cells.ParaGRUCell, "is the class ParaGRUCell; pass an instance"),
+        (nn.GRU(3, 4), "is a whole layer, GRU"),
+    ],
+    ids=["class", "layer"],
+)
+def test_check_cell_refuses_what_is_no_cell(given, message):
+    with pytest.raises(TypeError, match=message):
+        pararnn.testing.check_cell(given)
+
+
 def test_check_cell_says_that_a_cell_is_random():
     class Dropped(Leaky):
         def forward(self, x, state):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pararnn._notebook import table
+from pararnn.layers.arguments import check_cell as refuse_what_is_no_cell
 from pararnn.layers.rnn import RNN
 from pararnn.planning.settings import Newton
 from pararnn.testing.close import assert_close
@@ -70,11 +71,12 @@ def check_cell(
     Raises:
         AssertionError: Something differs; the message says what and by how much.
         TraceError: The cell cannot be evaluated for all times.
-        TypeError: The cell is an `RNN`, or the size of its input is not known.
+        TypeError: It is no cell, such as a class or an `RNN`, or the size of its input is not known.
         ValueError: The cell draws random numbers, so that no two evaluations are alike.
     """
     if isinstance(cell, RNN):
         raise TypeError("cell is an RNN already; pass the cell alone: check_cell(rnn.cell).")
+    refuse_what_is_no_cell(cell)
     cell = copy.deepcopy(cell).double()
     shape = features if features is not None else getattr(cell, "input_size", None)
     if shape is None:

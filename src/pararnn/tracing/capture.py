@@ -474,8 +474,8 @@ def how_to_return(new: Any, components: int) -> str:
         return " Return the tensor itself."
     return (
         " Return one tensor, the state, which is what the layer returns for all times; what else "
-        "it is to return, a method readout(self, x, state) computes. For a state of several "
-        f"tensors set num_components = {len(new)}."
+        "it is to return, a method readout(self, x, state) computes (in scan: readout=...). For a "
+        f"state of several tensors set num_components = {len(new)} (in scan: pass a tuple of them)."
     )
 
 

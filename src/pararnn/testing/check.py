@@ -71,7 +71,7 @@ def check_cell(
     Raises:
         AssertionError: Something differs; the message says what and by how much.
         TraceError: The cell cannot be evaluated for all times.
-        TypeError: It is no cell, such as a class or an `RNN`, or the size of its input is not known.
+        TypeError: It is no cell, such as a class or an `RNN`; or its input size is not known.
         ValueError: The cell draws random numbers, so that no two evaluations are alike.
     """
     if isinstance(cell, RNN):

@@ -16,6 +16,7 @@ from pararnn.kernels.tiled import Tiled
 from pararnn.layers.rnn import RNN
 from pararnn.planning.plan import Plan
 from pararnn.tracing.expressions import leaf
+from pararnn.tracing.formulas import formulas
 from pararnn.tracing.operations import MOVES, operation_name
 from pararnn.tracing.recorder import show_place
 from pararnn.tracing.traced import Traced
@@ -27,7 +28,8 @@ class Explanation(Report):
 
     Attributes:
         cell: Name of the cell's class.
-        equations: The step as found, one line per value; empty for cells that are not elementwise.
+        equations: The step as found, one line per value. Where channels mix, what only rearranges
+            is left out, and `v[0]` is the first part of a value that is split.
         structure: "elementwise", "heads (size n)" or "dense".
         structure_reason: Why.
         state: One line per tensor of the state: its shape, and along which axes its entries reach
@@ -130,7 +132,7 @@ def explain(rnn: RNN, shape: Sequence[int] | None = None) -> Explanation:
     if recurrence is None:
         drives = [_name(e) for e in traced.parts.edges if e.meta["by_rows"]]
         coefficients = [_name(e) for e in traced.parts.edges if not e.meta["by_rows"]]
-        lines = []
+        lines = formulas(traced.parts)
     else:
         names = recurrence.names
         drives = [names[leaf("drive", i)] for i in range(recurrence.num_drives)]

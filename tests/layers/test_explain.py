@@ -7,6 +7,7 @@ from torch import nn
 
 import pararnn
 from pararnn.kernels.c.build import find_compiler
+from pararnn.testing import assert_close
 
 
 class Leaky(nn.Module):
@@ -58,6 +59,46 @@ def test_explanation_of_a_dense_cell_names_the_operation(capsys):
     assert explanation.plan.backend == ("c" if find_compiler() else "torch")
     assert explanation.plan.path == "rows"
     assert "channels mix" in str(explanation.plan)
+    assert explanation.equations == [
+        "v1 = state @ weight_hh^T + bias_hh",
+        "v2 = tanh(input3 + v1[2] * sigmoid(v1[0] + input1))",
+        "state' = (state - v2) * sigmoid(v1[1] + input2) + v2",
+    ]
+
+
+class Normed(nn.Module):
+    """Its channels mix by a product and by a norm; some values have names."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.into, self.within = nn.Linear(input_size, hidden_size), nn.Linear(hidden_size, 8)
+        self.back = nn.Linear(8, hidden_size, bias=False)
+        self.scale = nn.Parameter(torch.rand(hidden_size))
+
+    def forward(self, x, state):
+        h, c = state
+        drive = self.into(x)
+        few = torch.relu(self.within(h - 2 * c))
+        size = (h * h).mean(-1, keepdim=True)
+        new = drive - (h - self.back(few) / (1 + size)) * self.scale
+        return torch.tanh(new - (c - new) ** 2), (c + new) * -h
+
+
+def test_equations_of_cells_that_mix_compute_the_step(capsys):
+    cell = Normed(4, 6).double()
+    lines = pararnn.explain(pararnn.RNN(cell)).equations
+    capsys.readouterr()
+    assert lines[0] == "few = relu((state0 - state1 * 2) @ within_weight^T + within_bias)"
+    x, h, c = torch.randn(5, 4).double(), *torch.randn(2, 5, 6).double()
+    known = {name.replace(".", "_"): p for name, p in cell.named_parameters()}
+    known |= {"state0": h, "state1": c, "drive": cell.into(x), "relu": torch.relu}
+    known |= {"tanh": torch.tanh, "mean": lambda v: v.mean(-1, keepdim=True)}
+    for line in lines:
+        name, text = line.replace("'", "_new").split(" = ")
+        known[name] = eval(text.replace("^T", ".T").replace("^", "**"), known)
+    for name, expected in zip(("state0_new", "state1_new"), cell(x, (h, c)), strict=True):
+        assert_close(name, known[name], expected, rtol=1e-12)
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="no C compiler")

@@ -100,7 +100,20 @@ CALLS = {
     "resets laid out unlike x, time first": (
         lambda: layer(batch_first=False)(zeros(3, 2, 5), resets=zeros(2, 3, dtype=torch.bool)),
         ValueError,
-        "resets has shape (2, 3) and type torch.bool; pass booleans of shape (3, 2), laid out like",
+        "resets has shape (2, 3) and type torch.bool; pass booleans of shape (3, 2), laid out like "
+        "x. The layer takes x as (time, batch, ...); if yours is not, pass batch_first=True.",
+    ),
+    "x laid out unlike the state": (
+        lambda: layer()(zeros(2, 3, 5), (zeros(3, 7), zeros(3, 7))),
+        ValueError,
+        "(rows, hidden_size), or None for zeros. The layer takes x as (batch, time, ...); if yours "
+        "is not, pass batch_first=False.",
+    ),
+    "x laid out unlike the state, layers": (
+        lambda: ParaGRU(5, 7)(zeros(2, 3, 5), zeros(1, 2, 7)),
+        ValueError,
+        "or None for zeros. The layer takes x as (time, batch, ...); if yours is not, pass "
+        "batch_first=True.",
     ),
     "resets laid out unlike x, layers": (
         lambda: ParaGRU(5, 7)(zeros(3, 2, 5), resets=zeros(2, 3, dtype=torch.bool)),

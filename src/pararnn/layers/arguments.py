@@ -123,7 +123,15 @@ def by_row(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (like.dim() - 1))
 
 
-def check_resets(resets: Any, layout: tuple[int, ...], cu_seqlens: Tensor | None) -> None:
+def other_axes(batch_first: bool) -> str:
+    """What to do if a call looks as if batch and time of x were taken for each other."""
+    order = "(batch, time, ...)" if batch_first else "(time, batch, ...)"
+    return f" The layer takes x as {order}; if yours is not, pass batch_first={not batch_first}."
+
+
+def check_resets(
+    resets: Any, layout: tuple[int, ...], cu_seqlens: Tensor | None, batch_first: bool
+) -> None:
     """Refuse resets that are not booleans in the layout of x, as the user passed it."""
     if resets is None:
         return
@@ -132,9 +140,10 @@ def check_resets(resets: Any, layout: tuple[int, ...], cu_seqlens: Tensor | None
     if cu_seqlens is not None:
         raise ValueError("pass resets or cu_seqlens, not both.")
     if resets.dtype is not torch.bool or resets.shape != layout:
+        turned = resets.shape != layout and tuple(resets.shape) == tuple(layout)[::-1]
         raise ValueError(
             f"resets has shape {tuple(resets.shape)} and type {resets.dtype}; pass booleans of "
-            f"shape {tuple(layout)}, laid out like x."
+            f"shape {tuple(layout)}, laid out like x.{other_axes(batch_first) if turned else ''}"
         )
 
 
@@ -205,6 +214,7 @@ def components_of(
     x: Tensor,
     shapes: tuple[tuple[int, ...], ...],
     dtype_of: Callable[[], torch.dtype],
+    batch_first: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """The components of a state, after a check; zeros if there is no state.
 
@@ -215,6 +225,7 @@ def components_of(
         x: The input.
         shapes: Of every component, without the rows.
         dtype_of: The type of zeros where x has whole numbers.
+        batch_first: How the user passed x, which is (batch, time, ...) here; None for one step.
     """
     count = len(shapes)
     if state is None:
@@ -236,9 +247,11 @@ def components_of(
             which = name if count == 1 else f"component {i} of {name}"
             check_real(which, part)
             last = "hidden_size" if len(shape) == 1 else "*state_shape"
+            turned = batch_first is not None and tuple(part.shape) == (x.shape[1], *shape)
+            more = other_axes(bool(batch_first)) if turned else ""
             raise ValueError(
                 f"{which} has shape {tuple(part.shape)} but x needs {(rows, *shape)}; pass "
-                f"(rows, {last}), or None for zeros."
+                f"(rows, {last}), or None for zeros.{more}"
             )
         if part.device != x.device:
             raise ValueError(f"{name} is on {part.device} but x is on {x.device}; move one.")

@@ -249,7 +249,7 @@ class RNN(nn.Module):
         check_tensors("reset_state", reset_state)
         runner = self._runner_for(x, state)
         single = x.dim() == runner.feature_axes + 1
-        check_resets(resets, x.shape[: 1 if single else 2], cu_seqlens)
+        check_resets(resets, x.shape[: 1 if single else 2], cu_seqlens, self.batch_first)
         if single:
             x = x.unsqueeze(0)
             state = batched(state, self._shapes)
@@ -258,7 +258,7 @@ class RNN(nn.Module):
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
         sequences = num_sequences(x.shape[0], cu_seqlens)
-        parts = self._parts("state", state, sequences, x)
+        parts = self._parts("state", state, sequences, x, self.batch_first)
         fresh: tuple[Tensor, ...] = ()
         if cu_seqlens is not None and reset_state is not None:
             raise ValueError(
@@ -271,7 +271,7 @@ class RNN(nn.Module):
             every = map_state(
                 every, lambda s: s.expand(batch, *s.shape[1:]) if s.shape[0] == 1 else s
             )
-            restarts = self._parts("reset_state", every, batch, x)
+            restarts = self._parts("reset_state", every, batch, x, self.batch_first)
             fresh = () if resets is None else restarts
         return Given(runner, x, parts, fresh, resets, cu_seqlens, single)
 
@@ -539,7 +539,9 @@ class RNN(nn.Module):
         return with_segments(plan, time, segment, entries * kept_in.itemsize)
 
     def extra_repr(self) -> str:  # noqa: D102
-        return f"batch_first={self.batch_first}, backend={self.backend!r}"
+        every = self.checkpoint_every
+        segments = "" if every is None else f", checkpoint_every={every}"
+        return f"batch_first={self.batch_first}, backend={self.backend!r}{segments}"
 
     def runner(self) -> Runner:
         """The cell as it is now, traced, and the backend chosen for it.
@@ -795,10 +797,17 @@ class RNN(nn.Module):
             f"({error}); use {' or '.join(ways)}."
         ) from error
 
-    def _parts(self, name: str, state: State | None, rows: int, x: Tensor) -> tuple[Tensor, ...]:
+    def _parts(
+        self,
+        name: str,
+        state: State | None,
+        rows: int,
+        x: Tensor,
+        batch_first: bool | None = None,
+    ) -> tuple[Tensor, ...]:
         """The components of a state, after a check; zeros if there is no state."""
         dtype_of = lambda: snapshot(self.cell).dtype  # noqa: E731
-        return components_of(name, state, rows, x, self._shapes, dtype_of)
+        return components_of(name, state, rows, x, self._shapes, dtype_of, batch_first)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RNN:
         """Trace again at once after `.to(...)`, so that a compiled call finds everything ready."""

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
 from pararnn.cells._named import NamedInit
-from pararnn.layers.arguments import State, check_resets, num_sequences
+from pararnn.layers.arguments import State, check_resets, num_sequences, other_axes
 from pararnn.layers.rnn import RNN
 from pararnn.planning.settings import Solver
 from pararnn.solvers.ranks import Ranks
@@ -99,7 +99,7 @@ class StackedRNN(nn.Module):
                 f"x has shape {tuple(x.shape)}; pass {layout}, {self.input_size}), or "
                 f"(time, {self.input_size}) for a single sequence."
             )
-        check_resets(resets, x.shape[:-1], cu_seqlens)
+        check_resets(resets, x.shape[:-1], cu_seqlens, self.batch_first)
         if single:
             x = x.unsqueeze(0)
             state = _each(state, lambda s: s.unsqueeze(1) if cu_seqlens is None else s)
@@ -156,8 +156,9 @@ class StackedRNN(nn.Module):
         directions = 2 if self.bidirectional else 1
         held: Any = self._modules["layers"]
         layers, batch = list(held), x.shape[0]
-        firsts = self._split("state", state, num_sequences(batch, cu_seqlens))
-        fresh = self._split("reset_state", _each(reset_state, _for_all(batch)), batch)
+        time = x.shape[1]
+        firsts = self._split("state", state, num_sequences(batch, cu_seqlens), time)
+        fresh = self._split("reset_state", _each(reset_state, _for_all(batch)), batch, time)
         lasts: list[State] = []
 
         def turn(steps: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ class StackedRNN(nn.Module):
             return x, tuple(torch.stack(s) for s in zip(*lasts, strict=True))
         return x, torch.stack([s for s in lasts if isinstance(s, Tensor)])
 
-    def _split(self, name: str, state: State | None, rows: int) -> list[State | None]:
+    def _split(self, name: str, state: State | None, rows: int, time: int) -> list[State | None]:
         """Split a state into one per layer and direction; None for each when None."""
         if state is None:
             return [None] * (self.num_layers * (2 if self.bidirectional else 1))
@@ -202,9 +203,11 @@ class StackedRNN(nn.Module):
             raise TypeError(f"{name} must be {wanted} of shape {shape}, got a {seen}.")
         for part in parts:
             if tuple(part.shape) != shape:
+                turned = tuple(part.shape) == (shape[0], time, shape[2])
                 raise ValueError(
                     f"{name} has shape {tuple(part.shape)}; pass {shape}: (layers x directions, "
                     "batch, hidden_size), or None for zeros."
+                    f"{other_axes(self.batch_first) if turned else ''}"
                 )
         if isinstance(state, tuple):
             return list(zip(*(p.unbind(0) for p in parts), strict=True))

@@ -1,6 +1,7 @@
 """Every ready-made cell: equations, structure, and the parallel result with all its gradients."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -337,6 +338,25 @@ def test_mistakes():
             make_cell(0, 8)
     with pytest.raises(ValueError, match="hidden_size is -8; it must be at least 1"):
         cells.LayerNormLSTMCell(6, -8)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda size: cells.ParaGRUCell(size, 8), "input_size"),
+        (lambda size: cells.SLSTMCell(6, size), "hidden_size"),
+        (lambda size: cells.HeadSLSTMCell(6, 8, num_heads=size), "num_heads"),
+        (lambda size: cells.BlockGRUCell(6, size), "hidden_size"),
+        (lambda size: cells.LayerNormLSTMCell(size, 8), "input_size"),
+        (lambda size: cells.M2RNNCell(6, size, 3), "key_size"),
+        (lambda size: pararnn.ParaGRU(6, 8, num_layers=size), "num_layers"),
+    ],
+)
+@pytest.mark.parametrize("size", [(8,), 8.0, "8"])
+def test_sizes_are_whole_numbers(make, name, size):
+    words = re.escape(f"{name} must be a whole number, got {size!r}.")
+    with pytest.raises(TypeError, match=words):
+        make(size)
 
 
 def test_bounds_hold_after_projection():

@@ -115,10 +115,15 @@ def subtracts_mean_state(self, x, h):
     return self.decay * h + self.project(x) - h.mean(0)
 
 
+def subtracts_mean_of_x(self, x, h):
+    return self.decay * h + self.project(x - x.mean(0))
+
+
 @pytest.mark.parametrize(
     ("forward", "error", "words"),
     [
         (sums_over_rows, TraceError, "mixes the rows of x"),
+        (subtracts_mean_of_x, TraceError, r"the rows of x at .*test_mistakes.py:\d+ \(batch"),
         (sums_over_rows_from_the_end, TraceError, "mixes the rows of x"),
         (sums_state_over_rows, TraceError, "mixes the rows of its state"),
         (subtracts_mean_state, TraceError, "the rows of its state at .*test_mistakes.py:"),

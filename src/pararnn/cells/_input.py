@@ -1,14 +1,24 @@
 """What the ready-made cells share: the input projection in heads, and its initialisation."""
 
 import math
+import numbers
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def check_whole(**sizes: Any) -> None:
+    """Raise TypeError unless all are whole numbers, such as `size` of a shape."""
+    for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+            raise TypeError(f"{name} must be a whole number, got {size!r}.")
+
+
 def check_sizes(input_size: int, hidden_size: int, num_heads: int) -> None:
     """Raise ValueError unless both sizes are positive multiples of the number of heads."""
+    check_whole(input_size=input_size, hidden_size=hidden_size, num_heads=num_heads)
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
         if size < 1 or num_heads < 1 or size % num_heads:
             raise ValueError(

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pararnn.cells._input import project
+from pararnn.cells._input import check_whole, project
 
 _GATES = 3
 _EPS = 1e-4  # as published
@@ -41,6 +41,7 @@ class BlockGRUCell(nn.Module):
     Shapes: `x` (N, input_size); the state, and the result like it, (N, hidden_size).
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: A size is not positive, or the blocks do not divide `hidden_size`.
     """
 
@@ -55,6 +56,7 @@ class BlockGRUCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_whole(input_size=input_size, hidden_size=hidden_size, num_blocks=num_blocks)
         if input_size < 1:
             raise ValueError(f"input_size is {input_size}; it must be at least 1.")
         if hidden_size < 1 or num_blocks < 1 or hidden_size % num_blocks:

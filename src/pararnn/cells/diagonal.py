@@ -37,6 +37,7 @@ class DiagonalCell(NamedInit, nn.Module):
     tuple of `num_components` of them, the output first.
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: The heads do not divide a size, or there is no such gate or bias.
     """
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pararnn.cells._input import check_whole
+
 _GATES = 4
 State = tuple[Tensor, Tensor]
 
@@ -31,6 +33,7 @@ class LayerNormLSTMCell(nn.Module):
     Shapes: `x` (N, input_size); the state, and the result like it, two tensors (N, hidden_size).
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: A size is not positive.
     """
 
@@ -44,6 +47,7 @@ class LayerNormLSTMCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_whole(input_size=input_size, hidden_size=hidden_size)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1.")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pararnn.cells._input import check_whole
 from pararnn.cells._named import NamedInit
 
 _TIMESCALES = (1.0, 1000.0)  # in steps
@@ -40,6 +41,7 @@ class MatrixMemoryCell(NamedInit, nn.Module):
     value_size); the readout (N, num_heads * value_size).
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: A size is not positive, or there is no such nonlinearity.
     """
 
@@ -164,6 +166,7 @@ class MatrixMemoryCell(NamedInit, nn.Module):
 
 
 def _check(sizes: dict[str, int | None], nonlinearity: str) -> None:
+    check_whole(**{name: size for name, size in sizes.items() if size is not None})
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1.")

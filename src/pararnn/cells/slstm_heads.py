@@ -37,6 +37,7 @@ class HeadSLSTMCell(nn.Module):
     Shapes: `x` (N, input_size); the state, and the result like it, four tensors (N, hidden_size).
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: The heads do not divide a size.
     """
 

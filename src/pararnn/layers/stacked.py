@@ -251,6 +251,8 @@ class ParaRNNStack(NamedInit, StackedRNN):
         max_timescale: float | None = None,
         checkpoint_every: int | None = None,
     ) -> None:
+        if not isinstance(num_layers, int):
+            raise TypeError(f"num_layers must be a whole number, got {num_layers!r}.")
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
         if not 0 <= dropout < 1:
@@ -302,6 +304,7 @@ class ParaGRU(ParaRNNStack):
     past, and channels mix in the input projection. Weights of an `nn.GRU` cannot be loaded.
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: num_layers, dropout or num_heads is out of range.
 
     Source: Danieli et al. 2025, arXiv 2510.21450, eq. 3.1a.

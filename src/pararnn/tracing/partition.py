@@ -155,10 +155,13 @@ def _split(
     return found, edges
 
 
-def rows_lost_at(capture: Capture) -> str:
-    """The first place where something of the state has no rows, as " at ..."; else empty."""
-    states = {n for n in capture.graph.nodes if str(n.target).startswith("state_")}
-    reached = followers(capture.graph, states)
+def rows_lost_at(capture: Capture, prefix: str) -> str:
+    """The first place where something of x or of the state has no rows, as " at ..."; else empty.
+
+    `prefix` is that of the names of what is given: "x_" or "state_".
+    """
+    given = {n for n in capture.graph.nodes if str(n.target).startswith(prefix)}
+    reached = followers(capture.graph, given)
     for node in capture.graph.nodes:
         if node in reached and node.meta.get("row_axes") == 0:
             return f" at {show_place(node.meta.get('place'))}"

@@ -223,9 +223,9 @@ def _check_rows(traced: Traced, device: torch.device) -> None:
     """
     subject, name = traced.subject, traced.subject.name
     if rows_mix(traced.parts, "x_"):
-        raise _mixes_x(name)
+        raise _mixes_x(name, rows_lost_at(traced.capture, "x_"))
     if rows_mix(traced.parts, "state_") or rows_mix(traced.parts, AFTER):
-        raise _mixes_state(name, rows_lost_at(traced.capture))
+        raise _mixes_state(name, rows_lost_at(traced.capture, "state_"))
     examples = [_random((ROWS[0], *i.shape), i.dtype, device) for i in traced.given]
     tensors = [subject.tensors[n] for n in traced.input_part.names]
     devices = [device] if device.type == "cuda" else []
@@ -292,10 +292,10 @@ def _mixes_state(name: str, where: str = "") -> TraceError:
     )
 
 
-def _mixes_x(name: str) -> TraceError:
+def _mixes_x(name: str, where: str = "") -> TraceError:
     return TraceError(
-        f"{name} mixes the rows of x (batch normalisation or a statistic over the batch?); every "
-        "row must be computed on its own."
+        f"{name} mixes the rows of x{where} (batch normalisation or a statistic over the batch?); "
+        "every row must be computed on its own."
     )
 
 

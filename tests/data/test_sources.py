@@ -139,7 +139,7 @@ def test_several_sources(texts, lines, make):
 
 def test_missing_source(tmp_path, make):
     with pytest.raises(
-        RunError, match=r"no file or folder .*wikitext. Other sources .*datasets:NAME, slim"
+        RunError, match=r"no file or folder .*wikitext. Besides these, .*datasets:NAME, slim"
     ):
         make(tmp_path / "wikitext")
 

@@ -29,6 +29,7 @@ class StepLoop(nn.Module):
         super().__init__()
         self.cell = rnn.cell
         self.shapes = rnn.state_shapes
+        self.ranks = None  # as of an `RNN`: its time is not split
 
     def forward(
         self, x: Tensor, state: State | None = None, resets: Tensor | None = None

@@ -49,7 +49,8 @@ def sequence_parallel(module: Module, mesh: DeviceMesh | dist.ProcessGroup | Non
         The module itself. A copy of it is split in the same way.
 
     Raises:
-        ValueError: There is no recurrence in it, or the mesh has several dimensions.
+        ValueError: There is no recurrence in it, the mesh has several dimensions, or it is None and
+            the module is not split.
         RankError: From a call, on all ranks: they do not do the same, or one of them failed.
 
     Example:
@@ -63,6 +64,11 @@ def sequence_parallel(module: Module, mesh: DeviceMesh | dist.ProcessGroup | Non
         raise ValueError(
             f"{type(module).__name__} is and contains no pararnn.RNN, ParaGRU or ParaLSTM; use "
             "pararnn.parallelize for layers of PyTorch first."
+        )
+    if ranks is None and all(layer.ranks is None for layer in layers):
+        raise ValueError(
+            f"mesh is None, but the time of {type(module).__name__} is not split. If None came "
+            "from torch.distributed.group.WORLD, call init_process_group before."
         )
     for layer in layers:
         layer.ranks = ranks

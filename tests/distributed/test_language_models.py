@@ -15,7 +15,8 @@ from pararnn.testing import assert_close
 
 CONTEXT = "torch.distributed.tensor.experimental._context_parallel"
 needs_context_parallel = pytest.mark.skipif(
-    importlib.util.find_spec(CONTEXT) is None, reason="this PyTorch has no such module"
+    importlib.util.find_spec(CONTEXT) is None,
+    reason="this PyTorch cannot split flex_attention over ranks",
 )
 ATTENDS = pytest.param("1xattention+1xparagru+1xattention", marks=needs_context_parallel)
 MODELS = ["paragru", "1xparalstm+1xm2rnn", ATTENDS]

@@ -5,16 +5,20 @@ import importlib
 import pkgutil
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
 import pararnn
+from pararnn.cli import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+CALL = re.compile(r"(?:^|&& |-m )pararnn(?:\.cli)? (.*)$")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
 
 
@@ -36,6 +40,47 @@ def test_code_runs(page, capsys):
     for block in blocks(page):
         if not needs_a_run(block):
             exec(compile(block, str(page), "exec"), scope)
+
+
+def commands():
+    """The lines of all pages that call `pararnn`, each once, without what the shell does."""
+    found = {}
+    for page in PAGES:
+        shell = [block for language, block in FENCED.findall(page.read_text()) if not language]
+        for block in shell:
+            for line in block.replace("\\\n", " ").splitlines():
+                for call in CALL.findall(line):
+                    words = shlex.split(re.split(r"\s(?:>|&&|\|)\s", call)[0], comments=True)
+                    found.setdefault(shlex.join(words), words)
+    return found
+
+
+class Accepted(BaseException):
+    """The arguments were parsed, and all settings are as they may be."""
+
+
+@pytest.mark.parametrize("call", commands())
+def test_commands_are_accepted(call, monkeypatch, tmp_path):
+    import tyro
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_cell.py").write_text("class Resonator: ...\nclass Oscillator: ...\n")
+
+    real = tyro.cli
+
+    def parsed(*args, **kwargs):
+        real(*args, **kwargs)
+        raise Accepted
+
+    monkeypatch.setattr(tyro, "cli", parsed)
+    *_, last = arguments = commands()[call]
+    with pytest.raises(SystemExit if last == "--help" else Accepted) as ended:
+        main(arguments)
+    assert last != "--help" or ended.value.code == 0
+
+
+def test_there_are_commands():
+    assert len(commands()) > 30
 
 
 def test_what_works_together_is_tested():

@@ -219,7 +219,14 @@ def kept(run):
         ("elementwise in C", False),
         ("mixing in C", False),
         ("matrix state, readout", False),
-        ("elementwise in C", True),
+        pytest.param(
+            "elementwise in C",
+            True,
+            marks=pytest.mark.skipif(
+                torch.__version__ < torch.torch_version.TorchVersion("2.10"),
+                reason="compiled by PyTorch 2.9, a call keeps all, with checkpoints too",
+            ),
+        ),
     ],
 )
 def test_bytes_that_are_kept(name, compiled):

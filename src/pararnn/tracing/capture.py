@@ -117,7 +117,10 @@ def owner_of(cell: nn.Module, name: str) -> tuple[nn.Module, str]:
     A module made by `torch.compile` answers for the one inside, which compiled code sees alone.
     """
     *path, attribute = (part for part in name.split(".") if part != "_orig_mod")
-    return cell.get_submodule(".".join(path)), attribute
+    owner: Any = cell
+    for part in path:  # not by get_submodule, which a strict export of PyTorch 2.9 cannot follow
+        owner = getattr(owner, part)
+    return owner, attribute
 
 
 StepFunction = Callable[[dict[str, Tensor], tuple[Tensor, ...], Any], Any]

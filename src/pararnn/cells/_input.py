@@ -1,19 +1,12 @@
 """What the ready-made cells share: the input projection in heads, and its initialisation."""
 
 import math
-import numbers
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def check_whole(**sizes: Any) -> None:
-    """Raise TypeError unless all are whole numbers, such as `size` of a shape."""
-    for name, size in sizes.items():
-        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-            raise TypeError(f"{name} must be a whole number, got {size!r}.")
+from pararnn._whole import check_whole
 
 
 def check_sizes(input_size: int, hidden_size: int, num_heads: int) -> None:

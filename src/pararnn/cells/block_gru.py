@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pararnn.cells._input import check_whole, project
+from pararnn._whole import check_whole
+from pararnn.cells._input import project
 
 _GATES = 3
 _EPS = 1e-4  # as published

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pararnn.cells._input import check_whole
+from pararnn._whole import check_whole
 
 _GATES = 4
 State = tuple[Tensor, Tensor]

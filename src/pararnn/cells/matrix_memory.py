@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pararnn.cells._input import check_whole
+from pararnn._whole import check_whole
 from pararnn.cells._named import NamedInit
 
 _TIMESCALES = (1.0, 1000.0)  # in steps

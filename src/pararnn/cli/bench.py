@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pararnn._whole import check_whole_fields
 from pararnn.cli.arguments import parse
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
@@ -56,6 +57,7 @@ class _ModelArguments:
     def __post_init__(self) -> None:
         for architecture in self.architectures:
             preset(architecture, self.preset)
+        check_whole_fields(self)
         for name, value in vars(self).items():
             values = value if isinstance(value, tuple) else (value,)
             if not values:

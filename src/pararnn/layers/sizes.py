@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pararnn._whole import check_whole
 from pararnn.layers.arguments import describe, shape_of
 from pararnn.tracing.capture import how_to_return, snapshot
 from pararnn.tracing.modes import uncompiled
@@ -47,6 +48,10 @@ class Sizes:
         }
         self._given = {name: size for name, size in passed.items() if size is not None}
         _check_hidden_size(hidden_size)
+        if num_components is not None:
+            check_whole(num_components=num_components)
+            if num_components < 1:
+                raise ValueError(f"num_components is {num_components}; it must be at least 1.")
         if hidden_size is not None and state_shape is not None:
             raise ValueError(
                 f"hidden_size={hidden_size} and state_shape={state_shape} were both passed; "

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from pararnn._whole import check_whole
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
 from pararnn.cells._named import NamedInit
 from pararnn.layers.arguments import State, check_resets, num_sequences, other_axes
@@ -251,8 +252,7 @@ class ParaRNNStack(NamedInit, StackedRNN):
         max_timescale: float | None = None,
         checkpoint_every: int | None = None,
     ) -> None:
-        if not isinstance(num_layers, int):
-            raise TypeError(f"num_layers must be a whole number, got {num_layers!r}.")
+        check_whole(num_layers=num_layers)
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
         if not 0 <= dropout < 1:

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
+from pararnn._whole import check_whole
+
 Failure = Literal["sequential", "warn", "raise"]
 _DEFAULT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
 
@@ -49,6 +51,8 @@ class Solver:
     def __post_init__(self) -> None:
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {self.tolerance}.")
+        if self.max_iterations is not None:
+            check_whole(max_iterations=self.max_iterations)
         if self.max_iterations is not None and self.max_iterations < 1:
             raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
         if self.chunk != "auto" and (not isinstance(self.chunk, int) or self.chunk < 1):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pararnn._whole import check_whole_fields
+
 PresetName = Literal["full", "smoke"]
 
 
@@ -131,6 +133,7 @@ class ReproduceConfig:
         if self.preset not in get_args(PresetName):
             choices = ", ".join(map(repr, get_args(PresetName)))
             raise ValueError(f"preset is {self.preset!r}; it must be one of {choices}.")
+        check_whole_fields(self)
         for name in ("batch_size", "width"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")

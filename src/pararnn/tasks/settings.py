@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pararnn._whole import check_whole_fields
 from pararnn.lm.catalogue import TRANSFORMER, OwnName, check_architecture
 from pararnn.tasks.catalogue import TASKS, check_task
 
@@ -74,6 +75,7 @@ class Settings:
     test_samples: int = 2048
 
     def __post_init__(self) -> None:
+        check_whole_fields(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and field.name not in ("positions", "weight_decay"):
@@ -227,6 +229,7 @@ class SuiteConfig:
     processor cores, 12 at most."""
 
     def __post_init__(self) -> None:
+        check_whole_fields(self)
         for name, values in (("tasks", self.tasks), ("architectures", self.architectures)):
             if not values:
                 raise ValueError(f"{name} is empty; name at least one.")

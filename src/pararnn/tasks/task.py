@@ -10,6 +10,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pararnn._whole import check_whole, check_whole_fields
+
 Split = Literal["train", "validation", "test"]
 _QUARTERS: dict[Split, tuple[int, ...]] = {"train": (0, 1), "validation": (2,), "test": (3,)}
 _PIECE = 1 << 22  # tokens drawn at once: 32 MiB of each tensor
@@ -67,6 +69,9 @@ class Task(ABC):
     source: ClassVar[str]
     """Where it comes from."""
 
+    def __post_init__(self) -> None:
+        check_whole_fields(self)
+
     @property
     def known(self) -> tuple[Known, ...]:
         """Published figures for just these settings."""
@@ -116,8 +121,10 @@ def draw(
         device: Where to draw them.
 
     Raises:
+        TypeError: A number is no whole number.
         ValueError: The sequences are too short for the task, or for the split to have any.
     """
+    check_whole(size=size, length=length, seed=seed)
     if length < task.min_length:
         raise ValueError(
             f"length is {length}, but the shortest sequences of {type(task).__name__} have "

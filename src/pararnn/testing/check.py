@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pararnn._notebook import table
+from pararnn._whole import check_whole
 from pararnn.layers.arguments import check_cell as refuse_what_is_no_cell
 from pararnn.layers.rnn import RNN
 from pararnn.planning.settings import Newton
@@ -71,12 +72,14 @@ def check_cell(
     Raises:
         AssertionError: Something differs; the message says what and by how much.
         TraceError: The cell cannot be evaluated for all times.
-        TypeError: It is no cell, such as a class or an `RNN`; or its input size is not known.
+        TypeError: It is no cell, such as a class or an `RNN`; its input size is not known; or a
+            number is no whole number.
         ValueError: The cell draws random numbers, so that no two evaluations are alike.
     """
     if isinstance(cell, RNN):
         raise TypeError("cell is an RNN already; pass the cell alone: check_cell(rnn.cell).")
     refuse_what_is_no_cell(cell)
+    check_whole(batch=batch, time=time, seed=seed)
     cell = copy.deepcopy(cell).double()
     shape = features if features is not None else getattr(cell, "input_size", None)
     if shape is None:
@@ -84,7 +87,8 @@ def check_cell(
         raise TypeError(
             f"{name} does not say the size of its input; pass check_cell(features=...)."
         )
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    check_whole(**{f"features[{i}]": size for i, size in enumerate(shape)})
     options: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_components": num_components,

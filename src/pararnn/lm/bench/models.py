@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pararnn._whole import check_whole_fields
 from pararnn.lm.models.architectures import Shape, make_config
 from pararnn.lm.models.presets import VOCAB_SIZE, preset
 
@@ -28,6 +29,9 @@ class ModelSize:
     width: int | None = None
     num_layers: int | None = None
     vocab_size: int = VOCAB_SIZE
+
+    def __post_init__(self) -> None:
+        check_whole_fields(self)
 
     def config(self, architecture: str, max_length: int) -> PreTrainedConfig:
         """The configuration of a model whose attention reaches `max_length` steps.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pararnn._whole import check_whole_fields
 from pararnn.lm.data.sources import is_path
 from pararnn.lm.data.tokenization import BYTES, digests, vocabulary_to_train
 
@@ -44,6 +45,7 @@ class PrepareConfig:
                 raise ValueError(f"the source {source} is named twice; name it once.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be between 0 and 1.")
+        check_whole_fields(self)
         if self.unit_bytes < 1 or self.units_per_shard < 1:
             raise ValueError("unit_bytes and units_per_shard must be >= 1.")
         if self.on_error not in get_args(OnError):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pararnn._whole import check_whole
 from pararnn.lm.data.config import PrepareConfig, settings_of
 from pararnn.lm.data.documents import Document
 from pararnn.lm.data.errors import RunError
@@ -48,8 +49,14 @@ def prepare(
         None, or the number of the signal that stopped the work.
 
     Raises:
+        TypeError: workers is no whole number.
+        ValueError: It is less than 1.
         RunError: A source cannot be read, or the folder cannot be written or has other content.
     """
+    if workers is not None:
+        check_whole(workers=workers)
+        if workers < 1:
+            raise ValueError(f"workers is {workers}; it must be at least 1.")
     folder = Path(folder)
     _check_apart(config, folder)
     try:

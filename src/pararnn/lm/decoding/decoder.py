@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pararnn._whole import check_whole
 from pararnn.layers.stepping import Form, captured_step, compile_options, inline_steps
 from pararnn.lm.catalogue import ATTENTION
 from pararnn.lm.decoding.prompts import check_prompts, read_prompts
@@ -51,6 +52,7 @@ def generate(
         The new tokens of every text, without `end_of_text`.
 
     Raises:
+        TypeError: A token or a number is no whole number.
         ValueError: No prompts, an empty one, a token outside the vocabulary, or a setting out of
             range.
     """
@@ -75,12 +77,14 @@ class Decoder:
             a step consists of many small kernels. `choose_step` says when it pays.
 
     Raises:
+        TypeError: batch_size is no whole number.
         ValueError: batch_size is less than 1.
     """
 
     def __init__(
         self, model: ParaRNNForCausalLM, batch_size: int, *, compiled: bool = False
     ) -> None:
+        check_whole(batch_size=batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; pass at least one prompt.")
         self.model = model.eval()
@@ -190,8 +194,12 @@ class Decoder:
                 prompts to go on with a text that was generated.
 
         Raises:
+            TypeError: A token or a number is no whole number.
             ValueError: What cannot be read, see `generate`, or does not fit `after`.
         """
+        check_whole(seed=seed)
+        if end_of_text is not None:
+            check_whole(end_of_text=end_of_text)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; it must be at least 0, and finite.")
         check_prompts(prompts, self.batch_size, self.model.config.vocab_size)
@@ -250,8 +258,11 @@ class Decoder:
             seed: Sample with other noise from here on, for another branch; None for the same.
 
         Raises:
+            TypeError: seed is no whole number.
             ValueError: The snapshot has another number of texts.
         """
+        if seed is not None:
+            check_whole(seed=seed)
         if snapshot.batch_size != self.batch_size:
             raise ValueError(
                 f"the snapshot has {snapshot.batch_size} texts but batch_size is "
@@ -354,6 +365,7 @@ class OnTheWay:
 
 
 def _check_number(max_new_tokens: int) -> None:
+    check_whole(max_new_tokens=max_new_tokens)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
 

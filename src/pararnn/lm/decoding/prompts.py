@@ -21,6 +21,7 @@ def check_prompts(prompts: Prompts, batch_size: int, vocab_size: int) -> None:
     """Refuse what cannot be read.
 
     Raises:
+        TypeError: A token is no whole number.
         ValueError: There are more or fewer prompts than texts, one is empty, or a token is unknown.
     """
     if len(prompts) != batch_size:
@@ -33,12 +34,27 @@ def check_prompts(prompts: Prompts, batch_size: int, vocab_size: int) -> None:
         raise ValueError(
             f"prompt {lengths.index(0)} is empty; begin it with the token that begins a text."
         )
+    for place, prompt in enumerate(prompts):
+        _check_tokens(place, prompt)
     least, largest = (extreme(map(extreme, prompts)) for extreme in (min, max))
     if least < 0 or largest >= vocab_size:
         raise ValueError(
             f"the prompts hold tokens from {least} to {largest} but the model has {vocab_size}; "
             "encode them with the tokenizer that it was trained with."
         )
+
+
+def _check_tokens(place: int, prompt: Sequence[int]) -> None:
+    """Refuse a text, and numbers that are none of tokens."""
+    wanted = "pass its tokens, whole numbers, as a tokenizer encodes them."
+    if isinstance(prompt, (str, bytes)):
+        raise TypeError(f"prompt {place} is a text, {prompt[:20]!r}; {wanted}")
+    try:
+        kind = torch.as_tensor(prompt).dtype
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"prompt {place} holds what is no number ({error}); {wanted}") from None
+    if kind.is_floating_point or kind.is_complex or kind is torch.bool:
+        raise TypeError(f"prompt {place} holds numbers of {kind}; {wanted}")
 
 
 def read_prompts(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pararnn._whole import check_whole
 from pararnn.lm.decoding.states import Layer, select_rows
 
 
@@ -51,8 +52,10 @@ class Snapshot:
 
         Raises:
             IndexError: There is no such text.
+            TypeError: A number of a text is no whole number.
         """
-        texts = torch.as_tensor(texts).tolist()
+        texts = torch.as_tensor(texts).flatten().tolist()
+        check_whole(**{f"texts[{i}]": text for i, text in enumerate(texts)})
         wrong = [text for text in texts if not 0 <= text < self.batch_size]
         if wrong or not texts:
             raise IndexError(

@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from pararnn._whole import check_whole
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.evaluation.harness import HarnessModel
 
@@ -35,8 +36,11 @@ def run_tasks(
         The results of `lm_eval.simple_evaluate`; `lm_eval.utils.make_table` prints them.
 
     Raises:
+        TypeError: num_fewshot or limit is no whole number.
         RunError: A task is unknown, the folder does not exist, or a task's data cannot be had.
     """
+    numbers = {"num_fewshot": num_fewshot, "limit": limit}
+    check_whole(**{name: number for name, number in numbers.items() if number is not None})
     if task_folder is not None and not Path(task_folder).is_dir():
         raise RunError(f"{task_folder} is no folder; name one that holds the tasks' YAML files.")
     manager = TaskManager(include_path=None if task_folder is None else str(task_folder))

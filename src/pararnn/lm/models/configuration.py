@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from pararnn._whole import check_whole
 from pararnn.lm.catalogue import ATTENTION as ATTENTION
 from pararnn.lm.catalogue import CELLS, MEMORIES, OwnName, check_mixer
 
@@ -50,6 +51,7 @@ class ParaRNNConfig(PreTrainedConfig):
         tie_word_embeddings: Use the embedding as output projection.
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: A size is not positive, a division leaves a remainder, or the cell is unknown.
     """
 
@@ -118,7 +120,9 @@ class ParaRNNConfig(PreTrainedConfig):
             "inner_size",
             "intermediate_size",
             "conv_kernel",
+            "attention_heads",
         ):
+            check_whole(**{name: getattr(self, name)})
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 1 up.")
         if not 0 <= self.dropout < 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pararnn._whole import check_whole_fields
 from pararnn.lm.catalogue import ATTENTION, BASELINES, OwnName, check_architecture, parts
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import read_json
@@ -51,6 +52,7 @@ class ArchitectureConfig:
     decides it; None for biases of zero, as in the paper."""
 
     def __post_init__(self) -> None:
+        check_whole_fields(self, "architecture.")
         for name in ("width", "num_layers", "num_heads", "state_size", "conv_kernel"):
             _require(getattr(self, name) >= 1, f"architecture.{name}", getattr(self, name), ">= 1")
         every = self.attention_every
@@ -86,6 +88,7 @@ class TextConfig:
     """Held-out tokens of a validation, spread evenly; 0 for all of them."""
 
     def __post_init__(self) -> None:
+        check_whole_fields(self, "text.")
         _require(self.sequence_length >= 1, "text.sequence_length", self.sequence_length, ">= 1")
         _require(self.batch_size >= 1, "text.batch_size", self.batch_size, ">= 1")
         size = self.global_batch_size
@@ -142,6 +145,7 @@ class ScheduleConfig:
     """Share of the length that the learning rate rises."""
 
     def __post_init__(self) -> None:
+        check_whole_fields(self, "schedule.")
         _require(self.length is None or self.length >= 1, "schedule.length", self.length, ">= 1")
         _require(0 <= self.warmup < 1, "schedule.warmup", self.warmup, "from 0 to below 1")
 
@@ -162,6 +166,7 @@ class ExecutionConfig:
     number and text.sequence_length."""
 
     def __post_init__(self) -> None:
+        check_whole_fields(self, "execution.")
         steps = self.profile_steps
         _require(steps >= 0, "execution.profile_steps", steps, ">= 0")
 
@@ -206,6 +211,7 @@ class TrainConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
+        check_whole_fields(self)
         self.data, self.out = (p if p is None else Path(p) for p in (self.data, self.out))
         _require(self.steps >= 1, "steps", self.steps, ">= 1")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pararnn._whole import check_whole
 from pararnn.lm.catalogue import ATTENTION
 from pararnn.lm.data import TokenSplit
 from pararnn.lm.data.words import bar
@@ -79,7 +80,14 @@ def evaluate(
         limit: Tokens to predict, taken from the beginning of every stream; 0 for all.
         chunk: Steps per forward pass.
         carry: Whether a ParaRNN model carries its state; without, it sees as little as the others.
+
+    Raises:
+        TypeError: limit or chunk is no whole number.
+        ValueError: One of them is too small.
     """
+    check_whole(limit=limit, chunk=chunk)
+    if limit < 0 or chunk < 1:
+        raise ValueError(f"limit is {limit} and chunk {chunk}; pass at least 0 and at least 1.")
     here = Processes(0, 1, model.device)
     return evaluate_together(
         CausalLoss(model), split, codec, here, limit=limit, chunk=chunk, carry=carry

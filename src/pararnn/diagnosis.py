@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pararnn._notebook import Made, Report, show, table
+from pararnn._words import counted
 from pararnn.layers.arguments import batched, by_row, map_state
 from pararnn.layers.rnn import RNN
 from pararnn.layers.runner import Runner
@@ -87,13 +88,13 @@ class Diagnosis(Report):
 
     def __str__(self) -> str:
         lines = [
-            f"{self.cell}: {self.structure}, {self.steps} steps, {self.method}",
+            f"{self.cell}: {self.structure}, {counted(self.steps, 'step')}, {self.method}",
             f"  Lyapunov exponent  {self.lyapunov_exponent:+.3f} nats per step",
         ]
         for chunk, residuals in self.residuals.items():
             shown = ", ".join(f"{r:.0e}" for r in residuals)
             needed = (
-                f"{_counted(self.iterations[chunk])}; tangents up to "
+                f"{counted(self.iterations[chunk], 'iteration')}; tangents up to "
                 f"{self.contraction[chunk]:.0e}; residuals {shown}"
             )
             lines.append(f"  chunks of {chunk:<4d}     {needed}")
@@ -111,7 +112,7 @@ class Diagnosis(Report):
             *(
                 (
                     f"chunks of {chunk}",
-                    f"{_counted(self.iterations[chunk])}; tangents up to "
+                    f"{counted(self.iterations[chunk], 'iteration')}; tangents up to "
                     f"{self.contraction[chunk]:.0e}",
                 )
                 for chunk in self.iterations
@@ -123,7 +124,7 @@ class Diagnosis(Report):
             ),
             ("advice", self.recommendation),
         ]
-        header = (self.cell, f"{self.structure}, {self.steps} steps, {self.method}")
+        header = (self.cell, f"{self.structure}, {counted(self.steps, 'step')}, {self.method}")
         return table(rows, header=header) + self._image()
 
     def _image(self) -> str:
@@ -148,7 +149,11 @@ class Diagnosis(Report):
         for chunk, residuals in self.residuals.items():
             shown = [max(r, 1e-17) for r in residuals]
             axes.semilogy(range(1, len(shown) + 1), shown, marker="o", label=f"chunks of {chunk}")
-        axes.set(xlabel="iteration", ylabel="residual", title=f"{self.cell}, {self.steps} steps")
+        axes.set(
+            xlabel="iteration",
+            ylabel="residual",
+            title=f"{self.cell}, {counted(self.steps, 'step')}",
+        )
         axes.legend()
         figure.savefig(file, dpi=120)
 
@@ -353,20 +358,21 @@ def _worth(
             steps = _in_a_row(chunk, first, needed, method)
             reason += (
                 f"; on a device with processors to spare, chunks of {chunk} would take "
-                f"{_counted(needed)}, {steps} steps one after another instead of {time}"
+                f"{counted(needed, 'iteration')}, {counted(steps, 'step')} one after another "
+                f"instead of {time}"
             )
         return False, reason
     fully = replace(
         way.solver, max_iterations=None, tolerance=way.tolerance, on_failure="sequential"
     )
     needed = solve(fully).iterations
-    reason = f"the plan's {chunks} chunks of {chunk} take {_counted(needed)}"
+    reason = f"the plan's {counted(chunks, 'chunk')} of {chunk} take {counted(needed, 'iteration')}"
     allowed = min(way.solver.max_iterations or chunks, needed)
     steps = _in_a_row(chunk, way.warm_up, allowed, type(way.solver))
     if allowed < needed:
         steps += time
         reason += f" but get {allowed}, after which all goes step by step"
-    reason += f": {steps} steps one after another instead of {time}"
+    reason += f": {counted(steps, 'step')} one after another instead of {time}"
     return steps < time, f"{reason}; tangents up to {_most_growth(growth, chunk):.0e}"
 
 
@@ -374,10 +380,6 @@ def _in_a_row(chunk: int, warm_up: int, iterations: int, method: type[Solver]) -
     """Steps that follow one after another."""
     again = 2 if method.coupling in ("tangent", "diagonal") else 1
     return warm_up + chunk * (1 + again * (iterations - 1))
-
-
-def _counted(iterations: int) -> str:
-    return f"{iterations} iteration{'s' if iterations > 1 else ''}"
 
 
 def _errors(rnn: RNN, x: Tensor, state: Any) -> tuple[float, float]:
@@ -421,9 +423,10 @@ def _recommendation(found: Diagnosis, chunks: int) -> str:
     if few:
         but = "but" if grown > 1 else "and"
         return f"{words}, {but} a few iterations suffice: leave chunk='auto'."
-    planned = "one chunk" if chunks == 1 else f"{chunks} chunks"
+    planned = "one chunk" if chunks == 1 else counted(chunks, "chunk")
     return (
-        f"{words}, but chunks of {most} take {_counted(found.iterations[most])}; chunks of {best} "
+        f"{words}, but chunks of {most} take {counted(found.iterations[most], 'iteration')}; "
+        f"chunks of {best} "
         f"take {found.iterations[best]}. So do not set shorter chunks than the plan's, which has "
         f"{planned} here."
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from pararnn._notebook import Made, Report, folded, lines, show, table
+from pararnn._words import counted
 from pararnn.kernels import operators
 from pararnn.kernels.channels import Channels
 from pararnn.kernels.printing import equations
@@ -79,7 +80,8 @@ class Explanation(Report):
             f"  drives        {', '.join(self.drives) or '(none)'}\n"
             f"  coefficients  {', '.join(self.coefficients) or '(none)'}\n"
             f"  plan for x of shape {self.shape}\n{indented(str(self.plan).splitlines())}\n"
-            f"  source        {len(self.source.splitlines())} lines, in .source; {self._compiled}"
+            f"  source        {counted(len(self.source.splitlines()), 'line')}, in .source; "
+            f"{self._compiled}"
         )
 
     def _repr_html_(self) -> str:
@@ -94,7 +96,7 @@ class Explanation(Report):
                 ("drives", ", ".join(self.drives) or "(none)"),
                 ("coefficients", ", ".join(self.coefficients) or "(none)"),
                 (f"plan for x of shape {self.shape}", Made(self.plan._repr_html_())),
-                ("source", folded(f"{len(self.source.splitlines())} lines", self.source)),
+                ("source", folded(counted(len(self.source.splitlines()), "line"), self.source)),
                 ("", self._compiled),
             ],
             header=(self.cell, ""),

@@ -200,7 +200,7 @@ def test_kernels_that_overlap_count_once():
     ("fits", "expected"),
     [
         ((2, "off"), {"checkpointing": False, "batch": 2, "step_ms": 1.0}),
-        ((1, "off"), {"checkpointing": False, "batch": 1, "note": "1 sequences, since 2 do not"}),
+        ((1, "off"), {"checkpointing": False, "batch": 1, "note": "1 sequence, since 2 do not"}),
         ((2, "on"), {"checkpointing": True, "batch": 2, "note": ""}),
         (None, {"skipped": "out of memory, with activation checkpointing too", "batch": 2}),
     ],

@@ -166,7 +166,7 @@ def test_one_document_is_too_few(tmp_path, make):
     with pytest.raises(RunError, match=r"only one document in .*rows.jsonl; at least two"):
         make(tmp_path / "rows.jsonl")
     (tmp_path / "text.txt").write_text("x")
-    with pytest.raises(RunError, match="has 1 bytes; that is too little to split"):
+    with pytest.raises(RunError, match="has 1 byte; that is too little to split"):
         make(tmp_path / "text.txt", name="letter")
 
 

@@ -359,7 +359,7 @@ def test_plan_and_explanation_show_segments(capsys):
     plan = rnn.plan((4, 10_000, FEATURES))
     first = plan.choices[0]
     assert (first.what, first.value) == ("segments", 10)
-    assert "of 1024 steps" in first.because
+    assert "of 1,024 steps" in first.because
     kept = 10 * 4 * 16 * 4 / 2**20
     assert f"{kept:.3g} MiB are kept" in first.because
     assert plan.choices[1:] == RNN(rnn.cell).plan((4, 1024, FEATURES)).choices

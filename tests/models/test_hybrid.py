@@ -100,7 +100,7 @@ def test_mistakes():
         ValueError, match="there is no mixer 'atention'; perhaps you meant 'attention'"
     ):
         tiny_config(mixers=["paragru", "atention"])
-    with pytest.raises(ValueError, match="mixers names 1 blocks but num_hidden_layers is 2"):
+    with pytest.raises(ValueError, match="mixers names 1 block but num_hidden_layers is 2"):
         tiny_config(mixers=["paragru"])
     with pytest.raises(ValueError, match="cannot be split into 3 attention heads"):
         tiny_config(mixers=["paragru", "attention"], attention_heads=3)

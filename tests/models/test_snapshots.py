@@ -211,7 +211,7 @@ def test_refused(hybrid):
     kept = decoding.snapshot()
     with pytest.raises(ValueError, match=r"snapshot has 2 texts but batch_size is 3; pick or"):
         Decoder(hybrid, 3).restore(kept)
-    with pytest.raises(ValueError, match=r"after has 2 texts but there are 3 prompts; pass a"):
+    with pytest.raises(ValueError, match=r"after has 2 texts for 3 prompts; pass a"):
         Decoder(hybrid, 3).start(PROMPTS, after=kept)
     with pytest.raises(ValueError, match=r"prompts have 1 to 2 tokens, .* of one length"):
         decoding.start([[1], [2, 3]], after=kept)

@@ -16,7 +16,7 @@ def test_a_step_is_compiled_where_the_text_is_long_enough(blocks):
     assert (plain.compiled, compiled.compiled) == (False, True)
     assert str(compiled) == (
         f"compiled: over 10,001 tokens that saves {blocks} s, more than the {blocks} s that "
-        f"compiling {blocks} blocks takes"
+        f"compiling {blocks} block{'s' if blocks > 1 else ''} takes"
     )
     assert str(plain).startswith("not compiled: over 10,000 tokens that saves")
 

@@ -201,7 +201,7 @@ def test_too_short(name):
 def test_a_split_without_sequences():
     own = quarter(torch.tensor([[0], [1]])).tolist()
     empty = "validation" if 2 not in own else "test"
-    with pytest.raises(ValueError, match="too few sequences of 1 tokens for the"):
+    with pytest.raises(ValueError, match="too few sequences of 1 token for the"):
         draw(TASKS["parity"], 3, 1, split=empty, seed=0, device="cpu")
 
 

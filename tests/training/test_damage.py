@@ -311,7 +311,7 @@ def test_records_of_other_lines_are_kept(place):
     path.write_bytes(damaged)
     status, printed, _ = place("train")
     assert status == 0
-    assert "because 2 of its lines, the first being line 3, are no records" in printed
+    assert "because of 2 lines, the first being line 3, without a record of a step" in printed
     assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == list(
         range(1, 9)
     )

@@ -125,7 +125,7 @@ REFUSED = {
     "empty": (b"", r"there is no text in .*Skipped: empty"),
     "binary": (b"GIF\0", r"is a binary file \(zero byte at offset 3\); give UTF-8 text"),
     "latin1": ("für".encode("latin1"), r"not UTF-8 text \(byte 0xfc at offset 1\); convert it"),
-    "tiny": (b"x", r"has 1 bytes; that is too little to split"),
+    "tiny": (b"x", r"has 1 byte; that is too little to split"),
 }
 
 

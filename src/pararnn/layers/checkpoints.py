@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pararnn._words import counted
 from pararnn.planning.plan import Choice, Plan
 from pararnn.solvers.shooting import sequential_report
 from pararnn.tracing.modes import transformed
@@ -103,6 +104,6 @@ def with_segments(plan: Plan, time: int, steps: int, kept: int) -> Plan:
         kept: Bytes of a state.
     """
     count = -(-time // steps)
-    because = f"of {steps} steps, as asked for; the backward pass runs each again from one state: "
-    because += f"{count * kept / 2**20:.3g} MiB are kept"
+    because = f"of {counted(steps, 'step')}, as asked for; the backward pass runs each again from "
+    because += f"one state: {count * kept / 2**20:.3g} MiB are kept"
     return dataclasses.replace(plan, choices=(Choice("segments", count, because), *plan.choices))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pararnn._whole import check_whole
+from pararnn._words import counted
 from pararnn.layers.arguments import describe, shape_of
 from pararnn.tracing.capture import how_to_return, snapshot
 from pararnn.tracing.modes import uncompiled
@@ -92,7 +93,7 @@ class Sizes:
             shown = tuple(s[0] for s in size) if all(len(s) == 1 for s in size) else size
             name = "hidden_size" if all(len(s) == 1 for s in size) else "state_shape"
             raise ValueError(
-                f"{name} is {shown} for {count} components; give that of each of them."
+                f"{name} is {shown} for {counted(count, 'component')}; give that of each of them."
             )
         return size
 

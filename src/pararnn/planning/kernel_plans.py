@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pararnn._words import counted
 from pararnn.planning.costs import COSTS, Costs
 
 TILE = 16  # channels, of the least product in tensor cores too
@@ -447,11 +448,12 @@ def cut_tiles(
     most = costs.tile_full[backward] * processors // (batch * warps)
     chunks = min(most, time // (costs.tile_chunk * warm))
     if chunks < costs.tile_least_chunks:
-        why = f"{batch * warps} warps and {time} steps: chunks would not be worth their warm-up"
+        why = f"{counted(batch * warps, 'warp')} and {counted(time, 'step')}: "
+        why += "chunks would not be worth their warm-up"
         return TileCut(time, 1, 0, why)
     chunk = -(-time // (chunks * segment)) * segment
     chunks = -(-time // chunk)
-    why = f"{batch * warps} warps would leave most of {processors} multiprocessors idle"
+    why = f"{counted(batch * warps, 'warp')} would leave most of {processors} multiprocessors idle"
     return TileCut(chunk, chunks, warm, why)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pararnn._notebook import table
+from pararnn._words import counted
 from pararnn.planning.backends import BACKENDS as BACKENDS
 from pararnn.planning.backends import BackendError as BackendError
 from pararnn.planning.backends import check_name as check_name
@@ -483,7 +484,7 @@ def _tiles(
         shape = [sizes.rows, sizes.columns]
         if sizes.split is not None:
             shape[sizes.split] //= launch.parts
-        because = f"{sizes.programs * launch.parts} programs per sequence"
+        because = f"{counted(sizes.programs * launch.parts, 'program')} per sequence"
         if cut.chunks > 1:
             because += " and chunk"
         choices.append(Choice(f"tile {direction}", " x ".join(map(str, shape)), because))

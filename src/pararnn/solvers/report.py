@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pararnn._notebook import table
+from pararnn._words import counted
 from pararnn.planning.settings import Solver
 
 STATUS = ("sequential", "converged", "completed step by step")
@@ -71,8 +72,8 @@ class SolveReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.status}: {self.chunks} chunks, {self.iterations} iterations, "
-            f"residual {self.residual:.1e}"
+            f"{self.status}: {counted(self.chunks, 'chunk')}, "
+            f"{counted(self.iterations, 'iteration')}, residual {self.residual:.1e}"
         )
 
     def _repr_html_(self) -> str:
@@ -90,7 +91,8 @@ class ConvergenceError(RuntimeError):
     def __init__(self, report: SolveReport, tolerance: float, backwards: bool = False) -> None:
         super().__init__(
             f"{'in the backward pass, ' if backwards else ''}{report.failures} after "
-            f"{report.iterations} iterations: the residual is {report.residual:.1e}, the tolerance "
+            f"{counted(report.iterations, 'iteration')}: the residual is {report.residual:.1e}, "
+            "the tolerance "
             f"{tolerance:.1e}. Allow more iterations or "
             "longer chunks, look at pararnn.diagnose(rnn, x), or take the sequential result with "
             'on_failure="sequential".'

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from pararnn._words import counted
 from pararnn.tasks.architectures import ARCHITECTURES
 from pararnn.tasks.catalogue import TASKS
 
@@ -44,7 +45,8 @@ def accuracy_line(result: Result) -> str:
     )
     return (
         f"{result['task']}, {result['architecture']}, seed {result['seed']}: {tests} tokens; "
-        f"{result['ended']} after {result['steps']:,} steps, {result['train_seconds']:.0f} s"
+        f"{result['ended']} after {counted(result['steps'], 'step')}, "
+        f"{result['train_seconds']:.0f} s"
     )
 
 
@@ -104,7 +106,7 @@ def page(results: list[Result], facts: dict[str, str]) -> str:
     devices = ", ".join(sorted({f"{r['device']} with torch {r['torch']}" for r in results}))
     seconds = sum(r["train_seconds"] + r["test_seconds"] for r in results)
     head = (
-        f"`{facts['command']}`, {facts['date']}, {devices}. {len(results)} models took "
+        f"`{facts['command']}`, {facts['date']}, {devices}. {counted(len(results), 'model')} took "
         f"{seconds:,.0f} s of training and tests together; those side by side count in full."
     )
     return "\n\n".join(["# Synthetic tasks", head, tables(results)]) + "\n"

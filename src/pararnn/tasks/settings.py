@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pararnn._whole import check_whole_fields
+from pararnn._words import counted
 from pararnn.lm.catalogue import TRANSFORMER, OwnName, check_architecture
 from pararnn.tasks.catalogue import TASKS, check_task
 
@@ -190,8 +191,8 @@ def settings_for(task: str, preset: str, changes: dict[str, Any] | None = None) 
     shortest = TASKS[task].min_length
     if settings.length < shortest:
         raise ValueError(
-            f"length is {settings.length}, but sequences of {task} have at least {shortest} "
-            "tokens; choose a longer one."
+            f"length is {settings.length}, but sequences of {task} have at least "
+            f"{counted(shortest, 'token')}; choose a longer one."
         )
     return settings
 

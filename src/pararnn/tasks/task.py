@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pararnn._whole import check_whole, check_whole_fields
+from pararnn._words import counted
 
 Split = Literal["train", "validation", "test"]
 _QUARTERS: dict[Split, tuple[int, ...]] = {"train": (0, 1), "validation": (2,), "test": (3,)}
@@ -128,7 +129,7 @@ def draw(
     if length < task.min_length:
         raise ValueError(
             f"length is {length}, but the shortest sequences of {type(task).__name__} have "
-            f"{task.min_length} tokens; choose a longer one."
+            f"{counted(task.min_length, 'token')}; choose a longer one."
         )
     generator = torch.Generator(device).manual_seed(_mixed(split, seed, length))
     quarters = _QUARTERS[split]
@@ -145,7 +146,8 @@ def draw(
         if not missing:
             return Batch._make(torch.cat(parts) for parts in zip(*found, strict=True))
     raise ValueError(
-        f"{type(task).__name__} has too few sequences of {length} tokens for the {split} split; "
+        f"{type(task).__name__} has too few sequences of {counted(length, 'token')} for the "
+        f"{split} split; "
         "choose a longer length."
     )
 

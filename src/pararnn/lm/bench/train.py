@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from pararnn._words import counted
 from pararnn.bench.problem import Row
 from pararnn.bench.timing import steps_milliseconds
 from pararnn.lm.bench.models import ModelSize, release
@@ -72,7 +73,7 @@ def _row(size: ModelSize, architecture: str, batch: int, time: int, processes: P
             compiled = False
             continue
         if sequences != batch:
-            notes.append(f"{sequences} sequences, since {batch} do not fit the memory")
+            notes.append(f"{counted(sequences, 'sequence')}, since {batch} do not fit the memory")
         measured |= {"batch": sequences, "checkpointing": checkpointing, "note": "; ".join(notes)}
         return row | measured
     reason = "out of memory, with activation checkpointing too"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pararnn._words import counted
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.finding import SourceFile, position
 from pararnn.lm.data.reading import UnusableError, read_text, refuse_rows
@@ -209,7 +210,7 @@ def _cut(text: bytes, held_out: float, name: str) -> int:
         while cut and text[cut] & 0xC0 == 0x80:  # within a character
             cut -= 1
     if not 0 < cut < len(text):
-        raise RunError(f"{name} has {len(text)} bytes; that is too little to split.")
+        raise RunError(f"{name} has {counted(len(text), 'byte')}; that is too little to split.")
     return cut
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pararnn._words import counted
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import sync_folder
 from pararnn.lm.data.index import INDEX, SPLITS, TOKENIZER, Index, Shard, damaged, read_index
@@ -47,7 +48,9 @@ class TokenSplit:
             IndexError: The range is not within the split.
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start} to {stop} of a split of {self.num_tokens} tokens")
+            raise IndexError(
+                f"tokens {start} to {stop} of a split of {counted(self.num_tokens, 'token')}"
+            )
         tokens = np.empty(stop - start, dtype=np.int64)
         index = int(np.searchsorted(self._ends, start, side="right"))
         filled = 0
@@ -177,8 +180,9 @@ def _check_shard(path: Path, shard: Shard, index: Index, dtype: np.dtype, ends_s
     if separators != shard.num_documents + ends_split:
         raise damaged(
             path,
-            f"holds {separators} separators (token {index.separator}), which does not match the "
-            f"{shard.num_documents} documents that {INDEX} states",
+            f"holds {counted(separators, 'separator')} (token {index.separator}), which does not "
+            "match the "
+            f"{counted(shard.num_documents, 'document')} that {INDEX} states",
         )
 
 

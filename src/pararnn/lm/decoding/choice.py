@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+from pararnn._words import counted
 from pararnn.planning.costs import COSTS, Costs
 
 
@@ -42,6 +43,6 @@ def choose_step(device: str, blocks: int, steps: int, costs: Costs = COSTS) -> S
     than = "more" if saves > takes else "no more"
     return StepChoice(
         saves > takes,
-        f"over {steps:,} tokens that saves {saves:.3g} s, {than} than the {takes:.3g} s that "
-        f"compiling {blocks} blocks takes",
+        f"over {counted(steps, 'token')} that saves {saves:.3g} s, {than} than the "
+        f"{takes:.3g} s that compiling {counted(blocks, 'block')} takes",
     )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pararnn._whole import check_whole
+from pararnn._words import counted
 from pararnn.layers.stepping import Form, captured_step, compile_options, inline_steps
 from pararnn.lm.catalogue import ATTENTION
 from pararnn.lm.decoding.prompts import check_prompts, read_prompts
@@ -265,7 +266,7 @@ class Decoder:
             check_whole(seed=seed)
         if snapshot.batch_size != self.batch_size:
             raise ValueError(
-                f"the snapshot has {snapshot.batch_size} texts but batch_size is "
+                f"the snapshot has {counted(snapshot.batch_size, 'text')} but batch_size is "
                 f"{self.batch_size}; pick or repeat texts with snapshot.select([...])."
             )
         self._load(snapshot.layers, snapshot.num_tokens)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pararnn._words import counted
 from pararnn.lm.catalogue import ATTENTION
 from pararnn.lm.decoding.snapshot import Snapshot
 from pararnn.lm.decoding.states import Layer, join_rows, select_rows
@@ -26,8 +27,8 @@ def check_prompts(prompts: Prompts, batch_size: int, vocab_size: int) -> None:
     """
     if len(prompts) != batch_size:
         raise ValueError(
-            f"there are {len(prompts)} prompts but batch_size is {batch_size}; pass as many, or "
-            "make another Decoder."
+            f"got {counted(len(prompts), 'prompt')} but batch_size is {batch_size}; pass as many, "
+            "or make another Decoder."
         )
     lengths = [len(prompt) for prompt in prompts]
     if 0 in lengths:
@@ -76,8 +77,9 @@ def read_prompts(
         return _read(model, tokens, mask, None)
     if after.batch_size not in (1, len(prompts)):
         raise ValueError(
-            f"after has {after.batch_size} texts but there are {len(prompts)} prompts; pass a "
-            "snapshot of one text, or as many texts (Snapshot.select)."
+            f"after has {counted(after.batch_size, 'text')} for {counted(len(prompts), 'prompt')}; "
+            "pass "
+            "a snapshot of one text, or as many texts (Snapshot.select)."
         )
     if after.batch_size < len(prompts):
         after = after.select([0] * len(prompts))

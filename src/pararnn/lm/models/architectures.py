@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.mamba2 import Mamba2Config
 from transformers.models.qwen3 import Qwen3Config
 
+from pararnn._words import counted
 from pararnn.lm import linear
 from pararnn.lm.catalogue import BASELINES as BASELINES
 from pararnn.lm.catalogue import LINEAR, MAMBA2, parts, repeated
@@ -150,7 +151,7 @@ def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedCo
     stack = parts(architecture)
     if len(stack) > shape.num_layers:
         raise ValueError(
-            f"architecture {architecture!r} has {len(stack)} blocks but the model has "
+            f"architecture {architecture!r} has {counted(len(stack), 'block')} but the model has "
             f"{shape.num_layers}; give it as many layers, or name fewer."
         )
     options.setdefault("mixers", repeated(stack, shape.num_layers))

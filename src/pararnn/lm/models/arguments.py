@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pararnn._words import counted
 from pararnn.lm.models.cache import ParaRNNCache
 
 _WITHOUT_EFFECT = (
@@ -65,7 +66,8 @@ def num_new_tokens(along: Sequence[Tensor | None], num_past: int) -> int:
     whole = max(tensor.shape[1] for tensor in along if tensor is not None)
     if whole <= num_past:
         raise ValueError(
-            f"the cache has seen {num_past} tokens but input_ids has only {whole}; pass the whole "
+            f"the cache has seen {counted(num_past, 'token')} but input_ids has only {whole}; pass "
+            "the whole "
             "text, at least one token longer than the cache, or an attention_mask over all of it."
         )
     return whole - num_past

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pararnn._words import counted
+
 
 @dataclass(frozen=True)
 class Boundaries:
@@ -124,7 +126,8 @@ def _rows(name: str, tensor: Tensor, batch: int, time: int) -> Tensor:
     """Rows for all sequences of the batch; a single row is expanded."""
     if tensor.dim() != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != time:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} but the input has {time} steps; pass shape "
+            f"{name} has shape {tuple(tensor.shape)} but the input has {counted(time, 'step')}; "
+            "pass shape "
             f"({batch}, {time})."
         )
     return tensor.expand(batch, -1)
@@ -135,7 +138,8 @@ def _cut(ends: Tensor, batch: int, time: int) -> Tensor:
     wanted = "cu_seq_lens_q must rise from 0 to the number of tokens"
     if batch != 1 or ends.dim() != 1 or len(ends) < 2:
         raise ValueError(
-            f"{wanted} {time} of a single row, got shape {tuple(ends.shape)} and {batch} rows."
+            f"{wanted} {time} of a single row, got shape {tuple(ends.shape)} and "
+            f"{counted(batch, 'row')}."
         )
     fits = (ends[0] == 0) & (ends[-1] == time) & (ends.diff() >= 0).all()
     seen = "" if torch.compiler.is_compiling() else f" {time}"  # to name the number would fix it
@@ -152,7 +156,7 @@ def _padding(attention_mask: Tensor, batch: int, time: int, num_past: int) -> tu
         whole = f" or ({batch}, {time + num_past})" if num_past else ""
         raise ValueError(
             f"attention_mask has shape {tuple(shape)}; pass ({batch}, {time}){whole}. The cache "
-            f"has seen {num_past} tokens."
+            f"has seen {counted(num_past, 'token')}."
         )
     real = attention_mask.bool().expand(batch, -1)
     before = real[:, -time - 1 : -1]

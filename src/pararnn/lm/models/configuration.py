@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from pararnn._whole import check_whole
+from pararnn._words import counted
 from pararnn.lm.catalogue import ATTENTION as ATTENTION
 from pararnn.lm.catalogue import CELLS, MEMORIES, OwnName, check_mixer
 
@@ -141,7 +142,7 @@ class ParaRNNConfig(PreTrainedConfig):
             check_mixer(name)
         if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
-                f"mixers names {len(self.mixers)} blocks but num_hidden_layers is "
+                f"mixers names {counted(len(self.mixers), 'block')} but num_hidden_layers is "
                 f"{self.num_hidden_layers}; name one for each."
             )
         if ATTENTION in self.mixers and self.hidden_size % self.attention_heads:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pararnn._words import counted
 from pararnn.distributed import Ranks, hand_on
 from pararnn.lm.models.boundaries import Boundaries
 
@@ -56,7 +57,8 @@ class CausalConvolution(nn.Module):
         history = self.weight.shape[0] - 1
         if u.shape[1] < history:
             raise ValueError(
-                f"a rank has {u.shape[1]} steps, but a convolution looks back {history}; split the "
+                f"a rank has {counted(u.shape[1], 'step')}, but a convolution looks back "
+                f"{history}; split the "
                 "sequence over fewer ranks."
             )
         last = u[:, u.shape[1] - history :]

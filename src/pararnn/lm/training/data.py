@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pararnn._words import counted
 from pararnn.lm.data import TokenSplit
 from pararnn.lm.data.errors import RunError
 
@@ -27,7 +28,7 @@ class Windows(Dataset[Tensor]):
         self.num_windows = (split.num_tokens - 1) // sequence_length
         if self.num_windows < 1:
             raise RunError(
-                f"the training text has {split.num_tokens} tokens but a sequence needs "
+                f"the training text has {counted(split.num_tokens, 'token')} but a sequence needs "
                 f"{sequence_length + 1}; give more text or lower --text.sequence-length."
             )
 
@@ -91,8 +92,10 @@ class StreamOrder:
     def __init__(self, num_windows: int, per_step: int, seed: int) -> None:
         if num_windows < per_step:
             raise RunError(
-                f"the training text has {num_windows} sequences, but with --text.carry-state each "
-                f"of the {per_step} sequences of a step reads a part of its own; give more text, "
+                f"the training text has {counted(num_windows, 'sequence')}, but with "
+                "--text.carry-state "
+                f"each of the {per_step} sequences of a step reads a part of its own; give more "
+                "text, "
                 "or lower --text.sequence-length or --text.global-batch-size."
             )
         self.num_windows, self.per_step, self.seed = num_windows, per_step, seed

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pararnn._words import counted
 from pararnn.lm.data.files import free_name, write_atomically
 from pararnn.lm.data.words import bar, say
 from pararnn.lm.training.run_folder import RunFolder
@@ -31,8 +32,9 @@ class MetricsFile:
             aside = free_name(path.with_name(f"unusable-{path.name}"))
             path.replace(aside)
             say(
-                f"Set aside: {path} as {aside.name}, because {len(broken)} of its lines, the "
-                f"first being line {broken[0]}, are no records of steps; the others are kept."
+                f"Set aside: {path} as {aside.name}, because of "
+                f"{counted(len(broken), 'line')}, the first being line {broken[0]}, without a "
+                "record of a step; the others are kept."
             )
         kept = [record for record in records if record["step"] <= last_step]
         write_atomically(path, b"".join(_line(record) for record in kept))

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pararnn import RNN
+from pararnn._words import counted
 from pararnn.lm.data.files import write_atomically
 from pararnn.lm.data.words import say
 from pararnn.lm.models.causal_loss import CausalLoss
@@ -59,7 +60,7 @@ def report(
     say(
         f"Validation: {validation.bits_per_byte:.3f} bits per byte "
         f"({validation.loss:.4f} nats) on {validation.num_tokens:,} held-out {text.codec.unit}, "
-        f"after {step} steps in {train_seconds:.0f} s"
+        f"after {counted(step, 'step')} in {train_seconds:.0f} s"
     )
     history = MetricsFile(run.validation, last_step=step - 1)
     history.write(validation.record(step, train_seconds))

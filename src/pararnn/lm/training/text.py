@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pararnn._words import counted
 from pararnn.lm.data import PrepareConfig, TokenDataset, TokenSplit, open_tokens, prepare
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.index import INDEX, TOKENIZER, is_prepared
@@ -141,7 +142,7 @@ def _describe(config: TrainConfig, dataset: TokenDataset) -> str:
     train, held_out = dataset.train, dataset.validation
     unit = "bytes" if dataset.tokenizer is None else "tokens"
     return (
-        f"{source}: {train.num_documents + held_out.num_documents:,} documents{skipped}, "
+        f"{source}: {counted(train.num_documents + held_out.num_documents, 'document')}{skipped}, "
         f"{train.num_tokens:,} {unit} to train on, {held_out.num_tokens:,} held out"
     )
 

@@ -1,5 +1,9 @@
 """Synthetic tasks on a CUDA device: samples against the solvers, training, models side by side."""
 
+import gc
+import os
+import signal
+
 import pytest
 import torch
 from tasks.solvers import SOLVERS
@@ -44,21 +48,77 @@ def test_goes_on_to_the_bit(architecture, tmp_path):
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
-def test_side_by_side(tmp_path):
-    """Each process has a context of its own on the device."""
-    config = SuiteConfig(
-        tasks=("parity", "1-hop", "s3"),
-        architectures=("paragru", "transformer"),
-        seeds=1,
-        preset="smoke",
-        device="cuda",
-        processes=3,
-        out=tmp_path,
-    )
-    result = run_suite(config)
+def suite(out, **changes):
+    """Kernels of all kinds: elementwise, of programs that wait for each other, of tiles."""
+    defaults = {
+        "tasks": ("parity", "1-hop", "s3"),
+        "architectures": ("paragru", "paralstm", "dense-gru", "block-gru", "m2rnn"),
+        "seeds": 1,
+        "preset": "smoke",
+        "device": "cuda",
+        "out": out,
+    }
+    return run_suite(SuiteConfig(**{**defaults, **changes}))
+
+
+def test_side_by_side_gives_the_same(tmp_path):
+    """To the bit: losses and validations of all steps, and tests."""
+    alone = suite(tmp_path / "alone", side_by_side=1)
+    together = suite(tmp_path / "together", side_by_side=7)
+    assert alone.failed == together.failed == {}
+    assert len(together.results) == 15
+    for one, other in zip(alone.results, together.results, strict=True):
+        assert without_times(one) == without_times(other)
+
+
+def test_side_by_side_with_attention(tmp_path):
+    """Whose backward pass adds up in any order."""
+    result = suite(tmp_path, architectures=("paragru", "transformer", "paragru+attention"))
     assert result.failed == {}
-    assert len(result.results) == 6
+    assert len(result.results) == 9
     assert {r["device"] for r in result.results} == {torch.cuda.get_device_name()}
+
+
+def test_a_signal_stops_all_and_they_go_on(tmp_path, monkeypatch):
+    expected = suite(tmp_path / "whole", seeds=2, tasks=("parity",))
+    advance, steps = Training.advance, []
+
+    def interrupting(self):
+        steps.append(self.unit)
+        if len(steps) == 60:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    monkeypatch.setattr(Training, "advance", interrupting)
+    stopped = suite(tmp_path / "stopped", seeds=2, tasks=("parity",), side_by_side=4)
+    assert stopped.stopped_by == signal.SIGINT
+    assert len(list(tmp_path.glob("stopped/models/*/checkpoint.pt"))) == 4
+    monkeypatch.setattr(Training, "advance", advance)
+    again = suite(tmp_path / "stopped", seeds=2, tasks=("parity",), side_by_side=10)
+    for one, other in zip(again.results, expected.results, strict=True):
+        assert without_times(one) == without_times(other)
+
+
+def test_without_memory_there_are_fewer(tmp_path, monkeypatch, capsys):
+    """The memory of all goes back before others go on, as that of a step that was captured."""
+    advance, asked = Training.advance, []
+
+    def greedy(self):
+        loss = advance(self)
+        if self.unit.architecture == "dense-gru" and self.progress.step == 9 and not asked:
+            asked.append(torch.cuda.memory_allocated())
+            torch.empty(1 << 45, device="cuda")
+        return loss
+
+    monkeypatch.setattr(Training, "advance", greedy)
+    result = suite(tmp_path, tasks=("parity",), side_by_side=4)
+    assert result.failed == {}
+    assert len(result.results) == 5
+    assert "The GPU has no memory for 4 models at once" in capsys.readouterr().out
+    del result
+    torch.cuda.synchronize()
+    gc.collect()
+    assert torch.cuda.memory_allocated() < asked[0] / 2
 
 
 @pytest.mark.parametrize(

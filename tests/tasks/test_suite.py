@@ -11,7 +11,7 @@ import torch
 from pararnn.lm.training import RunError
 from pararnn.tasks import TASKS, suite
 from pararnn.tasks.report import accuracy_line, percent, tables
-from pararnn.tasks.settings import SuiteConfig, default_processes
+from pararnn.tasks.settings import SuiteConfig, models_at_once
 from pararnn.tasks.suite import run_suite
 from pararnn.tasks.training import Training
 
@@ -63,9 +63,9 @@ def test_grows(tmp_path, monkeypatch, capsys):
     """More seeds, tasks and architectures come to what is there; nothing is trained twice."""
     run_suite(config(tmp_path))
     trained = []
-    run = Training.run
+    pieces = Training.pieces
     monkeypatch.setattr(
-        Training, "run", lambda self, ask: trained.append(self.unit) or run(self, ask)
+        Training, "pieces", lambda self, ask: trained.append(self.unit) or pieces(self, ask)
     )
     result = run_suite(config(tmp_path, tasks=("parity", "1-hop"), architectures=("paragru",)))
     assert [str(unit) for unit in trained] == ["1-hop-paragru-0"]
@@ -77,7 +77,7 @@ def test_grows(tmp_path, monkeypatch, capsys):
 
 def test_side_by_side_gives_the_same(tmp_path):
     alone = run_suite(config(tmp_path / "alone"))
-    together = run_suite(config(tmp_path / "together", processes=2))
+    together = run_suite(config(tmp_path / "together", side_by_side=2))
     for one, other in zip(alone.results, together.results, strict=True):
         for result in (one, other):
             result.pop("train_seconds"), result.pop("test_seconds")
@@ -96,7 +96,7 @@ def test_a_signal_stops_it_and_it_goes_on(processes, tmp_path, monkeypatch, caps
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(suite, "say", interrupting)
-    options = {"processes": processes, "steps": 6}
+    options = {"side_by_side": processes, "steps": 6}
     stopped = run_suite(config(tmp_path / "stopped", **options))
     assert stopped.stopped_by == signal.SIGINT
     assert 1 <= len(stopped.results) < 4
@@ -147,7 +147,7 @@ def test_mamba2_without_its_kernels_is_told(tmp_path, monkeypatch, capsys):
         ({"tasks": ("pairty",)}, "no task 'pairty'; perhaps you meant 'parity'"),
         ({"architectures": ("gru",)}, "no architecture 'gru'; perhaps you meant"),
         ({"seeds": 0}, "seeds is 0; it must be at least 1"),
-        ({"processes": -1}, "processes is -1"),
+        ({"side_by_side": -1}, "side-by-side is -1"),
         ({"length": 1, "tasks": ("dyck-2",)}, "length is 1, but sequences of dyck-2"),
         ({"preset": "paper"}, "the paper has no task 's3'"),
     ],
@@ -157,9 +157,12 @@ def test_refused(changes, message, tmp_path):
         config(tmp_path, **changes)
 
 
-def test_processes():
-    assert default_processes("cpu") == 1
-    assert 1 <= default_processes("cuda") <= 12
+def test_models_at_once():
+    assert models_at_once(None, 6, "cpu")[0] == models_at_once(None, 0, "cpu")[0] == 1
+    assert models_at_once(4, 6, "cpu") == (4, "each in a process")
+    assert models_at_once(None, 6, "cuda")[0] == 6
+    assert models_at_once(None, 40, "cuda")[0] == 12
+    assert models_at_once(20, 40, "cuda")[0] == 20
 
 
 def test_only_what_is_right_is_100():

@@ -11,7 +11,7 @@ import torch
 from pararnn.lm.training import RunError
 from pararnn.tasks import TASKS, draw, score
 from pararnn.tasks.settings import settings_for
-from pararnn.tasks.training import Samples, Training, Unit, learning_rate, train_unit
+from pararnn.tasks.training import Samples, Training, Unit, finish, learning_rate, train_unit
 
 CPU = torch.device("cpu")
 
@@ -85,12 +85,12 @@ def test_goes_on_to_the_bit(architecture, stops, tmp_path):
 
 def test_ends_when_it_is_learnt(tmp_path):
     settings = smoke("parity", length=6, steps=2000, learning_rate=0.02, evaluate_every=20)
-    result = train_unit(Unit("parity", "paragru", 0), settings, tmp_path, CPU, never)
+    result = finish(train_unit(Unit("parity", "paragru", 0), settings, tmp_path, CPU, never))
     assert result["ended"] == "learnt"
     assert result["tests"]["6"]["accuracy"] == result["tests"]["96"]["accuracy"] == 1.0
     learnt = next(h["step"] for h in result["history"][1:] if h["accuracy"] >= 0.9999)
     assert result["steps"] <= learnt + 3 * 20 + settings.decay_steps
-    assert train_unit(Unit("parity", "paragru", 0), settings, tmp_path, CPU, None) == result
+    assert finish(train_unit(Unit("parity", "paragru", 0), settings, tmp_path, CPU, None)) == result
 
 
 def test_a_loss_that_is_not_finite_ends_it(tmp_path):
@@ -157,36 +157,36 @@ def test_other_settings_are_refused(tmp_path):
     Training(unit, settings, tmp_path, CPU).run(after(2))
     other = dataclasses.replace(settings, learning_rate=0.5)
     with pytest.raises(RunError, match=r"made with learning_rate 0\.005, but now it is 0\.5"):
-        train_unit(unit, other, tmp_path, CPU, never)
-    train_unit(unit, settings, tmp_path, CPU, never)
+        finish(train_unit(unit, other, tmp_path, CPU, never))
+    finish(train_unit(unit, settings, tmp_path, CPU, never))
     with pytest.raises(RunError, match="name another folder with --out"):
-        train_unit(unit, other, tmp_path, CPU, never)
+        finish(train_unit(unit, other, tmp_path, CPU, never))
     with pytest.raises(RunError, match="with architecture paragru, but now it is elman"):
-        train_unit(Unit("parity", "elman", 0), settings, tmp_path, CPU, never)
+        finish(train_unit(Unit("parity", "elman", 0), settings, tmp_path, CPU, never))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"task": "parity"', b'{"a": 1}'])
 def test_damaged_results(content, tmp_path):
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(RunError, match=r"result\.json"):
-        train_unit(Unit("parity", "paragru", 0), smoke("parity"), tmp_path, CPU, never)
+        finish(train_unit(Unit("parity", "paragru", 0), smoke("parity"), tmp_path, CPU, never))
 
 
 def test_damaged_checkpoint(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
     with pytest.raises(RunError, match="delete it, and the model is trained from the start"):
-        train_unit(Unit("parity", "paragru", 0), smoke("parity"), tmp_path, CPU, never)
+        finish(train_unit(Unit("parity", "paragru", 0), smoke("parity"), tmp_path, CPU, never))
 
 
 def test_evaluation_is_the_score_of_the_model(tmp_path):
     """In several passes as in one."""
     settings = smoke("1-hop")
     training = Training(Unit("1-hop", "paragru", 0), settings, tmp_path, CPU)
-    found, always = training._score("test", 20, 64)
+    found, always = finish(training._score("test", 20, 64))
     batch = draw(TASKS["1-hop"], 64, 20, split="test", seed=0, device="cpu")
     with torch.no_grad():
         expected = score(training.model(batch.tokens).argmax(-1), batch)
     assert found == expected
     assert 0.1 < always < 0.2
-    long, _ = training._score("test", 5000, 60)
+    long, _ = finish(training._score("test", 5000, 60))
     assert long.sequences == 60

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from pararnn.kernels import fused
+from pararnn.kernels.turns import captured_so_far, turn
 from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import steps_of_graphs
 from pararnn.solvers import chunks as plain
@@ -45,11 +46,11 @@ def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None)
                 run()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        pool = None if beside is None else beside.pool()
+        pool, turns = None if beside is None else beside.pool(), captured_so_far()
         # other threads may work during the capture: they pin memory or watch collectives
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             kept = run()
-    return Captured(graph, kept)
+    return Captured(graph, kept, current.device if captured_so_far() > turns else None)
 
 
 _streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
@@ -62,14 +63,17 @@ class Captured:
     Attributes:
         graph: The graph.
         kept: The memory that it writes to.
+        takes_turns: The device, if there are kernels in it whose programs wait for each other.
     """
 
     graph: torch.cuda.CUDAGraph
     kept: Any
+    takes_turns: torch.device | None = None
 
     def __call__(self) -> None:
         """Enqueue it on the current stream."""
-        self.graph.replay()
+        with nullcontext() if self.takes_turns is None else turn(self.takes_turns):
+            self.graph.replay()
 
 
 def is_capturing(device: torch.device) -> bool:

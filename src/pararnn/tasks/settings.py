@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ MULTIPLES = (1, 2, 4, 16)
 """Tests have these times the length of training."""
 SOLVED = 0.9999
 """Validation accuracy from which on a task counts as learnt: 5 mistakes in 50,000 answers."""
+_ON_GPU = 12  # models side by side
 SOLVED_TWICE = 2
 """Evaluations in a row that must reach it; one alone may be luck while the rate is high."""
 
@@ -225,9 +225,9 @@ class SuiteConfig:
     architectures and seeds."""
     device: str = "auto"
     """A torch device; auto for CUDA when there is one, else the CPU."""
-    processes: int | None = None
-    """Models that are trained side by side; None for one on a CPU, and on a GPU for half the
-    processor cores, 12 at most."""
+    side_by_side: int | None = None
+    """Models that are trained at the same time: on a GPU on a stream each, on a CPU in a process
+    each. None for 12 on a GPU and one on a CPU."""
 
     def __post_init__(self) -> None:
         check_whole_fields(self)
@@ -244,10 +244,11 @@ class SuiteConfig:
                     f"architecture {architecture!r} is a cell in a file, which tasks do not take; "
                     "name it by register_cell in Python, as the page on tasks shows."
                 )
-        for name in ("seeds", "processes"):
+        for name in ("seeds", "side_by_side"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+                shown = name.replace("_", "-")
+                raise ValueError(f"{shown} is {value}; it must be at least 1.")
 
     def settings(self, task: str) -> Settings:
         """The settings of a task."""
@@ -257,15 +258,20 @@ class SuiteConfig:
         return settings_for(task, self.preset, changes)
 
 
-def default_processes(device_type: str) -> int:
-    """How many models are trained side by side.
+def models_at_once(asked: int | None, models: int, device_type: str) -> tuple[int, str]:
+    """How many models are trained side by side, and how.
 
-    Steps of models as small as these keep a GPU busy for a fraction of the time in which one
-    process launches them, whatever the architecture; so the GPU is shared by processes, as many as
-    half the cores, and 12 at most, after which it is the GPU that is busy. Stacked parameters
-    (`torch.func.vmap`) would share launches instead, but only elementwise cells keep their kernels
-    there. On a CPU one process has all cores.
+    Steps of models as small as these keep a part of a GPU busy, whatever the architecture. Python
+    needs a tenth of the time in which the GPU runs one to launch it, so 12 at once are what it can
+    serve. Stacked parameters (`torch.func.vmap`) would share launches instead, but only elementwise
+    cells keep their kernels there. On a CPU one model has all cores.
+
+    Args:
+        asked: By the user, if at all.
+        models: That are to be trained.
+        device_type: Where.
     """
-    if device_type != "cuda":
-        return 1
-    return max(1, min(12, (os.cpu_count() or 1) // 2))
+    on_gpu = device_type == "cuda"
+    count = max(1, min(asked or (_ON_GPU if on_gpu else 1), models))
+    how = "each on a stream of the GPU, most of which one leaves idle"
+    return count, how if on_gpu else "each in a process"

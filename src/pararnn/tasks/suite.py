@@ -6,7 +6,7 @@ goes on from its checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,15 @@ from pararnn.lm.training.lock import alone_in_run
 from pararnn.lm.training.parallel import choose_device
 from pararnn.tasks.report import Result, accuracy_line, tables
 from pararnn.tasks.results import save_results
-from pararnn.tasks.settings import Settings, SuiteConfig, default_processes
-from pararnn.tasks.training import Unit, stored_result, train_unit
+from pararnn.tasks.settings import Settings, SuiteConfig, models_at_once
+from pararnn.tasks.side_by_side import (
+    Inline,
+    Outcome,
+    Stream,
+    more_connections,
+    side_by_side,
+)
+from pararnn.tasks.training import Pieces, Unit, finish, stored_result, train_unit
 
 _STOP = ".stop"  # a file by which workers are told to stop: it reaches any process
 _LOOK_EVERY = 0.5  # seconds between two looks at signals while workers work
@@ -55,8 +62,8 @@ def run_suite(config: SuiteConfig, command: str = "") -> SuiteResult:
         RunError: The device cannot be used, or the folder is in use or holds runs of other
             settings.
     """
+    more_connections()
     device = choose_device(config.device)
-    count = config.processes or default_processes(device.type)
     todo = {
         Unit(task, architecture, seed): config.settings(task)
         for seed in range(config.seeds)
@@ -77,6 +84,9 @@ def run_suite(config: SuiteConfig, command: str = "") -> SuiteResult:
         if finished:
             say(f"{len(finished)} of {len(todo)} models are finished in {config.out}.")
         left = {unit: settings for unit, settings in todo.items() if unit not in finished}
+        count, reason = models_at_once(config.side_by_side, len(left), device.type)
+        if count > 1:
+            say(f"{count} models side by side, {reason}.")
         failed: dict[str, str] = {}
         number = len(finished)
         with StopSignals() as stop:
@@ -100,25 +110,28 @@ def _folder(out: Path, unit: Unit) -> Path:
     return out / "models" / str(unit)
 
 
-Outcome = tuple[Unit, Result | None, str | None]
-
-
 def _train(
     units: dict[Unit, Settings], out: Path, device: torch.device, count: int, stop: StopSignals
 ) -> Iterator[Outcome]:
     """Results as they come, or what went wrong; neither for a unit that was stopped."""
-    if count == 1 or len(units) < 2:
-        for unit, settings in units.items():
-            if stop.received is not None:
-                return
-            yield _outcome(
-                unit,
-                lambda u=unit, s=settings: train_unit(  # type: ignore[misc] # bound at once
-                    u, s, _folder(out, u), device, lambda: stop.received is not None
-                ),
-            )
-        return
-    with Processes(min(count, len(units))) as workers:
+    on_gpu = device.type == "cuda"
+    if count > 1 and not on_gpu:
+        return _in_processes(units, out, device, count, stop)
+
+    def is_stopped() -> bool:
+        return stop.received is not None
+
+    def start(unit: Unit) -> Pieces:
+        return train_unit(unit, units[unit], _folder(out, unit), device, is_stopped)
+
+    lanes = [Stream(device) if on_gpu else Inline() for _ in range(count)]
+    return side_by_side(list(units), start, lanes, is_stopped)
+
+
+def _in_processes(
+    units: dict[Unit, Settings], out: Path, device: torch.device, count: int, stop: StopSignals
+) -> Iterator[Outcome]:
+    with Processes(count) as workers:
         futures: dict[Future[Any], Unit] = {
             workers.submit(_in_worker, unit, settings, out, str(device)): unit
             for unit, settings in units.items()
@@ -128,17 +141,17 @@ def _train(
             done, waiting = wait(waiting, _LOOK_EVERY, FIRST_COMPLETED)
             for future in done:
                 if not future.cancelled():
-                    yield _outcome(futures[future], future.result)
+                    yield _outcome(futures[future], future)
             if stop.received is not None:
                 (out / _STOP).touch()
                 for future in waiting:
                     future.cancel()
 
 
-def _outcome(unit: Unit, run: Callable[[], Result | None]) -> Outcome:
+def _outcome(unit: Unit, future: Future[Any]) -> Outcome:
     """One model that fails does not take the others with it; its error is reported."""
     try:
-        return unit, run(), None
+        return unit, future.result(), None
     except Exception as error:
         return unit, None, f"{type(error).__name__}: {error}"
 
@@ -149,4 +162,5 @@ def _in_worker(unit: Unit, settings: Settings, out: Path, device: str) -> Result
     path = out / _STOP
     if path.exists():
         return None
-    return train_unit(unit, settings, _folder(out, unit), torch.device(device), path.exists)
+    place = torch.device(device)
+    return finish(train_unit(unit, settings, _folder(out, unit), place, path.exists))

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pararnn.kernels.graphs import Captured, captured
 from pararnn.lm.data.words import say
 from pararnn.tasks.task import Batch
 
 _IGNORED = -100
-_WARM_UPS = 2  # calls before the capture: kernels are compiled, and the optimizer's state is made
 
 
 class TrainStep:
@@ -46,13 +46,17 @@ class TrainStep:
             fused=True,
             capturable=self._on_gpu,
         )
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Captured | None = None
         self._batch: Batch | None = None
-        self._loss = torch.empty(())
 
     def __call__(self, batch: Batch, learning_rate: float) -> Tensor:
-        """Take a step; the loss before it, on the device. The next call may overwrite it."""
-        self.model.train()
+        """Take a step; the loss before it, on the device. The next call may overwrite it.
+
+        Raises:
+            torch.OutOfMemoryError: On a GPU; the parameters are as before if it was the first step.
+        """
+        if not self.model.training:
+            self.model.train()
         if self._on_gpu and self._batch is None:
             self._capture(batch)
         self._set_rate(learning_rate)
@@ -60,8 +64,9 @@ class TrainStep:
             return self._step(batch)
         for held, part in zip(self._batch, batch, strict=True):
             held.copy_(part)
-        self.graph.replay()
-        return self._loss
+        self.graph()
+        loss: Tensor = self.graph.kept
+        return loss
 
     def _set_rate(self, value: float) -> None:
         for group in self.optimizer.param_groups:
@@ -81,30 +86,23 @@ class TrainStep:
         return loss.detach()
 
     def _capture(self, batch: Batch) -> None:
-        """Make the graph. All steps go through it, so a run that was stopped goes on to the bit."""
-        self._batch = Batch._make(part.clone() for part in batch)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._warm_up(self._batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._loss = self._step(self._batch)
-        except RuntimeError as error:  # a model that waits for the GPU within a step
-            say(f"Note: steps are not captured in a CUDA graph, and slower: {error}")
-            self.optimizer.zero_grad(set_to_none=True)
-        else:
-            self.graph = graph
+        """Make the graph. All steps go through it, so a run that was stopped goes on to the bit.
 
-    def _warm_up(self, batch: Batch) -> None:
-        """Steps of rate 0, which leave the parameters; then the optimizer's state as before."""
+        The steps before the capture have a rate of 0, which leaves the parameters; then the
+        optimizer's state is set back.
+        """
+        torch.cuda.synchronize()  # kernels that are timed first, as Mamba2's, are alone then
+        held = self._batch = Batch._make(part.clone() for part in batch)
         state = self.optimizer.state
         before = {p: {k: v.clone() for k, v in state[p].items()} for p in list(state)}
         self._set_rate(0.0)
-        for _ in range(_WARM_UPS):
-            self._step(batch)
+        try:
+            self.graph = captured(lambda: self._step(held))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a model that waits for the GPU within a step
+            say(f"Note: steps are not captured in a CUDA graph, and slower: {error}")
+            self.optimizer.zero_grad(set_to_none=True)
         for parameter, values in state.items():
             for name, value in values.items():
                 if parameter in before:

@@ -7,11 +7,12 @@ to the bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,19 @@ from pararnn.lm.training.checkpoints import quiet_transformers
 from pararnn.tasks.catalogue import TASKS
 from pararnn.tasks.models import build_model
 from pararnn.tasks.settings import MULTIPLES, SOLVED, SOLVED_TWICE, Settings
-from pararnn.tasks.task import Batch, Score, Task, chance, draw, score
+from pararnn.tasks.task import Batch, Score, Split, Task, chance, draw, score
 from pararnn.tasks.train_step import TrainStep
 
 _BLOCK = 50  # steps whose samples are drawn at once: walks cost one operation per token and block
 _TOKENS = 1 << 17  # in one pass of an evaluation
 _SAVE_EVERY = 20.0  # seconds, at an evaluation
+AHEAD = 8
+"""Steps that may wait for a GPU before the next is enqueued: 10 ms of work, in which the samples of
+another model can be drawn."""
+
+Pieces = Generator[int, None, dict[str, Any] | None]
+"""Training in pieces, between which others may work. It yields how many pieces may be unfinished on
+the device when the next is asked for, and returns the result, or None if it was stopped."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Samples:
     def _draw(self, size: int, number: int) -> Batch:
         seed = (self.seed << 32) + number
         length = self.settings.length
-        return draw(self.task, size, length, split="train", seed=seed, device=self.device)
+        return _drawn(self.task, size, length, split="train", seed=seed, device=self.device)
 
     def _of_fixed_set(self, step: int, count: int) -> Batch:
         """Epochs over the same samples, each in an order of its own; what is left over is left."""
@@ -87,6 +95,26 @@ class Samples:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
         rows = order[place * size : (place + 1) * size].to(self.device)
         return Batch._make(part[rows] for part in self._held)
+
+
+def _drawn(
+    task: Task, size: int, length: int, *, split: Split, seed: int, device: torch.device
+) -> Batch:
+    """As `draw`. A GPU draws on a stream of its own, so that no steps are waited for."""
+    if device.type != "cuda":
+        return draw(task, size, length, split=split, seed=seed, device=device)
+    stream, current = _drawing(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        batch = draw(task, size, length, split=split, seed=seed, device=device)
+    current.wait_stream(stream)
+    for part in batch:
+        part.record_stream(current)
+    return batch
+
+
+@functools.cache
+def _drawing(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Training:
@@ -133,6 +161,10 @@ class Training:
         Returns:
             The result, which is also in the folder; None if the run was stopped.
         """
+        return finish(self.pieces(should_stop))
+
+    def pieces(self, should_stop: Callable[[], bool]) -> Pieces:
+        """As `run`, in pieces: one for each step, and for each pass of an evaluation."""
         if self.checkpoint.exists():
             self._load()
         started, before = time.perf_counter(), self.progress.seconds
@@ -141,13 +173,14 @@ class Training:
             loss = self.advance()
             step = self.progress.step
             if step % self.settings.evaluate_every == 0 or step == self.end:
-                finite = self._evaluate(loss)
+                finite = yield from self._evaluate(loss)
             self.progress.seconds = before + time.perf_counter() - started
             if should_stop():
                 self._save()
                 return None
             self._save_sometimes()
-        return self._finish(finite)
+            yield AHEAD
+        return (yield from self._finish(finite))
 
     def advance(self) -> Tensor:
         """One step; returns its loss."""
@@ -157,10 +190,10 @@ class Training:
         progress.step += 1
         return loss
 
-    def _evaluate(self, loss: Tensor) -> bool:
+    def _evaluate(self, loss: Tensor) -> Generator[int, None, bool]:
         """Note loss and validation accuracy; whether the loss is finite."""
         settings, progress = self.settings, self.progress
-        found = self._score("validation", settings.length, settings.validation_samples)
+        found = yield from self._score("validation", settings.length, settings.validation_samples)
         value = loss.item()
         progress.history.append(
             {"step": progress.step, "loss": value, "accuracy": found[0].accuracy}
@@ -171,26 +204,30 @@ class Training:
             progress.decay_from = progress.step
         return math.isfinite(value)
 
-    @torch.no_grad()
-    def _score(self, split: Any, length: int, samples: int) -> tuple[Score, float]:
+    def _score(
+        self, split: Split, length: int, samples: int
+    ) -> Generator[int, None, tuple[Score, float]]:
         """The score on a split, and what always the same answer would have."""
         self.model.eval()
         total, always = Score(0, 0, 0, 0), 0.0
         size = min(samples, max(1, _TOKENS // length))
         for number, first in enumerate(range(0, samples, size)):
             count = min(size, samples - first)
-            batch = draw(self.task, count, length, split=split, seed=number, device=self.device)
-            logits = self.model(batch.tokens)[..., : self.task.num_classes]
-            total = total.plus(score(logits.argmax(-1), batch))
+            batch = _drawn(self.task, count, length, split=split, seed=number, device=self.device)
+            with torch.no_grad():
+                logits = self.model(batch.tokens)[..., : self.task.num_classes]
+                answers = logits.argmax(-1)
+            yield 0  # what is read next is computed then, and reading it keeps nobody waiting
+            total = total.plus(score(answers, batch))
             always += chance(batch) * count / samples
         return total, always
 
-    def _finish(self, finite: bool) -> dict[str, Any]:
+    def _finish(self, finite: bool) -> Generator[int, None, dict[str, Any]]:
         """Test, write the result, and delete the checkpoint."""
         started, tests = time.perf_counter(), {}
         for multiple in MULTIPLES:
             length = multiple * self.settings.length
-            found, always = self._score("test", length, self.settings.test_samples)
+            found, always = yield from self._score("test", length, self.settings.test_samples)
             tests[str(length)] = {
                 "accuracy": found.accuracy,
                 "sequence_accuracy": found.sequence_accuracy,
@@ -323,15 +360,19 @@ def train_unit(
     folder: Path,
     device: torch.device,
     should_stop: Callable[[], bool],
-) -> dict[str, Any] | None:
+) -> Pieces:
     """The result of a unit: read, or trained from where it was stopped; None if it was again.
 
     Args:
         unit: What is trained.
         settings: How.
         folder: Of this unit alone.
-        device: Where.
+        device: Where; on a GPU on the stream that is current whenever a piece is asked for, which
+            must be the same for all of them.
         should_stop: Asked after every step.
+
+    Returns:
+        The pieces; `finish` runs them.
 
     Raises:
         RunError: The folder holds a run of other settings, or a file that cannot be read.
@@ -340,7 +381,17 @@ def train_unit(
     if result is not None:
         return result
     folder.mkdir(parents=True, exist_ok=True)
-    return Training(unit, settings, folder, device).run(should_stop)
+    return (yield from Training(unit, settings, folder, device).pieces(should_stop))
+
+
+def finish(pieces: Pieces) -> dict[str, Any] | None:
+    """Run all pieces one after another; returns the result."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            result: dict[str, Any] | None = end.value
+            return result
 
 
 def device_name(device: torch.device) -> str:

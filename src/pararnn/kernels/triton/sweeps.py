@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from pararnn.kernels.triton.build import load, text_of
 from pararnn.kernels.triton.device import on_device, processors, rounds_products, shared_memory
 from pararnn.kernels.triton.expressions import function, spread_source, staged_source
 from pararnn.kernels.triton.tuples import OverTime
+from pararnn.kernels.turns import turn
 from pararnn.planning.kernel_plans import (
     TILE,
     WideLaunch,
@@ -179,9 +181,8 @@ class Streamed(_Kernel):
             "PRECISION": wide_precision(rounds_products(like.dtype), like.itemsize),
             "num_warps": plan.warps,
         }
-        if plan.parts > 1:  # which wait for each other
-            arguments["launch_cooperative_grid"] = True
-        self._launch(wide.run, (*shared, plan.parts), arguments, plan)
+        with _waiting(arguments, like.device) if plan.parts > 1 else nullcontext():
+            self._launch(wide.run, (*shared, plan.parts), arguments, plan)
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], plan: WideLaunch
@@ -265,9 +266,8 @@ class Spreads:
             "num_warps": plan.warps,
             "num_stages": 1,
         }
-        if plan.parts > 1:  # which wait for each other
-            every["launch_cooperative_grid"] = True
-        _launch(spread.run, grid, every)
+        with _waiting(every, like.device) if plan.parts > 1 else nullcontext():
+            _launch(spread.run, grid, every)
         return True
 
     def source(self, block: int) -> str:
@@ -345,6 +345,12 @@ def _sums(spread: Spread) -> dict[str, Any]:
             tables[kinds[2]].append(tuple(arrived))
     found = {name: tuple(t) for name, t in tables.items()}
     return {**found, "PRODUCTS": tuple(products), "TOTALS": tuple(totals), "SUMS": place}
+
+
+def _waiting(arguments: dict[str, Any], device: torch.device) -> AbstractContextManager[None]:
+    """Launch a kernel whose programs wait for each other; takes what the launch needs for it."""
+    arguments["launch_cooperative_grid"] = True
+    return turn(device)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:

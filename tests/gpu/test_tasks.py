@@ -11,9 +11,10 @@ from tasks.test_training import after, never, without_times
 
 from pararnn.tasks import TASKS, draw
 from pararnn.tasks.settings import SuiteConfig, settings_for
+from pararnn.tasks.side_by_side import Stream, side_by_side
 from pararnn.tasks.suite import run_suite
 from pararnn.tasks.train_step import TrainStep
-from pararnn.tasks.training import Training, Unit
+from pararnn.tasks.training import Training, Unit, finish
 from pararnn.testing import assert_close
 
 pytestmark = [
@@ -69,6 +70,26 @@ def test_side_by_side_gives_the_same(tmp_path):
     assert len(together.results) == 15
     for one, other in zip(alone.results, together.results, strict=True):
         assert without_times(one) == without_times(other)
+
+
+def test_models_that_take_turns(tmp_path):
+    """Weights beyond a multiprocessor: programs that wait for each other, of three models."""
+    settings = settings_for("s3", "smoke", {"width": 256, "steps": 40})
+    trainings = {}
+
+    def start(unit, place):
+        folder = tmp_path / place / str(unit)
+        folder.mkdir(parents=True)
+        training = trainings[place, unit] = Training(unit, settings, folder, GPU)
+        return training.pieces(never)
+
+    units = [Unit("s3", "dense-gru", seed) for seed in range(3)]
+    alone = {u: finish(start(u, "alone")) for u in units}
+    lanes = [Stream(GPU) for _ in units]
+    for unit, result, error in side_by_side(units, lambda u: start(u, "beside"), lanes, never):
+        assert error is None
+        assert without_times(result) == without_times(alone[unit])
+    assert all(training.step.graph.takes_turns for training in trainings.values())
 
 
 def test_side_by_side_with_attention(tmp_path):

@@ -83,8 +83,10 @@ def test_goes_on_to_the_bit(architecture, stops, tmp_path):
     assert result["train_seconds"] > 0
 
 
-def test_ends_when_it_is_learnt(tmp_path):
+@pytest.mark.parametrize("schedule", ["solved", "cosine"])
+def test_ends_when_it_is_learnt(schedule, tmp_path):
     settings = smoke("parity", length=6, steps=2000, learning_rate=0.02, evaluate_every=20)
+    settings = dataclasses.replace(settings, schedule=schedule)
     result = finish(train_unit(Unit("parity", "paragru", 0), settings, tmp_path, CPU, never))
     assert result["ended"] == "learnt"
     assert result["tests"]["6"]["accuracy"] == result["tests"]["96"]["accuracy"] == 1.0
@@ -150,6 +152,9 @@ def test_rates():
     assert learning_rate(solved, 90, 85) == pytest.approx(0.5 * rate)  # it must end at the end
     cosine = dataclasses.replace(solved, schedule="cosine")
     assert learning_rate(cosine, 50, None) == pytest.approx(0.5 * rate)
+    assert learning_rate(cosine, 50, 40) == pytest.approx(0.25 * rate)
+    assert learning_rate(cosine, 60, 40) == 0.0
+    assert learning_rate(cosine, 99, None) > 0.0
 
 
 def test_other_settings_are_refused(tmp_path):

@@ -45,7 +45,8 @@ class Settings:
         weight_decay: Times the learning rate, per step, on all parameters.
         warmup_steps: Over which the rate rises.
         schedule: "solved": constant, then down to zero over `decay_steps` as soon as the task is
-            learnt, or at the end. "cosine": down to zero from the start, to the last step.
+            learnt, or at the end. "cosine": half a wave down to zero at the last step; times the
+            same fall as soon as the task is learnt.
         decay_steps: See `schedule`.
         max_grad_norm: Gradients are scaled down to this norm.
         train_samples: Size of a fixed set of training sequences; None for new ones at every step.

@@ -200,7 +200,7 @@ class Training:
         )
         last = progress.history[-SOLVED_TWICE:]
         learnt = len(last) == SOLVED_TWICE and all(h["accuracy"] >= SOLVED for h in last)
-        if settings.schedule == "solved" and learnt and progress.decay_from is None:
+        if learnt and progress.decay_from is None:
             progress.decay_from = progress.step
         return math.isfinite(value)
 
@@ -293,10 +293,11 @@ class Training:
 def learning_rate(settings: Settings, step: int, decay_from: int | None) -> float:
     """The rate of the step after `step` others; see `Settings.schedule`."""
     rate = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps)
+    start: float = math.inf if decay_from is None else decay_from
     if settings.schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    start = settings.steps - settings.decay_steps
-    start = start if decay_from is None else min(start, decay_from)
+        rate *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    else:
+        start = min(start, settings.steps - settings.decay_steps)
     return rate * min(1.0, max(0.0, 1 - (step - start) / settings.decay_steps))
 
 

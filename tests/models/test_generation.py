@@ -327,5 +327,7 @@ def test_refused(make_model, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(make_model(), prompts, **{"max_new_tokens": 3, **settings})
     if prompts and not settings:
-        with pytest.raises(ValueError, match=rf"got {len(prompts)} prompts? but batch_size is 5; pass"):
+        with pytest.raises(
+            ValueError, match=rf"got {len(prompts)} prompts? but batch_size is 5; pass"
+        ):
             Decoder(make_model(), 5).start(prompts)

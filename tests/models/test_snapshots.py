@@ -1,5 +1,6 @@
 """Decoders that go back, branch, begin after a prefix, and hand out tokens as they come."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -220,3 +221,109 @@ def test_refused(hybrid):
             kept.select(texts)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         decoding.stream([[1], [2]], max_new_tokens=0)
+
+
+OTHER = {
+    "blocks": ({"num_hidden_layers": 3}, "is of a model with 2 blocks but this one has 3; make a"),
+    "fewer": ({"num_hidden_layers": 1}, "is of a model with 2 blocks but this one has 1; make a"),
+    "width": ({"hidden_size": 16}, "block 0 has a state of shape .* in it but a state of shape"),
+    "convolution": ({"conv_kernel": 3}, "block 0 has .* convolution of shape .* in it but"),
+    "cell": ({"mixers": ["paralstm", "attention"]}, "block 0 has a state of .* but a state of"),
+    "mixer": ({"mixers": ["paragru", "paragru"]}, "block 1 has attention with 2 heads of .* but a"),
+    "heads": (
+        {"attention_heads": 4},
+        "block 1 has attention with 2 heads of .* but attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_snapshot_of_another_model_is_refused(hybrid, name):
+    changes, message = OTHER[name]
+    options = {"num_hidden_layers": 2, "mixers": ["paragru", "attention"], "attention_heads": 2}
+    options |= changes
+    count = options["num_hidden_layers"]
+    options["mixers"] = [*options["mixers"], "paragru"][:count]
+    one, other = Decoder(hybrid, 1), Decoder(tiny(**options), 1)
+    one.start([[1, 2, 3]])
+    kept = one.snapshot()
+    for begun in range(2):  # new, and after a text
+        with pytest.raises(ValueError, match=f"^the snapshot .*{message}"):
+            other.restore(kept)
+        with pytest.raises(ValueError, match=f"^after .*{message}"):
+            other.start([[1]], after=kept)
+        if not begun:
+            other.start([[1, 2]])
+    expected = Decoder(tiny(**options), 1).generate([[5]], max_new_tokens=3)
+    assert other.generate([[5]], max_new_tokens=3) == expected  # it still works
+
+
+def test_a_snapshot_of_other_tokens_is_refused(hybrid):
+    one = Decoder(hybrid, 1)
+    one.start([[1, 2, 3]])
+    more = replace(one.snapshot(), vocab_size=hybrid.config.vocab_size + 1)
+    with pytest.raises(ValueError, match=r"is of a model with .* tokens but this one has"):
+        one.restore(more)
+    one.restore(replace(more, vocab_size=1))  # the vocabulary may grow
+
+
+def test_a_snapshot_with_the_noise_of_another_device_needs_a_seed(hybrid):
+    one = Decoder(hybrid, 1)
+    one.start([[1, 2, 3]], **SAMPLED)
+    other = replace(one.snapshot(), random=torch.zeros(16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="another kind of device than cpu; pass seed="):
+        one.restore(other)
+    one.restore(other, seed=1)
+    found = steps(one, 3)
+    one.restore(replace(other, random=torch.Generator().get_state()), seed=1)
+    assert_same_bits(steps(one, 3), found)
+
+
+def test_a_snapshot_of_another_type_is_taken_over(hybrid):
+    one = Decoder(hybrid, 2)
+    one.start([[1, 2, 3], [4]])
+    kept = one.snapshot()
+    double = copy.deepcopy(hybrid).to(torch.float32)
+    other = Decoder(double, 2)
+    other.restore(kept)
+    other.step()
+    wanted = [t.dtype for t in tensors(_after_one_token(double))]
+    assert [t.dtype for t in tensors(other.snapshot())] == wanted
+
+
+def _after_one_token(model):
+    decoding = Decoder(model, 2)
+    decoding.start([[1], [1]])
+    return decoding.snapshot()
+
+
+MODES = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+
+
+@pytest.mark.parametrize("one", MODES)
+@pytest.mark.parametrize("other", MODES)
+def test_calls_in_and_out_of_inference_mode(hybrid, one, other):
+    expected = Decoder(hybrid, 2)
+    expected.start([[1, 2], [3]], **SAMPLED)
+    wanted = steps(expected, 3)
+    with one():
+        decoding = Decoder(hybrid, 2)
+        decoding.start([[4], [5, 6]])
+        decoding.step()
+    with other():
+        decoding.start([[1, 2], [3]], **SAMPLED)
+        kept = decoding.snapshot().select([0, 1])
+        decoding.step()
+    with one():
+        decoding.restore(kept)
+        decoding.step()
+    with other():
+        again = steps(decoding, 2)
+    with one():
+        decoding.start([[1], [2]], after=kept)
+        assert not decoding.tokens.is_inference()
+    assert torch.equal(again[0], wanted[0][:, 1:])
+    for found, right in zip(again[1][2:], wanted[1][2:], strict=True):
+        assert torch.equal(found, right)
+        assert not found.is_inference()
+        assert not found.requires_grad

@@ -8,9 +8,11 @@ used up, they are made twice as large, and the step is captured again.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +22,16 @@ from pararnn._whole import check_whole
 from pararnn._words import counted
 from pararnn.layers.stepping import Form, captured_step, compile_options, inline_steps
 from pararnn.lm.catalogue import ATTENTION
+from pararnn.lm.decoding.forms import StateForm
 from pararnn.lm.decoding.prompts import check_prompts, read_prompts
 from pararnn.lm.decoding.snapshot import Snapshot
 from pararnn.lm.decoding.states import Layer, StaticStates, moved_by_a_step
 from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.modeling import ParaRNNForCausalLM
 from pararnn.planning.costs import COSTS
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LEAST_NOISE = 2.0**-25  # the generator rounds noise below 2**-24 to 0
 
@@ -67,8 +73,24 @@ def generate(
     )
 
 
+def apart_from_gradients(method: Callable[P, R]) -> Callable[P, R]:
+    """Run without gradients, on tensors that other calls may write into.
+
+    Those made in `torch.inference_mode` cannot be written into outside of it.
+    """
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
+
+
 class Decoder:
     """Generates for batches of one size. Keeps its tensors and its CUDA graph between calls.
+
+    Calls may come in and out of `torch.no_grad` and `torch.inference_mode`, in any order.
 
     Args:
         model: Model on the device to use; put into evaluation mode. `start`, and so `generate`,
@@ -82,6 +104,7 @@ class Decoder:
         ValueError: batch_size is less than 1.
     """
 
+    @apart_from_gradients
     def __init__(
         self, model: ParaRNNForCausalLM, batch_size: int, *, compiled: bool = False
     ) -> None:
@@ -99,6 +122,7 @@ class Decoder:
         self._noise = torch.ones(batch_size, model.config.vocab_size, device=device)
         self._generator: torch.Generator | None = None
         self._states: StaticStates | None = None
+        self._form: StateForm | None = None
         self._num_read = 0  # tokens of a text, padding included
         self._compiled = compiled
         self._next: Callable[[], tuple[list[list[Tensor]], list[Tensor]]] = self._advance
@@ -173,7 +197,7 @@ class Decoder:
                 return
             yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
 
-    @torch.no_grad()
+    @apart_from_gradients
     def start(
         self,
         prompts: Sequence[Sequence[int]],
@@ -204,6 +228,8 @@ class Decoder:
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; it must be at least 0, and finite.")
         check_prompts(prompts, self.batch_size, self.model.config.vocab_size)
+        if after is not None:
+            after = self._own("after", after)
         logits, layers, num_read = read_prompts(self.model, prompts, after)
         self._temperature.fill_(temperature)
         self._end.fill_(-1 if end_of_text is None else end_of_text)
@@ -216,7 +242,7 @@ class Decoder:
         self._draw()
         self._choose(logits)
 
-    @torch.no_grad()
+    @apart_from_gradients
     def step(self) -> None:
         """Read the last token and choose the next, for every text. Does not wait for the device.
 
@@ -231,7 +257,7 @@ class Decoder:
         self._run()
         self._num_read += 1
 
-    @torch.no_grad()
+    @apart_from_gradients
     def snapshot(self) -> Snapshot:
         """The state of all texts, to `restore`, or to `start` from after what was read.
 
@@ -248,19 +274,23 @@ class Decoder:
             end=self._end.clone(),
             temperature=self._temperature.clone(),
             random=None if self._generator is None else self._generator.get_state(),
+            vocab_size=self.model.config.vocab_size,
         )
 
-    @torch.no_grad()
+    @apart_from_gradients
     def restore(self, snapshot: Snapshot, *, seed: int | None = None) -> None:
         """Go on from a snapshot, of this or of another decoder: the next steps are the same.
 
         Args:
-            snapshot: Of `batch_size` texts; `Snapshot.select` picks or repeats texts.
+            snapshot: Of `batch_size` texts; `Snapshot.select` picks or repeats texts. It may come
+                from another device or type, and from other weights of a model of the same shape.
             seed: Sample with other noise from here on, for another branch; None for the same.
 
         Raises:
             TypeError: seed is no whole number.
-            ValueError: The snapshot has another number of texts.
+            ValueError: The snapshot has another number of texts, or is of a model whose states have
+                another shape or that knows more tokens; or it samples on another kind of device
+                and seed is None.
         """
         if seed is not None:
             check_whole(seed=seed)
@@ -269,6 +299,18 @@ class Decoder:
                 f"the snapshot has {counted(snapshot.batch_size, 'text')} but batch_size is "
                 f"{self.batch_size}; pick or repeat texts with snapshot.select([...])."
             )
+        if snapshot.vocab_size > self.model.config.vocab_size:
+            raise ValueError(
+                f"the snapshot is of a model with {counted(snapshot.vocab_size, 'token')} but this "
+                f"one has {self.model.config.vocab_size}; restore it in a Decoder of that model."
+            )
+        fresh = torch.Generator(self.model.device).get_state()
+        if seed is None and snapshot.random is not None and len(snapshot.random) != len(fresh):
+            raise ValueError(
+                "the snapshot samples with the noise of another kind of device than "
+                f"{self.model.device}; pass seed=... for noise of this one."
+            )
+        snapshot = self._own("the snapshot", snapshot)
         self._load(snapshot.layers, snapshot.num_tokens)
         self.tokens.copy_(snapshot.tokens)
         self._ended.copy_(snapshot.ended)
@@ -278,9 +320,16 @@ class Decoder:
         self._generator = None
         if snapshot.random is not None:
             self._generator = torch.Generator(self.model.device)
-            self._generator.set_state(snapshot.random)
-            if seed is not None:
+            if seed is None:
+                self._generator.set_state(snapshot.random)
+            else:
                 self._generator.manual_seed(seed)
+
+    def _own(self, name: str, snapshot: Snapshot) -> Snapshot:
+        """A snapshot in the types and on the device of the model, after a check."""
+        if self._form is None or self._prepared_for is None or self._prepared_for.has_changed():
+            self._form = StateForm(self.model)
+        return replace(snapshot, layers=self._form.taken_over(name, snapshot.layers))
 
     def _load(self, layers: Sequence[Layer], num_read: int) -> None:
         """Continue from these states; make tensors and graph where there are none that fit."""

@@ -24,6 +24,7 @@ class Snapshot:
         end: Token that ends a text, of shape (); -1 for none.
         temperature: Of the sampling, of shape ().
         random: State of the generator of the noise; None without sampling.
+        vocab_size: Tokens of the model.
     """
 
     layers: tuple[Layer, ...]
@@ -33,6 +34,7 @@ class Snapshot:
     end: Tensor
     temperature: Tensor
     random: Tensor | None
+    vocab_size: int
 
     @property
     def batch_size(self) -> int:

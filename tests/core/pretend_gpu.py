@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils._device import _device_constructors
 
+from pararnn.kernels import turns
+
 GPU = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _FACTORIES = "empty zeros ones full tensor arange eye rand randn empty_strided as_tensor".split()
@@ -60,12 +62,14 @@ def pretend_gpu(multiprocessors: int = 132, capability: tuple[int, int] = (9, 0)
     """
     _device_constructors()  # PyTorch remembers the factories of its first call; not those of below
     properties = types.SimpleNamespace(multi_processor_count=multiprocessors)
+    stream = types.SimpleNamespace(cuda_stream=0, device=GPU, wait_event=lambda *_: None)
     cuda = {
         "is_available": lambda: True,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: capability,
         "current_device": lambda: 0,
-        "current_stream": lambda *_: types.SimpleNamespace(cuda_stream=0, device=GPU),
+        "current_stream": lambda *_: stream,
+        "Event": lambda: types.SimpleNamespace(record=lambda *_: None),
         "is_current_stream_capturing": lambda: False,
         "device": lambda *_: contextlib.nullcontext(),
         "device_of": lambda *_: np.errstate(all="ignore"),  # in the interpreter
@@ -77,6 +81,7 @@ def pretend_gpu(multiprocessors: int = 132, capability: tuple[int, int] = (9, 0)
         change = lambda owner, name, new: stack.enter_context(  # noqa: E731
             mock.patch.object(owner, name, new)
         )
+        stack.enter_context(mock.patch.dict(turns._ends, clear=True))
         for name, new in cuda.items():
             change(torch.cuda, name, new)
         for name in (*_FACTORIES, *_LIKE):

@@ -1,14 +1,20 @@
 """Turns of kernels whose programs wait for each other: what is waited for, and when."""
 
+import contextlib
 import threading
 import time
 import types
 
 import pytest
 import torch
+from torch import nn
 
+from pararnn import RNN
+from pararnn.cells import LayerNormLSTMCell
 from pararnn.kernels import turns
 from pararnn.kernels.turns import captured_so_far, turn
+
+from .pretend_gpu import pretend_gpu
 
 GPU = torch.device("cuda", 0)
 
@@ -104,6 +110,42 @@ def test_threads_do_not_come_between(cuda):
     for (one, what, after), (other, launches, _) in zip(cuda.log[::2], cuda.log[1::2], strict=True):
         assert (one, what, launches, after) == (other, "waits for", "launches", last)
         last = one
+
+
+@pytest.mark.parametrize(
+    ("cell", "rows", "waits"),
+    [
+        (lambda: nn.GRUCell(256, 256), 4, True),
+        (lambda: nn.GRUCell(1024, 1024), 512, True),
+        (lambda: LayerNormLSTMCell(256, 256), 32, True),
+        (lambda: nn.GRUCell(32, 32), 4, False),
+    ],
+    ids=["spread", "wide", "sums", "kept"],
+)
+def test_every_launch_that_needs_one_takes_one(cell, rows, waits, monkeypatch):
+    sweeps = pytest.importorskip("pararnn.kernels.triton.sweeps")
+    inside, launched = [], []
+
+    @contextlib.contextmanager
+    def taken(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def launch(kernel, grid, arguments):
+        cooperative = arguments.get("launch_cooperative_grid", False)
+        assert cooperative == bool(inside) == (len(grid) == 3 and grid[2] > 1)
+        launched.append(cooperative)
+
+    monkeypatch.setattr(sweeps, "turn", taken)
+    monkeypatch.setattr(sweeps, "_launch", launch)
+    monkeypatch.setattr(sweeps, "processors", lambda device: 132)
+    monkeypatch.setattr(sweeps, "shared_memory", lambda device: 232448)
+    with pretend_gpu(), torch.no_grad():
+        rnn = RNN(cell(), backend="triton")
+        rnn(torch.randn(rows, 8, rnn.cell.hidden_size))
+    assert waits in launched
+    assert (not waits) not in launched
 
 
 def test_the_interpreter_has_none():

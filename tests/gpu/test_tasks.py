@@ -83,7 +83,7 @@ def test_models_that_take_turns(tmp_path):
         training = trainings[place, unit] = Training(unit, settings, folder, GPU)
         return training.pieces(never)
 
-    units = [Unit("s3", "dense-gru", seed) for seed in range(3)]
+    units = [Unit("s3", "layer-norm-lstm", seed) for seed in range(3)]
     alone = {u: finish(start(u, "alone")) for u in units}
     lanes = [Stream(GPU) for _ in units]
     for unit, result, error in side_by_side(units, lambda u: start(u, "beside"), lanes, never):

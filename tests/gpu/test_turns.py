@@ -32,7 +32,7 @@ def met(monkeypatch):
 def layers(kind, count):
     rows, size = SHAPES[kind]
     torch.manual_seed(0)
-    made = [RNN(nn.GRUCell(size, size)).cuda() for _ in range(count)]
+    made = [RNN(nn.GRUCell(size, size), backend="triton").cuda() for _ in range(count)]
     return made, [torch.randn(rows, 32, size, device="cuda") for _ in range(count)]
 
 
@@ -85,7 +85,7 @@ def test_graphs_of_ones_own(kind, met):
 
 
 def test_others_take_none(met):
-    rnn = RNN(nn.GRUCell(16, 16)).cuda()
+    rnn = RNN(nn.GRUCell(16, 16), backend="triton").cuda()
     x = torch.randn(4, 32, 16, device="cuda")
     with torch.no_grad():
         replay = captured(lambda: rnn(x)[0])

@@ -156,6 +156,14 @@ def test_values_states_and_gradients(make, heads, state):
     agree(make(num_heads=heads), draw(), STATES[state]())
 
 
+def test_plan_and_report_are_those_of_its_recurrence(make):
+    ours, x = parallelize(make()), draw()
+    assert ours.report is None
+    ours(x)
+    assert torch.equal(ours.report.values, ours.layers[0].report.values)
+    assert ours.plan(x.shape) == ours.layers[0].plan(x.shape)
+
+
 @pytest.mark.parametrize("input_shape", ["BSGNH", "SBGNH"])
 @pytest.mark.parametrize("output_shape", ["BNSH", "SBH", "BSH", "SBNH"])
 def test_layouts(make, input_shape, output_shape):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from pararnn.layers.by_layer import ByLayer
 from pararnn.layers.lending import Lender, check_weights, lend, title
 from pararnn.layers.rnn import RNN, State
 from pararnn.layers.stacked import StackedRNN
 from pararnn.layers.xlstm import ParallelSLSTM
+from pararnn.planning.plan import Plan
 from pararnn.planning.settings import Solver
 
 _CELLS: dict[type[nn.Module], type[nn.RNNCellBase]] = {
@@ -154,6 +156,11 @@ class Parallelized(Lender, StackedRNN):
         """See `StackedRNN.step`."""
         self._lend_to_cells()
         return super().step(x_t, state)
+
+    def plan(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> ByLayer[Plan]:
+        """See `StackedRNN.plan`."""
+        self._lend_to_cells()
+        return super().plan(shape, dtype)
 
     @property
     def all_weights(self) -> list[list[Tensor]]:

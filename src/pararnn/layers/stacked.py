@@ -13,10 +13,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from pararnn._whole import check_whole
 from pararnn.cells import ParaGRUCell, ParaLSTMCell
 from pararnn.cells._named import NamedInit
-from pararnn.layers.arguments import State, check_resets, num_sequences, other_axes
+from pararnn.layers.arguments import State, check_resets, num_sequences, other_axes, sizes_in
+from pararnn.layers.by_layer import ByLayer
 from pararnn.layers.rnn import RNN
+from pararnn.planning.plan import Plan
 from pararnn.planning.settings import Solver
 from pararnn.solvers.ranks import Ranks
+from pararnn.solvers.report import SolveReport
 from pararnn.tracing.modes import outside_of_graphs
 
 
@@ -95,11 +98,7 @@ class StackedRNN(nn.Module):
             )
         single = x.dim() == 2
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
-            layout = "(batch, time" if self.batch_first else "(time, batch"
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; pass {layout}, {self.input_size}), or "
-                f"(time, {self.input_size}) for a single sequence."
-            )
+            raise ValueError(f"x has shape {tuple(x.shape)}; pass {self._layouts()}.")
         check_resets(resets, x.shape[:-1], cu_seqlens, self.batch_first)
         if single:
             x = x.unsqueeze(0)
@@ -134,6 +133,45 @@ class StackedRNN(nn.Module):
         y, last = self._run(x_t.unsqueeze(1), state, None, None)
         return y.squeeze(1), last
 
+    @property
+    def report(self) -> ByLayer[SolveReport] | None:
+        """How the last call went in each layer and direction; None before one or when compiled."""
+        found = [r for layer in self._rnns() if (r := layer.report) is not None]
+        return ByLayer(found, self._directions) if len(found) == len(self.layers) else None
+
+    def plan(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> ByLayer[Plan]:
+        """How a call would be carried out in each layer and direction, and why; `print` it.
+
+        Args:
+            shape: Of x, as `forward` takes it.
+            dtype: Of x; that of the cells when None.
+
+        Raises:
+            TypeError: `shape` is no shape, or `dtype` no type.
+            ValueError: A shape that the layers refuse.
+        """
+        sizes = sizes_in("shape", shape)
+        if len(sizes) not in (2, 3) or sizes[-1] != self.input_size:
+            raise ValueError(f"shape is {sizes}; pass that of x: {self._layouts()}.")
+        lead = (1, sizes[0]) if len(sizes) == 2 else sizes[:2] if self.batch_first else sizes[1::-1]
+        features = [self.input_size] * self._directions
+        features += [self.hidden_size * self._directions] * (len(self.layers) - len(features))
+        pairs = zip(self._rnns(), features, strict=True)
+        plans = [layer.plan((*lead, size), dtype) for layer, size in pairs]
+        return ByLayer(plans, self._directions)
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _rnns(self) -> list[RNN]:
+        held: Any = self._modules["layers"]
+        return list(held)
+
+    def _layouts(self) -> str:
+        first = "(batch, time" if self.batch_first else "(time, batch"
+        return f"{first}, {self.input_size}), or (time, {self.input_size}) for a single sequence"
+
     def extra_repr(self) -> str:  # noqa: D102
         return (
             f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
@@ -154,9 +192,7 @@ class StackedRNN(nn.Module):
         `backwards` (batch, time) holds the order of the steps for backward layers, as indices; None
         reverses time. It must be its own inverse. With it, both directions use the same `resets`.
         """
-        directions = 2 if self.bidirectional else 1
-        held: Any = self._modules["layers"]
-        layers, batch = list(held), x.shape[0]
+        directions, layers, batch = self._directions, self._rnns(), x.shape[0]
         time = x.shape[1]
         firsts = self._split("state", state, num_sequences(batch, cu_seqlens), time)
         fresh = self._split("reset_state", _each(reset_state, _for_all(batch)), batch, time)
@@ -191,7 +227,7 @@ class StackedRNN(nn.Module):
     def _split(self, name: str, state: State | None, rows: int, time: int) -> list[State | None]:
         """Split a state into one per layer and direction; None for each when None."""
         if state is None:
-            return [None] * (self.num_layers * (2 if self.bidirectional else 1))
+            return [None] * (self.num_layers * self._directions)
         parts = state if isinstance(state, tuple) else (state,)
         shape = (len(self.layers), rows, self.hidden_size)
         count = self.layers[0].num_components

@@ -16,6 +16,7 @@ package's backend in plain PyTorch, version 2.0.4 and later.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from torch.nn.utils import parametrize
 from pararnn.cells._input import project
 from pararnn.layers.lending import Lender, check_weights, lend, title
 from pararnn.layers.rnn import RNN
+from pararnn.planning.plan import Plan
 from pararnn.planning.settings import Solver
+from pararnn.solvers.report import SolveReport
 
 _GATES = _COMPONENTS = 4
 _WEIGHTS = ("_recurrent_kernel_", "_bias_")
@@ -138,6 +141,18 @@ class ParallelSLSTM(Lender):
         The original returns the state that it was given (version 2.0.6).
         """
         return self(input, state)
+
+    @property
+    def report(self) -> SolveReport | None:
+        """How the last call went; None before one or when compiled."""
+        rnn: Any = self.layers[0]
+        return rnn.report
+
+    def plan(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Plan:
+        """How a call would be carried out, and why; as `RNN.plan`, for the shape of `input`."""
+        self._lend_to_cells()
+        rnn: Any = self.layers[0]
+        return rnn.plan(shape, dtype)
 
     @property
     def recurrent_kernel(self) -> Tensor:

@@ -85,7 +85,7 @@ def test_models_that_take_turns(tmp_path):
 
     units = [Unit("s3", "layer-norm-lstm", seed) for seed in range(3)]
     alone = {u: finish(start(u, "alone")) for u in units}
-    lanes = [Stream(GPU) for _ in units]
+    lanes = [Stream(GPU, i) for i in range(len(units))]
     for unit, result, error in side_by_side(units, lambda u: start(u, "beside"), lanes, never):
         assert error is None
         assert without_times(result) == without_times(alone[unit])

@@ -162,7 +162,7 @@ def test_models_at_once():
     assert models_at_once(4, 6, "cpu") == (4, "each in a process")
     assert models_at_once(None, 6, "cuda")[0] == 6
     assert models_at_once(None, 40, "cuda")[0] == 12
-    assert models_at_once(20, 40, "cuda")[0] == 20
+    assert models_at_once(40, 40, "cuda")[0] == 15
 
 
 def test_only_what_is_right_is_100():

@@ -7,6 +7,7 @@ piece of work, and the GPU runs them side by side.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import time
@@ -62,10 +63,11 @@ class Stream:
 
     Args:
         device: The GPU.
+        number: Of the lane, from 0; each has a stream of its own.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, number: int) -> None:
+        self._stream = _stream(device, number)
         self._ends: deque[torch.cuda.Event] = deque()
 
     def run(self, pieces: Pieces) -> int:
@@ -89,6 +91,12 @@ class Stream:
         self._ends.clear()
         gc.collect()  # models and optimizers hold each other
         torch.cuda.empty_cache()
+
+
+@functools.cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """One for a number: PyTorch has 32, and two that are the same would share cuBLAS's memory."""
+    return torch.cuda.Stream(device)
 
 
 def more_connections() -> None:

@@ -124,7 +124,7 @@ def _train(
     def start(unit: Unit) -> Pieces:
         return train_unit(unit, units[unit], _folder(out, unit), device, is_stopped)
 
-    lanes = [Stream(device) if on_gpu else Inline() for _ in range(count)]
+    lanes = [Stream(device, i) if on_gpu else Inline() for i in range(count)]
     return side_by_side(list(units), start, lanes, is_stopped)
 
 

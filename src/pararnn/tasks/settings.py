@@ -262,8 +262,8 @@ class SuiteConfig:
 def models_at_once(asked: int | None, models: int, device_type: str) -> tuple[int, str]:
     """How many models are trained side by side, and how.
 
-    A step of a model as small as these keeps a part of a GPU busy, whatever the architecture. Python
-    launches it in less than a tenth of the time that it takes there, so it can serve 12. More than
+    A step of a model as small as these keeps a part of a GPU busy, whatever the architecture. To
+    launch it takes Python less than a tenth of its time there, so that it can serve 12. More than
     15 would need more streams than the 32 of PyTorch: each model takes one to run on and one for
     captures, and samples are drawn on another. Stacked parameters (`torch.func.vmap`) would share
     launches instead, but only elementwise cells keep their kernels there. On a CPU one model has

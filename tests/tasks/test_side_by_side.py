@@ -1,6 +1,8 @@
 """Who works when, with lanes and models that do nothing but count."""
 
+import contextlib
 import gc
+import types
 import weakref
 
 import pytest
@@ -228,3 +230,52 @@ def test_a_result_that_is_there_is_read(tmp_path):
     result = finish(train_unit(unit, settings, tmp_path, cpu, never))
     found = outcomes([unit], lambda u: train_unit(u, settings, tmp_path, cpu, never), [Inline()])
     assert found == {unit: (result, None)}
+
+
+def test_a_stream(monkeypatch):
+    """Pieces run while its stream is current; each is finished when its event is."""
+    current, done = [], set()
+
+    class Event:
+        made = 0
+
+        def __init__(self):
+            self.number = Event.made
+            Event.made += 1
+
+        def record(self, recorded):
+            assert recorded is stream
+
+        def query(self):
+            return self.number in done
+
+    @contextlib.contextmanager
+    def use(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    synchronized = []
+    stream = types.SimpleNamespace(synchronize=lambda: synchronized.append(True))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(module, "_stream", lambda device, number: stream)
+
+    def pieces():
+        for allowed in (3, 2, 1):
+            assert current == [stream]
+            yield allowed
+
+    lane, work = module.Stream(torch.device("cuda", 0), 0), pieces()
+    assert [lane.run(work) for _ in range(3)] == [3, 2, 1]
+    assert current == []
+    assert lane.unfinished() == 3
+    done.update({0, 1})
+    assert lane.unfinished() == 1
+    with pytest.raises(StopIteration):
+        lane.run(work)
+    assert lane.unfinished() == 1
+    lane.clear()
+    assert synchronized == [True]
+    assert lane.unfinished() == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pararnn.lm.training import RunError
-from pararnn.tasks import TASKS, draw, score
+from pararnn.tasks import TASKS, draw, score, train_step
 from pararnn.tasks.settings import settings_for
 from pararnn.tasks.training import Samples, Training, Unit, finish, learning_rate, train_unit
 
@@ -195,3 +195,54 @@ def test_evaluation_is_the_score_of_the_model(tmp_path):
     assert 0.1 < always < 0.2
     long, _ = finish(training._score("test", 5000, 60))
     assert long.sequences == 60
+
+
+def test_what_comes_before_a_capture_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Two runs of the step at a rate of 0: parameters and optimizer are as without them."""
+
+    class Replay:
+        def __init__(self, run):
+            self.run = run
+            run(), run()
+
+        def __call__(self):
+            self.kept = self.run()
+
+    monkeypatch.setattr(train_step, "captured", Replay)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    settings, unit = smoke("parity"), Unit("parity", "paragru", 0)
+    plain, other = (Training(unit, settings, tmp_path, CPU) for _ in range(2))
+    other.step._on_gpu = True
+    for number in range(12):
+        if number == 6:  # as in another process
+            plain._save()
+            other = Training(unit, settings, tmp_path, CPU)
+            other._load()
+            other.step._on_gpu = True
+        assert plain.advance().item() == other.advance().item()
+    assert other.step.graph is not None
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not here"), torch.OutOfMemoryError("too much")])
+def test_a_step_that_cannot_be_captured(error, tmp_path, monkeypatch, capsys):
+    """It is launched piece by piece; but not where memory is what is missing."""
+
+    def refuse(run):
+        run()
+        raise error
+
+    monkeypatch.setattr(train_step, "captured", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    settings, unit = smoke("parity"), Unit("parity", "paragru", 0)
+    plain, other = (Training(unit, settings, tmp_path, CPU) for _ in range(2))
+    other.step._on_gpu = True
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError, match="too much"):
+            other.advance()
+        return
+    for _ in range(3):
+        assert plain.advance().item() == other.advance().item()
+    assert other.step.graph is None
+    assert "steps are not captured in a CUDA graph, and slower: not here" in capsys.readouterr().out

@@ -180,8 +180,39 @@ def ignores_all_of_its_state(self, x, state):
 )
 def test_a_cell_that_ignores_its_state_is_told(forward, base):
     for use in (RNN, pararnn.testing.check_cell):
-        with pytest.warns(UserWarning, match="Mistaken ignores its state: .* depends on x alone"):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             use(with_forward(forward, base))
+        (one,) = told
+        assert "Mistaken ignores its state: what it returns depends on x alone" in str(one.message)
+
+
+def test_shapes_that_do_not_fit_inside_of_a_cell_of_several_tensors():
+    """The number that was passed may be right: it is not what the message doubts."""
+
+    class Wide(Pair):
+        def forward(self, x, state):
+            h, c = state
+            return torch.tanh(self.project(x) + h @ torch.ones(9, 4)), c
+
+    rnn = RNN(Wide(), num_components=2)
+    with pytest.raises(ValueError, match="Its 2 components, as was passed, had") as raised:
+        rnn(torch.randn(2, 5, Wide().input_size))
+    assert "cannot be multiplied" in str(raised.value)
+    assert "leave it out" not in str(raised.value)
+    assert len(traceback.extract_tb(raised.value.__traceback__)) < 9
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [c for c in vars(pararnn.cells).values() if isinstance(c, type)],
+    ids=lambda c: c.__name__,
+)
+def test_a_wrong_argument_of_a_cell_names_the_cell(kind):
+    with pytest.raises(
+        TypeError, match=rf"^{kind.__name__}\.__init__\(\) got an unexpected keyword"
+    ):
+        kind(3, 4, 5, nonsense=1)
 
 
 def test_a_component_may_be_written_alone():

@@ -8,8 +8,6 @@ r"""Closed-form continuous-time cell for irregular times (Hasani et al. 2022, ar
 `t` is the time since the step before.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,16 +19,41 @@ class ClosedFormContinuousCell(DiagonalCell):
 
     Args:
         input_size: Features of `x` without the time.
-        args: As `DiagonalCell`.
-        kwargs: As `DiagonalCell`.
+        hidden_size: This and the others as in `DiagonalCell`.
+        bias: See there.
+        num_heads: See there.
+        max_recurrent_weight: See there.
+        device: See there.
+        dtype: See there.
+        max_timescale: See there.
 
     Shapes: `x` (N, input_size + 1), `state` (N, hidden_size), result (N, hidden_size).
     """
 
     num_gates = num_diagonals = 3
 
-    def __init__(self, input_size: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(input_size, *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        num_heads: int = 1,
+        max_recurrent_weight: float | None = 0.5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_timescale: float | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            bias,
+            num_heads,
+            max_recurrent_weight,
+            device,
+            dtype,
+            max_timescale=max_timescale,
+        )
         self.input_size = input_size + 1
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:  # noqa: D102

@@ -166,13 +166,15 @@ class Sizes:
             hint = f"Its state had {form} {shown} for N rows, {said}; is that right?"
         if learnt:
             self._size = None  # the state may have been wrong
-        if hint:
+        shapes_do_not_fit = self._may_differ(cell) and isinstance(error, RuntimeError)
+        if hint and not (shapes_do_not_fit and self._given.keys() == {"num_components"}):
             raise ValueError(f"{name} raised: {error}. {hint}") from error
-        if self._may_differ(cell) and isinstance(error, RuntimeError):
+        if shapes_do_not_fit:
+            passed = ", as was passed," if "num_components" in self._given else ""
             raise UnknownSizes(
-                f"{name} raised: {error}. Its {len(shapes)} components had {shapes[0][0]} channels "
-                "each; if they differ, set self.hidden_size = (..., ...) in the cell, or pass a "
-                "state."
+                f"{name} raised: {error}. Its {len(shapes)} components{passed} had {shapes[0][0]} "
+                "channels each; if they differ, set self.hidden_size = (..., ...) in the cell, or "
+                "pass a state."
             ) from error
 
     def _hint(self, cell: nn.Module) -> str:

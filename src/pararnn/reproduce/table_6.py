@@ -102,7 +102,8 @@ def _notes(stored: dict[str, Any]) -> list[str]:
     notes = [
         "Trained with new samples at every step, larger batches and a higher rate, in place of "
         "3,000 epochs over 10,000 samples; settings and reasons are in the page on synthetic "
-        "tasks. `pararnn tasks --preset paper` has the paper's training.",
+        "tasks. Models have two layers in 2-hop, where the paper's have one. `pararnn tasks "
+        "--preset paper` has the paper's training and its one layer.",
         "The folder table-6 has all results, at longer sequences too.",
     ]
     return notes + [f"Left out: {name}: {why}." for name, why in stored["failed"].items()]

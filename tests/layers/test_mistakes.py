@@ -2,6 +2,7 @@
 
 import inspect
 import traceback
+import warnings
 
 import numpy as np
 import pytest
@@ -191,6 +192,8 @@ def test_shapes_that_do_not_fit_inside_of_a_cell_of_several_tensors():
     """The number that was passed may be right: it is not what the message doubts."""
 
     class Wide(Pair):
+        num_components = None
+
         def forward(self, x, state):
             h, c = state
             return torch.tanh(self.project(x) + h @ torch.ones(9, 4)), c

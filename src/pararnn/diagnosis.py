@@ -31,7 +31,10 @@ from pararnn.solvers.shooting import noted_residuals
 from pararnn.testing.loop import loop
 from pararnn.tracing.capture import resolve, snapshot
 
-_MOST_ITERATIONS = 10
+_MOST_ITERATIONS = 10  # whose residuals are shown
+_MOST_TO_COUNT = 50
+"""Iterations until the tolerance are counted up to here: those of a cell that does not forget are
+as many as chunks, and take the square of the length."""
 _CHUNKS = (1, 8, 64)  # steps per chunk
 _FEW = 5  # iterations
 _SMALLEST = 1e-300
@@ -56,7 +59,8 @@ class Diagnosis(Report):
             is about the largest norm of a chunk's Jacobian.
         residuals: Residuals after 1, 2, ... iterations (`SolveReport.residual`), by steps per
             chunk; empty if the sequence has one step.
-        iterations: Iterations to the tolerance of the layer, by steps per chunk.
+        iterations: Iterations to the tolerance of the layer, by steps per chunk; 51 for more than
+            50, which are not counted.
         value_error: Largest difference of the layer's outputs from those of the loop, relative to
             the largest output.
         gradient_error: The same for gradients of x and the parameters, with random cotangents; the
@@ -94,7 +98,7 @@ class Diagnosis(Report):
         for chunk, residuals in self.residuals.items():
             shown = ", ".join(f"{r:.0e}" for r in residuals)
             needed = (
-                f"{counted(self.iterations[chunk], 'iteration')}; tangents up to "
+                f"{_iterated(self.iterations[chunk])}; tangents up to "
                 f"{self.contraction[chunk]:.0e}; residuals {shown}"
             )
             lines.append(f"  chunks of {chunk:<4d}     {needed}")
@@ -112,7 +116,7 @@ class Diagnosis(Report):
             *(
                 (
                     f"chunks of {chunk}",
-                    f"{counted(self.iterations[chunk], 'iteration')}; tangents up to "
+                    f"{_iterated(self.iterations[chunk])}; tangents up to "
                     f"{self.contraction[chunk]:.0e}",
                 )
                 for chunk in self.iterations
@@ -216,7 +220,7 @@ def _diagnosed(rnn: RNN, x: Tensor, state: Any) -> Diagnosis:
     chunk = _planned_chunk(plan, x.shape[1])
     pay, why = _worth(found, plan, chunk, method, solve, growth)
     _say("")
-    advice = _recommendation(found, -(-x.shape[1] // chunk))
+    advice = _recommendation(found, -(-x.shape[1] // chunk), pay)
     return replace(found, chunks_pay=pay, chunks_reason=why, recommendation=advice)
 
 
@@ -322,8 +326,28 @@ def _iterations(
         with noted_residuals() as found:
             solve(method(tolerance=_SMALLEST, max_iterations=_MOST_ITERATIONS, chunk=chunk))
         residuals[chunk] = [math.inf if math.isnan(r) else r for r in found]
-        needed[chunk] = solve(method(tolerance=tolerance, chunk=chunk)).iterations
+        needed[chunk] = _needed(residuals[chunk], tolerance, -(-time // chunk))
+        if not needed[chunk]:
+            limit = method(tolerance=tolerance, max_iterations=_MOST_TO_COUNT, chunk=chunk)
+            with noted_residuals() as found:
+                solve(limit)
+            needed[chunk] = _needed(found, tolerance, -(-time // chunk)) or _MOST_TO_COUNT + 1
     return residuals, needed
+
+
+def _needed(residuals: list[float], tolerance: float, chunks: int) -> int:
+    """Iterations until the tolerance, or until every chunk is exact; 0 if these are not enough."""
+    for iteration, residual in enumerate(residuals, 1):
+        if residual <= tolerance or iteration == chunks:
+            return iteration
+    return 0
+
+
+def _iterated(iterations: int) -> str:
+    """Iterations to the tolerance, in words."""
+    if iterations > _MOST_TO_COUNT:
+        return f"more than {_MOST_TO_COUNT} iterations"
+    return counted(iterations, "iteration")
 
 
 def _planned_chunk(plan: Plan, time: int) -> int:
@@ -358,7 +382,7 @@ def _worth(
             steps = _in_a_row(chunk, first, needed, method)
             reason += (
                 f"; on a device with processors to spare, chunks of {chunk} would take "
-                f"{counted(needed, 'iteration')}, {counted(steps, 'step')} one after another "
+                f"{_iterated(needed)}, {counted(steps, 'step')} one after another "
                 f"instead of {time}"
             )
         return False, reason
@@ -402,8 +426,8 @@ def _apart(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(_SMALLEST))
 
 
-def _recommendation(found: Diagnosis, chunks: int) -> str:
-    """Advice for the user, in words; calls of the layer have so many chunks."""
+def _recommendation(found: Diagnosis, chunks: int, pay: bool) -> str:
+    """Advice for the user, in words; calls of the layer have so many chunks, which pay or not."""
     if not found.residuals:
         return "The sequence has one step; nothing can be evaluated in parallel."
     if not math.isfinite(found.lyapunov_exponent + found.value_error):
@@ -422,11 +446,18 @@ def _recommendation(found: Diagnosis, chunks: int) -> str:
     words = "Small differences grow" if grown > 1 else words
     if few:
         but = "but" if grown > 1 else "and"
-        return f"{words}, {but} a few iterations suffice: leave chunk='auto'."
+        advice = ": leave chunk='auto'."
+        if chunks > 1 and not pay:
+            advice = f", but the plan's {chunks} chunks do not pay here. Pass solver=Sequential()."
+        return f"{words}, {but} a few iterations suffice{advice}"
     planned = "one chunk" if chunks == 1 else counted(chunks, "chunk")
+    if chunks > 1 and not pay:
+        return (
+            f"{words}, but chunks of {most} take {_iterated(found.iterations[most])}, and the "
+            f"plan's {planned} do not pay here. Pass solver=Sequential()."
+        )
     return (
-        f"{words}, but chunks of {most} take {counted(found.iterations[most], 'iteration')}; "
-        f"chunks of {best} "
-        f"take {found.iterations[best]}. So do not set shorter chunks than the plan's, which has "
-        f"{planned} here."
+        f"{words}, but chunks of {most} take {_iterated(found.iterations[most])}; "
+        f"chunks of {best} take {_iterated(found.iterations[best])}. So do not set shorter chunks "
+        f"than the plan's, which has {planned} here."
     )

@@ -298,3 +298,41 @@ def test_mistakes():
         diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(2, 5, 3))
     with pytest.raises(ValueError, match=r"x has shape \(0, 5, 4\); .* at least one sequence"):
         diagnose(RNN(cells.ParaGRUCell(4, 6)), torch.randn(0, 5, 4))
+
+
+def test_iterations_of_a_cell_that_never_forgets_are_counted_up_to_a_limit():
+    """Chunks of one step would take as many iterations as there are steps."""
+
+    class Turns(nn.Module):
+        input_size, hidden_size, num_components = 3, 4, 1
+
+        def __init__(self):
+            super().__init__()
+            self.turn = nn.Parameter(torch.linalg.qr(torch.randn(4, 4))[0])
+            self.project = nn.Linear(3, 4)
+
+        def forward(self, x, h):
+            return h @ self.turn + self.project(x)
+
+    found = diagnose(RNN(Turns(), solver=Jacobi()), torch.randn(2, 300, 3))
+    assert found.iterations[1] == 51
+    assert "chunks of 1        more than 50 iterations;" in str(found)
+    assert len(found.residuals[1]) == 10
+    assert found.iterations[64] == 4  # as many as chunks but one, which the warm-up makes exact
+    assert not found.chunks_pay
+    if "the plan has one chunk" not in found.chunks_reason:
+        assert found.recommendation.endswith("do not pay here. Pass solver=Sequential().")
+    html = found._repr_html_()
+    assert "more than 50 iterations" in html
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 64])
+def test_counted_iterations_are_those_of_a_solve(chunk):
+    rnn = RNN(cells.ParaGRUCell(3, 4), backend="torch")
+    x = torch.randn(2, 200, 3)
+    found = diagnose(rnn, x)
+    double = RNN(copy.deepcopy(rnn.cell).double(), backend="torch")
+    double.solver = Newton(tolerance=1e-6, chunk=chunk)
+    double(x.double())
+    # a call looks back before its first guess; the diagnosis does too
+    assert found.iterations[chunk] == double.report.iterations

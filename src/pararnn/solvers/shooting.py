@@ -227,8 +227,11 @@ def _iterate(
                 break
             contraction = Contraction(now, 1.0)
         if iteration < most:
-            coupling = _coupling(settings.coupling, system, guess, found)
-            guess = newton_update(ends, guess, coupling, settings.damping)
+            if settings.coupling == "zero":
+                guess = torch.cat([guess[:, :1], ends[:, :-1]], 1)
+            else:
+                coupling = _coupling(settings.coupling, system, guess, found)
+                guess = newton_update(ends, guess, coupling, settings.damping)
     found = system.complete(found, converged)
     return found, _report(iterations, residual, converged, chunks)
 
@@ -245,7 +248,8 @@ def _coupling(kind: str, system: System, guess: Tensor, found: list[Tensor]) -> 
         return system.tangents(guess, found)
     if kind == "diagonal":
         return system.tangents(guess, found).diagonal(dim1=2, dim2=3).transpose(2, 3)
-    return (torch.ones_like if kind == "identity" else torch.zeros_like)(guess)
+    assert kind == "identity"
+    return torch.ones_like(guess)
 
 
 def newton_update(ends: Tensor, guess: Tensor, coupling: Tensor, damping: float) -> Tensor:

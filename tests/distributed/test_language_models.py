@@ -1,12 +1,13 @@
 """Language models whose sequences are split over processes equal those of one process."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pararnn.distributed import on_this_rank, sequence_parallel
-from pararnn.lm.models import ParaRNNCache
+from pararnn.lm.models import ParaRNNCache, attention
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training.config import ArchitectureConfig, TrainConfig
 from pararnn.lm.training.language_model import build_model
@@ -85,6 +86,30 @@ def test_equals_one_process(group, name, documents, count):
     every = group.run(share, name, tokens, resets, carries, count=count)
     for result in every:
         assert isinstance(result, dict), result
+    for key, wanted in expected.items():
+        parts = torch.stack([torch.from_numpy(found[key]) for found in every])
+        found = parts[0] if key.startswith("state") else parts.mean(0)
+        assert_close(key, found, wanted, rtol=1e-12)
+
+
+def share_in_parts(group, rank, *arguments):
+    """With masks of two queries at a time."""
+    held = attention.COSTS
+    attention.COSTS = replace(held, mask_entries=2 * 2 * TIME)
+    try:
+        return share(group, rank, *arguments)
+    finally:
+        attention.COSTS = held
+
+
+@needs_context_parallel
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+def test_masks_in_parts_equal_one_process(group, documents):
+    name = "1xattention+1xparagru+1xattention"
+    tokens = torch.randint(1, 256, (2, TIME + 1))
+    resets = torch.rand(2, TIME) < 0.1 if documents else None
+    expected = outcome(make(name), tokens, resets, None)
+    every = group.run(share_in_parts, name, tokens, resets, False, count=2)
     for key, wanted in expected.items():
         parts = torch.stack([torch.from_numpy(found[key]) for found in every])
         found = parts[0] if key.startswith("state") else parts.mean(0)

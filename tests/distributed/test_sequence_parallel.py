@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -406,7 +407,30 @@ def test_a_rank_that_dies_is_an_error_on_all(tmp_path):
         results = group.run(dying)
     assert results[2] == ("dead", "")
     for rank in (0, 1, 3):
-        assert results[rank][0] in ("RuntimeError", "DistBackendError", "DistNetworkError")
+        kind, message = results[rank]
+        assert kind == "RankError"
+        assert "did not all come to an exchange: " in message
+        assert "One has died, has not called the same layers" in message
+
+
+def without_going_back(group, rank):
+    layer = sequence_parallel(jobs.make_rnn("paragru"), group)
+    y, _ = layer(torch.randn(1, 5, INPUT, dtype=torch.float64))
+    if rank == 1:
+        time.sleep(6)  # as one that goes on with something else
+        return "nothing"
+    y.sum().backward()
+    return "gradients"
+
+
+def test_a_rank_that_never_goes_back_is_named_after_the_timeout(tmp_path):
+    with Group(2, tmp_path, timeout_s=3) as group:
+        (kind, message), other = group.run(without_going_back)
+    assert other == "nothing"
+    assert kind == "RankError"
+    assert "has not gone back through the outputs of its part" in message
+    assert "(0 * y.sum()).backward()" in message
+    assert "init_process_group(timeout=...)" in message
 
 
 def refused(group, rank, kind):

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pararnn.lm.decoding import Decoder, decoder
-from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM
+from pararnn.lm.models import ParaRNNCache, ParaRNNForCausalLM, attention
 from pararnn.lm.training.checkpoints import quiet_transformers
 from pararnn.planning.costs import COSTS
 
@@ -145,3 +146,44 @@ def test_attention_learns_next_to_recurrences():
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
+
+
+class LargestMask(TorchDispatchMode):
+    """Entries of the largest tensor of booleans that is made inside."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype is torch.bool:
+                self.entries = max(self.entries, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 10])
+def test_masks_of_some_queries_at_a_time(hybrid, tokens, queries, monkeypatch):
+    """With documents and after a cache: values and gradients are the same, masks are small."""
+    rows, count = tokens.shape
+    resets = torch.rand(rows, count) < 0.2
+    cotangent = torch.randn(rows, count, 17, dtype=torch.float64)
+
+    def outcome():
+        cache = ParaRNNCache()
+        with LargestMask() as masks:
+            first = hybrid(tokens[:, :4], cache_params=cache, use_cache=True, resets=resets[:, :4])
+            rest = hybrid(tokens[:, 4:], cache_params=cache, use_cache=True, resets=resets[:, 4:])
+            y = torch.cat([first.logits, rest.logits], 1)
+            found = torch.autograd.grad((y * cotangent).sum(), list(hybrid.parameters()))
+        return [y.detach(), *found], masks.entries
+
+    expected, largest = outcome()
+    assert largest == rows * (count - 4) * count
+    limit = rows * count * queries
+    monkeypatch.setattr(attention, "COSTS", replace(COSTS, mask_entries=limit))
+    found, largest = outcome()
+    assert largest <= max(limit, rows * count)
+    for one, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, wanted, **EXACT)
+    with torch.no_grad():
+        torch.testing.assert_close(hybrid(tokens, resets=resets).logits, expected[0], **EXACT)

@@ -350,6 +350,9 @@ class Costs:
     """Microseconds by which a block's step is faster compiled. Estimate."""
     attention_room: int = 1024
     """Tokens of a text that attention has room for at first; then twice as many. Estimate."""
+    mask_entries: int = 2**26
+    """Entries of an attention mask that is made as a whole: 64 MiB. Longer ones come in parts, as
+    of 8 sequences of 4,096 tokens with documents, or where time is split over ranks. Estimate."""
     part_of_scores: int = 1024
     """Scores that one multiprocessor looks at for the largest. docs/results/language-models.md."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 class RankError(RuntimeError):
-    """Another rank of the sequence failed, or the ranks do not do the same."""
+    """Another rank of the sequence failed or did not come, or the ranks do not do the same."""
 
 
 class Ranks:
@@ -100,7 +101,8 @@ class Ranks:
         own = tensor.detach().contiguous().view(-1).view(torch.uint8)
         sent = torch.cat([own, own.new_full((1,), failure is not None)])
         found = [torch.empty_like(sent) for _ in range(self.count)]
-        dist.all_gather(found, sent, self.group)
+        with self._waiting():
+            dist.all_gather(found, sent, self.group)
         if bool(torch.stack(found)[:, -1].any()):  # a host sync
             self._raise(failure)
         every = torch.stack([one[:-1] for one in found])
@@ -113,11 +115,26 @@ class Ranks:
         self.agree(what, [], tensor.device)
         return self.gather(tensor)
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Say what it means if an exchange fails: one rank at least did not take part."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RankError(
+                f"the other ranks of the sequence did not all come to an exchange: {reason} One "
+                "has died, has not called the same layers, or has not gone back through the "
+                "outputs of its part; a rank without a loss calls (0 * y.sum()).backward(). How "
+                "long ranks wait is the timeout of their group: init_process_group(timeout=...)."
+            ) from error
+
     def _raise(self, failure: Exception | None) -> None:
         """Raise the failure of this rank, or say which other one failed and why."""
         reasons: list[str | None] = [None] * self.count
         reason = None if failure is None else f"{type(failure).__name__}: {failure}"
-        dist.all_gather_object(reasons, reason, self.group)
+        with self._waiting():
+            dist.all_gather_object(reasons, reason, self.group)
         if failure is not None:
             raise failure
         rank = next(i for i, r in enumerate(reasons) if r is not None)
@@ -126,7 +143,8 @@ class Ranks:
     def _tell_apart(self, what: Mapping[str, object]) -> None:
         """Raise an error that names what differs."""
         every: list[dict[str, object]] = [{}] * self.count
-        dist.all_gather_object(every, {k: str(v) for k, v in what.items()}, self.group)
+        with self._waiting():
+            dist.all_gather_object(every, {k: str(v) for k, v in what.items()}, self.group)
         names = dict.fromkeys(name for one in every for name in one)
         name = next((n for n in names if len({one.get(n) for one in every}) > 1), "the call")
         seen = ", ".join(f"{one.get(name)} on rank {i}" for i, one in enumerate(every))

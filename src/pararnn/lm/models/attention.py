@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pararnn.distributed import Ranks, exchange
 from pararnn.lm.models.boundaries import Boundaries
 from pararnn.lm.models.configuration import ParaRNNConfig
 from pararnn.lm.models.projection import ResidualProjection
+from pararnn.planning.costs import COSTS
 
 _ROTARY_BASE = 10_000.0
 _PADDING = -1
@@ -105,15 +107,11 @@ class AttentionMixer(nn.Module):
         alone = boundaries is None and state is None and self.ranks is None
         if self.ranks is not None:
             after, document = _from_all_ranks(self.ranks, after)
-        mask = None if alone else _visible(document, after.document, past)
-        y = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            after.keys.transpose(1, 2),
-            after.values.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=alone,
-        )
-        return self.out_proj(y.transpose(1, 2).flatten(2)), after
+        if alone:
+            y = _attention(queries, after.keys, after.values, None)
+        else:
+            y = _attention_of_documents(queries, document, after, past)
+        return self.out_proj(y.flatten(2)), after
 
     def _steps_before(self, ranks: Ranks, time: int, state: AttentionState | None) -> int:
         """Steps of the ranks before this one."""
@@ -171,6 +169,52 @@ def _documents(x: Tensor, boundaries: Boundaries | None, state: AttentionState |
     if boundaries.real is None:
         return document
     return torch.where(boundaries.real.squeeze(-1), document, _PADDING)
+
+
+def _attention_of_documents(
+    queries: Tensor, document: Tensor, state: AttentionState, past: int | Tensor
+) -> Tensor:
+    """Attention of each query to the earlier keys of its own document.
+
+    A mask has an entry for each query and key. Where there are many, some queries come at a time,
+    and the backward pass makes their mask and their scores again.
+
+    Args:
+        queries: Shape (batch, queries, heads, channels per head).
+        document: Of each query, (batch, queries).
+        state: Holds keys, values and their documents.
+        past: Number of keys before the first query.
+    """
+    batch, count = document.shape
+
+    def some(start: int, stop: int, *tensors: Tensor) -> Tensor:
+        asked, keys, values, documents = tensors
+        mask = _visible(document[:, start:stop], documents, past + start)
+        return _attention(asked, keys, values, mask)
+
+    size = max(1, COSTS.mask_entries // max(1, batch * state.keys.shape[1]))
+    if count <= size or torch.compiler.is_exporting():  # whose program is for any length
+        return some(0, count, queries, state.keys, state.values, state.document)
+    parts = []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        seen = slice(past + stop if isinstance(past, int) else None)
+        held = (state.keys[:, seen], state.values[:, seen], state.document[:, seen])
+        given = (start, stop, queries[:, start:stop], *held)
+        parts.append(checkpoint(some, *given, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts, 1)
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention, or as a mask says, of tensors (batch, steps, heads, channels)."""
+    y = F.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+    )
+    return y.transpose(1, 2)
 
 
 def _visible(queries: Tensor, keys: Tensor, past: int | Tensor) -> Tensor:

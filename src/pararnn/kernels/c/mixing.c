@@ -10,12 +10,14 @@
 
 #ifdef __SSE__
 #include <xmmintrin.h>
-/* Numbers too small for the format count as zero meanwhile: adjoints of steps long before a loss
-   fall that low, and processors take a hundred times as long for each. */
-#define WITHOUT_TINY_NUMBERS const unsigned mode = _mm_getcsr(); _mm_setcsr(mode | 0x8040);
+/* Where asked, numbers too small for the format count as zero meanwhile: adjoints of steps long
+   before a loss fall that low, and some processors take a hundred times as long for each. */
+#define WITHOUT_TINY_NUMBERS(asked) \
+  const unsigned mode = _mm_getcsr(); \
+  if (asked) _mm_setcsr(mode | 0x8040);
 #define AS_BEFORE _mm_setcsr(mode);
 #else
-#define WITHOUT_TINY_NUMBERS
+#define WITHOUT_TINY_NUMBERS(asked)
 #define AS_BEFORE
 #endif
 
@@ -41,7 +43,7 @@ typedef struct {
 } over_time;
 
 typedef struct {
-  int64_t rows, distinct, batch, time, chunk, first, reverse, threads;
+  int64_t rows, distinct, batch, time, chunk, first, reverse, flushes, threads;
   const uint8_t *settled; /* (batch,): sequences that are left as they are; or no address */
   const uint8_t *resets;  /* (batch, time): where the state before a step is replaced; or none */
   int64_t reset_batch_stride, reset_time_stride;
@@ -151,7 +153,7 @@ static void block_of_rows(const void *arguments, int64_t index) {
   place places[ROWS];
   const real *coefficient[COEFFICIENTS + 1], *drive[ROWS][DRIVES];
   int64_t longest = 0;
-  WITHOUT_TINY_NUMBERS
+  WITHOUT_TINY_NUMBERS(a->flushes)
   EACH(c, COEFFICIENTS) coefficient[c] = a->coefficients + (c * GROUPS + group) * SIZE;
   EACH(r, n) {
     places[r] = place_of(a, row0 + r);

@@ -17,7 +17,7 @@ from pararnn.kernels.printing import statements
 from pararnn.kernels.stages import NotFused, Stages
 from pararnn.solvers.chunks import Chunks, Sweep
 from pararnn.solvers.problem import with_rows
-from pararnn.tracing.expressions import Operand
+from pararnn.tracing.expressions import Operand, topological
 from pararnn.tracing.products import Products
 
 _VECTOR_BYTES = 64  # of the widest processors
@@ -182,7 +182,10 @@ class CSweep:
         first = [s.contiguous() for s in state]
         rows = like.shape[0]
         arguments = [rows, rows // sweep.copies, cut.batch, cut.time, cut.chunk, sweep.first]
-        arguments += [int(chunks.reverse), torch.get_num_threads(), _address(settled)]
+        is_adjoint = cut.backwards or chunks.reverse
+        flushes = is_adjoint and not self._has_tiny_numbers
+        arguments += [int(chunks.reverse), int(flushes), torch.get_num_threads()]
+        arguments.append(_address(settled))
         arguments += _over_time(resets, cut.backwards)
         arguments += map(_address, kept)
         for p in products.drives:
@@ -199,6 +202,16 @@ class CSweep:
             self.library.sweep(array)
         except CompilerError as error:
             raise NotFused(str(error)) from error
+
+    @functools.cached_property
+    def _has_tiny_numbers(self) -> bool:
+        """Whether the step computes with a number below the normal ones, such as an eps of 1e-40.
+
+        As zero it would make another result of it: 0 / (0 + eps) is 0.
+        """
+        smallest = torch.finfo(torch.float64 if self.double else torch.float32).tiny
+        numbers = [a for e in topological(self.products.step) for a in e.args if type(a) is float]
+        return any(0 < abs(number) < smallest for number in numbers)
 
     def _in_type(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """The inputs in the type of the state; truth values are numbers then."""

@@ -207,7 +207,7 @@ def cases() -> dict[str, Callable[[Recorder, str], None]]:
         found[f"{cell} {kind} chunks"] = functools.partial(run, size=(1, 8192))
     for kind, dtype in DTYPES.items():
         found[f"matvec {kind}"] = functools.partial(product, kind=dtype)
-    found["matvec_texts half"] = functools.partial(product, kind=DTYPES["half"], texts=8)
+    found["matvec_texts half"] = functools.partial(product, kind=DTYPES["half"], texts=2)
     return found
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = {
     "gru half one none": 3,
     "matvec half": 1,
-    "matvec_texts half": 2,
+    "matvec_texts half": 1,
     "wide_gru auto none": 8,
     "m2rnn half none": 2,
 }

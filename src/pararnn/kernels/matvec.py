@@ -1,7 +1,6 @@
-"""Products of matrices with a few vectors, fused with the vectors' own computation.
+"""Products of matrices with a vector or two, fused with the vectors' own computation.
 
-A vector is that of one text. For one text every program computes the whole vector; for several, a
-kernel computes the vectors once, and products go through tensor cores.
+A vector is that of one text. Every program computes the whole vectors.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from pararnn.kernels.triton.device import on_device, overlaps, processors
 from pararnn.kernels.triton.expressions import function
 from pararnn.planning.costs import COSTS
-from pararnn.planning.kernel_plans import plan_matvec, plan_products, plan_vectors
+from pararnn.planning.kernel_plans import plan_matvec
 from pararnn.tracing.expressions import Operand, topological
 from pararnn.tracing.written import read_expressions, write_expressions
 
@@ -115,90 +114,42 @@ def _run(
         The products, shape (matrices, heads, texts, rows), and what is stored, each (texts, heads *
         inner).
     """
+    from pararnn.kernels.triton import matvec  # needs Triton, which this module does not
+
     compute, how = _computed(vector)
     results = _fake(leaves, matrices, kinds, texts, vector)
     leaves = tuple(leaf.contiguous() for leaf in leaves)
     matrices = tuple(matrix.contiguous() for matrix in matrices)
-    with on_device(matrices[0]):
-        if texts == 1:
-            _one_text(leaves, matrices, results, compute, how)
-        else:
-            _several_texts(leaves, matrices, results, compute, how)
-    return results
-
-
-def _one_text(
-    leaves: Sequence[Tensor],
-    matrices: Sequence[Tensor],
-    results: Sequence[Tensor],
-    compute: Any,
-    how: Vector,
-) -> None:
-    from pararnn.kernels.triton import matvec  # needs Triton, which this module does not
-
     first, (heads, rows, inner) = matrices[0], matrices[0].shape
     sizes = rows, len(matrices), heads, inner, first.itemsize
     launch = plan_matvec(*sizes, processors(first.device), len(how.operations))
-    matvec.run[launch.programs, heads](
-        leaves,
-        matrices,
-        results[0],
-        tuple(results[1:]),
-        rows,
-        VECTOR=compute,
-        LEAVES=tuple(map(tuple, how.leaves)),
-        INNER=inner,
-        ROWS=launch.rows,
-        BLOCK=launch.block,
-        num_warps=launch.warps,
-        maxnreg=COSTS.matvec_registers,
-        **_overlap(first),
-    )
+    with on_device(first):
+        matvec.run[launch.programs, heads](
+            leaves,
+            matrices,
+            results[0],
+            tuple(results[1:]),
+            rows,
+            VECTOR=compute,
+            LEAVES=tuple(map(tuple, how.leaves)),
+            TEXTS=texts,
+            INNER=inner,
+            ROWS=launch.rows,
+            BLOCK=launch.block,
+            WORD=_word(matrices),
+            AHEAD=launch.ahead,
+            num_warps=launch.warps,
+            maxnreg=COSTS.matvec_registers,
+            **_overlap(first),
+        )
+    return results
 
 
-def _several_texts(
-    leaves: Sequence[Tensor],
-    matrices: Sequence[Tensor],
-    results: Sequence[Tensor],
-    compute: Any,
-    how: Vector,
-) -> None:
-    from pararnn.kernels.triton import matvec
-
-    products, *stored = results
-    heads, texts = products.shape[1:3]
-    first, (_, rows, inner) = matrices[0], matrices[0].shape
-    vectors = products.new_empty(texts, heads, inner)
-    parts, block, warps = plan_vectors(inner, "mean" in how.operations)
-    matvec.run_vectors[parts, heads, texts](
-        leaves,
-        vectors,
-        tuple(stored),
-        VECTOR=compute,
-        LEAVES=tuple(map(tuple, how.leaves)),
-        INNER=inner,
-        BLOCK=block,
-        num_warps=warps,
-        **_overlap(first),
-    )
-    launch = plan_products(rows, len(matrices), heads, inner, texts, processors(first.device))
-    matvec.run_products[launch.programs, heads](
-        vectors,
-        matrices,
-        products,
-        rows,
-        TEXTS=texts,
-        BLOCK=launch.texts,
-        INNER=inner,
-        ROWS=launch.rows,
-        PARTS=launch.parts,
-        PART=launch.part,
-        CHUNKS=launch.chunks,
-        num_warps=launch.warps,
-        num_stages=1,  # weights are loaded ahead by hand
-        maxnreg=COSTS.matvec_registers,
-        **_overlap(first),
-    )
+def _word(matrices: Sequence[Tensor]) -> int:
+    """Weights that can be loaded as an integer of four bytes; 1 if none can."""
+    count = {torch.bfloat16: 2, torch.int8: 4}.get(matrices[0].dtype, 1)
+    whole = matrices[0].shape[-1] % count == 0 and all(m.data_ptr() % 4 == 0 for m in matrices)
+    return count if whole else 1
 
 
 def _overlap(tensor: Tensor) -> dict[str, Any]:

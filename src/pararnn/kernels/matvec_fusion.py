@@ -41,8 +41,7 @@ _MOVES = frozenset(
 )
 _CONVERT = torch.ops.prims.convert_element_type.default
 _PARTS = frozenset((aten.slice.Tensor, aten.select.int, aten.unbind.int))
-_HALF = (torch.bfloat16, torch.float16)
-_TYPES = (*_HALF, torch.float32)
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
@@ -143,17 +142,14 @@ def _groups(graph: fx.Graph) -> list[_Group]:
 
 
 def _serves(x: fx.Node, matrix: fx.Node) -> bool:
-    """Whether the operator supports a product: a row for every text times a contiguous weight.
-
-    For several texts vectors are rounded to half precision, as tensor cores take them.
-    """
+    """Whether the operator supports a product: a row for every text times a contiguous weight."""
     value, texts, (least, most) = _value(matrix), _value(x).shape[-2], COSTS.matvec_inner
     return (
         texts <= COSTS.matvec_most_texts
         and least <= value.shape[-1] <= most
         and value.is_contiguous()
         and value.dtype in (*_TYPES, torch.int8)
-        and _value(x).dtype in (_TYPES if texts == 1 else _HALF)
+        and _value(x).dtype in _TYPES
         and (value.device.type == "cuda" or interpreted())
         and _unshaped(matrix).op == "placeholder"
     )
@@ -182,6 +178,9 @@ class _Region:
             wanted = node is self.root or (users and all(user in found for user in users))
             if wanted and self._takes(node):
                 found.add(node)
+        for node in graph.nodes:  # what only moves entries of a leaf is read where they are
+            if node in found and _only_moves(node) and found.isdisjoint(node.all_input_nodes):
+                found.remove(node)
         self.inside = [node for node in graph.nodes if node in found]
         self.leaves: dict[fx.Node, tuple[fx.Node, Leaf]] = {}
         if not self.inside:
@@ -345,6 +344,8 @@ def _numbers(count: int) -> Tensor:
 
 def _is_move(node: fx.Node) -> bool:
     """Whether a node has all entries of another, maybe in another order."""
+    if node.target in (aten.slice.Tensor, aten.select.int):
+        return bool(_value(node).numel() == _value(node.all_input_nodes[0]).numel())
     return node.target in _MOVES or node.target is aten.clone.default
 
 

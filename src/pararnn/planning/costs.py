@@ -207,11 +207,17 @@ class Costs:
     parts_of_a_sum: int = 128
     """Sums of the first stage, which run side by side. Estimate."""
 
-    # Products of matrices with one vector
+    # Products of matrices with a vector of each of a few texts
 
     matvec_tile: int = 128
     """Bytes of a tile per thread. docs/results/language-models.md: half as many rows at a time are
     slower."""
+    matvec_ahead: int = 192
+    """Bytes per thread that are on their way while a tile is multiplied.
+    docs/results/language-models.md: 128 are slower by 2 %, and 256 were by 11 % in an earlier form.
+    """
+    matvec_most_ahead: int = 4
+    """Tiles on their way, at most: each is a set of registers. Estimate."""
     matvec_threads: int = 512
     """Threads per multiprocessor. docs/results/language-models.md: a quarter fewer and a quarter
     more are slower."""
@@ -231,14 +237,9 @@ class Costs:
     """Elements of the vector, at least and at most: a program holds it in registers. Estimate."""
     matvec_most_matrices: int = 8
     """Matrices in one kernel, at most. Estimate."""
-    matvec_most_texts: int = 8
-    """Texts up to which a product is such a kernel. Estimate."""
-    matvec_part: int = 128
-    """Columns of a warp where there are several texts: with as many rows as tensor cores take, as
-    many bytes as `matvec_tile`. By count. Estimate."""
-    vectors_of_a_warp: int = 128
-    """Elements per warp of a vector that one program computes, for one of several texts. Estimate.
-    """
+    matvec_most_texts: int = 2
+    """Texts up to which a product is such a kernel. docs/results/language-models.md: with three it
+    is as fast as PyTorch's products, with four slower."""
 
     # The kernel for all steps of a cell whose channels mix
 

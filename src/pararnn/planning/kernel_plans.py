@@ -20,12 +20,14 @@ class MatvecLaunch:
         rows: Rows of one at a time.
         block: Columns.
         warps: Warps of a program.
+        ahead: Tiles that are on their way at a time.
     """
 
     programs: int
     rows: int
     block: int
     warps: int
+    ahead: int
 
 
 def plan_matvec(
@@ -60,7 +62,10 @@ def plan_matvec(
     most = max(1, processors * costs.matvec_threads // (32 * warps) // heads)
 
     def launch(height: int) -> MatvecLaunch:
-        return MatvecLaunch(min(-(-rows // height) * matrices, most), height, block, warps)
+        programs = min(-(-rows // height) * matrices, most)
+        ahead = costs.matvec_ahead * 32 * warps // (height * block * itemsize)
+        ahead = max(1, min(ahead, costs.matvec_most_ahead))
+        return MatvecLaunch(programs, height, block, warps, ahead)
 
     def longest(launch: MatvecLaunch) -> int:
         tiles = -(-rows // launch.rows) * matrices
@@ -69,71 +74,6 @@ def plan_matvec(
 
     largest = max(1, costs.matvec_tile * 32 * warps // (block * itemsize))
     return min((launch(largest >> i) for i in range(largest.bit_length())), key=longest)
-
-
-def plan_vectors(inner: int, whole: bool, costs: Costs = COSTS) -> tuple[int, int, int]:
-    """Programs for a vector of one of several texts, entries of each, and warps.
-
-    Args:
-        inner: Entries of the vector.
-        whole: Whether an entry depends on all others.
-        costs: Entries of a warp and of a program.
-    """
-    block = 1 << (inner - 1).bit_length()
-    if not whole:
-        block = min(block, costs.pointwise_block)
-    least, most = costs.matvec_warps
-    return -(-inner // block), block, min(most, max(least, block // costs.vectors_of_a_warp))
-
-
-@dataclass(frozen=True)
-class ProductsLaunch:
-    """How a product of matrices with the vectors of several texts is launched.
-
-    Attributes:
-        programs: Programs per head.
-        rows: Rows of one at a time.
-        parts: Parts of the columns that it has at a time, a warp for each.
-        part: Columns of a part.
-        chunks: Times that it goes on to further columns.
-        texts: Texts, with those that fill up a tile.
-        warps: Warps of a program.
-    """
-
-    programs: int
-    rows: int
-    parts: int
-    part: int
-    chunks: int
-    texts: int
-    warps: int
-
-
-def plan_products(
-    rows: int,
-    matrices: int,
-    heads: int,
-    inner: int,
-    texts: int,
-    processors: int,
-    costs: Costs = COSTS,
-) -> ProductsLaunch:
-    """As many programs as the device runs at a time, each with what tensor cores take of rows."""
-    _, most_warps = costs.matvec_warps
-    part = min(costs.matvec_part, max(TILE, 1 << (inner - 1).bit_length()))
-    parts = 1
-    while parts < most_warps and parts * part < inner:
-        parts *= 2
-    most = max(1, processors * costs.matvec_threads // (32 * parts) // heads)
-    return ProductsLaunch(
-        programs=min(-(-rows // TILE) * matrices, most),
-        rows=TILE,
-        parts=parts,
-        part=part,
-        chunks=-(-inner // (parts * part)),
-        texts=max(TILE // 2, 1 << (texts - 1).bit_length()),
-        warps=parts,
-    )
 
 
 def kept_width(size: int) -> int:

@@ -5,30 +5,76 @@ memory is never idle. So a program loads its first weights before it waits for t
 No kernel may write weights while others run: a step of generation reads them only, and a CUDA graph
 waits for what was launched before it.
 
-For one text every program computes the whole vector, in registers, so that no kernel of a few
-thousand numbers stands between two products. For several texts that would be as much to read as the
-weights: `run_vectors` computes the vectors, while `run_products` already loads weights.
+Every program computes the whole vectors, in registers, so that no kernel of a few thousand numbers
+stands between two products.
 """
 
 import triton
 import triton.language as tl
 
-from pararnn.kernels.triton import functions
-
 
 @triton.jit
-def load_tile(matrices, tile, rows, INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Some rows of one of the matrices; nothing after the last tile of the last one."""
+def load_tile(
+    matrices,
+    tile,
+    rows,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORD: tl.constexpr,
+):
+    """Some rows of one of the matrices; nothing after the last tile of the last one.
+
+    Of weights in bfloat16 two are loaded as one integer, of bytes four: a register holds as many on
+    their way from one iteration to the next, and otherwise one. `WORD` says how many.
+    """
     tiles = tl.cdiv(rows, ROWS)
     at = matrices[0]
     for n in tl.static_range(1, len(matrices)):
         at = tl.where(tile >= n * tiles, matrices[n], at)
     past = tile // (len(matrices) * tiles) * rows
     row = tile % tiles * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row + past < rows) & (column < INNER)
-    at += tl.cast(tl.program_id(1) * rows + row, tl.int64) * INNER + column
-    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
+    column = tl.arange(0, BLOCK // WORD)[None, :]
+    inside = (row + past < rows) & (column < INNER // WORD)
+    if WORD > 1:
+        at = at.to(tl.pointer_type(tl.int32))
+    at += tl.cast(tl.program_id(1) * rows + row, tl.int64) * (INNER // WORD) + column
+    return tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def apart(values, WORD: tl.constexpr):
+    """The values of every `WORD`-th column, from each of the first."""
+    if WORD == 1:
+        parts = (values,)
+    elif WORD == 2:
+        pairs = tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2))
+        parts = tl.split(pairs)
+    else:
+        pairs = tl.reshape(values, (values.shape[0], values.shape[1] // 4, 2, 2))
+        even, odd = tl.split(pairs)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        parts = (first, second, third, fourth)
+    return parts
+
+
+@triton.jit
+def numbers(weights, n: tl.constexpr, WORD: tl.constexpr):
+    """Weights in float32, every `WORD`-th from the n-th.
+
+    A number in bfloat16 is the upper half of one in float32. A byte and 128 are the last bits of
+    2**23 and as much, which needs no unit that converts; there are few of these.
+    """
+    if WORD == 1:
+        result = weights.to(tl.float32)
+    elif WORD == 2:
+        bits = weights << 16 if n == 0 else weights & (0xFFFF0000 - 2**32)
+        result = bits.to(tl.float32, bitcast=True)
+    else:
+        byte = ((weights ^ (0x80808080 - 2**32)) >> 8 * n) & 0xFF
+        result = (byte | 0x4B000000).to(tl.float32, bitcast=True) - (2.0**23 + 128)
+    return result
 
 
 @triton.jit
@@ -67,184 +113,60 @@ def run(
     rows,
     VECTOR: tl.constexpr,
     LEAVES: tl.constexpr,
+    TEXTS: tl.constexpr,
     INNER: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WORD: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiply every matrix with the vector of a head, for one text.
+    """Multiply every matrix with the vectors of a head, one of each text.
 
     Args:
         leaves: What vectors are computed from.
         matrices: Each is (heads, rows, `INNER`).
-        products: (matrices, heads, 1, rows).
-        stored: What is kept beside the vector, (1, heads * `INNER`).
+        products: (matrices, heads, texts, rows).
+        stored: What is kept beside the vectors, (texts, heads * `INNER`).
         rows: Of a matrix.
         VECTOR: See `compute`.
         LEAVES: See `compute`.
+        TEXTS: Number of texts.
         INNER: Entries of a vector.
         ROWS: Of a tile.
         BLOCK: Columns of a tile.
+        WORD: Weights that are loaded as one number, see `load_tile`.
+        AHEAD: Tiles that are on their way at a time.
         PDL: Whether it may start before the kernel before it has ended.
     """
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < INNER
     here = tl.program_id(1) * INNER + column
-    weights = load_tile(matrices, tl.program_id(0), rows, INNER, ROWS, BLOCK)
+    weights = ()
+    for n in tl.static_range(AHEAD):
+        first = tl.program_id(0) + n * tl.num_programs(0)
+        weights = weights + (load_tile(matrices, first, rows, INNER, ROWS, BLOCK, WORD),)
     if PDL:  # all but weights may be what the kernel before writes
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    values = compute(leaves, here, 0, inside, VECTOR, LEAVES, INNER)
-    vector = tl.where(inside, values[0], 0.0)
     once = column + tl.program_id(0) * INNER < INNER  # one program stores
-    for n in tl.static_range(len(stored)):
-        tl.store(stored[n] + here, values[1 + n], mask=once)
+    vectors = ()
+    for text in tl.static_range(TEXTS):
+        values = compute(leaves, here, text, inside, VECTOR, LEAVES, INNER)
+        vectors = vectors + (apart(tl.where(inside, values[0], 0.0), WORD),)
+        for n in tl.static_range(len(stored)):
+            kept = stored[n] + text * tl.num_programs(1) * INNER
+            tl.store(kept + here, values[1 + n], mask=once)
     tiles = tl.cdiv(rows, ROWS)
     for tile in range(tl.program_id(0), len(matrices) * tiles, tl.num_programs(0)):
-        following = load_tile(matrices, tile + tl.num_programs(0), rows, INNER, ROWS, BLOCK)
-        total = tl.sum(weights.to(tl.float32) * vector, 1)
+        after = tile + AHEAD * tl.num_programs(0)
+        following = load_tile(matrices, after, rows, INNER, ROWS, BLOCK, WORD)
         row = tile % tiles * ROWS + tl.arange(0, ROWS)
         at = tile // tiles * tl.num_programs(1) + tl.program_id(1)
-        tl.store(products + at * rows + row, total, mask=row < rows)
-        weights = following
-
-
-@triton.jit
-def run_vectors(
-    leaves,
-    vectors,
-    stored,
-    VECTOR: tl.constexpr,
-    LEAVES: tl.constexpr,
-    INNER: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Compute a part of the vector of a head and a text.
-
-    Args:
-        leaves: What vectors are computed from.
-        vectors: (texts, heads, `INNER`).
-        stored: What is kept beside the vector, (texts, heads * `INNER`).
-        VECTOR: See `compute`.
-        LEAVES: See `compute`.
-        INNER: Entries of a vector.
-        BLOCK: Entries of a part; all, where one depends on all.
-        PDL: Whether it may start before the kernel before it has ended.
-    """
-    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = column < INNER
-    here = tl.program_id(1) * INNER + column
-    text = tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    values = compute(leaves, here, text, inside, VECTOR, LEAVES, INNER)
-    at = text * tl.num_programs(1) * INNER + here
-    tl.store(vectors + at, values[0], mask=inside)
-    for n in tl.static_range(len(stored)):
-        tl.store(stored[n] + at, values[1 + n], mask=inside)
-
-
-@triton.jit
-def load_parts(
-    matrices,
-    tile,
-    chunk,
-    rows,
-    INNER: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """Some rows of one of the matrices, some columns in parts; nothing after the last tile."""
-    tiles = tl.cdiv(rows, ROWS)
-    at = matrices[0]
-    for n in tl.static_range(1, len(matrices)):
-        at = tl.where(tile >= n * tiles, matrices[n], at)
-    past = tile // (len(matrices) * tiles) * rows
-    row = tile % tiles * ROWS + tl.arange(0, ROWS)[None, :, None]
-    part = chunk * PARTS + tl.arange(0, PARTS)[:, None, None]
-    column = part * PART + tl.arange(0, PART)[None, None, :]
-    inside = (row + past < rows) & (column < INNER)
-    at += tl.cast(tl.program_id(1) * rows + row, tl.int64) * INNER + column
-    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def load_vectors(
-    vectors,
-    chunk,
-    TEXTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INNER: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """The same columns of the vectors of all texts, (`PARTS`, `PART`, `BLOCK`)."""
-    part = chunk * PARTS + tl.arange(0, PARTS)[:, None, None]
-    column = part * PART + tl.arange(0, PART)[None, :, None]
-    text = tl.arange(0, BLOCK)[None, None, :]
-    at = (text * tl.num_programs(1) + tl.program_id(1)) * INNER + column
-    return tl.load(vectors + at, mask=(text < TEXTS) & (column < INNER), other=0.0)
-
-
-@triton.jit
-def run_products(
-    vectors,
-    matrices,
-    products,
-    rows,
-    TEXTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INNER: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Multiply every matrix with the vectors of a head, for several texts.
-
-    The columns of a tile are cut into parts, whose products warps compute side by side.
-
-    Args:
-        vectors: (texts, heads, `INNER`).
-        matrices: Each is (heads, rows, `INNER`).
-        products: (matrices, heads, texts, rows).
-        rows: Of a matrix.
-        TEXTS: Number of texts.
-        BLOCK: The same with those that fill up a tile.
-        INNER: Entries of a vector.
-        ROWS: Of a tile.
-        PARTS: Of a chunk.
-        PART: Columns of a part.
-        CHUNKS: Of the columns.
-        PDL: Whether it may start before the kernel before it has ended.
-    """
-    weights = load_parts(matrices, tl.program_id(0), 0, rows, INNER, ROWS, PARTS, PART)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    kind: tl.constexpr = vectors.dtype.element_ty
-    x = load_vectors(vectors, 0, TEXTS, BLOCK, INNER, PARTS, PART)
-    x = functions.as_factor(x.to(tl.float32), kind)
-    text = tl.arange(0, BLOCK)[None, :]
-    tiles = tl.cdiv(rows, ROWS)
-    for tile in range(tl.program_id(0), len(matrices) * tiles, tl.num_programs(0)):
-        total = tl.zeros((PARTS, ROWS, BLOCK), tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            after = tile + (chunk + 1) // CHUNKS * tl.num_programs(0)
-            following = load_parts(
-                matrices, after, (chunk + 1) % CHUNKS, rows, INNER, ROWS, PARTS, PART
-            )
-            if CHUNKS > 1:
-                x = load_vectors(vectors, chunk, TEXTS, BLOCK, INNER, PARTS, PART)
-                x = functions.as_factor(x.to(tl.float32), kind)
-            factor = functions.as_factor(weights.to(tl.float32), kind)
-            total = tl.dot(factor, x, total, input_precision="ieee")
-            weights = following
-        row = (tile % tiles * ROWS + tl.arange(0, ROWS))[:, None]
-        at = tile // tiles * tl.num_programs(1) + tl.program_id(1)
-        place = (at * TEXTS + text) * rows + row
-        tl.store(products + place, tl.sum(total, 0), mask=(row < rows) & (text < TEXTS))
+        for text in tl.static_range(TEXTS):
+            total = numbers(weights[0], 0, WORD) * vectors[text][0]
+            for n in tl.static_range(1, WORD):
+                total += numbers(weights[0], n, WORD) * vectors[text][n]
+            place = (at * TEXTS + text) * rows + row
+            tl.store(products + place, tl.sum(total, 1), mask=row < rows)
+        weights = weights[1:] + (following,)

@@ -276,7 +276,7 @@ def _elementwise(rnn, given):
         found["precision"] = triton_backend._precision(problem)
         for direction, way in (("forward", plan.forward), ("adjoint", plan.adjoint)):
             launch = way.launch
-            found[direction] = dataclasses.asdict(launch) | {"corrected": launch.corrected}
+            found[direction] = dataclasses.asdict(launch)
             found[direction]["wide"] = found[direction].pop("wide_unroll")
         return found
     chunk = min(plan.forward.solver.chunk, time)

@@ -41,7 +41,8 @@ def test_every_plan_can_run(
         assert power & (power - 1) == 0
     assert launch.group * launch.warps <= 32
     assert launch.distance == 0 or launch.distance + launch.unroll <= launch.chunk
-    assert launch.corrected == (1 < launch.chunks <= launch.group)
+    assert launch.corrections == (launch.chunks > 1) + (launch.chunks > 16 and not adjoint)
+    assert launch.looked_at & (launch.looked_at - 1) == 0
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,13 @@ class Costs:
     """Steps that the prefetch into the L2 cache may look ahead. docs/results/gpu-kernels.md."""
     refine_group: int = 16
     """Chunks that one program of `refine` runs side by side, at most. Estimate."""
+    corrections: int = 2
+    """Corrections of all chunks side by side, forward, where there are more chunks than
+    `refine_group`. By count: of the benchmark's slow gates in half precision, one leaves a twentieth
+    of the chunks to `refine`, two leave none. Each returns at once where none is needed. Estimate.
+    """
+    looked_at: int = 8
+    """Chunks that one program of `correct` looks at in one go, at most. Estimate."""
     refine_rows: int = 256
     """Chunks that `refine` looks at in one go, at most. Estimate."""
     refine_warps: int = 8

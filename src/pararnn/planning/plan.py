@@ -454,6 +454,9 @@ def _kernels(
         few = f"{busy:.2g} programs per multiprocessor without cutting time"
         choices.append(Choice(name, launch.chunks, few if chunk is None else "asked for"))
         warm_up = _warm_up(launch.warm, launch.chunk, launch.chunks, choices)
+        if launch.corrections:
+            because = "times that all chunks are corrected side by side, where they do not fit"
+            choices.append(Choice("corrections", launch.corrections, because))
         settings = _in_chunks(asked, launch.chunk)
         ways.append(Way(settings, tolerance, warm_up=warm_up, launch=launch))
     return ways[0], ways[1]

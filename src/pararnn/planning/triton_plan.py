@@ -23,6 +23,8 @@ class Launch:
         distance: Steps beyond those that are brought into the L2 cache.
         wide_unroll: Steps that `refine` loads ahead: fewer where its programs have many warps.
         rows: Chunks that `refine` looks at in one go.
+        corrections: How often `correct` runs, before `refine` goes through the chunks in order.
+        looked_at: Chunks that `correct` looks at in one go.
         warps: Warps of a program of `sweep`; `refine` has as many for every chunk of its group.
     """
 
@@ -35,16 +37,13 @@ class Launch:
     distance: int
     wide_unroll: int
     rows: int
+    corrections: int
+    looked_at: int
     warps: int = 1
 
     def busy(self, batch: int, hidden: int, processors: int) -> float:
         """Programs per multiprocessor if time were whole."""
         return batch * -(-hidden // self.block) / processors
-
-    @property
-    def corrected(self) -> bool:
-        """Whether `correct` runs, whose programs go through all chunks before their own."""
-        return 1 < self.chunks <= self.group
 
 
 @dataclass(frozen=True)
@@ -131,4 +130,18 @@ def plan_launch(
     group = _power_of_two(min(chunks, costs.refine_group))
     wide = unroll if group <= costs.refine_warps else min(unroll, costs.refine_unroll)
     rows = min(_power_of_two(chunks), costs.refine_rows)
-    return Launch(chunk, chunks, block, unroll, warm, group, distance, wide, rows)
+    few = chunks <= costs.refine_group or adjoint  # which is linear
+    corrections = 0 if chunks == 1 else 1 if few else costs.corrections
+    return Launch(
+        chunk=chunk,
+        chunks=chunks,
+        block=block,
+        unroll=unroll,
+        warm=warm,
+        group=group,
+        distance=distance,
+        wide_unroll=wide,
+        rows=rows,
+        corrections=corrections,
+        looked_at=min(group, costs.looked_at),
+    )

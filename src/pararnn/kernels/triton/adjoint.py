@@ -216,8 +216,8 @@ def judge(gaps, sizes, tolerance, KIND: tl.constexpr):
 
 
 @triton.jit
-def moved(start, end, delta, edges, p, tolerance, KIND: tl.constexpr):
-    """Whether a correction matters to a chunk."""
+def moved(start, end, delta, k, edges, p, tolerance, KIND: tl.constexpr):
+    """Whether a correction matters to chunk `k`."""
     far = tl.zeros(p.channels.shape, tl.int32)
     for i in tl.static_range(len(start)):
         size = tl.maximum(tl.abs(bounded(start[i])), tl.abs(bounded(end[i])))

@@ -119,8 +119,8 @@ class TritonBackend:
         key = (precision, gradients is not None)
         if key not in self._functions:
             self._functions[key] = written.functions_of(self.recurrence, *key)
-        corrected = launch.corrected and most > 1
-        return written.kinds(self._functions[key], problem, launch, corrected, gradients, reports)
+        corrections = min(launch.corrections, most - 1)
+        return written.kinds(self._functions[key], problem, launch, corrections, gradients, reports)
 
     def _run(self, calls: Sequence[Call]) -> None:
         """Launch kernels one after another; those of a new kind are compiled before, together."""

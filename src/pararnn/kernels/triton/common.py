@@ -290,6 +290,12 @@ def save(of, values, p, k, d, mask):
 
 
 @triton.jit
+def place_of(p, k):
+    """Where a number is that belongs to a chunk and the channels of a program."""
+    return (p.b * p.chunks + k) * p.tiles + p.tile
+
+
+@triton.jit
 def load_stored(stored, p, k, mask):
-    """Whether results of chunks were written; those that are not there count as written."""
-    return tl.load(stored + (p.b * p.chunks + k) * p.tiles + p.tile, mask=mask, other=1)
+    """In which iteration results of chunks were written, 0 if in none; 1 for those not there."""
+    return tl.load(stored + place_of(p, k), mask=mask, other=1)

@@ -150,10 +150,11 @@ def judge(gaps, sizes, tolerance, KIND: tl.constexpr):
 
 
 @triton.jit
-def moved(start, end, delta, edges, p, tolerance, KIND: tl.constexpr):
-    """Whether a correction matters to a chunk."""
+def moved(start, end, delta, k, edges, p, tolerance, KIND: tl.constexpr):
+    """Whether a correction matters to chunk `k`, by sizes of states at ends of chunks around it."""
     count: tl.constexpr = len(start)
-    every = tl.arange(0, KIND.group)[:, None]
+    first = tl.maximum(tl.minimum(k - KIND.group // 2, p.chunks - KIND.group), 0)
+    every = first + tl.arange(0, KIND.group)[:, None]
     ended, d = (every + 1 < p.chunks) & p.inside[None, :], p.channels[None, :]
     ends = load_edges(edges.ends, p, every, count, d, ended, 0.0)
     far = tl.zeros(p.channels.shape, tl.float32)

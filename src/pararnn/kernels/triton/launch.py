@@ -88,7 +88,7 @@ def kinds(
     functions: dict[str, Any],
     problem: Problem,
     launch: Launch,
-    corrected: bool,
+    corrections: int,
     gradients: Sequence[bool] | None,
     reports: bool,
 ) -> tuple[Kind, Kind, Kind]:
@@ -98,7 +98,7 @@ def kinds(
         functions: See `functions_of`.
         problem: The problem.
         launch: How it is cut.
-        corrected: Whether `correct` runs.
+        corrections: How often `correct` runs.
         gradients: For the adjoint, which components of the states have a gradient.
         reports: Whether `refine` says how it went.
     """
@@ -116,16 +116,17 @@ def kinds(
         many=launch.chunks > 1,
         group=0,  # what a kernel does not use is the same for all: it need not be compiled again
         rows=0,
+        looked_at=0,
         wide=False,
-        corrected=False,
+        corrected=0,
         overlap=overlaps(problem.initial.device),
         backward=gradients is not None,
         gradients=tuple(sum(given[:i]) if has else -1 for i, has in enumerate(given)),
         reports=False,
     )
-    correct = sweep._replace(group=launch.group)
-    refine = correct._replace(unroll=launch.wide_unroll, distance=0, rows=launch.rows, wide=True)
-    return sweep, correct, refine._replace(corrected=corrected, reports=reports)
+    wide = sweep._replace(group=launch.group, unroll=launch.wide_unroll, distance=0, wide=True)
+    refine = wide._replace(rows=launch.rows, corrected=corrections, reports=reports)
+    return sweep, sweep._replace(group=launch.group, looked_at=launch.looked_at), refine
 
 
 def starts_of(problem: Problem) -> str:
@@ -189,6 +190,13 @@ def edges_of(problem: Problem, launch: Launch) -> Edges:
     return Edges(guess, torch.empty_like(guess), coupling, stored)
 
 
+def _corrected(edges: Edges) -> Corrected:
+    """Room for what `correct` finds."""
+    guess, ends, target = (torch.empty_like(edges.guess) for _ in range(3))
+    residual = torch.empty_like(edges.stored, dtype=edges.guess.dtype)
+    return Corrected(guess, ends, residual, target)
+
+
 def calls(
     kinds: tuple[Kind, Kind, Kind],
     given: Given,
@@ -221,12 +229,14 @@ def calls(
     found = [Call(solve.sweep, programs, warps, first, overlap=False)]
     if launch.chunks == 1:
         return found
-    new = Corrected(*(torch.empty_like(edges.guess) for _ in range(3)))
-    arguments |= {"corrected": new, "tolerance": tolerance, "damping": damping}
-    if refine.corrected:
-        second = arguments | {"KIND": correct}
-        found.append(Call(solve.correct, programs, warps, second, correct.overlap))
-    last = arguments | {"report": report, "most": most, "KIND": refine}
+    arguments |= {"tolerance": tolerance, "damping": damping}
+    new = _corrected(edges)
+    for n in range(refine.corrected):
+        new = _corrected(edges)
+        now = arguments | {"edges": edges, "corrected": new, "iteration": n + 2, "KIND": correct}
+        found.append(Call(solve.correct, programs, warps, now, correct.overlap))
+        edges = edges._replace(guess=new.guess, ends=new.ends)
+    last = arguments | {"corrected": new, "report": report, "most": most, "KIND": refine}
     return [*found, Call(solve.refine, parts, launch.group * warps, last, refine.overlap)]
 
 

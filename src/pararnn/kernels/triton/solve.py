@@ -18,12 +18,13 @@ from pararnn.kernels.triton.common import (
     load_edges,
     load_stored,
     own_chunk,
+    place_of,
     program_of,
     save,
     zeros,
     zeros_like,
 )
-from pararnn.kernels.triton.functions import anew, bounded, magnitude
+from pararnn.kernels.triton.functions import anew, bounded, magnitude, only
 from pararnn.kernels.triton.tuples import Edges
 
 
@@ -70,45 +71,139 @@ def note_forgotten(g, exact, limit, stored, p, own):
 
     The warm-up is also good where it started from the right state (`exact`).
     """
-    sizes = magnitude(g[0])
-    for n in tl.static_range(1, len(g)):
-        sizes += magnitude(g[n])
-    forgotten = exact | (tl.max(tl.where(p.inside, sizes, 0.0)) <= limit)
-    at = stored + (p.b * p.chunks + own.k) * p.tiles + p.tile
-    tl.store(at, tl.cast(forgotten, tl.int32))
+    forgotten = exact | (largest(g, p) <= limit)
+    tl.store(stored + place_of(p, own.k), tl.cast(forgotten, tl.int32))
     return tl.where(forgotten, 0, own.length)
 
 
-@triton.jit(do_not_specialize=["batch", "time", "chunks", "chunk"])
+@triton.jit(do_not_specialize=["batch", "time", "chunks", "chunk", "iteration"])
 def correct(
-    given, edges, corrected, batch, time, chunks, chunk, tolerance, damping, KIND: tl.constexpr
+    given,
+    edges,
+    corrected,
+    batch,
+    time,
+    chunks,
+    chunk,
+    iteration,
+    tolerance,
+    damping,
+    KIND: tl.constexpr,
 ):
-    """One iteration of Newton's method, where chunks do not fit together."""
+    """One more iteration of Newton's method, the `iteration`-th, where chunks do not fit together.
+
+    Which states chunks start from and end in is read from `edges` and written to `corrected`, since
+    programs do not wait for each other.
+    """
     p = program_of(given, batch, time, chunks, chunk, KIND)
-    if KIND.overlap:
-        tl.extra.cuda.gdc_wait()
+    if KIND.overlap:  # the kernel after waits until this one has ended, and so for those before
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     own = own_chunk(given, p, KIND)
     count: tl.constexpr = len(given.states)
     guess = load_edges(edges.guess, p, own.k, count, own.d, own.here, None)
     end = load_edges(edges.ends, p, own.k, count, own.d, own.here, None)
-    start, delta = guess, zeros(count, p.channels, KIND.real)
-    every = tl.arange(0, KIND.group)
-    until_own = every >= own.k if KIND.backward else every <= own.k
-    wrong = tl.max(1 - load_stored(edges.stored, p, every, (every < chunks) & until_own))
-    place = in_order(own.k, chunks, KIND)
-    low = tl.where(wrong > 0, 1, place)  # else only the chunk before matters
-    for n in range(tl.maximum(low, 1), place + 1):
-        k = in_order(n, chunks, KIND)
-        start, delta = newton(k, 1.0 if KIND.backward else 1.0 - damping, delta, edges, p, KIND)
-    moved = KIND.moved(start, end, delta, edges, p, tolerance, KIND)
-    kept = tl.load(edges.stored + (p.b * chunks + own.k) * p.tiles + p.tile)
-    if moved | (kept == 0):
+    strength = 1.0 if KIND.backward else 1.0 - damping
+    start, delta = corrected_start(own.k, guess, strength, tolerance, edges, p, KIND)
+    again = KIND.moved(start, end, delta, own.k, edges, p, tolerance, KIND)
+    again = again | (tl.load(edges.stored + place_of(p, own.k)) == 0)
+    residual = residual_at(own.k, edges, p, tolerance, count, KIND)
+    if again:
         ahead = KIND.load_ahead(0, own, KIND)
         end, _ = KIND.run_chunk(start, (), ahead, own, KIND)
         guess = start
+        residual = tl.full([], float("inf"), KIND.real)
+        tl.store(edges.stored + place_of(p, own.k), tl.cast(iteration, tl.int32))
     save(corrected.guess, guess, p, own.k, own.d, own.here)
     save(corrected.ends, end, p, own.k, own.d, own.here)
+    tl.store(corrected.residual + place_of(p, own.k), residual)
+
+
+@triton.jit
+def corrected_start(k, guess, strength, tolerance, edges, p, KIND: tl.constexpr):
+    """The right start of chunk `k` by the tangents of chunks before, and how far the guess is off.
+
+    Chunks are looked at from the last before on, some at a time, until so little is left of the
+    starts of those before that it does not matter. What overflows is left out, so that a start that
+    was right stays as it is.
+    """
+    count: tl.constexpr = len(guess)
+    looked_at: tl.constexpr = KIND.looked_at
+    place = in_order(k, p.chunks, KIND)
+    total = zeros(count, p.channels, KIND.real)
+    g = identity(total)
+    # A chunk whose results `sweep` wrote has forgotten where it began.
+    before = in_order(place - 1, p.chunks, KIND)
+    far = load_stored(edges.stored, p, before, place > 0) != 1
+    m = place - 1
+    while far:
+        loaded = ()  # all before any is used: they arrive together
+        for i in tl.static_range(looked_at):
+            n = in_order(m - i, p.chunks, KIND)
+            there = only(p.inside, m - i > 0)
+            coupling = load_edges(edges.coupling, p, n, count * count, p.channels, there, 0.0)
+            loaded += ((coupling, gaps_at(n, count, edges, p, there, KIND)),)
+        for i in tl.static_range(looked_at):
+            g, total = further(g, total, loaded[i][0], loaded[i][1], strength, count)
+        m -= looked_at
+        far = (m > 0) & (largest(g, p) > tolerance / 16)
+    start, delta = (), ()
+    for i in tl.static_range(count):
+        at = edge(edges.ends, p, before, i, count, p.channels)
+        end = tl.load(at, mask=only(p.inside, place > 0), other=0.0)
+        new = tl.where(place > 0, end + bounded(total[i]), guess[i])
+        start += (new,)
+        delta += (tl.where(new == guess[i], 0.0, bounded(new - guess[i])),)
+    return start, delta
+
+
+@triton.jit
+def further(g, total, coupling, gaps, strength, count: tl.constexpr):
+    """What couples to one chunk more, and the sum of the gaps until there that it hands on."""
+    coupled, moved = (), ()
+    for i in tl.static_range(count):
+        more = total[i]
+        for j in tl.static_range(count):
+            entry = g[i * count] * coupling[j]
+            for n in tl.static_range(1, count):
+                entry += g[i * count + n] * coupling[n * count + j]
+            coupled += (bounded(entry * strength),)
+            more += bounded(coupled[i * count + j] * gaps[j])
+        moved += (more,)
+    return coupled, moved
+
+
+@triton.jit
+def gaps_at(n, count: tl.constexpr, edges, p, mask, KIND: tl.constexpr):
+    """By how much chunk `n` starts elsewhere than the one before it ends."""
+    found, before = (), n + 1 if KIND.backward else n - 1
+    for i in tl.static_range(count):
+        end = tl.load(edge(edges.ends, p, before, i, count, p.channels), mask=mask, other=0.0)
+        start = tl.load(edge(edges.guess, p, n, i, count, p.channels), mask=mask, other=0.0)
+        found += (tl.where(end == start, 0.0, bounded(end - start)),)
+    return found
+
+
+@triton.jit
+def residual_at(k, edges, p, tolerance, count: tl.constexpr, KIND: tl.constexpr):
+    """The residual of one chunk; infinite if it is too large.
+
+    It counts relative to sizes here alone, which are no larger than those of all chunks.
+    """
+    gaps, sizes = KIND.unmeasured(count, p, 1, KIND)
+    k, d = k + tl.arange(0, 1)[:, None], p.channels[None, :]
+    gaps, sizes = measure(gaps, sizes, edges, p, k, d, p.inside[None, :], 0, p.chunks, KIND)
+    wrong, residual = KIND.judge(gaps, sizes, tolerance, KIND)
+    return tl.where(wrong > 0, float("inf"), residual).to(KIND.real)
+
+
+@triton.jit
+def largest(g, p):
+    """The largest sum of magnitudes of what couples chunks."""
+    sizes = magnitude(g[0])
+    for n in tl.static_range(1, len(g)):
+        sizes += magnitude(g[n])
+    return tl.max(tl.where(p.inside, sizes, 0.0))
 
 
 @triton.jit
@@ -167,21 +262,22 @@ def refine(
         tl.extra.cuda.gdc_wait()
     count: tl.constexpr = len(given.states)
     iterations = tl.full([], 1, tl.int32)
-    wrong, residual, sizes = any_wrong(edges, p, tolerance, count, True, KIND)
     if KIND.corrected:
         edges = Edges(corrected.guess, corrected.ends, edges.coupling, edges.stored)
+        iterations, residual = of_all(corrected.residual, edges.stored, p, KIND)
+        _, sizes = KIND.unmeasured(count, p, KIND.rows, KIND)
+        wrong = tl.where(residual < float("inf"), 0, 1)
         if wrong > 0:
-            iterations += 1
-            wrong, now, sizes = any_wrong(edges, p, tolerance, count, False, KIND)
-            if KIND.reports:
-                residual = tl.where(most > 1, now, residual)
+            wrong, residual, sizes = any_wrong(edges, p, tolerance, count, False, KIND)
+    else:
+        wrong, residual, sizes = any_wrong(edges, p, tolerance, count, True, KIND)
     if wrong > 0:
         if not KIND.backward:  # what groups still to come hold may be anything
             _, sizes = KIND.unmeasured(count, p, KIND.group, KIND)
         iterations = tl.full([], 1, tl.int32)  # that of `sweep`; others are counted below
         before, worst, target = residual, tl.zeros_like(residual), corrected.target
         asked = (tolerance, damping, most)
-        until = 1 if KIND.corrected else chunks  # one group if corrected: see `Launch`
+        until = 1 if KIND.rows <= KIND.group else chunks  # one group
         for m in range(0, until, KIND.group):
             n = (until - 1) // KIND.group * KIND.group - m if KIND.backward else m
             found = refine_group(n, before, sizes, given, edges, target, p, asked, KIND)
@@ -192,6 +288,20 @@ def refine(
     if KIND.reports:
         status, residual = KIND.verdict(residual, tolerance, iterations, most)
         write_report(report, p, tl.minimum(iterations, most), residual, status, chunks)
+
+
+@triton.jit
+def of_all(residual, stored, p, KIND: tl.constexpr):
+    """Iterations until every chunk was right, and the residual; infinite where some ran again."""
+    rows: tl.constexpr = KIND.rows
+    most = tl.full([rows], 1, tl.int32)
+    found = tl.zeros([rows], KIND.real)
+    for n in range(0, p.chunks, rows):
+        k = n + tl.arange(0, rows)
+        most = tl.maximum(most, load_stored(stored, p, k, k < p.chunks))
+        at = residual + place_of(p, k)
+        found = tl.maximum(found, tl.load(at, mask=k < p.chunks, other=0.0))
+    return tl.max(most), tl.max(found)
 
 
 @triton.jit
@@ -232,7 +342,7 @@ def refine_group(first, residual, sizes, given, edges, target, p, asked, KIND: t
     group = group_of(given, p, first, KIND)
     last = tl.minimum(first + KIND.group, p.chunks)
     wrong, seen, after = compare(sizes, edges, p, group, 0, p.chunks, tolerance, count, KIND)
-    sweeps = tl.full([], 1 if KIND.corrected else 0, tl.int32)
+    sweeps = tl.full([], KIND.corrected, tl.int32)
     allowed = sweeps + last - first
     if not KIND.corrected:
         wrong = tl.maximum(wrong, tl.max(1 - load_stored(edges.stored, p, group.k, group.exists)))

@@ -42,11 +42,13 @@ Grads = namedtuple("Grads", "states drives initial sums")
 # guess: the state or adjoint that it starts from
 # ends: the one that it ends in
 # coupling: how that one depends on that which it starts from
-# stored: whether its results were written, (batch, chunks, blocks of channels)
+# stored: in which iteration its results were written, 0 if in none, (batch, chunks, blocks of
+#     channels)
 Edges = namedtuple("Edges", "guess ends coupling stored")
 
-# The first two after `correct`; `target` is for the starts that `refine` computes.
-Corrected = namedtuple("Corrected", "guess ends target")
+# The first two after `correct`, and the residual of every chunk and block of channels before it,
+# infinite where that chunk ran again; `target` is for the starts that `refine` computes.
+Corrected = namedtuple("Corrected", "guess ends residual target")
 
 # What a kernel is compiled for.
 # step: a step of the cell, or one of its adjoint
@@ -67,7 +69,8 @@ Corrected = namedtuple("Corrected", "guess ends target")
 # many: whether there are several chunks
 # group, rows: chunks that `refine` runs side by side, and that it looks at in one go
 # wide: whether programs have such a group
-# corrected: whether `correct` ran before
+# looked_at: chunks that `correct` looks at in one go
+# corrected: how often `correct` ran before
 # overlap: whether kernels start before the one before has ended
 # backward: whether it is the adjoint
 # gradients: for every component, where its gradient is among those of states; -1 where none is
@@ -75,8 +78,8 @@ Corrected = namedtuple("Corrected", "guess ends target")
 Kind = namedtuple(
     "Kind",
     "step step_with_jacobian load_ahead run run_chunk unmeasured measure judge moved verdict"
-    " version entries real small tiny starts hidden block unroll distance many group rows wide"
-    " corrected overlap backward gradients reports",
+    " version entries real small tiny starts hidden block unroll distance many group rows looked_at"
+    " wide corrected overlap backward gradients reports",
 )
 
 # Inside

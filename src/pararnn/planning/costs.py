@@ -96,8 +96,9 @@ class Costs:
     `refine_group`. By count: of the benchmark's slow gates in half precision, one leaves a twentieth
     of the chunks to `refine`, two leave none. Each returns at once where none is needed. Estimate.
     """
-    looked_at: int = 8
-    """Chunks that one program of `correct` looks at in one go, at most. Estimate."""
+    looked_at: int = 32
+    """Values of chunks that one program of `correct` loads in one go, for each channel. Estimate.
+    """
     refine_rows: int = 256
     """Chunks that `refine` looks at in one go, at most. Estimate."""
     refine_warps: int = 8

@@ -54,11 +54,13 @@ class Work:
         loads: Values that it loads.
         itemsize: Bytes of one.
         operations: Its arithmetic operations, with those of its Jacobian.
+        components: Tensors in the state.
     """
 
     loads: int
     itemsize: int
     operations: int
+    components: int = 1
 
 
 def _power_of_two(at_least: int) -> int:
@@ -131,6 +133,8 @@ def plan_launch(
     wide = unroll if group <= costs.refine_warps else min(unroll, costs.refine_unroll)
     rows = min(_power_of_two(chunks), costs.refine_rows)
     few = chunks <= costs.refine_group or adjoint  # which is linear
+    looked_at = costs.looked_at // (work.components**2 + 2 * work.components)
+    looked_at = 1 << max(looked_at, 1).bit_length() - 1
     corrections = 0 if chunks == 1 else 1 if few else costs.corrections
     return Launch(
         chunk=chunk,
@@ -143,5 +147,5 @@ def plan_launch(
         wide_unroll=wide,
         rows=rows,
         corrections=corrections,
-        looked_at=min(group, costs.looked_at),
+        looked_at=min(group, looked_at),
     )

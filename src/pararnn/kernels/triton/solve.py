@@ -293,7 +293,7 @@ def refine(
 @triton.jit
 def of_all(residual, stored, p, KIND: tl.constexpr):
     """Iterations until every chunk was right, and the residual; infinite where some ran again."""
-    rows: tl.constexpr = KIND.rows
+    rows: tl.constexpr = 4 * KIND.rows
     most = tl.full([rows], 1, tl.int32)
     found = tl.zeros([rows], KIND.real)
     for n in range(0, p.chunks, rows):
@@ -342,6 +342,7 @@ def refine_group(first, residual, sizes, given, edges, target, p, asked, KIND: t
     group = group_of(given, p, first, KIND)
     last = tl.minimum(first + KIND.group, p.chunks)
     wrong, seen, after = compare(sizes, edges, p, group, 0, p.chunks, tolerance, count, KIND)
+    nearly_right: tl.constexpr = KIND.corrected > 0 and KIND.rows <= KIND.group
     sweeps = tl.full([], KIND.corrected, tl.int32)
     allowed = sweeps + last - first
     if not KIND.corrected:
@@ -359,7 +360,7 @@ def refine_group(first, residual, sizes, given, edges, target, p, asked, KIND: t
         save(edges.guess, s, p, c.k, c.d, c.here)
         ahead = KIND.load_ahead(0, c, KIND)
         # Adjoints are linear, and tangents of states that are nearly right are so too.
-        g = () if KIND.backward or KIND.corrected else identity(s)
+        g = () if KIND.backward or nearly_right else identity(s)
         s, g = KIND.run_chunk(s, g, ahead, c, KIND)
         c = group_of(given, p, anew(first), KIND)
         save(edges.coupling, g, p, c.k, c.d, c.here)

@@ -1,4 +1,4 @@
-"""More chunks than `refine` runs side by side: all are corrected at once, whatever the cell does."""
+"""More chunks than `refine` runs side by side: all are corrected at once, for every cell."""
 
 import functools
 

@@ -93,8 +93,8 @@ class Costs:
     """Chunks that one program of `refine` runs side by side, at most. Estimate."""
     corrections: int = 2
     """Corrections of all chunks side by side, forward, where there are more chunks than
-    `refine_group`. By count: of the benchmark's slow gates in half precision, one leaves a twentieth
-    of the chunks to `refine`, two leave none. Each returns at once where none is needed. Estimate.
+    `refine_group`. By count: of the benchmark's slow gates in half precision, one leaves a
+    twentieth of the chunks to `refine`, two leave none. Each returns at once where none is needed.
     """
     looked_at: int = 32
     """Values of chunks that one program of `correct` loads in one go, for each channel. Estimate.

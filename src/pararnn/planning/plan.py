@@ -445,9 +445,7 @@ def _kernels(
     loads = facts.drives, facts.drives + facts.components + call.gradients
     ways = []
     for adjoint, name in enumerate(("chunks forward", "chunks backward")):
-        work = Work(
-            loads[adjoint], call.itemsize, facts.operations[adjoint], facts.components
-        )
+        work = Work(loads[adjoint], call.itemsize, facts.operations[adjoint], facts.components)
         sizes = call.batch, call.time, call.hidden
         launch = plan_launch(
             *sizes, chunk, work, tolerance, machine.processors, bool(adjoint), costs

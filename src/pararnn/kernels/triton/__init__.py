@@ -6,9 +6,10 @@ runs the steps before the chunk from the initial state to guess the state that t
 nothing is, it runs the chunk and writes the results; else it runs the chunk with its tangent and
 leaves the results to others.
 
-`correct` returns at once where every chunk starts where the one before it ends. Else each of its
-programs, which have a chunk each again, computes the right start through the tangents of all chunks
-before, and runs its chunk from there: one iteration of Newton's method. That is mostly enough.
+`correct` has a program for each chunk again. It returns at once if its chunk starts where the one
+before it ends. Else it computes the right start through the tangents of chunks before, and runs its
+chunk from there: one iteration of Newton's method. Of many chunks there are two. That is mostly
+enough.
 
 `refine` gives one program all chunks of a block of channels. It too returns where all is well; else
 it iterates, group after group of chunks, until it is, at the latest when every chunk has become

@@ -94,7 +94,7 @@ class Costs:
     corrections: int = 2
     """Corrections of all chunks side by side, forward, where there are more chunks than
     `refine_group`. By count: of the benchmark's slow gates in half precision, one leaves a
-    twentieth of the chunks to `refine`, two leave none. Each returns at once where none is needed.
+    twentieth of the chunks to `refine`, two leave none. Estimate.
     """
     looked_at: int = 32
     """Values of chunks that one program of `correct` loads in one go, for each channel. Estimate.

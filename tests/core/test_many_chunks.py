@@ -10,6 +10,9 @@ from pararnn.testing import loop
 
 from .cells import INPUT, Cell, Chaotic, make_cell
 from .compare import as_tuple, assert_same, one_by_one, outcome, random_state, with_resets
+from .conftest import needs_triton
+
+pytestmark = needs_triton
 
 TIME = 41  # 21 chunks of 2, the last of one step
 

@@ -39,6 +39,6 @@ def test_one_long_sequence_equals_one_chunk(bias):
         found.append((y, *torch.autograd.grad(y, [given, *cell.parameters()], cotangent)))
         if solver is None:
             assert rnn.report.chunks > 16
-            assert rnn.report.iterations <= 3
+            assert rnn.report.iterations <= 4  # two corrections, and `refine` for what they leave
     for n, (actual, expected) in enumerate(zip(*found, strict=True)):
         assert_close(f"number {n}", actual, expected, rtol=2e-2)

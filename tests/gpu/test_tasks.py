@@ -93,6 +93,7 @@ def test_models_that_take_turns(tmp_path):
     assert all(training.step.graph.takes_turns for training in trainings.values())
 
 
+@pytest.mark.filterwarnings("ignore:.*determinis")
 def test_side_by_side_with_attention(tmp_path):
     """Whose backward pass adds up in any order."""
     result = suite(tmp_path, architectures=("paragru", "transformer", "paragru+attention"))

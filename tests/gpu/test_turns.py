@@ -32,7 +32,8 @@ def met(monkeypatch):
 def layers(kind, count):
     rows, size = SHAPES[kind]
     torch.manual_seed(0)
-    made = [RNN(nn.GRUCell(size, size), backend="triton").cuda() for _ in range(count)]
+    cells = [nn.GRUCell(size, size, device="cuda") for _ in range(count)]
+    made = [RNN(cell, backend="triton") for cell in cells]
     return made, [torch.randn(rows, 32, size, device="cuda") for _ in range(count)]
 
 
@@ -85,7 +86,7 @@ def test_graphs_of_ones_own(kind, met):
 
 
 def test_others_take_none(met):
-    rnn = RNN(nn.GRUCell(16, 16), backend="triton").cuda()
+    rnn = RNN(nn.GRUCell(16, 16, device="cuda"), backend="triton")
     x = torch.randn(4, 32, 16, device="cuda")
     with torch.no_grad():
         replay = captured(lambda: rnn(x)[0])

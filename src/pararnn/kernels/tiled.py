@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ def tiles_of(step: Step, readout: Readout | None) -> Tiles | str:
         try:
             found = tiles(step, readout)
             roots = [*found.step, found.readout.expression, *found.adjoints]
+            roots += [entry for column in found.tangents for entry in column]
             lower([*roots, *(g.expression for g in found.gradients)])
             known[key] = found
         except (NotTiled, NotLowered) as error:
@@ -61,6 +62,7 @@ def sizes_of(found: Tiles) -> TileSizes:
     return TileSizes(
         *(math.prod(found.programs), found.rows, found.columns, found.split, found.multiplied),
         tensors=len(found.state),
+        tangents=len(found.tangents),
     )
 
 
@@ -382,12 +384,15 @@ class _Call:
         """Chunks of time."""
         return -(-self.time // min(int(way.solver.chunk), self.time))
 
+    def edge(self, chunks: int, columns: int = 1) -> Tensor:
+        """Room for states or adjoints between chunks, or for matrices of so many columns."""
+        _, components, hidden = self.initial.shape
+        shape = self.batch * chunks * columns, components, hidden
+        return self.initial.new_empty(shape, dtype=self.kernels.real)
+
     def edges(self, chunks: int) -> dict[str, Tensor]:
         """Room for the states or adjoints that chunks start from, and for those that they reach."""
-        _, components, hidden = self.initial.shape
-        shape = self.batch * chunks, components, hidden
-        like = functools.partial(self.initial.new_empty, shape, dtype=self.kernels.real)
-        return {"guess": like(), "reached": like()}
+        return {"guess": self.edge(chunks), "reached": self.edge(chunks)}
 
     def in_chunks(
         self,
@@ -395,39 +400,90 @@ class _Call:
         way: Way,
         given: dict[str, Any],
         mends: Sequence[dict[str, Any]],
+        tangents: Callable[[dict[str, Any]], None],
         unit: int = 1,
     ) -> None:
         """Run all chunks side by side, then those again that do not fit: side by side, in order.
+
+        By Newton's method, those of heads that remember longer than a warm-up are run for their
+        tangents instead, and then from the starts that follow from these.
 
         Args:
             kernels: `tile_forward` or `tile_backward`.
             way: How the direction is carried out.
             given: Arguments of the kernel for one chunk.
-            mends: Further arguments of the second and of the third launch.
+            mends: Further arguments of the launches that run chunks again, in order at last.
+            tangents: Runs chunks for their tangents, given further arguments.
             unit: Steps that they count chunks in.
         """
         assert way.tile is not None
         chunks, edges = self.chunks(way), self.edges(self.chunks(way))
-        given = {**given, "chunks": chunks, "chunk": int(way.solver.chunk) // unit}
-        given |= {"tolerance": way.tolerance}
-        sweeps = {**given, **edges, "warm": way.warm_up // unit}
-        programs = self.programs(way)
-        sweeps["verdict"] = self.initial.new_empty(programs, dtype=torch.int32)
-        kernels.sweep[programs](**sweeps, probes=1)
+        chunk, warm = int(way.solver.chunk) // unit, way.warm_up // unit
+        newton = way.solver.coupling == "tangent"
+        verdict = self.initial.new_empty(self.programs(way), dtype=torch.int32)
+        given = {**given, "chunks": chunks, "chunk": chunk, "tolerance": way.tolerance}
+        sweeps = {**given, **edges, "verdict": verdict, "warm": warm}
+        sweeps |= {"within": warm if newton else warm + chunk}
+        kernels.sweep[self.programs(way)](**sweeps, probes=1)
         kernels.sweep[self.programs(way, chunks)](**sweeps, probes=0)
-        for each, more in zip((1, chunks), mends, strict=True):
-            new = self.edges(chunks)
-            if each == chunks:
-                more = {**more, "num_warps": way.tile.warps_alone}
+        found: dict[str, Tensor | None] = {"verdict": verdict}
+        if newton:
+            columns = len(self.kernels.tiles.tangents)
+            found["base"] = self.edge(chunks) if unit == 1 else None  # adjoints: zeros
+            found |= {"ended": self.edge(chunks), "matrices": self.edge(chunks, columns)}
+            more = {"chunks": chunks, "chunk": chunk, "warm": warm, "COLUMNS": columns}
+            tangents({**more, **found, "begun": 0})
+        for n, own in enumerate(mends):
+            new, composed, each = self.edges(chunks), None, 1
+            if n == len(mends) - 1:
+                own = {**own, "num_warps": way.tile.warps_alone}
                 given.pop("num_warps")
+                each = chunks
+            elif newton:
+                reached, compose = edges["reached"], functools.partial(self.compose, way, chunks)
+                if n > 0 and unit == 1 and not self.kernels.tiles.is_affine:
+                    # once more where chunks do not fit, from where they start with old tangents
+                    known, found["verdict"] = found["verdict"], torch.empty_like(verdict)
+                    asked = {**found, "verdict": known, "new_verdict": found["verdict"]}
+                    found["base"] = compose(reached, asked, unit)
+                    found["ended"] = self.edge(chunks)
+                    tangents({**more, **found, "begun": 1})
+                composed = compose(reached, {**found, "new_verdict": None}, unit)
+                found |= {"base": new["guess"], "ended": new["reached"]}  # by the next launch
             others = {f"new_{name}": edge for name, edge in new.items()}
             mend = kernels.mend[self.programs(way, -(-chunks // each))]
-            mend(**given, **edges, **others, **more, each=each)
+            checks = {"verdict": found["verdict"], "composed": composed, "each": each}
+            mend(**given, **edges, **others, **own, **checks)
             edges = new
+
+    def compose(
+        self, way: Way, chunks: int, reached: Tensor, found: dict[str, Any], unit: int
+    ) -> Tensor:
+        """What chunks start from, see `tile_tangents.compose`."""
+        from pararnn.kernels.triton import tile_tangents  # needs Triton
+
+        launch = self.kernels.forward.tile
+        assert launch is not None
+        given = {
+            **self.kernels.constants[0 if unit == 1 else 1],
+            **found,
+            "reached": reached,
+            "composed": torch.empty_like(reached),
+            "chunks": chunks,
+            "step": 1 if unit == 1 else -1,
+            "tolerance": way.tolerance,
+            "HIDDEN": self.given["HIDDEN"],
+            "COLUMNS": len(self.kernels.tiles.tangents),
+            "SMALL": SMALL,
+            "TINY": torch.finfo(self.kernels.real).tiny,
+            "num_warps": launch.warps_alone,  # it only moves numbers
+        }
+        _launch(tile_tangents.compose, self.programs(way), given)
+        return given["composed"]
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is handed out, the last states, those before segments, and values of the report."""
-        from pararnn.kernels.triton import tile_forward  # needs Triton, which this module does not
+        from pararnn.kernels.triton import tile_forward, tile_tangents  # need Triton
 
         kernels, way = self.kernels, self.kernels.forward
         like_y, like_ends, like_kept, _ = self.path.like_states(self.inputs, self.initial)
@@ -448,19 +504,30 @@ class _Call:
             **kernels.constants[0],
         }
         chunks = self.chunks(way)
+
+        def tangents(more: dict[str, Any]) -> None:
+            more |= given | {"TANGENT": kernels.functions.tangent}
+            _launch(tile_tangents.tangents, self.programs(way, chunks), more)
+
         with on_device(self.initial):
             if chunks == 1:
                 tile_forward.forward[self.programs(way)](**given)
                 report = sequential_report(self.batch, self.initial.device)
             else:
-                new = functools.partial(self.initial.new_empty, dtype=torch.float64)
-                once, report = (new((*self.programs(way, c), 4)) for c in (chunks, 1))
+                rounds = int(way.solver.max_iterations or chunks) - 1
+                reports = rounds * chunks + 1
+                report = self.initial.new_empty(
+                    (self.batch, reports, self.programs(way)[0] // self.batch, 4), dtype=torch.float64
+                )
                 more = {"SMALL": SMALL, "TINY": torch.finfo(kernels.real).tiny}
                 more |= {"CONVERGED": CONVERGED, "COMPLETED": COMPLETED}
-                first, second = {"report": once, "earlier": None}, {"report": report}
-                second |= {"earlier": once}
-                self.in_chunks(tile_forward, way, given, [more | first, more | second])
-                report = report.view(self.batch, -1, 4).amax(1)
+                more |= {"report": report, "reports": reports}
+                mends = [
+                    more | {"own_report": n * chunks, "passes": 2 + n % rounds}
+                    for n in range(rounds + 1)
+                ]
+                self.in_chunks(tile_forward, way, given, mends, tangents)
+                report = report.flatten(1, 2).amax(1)
         y = y.sum(0).to(like_y.dtype) if count > 1 else y
         return y, ends, like_kept, report
 
@@ -468,7 +535,7 @@ class _Call:
         self, kept: Tensor, of_y: Tensor | None, of_ends: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
         """Gradients of the differentiable inputs, and of initial states."""
-        from pararnn.kernels.triton import tile_backward  # needs Triton, which this module does not
+        from pararnn.kernels.triton import tile_backward, tile_tangents  # need Triton
 
         kernels, way, found = self.kernels, self.kernels.adjoint, self.kernels.tiles
         results = dict(zip(found.wanted, found.gradients, strict=True))
@@ -526,11 +593,17 @@ class _Call:
             "SUM_PARTS": tuple(partial[n] for n in fixed),
             **kernels.constants[1],
         }
+
+        def gather(more: dict[str, Any]) -> None:
+            more |= given | {"GATHER": kernels.functions.gather}
+            _launch(tile_tangents.gather, self.programs(way, chunks), more)
+
         with on_device(initial):
             if chunks == 1:
                 tile_backward.backward[self.programs(way)](**given)
             else:
-                self.in_chunks(tile_backward, way, given, [{}, {}], self.segment)
+                mends: list[dict[str, Any]] = [{} for _ in range(int(way.solver.max_iterations))]
+                self.in_chunks(tile_backward, way, given, mends, gather, self.segment)
         if resets:
             again = of_initial[self.batch :].unflatten(0, (self.batch, chunks)).sum(1)
             of_initial = torch.cat([of_initial[: self.batch], again])
@@ -559,6 +632,12 @@ def _joined(found: Tiles, number: int, pieces: Sequence[Tensor]) -> Tensor:
         return pieces[0]
     more = 2 if number in {found.pieces[n].input for n in found.drives} else 0
     return replace(cut, axis=cut.axis + more).joined(pieces)
+
+
+def _launch(kernel: Any, grid: tuple[int], given: dict[str, Any]) -> None:
+    """Launch a kernel that takes some of the arguments of another one."""
+    names = {*kernel.arg_names, "num_warps", "num_stages"}
+    kernel[grid](**{name: value for name, value in given.items() if name in names})
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -287,6 +287,8 @@ class TileSizes:
         split: The axis that may be cut into parts: 0, 1 or None.
         multiplied: Whether rows and whether columns take part in products of matrices.
         tensors: Tensors in the state.
+        tangents: Columns of the Jacobian that each entry has alone, see `tracing.tangents`; 0 if
+            entries reach each other.
     """
 
     programs: int
@@ -295,6 +297,7 @@ class TileSizes:
     split: int | None
     multiplied: tuple[bool, bool]
     tensors: int = 1
+    tangents: int = 0
 
 
 @dataclass(frozen=True)

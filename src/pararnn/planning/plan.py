@@ -494,8 +494,15 @@ def _tiles(
         if cut.chunks == 1:
             ways.append(Way(Sequential(), 0.0, tile=launch))
         else:
-            asked = Jacobi(chunk=cut.chunk, max_iterations=2)  # then in their order
+            asked: Solver = Jacobi(chunk=cut.chunk, max_iterations=2)  # then in their order
+            if sizes.tangents:
+                asked = Newton(chunk=cut.chunk, max_iterations=3)
             ways.append(Way(asked, tolerance, settle=True, warm_up=cut.warm, tile=launch))
+    if any(way.settle for way in ways):
+        because = "entries of the state reach each other: tangents would cost too much"
+        if sizes.tangents:
+            because = "each entry of the state depends on itself alone: its tangent is a number"
+        choices.append(Choice("method", "Newton" if sizes.tangents else "Jacobi", because))
     segments = -(-call.time // costs.tile_segment)
     entries = call.batch * segments * call.hidden * facts.components
     kept = entries * call.kept_in.itemsize / 2**20

@@ -18,6 +18,7 @@ from pararnn.tracing.pieces import Cut, Pieces, evaluate, in_pieces, whole
 from pararnn.tracing.products import unfused
 from pararnn.tracing.recorder import TraceError, is_differentiable, record
 from pararnn.tracing.step import Input, Step, arithmetic, recording, vjp
+from pararnn.tracing.tangents import tangents
 from pararnn.tracing.tiles import Axis, NotTiled, Piece, Place, Result, Tiles
 from pararnn.tracing.traced import Readout
 
@@ -664,6 +665,8 @@ def _arranged(
     for axis, at in places.items():
         sizes[at] = max(sizes[at], reader.sizes[axis])
     products = {places[a] for a in layout.multiplied}
+    before = tuple(p.expression for p in adjoints)
+    state = tuple(_state_places(layout, recorded))
     return Tiles(
         programs=tuple(reader.sizes[a] for a in programs),
         rows=sizes[0],
@@ -673,14 +676,15 @@ def _arranged(
         drives=tuple(drives),
         coefficients=tuple(coefficients),
         pieces=tuple(_pieces(recorded)),
-        state=tuple(_state_places(layout, recorded)),
+        state=state,
         drive_places=tuple(place(f"input_{n}") for n in drives),
         coefficient_places=tuple(place(f"input_{n}") for n in coefficients),
         step=tuple(p.expression for p in step),
         readout=readout,
-        adjoints=tuple(p.expression for p in adjoints),
+        adjoints=before,
         gradients=tuple(gradients),
         wanted=tuple(wanted),
+        tangents=tangents(before, state),
     )
 
 

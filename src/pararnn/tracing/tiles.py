@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pararnn.tracing.expressions import Operand
+from pararnn.tracing.expressions import Operand, topological
 from pararnn.tracing.pieces import Cut
 
 
@@ -115,6 +115,8 @@ class Tiles:
         adjoints: Adjoints of the tensors of the state before the step.
         gradients: Gradients of pieces, each as if it were a tensor of its own.
         wanted: Numbers of these.
+        tangents: The Jacobian of the step, see `tangents.tangents`; empty if entries of the state
+            reach each other.
     """
 
     programs: tuple[int, ...]
@@ -133,6 +135,13 @@ class Tiles:
     adjoints: tuple[Operand, ...]
     gradients: tuple[Result, ...]
     wanted: tuple[int, ...]
+    tangents: tuple[tuple[Operand, ...], ...]
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether tangents do not depend on the state."""
+        nodes = topological(entry for column in self.tangents for entry in column)
+        return all(node.op != "state" for node in nodes)
 
     @property
     def differentiable(self) -> tuple[int, ...]:

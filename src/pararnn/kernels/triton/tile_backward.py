@@ -375,6 +375,7 @@ def backward(
         "chunks",
         "chunk",
         "warm",
+        "within",
         "probes",
     ]
 )
@@ -403,6 +404,7 @@ def sweep(
     chunks,
     chunk,
     warm,
+    within,
     probes,
     tolerance,
     AGAIN: tl.constexpr,
@@ -426,8 +428,8 @@ def sweep(
 ):
     """Go back through all chunks side by side, each from what a warm-up makes of zeros.
 
-    See `tile_forward.sweep`. Arguments that are not there are those of `backward`; `chunk` and
-    `warm` are segments.
+    See `tile_forward.sweep`. Arguments that are not there are those of `backward`; `chunk`, `warm`
+    and `within` are segments.
     """
     program = tl.program_id(0)
     part, number = program % SPLIT, program // SPLIT % NUMBERS
@@ -515,7 +517,7 @@ def sweep(
         elif phase == 2:
             whole = load_edge(guess, own, number, part, STORED, PROGRAMS, HIDDEN)
             left, _ = difference(whole, adjoint, inside)
-            times = ((warm + chunk) / size).to(REAL)
+            times = (within / size).to(REAL)
             good = (end + warm >= segments) | forgets(moved, left, times, tolerance)
             tl.store(at_verdict, tl.where(good, 1, 0))
         elif phase == 3:
@@ -579,6 +581,8 @@ def mend(
     initial_grads,
     guess,
     reached,
+    verdict,
+    composed,
     new_guess,
     new_reached,
     batch,
@@ -637,6 +641,10 @@ def mend(
     adjoint = load_edge(reached, after, number, part, STORED, PROGRAMS, HIDDEN)
     if high == chunks:  # the last chunk started right
         store_edge(new_reached, after, adjoint, number, part, STORED, PROGRAMS, HIDDEN)
+    if composed is not None:
+        own = load_edge(composed, first + high - 1, number, part, STORED, PROGRAMS, HIDDEN)
+        remembers = tl.load(verdict + b * (SPLIT * NUMBERS) + program % (SPLIT * NUMBERS)) == 0
+        adjoint = selected(remembers, own, adjoint)
     largest = tl.cast(0.0, REAL)
     top = tl.minimum(high, chunks - 1)
     for back in range(0, top - low):

@@ -227,7 +227,17 @@ def finish(s, b, tile, owners, ends, time, STATE: tl.constexpr, HIDDEN: tl.const
 
 
 @triton.jit(
-    do_not_specialize=["batch", "time", "segments", "y_part", "chunks", "chunk", "warm", "probes"]
+    do_not_specialize=[
+        "batch",
+        "time",
+        "segments",
+        "y_part",
+        "chunks",
+        "chunk",
+        "warm",
+        "within",
+        "probes",
+    ]
 )
 def sweep(
     drives,
@@ -248,6 +258,7 @@ def sweep(
     chunks,
     chunk,
     warm,
+    within,
     probes,
     tolerance,
     STEP: tl.constexpr,
@@ -269,8 +280,8 @@ def sweep(
 
     Before that, with `probes`, find out whether that will do, at one chunk for all. Part of its
     warm-up runs twice, once from the initial state, which shows by how much the cell forgets a
-    difference. If something would be left of it after a warm-up and a chunk, the chunks are left
-    out. Arguments that are not here are those of `forward`.
+    difference. If something would be left of it after `within` steps, the chunks are left out.
+    Arguments that are not here are those of `forward`.
 
     Args:
         drives: As above.
@@ -292,6 +303,7 @@ def sweep(
         chunks: Chunks of time.
         chunk: Steps of a chunk, whole segments.
         warm: Steps of the warm-up.
+        within: See above.
         probes: 1 or 0, see above.
         tolerance: The largest gap between chunks.
         STEP: As above.
@@ -381,7 +393,7 @@ def sweep(
         elif phase == 2:
             whole = load_edge(guess, own, number, part, STORED, PROGRAMS, HIDDEN)
             left, _ = difference(whole, s, inside)
-            times = ((warm + chunk) / size).to(REAL)
+            times = (within / size).to(REAL)
             good = (begin <= warm) | forgets(moved, left, times, tolerance)
             tl.store(at_verdict, tl.where(good, 1, 0))
         elif phase == 3:
@@ -390,7 +402,19 @@ def sweep(
         store_edge(reached, own, s, number, part, STORED, PROGRAMS, HIDDEN)
 
 
-@triton.jit(do_not_specialize=["batch", "time", "segments", "y_part", "chunks", "chunk"])
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "time",
+        "segments",
+        "y_part",
+        "chunks",
+        "chunk",
+        "passes",
+        "reports",
+        "own_report",
+    ]
+)
 def mend(
     drives,
     coefficients,
@@ -402,10 +426,13 @@ def mend(
     ends,
     guess,
     reached,
+    verdict,
+    composed,
     new_guess,
     new_reached,
     report,
-    earlier,
+    reports,
+    own_report,
     batch,
     time,
     segments,
@@ -413,6 +440,7 @@ def mend(
     chunks,
     chunk,
     each,
+    passes,
     tolerance,
     STEP: tl.constexpr,
     DRIVES: tl.constexpr,
@@ -435,8 +463,9 @@ def mend(
 ):
     """Run chunks again that did not start where the one before them ended.
 
-    A program looks at `each` chunks one after another. With one, all look at what `sweep` left, and
-    the result may still not fit; with all, it does.
+    A program looks at `each` chunks one after another. With one, all look at what was left by the
+    launch before, and the result may still not fit; with all, it does. Chunks that `sweep` left out
+    start from `composed`.
 
     Arguments that are not here are those of `sweep`.
 
@@ -451,10 +480,14 @@ def mend(
         ends: As above.
         guess: As above.
         reached: As above.
+        verdict: As above.
+        composed: States before chunks as `tile_tangents.compose` found them, or None.
         new_guess: As `guess`, when this is done.
         new_reached: As `reached`.
-        report: For every program, a row of the report.
-        earlier: The same of the launch before with one chunk per program, or None.
+        report: Rows of the report, (batch, `reports`, `NUMBERS` * `SPLIT`, 4); the largest
+            numbers of a sequence count.
+        reports: See `report`.
+        own_report: The first of them of this launch, which has one for each program of a sequence.
         batch: As above.
         time: As above.
         segments: As above.
@@ -462,6 +495,7 @@ def mend(
         chunks: As above.
         chunk: As above.
         each: See above.
+        passes: What a report says if chunks were run again.
         tolerance: As above.
         STEP: As above.
         DRIVES: As above.
@@ -480,7 +514,7 @@ def mend(
         SMALL: See `apart`.
         TINY: See `apart`.
         CONVERGED: What a report says.
-        COMPLETED: What it says if chunks were run again in this launch.
+        COMPLETED: What it says if chunks were run again in order.
     """
     program = tl.program_id(0)
     part, number = program % SPLIT, program // SPLIT % NUMBERS
@@ -502,6 +536,10 @@ def mend(
     s = load_edge(reached, before, number, part, STORED, PROGRAMS, HIDDEN)
     if low == 0:  # the first chunk started right
         store_edge(new_reached, first, s, number, part, STORED, PROGRAMS, HIDDEN)
+    if composed is not None:
+        own = load_edge(composed, first + low, number, part, STORED, PROGRAMS, HIDDEN)
+        remembers = tl.load(verdict + b * (SPLIT * NUMBERS) + program % (SPLIT * NUMBERS)) == 0
+        s = selected(remembers, own, s)
     for k in range(tl.maximum(low, 1), high):
         guessed = load_edge(guess, first + k, number, part, STORED, PROGRAMS, HIDDEN)
         inside = placed(anew(number), part, STORED, PROGRAMS)[1]
@@ -550,13 +588,10 @@ def mend(
         store_edge(new_reached, first + k, s, number, part, STORED, PROGRAMS, HIDDEN)
     if high == chunks:
         finish(s, b, placed(anew(number), part, STATE, PROGRAMS), owners, ends, time, STATE, HIDDEN)
-    iterations = tl.where(again > 0, 2.0, 1.0).to(tl.float64)
-    if earlier is not None:
-        for k in range(0, chunks):
-            place = (first + k) * (SPLIT * NUMBERS) + program % (SPLIT * NUMBERS)
-            iterations = tl.maximum(iterations, tl.load(earlier + place * 4))
-    at_report = report + tl.cast(program, tl.int64) * 4
-    tl.store(at_report, iterations)
-    tl.store(at_report + 1, tl.cast(largest, tl.float64))
-    tl.store(at_report + 2, tl.where(again > 0, COMPLETED, CONVERGED).to(tl.float64))
+    in_order = (each > 1) & (again > 0)
+    place = tl.cast(b, tl.int64) * reports + own_report + row % shares
+    at_report = report + (place * (SPLIT * NUMBERS) + program % (SPLIT * NUMBERS)) * 4
+    tl.store(at_report, tl.where(again > 0, passes, 1).to(tl.float64))
+    tl.store(at_report + 1, tl.where(each > 1, largest, 0.0).to(tl.float64))
+    tl.store(at_report + 2, tl.where(in_order, COMPLETED, CONVERGED).to(tl.float64))
     tl.store(at_report + 3, tl.cast(chunks, tl.float64))

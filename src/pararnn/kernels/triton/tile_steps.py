@@ -21,6 +21,10 @@ _ALONG = {"total": "total_along", "max": "largest_along", "min": "smallest_along
 def tiled_source(tiles: Tiles, precision: Precision) -> str:
     """A module with the functions that the kernels of tiles call: `step`, `again` and `adjoint`.
 
+    And two that go on through chunks, where `Tiles.tangents` are known: `tangent` returns new
+    tensors of the state and the Jacobian by columns; `gather` the adjoints before the step too, and
+    the Jacobian by rows.
+
     Args:
         tiles: The step.
         precision: See `Module`.
@@ -62,8 +66,17 @@ def tiled_source(tiles: Tiles, precision: Precision) -> str:
         [found[n].expression for n in numbers if n in found]
         for numbers in (tiles.drives, tiles.coefficients)
     ]
+    columns = [entry for column in tiles.tangents for entry in column]
+    rows = [entry for row in zip(*tiles.tangents, strict=True) for entry in row]
+    if len(tiles.tangents) == 1:
+        rows = columns
+    if columns:
+        module.function("tangent", leaves, [tiles.step, columns], flags=flags, shaped=like)
     leaves = {**leaves, "adjoint": len(tiles.step) + 1}
     module.function("adjoint", leaves, [tiles.adjoints, *grads], flags=flags, shaped=like)
+    if columns:
+        results = [tiles.step, tiles.adjoints, rows]
+        module.function("gather", leaves, results, flags=flags, shaped=like)
     return module.text("a cell's step, for the kernels of tiles", equations(tiles.step))
 
 

@@ -263,7 +263,8 @@ def test_the_plan_says_how_chunks_are_coupled():
     ):
         plan = str(layer(kind).plan((1, 4 * CHUNK, kind.input_size), torch.float64))
         (line,) = (line for line in plan.splitlines() if line.startswith("method"))
-        assert method in line and words in line
+        assert method in line
+        assert words in line
         short = str(layer(kind).plan((1, CHUNK, kind.input_size), torch.float64))
         assert "method" not in short
 
@@ -275,5 +276,3 @@ def test_diagnose_says_that_chunks_pay():
     found = diagnose(rnn, x)
     assert found.chunks_pay, found
     assert f"the plan's 6 chunks of {CHUNK} take 2 iterations" in found.chunks_reason
-
-

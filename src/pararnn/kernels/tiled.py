@@ -514,12 +514,13 @@ class _Call:
                 tile_forward.forward[self.programs(way)](**given)
                 report = sequential_report(self.batch, self.initial.device)
             else:
-                rounds = int(way.solver.max_iterations or chunks) - 1
+                rounds = (way.solver.max_iterations or chunks) - 1
                 reports = rounds * chunks + 1
                 report = self.initial.new_empty(
-                    (self.batch, reports, self.programs(way)[0] // self.batch, 4), dtype=torch.float64
+                    (self.batch, reports, self.programs(way)[0] // self.batch, 4),
+                    dtype=torch.float64,
                 )
-                more = {"SMALL": SMALL, "TINY": torch.finfo(kernels.real).tiny}
+                more: dict[str, Any] = {"SMALL": SMALL, "TINY": torch.finfo(kernels.real).tiny}
                 more |= {"CONVERGED": CONVERGED, "COMPLETED": COMPLETED}
                 more |= {"report": report, "reports": reports}
                 mends = [
@@ -602,7 +603,9 @@ class _Call:
             if chunks == 1:
                 tile_backward.backward[self.programs(way)](**given)
             else:
-                mends: list[dict[str, Any]] = [{} for _ in range(int(way.solver.max_iterations))]
+                mends: list[dict[str, Any]] = [
+                    {} for _ in range(way.solver.max_iterations or chunks)
+                ]
                 self.in_chunks(tile_backward, way, given, mends, gather, self.segment)
         if resets:
             again = of_initial[self.batch :].unflatten(0, (self.batch, chunks)).sum(1)

@@ -17,7 +17,9 @@ class _Mixes(Exception):
     """An entry of an adjoint depends on other entries."""
 
 
-def tangents(adjoints: Sequence[Operand], state: Sequence[Place]) -> tuple[tuple[Operand, ...], ...]:
+def tangents(
+    adjoints: Sequence[Operand], state: Sequence[Place]
+) -> tuple[tuple[Operand, ...], ...]:
     """The Jacobian of a step by columns, each with an entry for every tensor of the state.
 
     Where no tensor depends on another, one column holds the diagonal.
@@ -68,8 +70,8 @@ def _linear(node: Expression, found: dict[Expression, Operand]) -> Operand:
         others = [i for i, d in enumerate(depends) if d != (i in terms)]
         if all(i in terms and given[i] == 0.0 for i in others):
             return make(node.op, *given)
-    elif node.op in ("neg", "to_float") or (node.op == "mul" and alone):
-        return make(node.op, *given)
-    elif alone and depends[0] and (node.op == "div" or node.op.endswith("_backward")):
+        raise _Mixes
+    first = depends[0] and (node.op == "div" or node.op.endswith("_backward"))
+    if node.op in ("neg", "to_float") or (alone and (first or node.op == "mul")):
         return make(node.op, *given)
     raise _Mixes

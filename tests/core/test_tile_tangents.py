@@ -10,12 +10,24 @@ from pararnn.kernels.tiled import tiles_of
 from pararnn.testing import loop
 
 from .conftest import needs_triton
-from .test_tile_chunks import CHUNK, Gated, GatedWithASum, compare, layer, loud, short_chunks
+from .test_tile_chunks import CHUNK, Gated, GatedWithASum, compare, layer, short_chunks
 from .test_tiles import assert_same, outcome, states
 from .tile_cells import TILE_CELLS, Memory, outer
 
 pytestmark = needs_triton
-__all__ = ["loud", "short_chunks"]  # fixtures
+__all__ = ["short_chunks"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch):
+    """Memory that nothing is written to is not a number."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self, *sizes, **options):
+        new = new_empty(self, *sizes, **options)
+        return new.fill_(torch.nan) if new.is_floating_point() else new
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
 
 
 class Affine(Memory):
@@ -109,17 +121,6 @@ class SumsAlongKeys(Affine):
         return self.keep(x) * scale * state + 0.3 * self.new(x)
 
 
-class Transposed(Affine):
-    def __init__(self):
-        super().__init__(1.0)
-        self.state_shape = (1, 4, 4)
-        self.values = 4
-        self.input_size = 18
-
-    def forward(self, x, state):
-        return self.keep(x) * state.mT + 0.3 * self.new(x)
-
-
 @each_kind
 @pytest.mark.parametrize(
     ("rates", "iterations"),
@@ -149,7 +150,7 @@ def test_chunks_that_tangents_do_not_make_fit_go_step_by_step():
     with torch.no_grad():
         found, expected = rnn(x, state)[0], loop(cell, x, state)[0]
     assert rnn.report.status == "completed step by step"
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * 2**0)
+    torch.testing.assert_close(found[:, : 2 * CHUNK], expected[:, : 2 * CHUNK])
 
 
 @each_kind
@@ -163,23 +164,14 @@ def test_chunks_with_resets(kind):
     resets[1, 3 * CHUNK :] = False
     given = states(rnn, 2), states(rnn, 2)
 
-    def run(rnn):
-        def call(x, *s):
-            parts = (s[:2], s[2:]) if len(s) > 2 else s
-            return rnn(x, parts[0], resets=resets, reset_state=parts[1])
-
-        return call
-
-    if isinstance(given[0], tuple):
-        run = lambda rnn: lambda x, *s: rnn(x, s[0], resets=resets, reset_state=s[1])  # noqa: E731
+    run = lambda rnn: lambda x, *s: rnn(x, s[0], resets=resets, reset_state=s[1])  # noqa: E731
     plain = RNN(cell, backend="torch", solver=Sequential())
     assert_same(outcome(run(rnn), cell, x, *given), outcome(run(plain), cell, x, *given))
     assert rnn.report.status == "converged"
 
 
 @each_kind
-@pytest.mark.parametrize("ends", [[18, 40], [0, 30, 31, 40]], ids=str)
-def test_chunks_of_packed_sequences(kind, ends):
+def test_chunks_of_packed_sequences(kind, ends=(0, 18, 30, 31, 40)):
     torch.manual_seed(0)
     cell = kind(1.0, 0.99)
     rnn, plain = layer(cell), RNN(cell, backend="torch", solver=Sequential())
@@ -191,10 +183,9 @@ def test_chunks_of_packed_sequences(kind, ends):
     assert rnn.report.status == "converged"
 
 
-@pytest.mark.parametrize("kind", [Affine, Squashed])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("kind", "value"), [(Affine, torch.inf), (Squashed, torch.nan)])
 @pytest.mark.parametrize("place", ["state", "x", "cotangent of the last state"])
-def test_numbers_that_are_none_stay_where_they_belong(kind, place, value, loud):
+def test_numbers_that_are_none_stay_where_they_belong(kind, value, place):
     torch.manual_seed(0)
     cell = kind(1.0, 0.9).double()
     rnn, plain = layer(cell), RNN(cell, backend="torch", solver=Sequential())

@@ -443,7 +443,7 @@ class _Call:
                 reached, compose = edges["reached"], functools.partial(self.compose, way, chunks)
                 if n > 0 and unit == 1 and not self.kernels.tiles.is_affine:
                     # once more where chunks do not fit, from where they start with old tangents
-                    known, found["verdict"] = found["verdict"], torch.empty_like(verdict)
+                    known, found["verdict"] = found["verdict"], verdict.new_empty(verdict.shape)
                     asked = {**found, "verdict": known, "new_verdict": found["verdict"]}
                     found["base"] = compose(reached, asked, unit)
                     found["ended"] = self.edge(chunks)
@@ -468,7 +468,7 @@ class _Call:
             **self.kernels.constants[0 if unit == 1 else 1],
             **found,
             "reached": reached,
-            "composed": torch.empty_like(reached),
+            "composed": reached.new_empty(reached.shape),
             "chunks": chunks,
             "step": 1 if unit == 1 else -1,
             "tolerance": way.tolerance,

@@ -41,8 +41,10 @@ def identity(offsets, COLUMNS: tl.constexpr, REAL: tl.constexpr):
     found = ()
     for j in tl.static_range(COLUMNS):
         for i in tl.static_range(len(offsets)):
-            one: tl.constexpr = 1.0 if (COLUMNS == 1) or (i == j) else 0.0
-            found = found + (tl.full(offsets[i].shape, one, REAL),)
+            if COLUMNS == 1 or i == j:
+                found = found + (tl.full(offsets[i].shape, 1.0, REAL),)
+            else:
+                found = found + (tl.zeros(offsets[i].shape, REAL),)
     return found
 
 

@@ -401,7 +401,7 @@ class _Call:
         given: dict[str, Any],
         mends: Sequence[dict[str, Any]],
         tangents: Callable[[dict[str, Any]], None],
-        unit: int = 1,
+        backward: bool,
     ) -> None:
         """Run all chunks side by side, then those again that do not fit: side by side, in order.
 
@@ -414,12 +414,14 @@ class _Call:
             given: Arguments of the kernel for one chunk.
             mends: Further arguments of the launches that run chunks again, in order at last.
             tangents: Runs chunks for their tangents, given further arguments.
-            unit: Steps that they count chunks in.
+            backward: Whether time runs backwards, and is counted in segments.
         """
         assert way.tile is not None
         chunks, edges = self.chunks(way), self.edges(self.chunks(way))
+        unit = self.segment if backward else 1
         chunk, warm = int(way.solver.chunk) // unit, way.warm_up // unit
         newton = way.solver.coupling == "tangent"
+        affine = backward or self.kernels.tiles.is_affine
         verdict = self.initial.new_empty(self.programs(way), dtype=torch.int32)
         given = {**given, "chunks": chunks, "chunk": chunk, "tolerance": way.tolerance}
         sweeps = {**given, **edges, "verdict": verdict, "warm": warm}
@@ -429,7 +431,7 @@ class _Call:
         found: dict[str, Tensor | None] = {"verdict": verdict}
         if newton:
             columns = len(self.kernels.tiles.tangents)
-            found["base"] = self.edge(chunks) if unit == 1 else None  # adjoints: zeros
+            found["base"] = None if backward else self.edge(chunks)  # adjoints start from zeros
             found |= {"ended": self.edge(chunks), "matrices": self.edge(chunks, columns)}
             more = {"chunks": chunks, "chunk": chunk, "warm": warm, "COLUMNS": columns}
             tangents({**more, **found, "begun": 0})
@@ -441,14 +443,14 @@ class _Call:
                 each = chunks
             elif newton:
                 reached, compose = edges["reached"], functools.partial(self.compose, way, chunks)
-                if n > 0 and unit == 1 and not self.kernels.tiles.is_affine:
+                if n > 0 and not affine:
                     # once more where chunks do not fit, from where they start with old tangents
                     known, found["verdict"] = found["verdict"], verdict.new_empty(verdict.shape)
                     asked = {**found, "verdict": known, "new_verdict": found["verdict"]}
-                    found["base"] = compose(reached, asked, unit)
+                    found["base"] = compose(reached, asked, backward)
                     found["ended"] = self.edge(chunks)
                     tangents({**more, **found, "begun": 1})
-                composed = compose(reached, {**found, "new_verdict": None}, unit)
+                composed = compose(reached, {**found, "new_verdict": None}, backward)
                 found |= {"base": new["guess"], "ended": new["reached"]}  # by the next launch
             others = {f"new_{name}": edge for name, edge in new.items()}
             mend = kernels.mend[self.programs(way, -(-chunks // each))]
@@ -457,7 +459,7 @@ class _Call:
             edges = new
 
     def compose(
-        self, way: Way, chunks: int, reached: Tensor, found: dict[str, Any], unit: int
+        self, way: Way, chunks: int, reached: Tensor, found: dict[str, Any], backward: bool
     ) -> Tensor:
         """What chunks start from, see `tile_tangents.compose`."""
         from pararnn.kernels.triton import tile_tangents  # needs Triton
@@ -465,12 +467,12 @@ class _Call:
         launch = self.kernels.forward.tile
         assert launch is not None
         given = {
-            **self.kernels.constants[0 if unit == 1 else 1],
+            **self.kernels.constants[int(backward)],
             **found,
             "reached": reached,
             "composed": reached.new_empty(reached.shape),
             "chunks": chunks,
-            "step": 1 if unit == 1 else -1,
+            "step": -1 if backward else 1,
             "tolerance": way.tolerance,
             "HIDDEN": self.given["HIDDEN"],
             "COLUMNS": len(self.kernels.tiles.tangents),
@@ -527,7 +529,7 @@ class _Call:
                     more | {"own_report": n * chunks, "passes": 2 + n % rounds}
                     for n in range(rounds + 1)
                 ]
-                self.in_chunks(tile_forward, way, given, mends, tangents)
+                self.in_chunks(tile_forward, way, given, mends, tangents, backward=False)
                 report = report.flatten(1, 2).amax(1)
         y = y.sum(0).to(like_y.dtype) if count > 1 else y
         return y, ends, like_kept, report
@@ -606,7 +608,7 @@ class _Call:
                 mends: list[dict[str, Any]] = [
                     {} for _ in range(way.solver.max_iterations or chunks)
                 ]
-                self.in_chunks(tile_backward, way, given, mends, gather, self.segment)
+                self.in_chunks(tile_backward, way, given, mends, gather, backward=True)
         if resets:
             again = of_initial[self.batch :].unflatten(0, (self.batch, chunks)).sum(1)
             of_initial = torch.cat([of_initial[: self.batch], again])

@@ -70,6 +70,20 @@ def test_chunks_of_a_cell_that_forgets(time):
     compare(Gated(), time, "converged", 1, batch=2)
 
 
+def test_a_length_has_chunks_of_its_own():
+    """Not those of the first call, although it is the same kernel."""
+    torch.manual_seed(0)
+    cell = Gated()
+    rnn = layer(cell)
+    for time, chunk in ((2 * CHUNK, CHUNK), (2 * CHUNK + 4, CHUNK + 2), (2 * CHUNK, CHUNK)):
+        x = torch.randn(1, time, cell.input_size, dtype=torch.float64)
+        assert rnn.plan(x.shape, torch.float64).forward.solver.chunk == chunk
+        state = states(rnn, 1)
+        found = outcome(rnn, cell, x, state)
+        assert rnn.report.chunks == 2
+        assert_same(found, outcome(functools.partial(loop, cell), cell, x, state))
+
+
 def test_a_cell_that_forgets_within_a_warm_up_and_a_chunk_takes_a_second_pass():
     compare(Gated((0.05, 0.001)), 4 * CHUNK, "converged", 2)
 

@@ -198,12 +198,13 @@ class Tiled:
         plan = self.planner.plan(
             initial.device, batch, time, initial.shape[2], kept_in, kept_in.itemsize
         )
-        key = kept_in, real, plan.forward.tile, plan.adjoint.tile
+        forward, adjoint = plan.forward, plan.adjoint
+        assert forward.tile is not None and adjoint.tile is not None
+        key = kept_in, real, forward.tile, adjoint.tile
         if key not in self._kernels:
-            self._kernels[key] = _Kernels(self.tiles, kept_in, real, plan.forward, plan.adjoint)
-        return _Call(
-            self._kernels[key], self, inputs, initial, starts, batch, time, segment_of_tiles()
-        )
+            self._kernels[key] = _Kernels(self.tiles, *key)
+        sizes = batch, time, segment_of_tiles()
+        return _Call(self._kernels[key], self, forward, adjoint, inputs, initial, starts, *sizes)
 
 
 def _last_steps(initial: Tensor, starts: Tensor) -> Tensor:
@@ -222,15 +223,15 @@ class _Kernels:
         tiles: The step.
         kept_in: Type of what is handed out and of states that are kept.
         real: Type of the arithmetic.
-        forward: How the forward direction is carried out.
-        adjoint: How the backward direction is.
+        forward: How the kernels of the forward direction are launched.
+        adjoint: How those of the backward direction are.
     """
 
     tiles: Tiles
     kept_in: torch.dtype
     real: torch.dtype
-    forward: Way
-    adjoint: Way
+    forward: TileLaunch
+    adjoint: TileLaunch
 
     @functools.cached_property
     def functions(self) -> Any:
@@ -244,11 +245,10 @@ class _Kernels:
         """Compile-time arguments of both kernels."""
         return self._constants(self.forward), self._constants(self.adjoint)
 
-    def _constants(self, way: Way) -> dict[str, Any]:
+    def _constants(self, launch: TileLaunch) -> dict[str, Any]:
         import triton.language as tl
 
-        launch, found = way.tile, self.tiles
-        assert launch is not None
+        found = self.tiles
         types = {
             torch.float16: tl.float16,
             torch.bfloat16: tl.bfloat16,
@@ -339,10 +339,25 @@ def _place(
 
 @dataclass(frozen=True)
 class _Call:
-    """One call."""
+    """One call.
+
+    Attributes:
+        kernels: What is compiled, for this call and for others of other lengths.
+        path: Where it is called.
+        way_forward: How the forward direction is carried out.
+        way_backward: How the backward direction is.
+        inputs: See `Tiled`.
+        initial: States before the first step.
+        starts: Where sequences start anew, if they do.
+        batch: Sequences.
+        time: Steps.
+        segment: Steps of a segment.
+    """
 
     kernels: _Kernels
     path: Tiled
+    way_forward: Way
+    way_backward: Way
     inputs: Sequence[Tensor]
     initial: Tensor
     starts: Tensor | None
@@ -464,8 +479,7 @@ class _Call:
         """What chunks start from, see `tile_tangents.compose`."""
         from pararnn.kernels.triton import tile_tangents  # needs Triton
 
-        launch = self.kernels.forward.tile
-        assert launch is not None
+        launch = self.kernels.forward
         given = {
             **self.kernels.constants[int(backward)],
             **found,
@@ -487,7 +501,7 @@ class _Call:
         """What is handed out, the last states, those before segments, and values of the report."""
         from pararnn.kernels.triton import tile_forward, tile_tangents  # need Triton
 
-        kernels, way = self.kernels, self.kernels.forward
+        kernels, way = self.kernels, self.way_forward
         like_y, like_ends, like_kept, _ = self.path.like_states(self.inputs, self.initial)
         shape = like_y.shape
         strides, count = kernels.parts(way, kernels.tiles.readout)
@@ -540,7 +554,7 @@ class _Call:
         """Gradients of the differentiable inputs, and of initial states."""
         from pararnn.kernels.triton import tile_backward, tile_tangents  # need Triton
 
-        kernels, way, found = self.kernels, self.kernels.adjoint, self.kernels.tiles
+        kernels, way, found = self.kernels, self.way_backward, self.kernels.tiles
         results = dict(zip(found.wanted, found.gradients, strict=True))
         initial = self.initial
         _, components, hidden = initial.shape

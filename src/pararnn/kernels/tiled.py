@@ -199,7 +199,8 @@ class Tiled:
             initial.device, batch, time, initial.shape[2], kept_in, kept_in.itemsize
         )
         forward, adjoint = plan.forward, plan.adjoint
-        assert forward.tile is not None and adjoint.tile is not None
+        assert forward.tile is not None
+        assert adjoint.tile is not None
         key = kept_in, real, forward.tile, adjoint.tile
         if key not in self._kernels:
             self._kernels[key] = _Kernels(self.tiles, *key)

@@ -230,13 +230,12 @@ def calls(
     if launch.chunks == 1:
         return found
     arguments |= {"tolerance": tolerance, "damping": damping}
-    new = _corrected(edges)
-    for n in range(refine.corrected):
-        new = _corrected(edges)
+    found_by = [_corrected(edges) for _ in range(max(1, refine.corrected))]
+    for n, new in enumerate(found_by[: refine.corrected]):
         now = arguments | {"edges": edges, "corrected": new, "iteration": n + 2, "KIND": correct}
         found.append(Call(solve.correct, programs, warps, now, correct.overlap))
         edges = edges._replace(guess=new.guess, ends=new.ends)
-    last = arguments | {"corrected": new, "report": report, "most": most, "KIND": refine}
+    last = arguments | {"corrected": found_by[-1], "report": report, "most": most, "KIND": refine}
     return [*found, Call(solve.refine, parts, launch.group * warps, last, refine.overlap)]
 
 

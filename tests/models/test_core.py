@@ -16,6 +16,8 @@ ALLOWED = (
     "pararnn.planning.costs",
     "pararnn.planning.backends",  # their names
     "pararnn._lazy",
+    "pararnn._whole",
+    "pararnn._words",
     "pararnn.testing",
 )
 

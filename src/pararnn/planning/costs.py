@@ -246,8 +246,8 @@ class Costs:
     matvec_most_matrices: int = 8
     """Matrices in one kernel, at most. Estimate."""
     matvec_most_texts: int = 2
-    """Texts up to which a product is such a kernel. docs/results/language-models.md: with three it
-    is as fast as PyTorch's products, with four slower."""
+    """Texts up to which a product is such a kernel. docs/results/language-models.md: with four it
+    is slower than PyTorch's products, with three about as fast."""
 
     # The kernel for all steps of a cell whose channels mix
 

@@ -76,6 +76,7 @@ def main() -> None:
     parser = options(seconds=120.0)
     parser.add_argument("--data", nargs="+", required=True, help="text files")
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
     data, symbols = read(arguments.data)
     for layer in arguments.layers:
         torch.manual_seed(arguments.seed)

@@ -42,8 +42,8 @@ def read(steps: int, input_size: int) -> dict[str, Images]:
     a writer would be in all three.
     """
     file = load_digits()
-    x = torch.from_numpy(file.images).float().reshape(-1, steps, input_size) / 16
-    y = torch.from_numpy(file.target)
+    x = torch.tensor(file.images, dtype=torch.float32).reshape(-1, steps, input_size) / 16
+    y = torch.tensor(file.target)
     parts = [3 * len(x) // 5, 4 * len(x) // 5]
     train, valid, test = zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)
     return {"train": train, "valid": valid, "test": test}
@@ -88,6 +88,7 @@ def main() -> None:
     """Both readings with every layer, one line each."""
     parser = options(seconds=20.0)
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
     for reading, (steps, input_size) in READINGS.items():
         data = read(steps, input_size)
         for layer in arguments.layers:

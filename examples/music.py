@@ -43,7 +43,7 @@ def read(path: str) -> dict[str, Pieces]:
     if "traindata" not in file:
         raise SystemExit(f"{path} has no 'traindata'; give JSB_Chorales.mat or Nottingham.mat.")
     return {
-        split: [torch.from_numpy(piece).float() for piece in file[f"{split}data"][0]]
+        split: [torch.tensor(piece, dtype=torch.float32) for piece in file[f"{split}data"][0]]
         for split in ("train", "valid", "test")
     }
 
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.5)
     parser.add_argument("--batch-size", type=int, default=16)
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
     data = read(arguments.data)
     for layer in arguments.layers:
         torch.manual_seed(arguments.seed)

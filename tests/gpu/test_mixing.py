@@ -293,3 +293,10 @@ def test_sanitized_fused_steps(name):
     """For compute-sanitizer: `compute-sanitizer pytest -m gpu -k sanitized`."""
     of, chunks = steps_of(FUSED[name](), torch.float32, "forward", Cut(3, 11, 7))
     compare_steps(chunks, random_rows(of, chunks.cut, torch.float32), torch.float32, run=on_device)
+
+
+@pytest.mark.parametrize("name", ["gru", "block_gru"])
+def test_sanitized_few_rows(name):
+    """Programs that share channels, and wait for each other; for compute-sanitizer."""
+    rnn = RNN(SPREAD[name]().cuda(), solver=Sequential(), backend="triton")
+    compare(rnn, torch.randn(2, 20, 6, device="cuda", requires_grad=True))

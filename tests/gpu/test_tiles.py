@@ -215,3 +215,26 @@ def test_chunks_in_double_precision_and_of_packed_sequences():
         alone, end = loop(exact, x[:, a:b], states[row : row + 1].cpu())
         torch.testing.assert_close(y[:, a:b].cpu(), alone)
         torch.testing.assert_close(last[row : row + 1].cpu(), end)
+
+
+@pytest.mark.parametrize("make", MEMORIES)
+def test_sanitized_memories(make):
+    """For compute-sanitizer: `compute-sanitizer pytest -m gpu -k sanitized`."""
+    torch.manual_seed(0)
+    rnn, exact = pair(make(8, 20, 12, num_heads=2), torch.float32)
+    x, state = torch.randn(2, 37, 8).double(), 0.3 * torch.randn(2, 2, 20, 12).double()
+    expected = outcome(lambda *a: loop(exact, *a), exact, x, state, None)
+    found = outcome(rnn, rnn.cell, x.float().cuda(), state.float().cuda(), None)
+    for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
+        assert_close(f"value {i}", actual, reference, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("few_chunks")
+@pytest.mark.parametrize("make", [DeltaMemoryCell, OuterMemoryCell])
+def test_sanitized_chunks(make):
+    """Jacobi's method over chunks, and Newton's; for compute-sanitizer."""
+    torch.manual_seed(0)
+    rnn = RNN(make(8, 16, 16, num_heads=2).cuda())
+    x = torch.randn(1, 2100, 8, device="cuda", requires_grad=True)
+    rnn(x)[0].square().sum().backward()
+    assert rnn.report.chunks > 1

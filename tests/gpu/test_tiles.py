@@ -226,7 +226,7 @@ def test_sanitized_memories(make):
     expected = outcome(lambda *a: loop(exact, *a), exact, x, state, None)
     found = outcome(rnn, rnn.cell, x.float().cuda(), state.float().cuda(), None)
     for i, (actual, reference) in enumerate(zip(found, expected, strict=True)):
-        assert_close(f"value {i}", actual, reference, rtol=1e-5)
+        assert_close(f"value {i}", actual, reference, rtol=1e-4)  # a plain loop has 3e-5
 
 
 @pytest.mark.usefixtures("few_chunks")

@@ -126,3 +126,25 @@ def test_a_capture_may_take_other_kernels_than_its_warm_up(name):
     grads = torch.autograd.grad((y * cotangent).sum(), [wide, *double.parameters()])
     for place, (found, expected) in enumerate(zip(captured, (y, *grads), strict=True)):
         assert_close(f"result {place}", found.double(), expected, rtol=1e-4)
+
+
+def test_numbers_on_the_cpu():
+    """PyTorch takes them on every device: written where a mask holds, or read from outside."""
+    leak = torch.tensor(0.7)
+
+    class Leaky(nn.Module):
+        input_size = hidden_size = 8
+
+        def forward(self, x, h):
+            new = torch.tanh(x + leak * h)
+            new[h > 0.5] = 0.25
+            return new
+
+    x = torch.randn(3, 200, 8, device="cuda", requires_grad=True)
+    rnn = pararnn.RNN(Leaky())
+    for value in (0.7, -0.4):
+        leak.fill_(value)
+        y, _ = rnn(x)
+        expected, _ = loop(Leaky(), x.detach().double().cpu(), torch.zeros(3, 8).double())
+        assert_close("y", y.double().cpu(), expected, rtol=1e-5)
+        assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()

@@ -1,6 +1,6 @@
 """The functional form."""
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch
 import pararnn
 from pararnn.testing import assert_close
 
-scanning = sys.modules["pararnn.layers.scan"]  # pararnn.scan is the function
+scanning = importlib.import_module("pararnn.layers.scan")  # pararnn.scan is the function
 
 
 def gated(h, z, c, a):
@@ -137,3 +137,20 @@ def test_steps_that_differ_in_axes_of_what_they_share():
             expected = step(expected, *(d[:, t] for d in drives))
             assert torch.allclose(found[:, t], expected)
         assert torch.allclose(last, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "c"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_have_the_type_of_drives_in_half_precision(backend, dtype):
+    """Also where coefficients and the first state are in float32: drives are what is large."""
+
+    def step(h, drives, weights):
+        z, c = drives.unbind(1)
+        z = torch.sigmoid(z + weights[0] * h)
+        return (1 - z) * h + z * torch.tanh(c + weights[1] * h)
+
+    drives, weights, first = torch.randn(2, 30, 2, 8).to(dtype), torch.rand(2, 8), torch.zeros(2, 8)
+    y, last = pararnn.scan(step, first, drives, weights, backend=backend)
+    assert y.dtype is last.dtype is dtype
+    exact, _ = pararnn.scan(step, first.double(), drives.double(), weights.double())
+    assert_close("y", y.double(), exact, rtol=1e-2)

@@ -172,7 +172,7 @@ class Runner:
             x, *others = [i.example(2, device).unflatten(0, (1, 2)) for i in self.traced.given]
             given = [x.to(dtype or x.dtype), *others]
             initial = torch.zeros(1, step.num_components, step.hidden, device=device)
-            inputs = self.inputs([*tensors, *self.input_part.constants], given)
+            inputs = self.inputs(self.input_part.fixed(tensors, device), given)
             return inputs[: len(step.inputs)], initial.to(step.dtype)
 
     def plan(
@@ -234,7 +234,7 @@ class Runner:
             is the states after the last step of each sequence, (sequences, components, hidden).
             Under transforms the report is None, since each member of an ensemble has its own.
         """
-        fixed, count = [*tensors, *self.input_part.constants], len(self.traced.step.inputs)
+        fixed, count = self.input_part.fixed(tensors, given[0].device), len(self.traced.step.inputs)
         if transformed():
             inputs = self.inputs(fixed, given)
             states = transforms.solve(inputs[:count], initial, starts, self._plain)

@@ -126,7 +126,7 @@ def _of_the_trace(
     compute = _on_rows if traced.step.recurrence is None else _by_channels
     with recording(device):
         tensors = [example.tensors[name] for name in part.names]
-        inputs = run(part.module, [*tensors, *part.constants, *example.inputs])
+        inputs = run(part.module, [*part.fixed(tensors, device), *example.inputs])
         kind = arithmetic(t.dtype for t in (*inputs, *example.state))
         given = [in_type(t.detach(), kind).resolve_conj().contiguous() for t in inputs]
         state = [in_type(s.detach(), kind) for s in example.state]

@@ -269,7 +269,21 @@ class InputPart(nn.Module):
         self.module = module_of(direct(graph))
 
     def forward(self, tensors: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        return self.module.forward(*tensors, *self.constants, *inputs)
+        return self.module.forward(*self.fixed(tensors, inputs[0].device), *inputs)
+
+    def fixed(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """What `module` takes before its inputs: tensors of the cell, and its constants.
+
+        PyTorch's operations take a number on the CPU (`torch.tensor(0.5)`) on every device, and
+        kernels do not. It is read at every call, without a copy that would keep it out of a graph.
+        """
+        moved = [
+            torch.zeros((), dtype=c.dtype, device=device) + c
+            if c.dim() == 0 and c.device.type == "cpu" != device.type
+            else c
+            for c in self.constants
+        ]
+        return [*tensors, *moved]
 
 
 def operation(node: fx.Node) -> Any:
@@ -395,7 +409,9 @@ def module_from(
     for given, output in zip(inputs, outputs, strict=True):
         if output.edge not in new:
             edge = output.undo(graph, given)
-            if _is_narrow(parts, output.edge):
+            if _is_narrow(parts, output.edge) and any(
+                "dtype" not in user.meta or _is_narrow(parts, user) for user in output.edge.users
+            ):  # which compute, and so round, in its type
                 kind = {"dtype": output.edge.meta["dtype"]}
                 edge = graph.call_function(aten._to_copy.default, (edge,), kind)
             new[output.edge] = edge
@@ -468,7 +484,7 @@ def input_part(parts: Partition, outputs: Sequence[Output]) -> InputPart:
     rows = graph.call_function(torch.Tensor.size, (new[given[0]], 0))
     values = [o.emit(graph, new[o.edge], rows) for o in outputs]
     for i, output in enumerate(outputs):
-        if _is_narrow(parts, output.edge):  # states are kept in the type of the drives
+        if _is_rounded(parts, output.edge):  # states are kept in the type of the drives
             values[i] = graph.call_function(torch.Tensor.to, (values[i], capture.dtype))
     graph.output(tuple(values))
     if not rows.users:
@@ -477,7 +493,14 @@ def input_part(parts: Partition, outputs: Sequence[Output]) -> InputPart:
     return InputPart([index[n.target] for n in own], kept, graph)
 
 
-def _is_narrow(parts: Partition, edge: fx.Node) -> bool:
-    """Whether the step itself rounds an edge to a type that is narrower than the cell's."""
-    kind = edge.meta["dtype"]
+def _is_narrow(parts: Partition, node: fx.Node) -> bool:
+    """Whether a node's type has fewer bits than the cell's."""
+    kind = node.meta["dtype"]
     return kind.is_floating_point and kind.itemsize < parts.capture.dtype.itemsize
+
+
+def _is_rounded(parts: Partition, edge: fx.Node) -> bool:
+    """Whether the step itself rounds an edge; where all inputs are as narrow, they are kept so."""
+    kinds = [n.meta["dtype"] for n in parts.capture.graph.nodes if _is_input(n)]
+    sizes = [kind.itemsize for kind in kinds if kind.is_floating_point]
+    return _is_narrow(parts, edge) and edge.meta["dtype"].itemsize < max(sizes, default=8)

@@ -204,7 +204,7 @@ class Adjoint:
         """
         fixed = [inputs[int(name.removeprefix("input_"))] for name in self.part.names]
         moving = (*before, *(inputs[i] for i in self.moving), *grad_states)
-        return [*fixed, *self.part.constants, *moving]
+        return [*self.part.fixed(fixed, before[0].device), *moving]
 
 
 def step_of(

@@ -5,7 +5,6 @@ import gc
 import os
 import sys
 import warnings
-from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -37,14 +36,11 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.fixture(scope="session", autouse=True)
 def prepared_interpreter():
-    """Triton's interpreter changes its language at every call inside a kernel; once is enough."""
+    """See `triton_interpreter`."""
     if os.environ.get("TRITON_INTERPRET") == "1" and sys.platform == "linux":
-        from triton import language
-        from triton.runtime import interpreter
+        import triton_interpreter
 
-        everything = {"tl": language, "core": language.core}
-        interpreter._patch_lang(SimpleNamespace(__globals__=everything))
-        interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
+        triton_interpreter.prepare()
 
 
 @pytest.fixture(autouse=True)

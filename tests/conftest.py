@@ -26,6 +26,7 @@ gc.disable()  # until all is imported: there is no garbage, and to look for it t
 def pytest_collection_finish():
     gc.freeze()
     atexit.register(gc.unfreeze)  # what is left at exit would count as leaked
+    gc.set_threshold(20_000, 20, 100)  # of 700, 10, 10: a tenth of the time goes into looking
     gc.enable()
 
 

@@ -90,13 +90,24 @@ def tensors(real):
 
 
 def operands(real):
-    """Two tensors of one type are not converted."""
+    """Two tensors of one type are not converted, and a number takes the type of a tensor."""
+
+    def alike(value, of):
+        """The value as a tensor of a type, None where that takes more."""
+        if isinstance(value, core.tensor):
+            return value if value.dtype.name == of.name else None
+        fits = type(value) is int and (of.is_floating() or -(2**31) <= value < 2**31)
+        fits = fits or (type(value) is float and of.is_floating())
+        return SEMANTIC.scalar_constant(value, of) if fits and of.name != "int1" else None
 
     @functools.wraps(real)
     def checked(lhs, rhs, *arguments, **options):
-        both = isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor)
-        if both and lhs.dtype.name in KEPT and lhs.type.name == rhs.type.name:
-            return lhs, rhs
+        of = lhs.dtype if isinstance(lhs, core.tensor) else getattr(rhs, "dtype", None)
+        simple = len(arguments) < 3 and options.get("arithmetic_check", True)
+        if simple and of is not None and of.name in KEPT:
+            left, right = alike(lhs, of), alike(rhs, of)
+            if left is not None and right is not None:
+                return SEMANTIC.broadcast_impl_value(left, right)
         return real(lhs, rhs, *arguments, **options)
 
     return checked

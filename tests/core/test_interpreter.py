@@ -15,7 +15,7 @@ pytestmark = [
 TYPES = ("int1", "int8", "uint8", "int32", "uint32", "int64", "float16", "bfloat16")
 TYPES += ("float32", "float64")
 SHAPES = ((), (1,), (4,), (2, 1), (1, 4), (2, 4))
-NUMBERS = (True, 0, 3, 2**40, 0.5, 1e300, float("nan"))
+NUMBERS = (True, 0, -3, 2**31 - 1, 2**31, 2**40, 0.5, 1e300, float("nan"))
 
 
 def make(name, shape, pointer=False):
@@ -49,10 +49,10 @@ def outcome(function, *arguments, **options):
         return repr(seen(error))
 
 
-def operands():
-    for name, shape in itertools.product(TYPES, SHAPES):
+def operands(shapes=SHAPES):
+    for name, shape in itertools.product(TYPES, shapes):
         yield make(name, shape)
-    for shape in SHAPES:
+    for shape in shapes:
         yield make("float32", shape, pointer=True)
 
 
@@ -66,12 +66,18 @@ def function(name):
 @pytest.mark.parametrize("division", [False, True])
 def test_operands(division):
     ours = function("binary_op_type_checking_impl")
-    for lhs, rhs in itertools.product(list(operands()), [*operands(), *NUMBERS]):
+    tensors = list(operands([(), (4,), (2, 1), (1, 4)]))
+    for lhs, rhs in itertools.product(tensors, [*tensors, *NUMBERS]):
         for pair in ((lhs, rhs), (rhs, lhs)):
-            for given in ({"allow_lhs_ptr": True}, {"arithmetic_check": False}, {}):
-                options = {"div_or_mod": division, **given}
-                expected = outcome(ours.__wrapped__, *pair, **options)
-                assert outcome(ours, *pair, **options) == expected
+            for given, named in (
+                ((), {}),
+                ((True,), {}),  # pointers are allowed
+                ((False, False, False), {}),  # types may differ
+                ((), {"arithmetic_check": False}),  # likewise
+            ):
+                options = {"div_or_mod": division, **named}
+                expected = outcome(ours.__wrapped__, *pair, *given, **options)
+                assert outcome(ours, *pair, *given, **options) == expected
 
 
 def test_broadcast():

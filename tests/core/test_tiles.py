@@ -177,6 +177,17 @@ def test_tiles_in_parts(name, monkeypatch):
     compare(make(name, heads=1, **options), 2, batch=1)
 
 
+@pytest.mark.parametrize("processors", [1, 1000])
+@pytest.mark.parametrize("sizes", [(2, 64, 16), (1, 40, 32), (1, 20, 48)], ids=str)
+@pytest.mark.parametrize("name", ["WeightPerHead", "MatrixLSTM", "DriveTwice"])
+def test_states_in_panels(name, sizes, processors, monkeypatch):
+    """Of half precision, as tensor cores have them; the directions cut tiles in their own ways."""
+    real = facts.machine_of
+    many = lambda device: dataclasses.replace(real(device), processors=processors)  # noqa: E731
+    monkeypatch.setattr(facts, "machine_of", many)
+    compare(make(name, *sizes, dtype=torch.bfloat16), SEGMENT + 3, rtol=3e-2)
+
+
 @pytest.mark.parametrize("name", ["ReadsNumbers", "Reflections"])
 @pytest.mark.parametrize("sizes", [(1, 3, 64), (1, 64, 3)], ids=str)
 def test_rows_that_fill_up_a_block(name, sizes):

@@ -25,7 +25,7 @@ from pararnn.kernels.rows import Rows
 from pararnn.kernels.triton.build import load
 from pararnn.kernels.triton.device import on_device
 from pararnn.kernels.triton.tuples import Aligned
-from pararnn.planning.kernel_plans import TileLaunch, TileSizes, segment_of_tiles
+from pararnn.planning.kernel_plans import TILE, TileLaunch, TileSizes, segment_of_tiles
 from pararnn.planning.plan import BackendChoice, Facts, Way
 from pararnn.solvers.problem import has_reset_states
 from pararnn.solvers.report import COMPLETED, CONVERGED
@@ -257,7 +257,7 @@ class _Kernels:
             torch.float64: tl.float64,
         }
         place = functools.partial(_place, launch, found.split)
-        drive = functools.partial(_place, launch, found.split, may_widen=True)
+        drive = functools.partial(_place, launch, found.split, may_widen=True, direct=True)
         stored = _stored(found)
         divisors, rest = [], math.prod(found.programs)
         for size in found.programs:
@@ -267,7 +267,7 @@ class _Kernels:
             "DRIVES": tuple(map(drive, found.drive_places)),
             "COEFFICIENTS": tuple(map(place, found.coefficient_places)),
             "STATE": tuple(map(place, found.state)),
-            "STORED": tuple(map(place, stored)),
+            "STORED": tuple(place(own, in_panels=self._in_panels(own)) for own in stored),
             "Y": (place(found.readout.place),),
             "PROGRAMS": tuple(divisors),
             "NUMBERS": math.prod(found.programs),
@@ -277,6 +277,11 @@ class _Kernels:
             "num_warps": launch.warps,
             "num_stages": 1,
         }
+
+    def _in_panels(self, place: Place) -> bool:
+        """Whether states that are kept lie as tensor cores have them; see `tile_values`."""
+        multiplied = self.kept_in in _HALF and all(self.tiles.multiplied)
+        return multiplied and place.columns.size % TILE == 0
 
     def parts(self, way: Way, result: Result) -> tuple[tuple[int, ...], int]:
         """A member of `PARTS`, see `tile_values.parts_of`, and how many partial sums there are."""
@@ -313,7 +318,12 @@ def _stored(found: Tiles) -> list[Place]:
 
 
 def _place(
-    launch: TileLaunch, split: int | None, place: Place, may_widen: bool = False
+    launch: TileLaunch,
+    split: int | None,
+    place: Place,
+    may_widen: bool = False,
+    direct: bool = False,
+    in_panels: bool = False,
 ) -> tuple[Any, ...]:
     """A place as `tile_values.placed` takes it.
 
@@ -322,20 +332,27 @@ def _place(
         split: The axis of a tile that may be cut.
         place: The place.
         may_widen: Whether it is loaded, see `TileLaunch.widens`.
+        direct: Whether threads may read and write what they have of it, see `functions.read`.
+        in_panels: Whether it lies in panels.
     """
     rows = place.rows
     if may_widen and launch.widens(rows.size, place.columns.size):
         # also in rows that fill up a block: all rows are the same
         rows = Axis(0, 1 << (launch.sizes.rows - 1).bit_length())
     axes = []
-    whole = True
+    whole, span = True, 1
     for at, axis in enumerate((rows, place.columns)):
         cut = split == at and launch.parts > 1 and not place.is_matrix
         block = launch.block_of(axis.size, at, place.is_matrix)
         step = block if cut and axis.size > 1 else 0
         whole = whole and (axis.size % block == 0 if step else axis.size == block)
         axes.append((axis.stride, axis.size, block, step))
-    return (*axes[0], *axes[1], whole, *place.programs, place.offset)
+        span += (min(axis.size, block) - 1) * axis.stride
+    spans = span, 1 << (span - 1).bit_length()
+    # with products of matrices, whose layouts are not those of memory
+    direct = direct and any(launch.sizes.multiplied) and 1 in (axes[0][2], axes[1][2])
+    flags = in_panels, direct
+    return (*axes[0], *axes[1], whole, *place.programs, place.offset, *spans, *flags)
 
 
 @dataclass(frozen=True)
@@ -605,7 +622,7 @@ class _Call:
             "sum_rows": tuple(sizes[n] for n in fixed),
             "AGAIN": kernels.functions.again,
             "ADJOINT": kernels.functions.adjoint,
-            "GRADS": tuple(place(results[n].place) for n in drives),
+            "GRADS": tuple(place(results[n].place, direct=True) for n in drives),
             "GRAD_PARTS": tuple(partial[n] for n in drives),
             "SUMS": tuple(place(results[n].place) for n in fixed),
             "SUM_PARTS": tuple(partial[n] for n in fixed),
@@ -673,6 +690,6 @@ def _rows(tensor: Tensor) -> Tensor:
 def _over_time(tensor: Tensor) -> Aligned:
     import triton.language as tl
 
-    batch, time, *_ = tensor.stride()
+    batch, time = (stride * tensor.itemsize for stride in tensor.stride()[:2])
     plain = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
     return Aligned(plain, batch, time, tl.constexpr(math.gcd(batch, time, 16)))

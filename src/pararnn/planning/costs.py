@@ -306,7 +306,7 @@ class Costs:
     docs/results/matrix-memory.md."""
     tile_warps: int = 8
     """Warps of a program, at most. Estimate."""
-    tile_programs: tuple[int, int] = (8, 16)
+    tile_programs: tuple[int, int] = (8, 8)
     """Programs per multiprocessor that are wanted where a tile may be cut.
     docs/results/matrix-memory.md."""
     tile_least_entries: int = 256

@@ -81,7 +81,14 @@ def mean(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def matmul(x, y, SIZE: tl.constexpr, FACTORS: tl.constexpr):  # type: ignore[no-untyped-def]
+def matmul(  # type: ignore[no-untyped-def]
+    x,
+    y,
+    SIZE: tl.constexpr,
+    FACTORS: tl.constexpr,
+    X_TURNED: tl.constexpr,
+    Y_TURNED: tl.constexpr,
+):
     """The product of two matrices, whose entries beyond `SIZE` along the sum may be anything.
 
     Args:
@@ -89,12 +96,19 @@ def matmul(x, y, SIZE: tl.constexpr, FACTORS: tl.constexpr):  # type: ignore[no-
         y: (k, n).
         SIZE: Entries that the sum goes over.
         FACTORS: The type of the factors.
+        X_TURNED: Whether the first is given as (k, m).
+        Y_TURNED: Whether the second is given as (n, k).
     """
+    x, y = as_factor(x, FACTORS), as_factor(y, FACTORS)
+    if X_TURNED:
+        x = tl.trans(x)
+    if Y_TURNED:
+        y = tl.trans(y)
     if x.shape[1] > SIZE:
         k = tl.arange(0, x.shape[1])
         x = tl.where(k[None, :] < SIZE, x, 0.0)
         y = tl.where(k[:, None] < SIZE, y, 0.0)
-    return tl.dot(as_factor(x, FACTORS), as_factor(y, FACTORS), input_precision="ieee")
+    return tl.dot(x, through_memory(y, FACTORS), input_precision="ieee")
 
 
 @triton.jit
@@ -192,6 +206,26 @@ if interpreted():
         return number
 
     @triton.jit
+    def through_memory(y, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The tile."""
+        return y
+
+    @triton.jit
+    def times(number, stride):  # type: ignore[no-untyped-def]
+        """The product in 64 bits."""
+        return tl.cast(number, tl.int64) * stride
+
+    @triton.jit
+    def read(at, inside, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The entries at addresses, 0 where there is none."""
+        return tl.load(at, mask=inside, other=0)
+
+    @triton.jit
+    def write(at, values, inside, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Write entries."""
+        tl.store(at, values, mask=inside)
+
+    @triton.jit
     def as_factor(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         """The tile, rounded to a type; the interpreter cannot multiply in half precision."""
         return x.to(KIND).to(x.dtype)
@@ -200,6 +234,110 @@ else:
 
     def _of_library(operation: str, name: str) -> Callable[..., Any]:
         return getattr(libdevice, name)
+
+    @triton.jit
+    def through_memory(y, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The second factor of a product: where it is computed, it goes through shared memory.
+
+        Tensor cores take it turned. Turned twice, with something between that the compiler does not
+        look into, it is written and read in 8 instructions; else Triton shuffles it in 56.
+        """
+        if KIND.primitive_bitwidth == 16:
+            turned = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;",
+                "=r,r",
+                [tl.trans(y)],
+                dtype=y.dtype,
+                is_pure=True,
+                pack=2,
+            )
+            return tl.trans(turned)
+        else:
+            return y
+
+    @triton.jit
+    def times(number, stride):  # type: ignore[no-untyped-def]
+        """The product in 64 bits, of numbers of 32 bits in one instruction.
+
+        In a loop the compiler does not see that a stride has 32 bits, and takes three or four.
+        """
+        stride += number * 0  # one that is 1 is compiled in
+        if stride.dtype == tl.int32:
+            return tl.inline_asm_elementwise(
+                "mul.wide.s32 $0, $1, $2;",
+                "=l,r,r",
+                [number, stride],
+                dtype=tl.int64,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            return tl.cast(number, tl.int64) * stride
+
+    @triton.jit
+    def read(at, inside, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The entries at addresses, 0 where there is none: by every thread those that it needs.
+
+        Nobody may write them. `tl.load` would have each read by one thread, in the order of
+        memory, and hand it to the others through shared memory, with barriers.
+        """
+        kind: tl.constexpr = at.dtype.element_ty
+        bits: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
+        if bits != 16 and kind != tl.float32:
+            return tl.load(at, mask=inside, other=0)
+        elif WHOLE:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.b16 $0, [$1];" if bits == 16 else "ld.global.nc.b32 $0, [$1];",
+                "=h,l" if bits == 16 else "=f,l",
+                [at.to(tl.int64)],
+                dtype=at.dtype.element_ty,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0;"
+                " @p ld.global.nc.b16 $0, [$1]; }"
+                if bits == 16
+                else "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0;"
+                " @p ld.global.nc.b32 $0, [$1]; }",
+                "=&h,l,r" if bits == 16 else "=&f,l,r",
+                [at.to(tl.int64), inside.to(tl.int32)],
+                dtype=at.dtype.element_ty,
+                is_pure=True,
+                pack=1,
+            )
+
+    @triton.jit
+    def write(at, values, inside, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Write entries: by all threads that have them, see `read`."""
+        kind: tl.constexpr = at.dtype.element_ty
+        bits: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
+        if bits != 16 and kind != tl.float32:
+            tl.store(at, values, mask=inside)
+        elif WHOLE:
+            tl.inline_asm_elementwise(
+                "st.global.b16 [$1], $2; mov.b32 $0, 0;"
+                if bits == 16
+                else "st.global.b32 [$1], $2; mov.b32 $0, 0;",
+                "=r,l,h" if bits == 16 else "=r,l,f",
+                [at.to(tl.int64), values.to(at.dtype.element_ty)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b16 [$1], $2; } mov.b32 $0, 0;"
+                if bits == 16
+                else "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; }"
+                " mov.b32 $0, 0;",
+                "=r,l,h,r" if bits == 16 else "=r,l,f,r",
+                [at.to(tl.int64), values.to(at.dtype.element_ty), inside.to(tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
     @triton.jit
     def as_factor(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]

@@ -17,8 +17,10 @@ from pararnn.kernels.triton.tile_values import (
     cast,
     components,
     difference,
+    fetch,
     forgets,
     is_known,
+    kept_tile,
     load,
     load_edge,
     narrowed,
@@ -41,6 +43,8 @@ def run(
     high,
     writes,
     b,
+    number,
+    part,
     room,
     of_grads,
     coefficient,
@@ -71,6 +75,7 @@ def run(
     STORED: tl.constexpr,
     Y: tl.constexpr,
     GRADS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     HIDDEN: tl.constexpr,
     SEGMENT: tl.constexpr,
     REAL: tl.constexpr,
@@ -88,10 +93,15 @@ def run(
     count: tl.constexpr = len(STATE)
     found = zeros(sum_tile[0], REAL)
     again = zeros(tile[0], REAL)
+    states = components(scratch, tl.cast(room, tl.int64) * SEGMENT, HIDDEN, count)
     for back in range(0, high - low):
         segment = high - 1 - back
         begin = segment * SEGMENT
         steps = tl.minimum(SEGMENT, time - begin)
+        before, least = begin - SEGMENT, low * SEGMENT
+        fetch(drives, b, before, least, begin, number, part, DRIVES, PROGRAMS, SEGMENT)
+        if y_grad is not None:
+            fetch((y_grad,), b, before, least, begin, number, part, Y, PROGRAMS, SEGMENT)
         row = tl.cast(b, tl.int64) * segments + segment
         s = cast(load(components(kept, row, HIDDEN, count), own_tile[0], own_tile[1], STORED), REAL)
         ahead = load(begins(drives, b, begin), drive_tile[0], drive_tile[1], DRIVES)
@@ -101,14 +111,13 @@ def run(
             ahead = load(begins(drives, b, following), drive_tile[0], drive_tile[1], DRIVES)
             t = begin + i
             s = restarted(starts, initial, s, b, t, time, tile[0], tile[1], STATE, HIDDEN, REAL)
-            place = tl.cast(room, tl.int64) * SEGMENT + i
-            store(components(scratch, place, HIDDEN, count), own_tile[0], own_tile[1], s, STORED)
+            store(shifted(states, i * HIDDEN), own_tile[0], own_tile[1], s, STORED)
             s = narrowed(AGAIN(FACTORS, once, s, drive, coefficient), tile[0])
         tl.debug_barrier()
         t = begin + steps - 1
         ahead = load(begins(drives, b, t), drive_tile[0], drive_tile[1], DRIVES)
-        place = tl.cast(room, tl.int64) * SEGMENT + steps - 1
-        before = load(components(scratch, place, HIDDEN, count), own_tile[0], own_tile[1], STORED)
+        last = shifted(states, (steps - 1) * HIDDEN)
+        before = load(last, own_tile[0], own_tile[1], STORED)
         if y_grad is not None:
             from_y = load(begins((y_grad,), b, t), y_tile[0], y_tile[1], Y)
         else:
@@ -120,10 +129,8 @@ def run(
             following = tl.maximum(i - 1, 0)
             places = begins(drives, b, begin + following)
             ahead = load(places, drive_tile[0], drive_tile[1], DRIVES)
-            place = tl.cast(room, tl.int64) * SEGMENT + following
-            before = load(
-                components(scratch, place, HIDDEN, count), own_tile[0], own_tile[1], STORED
-            )
+            earlier = shifted(states, following * HIDDEN)
+            before = load(earlier, own_tile[0], own_tile[1], STORED)
             if y_grad is not None:
                 place_of_y = begins((y_grad,), b, begin + following)
                 from_y = load(place_of_y, y_tile[0], y_tile[1], Y)
@@ -134,10 +141,8 @@ def run(
                     if end_grads is not None:
                         of_end = components(end_grads, tl.load(owners + here), HIDDEN, count)
                         adjoint = cast(load(of_end, tile[0], tile[1], STATE), REAL)
-            earlier, of_drives, of_fixed = ADJOINT(
-                FACTORS, once, s, drive, coefficient, adjoint + of_y
-            )
-            adjoint = narrowed(earlier, tile[0])
+            new, of_drives, of_fixed = ADJOINT(FACTORS, once, s, drive, coefficient, adjoint + of_y)
+            adjoint = narrowed(new, tile[0])
             found = added(found, narrowed(of_fixed, sum_tile[0]))
             if writes:
                 results = added(begins(grads, b, t), of_grads)
@@ -295,7 +300,7 @@ def backward(
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
     tile = placed(number, part, STATE, PROGRAMS)
-    own_tile = placed(number, part, STORED, PROGRAMS)
+    own_tile = kept_tile(number, part, STORED, PROGRAMS)
     y_tile = placed(number, part, Y, PROGRAMS)
     grad_tile = placed(number, part, GRADS, PROGRAMS)
     sum_tile = placed(number, part, SUMS, PROGRAMS)
@@ -309,6 +314,8 @@ def backward(
         segments,
         True,
         b,
+        number,
+        part,
         b,
         of_grads,
         coefficient,
@@ -339,6 +346,7 @@ def backward(
         STORED,
         Y,
         GRADS,
+        PROGRAMS,
         HIDDEN,
         SEGMENT,
         REAL,
@@ -441,7 +449,7 @@ def sweep(
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
     tile = placed(number, part, STATE, PROGRAMS)
-    own_tile = placed(number, part, STORED, PROGRAMS)
+    own_tile = kept_tile(number, part, STORED, PROGRAMS)
     y_tile = placed(number, part, Y, PROGRAMS)
     grad_tile = placed(number, part, GRADS, PROGRAMS)
     sum_tile = placed(number, part, SUMS, PROGRAMS)
@@ -473,6 +481,8 @@ def sweep(
             high,
             phase == 4,
             b,
+            number,
+            part,
             own,
             of_grads,
             coefficient,
@@ -503,6 +513,7 @@ def sweep(
             STORED,
             Y,
             GRADS,
+            PROGRAMS,
             HIDDEN,
             SEGMENT,
             REAL,
@@ -629,7 +640,7 @@ def mend(
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
     tile = placed(number, part, STATE, PROGRAMS)
-    own_tile = placed(number, part, STORED, PROGRAMS)
+    own_tile = kept_tile(number, part, STORED, PROGRAMS)
     y_tile = placed(number, part, Y, PROGRAMS)
     grad_tile = placed(number, part, GRADS, PROGRAMS)
     sum_tile = placed(number, part, SUMS, PROGRAMS)
@@ -664,6 +675,8 @@ def mend(
             tl.where(stays, k * chunk, tl.minimum(k * chunk + chunk, segments)),
             True,
             b,
+            number,
+            part,
             first + k,
             of_grads,
             coefficient,
@@ -694,6 +707,7 @@ def mend(
             STORED,
             Y,
             GRADS,
+            PROGRAMS,
             HIDDEN,
             SEGMENT,
             REAL,

@@ -21,8 +21,10 @@ from pararnn.kernels.triton.tile_values import (
     cast,
     components,
     difference,
+    fetch,
     forgets,
     is_known,
+    kept_tile,
     load,
     load_edge,
     narrowed,
@@ -43,6 +45,8 @@ def run(
     high,
     writes,
     b,
+    number,
+    part,
     first_y,
     coefficient,
     once,
@@ -64,6 +68,7 @@ def run(
     STATE: tl.constexpr,
     STORED: tl.constexpr,
     Y: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     HIDDEN: tl.constexpr,
     SEGMENT: tl.constexpr,
     REAL: tl.constexpr,
@@ -81,8 +86,9 @@ def run(
         following = tl.minimum(t + 1, high - 1)
         ahead = load(begins(drives, b, following), drive_tile[0], drive_tile[1], DRIVES)
         s = restarted(starts, initial, s, b, t, time, tile[0], tile[1], STATE, HIDDEN, REAL)
-        if writes:  # noqa: SIM102
-            if t % SEGMENT == 0:
+        if t % SEGMENT == 0:
+            fetch(drives, b, t + SEGMENT, low, high - 1, number, part, DRIVES, PROGRAMS, SEGMENT)
+            if writes:
                 row = tl.cast(b, tl.int64) * segments + t // SEGMENT
                 store(components(kept, row, HIDDEN, count), own_tile[0], own_tile[1], s, STORED)
         new, handed = STEP(FACTORS, once, s, drive, coefficient)
@@ -166,7 +172,7 @@ def forward(
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
     tile = placed(number, part, STATE, PROGRAMS)
-    own_tile = placed(number, part, STORED, PROGRAMS)
+    own_tile = kept_tile(number, part, STORED, PROGRAMS)
     y_tile = placed(number, part, Y, PROGRAMS)
     first_y = parts_of(number, part, (y_part,), Y_PARTS, PROGRAMS)
     coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
@@ -177,6 +183,8 @@ def forward(
         time,
         True,
         b,
+        number,
+        part,
         first_y,
         coefficient,
         once,
@@ -198,6 +206,7 @@ def forward(
         STATE,
         STORED,
         Y,
+        PROGRAMS,
         HIDDEN,
         SEGMENT,
         REAL,
@@ -331,7 +340,7 @@ def sweep(
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
     tile = placed(number, part, STATE, PROGRAMS)
-    own_tile = placed(number, part, STORED, PROGRAMS)
+    own_tile = kept_tile(number, part, STORED, PROGRAMS)
     y_tile = placed(number, part, Y, PROGRAMS)
     first_y = parts_of(number, part, (y_part,), Y_PARTS, PROGRAMS)
     coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
@@ -357,6 +366,8 @@ def sweep(
             low + steps,
             phase == 4,
             b,
+            number,
+            part,
             first_y,
             coefficient,
             once,
@@ -378,6 +389,7 @@ def sweep(
             STATE,
             STORED,
             Y,
+            PROGRAMS,
             HIDDEN,
             SEGMENT,
             REAL,
@@ -526,7 +538,7 @@ def mend(
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
     tile = placed(number, part, STATE, PROGRAMS)
-    own_tile = placed(number, part, STORED, PROGRAMS)
+    own_tile = kept_tile(number, part, STORED, PROGRAMS)
     y_tile = placed(number, part, Y, PROGRAMS)
     first_y = parts_of(number, part, (y_part,), Y_PARTS, PROGRAMS)
     coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
@@ -556,6 +568,8 @@ def mend(
             k * chunk + steps,
             True,
             b,
+            number,
+            part,
             first_y,
             coefficient,
             once,
@@ -577,6 +591,7 @@ def mend(
             STATE,
             STORED,
             Y,
+            PROGRAMS,
             HIDDEN,
             SEGMENT,
             REAL,

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pararnn.kernels.lowering import OF_TILES
 from pararnn.kernels.triton.expressions import equations
 from pararnn.kernels.triton.steps import Module, Precision
-from pararnn.tracing.expressions import LEAVES, Expression, Operand, operands, topological
+from pararnn.tracing.expressions import (
+    LEAVES,
+    Expression,
+    Operand,
+    make,
+    operands,
+    rewrite,
+    topological,
+)
 from pararnn.tracing.tiles import Place, Tiles
 
 _ALONG = {"total": "total_along", "max": "largest_along", "min": "smallest_along"}
@@ -41,7 +49,8 @@ def tiled_source(tiles: Tiles, precision: Precision) -> str:
             return f"(({args[0]}) * once)"
         if op == "matmul":
             module.used.add(op)
-            return f"matmul({args[0]}, {args[1]}, {_whole(args[2])}, FACTORS)"
+            turned = ", ".join(str(bool(_whole(a))) for a in args[3:])
+            return f"matmul({args[0]}, {args[1]}, {_whole(args[2])}, FACTORS, {turned})"
         if op == "total":
             module.used.add("total_of")
             return f"total_of({args[0]}, {_whole(args[1])}, {_whole(args[2])})"
@@ -59,8 +68,12 @@ def tiled_source(tiles: Tiles, precision: Precision) -> str:
     flags = ["FACTORS: tl.constexpr", "once"]
     handed = [tiles.readout.expression]
     like = lambda roots: _like_state(tiles, roots)  # noqa: E731
-    module.function("step", leaves, [tiles.step, handed], flags=flags, shaped=like)
-    module.function("again", leaves, [tiles.step], flags=flags, shaped=like)
+
+    def function(name: str, results: Sequence[Sequence[Operand]]) -> None:
+        module.function(name, leaves, _turned_inside(results), flags=flags, shaped=like)
+
+    function("step", [tiles.step, handed])
+    function("again", [tiles.step])
     found = dict(zip(tiles.wanted, tiles.gradients, strict=True))
     grads = [
         [found[n].expression for n in numbers if n in found]
@@ -71,13 +84,29 @@ def tiled_source(tiles: Tiles, precision: Precision) -> str:
     if len(tiles.tangents) == 1:
         rows = columns
     if columns:
-        module.function("tangent", leaves, [tiles.step, columns], flags=flags, shaped=like)
+        function("tangent", [tiles.step, columns])
     leaves = {**leaves, "adjoint": len(tiles.step) + 1}
-    module.function("adjoint", leaves, [tiles.adjoints, *grads], flags=flags, shaped=like)
+    function("adjoint", [tiles.adjoints, *grads])
     if columns:
-        results = [tiles.step, tiles.adjoints, rows]
-        module.function("gather", leaves, results, flags=flags, shaped=like)
+        function("gather", [tiles.step, tiles.adjoints, rows])
     return module.text("a cell's step, for the kernels of tiles", equations(tiles.step))
+
+
+def _turned_inside(results: Sequence[Sequence[Operand]]) -> list[list[Operand]]:
+    """The same, where factors of products are turned by these, after they are rounded.
+
+    Half as much then goes through shared memory, in the way that is made for it.
+    """
+
+    def rule(op: str, args: tuple[Operand, ...]) -> Operand:
+        if op != "matmul":
+            return make(op, *args)
+        turned = [isinstance(a, Expression) and a.op == "turned" for a in args[:2]]
+        factors = [a.args[0] if t else a for a, t in zip(args[:2], turned, strict=True)]  # type: ignore[union-attr]
+        return make(op, *factors, args[2], *map(float, turned))
+
+    new = iter(rewrite([root for members in results for root in members], rule))
+    return [[next(new) for _ in members] for members in results]
 
 
 def _like_state(tiles: Tiles, results: Sequence[Sequence[Operand]]) -> list[str | None]:
@@ -98,7 +127,11 @@ def _like_state(tiles: Tiles, results: Sequence[Sequence[Operand]]) -> list[str 
         if node.op == "turned":
             axes[node] = {1 - a for a in axes[node]}
         elif node.op == "matmul":
-            axes[node] = (given[0] & {0}) | (given[1] & {1})
+            x, y = (
+                {1 - a for a in own} if turned else own
+                for own, turned in zip(given, node.args[3:], strict=True)
+            )
+            axes[node] = (x & {0}) | (y & {1})
         elif node.op == "total":
             axes[node] = set()
         elif node.op[:-1] in _ALONG:

@@ -22,6 +22,7 @@ from pararnn.kernels.triton.tile_values import (
     begins,
     cast,
     components,
+    kept_tile,
     load,
     load_edge,
     narrowed,
@@ -325,7 +326,7 @@ def gather(
     drive_tile = placed(number, part, DRIVES, PROGRAMS)
     fixed_tile = placed(number, part, COEFFICIENTS, PROGRAMS)
     tile = placed(number, part, STATE, PROGRAMS)
-    own_tile = placed(number, part, STORED, PROGRAMS)
+    own_tile = kept_tile(number, part, STORED, PROGRAMS)
     y_tile = placed(number, part, Y, PROGRAMS)
     coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
     found = zeros(tile[0], REAL)

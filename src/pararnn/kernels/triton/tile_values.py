@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from pararnn.kernels.triton.functions import anew, magnitude, uniform
+from pararnn.kernels.triton.functions import (
+    anew,
+    magnitude,
+    prefetch,
+    read,
+    times,
+    uniform,
+    write,
+)
 
 # Tuples in these kernels, one entry for each value:
 # at: addresses of a row, or of a row at a step
@@ -20,19 +28,117 @@ def placed(number, part, PLACES: tl.constexpr, PROGRAMS: tl.constexpr):
         part: Number of the part of the tile.
         PLACES: Each is (stride, size, block and step from part to part of the rows; the same of the
             columns; whether all entries are there; strides of the axes of the programs; where the
-            first entry lies).
+            first entry lies; from there to the last one, at most, and 1 more, and the next power
+            of 2; whether it lies in panels, see `kept_tile`; whether each thread reads and writes
+            what it has of it, see `functions.read`).
         PROGRAMS: Axes of the programs, each (size, programs from one index to the next).
     """
     offsets, inside = (), ()
     for n in tl.static_range(len(PLACES)):
-        first = PLACES[n][9 + len(PROGRAMS)]
-        for a in tl.static_range(len(PROGRAMS)):
-            first += number // PROGRAMS[a][1] % PROGRAMS[a][0] * PLACES[n][9 + a]
-        r = tl.arange(0, PLACES[n][2])[:, None] + part * PLACES[n][3]
-        c = tl.arange(0, PLACES[n][6])[None, :] + part * PLACES[n][7]
-        offsets = offsets + (first + r * PLACES[n][0] + c * PLACES[n][4],)
-        inside = inside + ((r < PLACES[n][1]) & (c < PLACES[n][5]),)
+        own = placed_alone(number, part, PLACES, n, PROGRAMS)
+        offsets, inside = offsets + (own[0],), inside + (own[1],)
     return offsets, inside
+
+
+@triton.jit
+def kept_tile(number, part, PLACES: tl.constexpr, PROGRAMS: tl.constexpr):
+    """The same of states that are kept, which may lie in panels of 8 columns.
+
+    They are read and written in pairs of neighbours, each by the thread that has it in a product
+    of matrices: nothing goes through shared memory, and 32 threads have 128 bytes side by side.
+    """
+    offsets, inside = (), ()
+    for n in tl.static_range(len(PLACES)):
+        own = placed_alone(number, part, PLACES, n, PROGRAMS)
+        if PLACES[n][12 + len(PROGRAMS)]:
+            own = in_panels(number, part, PLACES, n, PROGRAMS)
+        offsets, inside = offsets + (own[0],), inside + (own[1],)
+    return offsets, inside
+
+
+@triton.jit
+def in_panels(number, part, PLACES: tl.constexpr, N: tl.constexpr, PROGRAMS: tl.constexpr):
+    """The offsets of a tile's entries in panels (rows, panels, 8), and which of them there are.
+
+    Told that more than a pair is contiguous, the compiler would have a thread take more. Rows and
+    columns are numbered in one go, so that it sees the constants by which offsets differ.
+    """
+    size: tl.constexpr = PLACES[N][1] * 8
+    step_r: tl.constexpr = PLACES[N][3]
+    step_c: tl.constexpr = PLACES[N][7]
+    first = first_entry(number, 0, PLACES, N, PROGRAMS) + part * (step_r * 8 + step_c // 8 * size)
+    r = tl.arange(0, PLACES[N][2])[:, None, None]
+    panel = tl.arange(0, PLACES[N][6] // 8)[None, :, None]
+    c = tl.arange(0, 8)[None, None, :]
+    entry = tl.reshape(tl.arange(0, PLACES[N][2] * 8), [PLACES[N][2], 1, 8])
+    offsets = entry + panel * size + tl.cast(first, tl.int64)
+    offsets = tl.multiple_of(tl.max_contiguous(offsets, [1, 1, 2]), [1, 1, 2])
+    inside_r = r < PLACES[N][1] - part * step_r
+    return offsets, inside_r & (panel * 8 + c < PLACES[N][5] - part * step_c)
+
+
+@triton.jit
+def placed_alone(number, part, PLACES: tl.constexpr, N: tl.constexpr, PROGRAMS: tl.constexpr):
+    """What `placed` says of value `N`."""
+    # what all entries share is added last, in 64 bits: then the compiler sees that the rest
+    # differs by constants, which instructions have room for
+    r, c = tl.arange(0, PLACES[N][2])[:, None], tl.arange(0, PLACES[N][6])[None, :]
+    first = tl.cast(first_entry(number, part, PLACES, N, PROGRAMS), tl.int64)
+    offsets = r * PLACES[N][0] + c * PLACES[N][4] + first
+    below_r, below_c = PLACES[N][1] - part * PLACES[N][3], PLACES[N][5] - part * PLACES[N][7]
+    return offsets, (r < below_r) & (c < below_c)
+
+
+@triton.jit
+def first_entry(number, part, PLACES: tl.constexpr, N: tl.constexpr, PROGRAMS: tl.constexpr):
+    """The offset of the first entry of a program's tile of value `N`; see `placed`."""
+    step: tl.constexpr = PLACES[N][3] * PLACES[N][0] + PLACES[N][7] * PLACES[N][4]
+    first = PLACES[N][9 + len(PROGRAMS)] + part * step
+    for a in tl.static_range(len(PROGRAMS)):
+        first += number // PROGRAMS[a][1] % PROGRAMS[a][0] * PLACES[N][9 + a]
+    return first
+
+
+@triton.jit
+def fetch(
+    tensors,
+    sequence,
+    step,
+    low,
+    high,
+    number,
+    part,
+    PLACES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Bring values of some steps from `step` on into the L2 cache, of those from `low` to `high`.
+
+    Then a step waits for that cache and not for memory, although it loads but one step ahead.
+    """
+    for n in tl.static_range(len(PLACES)):
+        if PLACES[n][11 + len(PROGRAMS)] <= 4096:
+            fetch_value(
+                tensors[n],
+                tl.cast(sequence, tl.int64) * tensors[n].batch,
+                step,
+                low,
+                high,
+                first_entry(anew(number), part, PLACES, n, PROGRAMS),
+                PLACES[n][10 + len(PROGRAMS)],
+                PLACES[n][11 + len(PROGRAMS)],
+                STEPS,
+            )
+
+
+@triton.jit
+def fetch_value(
+    tensor, at, step, low, high, first, SPAN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr
+):
+    """Bring one of them."""
+    size: tl.constexpr = tensor.at.dtype.element_ty.primitive_bitwidth // 8
+    begin = tensor.at.to(tl.pointer_type(tl.uint8)) + at + tl.cast(first, tl.int64) * size
+    prefetch(begin, tensor.time, step, low, high, SPAN * size, STEPS, BLOCK * size)
 
 
 @triton.jit
@@ -49,10 +155,14 @@ def load(at, offsets, inside, PLACES: tl.constexpr):
     """The tiles of values."""
     found = ()
     for n in tl.static_range(len(PLACES)):
-        if PLACES[n][8]:
+        if PLACES[n][-1] and PLACES[n][2] * PLACES[n][6] >= 32:
+            value = read(at[n] + offsets[n], inside[n], PLACES[n][8])
+        elif PLACES[n][8]:
             value = tl.load(at[n] + offsets[n])
         else:
             value = tl.load(at[n] + offsets[n], mask=inside[n], other=0)
+        if len(offsets[n].shape) == 3:
+            value = tl.reshape(value, [value.shape[0], value.shape[1] * 8])
         found = found + (value,)
     return found
 
@@ -63,7 +173,7 @@ def narrowed(values, offsets):
     found = ()
     for n in tl.static_range(len(values)):
         value = values[n]
-        if len(value.shape) == 2:  # else it is a number  # noqa: SIM102
+        if len(value.shape) == 2 and len(offsets[n].shape) == 2:  # not a number  # noqa: SIM102
             if value.shape[0] > offsets[n].shape[0]:
                 value = tl.max(value, 0)[None, :]
         found = found + (value,)
@@ -75,11 +185,30 @@ def store(at, offsets, inside, values, PLACES: tl.constexpr):
     """Write the tiles of values."""
     own = narrowed(values, offsets)
     for n in tl.static_range(len(PLACES)):
-        value = tl.broadcast_to(own[n], offsets[n].shape)
-        if PLACES[n][8]:
-            tl.store(at[n] + offsets[n], value)
+        store_one(at[n], offsets[n], inside[n], own[n], PLACES[n][8], PLACES[n][-1])
+
+
+@triton.jit
+def store_one(at, offsets, inside, value, WHOLE: tl.constexpr, DIRECT: tl.constexpr):
+    """Write one of them; see `placed`."""
+    if len(offsets.shape) == 3:
+        value = tl.broadcast_to(value, [offsets.shape[0], offsets.shape[1] * 8])
+        store_or_mask(at + offsets, tl.reshape(value, offsets.shape), inside, WHOLE)
+    else:
+        value = tl.broadcast_to(value, offsets.shape)
+        if DIRECT and offsets.shape[0] >= 32:
+            write(at + offsets, value, inside, WHOLE)
         else:
-            tl.store(at[n] + offsets[n], value, mask=inside[n])
+            store_or_mask(at + offsets, value, inside, WHOLE)
+
+
+@triton.jit
+def store_or_mask(at, value, inside, WHOLE: tl.constexpr):
+    """Write a tile, of which all entries may be there."""
+    if WHOLE:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=inside)
 
 
 @triton.jit
@@ -87,9 +216,9 @@ def begins(tensors, sequence, step):
     """Where a step of a sequence begins in tensors over time (`tuples.Aligned`)."""
     found = ()
     for n in tl.static_range(len(tensors)):
-        at = tl.cast(sequence, tl.int64) * tensors[n].batch
-        at += tl.cast(step, tl.int64) * tensors[n].time
-        found = found + (tensors[n].at + tl.multiple_of(at, tensors[n].align),)
+        at = tl.cast(sequence, tl.int64) * tensors[n].batch + times(step, tensors[n].time)
+        begin = tensors[n].at.to(tl.pointer_type(tl.uint8)) + tl.multiple_of(at, tensors[n].align)
+        found = found + (begin.to(tensors[n].at.dtype),)
     return found
 
 

@@ -17,7 +17,7 @@ InHeads = namedtuple("InHeads", "at batch time head size")
 # A tensor (batch, time, channels), and its strides.
 OverTime = namedtuple("OverTime", "at batch time")
 
-# The same, with a power of two that divides both strides, which is compiled in.
+# The same, with strides in bytes and a power of two that divides both, which is compiled in.
 Aligned = namedtuple("Aligned", "at batch time align")
 
 # What a system is given.

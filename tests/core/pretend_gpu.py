@@ -18,6 +18,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from pararnn.kernels import turns
+from pararnn.kernels.triton import device
 
 GPU = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -62,13 +63,15 @@ def pretend_gpu(multiprocessors: int = 132, capability: tuple[int, int] = (9, 0)
     """
     _device_constructors()  # PyTorch remembers the factories of its first call; not those of below
     properties = types.SimpleNamespace(multi_processor_count=multiprocessors)
-    stream = types.SimpleNamespace(cuda_stream=0, device=GPU, wait_event=lambda *_: None)
+    waits = {"wait_event": lambda *_: None, "wait_stream": lambda *_: None}
+    stream = types.SimpleNamespace(cuda_stream=0, device=GPU, **waits)
     cuda = {
         "is_available": lambda: True,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: capability,
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
+        "stream": lambda *_: contextlib.nullcontext(),
         "Event": lambda: types.SimpleNamespace(record=lambda *_: None),
         "is_current_stream_capturing": lambda: False,
         "device": lambda *_: contextlib.nullcontext(),
@@ -82,6 +85,7 @@ def pretend_gpu(multiprocessors: int = 132, capability: tuple[int, int] = (9, 0)
             mock.patch.object(owner, name, new)
         )
         stack.enter_context(mock.patch.dict(turns._ends, clear=True))
+        change(device, "_other_stream", lambda *_: stream)
         for name, new in cuda.items():
             change(torch.cuda, name, new)
         for name in (*_FACTORIES, *_LIKE):

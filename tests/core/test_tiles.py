@@ -13,6 +13,7 @@ from pararnn import RNN, diagnose, scan
 from pararnn.kernels import facts
 from pararnn.kernels.tiled import tiles_of
 from pararnn.planning.costs import COSTS
+from pararnn.planning.kernel_plans import TileSizes, plan_tiles
 from pararnn.planning.plan import BackendError
 from pararnn.testing import assert_close, loop
 
@@ -188,10 +189,19 @@ def test_states_in_panels(name, sizes, processors, monkeypatch):
     compare(make(name, *sizes, dtype=torch.bfloat16), SEGMENT + 3, rtol=3e-2)
 
 
-@pytest.mark.parametrize("name", ["ReadsNumbers", "Reflections"])
+@pytest.mark.parametrize("name", ["ReadsNumbers", "Reflections", "GatesOfAllKinds"])
 @pytest.mark.parametrize("sizes", [(1, 3, 64), (1, 64, 3)], ids=str)
 def test_rows_that_fill_up_a_block(name, sizes):
     compare(make(name, *sizes), 2, batch=1)
+
+
+def test_registers_leave_room_for_programs():
+    """A scheduler has 16,384: two warps of 255 or three of 168, which suffice forward."""
+    sizes = TileSizes(33, 16, 64, None, (False, False))
+    found = [plan_tiles(sizes, batch, 1, 132, backward=False) for batch in (32, 33, 64)]
+    assert [launch.warps for launch in found] == [1, 1, 1]
+    assert [launch.registers for launch in found] == [255, 168, 168]
+    assert plan_tiles(sizes, 64, 1, 132, backward=True).registers == 255
 
 
 def test_a_cell_that_computes_in_a_wider_type():

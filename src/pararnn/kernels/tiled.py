@@ -23,7 +23,7 @@ from pararnn.kernels.facts import Planner
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.rows import Rows
 from pararnn.kernels.triton.build import load
-from pararnn.kernels.triton.device import on_device
+from pararnn.kernels.triton.device import on_device, side_by_side
 from pararnn.kernels.triton.tuples import Aligned
 from pararnn.planning.kernel_plans import TILE, TileLaunch, TileSizes, segment_of_tiles
 from pararnn.planning.plan import BackendChoice, Facts, Way
@@ -246,6 +246,13 @@ class _Kernels:
         """Compile-time arguments of both kernels."""
         return self._constants(self.forward), self._constants(self.adjoint)
 
+    @functools.cached_property
+    def alone(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same where chunks of time are run one after another."""
+        launches = [replace(way, warps=way.warps_alone) for way in (self.forward, self.adjoint)]
+        forward, adjoint = map(self._constants, launches)
+        return forward, adjoint
+
     def _constants(self, launch: TileLaunch) -> dict[str, Any]:
         import triton.language as tl
 
@@ -276,6 +283,7 @@ class _Kernels:
             "FACTORS": types[self.kept_in if self.kept_in in _HALF else self.real],
             "num_warps": launch.warps,
             "num_stages": 1,
+            "maxnreg": launch.registers,
         }
 
     def _in_panels(self, place: Place) -> bool:
@@ -351,7 +359,8 @@ def _place(
     spans = span, 1 << (span - 1).bit_length()
     # with products of matrices, whose layouts are not those of memory
     direct = direct and any(launch.sizes.multiplied) and 1 in (axes[0][2], axes[1][2])
-    flags = in_panels, direct
+    narrows = rows is not place.rows and launch.narrows
+    flags = in_panels, narrows, direct
     return (*axes[0], *axes[1], whole, *place.programs, place.offset, *spans, *flags)
 
 
@@ -449,7 +458,6 @@ class _Call:
             tangents: Runs chunks for their tangents, given further arguments.
             backward: Whether time runs backwards, and is counted in segments.
         """
-        assert way.tile is not None
         chunks, edges = self.chunks(way), self.edges(self.chunks(way))
         unit = self.segment if backward else 1
         chunk, warm = int(way.solver.chunk) // unit, way.warm_up // unit
@@ -458,22 +466,23 @@ class _Call:
         verdict = self.initial.new_empty(self.programs(way), dtype=torch.int32)
         given = {**given, "chunks": chunks, "chunk": chunk, "tolerance": way.tolerance}
         sweeps = {**given, **edges, "verdict": verdict, "warm": warm}
-        sweeps |= {"within": warm if newton else warm + chunk}
+        # with tangents at hand, a chunk that does not fit after its warm-up was swept in vain
+        sweeps |= {"within": warm // 2 if newton else warm + chunk}
         kernels.sweep[self.programs(way)](**sweeps, probes=1)
-        kernels.sweep[self.programs(way, chunks)](**sweeps, probes=0)
+        sweep = lambda: kernels.sweep[self.programs(way, chunks)](**sweeps, probes=0)  # noqa: E731
         found: dict[str, Tensor | None] = {"verdict": verdict}
         if newton:
             columns = len(self.kernels.tiles.tangents)
             found["base"] = None if backward else self.edge(chunks)  # adjoints start from zeros
             found |= {"ended": self.edge(chunks), "matrices": self.edge(chunks, columns)}
-            more = {"chunks": chunks, "chunk": chunk, "warm": warm, "COLUMNS": columns}
-            tangents({**more, **found, "begun": 0})
+            more = {"chunks": chunks, "chunk": chunk, "warm": warm, "COLUMNS": columns, **found}
+            side_by_side(self.initial, sweep, lambda: tangents({**more, "begun": 0}))
+        else:
+            sweep()
         for n, own in enumerate(mends):
             new, composed, each = self.edges(chunks), None, 1
             if n == len(mends) - 1:
-                own = {**own, "num_warps": way.tile.warps_alone}
-                given.pop("num_warps")
-                each = chunks
+                given, each = {**given, **self.kernels.alone[int(backward)]}, chunks
             elif newton:
                 reached, compose = edges["reached"], functools.partial(self.compose, way, chunks)
                 if n > 0 and not affine:
@@ -673,7 +682,7 @@ def _joined(found: Tiles, number: int, pieces: Sequence[Tensor]) -> Tensor:
 
 def _launch(kernel: Any, grid: tuple[int], given: dict[str, Any]) -> None:
     """Launch a kernel that takes some of the arguments of another one."""
-    names = {*kernel.arg_names, "num_warps", "num_stages"}
+    names = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
     kernel[grid](**{name: value for name, value in given.items() if name in names})
 
 

@@ -312,6 +312,15 @@ class Costs:
     tile_least_entries: int = 256
     """Entries of a tile per warp, at least, where there are too few programs: forward, since
     backward warps of one program wait for each other too often. docs/results/matrix-memory.md."""
+    schedulers: int = 4
+    """Of a multiprocessor, by count. A warp belongs to one, and has registers of its share."""
+    scheduler_registers: int = 16384
+    """Of a scheduler, by count."""
+    tile_registers: float = 5.25
+    """Registers that a thread needs for each of its entries, forward, so that none are spilled: a
+    scheduler has room for three warps of 168. docs/results/matrix-memory.md."""
+    tile_most_registers: int = 255
+    """Of a thread. Backward all are needed. docs/results/matrix-memory.md."""
     tile_least: int = 16
     """Rows or columns of a part of a tile, at least: what tensor cores take, by count."""
     tile_warm_up: tuple[int, int, int] = (64, 128, 256)

@@ -309,12 +309,14 @@ class TileLaunch:
         parts: Programs that share a tile.
         warps: Warps of a program.
         warps_alone: The same where chunks of time are run one after another.
+        registers: Of a thread, at most.
     """
 
     sizes: TileSizes
     parts: int
     warps: int
     warps_alone: int
+    registers: int
 
     def block_of(self, size: int, axis: int, whole: bool) -> int:
         """Entries that a program has of an axis.
@@ -340,6 +342,14 @@ class TileLaunch:
         own.
         """
         return rows == 1 and columns >= 32 and not any(self.sizes.multiplied)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether one row is left of such a value when it has been loaded.
+
+        One warp just leaves the others out. Of several, each would have to hand its rows to others.
+        """
+        return self.warps == 1
 
 
 def segment_of_tiles(costs: Costs = COSTS) -> int:
@@ -438,7 +448,14 @@ def plan_tiles(
         return found
 
     alone = batch * sizes.programs * parts
-    return TileLaunch(sizes, parts, warps(chunks * alone), warps(alone))
+    own = warps(chunks * alone)
+    registers = costs.tile_most_registers
+    if not backward:
+        together = -(-chunks * alone * own // (processors * costs.schedulers))
+        room = costs.scheduler_registers // (32 * together) // 8 * 8
+        needed = int(costs.tile_registers * entries) // (32 * own)
+        registers = min(max(room, needed), registers)
+    return TileLaunch(sizes, parts, own, warps(alone), registers)
 
 
 def _may_have(entries: int, costs: Costs) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,6 +26,30 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     import numpy as np  # the interpreter's: floating point is to behave as on a GPU
 
     return np.errstate(all="ignore")
+
+
+def side_by_side(tensor: Tensor, first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Launch kernels by two functions, which may run at the same time on the device of a tensor.
+
+    What is launched later waits for both. Neither may allocate memory.
+    """
+    if not tensor.is_cuda:
+        first()
+        second()
+        return
+    current = torch.cuda.current_stream(tensor.device)
+    other = _other_stream(tensor.device, current.cuda_stream)
+    other.wait_stream(current)
+    first()
+    with torch.cuda.stream(other):
+        second()
+    current.wait_stream(other)
+
+
+@functools.cache
+def _other_stream(device: torch.device, current: int) -> torch.cuda.Stream:
+    """One for each: a capture of a stream takes in all that is launched on its other one."""
+    return torch.cuda.Stream(device)
 
 
 @functools.cache

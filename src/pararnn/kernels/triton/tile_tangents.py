@@ -22,6 +22,7 @@ from pararnn.kernels.triton.tile_values import (
     begins,
     cast,
     components,
+    fetch,
     kept_tile,
     load,
     load_edge,
@@ -173,6 +174,7 @@ def tangents(
     NUMBERS: tl.constexpr,
     SPLIT: tl.constexpr,
     HIDDEN: tl.constexpr,
+    SEGMENT: tl.constexpr,
     COLUMNS: tl.constexpr,
     REAL: tl.constexpr,
     FACTORS: tl.constexpr,
@@ -204,6 +206,7 @@ def tangents(
         NUMBERS: As above.
         SPLIT: As above.
         HIDDEN: As above.
+        SEGMENT: As above.
         COLUMNS: Of a tangent.
         REAL: As above.
         FACTORS: As above.
@@ -229,6 +232,9 @@ def tangents(
         matrix = identity(tile[0], COLUMNS, REAL)
         ahead = load(begins(drives, b, low), drive_tile[0], drive_tile[1], DRIVES)
         for t in range(low, high):
+            if t % SEGMENT == 0:
+                most = high - 1
+                fetch(drives, b, t + SEGMENT, low, most, number, part, DRIVES, PROGRAMS, SEGMENT)
             drive = cast(ahead, REAL)
             following = tl.minimum(t + 1, high - 1)
             ahead = load(begins(drives, b, following), drive_tile[0], drive_tile[1], DRIVES)
@@ -331,8 +337,13 @@ def gather(
     coefficient = cast(load(coefficients, fixed_tile[0], fixed_tile[1], COEFFICIENTS), REAL)
     found = zeros(tile[0], REAL)
     matrix = identity(tile[0], COLUMNS, REAL)
+    most = (k * chunk + chunk) * SEGMENT - 1
     for segment in range(k * chunk, k * chunk + chunk * needed):
         begin = segment * SEGMENT
+        after = begin + SEGMENT
+        fetch(drives, b, after, begin, most, number, part, DRIVES, PROGRAMS, SEGMENT)
+        if y_grad is not None:
+            fetch((y_grad,), b, after, begin, most, number, part, Y, PROGRAMS, SEGMENT)
         at = tl.cast(b, tl.int64) * segments + segment
         s = cast(load(components(kept, at, HIDDEN, count), own_tile[0], own_tile[1], STORED), REAL)
         ahead = load(begins(drives, b, begin), drive_tile[0], drive_tile[1], DRIVES)

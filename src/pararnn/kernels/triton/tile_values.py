@@ -29,8 +29,9 @@ def placed(number, part, PLACES: tl.constexpr, PROGRAMS: tl.constexpr):
         PLACES: Each is (stride, size, block and step from part to part of the rows; the same of the
             columns; whether all entries are there; strides of the axes of the programs; where the
             first entry lies; from there to the last one, at most, and 1 more, and the next power
-            of 2; whether it lies in panels, see `kept_tile`; whether each thread reads and writes
-            what it has of it, see `functions.read`).
+            of 2; whether it lies in panels, see `kept_tile`; whether all rows are the same, so that
+            one is enough; whether each thread reads and writes what it has of it, see
+            `functions.read`).
         PROGRAMS: Axes of the programs, each (size, programs from one index to the next).
     """
     offsets, inside = (), ()
@@ -151,6 +152,12 @@ def cast(values, REAL: tl.constexpr):
 
 
 @triton.jit
+def first_of(a, b):
+    """The first of two."""
+    return a
+
+
+@triton.jit
 def load(at, offsets, inside, PLACES: tl.constexpr):
     """The tiles of values."""
     found = ()
@@ -163,6 +170,8 @@ def load(at, offsets, inside, PLACES: tl.constexpr):
             value = tl.load(at[n] + offsets[n], mask=inside[n], other=0)
         if len(offsets[n].shape) == 3:
             value = tl.reshape(value, [value.shape[0], value.shape[1] * 8])
+        if PLACES[n][-2]:
+            value = tl.reduce(value, 0, first_of)[None, :]
         found = found + (value,)
     return found
 

@@ -97,7 +97,6 @@ def test_only_the_planner_decides():
     assert who("COSTS", imported) == {  # numbers of a kernel, whatever the call
         "kernels/c/source.py",
         "kernels/graphs.py",
-        "kernels/matvec.py",
         "kernels/matvec_fusion.py",
         "kernels/pointwise.py",
     }

@@ -12,6 +12,7 @@ if sys.platform != "linux":
 
 
 from pararnn.kernels.matvec_fusion import FuseMatvecs
+from pararnn.kernels.triton import device
 from pararnn.planning.kernel_plans import plan_matvec
 from pararnn.testing import assert_close
 
@@ -259,7 +260,28 @@ def test_launches_have_all_rows_and_fit(rows, inner, heads):
         assert launch.rows * launch.block * itemsize <= 128 * 32 * launch.warps
         tiles_of_a_thread = launch.ahead * launch.rows * launch.block * itemsize / 32 / launch.warps
         assert launch.ahead == 1 or tiles_of_a_thread <= 192
-        assert 1 <= launch.programs <= -(-rows // launch.rows) * 2
+        tiles = -(-rows // launch.rows) * 2
+        assert 1 <= launch.programs <= tiles
+        assert launch.group <= -(-tiles // launch.programs)
+        assert launch.registers * 32 * launch.warps <= 2**16
+
+
+@pytest.mark.parametrize(("rows", "count"), [(45, 1), (23, 2), (31, 2), (15, 3)])
+def test_sums_of_two_tiles(rows, count):
+    """Tiles of one matrix and of two, some without a partner or with fewer rows."""
+    there = device.processors(torch.get_default_device())
+    rows *= there
+    assert plan_matvec(rows, count, 1, 1000, 2, there).group == 2
+    arguments = [torch.randn(1, 1000), *(torch.randn(rows, 1000) for _ in range(count))]
+    with torch.no_grad():
+        compare(many, [a.bfloat16() for a in arguments], RTOL[torch.bfloat16])
+
+
+def test_what_was_not_timed_is_launched_as_before():
+    """Several texts, and other weights than of two bytes."""
+    for sizes, texts in ((2048, 2, 1, 2048, 2), 2), ((2048, 2, 1, 2048, 1), 1):
+        launch = plan_matvec(*sizes, 132, 50, texts)
+        assert (launch.group, launch.registers) == (1, 128)
 
 
 @pytest.mark.parametrize(("dtype", "inner"), [(torch.bfloat16, 47), (torch.int8, 46)], ids=str)

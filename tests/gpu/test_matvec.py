@@ -7,6 +7,7 @@ from core.test_matvec import (  # noqa: F401
     test_equals_float64,
     test_products_of_results_are_left,
     test_several_texts_equal_float64,
+    test_sums_of_two_tiles,
     test_weights_of_bytes_are_read_as_they_are,
     test_weights_that_are_no_words,
     test_weights_that_start_within_a_word,

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pararnn.kernels.triton.device import on_device, overlaps, processors
 from pararnn.kernels.triton.expressions import function
-from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import plan_matvec
 from pararnn.tracing.expressions import Operand, topological
 from pararnn.tracing.written import read_expressions, write_expressions
@@ -122,7 +121,7 @@ def _run(
     matrices = tuple(matrix.contiguous() for matrix in matrices)
     first, (heads, rows, inner) = matrices[0], matrices[0].shape
     sizes = rows, len(matrices), heads, inner, first.itemsize
-    launch = plan_matvec(*sizes, processors(first.device), len(how.operations))
+    launch = plan_matvec(*sizes, processors(first.device), len(how.operations), texts)
     with on_device(first):
         matvec.run[launch.programs, heads](
             leaves,
@@ -138,8 +137,9 @@ def _run(
             BLOCK=launch.block,
             WORD=_word(matrices),
             AHEAD=launch.ahead,
+            GROUP=launch.group,
             num_warps=launch.warps,
-            maxnreg=COSTS.matvec_registers,
+            maxnreg=launch.registers,
             **_overlap(first),
         )
     return results

@@ -226,6 +226,9 @@ class Costs:
     """
     matvec_most_ahead: int = 4
     """Tiles on their way, at most: each is a set of registers. Estimate."""
+    matvec_grouped: int = 4
+    """Tiles of a program up to which it takes the sums of two together.
+    docs/results/language-models.md: with 2 and 4 tiles that is faster, with 11 slower."""
     matvec_threads: int = 512
     """Threads per multiprocessor. docs/results/language-models.md: a quarter fewer and a quarter
     more are slower."""
@@ -241,6 +244,10 @@ class Costs:
     takes 12, a norm and the step of a ParaGRU 31. Estimate."""
     matvec_elements_of_a_costly_warp: int = 128
     """Elements per warp of such a vector. Estimate."""
+    matvec_registers_of_few_warps: int = 96
+    """Registers of a thread that has no more of them than that. 16 warps then leave room, by count,
+    for a program of 4 warps of the next product, which loads its first weights.
+    docs/results/language-models.md: with `matvec_registers` a step takes 15 microseconds more."""
     matvec_inner: tuple[int, int] = (16, 2**14)
     """Elements of the vector, at least and at most: a program holds it in registers. Estimate."""
     matvec_most_matrices: int = 8

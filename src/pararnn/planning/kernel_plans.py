@@ -21,6 +21,8 @@ class MatvecLaunch:
         block: Columns.
         warps: Warps of a program.
         ahead: Tiles that are on their way at a time.
+        group: Tiles whose sums are taken together.
+        registers: Of a thread, at most.
     """
 
     programs: int
@@ -28,6 +30,8 @@ class MatvecLaunch:
     block: int
     warps: int
     ahead: int
+    group: int
+    registers: int
 
 
 def plan_matvec(
@@ -38,6 +42,7 @@ def plan_matvec(
     itemsize: int,
     processors: int,
     operations: int = 0,
+    texts: int = 1,
     costs: Costs = COSTS,
 ) -> MatvecLaunch:
     """As many programs as the device runs at a time, so that no multiprocessor has more to read.
@@ -52,6 +57,7 @@ def plan_matvec(
         itemsize: Bytes of a weight.
         processors: Multiprocessors.
         operations: Of an element of the vector.
+        texts: Vectors of a head.
         costs: What a program may have.
     """
     block = 1 << (inner - 1).bit_length()
@@ -60,12 +66,18 @@ def plan_matvec(
     of_a_warp = costs.matvec_elements_of_a_costly_warp if few else costs.matvec_elements_of_a_warp
     warps = min(most_warps, max(least, block // of_a_warp))
     most = max(1, processors * costs.matvec_threads // (32 * warps) // heads)
+    timed = texts == 1 and itemsize == 2  # other weights and several texts were not
+    registers = costs.matvec_registers
+    if timed and few and block <= warps * of_a_warp:
+        registers = costs.matvec_registers_of_few_warps
 
     def launch(height: int) -> MatvecLaunch:
         programs = min(-(-rows // height) * matrices, most)
         ahead = costs.matvec_ahead * 32 * warps // (height * block * itemsize)
         ahead = max(1, min(ahead, costs.matvec_most_ahead))
-        return MatvecLaunch(programs, height, block, warps, ahead)
+        tiles = -(-(-(-rows // height) * matrices) // programs)
+        group = 2 if timed and 1 < tiles <= costs.matvec_grouped else 1
+        return MatvecLaunch(programs, height, block, warps, ahead, group, registers)
 
     def longest(launch: MatvecLaunch) -> int:
         tiles = -(-rows // launch.rows) * matrices

@@ -78,6 +78,20 @@ def numbers(weights, n: tl.constexpr, WORD: tl.constexpr):
 
 
 @triton.jit
+def sums(totals, ROWS: tl.constexpr):
+    """The sums over columns of one or two tensors; the first rows of both first.
+
+    Warps wait for each other in every sum, so both are taken in one.
+    """
+    joined = totals[0]
+    if len(totals) == 2:
+        joined = tl.join(totals[0], totals[1])
+    columns: tl.constexpr = totals[0].shape[1]
+    joined = tl.permute(tl.reshape(joined, (ROWS, columns, len(totals))), (0, 2, 1))
+    return tl.sum(tl.reshape(joined, (ROWS * len(totals), columns)), 1)
+
+
+@triton.jit
 def compute(leaves, entry, text, inside, VECTOR: tl.constexpr, LEAVES: tl.constexpr, INNER):
     """The vector of a text, and what is stored beside it.
 
@@ -119,6 +133,7 @@ def run(
     BLOCK: tl.constexpr,
     WORD: tl.constexpr,
     AHEAD: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Multiply every matrix with the vectors of a head, one of each text.
@@ -137,6 +152,7 @@ def run(
         BLOCK: Columns of a tile.
         WORD: Weights that are loaded as one number, see `load_tile`.
         AHEAD: Tiles that are on their way at a time.
+        GROUP: Tiles whose sums are taken together; 1 for several texts.
         PDL: Whether it may start before the kernel before it has ended.
     """
     column = tl.arange(0, BLOCK)[None, :]
@@ -158,15 +174,24 @@ def run(
             kept = stored[n] + text * tl.num_programs(1) * INNER
             tl.store(kept + here, values[1 + n], mask=once)
     tiles = tl.cdiv(rows, ROWS)
-    for tile in range(tl.program_id(0), len(matrices) * tiles, tl.num_programs(0)):
-        after = tile + AHEAD * tl.num_programs(0)
-        following = load_tile(matrices, after, rows, INNER, ROWS, BLOCK, WORD)
-        row = tile % tiles * ROWS + tl.arange(0, ROWS)
-        at = tile // tiles * tl.num_programs(1) + tl.program_id(1)
-        for text in tl.static_range(TEXTS):
-            total = numbers(weights[0], 0, WORD) * vectors[text][0]
-            for n in tl.static_range(1, WORD):
-                total += numbers(weights[0], n, WORD) * vectors[text][n]
-            place = (at * TEXTS + text) * rows + row
-            tl.store(products + place, tl.sum(total, 1), mask=row < rows)
-        weights = weights[1:] + (following,)
+    count = len(matrices) * tiles
+    for start in range(tl.program_id(0), count, GROUP * tl.num_programs(0)):
+        totals = ()
+        for ahead in tl.static_range(AHEAD, AHEAD + GROUP):
+            after = start + ahead * tl.num_programs(0)
+            weights = weights + (load_tile(matrices, after, rows, INNER, ROWS, BLOCK, WORD),)
+            for text in tl.static_range(TEXTS):
+                total = numbers(weights[0], 0, WORD) * vectors[text][0]
+                for n in tl.static_range(1, WORD):
+                    total += numbers(weights[0], n, WORD) * vectors[text][n]
+                totals = totals + (total,)
+                if len(totals) == GROUP:
+                    number = tl.arange(0, ROWS * GROUP)
+                    tile = start + number % GROUP * tl.num_programs(0)
+                    row = tile % tiles * ROWS + number // GROUP
+                    at = tile // tiles * tl.num_programs(1) + tl.program_id(1)
+                    place = (at * TEXTS + text) * rows + row
+                    mask = (row < rows) & (tile < count)
+                    tl.store(products + place, sums(totals, ROWS), mask=mask)
+                    totals = ()
+            weights = weights[1:]

@@ -276,68 +276,38 @@ else:
 
     @triton.jit
     def read(at, inside, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The entries at addresses, 0 where there is none: by every thread those that it needs.
+        """The entries at addresses, 0 where there is none.
 
-        Nobody may write them. `tl.load` would have each read by one thread, in the order of
-        memory, and hand it to the others through shared memory, with barriers.
+        In half precision, where all are there, every thread reads those that it needs. Nobody may
+        write them. `tl.load` would have each read by one thread, in the order of memory, and hand
+        it to the others through shared memory, with barriers.
         """
-        kind: tl.constexpr = at.dtype.element_ty
-        bits: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
-        if bits != 16 and kind != tl.float32:
-            return tl.load(at, mask=inside, other=0)
-        elif WHOLE:
+        if WHOLE and at.dtype.element_ty.primitive_bitwidth == 16:
             return tl.inline_asm_elementwise(
-                "ld.global.nc.b16 $0, [$1];" if bits == 16 else "ld.global.nc.b32 $0, [$1];",
-                "=h,l" if bits == 16 else "=f,l",
+                "ld.global.nc.b16 $0, [$1];",
+                "=h,l",
                 [at.to(tl.int64)],
                 dtype=at.dtype.element_ty,
                 is_pure=True,
                 pack=1,
             )
         else:
-            return tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0;"
-                " @p ld.global.nc.b16 $0, [$1]; }"
-                if bits == 16
-                else "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0;"
-                " @p ld.global.nc.b32 $0, [$1]; }",
-                "=&h,l,r" if bits == 16 else "=&f,l,r",
-                [at.to(tl.int64), inside.to(tl.int32)],
-                dtype=at.dtype.element_ty,
-                is_pure=True,
-                pack=1,
-            )
+            return tl.load(at, mask=inside, other=0)
 
     @triton.jit
     def write(at, values, inside, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Write entries: by all threads that have them, see `read`."""
-        kind: tl.constexpr = at.dtype.element_ty
-        bits: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
-        if bits != 16 and kind != tl.float32:
-            tl.store(at, values, mask=inside)
-        elif WHOLE:
+        """Write entries; in half precision by all threads that have them, see `read`."""
+        if WHOLE and at.dtype.element_ty.primitive_bitwidth == 16:
             tl.inline_asm_elementwise(
-                "st.global.b16 [$1], $2; mov.b32 $0, 0;"
-                if bits == 16
-                else "st.global.b32 [$1], $2; mov.b32 $0, 0;",
-                "=r,l,h" if bits == 16 else "=r,l,f",
+                "st.global.b16 [$1], $2; mov.b32 $0, 0;",
+                "=r,l,h",
                 [at.to(tl.int64), values.to(at.dtype.element_ty)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
             )
         else:
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b16 [$1], $2; } mov.b32 $0, 0;"
-                if bits == 16
-                else "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; }"
-                " mov.b32 $0, 0;",
-                "=r,l,h,r" if bits == 16 else "=r,l,f,r",
-                [at.to(tl.int64), values.to(at.dtype.element_ty), inside.to(tl.int32)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            tl.store(at, values, mask=inside)
 
     @triton.jit
     def as_factor(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]

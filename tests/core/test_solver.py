@@ -12,7 +12,7 @@ from pararnn.kernels.operators import request_of
 from pararnn.planning.plan import Way
 from pararnn.solvers.chunks import run_steps
 from pararnn.solvers.problem import Problem
-from pararnn.solvers.shooting import newton_update
+from pararnn.solvers.shooting import adjoint_residual, newton_update
 from pararnn.solvers.systems import _InRows
 from pararnn.testing import assert_close, loop
 from pararnn.tracing.capture import resolve
@@ -298,3 +298,12 @@ def test_solve_writes_every_state(any_backend):
         with torch.no_grad():
             states = sweeps.solve(Newton(chunk=chunk))
         assert all(s.isfinite().all() for s in states)
+
+
+def test_infinity_hides_no_mismatch_of_adjoints():
+    """Beside it every difference would be small."""
+    ends = torch.tensor([1.0, torch.inf, 2.0]).view(1, 3, 1, 1)
+    starts = torch.tensor([1.0, torch.inf, 3.0]).view(1, 3, 1, 1)
+    assert adjoint_residual(ends, ends) == 0
+    assert adjoint_residual(ends, starts) == 0.5
+    assert not adjoint_residual(ends, starts.flip(1)) < 1

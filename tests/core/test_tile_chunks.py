@@ -22,8 +22,12 @@ SEGMENT, CHUNK = 2, 8
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
+    cut_time(monkeypatch, CHUNK)
+
+
+def cut_time(monkeypatch, chunk):
     """Time is cut as soon as there are two chunks; the warm-up is as long as one."""
-    warm = {"tile_warm_up": (CHUNK, CHUNK, CHUNK), "tile_chunk": 1, "tile_least_chunks": 2}
+    warm = {"tile_warm_up": (chunk, chunk, chunk), "tile_chunk": 1, "tile_least_chunks": 2}
     costs = dataclasses.replace(COSTS, **warm, tile_full=(1000, 1000), tile_segment=SEGMENT)
     monkeypatch.setattr(facts, "decide", functools.partial(decide, costs=costs))
     monkeypatch.setattr(tiled, "segment_of_tiles", lambda: SEGMENT)

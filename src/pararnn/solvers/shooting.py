@@ -154,8 +154,9 @@ def state_residual(ends: Tensor, starts: Tensor, size: int = 1) -> Tensor:
 
 
 def adjoint_residual(ends: Tensor, starts: Tensor) -> Tensor:
-    """The largest mismatch of adjoints, relative to the largest adjoint of the group."""
-    apart = (ends - starts).abs() / ends.abs().amax((1, 2), keepdim=True)
+    """The largest mismatch of adjoints, relative to the largest finite adjoint of the group."""
+    sizes = ends.abs().masked_fill(~ends.isfinite(), 0.0)
+    apart = (ends - starts).abs() / sizes.amax((1, 2), keepdim=True)
     return torch.where(ends == starts, 0.0, apart).amax((1, 2, 3))
 
 

@@ -346,13 +346,17 @@ def selected(condition, values, others):
 
 @triton.jit
 def difference(ends, starts, inside):
-    """The largest difference between tiles, infinite for NaN, and the largest entry of `ends`."""
+    """The largest difference between tiles, infinite for NaN, and the largest number in `ends`.
+
+    Infinity is no number to compare with: beside it every difference would be small.
+    """
     gap = tl.cast(0.0, ends[0].dtype)
     largest = tl.cast(0.0, ends[0].dtype)
     for n in tl.static_range(len(ends)):
         end, start = tl.where(inside[n], ends[n], 0.0), tl.where(inside[n], starts[n], 0.0)
         gap = tl.maximum(gap, tl.max(magnitude(tl.where(end == start, 0.0, end - start))))
-        largest = tl.maximum(largest, tl.max(tl.abs(end)))
+        size = tl.abs(end)
+        largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, 0.0)))
     return gap, largest
 
 

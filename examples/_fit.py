@@ -34,7 +34,7 @@ def options(seconds: float) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=seconds, help="of training, for each line")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--device", default="cpu", help="that all tensors are made on")
+    parser.add_argument("--device", help="that tensors are made on, such as cuda")
     return parser
 
 

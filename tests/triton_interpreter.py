@@ -16,9 +16,16 @@ SEMANTIC, BUILDER = interpreter.interpreter_semantic, interpreter.interpreter_bu
 KEPT = {"int1", "int32", "int64", "fp32", "fp64"}  # two of these are computed with as they are
 
 
+def is_known():
+    """Whether this version has the functions below; Triton 3.6 and older ones have others."""
+    return hasattr(SEMANTIC, "make_tensor")
+
+
 def prepare():
     """Once per process, before any kernel runs."""
     patch_language_once()
+    if not is_known():
+        return
     check_no_overflow_in_vain()
     interpreter._get_np_dtype = numpy_types(interpreter._get_np_dtype)
     core.block_type.__init__ = types_of_blocks(core.block_type.__init__)

@@ -125,7 +125,7 @@ _FULL: dict[str, Settings] = {
     "keep-nth": dataclasses.replace(_CELL, positions=True, max_timescale=1000.0),
     "parity": dataclasses.replace(_CELL, max_recurrent_weight=None),
     # As above. Two layers: one must compare a query with both keys and choose a value at once, and
-    # ends at 92 to 99 % after 60,000 to 88,000 steps; two have 100 % after 10,000 to 25,000.
+    # ends at 87 to 99 % after 60,000 to 88,000 steps; two have 100 % after 10,000 to 25,000.
     "mqar": dataclasses.replace(_MIXER, num_layers=2, max_timescale=1000.0, steps=40_000),
     "1-hop": _MIXER,
     # Two layers: where channels do not mix, one has no way from the first hop to the second. It

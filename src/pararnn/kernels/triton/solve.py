@@ -43,18 +43,20 @@ def sweep(given, edges, report, batch, time, chunks, chunk, warm, limit, KIND: t
     lead = tl.minimum(warm, behind) if KIND.many else 0
     ahead = KIND.load_ahead(lead, own, KIND)
     if KIND.many:
-        # The warm-up, and if it did not forget its start the chunk without results. The bounds
-        # are computed from the pass: Triton 3.6 loses a bound that is assigned in a branch.
-        again, g = 0 * lead, identity(s)
+        # The warm-up, and if it did not forget its start the chunk without results; not the last
+        # chunk, since nobody starts from its end. The bounds are computed from the pass: Triton 3.6
+        # loses a bound that is assigned in a branch.
+        last = in_order(own.k, chunks, KIND) == chunks - 1
+        forgotten, g = 0 * lead, identity(s)
         for phase in range(0, 2):
             g = identity(s)
             begin = tl.where(phase == 0, -lead, 0)
-            end = tl.where(phase == 0, 0, again)
+            end = tl.where((phase == 0) | (forgotten > 0) | last, 0, own.length)
             s, g, ahead = KIND.run(s, g, ahead, begin, end, own, KIND)
             if phase == 0:
                 save(edges.guess, s, p, own.k, own.d, own.here)
-                again = note_forgotten(g, lead == behind, limit, edges.stored, p, own)
-        if again == 0:
+                forgotten = note_forgotten(g, lead == behind, limit, edges.stored, p, own)
+        if forgotten > 0:
             s, _ = KIND.run_chunk(s, (), ahead, own, KIND)
             g = zeros_like(g)
         save(edges.ends, s, p, own.k, own.d, own.here)
@@ -67,13 +69,13 @@ def sweep(given, edges, report, batch, time, chunks, chunk, warm, limit, KIND: t
 
 @triton.jit
 def note_forgotten(g, exact, limit, stored, p, own):
-    """Note whether nothing is left of where the warm-up started; else how many steps to run again.
+    """Note whether nothing is left of where the warm-up started, 1 or 0.
 
     The warm-up is also good where it started from the right state (`exact`).
     """
-    forgotten = exact | (largest(g, p) <= limit)
-    tl.store(stored + place_of(p, own.k), tl.cast(forgotten, tl.int32))
-    return tl.where(forgotten, 0, own.length)
+    forgotten = tl.cast(exact | (largest(g, p) <= limit), tl.int32)
+    tl.store(stored + place_of(p, own.k), forgotten)
+    return forgotten
 
 
 @triton.jit(do_not_specialize=["batch", "time", "chunks", "chunk", "iteration"])

@@ -8,14 +8,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pararnn import RNN, Newton
+from pararnn.kernels import facts
 from pararnn.kernels.triton.backend import TritonBackend
 from pararnn.kernels.triton.build import too_old
+from pararnn.planning.costs import COSTS
+from pararnn.planning.plan import decide
 from pararnn.testing import assert_close, loop
 
 from .cells import CELLS, make_cell
@@ -80,6 +84,50 @@ def test_packed_equals_one_by_one(chunk):
     expected = outcome(one_by_one(rnn.cell, lengths), rnn.cell, x, state)
     actual = outcome(lambda x, s: rnn(x, s, cu_seqlens=bounds), rnn.cell, x, state)
     assert_same(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("starts", ["none", "resets", "packed"])
+@pytest.mark.parametrize("chunk", [5, 4, 3], ids="chunk={}".format)
+def test_the_end_of_the_last_chunk_is_not_looked_for(monkeypatch, chunk, starts):
+    """Of two or three chunks that do not forget, `sweep` runs the first, and the one between."""
+    from pararnn.kernels.triton import solve  # needs Triton
+
+    costs = replace(COSTS, triton_warm_up=(1, 1, 1), most_unroll=2)
+    monkeypatch.setattr(facts, "decide", functools.partial(decide, costs=costs))
+    swept = []
+
+    def run(_self, calls):
+        for call in calls:
+            call.launch()
+            if call.kernel is solve.sweep:
+                edges = call.arguments["edges"]
+                swept.append([t.clone() for t in (edges.stored, edges.guess, edges.ends)])
+
+    monkeypatch.setattr(TritonBackend, "_run", run)
+    rnn, lengths = layer("slow_gates", chunk=chunk), [0, 5, 1, 2]
+    x, state = data(rnn, batch=1)
+    expect, call = functools.partial(loop, rnn.cell), rnn
+    if starts == "resets":
+        resets = torch.zeros(1, 8, dtype=torch.bool)
+        resets[0, [2, 6]] = True
+        state = (*as_tuple(state), *as_tuple(data(rnn, batch=1)[1]))
+        expect, call = with_resets(expect, resets), with_resets(rnn, resets)
+    if starts == "packed":
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        state = random_state(rnn.num_components, len(lengths), rnn.hidden_size)
+        expect = one_by_one(rnn.cell, lengths)
+        call = lambda x, s: rnn(x, s, cu_seqlens=bounds)  # noqa: E731
+    expected = outcome(expect, rnn.cell, x, state)
+    assert_same(outcome(call, rnn.cell, x, state), expected, 1e-12)
+    assert len(swept) == 2
+    for backward, (stored, *edges) in enumerate(swept):
+        guess, ends = (t.flip(1) if backward else t for t in edges)
+        stored = stored.flip(1) if backward else stored
+        assert stored[0, 0].all()
+        if starts == "none":
+            assert not stored[0, 1:].any()
+            assert torch.equal(ends[:, -1], guess[:, -1])
+            assert not (ends == guess)[:, :-1].all(-1).any()
 
 
 def test_several_blocks_of_channels_and_layouts():

@@ -62,7 +62,7 @@ class Costs:
     """Steps that the first guess looks back for results in half, single and double precision.
     Estimate."""
     channels_of_a_thread: int = 2
-    """Channels of one thread. Estimate."""
+    """Channels of one thread. docs/results/gpu-kernels.md: with one, fast gates are slower."""
     most_unroll: int = 8
     """Steps whose inputs are loaded ahead, at most. Estimate."""
     most_ahead: int = 48

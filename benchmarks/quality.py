@@ -6,22 +6,25 @@
 Models of about 24 million parameters are trained on the same bytes in the same order, by what
 `pararnn train` does: bfloat16, blocks compiled on a GPU, weight decay and z-loss of the paper's
 400M models (Danieli et al. 2025, C.1). Several train side by side, each in a process of its own.
---models takes `transformer`, `mamba2` and stacks as `pararnn train --model` does, memories also
-with a nonlinearity, such as `m2rnn:linear`; `all` is the whole search: cells and memories alone, 1
-to 3 memories among ParaGRU blocks, memories that are linear or squashed, attention in one block.
+--models takes `transformer`, `mamba2` and stacks as `pararnn train --model` does, with options of
+their memories behind a colon: `m2rnn+delta:key_size=128` or `m2rnn:nonlinearity=linear`. `all` is
+the whole search: cells and memories alone, memories in turn with more keys, 1 to 3 memories among
+ParaGRU blocks, memories that are linear or squashed, attention in one block.
 Every model has every rate of --rates. Those whose best is within --close of the best of their kind,
 with or without attention, get --seeds seeds at that rate.
 
 What is done is kept in --out: the same command goes on where it was stopped, by a signal or by
---minutes, and `table.md` is written at every end. Held-out text is evaluated in pieces of a
-sequence's length, for stacks without attention also with the state carried along. Steps of models
-that share a GPU take longer, so --times measures every model alone; it trains nothing.
+--minutes. `table.md` and, with matplotlib, `curves.png` are written at every end. Held-out text is
+evaluated in pieces of a sequence's length, for stacks without attention also with the state carried
+along. Steps of models that share a GPU take longer, so --times measures every model alone; it
+trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -91,7 +94,7 @@ class Unit:
 
     def folder(self, out: Path) -> Path:
         """Where its run is."""
-        name = f"{self.model.replace(':', '-')}-{self.rate:g}-{self.seed}"
+        name = f"{self.model.replace(':', '-').replace('=', '-')}-{self.rate:g}-{self.seed}"
         return out / "runs" / self.text / name
 
 
@@ -109,23 +112,23 @@ def all_models(blocks: int) -> list[str]:
     some = [stack(name, count, blocks) for count in (2, 1, 3) for name in MEMORIES]
     other = {"tanh": "linear", "linear": "tanh"}
     published = (getattr(MEMORIES[name], "published", "tanh") for name in MEMORIES)
-    squashed = [f"{m}:{other[p]}" for m, p in zip(memories, published, strict=True)]
+    squashed = [f"{m}:nonlinearity={other[p]}" for m, p in zip(memories, published, strict=True)]
     attention = [stack(ATTENTION, 1, blocks, base) for base in ("paragru", *MEMORIES)]
-    return ["transformer", "paragru", "paralstm", *memories, *some, *attention, *squashed, "mamba2"]
+    keys = [f"m2rnn+delta:key_size={size}" for size in (64, 128, 256)]
+    first = ["transformer", "paragru", "paralstm", *keys]
+    return [*first, *memories, *some, *attention, *squashed, "mamba2"]
 
 
 def settings(unit: Unit, options: argparse.Namespace) -> TrainConfig:
     """What differs between baselines is their depth and heads."""
-    name, _, nonlinearity = unit.model.partition(":")
+    name, _, memory = unit.model.partition(":")
     mamba2, baseline = name == "mamba2", name in BASELINES
     theirs = preset(name if baseline else "paragru", "400m")
     inside = 2 * options.width if mamba2 else options.width
-    memory = {"key_size": options.key_size, "value_size": options.value_size}
-    memory |= {"nonlinearity": nonlinearity} if nonlinearity else {}
     return TrainConfig(
         data=options.out / "data" / unit.text,
         model=name,
-        memory_options=() if baseline else tuple(f"{k}={v}" for k, v in memory.items()),
+        memory_options=tuple(memory.split(",")) if memory else (),
         out=unit.folder(options.out),
         seed=unit.seed,
         steps=options.steps,
@@ -239,7 +242,7 @@ def state_numbers(model: Any, length: int) -> int:
 def stored_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for all results that are compared."""
     names = ("steps", "batch_size", "sequence_length", "width", "layers", "max_timescale")
-    names += ("key_size", "value_size", "validation_tokens")
+    names += ("validation_tokens",)
     return {name: getattr(options, name) for name in names}
 
 
@@ -458,6 +461,34 @@ def _unfinished(out: Path) -> Iterator[str]:
             yield f"not finished: {run}: {last:.4f} bits per byte in training, step {len(records)}"
 
 
+def plot_curves(options: argparse.Namespace, smooth: int = 50) -> None:
+    """Draw bits per byte in training, means of some steps; a picture for each text."""
+    from matplotlib.figure import Figure
+
+    texts: dict[str, list[Path]] = {}
+    for path in sorted(options.out.glob("runs/*/*/metrics.jsonl")):
+        texts.setdefault(path.parts[-3], []).append(path)
+    if not texts:
+        return
+    figure = Figure(figsize=(9, 5 * len(texts)), layout="constrained")
+    pictures = figure.subplots(len(texts), squeeze=False)[:, 0]
+    of_step = options.batch_size * options.sequence_length / 1e6
+    for axes, text in zip(pictures, texts, strict=True):
+        for path in texts[text]:
+            records = read_metrics(path)
+            ends = range(smooth, len(records) + 1, smooth)
+            means = [
+                statistics.mean(r["bits_per_byte"] for r in records[end - smooth : end])
+                for end in ends
+            ]
+            axes.plot([of_step * end for end in ends], means, label=path.parent.name)
+        axes.set(title=text, xlabel="million bytes", yscale="log")
+        axes.set_ylabel("bits per byte in training")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.savefig(options.out / "curves.png", dpi=120)
+
+
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -478,8 +509,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--sequence-length", type=int, default=1024)
     add("--width", type=int, default=512)
     add("--layers", type=int, default=7, help="blocks; the baseline Mamba2 has twice as many")
-    add("--key-size", type=int, default=64, help="of memories")
-    add("--value-size", type=int, default=16, help="of memories")
     add(
         "--max-timescale",
         type=float,
@@ -527,6 +556,8 @@ def main(given: list[str] | None = None) -> int:
         failed = search(options)
     text = tables(options, failed)
     (options.out / "table.md").write_text(text + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        plot_curves(options)
     print(f"\n{text}")
     return 1 if failed else 0
 

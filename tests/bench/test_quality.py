@@ -14,8 +14,9 @@ from pararnn.lm.catalogue import MEMORIES, check_architecture, parts
 from pararnn.lm.training import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/quality.py"
-TINY = """--steps 3 --batch-size 2 --sequence-length 32 --width 32 --layers 2 --value-size 8
+TINY = """--steps 3 --batch-size 2 --sequence-length 32 --width 32 --layers 2
 --validation-tokens 300 --device cpu""".split()
+LINEAR = "m2rnn:nonlinearity=linear,value_size=8"
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +64,15 @@ def arguments(tmp_path):
 
 def test_a_search(tmp_path, arguments, quality, inline):
     """Two models on the same bytes, a second seed of each; nothing is trained twice; then times."""
-    chosen = ["--models", "transformer", "m2rnn:linear", "--rates", "0.003"]
+    chosen = ["--models", "transformer", LINEAR, "--rates", "0.003"]
     inline(*arguments, *chosen, "--processes", "2")
     rows = json.loads((tmp_path / "out/results.json").read_text())
-    models = ("transformer", "m2rnn:linear")  # each is the best of its kind
+    models = ("transformer", LINEAR)  # each is the best of its kind
     assert {(r["model"], r["seed"]) for r in rows} == {(m, seed) for m in models for seed in (0, 1)}
     runs = [RunFolder.open(path.parent) for path in tmp_path.glob("out/runs/*/*/result.json")]
     assert len({run.read_config().data for run in runs}) == 1
     assert len({json.dumps(vars(run.read_config().text), default=str) for run in runs}) == 1
-    memory = next(r for r in rows if r["model"] == "m2rnn:linear")
+    memory = next(r for r in rows if r["model"] == LINEAR)
     assert memory["state"] == 2 * 4 * 64 * 8
     assert memory["carried"] is not None
     transformer = next(r for r in rows if r["model"] == "transformer")
@@ -82,7 +83,8 @@ def test_a_search(tmp_path, arguments, quality, inline):
     inline(*arguments, *chosen, "--times")
     table = (tmp_path / "out/table.md").read_text()
     assert f"| words | transformer | {transformer['parameters']:,} | 4,096 | 0.003 | 2 | " in table
-    assert table.count("| words | m2rnn:linear | ") == 1 + 2
+    assert table.count(f"| words | {LINEAR} | ") == 1 + 2
+    assert (tmp_path / "out/curves.png").stat().st_size > 1000
     options = type("Options", (), {**memory["settings"], "steps": 4, "out": tmp_path / "out"})
     with pytest.raises(SystemExit, match=r"holds results of {'steps': 3}; take another --out"):
         quality.check_same(options)
@@ -138,10 +140,12 @@ def test_the_whole_search(quality):
         check_architecture(model.partition(":")[0])
     assert quality.stack("m2rnn", 1, 7) == "3xparagru+m2rnn+3xparagru"
     for name in MEMORIES:
-        counts = [parts(model).count(name) for model in models if "+" in model]
+        stacks = [parts(model.partition(":")[0]) for model in models if "+" in model]
+        counts = [stack.count(name) for stack in stacks]
         assert {1, 2, 3} <= set(counts)
-    assert "m2rnn:linear" in models
-    assert "gated-deltanet:tanh" in models
+    assert "m2rnn:nonlinearity=linear" in models
+    assert "m2rnn+delta:key_size=128" in models
+    assert "gated-deltanet:nonlinearity=tanh" in models
     assert "3xdelta+attention+3xdelta" in models
 
 

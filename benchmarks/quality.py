@@ -65,6 +65,7 @@ from pararnn.lm.training.text import Codec, open_text
 
 HEAD = 64  # channels, of attention and of Mamba2
 LOOK_EVERY = 0.5  # seconds between looks at the processes
+SHOWN = 2.0  # bits per byte, the most that curves show
 GRACE = 120.0  # seconds in which a process that is stopped writes its checkpoint
 COLUMNS = {
     "text": ("text", ""),
@@ -462,7 +463,7 @@ def _unfinished(out: Path) -> Iterator[str]:
 
 
 def plot_curves(options: argparse.Namespace, smooth: int = 50) -> None:
-    """Draw bits per byte in training, means of some steps; a picture for each text."""
+    """Draw bits per byte in training, means of so many steps; a picture for each text."""
     from matplotlib.figure import Figure
 
     texts: dict[str, list[Path]] = {}
@@ -482,8 +483,8 @@ def plot_curves(options: argparse.Namespace, smooth: int = 50) -> None:
                 for end in ends
             ]
             axes.plot([of_step * end for end in ends], means, label=path.parent.name)
-        axes.set(title=text, xlabel="million bytes", yscale="log")
-        axes.set_ylabel("bits per byte in training")
+        axes.set(title=text, xlabel="million bytes", ylabel="bits per byte in training")
+        axes.set_ylim(top=SHOWN)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(options.out / "curves.png", dpi=120)

@@ -83,7 +83,7 @@ class Comparison:
 
 GPU, CPU = "results/gpu.md", "results/cpu.md"
 MIXING, MEMORIES = "results/mixing-cells.md", "results/matrix-memory.md"
-MODELS = "results/language-models.md"
+MODELS, QUALITY = "results/language-models.md", "results/quality.md"
 LAYER, STEP = ("B32 T2048 D2048",), ("1", "77 of 144")
 GRU, M2RNN = ("4", "4096", "64"), ("M2RNN", "32", "2048", "84")
 IN_GRAPH = "in a graph: RNN, nn.GRU"
@@ -151,7 +151,9 @@ COMPARISONS = (
 )
 
 
-QUALITY = ("ParaGRU", "23,712,768", "0.005", "0.844")
+STACK, TRANSFORMER = ("`m2rnn+delta:key_size=128`",), ("Transformer", "24,125,824", "7,340,032")
+ATTENDS = ("attention in the fourth block, ParaGRU in the others",)
+ALONE = ("ParaGRU", "23,712,768", "0.005", "0.844")
 MORE = (  # on the page that compares, besides those of the README
     Comparison(
         "ParaLSTM layer, 32 x 2,048 steps, 2,048 channels",
@@ -203,17 +205,36 @@ MORE = (  # on the page that compares, besides those of the README
         more_is_better=True,
     ),
     Comparison(
-        "held-out Python source after 39.7 MB, 24M parameters",
-        Figure(MODELS, QUALITY, "held out"),
-        Figure(MODELS, ("Transformer, `--learning-rate 0.0015`",), "held out"),
+        "held-out Python source, 24M parameters, M2RNN and delta memories in turn",
+        Figure(QUALITY, STACK, "held out"),
+        Figure(QUALITY, TRANSFORMER, "held out"),
         "Transformer",
         "bits per byte",
-        "H100, bfloat16",
+        "H200, bfloat16",
+        with_="torch 2.11, December 2026",
     ),
     Comparison(
-        "the same, with attention in two of seven blocks",
-        Figure(MODELS, ("ParaGRU and attention, `--attention-every 3`",), "held out"),
-        Figure(MODELS, ("Transformer, `--learning-rate 0.0015`",), "held out"),
+        "a train step of these two",
+        Figure(QUALITY, STACK, "ms per step, alone"),
+        Figure(QUALITY, TRANSFORMER, "ms per step, alone"),
+        "Transformer",
+        "ms",
+        "H200, bfloat16",
+        with_="torch 2.11, December 2026",
+    ),
+    Comparison(
+        "held-out Python source, attention in one block of seven, ParaGRU in six",
+        Figure(QUALITY, ATTENDS, "held out"),
+        Figure(QUALITY, TRANSFORMER, "held out"),
+        "Transformer",
+        "bits per byte",
+        "H200, bfloat16",
+        with_="torch 2.11, December 2026",
+    ),
+    Comparison(
+        "held-out Python source, ParaGRU in all blocks",
+        Figure(QUALITY, ALONE, "held out"),
+        Figure(QUALITY, ("Transformer, `--learning-rate 0.0015`",), "held out"),
         "Transformer",
         "bits per byte",
         "H100, bfloat16",

@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=1)
     parser.add_argument("--dropout", type=float, default=0.5)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     arguments = parser.parse_args()
     torch.set_default_device(arguments.device)
     data = read(arguments.data)
@@ -92,7 +93,7 @@ def main() -> None:
             nats_per_frame,
             lambda model: score(model, data["valid"]),
             seconds=arguments.seconds,
-            learning_rate=3e-3,
+            learning_rate=arguments.learning_rate,
         )
         valid, test = score(model, data["valid"]), score(model, data["test"])
         print(f"{layer:19} nats per frame: valid {valid:.3f}, test {test:.3f} ({note})", flush=True)

@@ -188,14 +188,6 @@ MORE = (  # on the page that compares, besides those of the README
         "H200 each, bfloat16",
     ),
     Comparison(
-        "train step of a 400M language model on two GPUs, FSDP2",
-        Figure(MODELS, ("two H200", "ParaGRU"), "ms per step"),
-        Figure(MODELS, ("two H200", "Transformer"), "ms per step"),
-        "Transformer",
-        "ms",
-        "two H200, bfloat16",
-    ),
-    Comparison(
         "one text from a 1B model, after 32,768 tokens",
         Figure(MODELS, ("ParaGRU", "any"), "tokens/s"),
         Figure(MODELS, ("Transformer", "32,768"), "tokens/s"),
@@ -205,7 +197,7 @@ MORE = (  # on the page that compares, besides those of the README
         more_is_better=True,
     ),
     Comparison(
-        "held-out Python source, 24M parameters, M2RNN and delta memories in turn",
+        "held-out source code, 24M parameters, M2RNN and delta in turn",
         Figure(QUALITY, STACK, "held out"),
         Figure(QUALITY, TRANSFORMER, "held out"),
         "Transformer",
@@ -214,7 +206,7 @@ MORE = (  # on the page that compares, besides those of the README
         with_="torch 2.11, December 2026",
     ),
     Comparison(
-        "a train step of these two",
+        "their train step",
         Figure(QUALITY, STACK, "ms per step, alone"),
         Figure(QUALITY, TRANSFORMER, "ms per step, alone"),
         "Transformer",
@@ -223,7 +215,7 @@ MORE = (  # on the page that compares, besides those of the README
         with_="torch 2.11, December 2026",
     ),
     Comparison(
-        "held-out Python source, attention in one block of seven, ParaGRU in six",
+        "held-out source code, one attention block of seven",
         Figure(QUALITY, ATTENDS, "held out"),
         Figure(QUALITY, TRANSFORMER, "held out"),
         "Transformer",
@@ -232,7 +224,7 @@ MORE = (  # on the page that compares, besides those of the README
         with_="torch 2.11, December 2026",
     ),
     Comparison(
-        "held-out Python source, ParaGRU in all blocks",
+        "held-out source code, ParaGRU alone",
         Figure(QUALITY, ALONE, "held out"),
         Figure(QUALITY, ("Transformer, `--learning-rate 0.0015`",), "held out"),
         "Transformer",

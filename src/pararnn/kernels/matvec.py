@@ -138,6 +138,7 @@ def _run(
             WORD=_word(matrices),
             AHEAD=launch.ahead,
             GROUP=launch.group,
+            TILES=launch.tiles,
             num_warps=launch.warps,
             maxnreg=launch.registers,
             **_overlap(first),

@@ -256,6 +256,9 @@ class Costs:
     """Texts up to which a product is such a kernel. docs/results/language-models.md: with four it
     is slower than PyTorch's products, with three about as fast."""
 
+    moved_entries: int = 512
+    """Numbers of a program that moves states on. Estimate: four of a thread."""
+
     # The kernel for all steps of a cell whose channels mix
 
     rows_weights: int = 200 * 2**10

@@ -20,6 +20,7 @@ class MatvecLaunch:
         rows: Rows of one at a time.
         block: Columns.
         warps: Warps of a program.
+        tiles: Of a program, at most.
         ahead: Tiles that are on their way at a time.
         group: Tiles whose sums are taken together.
         registers: Of a thread, at most.
@@ -29,6 +30,7 @@ class MatvecLaunch:
     rows: int
     block: int
     warps: int
+    tiles: int
     ahead: int
     group: int
     registers: int
@@ -73,11 +75,11 @@ def plan_matvec(
 
     def launch(height: int) -> MatvecLaunch:
         programs = min(-(-rows // height) * matrices, most)
-        ahead = costs.matvec_ahead * 32 * warps // (height * block * itemsize)
-        ahead = max(1, min(ahead, costs.matvec_most_ahead))
         tiles = -(-(-(-rows // height) * matrices) // programs)
+        ahead = costs.matvec_ahead * 32 * warps // (height * block * itemsize)
+        ahead = max(1, min(ahead, costs.matvec_most_ahead, tiles))
         group = 2 if timed and 1 < tiles <= costs.matvec_grouped else 1
-        return MatvecLaunch(programs, height, block, warps, ahead, group, registers)
+        return MatvecLaunch(programs, height, block, warps, tiles, ahead, group, registers)
 
     def longest(launch: MatvecLaunch) -> int:
         tiles = -(-rows // launch.rows) * matrices

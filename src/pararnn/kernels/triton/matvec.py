@@ -79,30 +79,31 @@ def numbers(weights, n: tl.constexpr, WORD: tl.constexpr):
 
 @triton.jit
 def sums(totals, ROWS: tl.constexpr):
-    """The sums over columns of one or two tensors; the first rows of both first.
+    """The sums over columns of one, two or four tensors; the first rows of all first.
 
-    Warps wait for each other in every sum, so both are taken in one.
+    Warps wait for each other in every sum, so all are taken in one.
     """
+    columns: tl.constexpr = totals[0].shape[1]
     joined = totals[0]
     if len(totals) == 2:
         joined = tl.join(totals[0], totals[1])
-    columns: tl.constexpr = totals[0].shape[1]
+    elif len(totals) == 4:
+        even = tl.join(totals[0], totals[2])
+        joined = tl.join(even, tl.join(totals[1], totals[3]))
     joined = tl.permute(tl.reshape(joined, (ROWS, columns, len(totals))), (0, 2, 1))
     return tl.sum(tl.reshape(joined, (ROWS * len(totals), columns)), 1)
 
 
 @triton.jit
-def compute(leaves, entry, text, inside, VECTOR: tl.constexpr, LEAVES: tl.constexpr, INNER):
-    """The vector of a text, and what is stored beside it.
+def read(leaves, entry, text, inside, LEAVES: tl.constexpr):
+    """What the vector of a text is computed from.
 
     Args:
         leaves: What vectors are computed from.
         entry: Which entries, of all heads.
         text: Number of the text.
         inside: Which of these entries there are.
-        VECTOR: The vector, and what is stored, from the leaves: a generated function.
         LEAVES: Where the entries of the leaves are, see `pararnn.kernels.matvec.Leaf`.
-        INNER: Entries of a vector.
     """
     values = ()
     for n in tl.static_range(len(leaves)):
@@ -114,8 +115,17 @@ def compute(leaves, entry, text, inside, VECTOR: tl.constexpr, LEAVES: tl.conste
             if LEAVES[n][2] != LEAVES[n][3]:
                 place = entry // LEAVES[n][2] * LEAVES[n][3] + entry % LEAVES[n][2]
             value = tl.load(at + place, mask=inside, other=0.0)
-        values = values + (value.to(tl.float32),)
-    return VECTOR(INNER, values)
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def single(values):
+    """Numbers in single precision."""
+    found = ()
+    for n in tl.static_range(len(values)):
+        found = found + (values[n].to(tl.float32),)
+    return found
 
 
 @triton.jit
@@ -134,6 +144,7 @@ def run(
     WORD: tl.constexpr,
     AHEAD: tl.constexpr,
     GROUP: tl.constexpr,
+    TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Multiply every matrix with the vectors of a head, one of each text.
@@ -144,15 +155,16 @@ def run(
         products: (matrices, heads, texts, rows).
         stored: What is kept beside the vectors, (texts, heads * `INNER`).
         rows: Of a matrix.
-        VECTOR: See `compute`.
-        LEAVES: See `compute`.
+        VECTOR: A vector, and what is stored, from the leaves: a generated function.
+        LEAVES: See `read`.
         TEXTS: Number of texts.
         INNER: Entries of a vector.
         ROWS: Of a tile.
         BLOCK: Columns of a tile.
         WORD: Weights that are loaded as one number, see `load_tile`.
         AHEAD: Tiles that are on their way at a time.
-        GROUP: Tiles whose sums are taken together; 1 for several texts.
+        GROUP: Tiles whose sums are taken together, of all texts.
+        TILES: Of a program, at most: what no program has is not loaded, and takes no registers.
         PDL: Whether it may start before the kernel before it has ended.
     """
     column = tl.arange(0, BLOCK)[None, :]
@@ -166,32 +178,37 @@ def run(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     once = column + tl.program_id(0) * INNER < INNER  # one program stores
+    values = ()
+    for text in tl.static_range(TEXTS):  # all at once: a mean waits for what it needs
+        values = values + (read(leaves, here, text, inside, LEAVES),)
     vectors = ()
     for text in tl.static_range(TEXTS):
-        values = compute(leaves, here, text, inside, VECTOR, LEAVES, INNER)
-        vectors = vectors + (apart(tl.where(inside, values[0], 0.0), WORD),)
+        found = VECTOR(INNER, single(values[text]))
+        vectors = vectors + (apart(tl.where(inside, found[0], 0.0), WORD),)
         for n in tl.static_range(len(stored)):
             kept = stored[n] + text * tl.num_programs(1) * INNER
-            tl.store(kept + here, values[1 + n], mask=once)
+            tl.store(kept + here, found[1 + n], mask=once)
     tiles = tl.cdiv(rows, ROWS)
     count = len(matrices) * tiles
     for start in range(tl.program_id(0), count, GROUP * tl.num_programs(0)):
         totals = ()
         for ahead in tl.static_range(AHEAD, AHEAD + GROUP):
             after = start + ahead * tl.num_programs(0)
-            weights = weights + (load_tile(matrices, after, rows, INNER, ROWS, BLOCK, WORD),)
+            if ahead < TILES or ahead == 1:  # one stays: by it the compiler lays out tiles
+                weights = weights + (load_tile(matrices, after, rows, INNER, ROWS, BLOCK, WORD),)
+            else:
+                weights = weights + (tl.zeros_like(weights[0]),)
+            tile_weights = weights[ahead - AHEAD]
             for text in tl.static_range(TEXTS):
-                total = numbers(weights[0], 0, WORD) * vectors[text][0]
+                total = numbers(tile_weights, 0, WORD) * vectors[text][0]
                 for n in tl.static_range(1, WORD):
-                    total += numbers(weights[0], n, WORD) * vectors[text][n]
+                    total += numbers(tile_weights, n, WORD) * vectors[text][n]
                 totals = totals + (total,)
-                if len(totals) == GROUP:
-                    number = tl.arange(0, ROWS * GROUP)
-                    tile = start + number % GROUP * tl.num_programs(0)
-                    row = tile % tiles * ROWS + number // GROUP
-                    at = tile // tiles * tl.num_programs(1) + tl.program_id(1)
-                    place = (at * TEXTS + text) * rows + row
-                    mask = (row < rows) & (tile < count)
-                    tl.store(products + place, sums(totals, ROWS), mask=mask)
-                    totals = ()
-            weights = weights[1:]
+        number = tl.arange(0, ROWS * GROUP * TEXTS)
+        tile = start + number % (GROUP * TEXTS) // TEXTS * tl.num_programs(0)
+        row = tile % tiles * ROWS + number // (GROUP * TEXTS)
+        at = tile // tiles * tl.num_programs(1) + tl.program_id(1)
+        place = (at * TEXTS + number % TEXTS) * rows + row
+        mask = (row < rows) & (tile < count)
+        tl.store(products + place, sums(totals, ROWS), mask=mask)
+        weights = weights[GROUP:]

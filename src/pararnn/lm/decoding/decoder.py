@@ -25,7 +25,7 @@ from pararnn.lm.catalogue import ATTENTION
 from pararnn.lm.decoding.forms import StateForm
 from pararnn.lm.decoding.prompts import check_prompts, read_prompts
 from pararnn.lm.decoding.snapshot import Snapshot
-from pararnn.lm.decoding.states import Layer, StaticStates, moved_by_a_step
+from pararnn.lm.decoding.states import Layer, StaticStates, newest
 from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.modeling import ParaRNNForCausalLM
 from pararnn.planning.costs import COSTS
@@ -125,7 +125,7 @@ class Decoder:
         self._form: StateForm | None = None
         self._num_read = 0  # tokens of a text, padding included
         self._compiled = compiled
-        self._next: Callable[[], tuple[list[list[Tensor]], list[Tensor]]] = self._advance
+        self._next: Callable[[], list[Tensor]] = self._advance
         if compiled:
             self._next = torch.compile(
                 self._advance, fullgraph=True, dynamic=False, options=compile_options()
@@ -349,17 +349,15 @@ class Decoder:
 
     def _replace(self) -> None:
         """Take a step."""
-        newest, moved = self._next()
-        self._now().advance(newest, moved)
+        self._now().advance(self._next())
 
-    def _advance(self) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """Choose the next tokens. Returns the new entries of the windows and the new states."""
-        states = self._now()
-        layers: list[Any] = list(states.layers)
+    def _advance(self) -> list[Tensor]:
+        """Choose the next tokens. Returns what is new in the states."""
+        layers: list[Any] = list(self._now().layers)
         cache = ParaRNNCache(layers, 1)
         output = self.model(input_ids=self.tokens, cache_params=cache, use_cache=True)
         self._choose(output.logits[:, -1])
-        return states.newest(cache.layers), moved_by_a_step(cache.layers)
+        return newest(cache.layers)
 
     def _now(self) -> StaticStates:
         assert self._states is not None

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pararnn.kernels.moving import move_on
 from pararnn.lm.models.attention import AttentionState
 from pararnn.lm.models.cache import LayerState
-from pararnn.lm.models.convolution import advance_windows
 
 Layer = LayerState | AttentionState
 
 
 class StaticStates:
-    """States in place. Windows of convolutions that have one shape lie in one tensor.
+    """States in place.
 
     Args:
         layers: States of all blocks, from the model; copied.
@@ -28,31 +27,22 @@ class StaticStates:
 
     def __init__(self, layers: Sequence[Layer], room: int) -> None:
         self.room = room
-        alike: dict[torch.Size, list[int]] = {}
-        for place, layer in enumerate(layers):
-            if isinstance(layer, LayerState):
-                alike.setdefault(layer.window.shape, []).append(place)
-        self._places = list(alike.values())
-        self.windows = [_windows(layers, places) for places in self._places]
         self.layers = [
-            layer.with_room(room) if isinstance(layer, AttentionState) else layer.map(Tensor.clone)
+            layer.with_room(room) if isinstance(layer, AttentionState) else layer.map(_copied)
             for layer in layers
         ]
-        for windows, places in zip(self.windows, self._places, strict=True):
-            for window, place in zip(windows, places, strict=True):
-                self.layers[place] = replace(self.layers[place], window=window)
 
     @property
     def nbytes(self) -> int:
         """Size of all states, of attention with its room."""
         grown = [t for a in self.layers if isinstance(a, AttentionState) for t in _grown(a)]
-        return sum(t.nbytes for t in (*self.windows, *cells(self.layers), *grown))
+        return sum(t.nbytes for t in (*recurrent(self.layers), *grown))
 
     def load(self, layers: Sequence[Layer]) -> None:
         """Copy states, those of attention without room, into the tensors."""
-        for windows, places in zip(self.windows, self._places, strict=True):
-            windows.copy_(_windows(layers, places))
-        _copy(cells(self.layers), cells(layers))
+        tensors = recurrent(self.layers)
+        if tensors:
+            torch._foreach_copy_(tensors, recurrent(layers))
         for own, layer in zip(self.layers, layers, strict=True):
             if isinstance(own, AttentionState) and isinstance(layer, AttentionState):
                 count = layer.keys.shape[1]
@@ -68,32 +58,40 @@ class StaticStates:
             for layer in self.layers
         ]
 
-    def newest(self, layers: Sequence[Layer]) -> list[list[Tensor]]:
-        """What the states after a step have that the windows before it lack."""
-        return [[_window(layers[p])[:, -1:] for p in places] for places in self._places]
-
-    def advance(self, newest: Sequence[list[Tensor]], moved: Sequence[Tensor]) -> None:
-        """Take over what a step has computed. One call copies the states of all blocks.
-
-        Args:
-            newest: As the method returns it.
-            moved: As `moved_by_a_step` does.
-        """
-        for windows, new in zip(self.windows, newest, strict=True):
-            advance_windows(windows, new)
-        _copy(moved_by_a_step(self.layers), moved)
+    def advance(self, newest: Sequence[Tensor]) -> None:
+        """Take over what a step has computed, see `newest`: one kernel for all blocks."""
+        move_on(_moved(self.layers), newest)
 
 
-def cells(layers: Sequence[Layer]) -> list[Tensor]:
-    """The states of the cells of all blocks."""
-    recurrent = [layer.recurrent for layer in layers if isinstance(layer, LayerState)]
-    return [t for state in recurrent for t in ((state,) if isinstance(state, Tensor) else state)]
+def newest(layers: Sequence[Layer]) -> list[Tensor]:
+    """What the states after a step have that those before it lack, each (texts, 1, ...)."""
+    return [tensor[:, -1:] for tensor in _moved(layers)]
 
 
-def moved_by_a_step(layers: Sequence[Layer]) -> list[Tensor]:
-    """What a step replaces as a whole: states of cells, and how far attention has come."""
-    used = [layer.used for layer in layers if isinstance(layer, AttentionState)]
-    return cells(layers) + [u for u in used if u is not None]
+def _moved(layers: Sequence[Layer]) -> list[Tensor]:
+    """What moves on in a step, each (texts, entries, ...): windows, and with one entry the rest."""
+    whole = [layer.used for layer in layers if isinstance(layer, AttentionState)]
+    windows = [layer.window for layer in layers if isinstance(layer, LayerState)]
+    return [
+        *(window for window in windows if window.shape[1]),
+        *(cell.unsqueeze(1) for cell in _cells(layers)),
+        *(used.view(1, 1) for used in whole if used is not None),
+    ]
+
+
+def recurrent(layers: Sequence[Layer]) -> list[Tensor]:
+    """The windows and the states of the cells of all blocks."""
+    windows = [layer.window for layer in layers if isinstance(layer, LayerState)]
+    return [*windows, *_cells(layers)]
+
+
+def _cells(layers: Sequence[Layer]) -> list[Tensor]:
+    states = [layer.recurrent for layer in layers if isinstance(layer, LayerState)]
+    return [t for state in states for t in ((state,) if isinstance(state, Tensor) else state)]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def select_rows(layers: Sequence[Layer], rows: Tensor) -> list[Layer]:
@@ -122,17 +120,3 @@ def _picked(rows: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _grown(layer: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
     return layer.keys, layer.values, layer.document
-
-
-def _window(layer: Layer) -> Tensor:
-    assert isinstance(layer, LayerState)
-    return layer.window
-
-
-def _windows(layers: Sequence[Layer], places: Sequence[int]) -> Tensor:
-    return torch.stack([_window(layers[place]) for place in places])
-
-
-def _copy(held: list[Tensor], new: Sequence[Tensor]) -> None:
-    if held:
-        torch._foreach_copy_(held, list(new))

@@ -90,17 +90,6 @@ class CausalConvolution(nn.Module):
         return f"{self.weight.shape[1]}, kernel_size={self.weight.shape[0]}"
 
 
-def advance_windows(windows: Tensor, newest: list[Tensor]) -> None:
-    """Move windows, shape (convolutions, batch, history, channels), on by one step, in place.
-
-    For single steps, whose windows are those before without the first input, and with the newest,
-    shape (batch, 1, channels): all are moved at once.
-    """
-    if windows.shape[2]:
-        windows[:, :, :-1] = windows[:, :, 1:].clone()
-        torch._foreach_copy_(list(windows[:, :, -1:].unbind()), newest)
-
-
 def _weigh(taps: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     total = torch.addcmul(bias, taps[0], weight[0])
     for tap, row in zip(taps[1:], weight[1:], strict=True):

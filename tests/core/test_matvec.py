@@ -225,6 +225,27 @@ def test_a_scaled_entry_of_a_window_is_taken_in(texts):
     assert not fusion.computed
 
 
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_row_of_a_table_is_read_where_it_is(texts):
+    """The embedding of a token; its entries go to heads, and on in what follows."""
+
+    def function(tokens, table, weight, w, other):
+        x = F.embedding(tokens, table)
+        y = torch.bmm(F.silu(x).view(-1, len(w), w.shape[-1]).transpose(0, 1), w.mT)
+        return y, F.linear(F.rms_norm(x, x.shape[-1:], weight, 1e-5), other)
+
+    tokens = torch.tensor([[3], [0]])[:texts]
+    shapes = [(5, 96), (96,), (3, 20, 32), (9, 96)]
+    arguments = [torch.randn(shape) for shape in shapes]
+    with torch.no_grad():
+        actual, fusion = run(function, [tokens, *arguments])
+        expected = function(tokens, *(a.double() for a in arguments))
+    for index, (ours, exact) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(f"result {index}", ours.double(), exact, rtol=2e-6)
+    assert (fusion.fused, fusion.left) == (2, 0)
+    assert not fusion.computed
+
+
 @pytest.mark.parametrize(
     "shapes", [[(3, 64), (5, 64)], [(9, 64), (5, 64)], [(1, 8), (5, 8)], [(1, 16400), (2, 16400)]]
 )

@@ -220,9 +220,8 @@ class Counted(FuseMatvecs):
         found = graph.find_nodes(op="call_function", target=torch.ops.pararnn.matvec.default)
         self.weights = {matrix.meta["val"].dtype for node in found for matrix in node.args[1]}
         self.products = names.count("pararnn.matvec.default")
-        self.others = {
-            name for name in names if name.startswith(("aten.mm", "aten.bmm", "pararnn"))
-        }
+        watched = "aten.mm", "aten.bmm", "aten.embedding", "pararnn"
+        self.others = {name for name in names if name.startswith(watched)}
 
     def uuid(self):
         return None

@@ -24,19 +24,23 @@ from pararnn.tracing.written import read_expressions, write_expressions
 class Leaf(NamedTuple):
     """Where the entries of a vector lie in a tensor.
 
-    Entry i of text b is at `first + b * text + i // run * stride + i % run`.
+    Entry i of text b is at `first + b * text + i // run * stride + i % run`. For a row of a table,
+    such as an embedding, the number of the row stands for b.
 
     Attributes:
         first: The first entry of the first text.
         text: From one text to the next; 0 if all have the same.
         run: Entries that are neighbours; 0 if all entries of a text are one number.
         stride: From one run to the next.
+        row: Which tensor behind those of all leaves has the number of the row, for every text; -1
+            if it is no row of a table.
     """
 
     first: int
     text: int
     run: int
     stride: int
+    row: int = -1
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def _run(
     """Products of every matrix, shape (heads, rows, inner), with a vector per head and text.
 
     Args:
-        leaves: What the vectors are computed from, contiguous.
+        leaves: What the vectors are computed from, contiguous; then the numbers of rows.
         matrices: Of one shape and type.
         kinds: Names of the types of the products and of what is stored.
         texts: Number of texts.

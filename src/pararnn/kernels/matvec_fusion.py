@@ -161,6 +161,7 @@ class _Region:
     Attributes:
         inside: The operations, in order; empty if the vector itself is a leaf.
         leaves: What they read: by the node, the tensor that has its entries, and where.
+        indices: The numbers of rows, where leaves are rows of a table.
     """
 
     def __init__(self, graph: fx.Graph, group: _Group) -> None:
@@ -183,6 +184,7 @@ class _Region:
                 found.remove(node)
         self.inside = [node for node in graph.nodes if node in found]
         self.leaves: dict[fx.Node, tuple[fx.Node, Leaf]] = {}
+        self.indices: list[fx.Node] = []
         if not self.inside:
             self.root = x
             self.leaves[x] = self._leaf(x, self._by_text)
@@ -216,7 +218,20 @@ class _Region:
         if found is None:
             source, found = node, _regular(lay(_numbers(_value(node).numel())))
         assert found is not None
-        return source, found
+        return self._row(source, found) or (source, found)
+
+    def _row(self, source: fx.Node, place: Leaf) -> tuple[fx.Node, Leaf] | None:
+        """The table that the rows of all texts are from, and where; None if they are not."""
+        if source.target is not aten.embedding.default:
+            return None
+        table, index = source.all_input_nodes
+        size = _value(table).shape[1]
+        of_texts = _value(index).numel() == self.texts and place.text == (self.texts > 1) * size
+        if not of_texts or not place.run or not _value(table).is_contiguous():
+            return None
+        if index not in self.indices:
+            self.indices.append(index)
+        return table, place._replace(text=size, row=self.indices.index(index))
 
     def _takes(self, node: fx.Node) -> bool:
         """Whether the kernel can compute a node; its tensors are vectors or single numbers."""
@@ -286,7 +301,8 @@ def _fuse(graph: fx.Graph, group: _Group) -> None:
     shape = [group.heads, *_value(group.matrices[0]).shape[-2:]]
     kinds = [str(_value(node).dtype).removeprefix("torch.") for node in (group.nodes[0], *stored)]
     with graph.inserting_before(group.nodes[0]):
-        flat = [_shaped(graph, n, [_value(n).numel()]) for n, _ in region.leaves.values()]
+        read = [*(tensor for tensor, _ in region.leaves.values()), *region.indices]
+        flat = [_shaped(graph, tensor, [_value(tensor).numel()]) for tensor in read]
         matrices = [_shaped(graph, m, shape) for m in group.matrices]
         target = torch.ops.pararnn.matvec.default
         results = _call(graph, target, flat, matrices, kinds, texts, text)

@@ -99,15 +99,18 @@ def read(leaves, entry, text, inside, LEAVES: tl.constexpr):
     """What the vector of a text is computed from.
 
     Args:
-        leaves: What vectors are computed from.
+        leaves: What vectors are computed from, and numbers of rows.
         entry: Which entries, of all heads.
         text: Number of the text.
         inside: Which of these entries there are.
         LEAVES: Where the entries of the leaves are, see `pararnn.kernels.matvec.Leaf`.
     """
     values = ()
-    for n in tl.static_range(len(leaves)):
-        at = leaves[n] + LEAVES[n][0] + text * LEAVES[n][1]
+    for n in tl.static_range(len(LEAVES)):
+        which = text
+        if LEAVES[n][4] >= 0:
+            which = tl.load(leaves[len(LEAVES) + LEAVES[n][4]] + text)
+        at = leaves[n] + LEAVES[n][0] + which * LEAVES[n][1]
         if LEAVES[n][2] == 0:
             value = tl.load(at)
         else:

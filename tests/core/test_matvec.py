@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ if sys.platform != "linux":
     pytest.skip("Triton exists for Linux only", allow_module_level=True)
 
 
+from pararnn.kernels import matvec
 from pararnn.kernels.matvec_fusion import FuseMatvecs
 from pararnn.kernels.triton import device
 from pararnn.planning.kernel_plans import plan_matvec
@@ -294,6 +296,22 @@ def test_sums_of_two_tiles(rows, count):
     rows *= there
     assert plan_matvec(rows, count, 1, 1000, 2, there).group == 2
     arguments = [torch.randn(1, 1000), *(torch.randn(rows, 1000) for _ in range(count))]
+    with torch.no_grad():
+        compare(many, [a.bfloat16() for a in arguments], RTOL[torch.bfloat16])
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize(("ahead", "group"), [(2, 1), (2, 2), (3, 2), (1, 2)])
+def test_tiles_on_their_way(ahead, group, texts, monkeypatch):
+    """All of a program or some, whose sums are taken together or not, of one text and of two."""
+
+    def plan(*sizes):
+        launch = plan_matvec(*sizes)
+        programs = -(-2 * -(-45 // launch.rows) // 3)
+        return replace(launch, programs=programs, tiles=3, ahead=ahead, group=group)
+
+    monkeypatch.setattr(matvec, "plan_matvec", plan)
+    arguments = [torch.randn(texts, 300), *(torch.randn(45, 300) for _ in range(2))]
     with torch.no_grad():
         compare(many, [a.bfloat16() for a in arguments], RTOL[torch.bfloat16])
 

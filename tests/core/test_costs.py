@@ -98,6 +98,7 @@ def test_only_the_planner_decides():
         "kernels/c/source.py",
         "kernels/graphs.py",
         "kernels/matvec_fusion.py",
+        "kernels/moving.py",
         "kernels/pointwise.py",
     }
 

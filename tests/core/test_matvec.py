@@ -316,11 +316,22 @@ def test_tiles_on_their_way(ahead, group, texts, monkeypatch):
         compare(many, [a.bfloat16() for a in arguments], RTOL[torch.bfloat16])
 
 
-def test_what_was_not_timed_is_launched_as_before():
-    """Several texts, and other weights than of two bytes."""
-    for sizes, texts in ((2048, 2, 1, 2048, 2), 2), ((2048, 2, 1, 2048, 1), 1):
-        launch = plan_matvec(*sizes, 132, 50, texts)
-        assert (launch.group, launch.registers) == (1, 128)
+@pytest.mark.parametrize(("operations", "texts"), [(10, 1), (50, 1), (50, 2)])
+def test_few_tiles_leave_room_for_the_next_product(operations, texts):
+    """On every multiprocessor, for a program of its first weights or for one of half as many."""
+    launch = plan_matvec(2048, 1, 1, 2048, 2, 132, operations, texts)
+    programs = -(-launch.programs // 132)
+    room = 2**16 - programs * launch.registers * 32 * launch.warps
+    assert launch.tiles <= 4
+    assert room >= (2**14 if operations == 50 else 2**13)
+
+
+def test_what_was_not_timed_has_all_registers():
+    """Other weights than of two bytes, many tiles, and much of a costly vector in a thread."""
+    for sizes in (2048, 2, 1, 2048, 1), (2048, 2, 1, 2048, 4), (50432, 1, 1, 2048, 2):
+        assert plan_matvec(*sizes, 132, 10).registers == 128
+    assert plan_matvec(2048, 1, 1, 4096, 2, 132, 50).registers == 128
+    assert plan_matvec(2048, 2, 1, 2048, 1, 132, 10).group == 1
 
 
 @pytest.mark.parametrize(("dtype", "inner"), [(torch.bfloat16, 47), (torch.int8, 46)], ids=str)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pararnn.kernels.graphs import captured
+from pararnn.kernels.moving import move_on as move_on  # which a step ends with
 from pararnn.layers.rnn import RNN
 from pararnn.tracing.ran import Ran
 from pararnn.tracing.watch import Watched

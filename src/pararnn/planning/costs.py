@@ -232,8 +232,15 @@ class Costs:
     matvec_threads: int = 512
     """Threads per multiprocessor. docs/results/language-models.md: a quarter fewer and a quarter
     more are slower."""
-    matvec_registers: int = 128
-    """Registers of a thread: as many as there are for `matvec_threads`, by count."""
+    matvec_registers: tuple[tuple[int, int, int, int], ...] = (
+        (80, 88, 104, 128),
+        (96, 128, 112, 128),
+    )
+    """Registers of a thread, for one text and for two: with a costly vector, in a program of one
+    tile, of up to `matvec_grouped`, and of more. 128 are as many as there are for `matvec_threads`,
+    by count. With fewer there is room for a program of the next product, which loads its first
+    weights. docs/results/language-models.md: a step takes 2 to 3 % longer with as many as before,
+    and for one text 5 % with 96 for all."""
     matvec_warps: tuple[int, int] = (4, 16)
     """Warps of a program, at least and at most. Estimate."""
     matvec_elements_of_a_warp: int = 1024
@@ -244,10 +251,6 @@ class Costs:
     takes 12, a norm and the step of a ParaGRU 31. Estimate."""
     matvec_elements_of_a_costly_warp: int = 128
     """Elements per warp of such a vector. Estimate."""
-    matvec_registers_of_few_warps: int = 96
-    """Registers of a thread that has no more of them than that. 16 warps then leave room, by count,
-    for a program of 4 warps of the next product, which loads its first weights.
-    docs/results/language-models.md: with `matvec_registers` a step takes 15 microseconds more."""
     matvec_inner: tuple[int, int] = (16, 2**14)
     """Elements of the vector, at least and at most: a program holds it in registers. Estimate."""
     matvec_most_matrices: int = 8
@@ -257,7 +260,7 @@ class Costs:
     is slower than PyTorch's products, with three about as fast."""
 
     moved_entries: int = 512
-    """Numbers of a program that moves states on. Estimate: four of a thread."""
+    """Numbers of an entry of a state that a program moves on. Estimate: four of a thread."""
 
     # The kernel for all steps of a cell whose channels mix
 

@@ -68,17 +68,18 @@ def plan_matvec(
     of_a_warp = costs.matvec_elements_of_a_costly_warp if few else costs.matvec_elements_of_a_warp
     warps = min(most_warps, max(least, block // of_a_warp))
     most = max(1, processors * costs.matvec_threads // (32 * warps) // heads)
-    timed = texts == 1 and itemsize == 2  # other weights and several texts were not
-    registers = costs.matvec_registers
-    if timed and few and block <= warps * of_a_warp:
-        registers = costs.matvec_registers_of_few_warps
+    timed = itemsize == 2 and block <= warps * of_a_warp
+    *limits, most_registers = costs.matvec_registers[texts - 1]
 
     def launch(height: int) -> MatvecLaunch:
         programs = min(-(-rows // height) * matrices, most)
         tiles = -(-(-(-rows // height) * matrices) // programs)
         ahead = costs.matvec_ahead * 32 * warps // (height * block * itemsize)
         ahead = max(1, min(ahead, costs.matvec_most_ahead, tiles))
-        group = 2 if timed and 1 < tiles <= costs.matvec_grouped else 1
+        group = 2 if timed and texts == 1 and 1 < tiles <= costs.matvec_grouped else 1
+        registers = most_registers
+        if timed and tiles <= costs.matvec_grouped:
+            registers = limits[0 if few else 1 if tiles == 1 else 2]
         return MatvecLaunch(programs, height, block, warps, tiles, ahead, group, registers)
 
     def longest(launch: MatvecLaunch) -> int:

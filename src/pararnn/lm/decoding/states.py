@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pararnn.kernels.moving import move_on
+from pararnn.layers.stepping import move_on
 from pararnn.lm.models.attention import AttentionState
 from pararnn.lm.models.cache import LayerState
 

@@ -196,12 +196,19 @@ def test_rows_that_fill_up_a_block(name, sizes):
 
 
 def test_registers_leave_room_for_programs():
-    """A scheduler has 16,384: two warps of 255 or three of 168, which suffice forward."""
-    sizes = TileSizes(33, 16, 64, None, (False, False))
-    found = [plan_tiles(sizes, batch, 1, 132, backward=False) for batch in (32, 33, 64)]
-    assert [launch.warps for launch in found] == [1, 1, 1]
-    assert [launch.registers for launch in found] == [255, 168, 168]
-    assert plan_tiles(sizes, 64, 1, 132, backward=True).registers == 255
+    """A scheduler has 16,384: two warps of 255 or three of 168."""
+
+    def registers(batch, backward=False, half=True, weights=0, rows=16):
+        sizes = TileSizes(33, rows, 64, None, (False, False), weights=weights)
+        launch = plan_tiles(sizes, batch, 1, 132, backward, half=half)
+        assert launch.warps == 1
+        return launch.registers
+
+    assert [registers(batch) for batch in (32, 33, 64)] == [255, 168, 168]
+    assert [registers(batch, backward=True) for batch in (32, 33, 64)] == [255, 168, 168]
+    assert registers(64, backward=True, half=False) == 255
+    assert [registers(64, backward=b, rows=8) for b in (False, True)] == [128, 168]
+    assert [registers(64, backward=b, weights=1) for b in (False, True)] == [168, 255]
 
 
 def test_a_cell_that_computes_in_a_wider_type():

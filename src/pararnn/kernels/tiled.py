@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from pararnn.kernels.facts import Planner
 from pararnn.kernels.lowering import NotLowered, lower
 from pararnn.kernels.rows import Rows
-from pararnn.kernels.triton.build import load
+from pararnn.kernels.triton.build import Launcher, Launches, form_of, load
 from pararnn.kernels.triton.device import on_device, side_by_side
 from pararnn.kernels.triton.tuples import Aligned
 from pararnn.planning.kernel_plans import TILE, TileLaunch, TileSizes, segment_of_tiles
@@ -62,6 +62,10 @@ def sizes_of(found: Tiles) -> TileSizes:
     return TileSizes(
         *(math.prod(found.programs), found.rows, found.columns, found.split, found.multiplied),
         tensors=len(found.state),
+        weights=sum(
+            place.rows.size > 1 < place.columns.size and not place.is_matrix
+            for place in found.coefficient_places
+        ),
         tangents=len(found.tangents),
     )
 
@@ -233,6 +237,7 @@ class _Kernels:
     real: torch.dtype
     forward: TileLaunch
     adjoint: TileLaunch
+    launches: Launches = field(default_factory=Launches, repr=False, compare=False)
 
     @functools.cached_property
     def functions(self) -> Any:
@@ -284,6 +289,7 @@ class _Kernels:
             "num_warps": launch.warps,
             "num_stages": 1,
             "maxnreg": launch.registers,
+            "most_spilled": launch.spills,
         }
 
     def _in_panels(self, place: Place) -> bool:
@@ -426,6 +432,11 @@ class _Call:
         """Chunks of time."""
         return -(-self.time // min(int(way.solver.chunk), self.time))
 
+    def launcher(self, way: Way, *more: Tensor | None) -> Launcher:
+        """Launches of a direction, and of which further tensors it is given."""
+        form = form_of((*self.inputs, self.initial, self.starts, *more))
+        return self.kernels.launches.of((self.chunks(way), len(more), *form))
+
     def edge(self, chunks: int, columns: int = 1) -> Tensor:
         """Room for states or adjoints between chunks, or for matrices of so many columns."""
         _, components, hidden = self.initial.shape
@@ -438,6 +449,7 @@ class _Call:
 
     def in_chunks(
         self,
+        launcher: Launcher,
         kernels: Any,
         way: Way,
         given: dict[str, Any],
@@ -451,6 +463,7 @@ class _Call:
         tangents instead, and then from the starts that follow from these.
 
         Args:
+            launcher: Launches the kernels.
             kernels: `tile_forward` or `tile_backward`.
             way: How the direction is carried out.
             given: Arguments of the kernel for one chunk.
@@ -468,8 +481,10 @@ class _Call:
         sweeps = {**given, **edges, "verdict": verdict, "warm": warm}
         # with tangents at hand, a chunk that does not fit after its warm-up was swept in vain
         sweeps |= {"within": warm // 2 if newton else warm + chunk}
-        kernels.sweep[self.programs(way)](**sweeps, probes=1)
-        sweep = lambda: kernels.sweep[self.programs(way, chunks)](**sweeps, probes=0)  # noqa: E731
+        launch = launcher.launch
+        launch(kernels.sweep, self.programs(way), {**sweeps, "probes": 1})
+        side = self.programs(way, chunks)
+        sweep = lambda: launch(kernels.sweep, side, {**sweeps, "probes": 0})  # noqa: E731
         found: dict[str, Tensor | None] = {"verdict": verdict}
         if newton:
             columns = len(self.kernels.tiles.tangents)
@@ -484,7 +499,10 @@ class _Call:
             if n == len(mends) - 1:
                 given, each = {**given, **self.kernels.alone[int(backward)]}, chunks
             elif newton:
-                reached, compose = edges["reached"], functools.partial(self.compose, way, chunks)
+                reached, compose = (
+                    edges["reached"],
+                    functools.partial(self.compose, launcher, way, chunks),
+                )
                 if n > 0 and not affine:
                     # once more where chunks do not fit, from where they start with old tangents
                     known, found["verdict"] = found["verdict"], verdict.new_empty(verdict.shape)
@@ -495,13 +513,19 @@ class _Call:
                 composed = compose(reached, {**found, "new_verdict": None}, backward)
                 found |= {"base": new["guess"], "ended": new["reached"]}  # by the next launch
             others = {f"new_{name}": edge for name, edge in new.items()}
-            mend = kernels.mend[self.programs(way, -(-chunks // each))]
             checks = {"verdict": found["verdict"], "composed": composed, "each": each}
-            mend(**given, **edges, **others, **own, **checks)
+            again = {**given, **edges, **others, **own, **checks}
+            launch(kernels.mend, self.programs(way, -(-chunks // each)), again)
             edges = new
 
     def compose(
-        self, way: Way, chunks: int, reached: Tensor, found: dict[str, Any], backward: bool
+        self,
+        launcher: Launcher,
+        way: Way,
+        chunks: int,
+        reached: Tensor,
+        found: dict[str, Any],
+        backward: bool,
     ) -> Tensor:
         """What chunks start from, see `tile_tangents.compose`."""
         from pararnn.kernels.triton import tile_tangents  # needs Triton
@@ -521,7 +545,7 @@ class _Call:
             "TINY": torch.finfo(self.kernels.real).tiny,
             "num_warps": launch.warps_alone,  # it only moves numbers
         }
-        _launch(tile_tangents.compose, self.programs(way), given)
+        launcher.launch(tile_tangents.compose, self.programs(way), given)
         return given["composed"]
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -529,6 +553,7 @@ class _Call:
         from pararnn.kernels.triton import tile_forward, tile_tangents  # need Triton
 
         kernels, way = self.kernels, self.way_forward
+        launcher = self.launcher(way)
         like_y, like_ends, like_kept, _ = self.path.like_states(self.inputs, self.initial)
         shape = like_y.shape
         strides, count = kernels.parts(way, kernels.tiles.readout)
@@ -550,11 +575,11 @@ class _Call:
 
         def tangents(more: dict[str, Any]) -> None:
             more |= given | {"TANGENT": kernels.functions.tangent}
-            _launch(tile_tangents.tangents, self.programs(way, chunks), more)
+            launcher.launch(tile_tangents.tangents, self.programs(way, chunks), more)
 
         with on_device(self.initial):
             if chunks == 1:
-                tile_forward.forward[self.programs(way)](**given)
+                launcher.launch(tile_forward.forward, self.programs(way), given)
                 report = sequential_report(self.batch, self.initial.device)
             else:
                 rounds = (way.solver.max_iterations or chunks) - 1
@@ -570,7 +595,7 @@ class _Call:
                     more | {"own_report": n * chunks, "passes": 2 + n % rounds}
                     for n in range(rounds + 1)
                 ]
-                self.in_chunks(tile_forward, way, given, mends, tangents, backward=False)
+                self.in_chunks(launcher, tile_forward, way, given, mends, tangents, backward=False)
                 report = report.flatten(1, 2).amax(1)
         y = y.sum(0).to(like_y.dtype) if count > 1 else y
         return y, ends, like_kept, report
@@ -582,6 +607,7 @@ class _Call:
         from pararnn.kernels.triton import tile_backward, tile_tangents  # need Triton
 
         kernels, way, found = self.kernels, self.way_backward, self.kernels.tiles
+        launcher = self.launcher(way, kept, of_y, of_ends)
         results = dict(zip(found.wanted, found.gradients, strict=True))
         initial = self.initial
         _, components, hidden = initial.shape
@@ -640,16 +666,16 @@ class _Call:
 
         def gather(more: dict[str, Any]) -> None:
             more |= given | {"GATHER": kernels.functions.gather}
-            _launch(tile_tangents.gather, self.programs(way, chunks), more)
+            launcher.launch(tile_tangents.gather, self.programs(way, chunks), more)
 
         with on_device(initial):
             if chunks == 1:
-                tile_backward.backward[self.programs(way)](**given)
+                launcher.launch(tile_backward.backward, self.programs(way), given)
             else:
                 mends: list[dict[str, Any]] = [
                     {} for _ in range(way.solver.max_iterations or chunks)
                 ]
-                self.in_chunks(tile_backward, way, given, mends, gather, backward=True)
+                self.in_chunks(launcher, tile_backward, way, given, mends, gather, backward=True)
         if resets:
             again = of_initial[self.batch :].unflatten(0, (self.batch, chunks)).sum(1)
             of_initial = torch.cat([of_initial[: self.batch], again])
@@ -678,12 +704,6 @@ def _joined(found: Tiles, number: int, pieces: Sequence[Tensor]) -> Tensor:
         return pieces[0]
     more = 2 if number in {found.pieces[n].input for n in found.drives} else 0
     return replace(cut, axis=cut.axis + more).joined(pieces)
-
-
-def _launch(kernel: Any, grid: tuple[int], given: dict[str, Any]) -> None:
-    """Launch a kernel that takes some of the arguments of another one."""
-    names = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
-    kernel[grid](**{name: value for name, value in given.items() if name in names})
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -330,10 +330,13 @@ class Costs:
     scheduler_registers: int = 16384
     """Of a scheduler, by count."""
     tile_registers: float = 5.25
-    """Registers that a thread needs for each of its entries, forward, so that none are spilled: a
+    """Registers that a thread needs for each of its entries, so that next to none are spilled: a
     scheduler has room for three warps of 168. docs/results/matrix-memory.md."""
+    tile_spills: int = 8
+    """Numbers that a thread may spill for that. docs/results/matrix-memory.md: with 6 to 8 a
+    backward pass gained, with 22 and with 72 it lost."""
     tile_most_registers: int = 255
-    """Of a thread. Backward all are needed. docs/results/matrix-memory.md."""
+    """Of a thread. docs/results/matrix-memory.md says where backward all are needed."""
     tile_least: int = 16
     """Rows or columns of a part of a tile, at least: what tensor cores take, by count."""
     tile_warm_up: tuple[int, int, int] = (64, 128, 256)

@@ -302,6 +302,7 @@ class TileSizes:
         split: The axis that may be cut into parts: 0, 1 or None.
         multiplied: Whether rows and whether columns take part in products of matrices.
         tensors: Tensors in the state.
+        weights: Weights of which each entry has one of its own.
         tangents: Columns of the Jacobian that each entry has alone, see `tracing.tangents`; 0 if
             entries reach each other.
     """
@@ -312,6 +313,7 @@ class TileSizes:
     split: int | None
     multiplied: tuple[bool, bool]
     tensors: int = 1
+    weights: int = 0
     tangents: int = 0
 
 
@@ -325,6 +327,7 @@ class TileLaunch:
         warps: Warps of a program.
         warps_alone: The same where chunks of time are run one after another.
         registers: Of a thread, at most.
+        spills: Numbers that a thread may spill for that; with more it has all that there are.
     """
 
     sizes: TileSizes
@@ -332,6 +335,7 @@ class TileLaunch:
     warps: int
     warps_alone: int
     registers: int
+    spills: int
 
     def block_of(self, size: int, axis: int, whole: bool) -> int:
         """Entries that a program has of an axis.
@@ -432,6 +436,7 @@ def plan_tiles(
     processors: int,
     backward: bool,
     costs: Costs = COSTS,
+    half: bool = False,
 ) -> TileLaunch:
     """Few enough entries per warp, and programs enough for the device where a tile may be cut.
 
@@ -442,6 +447,7 @@ def plan_tiles(
         processors: Multiprocessors.
         backward: Whether it is the backward kernel.
         costs: What is wanted.
+        half: Whether results are in half precision.
     """
     parts, wanted = 1, costs.tile_programs[backward] * processors
     if sizes.split is not None:
@@ -465,12 +471,14 @@ def plan_tiles(
     alone = batch * sizes.programs * parts
     own = warps(chunks * alone)
     registers = costs.tile_most_registers
-    if not backward:
+    if not backward or (half and not sizes.weights):
         together = -(-chunks * alone * own // (processors * costs.schedulers))
         room = costs.scheduler_registers // (32 * together) // 8 * 8
-        needed = int(costs.tile_registers * entries) // (32 * own)
+        # a step back needs more beside its entries: smaller tiles have as many as whole ones
+        each = max(entries // own, costs.tile_entries if backward else 0)
+        needed = int(costs.tile_registers * each) // 32
         registers = min(max(room, needed), registers)
-    return TileLaunch(sizes, parts, own, warps(alone), registers)
+    return TileLaunch(sizes, parts, own, warps(alone), registers, costs.tile_spills)
 
 
 def _may_have(entries: int, costs: Costs) -> bool:

@@ -483,7 +483,8 @@ def _tiles(
         if solver is not None:
             cut = TileCut(call.time, 1, 0, "asked for")
         choices.append(Choice(f"chunks {direction}", cut.chunks, cut.because))
-        launch = plan_tiles(sizes, call.batch, cut.chunks, *given)
+        half = call.kept_in.itemsize == 2
+        launch = plan_tiles(sizes, call.batch, cut.chunks, *given, half)
         shape = [sizes.rows, sizes.columns]
         if sizes.split is not None:
             shape[sizes.split] //= launch.parts

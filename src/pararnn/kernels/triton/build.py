@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import InspectLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
+
+from torch import Tensor
 
 _lock = threading.Lock()
 
@@ -112,6 +114,79 @@ def _imported(name: str, source: str) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+
+
+class Launches:
+    """What calls have launched, by their form: calls of one form launch the same kernels in order.
+
+    Triton finds what it has compiled by all arguments of a launch and all its constants. Where
+    these are tuples of tuples, that is most of the time that Python takes.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, dict[int, Any]] = {}
+
+    def of(self, form: Any) -> Launcher:
+        """Launches for one call.
+
+        Args:
+            form: What arguments of all its kernels follow from; see `form_of`.
+        """
+        if form not in self._known and len(self._known) >= _MOST_FORMS:
+            self._known.clear()
+        return Launcher(self._known.setdefault(form, {}))
+
+
+_MOST_FORMS = 256
+
+
+class Launcher:
+    """Launches the kernels of one call, one after another.
+
+    Args:
+        known: What calls of the same form launched, by number; new kernels are put into it.
+    """
+
+    def __init__(self, known: dict[int, Any]) -> None:
+        self._known = known
+        self._number = 0
+
+    def launch(self, kernel: Any, grid: tuple[int], given: Mapping[str, Any]) -> None:
+        """Launch a kernel on the current device.
+
+        Args:
+            kernel: The kernel.
+            grid: Its programs.
+            given: Arguments and options by name; those of other kernels are left out. With
+                `maxnreg` comes `most_spilled`: if a thread spills more numbers to have so few
+                registers, it has more.
+        """
+        values = [given[name] for name in kernel.arg_names]
+        number = self._number
+        self._number += 1
+        if number in self._known:
+            self._known[number][grid[0], 1, 1](*values)
+            return
+        options = {n: given[n] for n in ("num_warps", "num_stages", "maxnreg") if n in given}
+        named = dict(zip(kernel.arg_names, values, strict=True))
+        if interpreted():
+            kernel[grid](**named, **options)
+            return
+        tried = kernel.warmup(**named, **options, grid=grid)
+        assert tried.run  # it is loaded: then one knows
+        if tried.n_spills > given["most_spilled"]:
+            del options["maxnreg"]
+        self._known[number] = kernel[grid](**named, **options)
+
+
+def form_of(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What launches depend on of tensors that a call is given: all but values and place."""
+    return tuple(
+        [
+            t if t is None else (t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16)
+            for t in tensors
+        ]
+    )
 
 
 def compile_together(launches: Sequence[Callable[..., None]]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from core.tile_cells import TILE_CELLS
 from torch.utils._pytree import tree_map
 
 from gpu.test_state_shapes import compare, outcome
-from pararnn import RNN
+from pararnn import RNN, scan
 from pararnn.cells import DeltaMemoryCell, M2RNNCell, OuterMemoryCell
 from pararnn.kernels import facts
 from pararnn.planning.costs import COSTS
@@ -74,6 +75,34 @@ def test_results_are_the_same_every_time(make):
     first, second = (outcome(rnn, rnn.cell, x, state, None) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+def delta(h, q, k, v):
+    missing = v - torch.einsum("nhkv,nhk->nhv", h, k)
+    return torch.tanh(h + k.unsqueeze(-1) * missing.unsqueeze(-2))
+
+
+def read(h, q, k, v):
+    return torch.einsum("nhkv,nhk->nhv", h, q)
+
+
+def test_calls_of_one_form_and_of_others():
+    """Kernels that were compiled for aligned tensors are for these alone."""
+    torch.manual_seed(0)
+    shapes = [(2, 40, 3, 16), (2, 40, 3, 16), (2, 40, 3, 8)]
+    h = torch.zeros(2, 3, 16, 8, device="cuda")
+    for first in (0, 0, 1, 1, 0):
+        numbers = [torch.randn(math.prod(s) + first, device="cuda") / 4 for s in shapes]
+        drives = [n[first:].view(s) for n, s in zip(numbers, shapes, strict=True)]
+        y, last = scan(delta, h, drives, readout=read)
+        expected, rows = [], [d.double() for d in drives]
+        state = h.double()
+        for t in range(40):
+            now = [d[:, t] for d in rows]
+            state = delta(state, *now)
+            expected.append(read(state, *now))
+        assert_close("outputs", y, torch.stack(expected, 1).to(y), rtol=1e-5)
+        assert_close("last", last, state.to(last), rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", MEMORIES)

@@ -435,7 +435,7 @@ class _Call:
     def launcher(self, way: Way, *more: Tensor | None) -> Launcher:
         """Launches of a direction, and of which further tensors it is given."""
         form = form_of((*self.inputs, self.initial, self.starts, *more))
-        return self.kernels.launches.of((self.chunks(way), len(more), *form))
+        return self.kernels.launches.of((way, len(more), *form))
 
     def edge(self, chunks: int, columns: int = 1) -> Tensor:
         """Room for states or adjoints between chunks, or for matrices of so many columns."""

@@ -339,6 +339,13 @@ def test_nonlinearities_that_there_are_not(name):
         CELLS[name](3, 4, 5, nonlinearity="relu")
 
 
+@every_cell
+def test_shared_keys_are_no_text(name):
+    """A command line may pass one, and every text is true."""
+    with pytest.raises(TypeError, match="shared_keys must be True or False, got 'false'"):
+        CELLS[name](3, 4, 5, shared_keys="false")
+
+
 def test_timescales_are_set_again():
     cell = cells.M2RNNCell(INPUT, KEYS, VALUES, 4)
     before = cell.rate_bias.clone()

@@ -41,7 +41,7 @@ class MatrixMemoryCell(NamedInit, nn.Module):
     value_size); the readout (N, num_heads * value_size).
 
     Raises:
-        TypeError: A size is no whole number.
+        TypeError: A size is no whole number, or `shared_keys` is no truth value.
         ValueError: A size is not positive, or there is no such nonlinearity.
     """
 
@@ -68,6 +68,8 @@ class MatrixMemoryCell(NamedInit, nn.Module):
         self.nonlinearity = nonlinearity or self.published
         sizes = {"input_size": input_size, "key_size": key_size, "value_size": value_size}
         _check({**sizes, "num_heads": num_heads}, self.nonlinearity)
+        if not isinstance(shared_keys, bool):  # a text such as "false" would be true
+            raise TypeError(f"shared_keys must be True or False, got {shared_keys!r}.")
         self.key_size, self.value_size = key_size, value_size
         self.num_heads, self.shared_keys = num_heads, shared_keys
         self.state_shape = (num_heads, key_size, value_size)

@@ -273,6 +273,10 @@ def test_a_memory_of_ones_own(monkeypatch, tokens):
             "nonlinearity is 'relu'; it must be 'tanh' or 'linear'",
         ),
         ({"cell": "outer", "memory_options": {"value_size": 4, "key_size": 0}}, "key_size is 0"),
+        (
+            {"cell": "outer", "memory_options": {"value_size": 4, "shared_keys": "no"}},
+            r"'key_size': 64, .*: shared_keys must be True or False, got 'no'\. They are key_size",
+        ),
     ],
 )
 def test_mistakes(changes, message):

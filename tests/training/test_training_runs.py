@@ -308,7 +308,19 @@ def test_every_architecture_trains_under_the_same_command(make_config, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory_options": ("heads=2",)}, "cannot be built: memory 'm2rnn' does not take"),
+        ({"memory_options": ("heads=2",)}, "^m2rnn cannot be built: memory 'm2rnn' does not take"),
+        (
+            {"memory_options": ("value_size=abc",)},
+            "memory_options' value_size must be a whole number, got 'abc'.$",
+        ),
+        (
+            {"memory_options": ("shared_keys=false", "value_size=8")},
+            r"'shared_keys': 'false'}: shared_keys must be True or False, got 'false'\. They are",
+        ),
+        (
+            {"model": "3xm2rnn+attention", "memory_options": ("value_size=8",)},
+            "cannot be built: architecture '3xm2rnn.attention' has 4 blocks but the model has",
+        ),
         ({"memory_options": ("value_size=5",)}, "cannot be split into heads of 5 values"),
         ({"model": "elman", "cell_options": ("gates=2",)}, "cannot be built: .*'gates'"),
     ],

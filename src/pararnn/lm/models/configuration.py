@@ -150,6 +150,8 @@ class ParaRNNConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} cannot be split into {self.attention_heads} "
                 "attention heads; choose attention_heads that divides it."
             )
+        for name in ("key_size", "value_size"):
+            check_whole(**{f"memory_options' {name}": self.memory_options[name]})
         values = self.memory_options["value_size"]
         if MEMORIES.keys() & set(self.mixers) and (values < 1 or self.inner_size % values):
             raise ValueError(

@@ -40,7 +40,7 @@ class MemoryMixer(nn.Module):
     def __init__(self, config: ParaRNNConfig, name: str) -> None:
         super().__init__()
         size = config.inner_size
-        cell = _make(name, size, dict(config.memory_options))
+        cell = _make(name, size, config.memory_options)
         keep_own_initialisation(cell)
         convolved, gates = sum(cell.widths[:3]), sum(cell.widths[3:])
         self.in_proj = nn.Linear(config.hidden_size, convolved, bias=False)
@@ -83,11 +83,13 @@ class MemoryMixer(nn.Module):
 
 
 def _make(name: str, size: int, options: dict[str, Any]) -> MatrixMemoryCell:
-    keys, values = options.pop("key_size"), options.pop("value_size")
+    others = {n: v for n, v in options.items() if n not in ("key_size", "value_size")}
+    keys, values = options["key_size"], options["value_size"]
     try:
-        return MEMORIES[name](None, keys, values, num_heads=size // values, **options)
+        return MEMORIES[name](None, keys, values, num_heads=size // values, **others)
     except TypeError as error:
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f"memory {name!r} does not take memory_options {options}: {error}. They are key_size, "
+            f"memory {name!r} does not take memory_options {options}: {reason}. They are key_size, "
             "value_size, shared_keys, and what else the memory takes by name, such as nonlinearity."
         ) from error

@@ -79,10 +79,10 @@ def _one_block_of_each(config: TrainConfig) -> TrainConfig:
 
 
 def _check_options(config: TrainConfig) -> None:
-    """Make the model without values.
+    """Make the whole model without values.
 
     Raises:
-        RunError: The mixers do not take their options.
+        RunError: The mixers do not take their options, or are more than the blocks.
     """
     try:
         outline_model(config, Codec())
@@ -100,7 +100,7 @@ def try_step(config: TrainConfig, device: torch.device) -> None:
         return
     small = _one_block_of_each(config)
     if OwnName.of(config.model) is None:  # one in a file is told about below
-        _check_options(small)
+        _check_options(config)
     length = min(config.text.sequence_length, _LONGEST_TRIAL)
     tokens = torch.zeros(1, length + 1, dtype=torch.int64)
     tokens[:, 1:] = 1

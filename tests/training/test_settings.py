@@ -49,6 +49,14 @@ from pararnn.lm.training.optimizer import build_optimizer, is_matrix, learning_r
             lambda: TrainConfig(model="mamba2", memory_options=("key_size=8",)),
             r"memory_options is \('key_size=8',\); it must be empty for mamba2",
         ),
+        (
+            lambda: TrainConfig(model="paragru+attention", memory_options=("key_size=8",)),
+            r"memory_options is .* empty for paragru\+attention, in which no block has a memory",
+        ),
+        (
+            lambda: TrainConfig(model="m2rnn+delta", cell_options=("damping=8",)),
+            r"cell_options is .* empty for m2rnn\+delta, in which no block has a cell",
+        ),
         (lambda: TrainConfig(model="7xdelt"), "'delt' in '7xdelt'; perhaps you meant 'delta'"),
         (lambda: ScheduleConfig(length=0), "schedule.length is 0; it must be >= 1"),
     ],

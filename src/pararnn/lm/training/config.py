@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pararnn._whole import check_whole_fields
-from pararnn.lm.catalogue import ATTENTION, BASELINES, OwnName, check_architecture, parts
+from pararnn.lm.catalogue import (
+    ATTENTION,
+    BASELINES,
+    MEMORIES,
+    OwnName,
+    check_architecture,
+    parts,
+)
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import read_json
 from pararnn.planning.backends import check_name
@@ -222,18 +229,21 @@ class TrainConfig:
         check_name(self.backend)
         every = self.architecture.attention_every
         dropout, ours = self.architecture.dropout, self.model not in BASELINES
+        stack = parts(self.model) if ours else []
         _require(not every or ours, "architecture.attention_every", every, f"0 for {self.model}")
         _require(not dropout or ours, "architecture.dropout", dropout, f"0 for {self.model}")
-        for name in ("cell_options", "memory_options"):
+        kinds = {"memory" if n in MEMORIES else "cell" for n in stack if n != ATTENTION}
+        for name, kind in (("cell_options", "cell"), ("memory_options", "memory")):
             given = getattr(self, name)
-            _require(not given or ours, name, given, f"empty for {self.model}")
+            wanted = f"empty for {self.model}, in which no block has a {kind}"
+            _require(not given or kind in kinds, name, given, wanted)
             self.options_of(name)
         split, length = self.execution.sequence_parallel, self.text.sequence_length
         name = "execution.sequence_parallel"
         _require(split == 1 or ours, name, split, f"1 for {self.model}")
         wanted = f"a divisor of text.sequence_length, {length}"
         _require(split >= 1 and length % split == 0, name, split, wanted)
-        attends = ours and (every or ATTENTION in parts(self.model))
+        attends = ours and (every or ATTENTION in stack)
         if self.text.carry_state and (attends or not ours):
             raise ValueError(
                 f"text.carry_state needs a state of fixed size, but {self.model} "

@@ -57,6 +57,12 @@ from pararnn.lm.training.optimizer import build_optimizer, is_matrix, learning_r
             lambda: TrainConfig(model="m2rnn+delta", cell_options=("damping=8",)),
             r"cell_options is .* empty for m2rnn\+delta, in which no block has a cell",
         ),
+        (
+            lambda: TrainConfig(model="m2rnn+delta:key_size=8,value_size=4"),
+            "'delta:key_size=8,value_size=4' in 'm2rnn.delta:.*'; options stand apart from names, "
+            "as in pararnn train --memory-options key_size=8 value_size=4. There are",
+        ),
+        (lambda: TrainConfig(model="m2rnn+"), "no architecture '' in 'm2rnn.'; a name is missing"),
         (lambda: TrainConfig(model="7xdelt"), "'delt' in '7xdelt'; perhaps you meant 'delta'"),
         (lambda: ScheduleConfig(length=0), "schedule.length is 0; it must be >= 1"),
     ],

@@ -223,11 +223,15 @@ def _unknown(what: str, name: str, where: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     if name == TRANSFORMER:
         nearest = ATTENTION
-    file, _, cell = name.partition(":")
-    if file and cell:  # as a Python module is named
-        nearest = f"{file}.py:{cell}"
+    before, _, behind = name.partition(":")
+    if before and behind:  # as a Python module is named
+        nearest = f"{before}.py:{behind}"
+    advice = f"perhaps you meant {nearest!r}" if name else "a name is missing"
+    if "=" in behind:
+        given = f"--memory-options {behind.replace(',', ' ')}"
+        advice = f"options stand apart from names, as in pararnn train {given}"
     return (
-        f"there is no {what} {name!r}{where}; perhaps you meant {nearest!r}. There are: "
+        f"there is no {what} {name!r}{where}; {advice}. There are: "
         f"{', '.join(known)}; stacks such as 3xparagru+m2rnn; and FILE.py:CLASS, a cell of your "
         "own. pararnn.lm.models.register_cell and register_memory add names."
     )

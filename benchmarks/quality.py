@@ -42,7 +42,7 @@ import torch
 
 from pararnn.lm.bench.models import release
 from pararnn.lm.bench.train import measure_model
-from pararnn.lm.catalogue import ATTENTION, BASELINES, MEMORIES
+from pararnn.lm.catalogue import ATTENTION, BASELINES, MEMORIES, OwnName
 from pararnn.lm.data import PrepareConfig, prepare
 from pararnn.lm.data.recipes import STANDARD_LIBRARY
 from pararnn.lm.models import ParaRNNForCausalLM
@@ -76,11 +76,11 @@ COLUMNS = {
     "seeds": ("seeds", ""),
     "loss": ("held out, nats per byte", ".4f"),
     "bits": ("held out, bits per byte", ".4f"),
-    "ratio": ("to the Transformer's", ".3f"),
+    "ratio": ("bits / Transformer's", ".3f"),
     "carried": ("bits, state carried", ".4f"),
     "train": ("bits in training", ".4f"),
     "step_ms": ("ms per step, alone", ".1f"),
-    "time_ratio": ("to the Transformer's", ".2f"),
+    "time_ratio": ("time / Transformer's", ".2f"),
 }
 
 
@@ -122,14 +122,14 @@ def all_models(blocks: int) -> list[str]:
 
 def settings(unit: Unit, options: argparse.Namespace) -> TrainConfig:
     """What differs between baselines is their depth and heads."""
-    name, _, memory = unit.model.partition(":")
+    name, colon, memory = unit.model.partition(":")
     mamba2, baseline = name == "mamba2", name in BASELINES
     theirs = preset(name if baseline else "paragru", "400m")
     inside = 2 * options.width if mamba2 else options.width
     return TrainConfig(
         data=options.out / "data" / unit.text,
         model=name,
-        memory_options=tuple(memory.split(",")) if memory else (),
+        memory_options=tuple(memory.split(",")) if colon else (),
         out=unit.folder(options.out),
         seed=unit.seed,
         steps=options.steps,
@@ -368,7 +368,11 @@ def search(options: argparse.Namespace) -> dict[Unit, str]:
     """Train all. Returns what failed, and why."""
     for name, source in options.texts:
         chosen = PrepareConfig(sources=(source,), held_out=TextConfig.held_out)
-        if prepare(chosen, options.out / "data" / name, workers=1) is not None:
+        try:
+            stopped_by = prepare(chosen, options.out / "data" / name, workers=1)
+        except RunError as error:
+            raise SystemExit(f"--text {name}={source}: {error}") from error
+        if stopped_by is not None:
             raise SystemExit("stopped; the same command goes on.")
     workers = Workers(options)
     workers.run(units(options))
@@ -484,7 +488,8 @@ def plot_curves(options: argparse.Namespace, smooth: int = 50) -> None:
             ]
             axes.plot([of_step * end for end in ends], means, label=path.parent.name)
         axes.set(title=text, xlabel="million bytes", ylabel="bits per byte in training")
-        axes.set_ylim(top=SHOWN)
+        if axes.get_ylim()[0] < SHOWN:  # else all curves would lie above the picture
+            axes.set_ylim(top=SHOWN)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(options.out / "curves.png", dpi=120)
@@ -526,10 +531,20 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     every = all_models(options.layers)
     options.models = [m for name in options.models for m in (every if name == "all" else [name])]
     for model in options.models:
-        config = settings(Unit("", model, 1e-3, 0), options)
-        outline_model(config, Codec())  # refuses what cannot be
-    named = [text.partition("=") for text in options.text or ["code"]]
-    options.texts = [(name, source or STANDARD_LIBRARY) for name, _, source in named]
+        if OwnName.of(model):
+            parser.error(f"--models {model}: a cell in a file cannot be compared; give a name.")
+        try:
+            config = settings(Unit("", model, 1e-3, 0), options)
+            outline_model(config, Codec())
+        except (TypeError, ValueError) as error:
+            parser.error(f"--models {model}: {error}")
+    options.texts = []
+    for text in options.text or ["code"]:
+        given = f"code={STANDARD_LIBRARY}" if text == "code" else text
+        name, _, source = given.partition("=")
+        if not name or not source:
+            parser.error(f"--text {text}: give code, or a name and a file or folder as NAME=PATH.")
+        options.texts.append((name, source))
     on_gpu = choose_device(options.device).type == "cuda"
     options.processes = options.processes or (4 if on_gpu else 1)
     return options

@@ -163,3 +163,48 @@ def test_seeds_of_what_is_close(quality):
     assert {(u.model, u.rate, u.seed) for u in more} == {
         (model, 0.001, seed) for model in ("a", "b", "transformer") for seed in (1, 2)
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--models", "m2rnn:keysize=8"], "--models m2rnn:keysize=8: memory 'm2rnn' does not take"),
+        (["--models", "m2rnn:key_size=abc"], "key_size must be a whole number, got 'abc'"),
+        (["--models", "m2rnn:key_size"], "memory_options is key_size; it must be NAME=VALUE"),
+        (["--models", "m2rnn:"], "memory_options is ; it must be NAME=VALUE"),
+        (["--models", "paragru:key_size=8"], "empty for paragru, in which no block has a memory"),
+        (["--models", "m2rn"], "--models m2rn: there is no architecture 'm2rn'; perhaps you meant"),
+        (["--models", "cell.py:Mine"], "--models cell.py:Mine: a cell in a file cannot be"),
+        (["--models", "paragru", "--text", "folder"], "--text folder: give code, or a name and a"),
+    ],
+)
+def test_mistakes_are_told_at_once(quality, tmp_path, capsys, given, message):
+    with pytest.raises(SystemExit) as raised:
+        quality.main([*TINY, *given, "--out", str(tmp_path / "out")])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_there_is_not(quality, tmp_path):
+    given = [*TINY, "--models", "paragru", "--text", "words=nowhere", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^--text words=nowhere: there is no file or folder"):
+        quality.main(given)
+
+
+@pytest.mark.parametrize(("bits", "top"), [(1.5, 2.0), (7.0, None)])
+def test_curves_are_within_the_picture(quality, tmp_path, monkeypatch, bits, top):
+    """The rest of a search is cut off above, but not if nothing would be left."""
+    from matplotlib.figure import Figure
+
+    run = tmp_path / "runs/words/paragru"
+    run.mkdir(parents=True)
+    lines = [{"step": i, "bits_per_byte": bits - i / 1000} for i in range(1, 101)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    sizes = {"batch_size": 2, "sequence_length": 8}
+    quality.plot_curves(type("Options", (), {"out": tmp_path, **sizes}))
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low < bits - 0.05 < high
+    assert top is None or high == top

@@ -257,6 +257,29 @@ def test_a_memory_of_ones_own(monkeypatch, tokens):
         del MEMORIES["adding"]
 
 
+class InHeads(cells.M2RNNCell):
+    """Its readout leaves the heads side by side in an axis of their own."""
+
+    def readout(self, x, state):
+        return super().readout(x, state).unflatten(-1, (self.num_heads, self.value_size))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (InHeads, r"memory 'mine' hands out \(2, 4\) for every token, but its block takes \(8,\)"),
+        (
+            lambda *_, **__: torch.nn.GRUCell(3, 3),
+            "memory 'mine' is a GRUCell; give register_memory a factory that returns a MatrixMem",
+        ),
+    ],
+)
+def test_a_memory_of_ones_own_that_does_not_fit(monkeypatch, factory, message):
+    monkeypatch.setitem(MEMORIES.data, "mine", factory)
+    with pytest.raises(ValueError, match=message):
+        tiny(cell="mine", memory_options={"value_size": 4})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -48,6 +48,7 @@ class MemoryMixer(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.conv = CausalConvolution(convolved, config.conv_kernel)
         self.rnn = RNN(cell, backend=config.backend)
+        self._check_output(name, size)
         self.operator = LINEAR.get(name)
         self.all_at_once = linear.choose(self.operator, config.backend)
         self.skip = nn.Parameter(torch.ones(size))
@@ -69,6 +70,18 @@ class MemoryMixer(nn.Module):
         y = y + self.skip.to(y.dtype) * u[..., -y.shape[-1] :]
         return self.out_proj(self.norm(y, gate)), LayerState(window, recurrent)
 
+    def _check_output(self, name: str, size: int) -> None:
+        """Refuse a memory whose readout is not that of a block; on the meta device nobody knows."""
+        if any(p.is_meta for p in self.rnn.cell.parameters()):
+            return
+        shape = self.rnn.output_shape
+        if shape != (size,):
+            raise ValueError(
+                f"memory {name!r} hands out {shape} for every token, but its block takes "
+                f"{(size,)}, the values of all heads side by side; write a `readout` that returns "
+                "them so."
+            )
+
     def _remember(
         self, given: Tensor, state: State | None, boundaries: Boundaries | None
     ) -> tuple[Tensor, State]:
@@ -86,10 +99,16 @@ def _make(name: str, size: int, options: dict[str, Any]) -> MatrixMemoryCell:
     others = {n: v for n, v in options.items() if n not in ("key_size", "value_size")}
     keys, values = options["key_size"], options["value_size"]
     try:
-        return MEMORIES[name](None, keys, values, num_heads=size // values, **others)
+        cell = MEMORIES[name](None, keys, values, num_heads=size // values, **others)
     except TypeError as error:
         reason = str(error).rstrip(".")
         raise ValueError(
             f"memory {name!r} does not take memory_options {options}: {reason}. They are key_size, "
             "value_size, shared_keys, and what else the memory takes by name, such as nonlinearity."
         ) from error
+    if not isinstance(cell, MatrixMemoryCell):
+        raise ValueError(
+            f"memory {name!r} is a {type(cell).__name__}; give register_memory a factory that "
+            "returns a MatrixMemoryCell, or register_cell one of any other cell."
+        )
+    return cell

@@ -445,8 +445,9 @@ def tables(options: argparse.Namespace, failed: dict[Unit, str]) -> str:
     lines += [*_unfinished(options.out), *(f"failed: {u}: {why}" for u, why in failed.items())]
     for model in options.models:
         if note := missing_kernels(model.partition(":")[0]):
-            skipped = "is not trained, since it would take" if model in BASELINES else "takes"
-            lines.append(f"{model} {skipped} {note}")
+            skipped = slow_on_a_gpu(model, options)
+            verb = "is not trained, since it would take" if skipped else "takes"
+            lines.append(f"{model} {verb} {note}")
     return "\n".join(lines)
 
 

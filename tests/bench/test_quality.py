@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pararnn.lm.catalogue import MEMORIES, check_architecture, parts
 from pararnn.lm.training import RunFolder
@@ -208,3 +209,13 @@ def test_curves_are_within_the_picture(quality, tmp_path, monkeypatch, bits, top
     low, high = drawn[0].axes[0].get_ylim()
     assert low < bits - 0.05 < high
     assert top is None or high == top
+
+
+@pytest.mark.parametrize(
+    ("device", "verb"), [("cpu", "takes"), ("cuda", "is not trained, since it would take")]
+)
+def test_a_baseline_without_its_kernels(quality, tmp_path, monkeypatch, device, verb):
+    monkeypatch.setattr(quality, "missing_kernels", lambda name: "a slow path")
+    monkeypatch.setattr(quality, "choose_device", torch.device)
+    options = type("Options", (), {"out": tmp_path, "models": ["mamba2"], "device": device})
+    assert quality.tables(options, {}).endswith(f"\nmamba2 {verb} a slow path")

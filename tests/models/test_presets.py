@@ -37,6 +37,16 @@ def test_settings_of_the_paper():
     assert round(tokens / 1e9, 1) == 138.4
 
 
+def test_other_stacks_have_the_settings_of_paragru():
+    stack = presets.build("m2rnn+delta", "400m", device="meta", num_layers=3)
+    mixers = ["m2rnn", "delta", "m2rnn"]
+    assert (stack.config.mixers, stack.config.hidden_size) == (mixers, 1024)
+    assert presets.preset("3xparagru+attention", "1b") == presets.preset("paragru", "1b")
+    assert presets.preset("mgu", "7b") == presets.preset("paragru", "7b")
+    with pytest.raises(ValueError, match=r"no architecture 'mm2rnn' in 'mm2rnn\+delta'"):
+        presets.preset("mm2rnn+delta", "400m")
+
+
 def test_type_and_options():
     changes = {"conv_kernel": 2, "num_layers": 1, "vocab_size": 64, "rms_norm_eps": 1e-3}
     model = presets.build("paragru", "400m", device="meta", dtype=torch.bfloat16, **changes)
@@ -47,7 +57,7 @@ def test_type_and_options():
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(ValueError, match=r"architecture 'paragur' .* perhaps you meant 'paragru'"):
+    with pytest.raises(ValueError, match="architecture 'paragur'; perhaps you meant 'paragru'"):
         presets.build("paragur", "400m")
     with pytest.raises(ValueError, match=r"size '3b' .* 400m, 1b, 2.9b, 7b"):
         presets.build("paragru", "3b")

@@ -155,6 +155,14 @@ def test_paths_may_be_text(tokens):
     assert RunFolder("run").data == Path("run/data")
 
 
+def test_a_stack_of_a_size(capsys):
+    stack = ["--model", "m2rnn+delta", "--memory-options", "key_size=128"]
+    assert main(["train", "--size", "400m", *stack, "--print-config"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["model"], config["memory_options"]) == ("m2rnn+delta", ["key_size=128"])
+    assert (config["architecture"]["width"], config["optimizer"]["learning_rate"]) == (1024, 5e-3)
+
+
 def test_size_is_a_starting_point(tokens, capsys):
     arguments = ["train", "--size", "1b", "--model", "paralstm", "--data", "tokens"]
     assert main([*arguments, "--text.batch-size", "4", "--print-config"]) == 0
@@ -166,7 +174,7 @@ def test_size_is_a_starting_point(tokens, capsys):
     assert config["steps"] == config["schedule"]["length"] == 55_000
     for wrong, message in (
         (["--size", "3b"], "size '3b' has no preset"),
-        (["--size", "1b", "--model", "mgu"], "architecture 'mgu' has no preset"),
+        (["--size", "1b", "--model", "mg"], "no architecture 'mg'; perhaps you meant 'mgu'"),
         (["--size", "1b", "--resume"], "--resume does not work with --size"),
     ):
         with pytest.raises(SystemExit):

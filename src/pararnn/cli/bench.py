@@ -42,7 +42,7 @@ class _ModelArguments:
     preset: str = "1b"
     """Size of the paper: 400m, 1b, 2.9b or 7b."""
     architectures: tuple[str, ...] = ARCHITECTURES
-    """Models to time, one after the other."""
+    """Models to time, one after the other: of the paper, or stacks such as m2rnn+delta."""
     width: int | None = None
     """Channels; None for those of the preset."""
     layers: int | None = None

@@ -28,7 +28,7 @@ class TrainArguments(Output):
     """Continue the run in --out, or the last one in runs/; its own settings hold."""
     size: str | None = None
     """400m, 1b, 2.9b or 7b: the paper's model of that size and its training settings, which the
-    other options change."""
+    other options change. Other stacks have those of ParaGRU."""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """Settings as --print-config prints them, or some of them; other options change them."""
     print_config: bool = False

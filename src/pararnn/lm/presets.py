@@ -12,6 +12,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from pararnn.lm.catalogue import check_architecture
+
 VOCAB_SIZE = 50_432
 SEQUENCE_LENGTH = 2048
 ARCHITECTURES = ("paragru", "paralstm", "transformer", "mamba2")
@@ -101,21 +103,18 @@ SIZES = tuple(_SIZES)
 
 
 def preset(architecture: str, size: str) -> Preset:
-    """The settings of a model of the paper.
+    """The settings of a model of the paper; of another stack of mixers, those of its ParaGRU.
 
     Raises:
         ValueError: There is no such architecture or size.
     """
-    column = ARCHITECTURES.index(_known("architecture", architecture, ARCHITECTURES))
-    row = _SIZES[_known("size", size, SIZES)]
-    return Preset(**row | {name: row[name][column] for name in _PER_ARCHITECTURE})
-
-
-def _known(what: str, name: str, names: tuple[str, ...]) -> str:
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    check_architecture(architecture)
+    column = ARCHITECTURES.index(architecture if architecture in ARCHITECTURES else "paragru")
+    if size not in SIZES:
+        nearest = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{what} {name!r} has no preset; perhaps you meant {nearest!r}. There are: "
-            f"{', '.join(names)}."
+            f"size {size!r} has no preset; perhaps you meant {nearest!r}. There are: "
+            f"{', '.join(SIZES)}."
         )
-    return name
+    row = _SIZES[size]
+    return Preset(**row | {name: row[name][column] for name in _PER_ARCHITECTURE})

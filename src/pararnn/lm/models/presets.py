@@ -21,7 +21,7 @@ def configuration(architecture: str, size: str, **options: Any) -> PreTrainedCon
     """The configuration of a model of the paper.
 
     Args:
-        architecture: "paragru", "paralstm", "transformer" or "mamba2".
+        architecture: "paragru", "paralstm", "transformer", "mamba2", or another stack of mixers.
         size: "400m", "1b", "2.9b" or "7b".
         options: Fields of `Shape` to change, and arguments of the configuration's class.
     """
@@ -51,7 +51,7 @@ def build(
     """A new model of the paper.
 
     Args:
-        architecture: "paragru", "paralstm", "transformer" or "mamba2".
+        architecture: "paragru", "paralstm", "transformer", "mamba2", or another stack of mixers.
         size: "400m", "1b", "2.9b" or "7b".
         device: Device of the parameters; "meta" for parameters without values.
         dtype: Type of the parameters; None for PyTorch's default.

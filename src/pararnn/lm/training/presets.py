@@ -1,4 +1,4 @@
-"""Training settings of the paper's models."""
+"""Training settings of the paper's models, and of others of their size."""
 
 from pararnn.lm.presets import SEQUENCE_LENGTH, preset
 from pararnn.lm.training.config import (
@@ -14,10 +14,10 @@ from pararnn.lm.training.config import (
 def preset_config(model: str, size: str) -> TrainConfig:
     """Settings to train a model of the paper with: Danieli et al. 2025, C.1 and Table 4.
 
-    Blocks are compiled.
+    Blocks are compiled. Another stack of mixers has the settings of ParaGRU.
 
     Args:
-        model: "paragru", "paralstm", "transformer" or "mamba2".
+        model: "paragru", "paralstm", "transformer", "mamba2", or a stack such as "m2rnn+delta".
         size: "400m", "1b", "2.9b" or "7b".
 
     Raises:

@@ -14,10 +14,10 @@ Every model has every rate of --rates. Those whose best is within --close of the
 with or without attention, get --seeds seeds at that rate.
 
 What is done is kept in --out: the same command goes on where it was stopped, by a signal or by
---minutes. `table.md` and, with matplotlib, `curves.png` are written at every end. Held-out text is
-evaluated in pieces of a sequence's length, for stacks without attention also with the state carried
-along. Steps of models that share a GPU take longer, so --times measures every model alone; it
-trains nothing.
+--minutes. After a signal the exit status is 128 plus its number. `table.md` and, with matplotlib,
+`curves.png` are written at every end. Held-out text is evaluated in pieces of a sequence's length,
+for stacks without attention also with the state carried along. Steps of models that share a GPU
+take longer, so --times measures every model alone; it trains nothing.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ HEAD = 64  # channels, of attention and of Mamba2
 LOOK_EVERY = 0.5  # seconds between looks at the processes
 SHOWN = 2.0  # bits per byte, the most that curves show
 GRACE = 120.0  # seconds in which a process that is stopped writes its checkpoint
+STOPPED = "Stopped; the same command goes on."
 COLUMNS = {
     "text": ("text", ""),
     "model": ("model", ""),
@@ -289,19 +290,26 @@ def matches(row: dict[str, Any], text: str, model: str) -> bool:
 
 
 class Workers:
-    """Units side by side, each a process; stopped when the time is over or by a signal."""
+    """Units side by side, each a process; stopped when the time is over or by a signal.
+
+    Attributes:
+        stopped: Whether nothing more is started.
+        stopped_by: The signal that asked for it; None for the time, or while it goes on.
+        failed: Units that ended by an error, and why.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.end = time.monotonic() + 60 * options.minutes if options.minutes else None
         self.stopped = False
+        self.stopped_by: int | None = None
         self.failed: dict[Unit, str] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.stop())
+            signal.signal(number, lambda number, _: self.stop(number))
 
-    def stop(self) -> None:
+    def stop(self, number: int) -> None:
         """Start nothing more, and end what runs."""
-        self.stopped = True
+        self.stopped, self.stopped_by = True, number
 
     def run(self, todo: list[Unit]) -> None:
         """Run all that is not done, or as many as there is time for."""
@@ -364,8 +372,8 @@ class Workers:
             print(f"{words} failed: {self.failed[unit]}", flush=True)
 
 
-def search(options: argparse.Namespace) -> dict[Unit, str]:
-    """Train all. Returns what failed, and why."""
+def search(options: argparse.Namespace) -> tuple[dict[Unit, str], int | None]:
+    """Train all. Returns what failed, with the reason, and the signal that stopped it, if any."""
     for name, source in options.texts:
         chosen = PrepareConfig(sources=(source,), held_out=TextConfig.held_out)
         try:
@@ -373,14 +381,15 @@ def search(options: argparse.Namespace) -> dict[Unit, str]:
         except RunError as error:
             raise SystemExit(f"--text {name}={source}: {error}") from error
         if stopped_by is not None:
-            raise SystemExit("stopped; the same command goes on.")
+            print(STOPPED, flush=True)
+            return {}, stopped_by
     workers = Workers(options)
     workers.run(units(options))
     if not workers.stopped:
         workers.run(close_units(options, finished(options.out)))
     if workers.stopped:
-        print("Stopped; the same command goes on.", flush=True)
-    return workers.failed
+        print(STOPPED, flush=True)
+    return workers.failed, workers.stopped_by
 
 
 def measure_times(options: argparse.Namespace) -> None:
@@ -561,21 +570,25 @@ def check_same(options: argparse.Namespace) -> None:
 
 
 def main(given: list[str] | None = None) -> int:
+    """Returns 0, 1 if a model failed, or 128 plus the signal that stopped it."""
     options = arguments(given)
     if options.unit:
         return run_unit(Unit(**options.unit), options)
     options.out.mkdir(parents=True, exist_ok=True)
     check_same(options)
     failed: dict[Unit, str] = {}
+    stopped_by = None
     if options.times:
         measure_times(options)
     else:
-        failed = search(options)
+        failed, stopped_by = search(options)
     text = tables(options, failed)
     (options.out / "table.md").write_text(text + "\n")
     if importlib.util.find_spec("matplotlib"):
         plot_curves(options)
     print(f"\n{text}")
+    if stopped_by is not None:
+        return 128 + stopped_by
     return 1 if failed else 0
 
 

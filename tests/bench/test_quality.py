@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def test_the_time_is_over(tmp_path, arguments, inline):
 
 
 def test_stopped_by_a_signal(tmp_path, arguments):
-    """Processes write checkpoints. One model that fails does not take others with it."""
+    """Processes write checkpoints; the status names the signal, also where a model has failed."""
     command = [sys.executable, str(SCRIPT), *arguments, "--rates", "0.003", "--processes", "2"]
     command += ["--models", "elman", "paragru", "--steps", "100000"]
     folder = tmp_path / "out/runs/words"
@@ -127,11 +128,17 @@ def test_stopped_by_a_signal(tmp_path, arguments):
         time.sleep(0.2)
     process.terminate()
     output, _ = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGTERM
     assert "paragru 0.003 seed 0: stopped" in output
     assert "not finished: words paragru-0.003-0: " in output
     newest = max(path.name for path in folder.glob("paragru-0.003-0/checkpoints/step-*"))
     assert int(newest.removeprefix("step-")) > 0
+
+
+def test_stopped_while_the_text_is_prepared(arguments, quality, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "prepare", lambda *_, **__: signal.SIGINT)
+    assert quality.main([*arguments, "--models", "paragru"]) == 128 + signal.SIGINT
+    assert "Stopped; the same command goes on." in capsys.readouterr().out
 
 
 def test_the_whole_search(quality):

@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM
 from pararnn import RNN, cells
 from pararnn.lm import catalogue, linear
 from pararnn.lm.decoding import generate
-from pararnn.lm.models import MEMORIES, ParaRNNCache, ParaRNNConfig, register_memory
+from pararnn.lm.models import (
+    MEMORIES,
+    ParaRNNCache,
+    ParaRNNConfig,
+    register_cell,
+    register_memory,
+)
 from pararnn.lm.models.architectures import Shape, make_config, make_model, missing_kernels
 from pararnn.lm.training.checkpoints import quiet_transformers
 from pararnn.lm.training.comparison import step_by_step
@@ -255,6 +261,30 @@ def test_a_memory_of_ones_own(monkeypatch, tokens):
                 register_memory(name, cells.M2RNNCell)
     finally:
         del MEMORIES["adding"]
+
+
+NOT_SPELLABLE = ["a+b", "m2rnn:key_size=8", "3xgru", "two words", "cell.py", "", "-gru", "gru\n"]
+
+
+@pytest.mark.parametrize("register", [register_cell, register_memory])
+@pytest.mark.parametrize("name", NOT_SPELLABLE)
+def test_names_that_no_command_line_can_have(register, name):
+    before = catalogue.mixers()
+    with pytest.raises(ValueError, match=r"^mixer name .* begins with a letter\.$") as raised:
+        register(name, cells.M2RNNCell)
+    assert repr(name) in str(raised.value)
+    with pytest.raises(ValueError, match=r"'transformer' is taken by 'a model of that name'"):
+        register("transformer", cells.M2RNNCell)
+    assert catalogue.mixers() == before
+
+
+def test_every_name_can_be_part_of_a_stack():
+    import pararnn.tasks.architectures  # which registers more
+
+    assert set(pararnn.tasks.architectures.MORE_CELLS) < set(catalogue.CELLS)
+    for name in catalogue.mixers():
+        if not catalogue.OwnName.of(name):
+            assert catalogue.parts(f"2x{name}+{name}") == [name] * 3
 
 
 class InHeads(cells.M2RNNCell):

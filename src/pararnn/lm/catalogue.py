@@ -80,13 +80,13 @@ def register_cell(name: str, factory: CellFactory) -> None:
     """Make a cell available to `ParaRNNConfig(cell=name)`.
 
     Args:
-        name: A name that no other mixer has.
+        name: A name that no other mixer has, of letters, digits, - and _, beginning with a letter.
         factory: Called as `factory(input_size, hidden_size, num_heads=..., **cell_options)`;
             returns a cell for `pararnn.RNN`, whose outputs have `hidden_size` numbers. Its state
             may have any shape.
 
     Raises:
-        ValueError: The name belongs to another mixer.
+        ValueError: The name belongs to another mixer or model, or no command line can have it.
     """
     _register(name, factory, CELLS)
 
@@ -98,20 +98,26 @@ def register_memory(name: str, factory: MemoryFactory) -> None:
     gate, the norm and what skips the memory.
 
     Args:
-        name: A name that no other mixer has.
+        name: A name that no other mixer has, of letters, digits, - and _, beginning with a letter.
         factory: Called as `factory(None, key_size, value_size, num_heads=..., shared_keys=...,
             **memory_options)`; returns a `MatrixMemoryCell` that is a memory alone.
 
     Raises:
-        ValueError: The name belongs to another mixer.
+        ValueError: The name belongs to another mixer or model, or no command line can have it.
     """
     _register(name, factory, MEMORIES)
 
 
 def _register(name: str, factory: Callable[..., Any], table: Table) -> None:
-    others = [place for place in (CELLS, MEMORIES) if place is not table and name in place]
-    if others or name == ATTENTION or table.setdefault(name, factory) is not factory:
-        found = others[0][name] if others else table.get(name, "attention itself")
+    if not (_NAME.fullmatch(name) or OwnName.stored(name)):
+        raise ValueError(
+            f"mixer name {name!r} cannot be part of a stack such as 3xparagru+m2rnn; choose a name "
+            "of letters, digits, - and _ that begins with a letter."
+        )
+    others = [place[name] for place in (CELLS, MEMORIES) if place is not table and name in place]
+    others += [_RESERVED[name]] if name in _RESERVED else []
+    if others or table.setdefault(name, factory) is not factory:
+        found = (others or [table[name]])[0]
         raise ValueError(f"mixer name {name!r} is taken by {found!r}; choose another name.")
 
 
@@ -217,6 +223,8 @@ def _accepted(factory: CellFactory, options: dict[str, Any]) -> dict[str, Any]:
 
 
 _TIMES = re.compile(r"(?:([1-9]\d*)x)?(.*)", re.DOTALL)
+_NAME = re.compile(r"[^\W\d_][\w-]*")
+_RESERVED = {ATTENTION: "attention itself", TRANSFORMER: "a model of that name"}
 
 
 def _unknown(what: str, name: str, where: str, known: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Every mixer by its name: documents, pieces, caches, gradients, saving; and what is refused."""
 
 import copy
+import json
 import sys
 from types import SimpleNamespace
 
@@ -48,6 +49,11 @@ def tiny(**changes):
     return model
 
 
+def memory_options(name, **options):
+    """Sizes for a memory; nothing for other mixers."""
+    return {"key_size": KEYS, "value_size": VALUES, **options} if name in MEMORIES else None
+
+
 @pytest.fixture(params=MIXERS, scope="module")
 def model(request):
     """Two blocks of a mixer, with a cell of another kind between them."""
@@ -56,7 +62,7 @@ def model(request):
         num_hidden_layers=3,
         mixers=[name, "paragru", name],
         attention_heads=2,
-        memory_options={"key_size": KEYS, "value_size": VALUES, **options},
+        memory_options=memory_options(name, **options),
     )
 
 
@@ -315,6 +321,26 @@ def test_a_memory_of_ones_own_that_does_not_fit(monkeypatch, factory, message):
     [
         ({"cell": "m2rn"}, "there is no mixer 'm2rn'; perhaps you meant 'm2rnn'. There are: para"),
         ({"mixers": ["paragru", "gated-delta"]}, "perhaps you meant 'gated-deltanet'"),
+        (
+            {"memory_options": {"wrong": 1}},
+            r"memory_options is {'wrong': 1}, but no block of the m",
+        ),
+        (
+            {
+                "cell": "m2rnn",
+                "mixers": ["paragru", "attention"],
+                "memory_options": {"key_size": 3},
+            },
+            "no block of the model has a memory; leave it out, or name a memory for a block",
+        ),
+        (
+            {"cell": "m2rnn", "cell_options": {"bias": False}},
+            r"cell_options is {'bias': False}, but no block of the model has a cell; leave it out,",
+        ),
+        (
+            {"mixers": ["paragru", "elman"], "cell_options": {"bias": False, "gates": 2}},
+            "^cell 'paragru' does not take cell_options 'gates'. They are bias, max_recurrent_w",
+        ),
         ({"cell": "m2rnn"}, r"inner_size 8 cannot be split into heads of 16 values"),
         ({"cell": "m2rnn", "memory_options": {"value_size": 0}}, "heads of 0 values"),
         (
@@ -337,6 +363,37 @@ def test_mistakes(changes, message):
         tiny(**changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("paragru", {"memory_options": {"key_size": 128, "value_size": 16, "wrong": 1}}),
+        ("attention", {"cell_options": {"max_timescale": 9}, "memory_options": {"value_size": 3}}),
+        ("m2rnn", {"cell_options": {"max_timescale": 9}}),
+    ],
+)
+def test_stored_before_unused_options_were_refused(name, options, tokens, tmp_path):
+    """They are left out; the model is the same."""
+    sizes = {"attention_heads": 2, "memory_options": memory_options(name)}
+    model = tiny(cell=name, **sizes)
+    with quiet_transformers():
+        model.save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(stored | options))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.cell_options == model.config.cell_options == {}
+    assert again.config.memory_options == model.config.memory_options
+    assert_close("logits", again(tokens).logits, model(tokens).logits, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba2"])
+def test_options_of_a_baseline(name):
+    shape = Shape(vocab_size=17, width=32, num_layers=2, num_heads=2)
+    for field, kind in [("cell_options", "cell"), ("memory_options", "memory")]:
+        message = f"^{field} is {{'key_size': 8}}, but no block of {name} has a {kind}; leave it"
+        with pytest.raises(ValueError, match=message):
+            make_config(name, shape, **{field: {"key_size": 8}})
+
+
 def test_stacks_in_one_line():
     assert catalogue.parts("2xparagru+m2rnn+attention") == ["paragru"] * 2 + ["m2rnn", "attention"]
     shape = Shape(vocab_size=17, width=32, num_layers=7, num_heads=2)
@@ -354,3 +411,4 @@ def test_options_that_not_all_cells_take_are_left_out():
     given = {"max_timescale": 50.0, "max_recurrent_weight": 0.5}
     assert catalogue.cell_options(["paragru", "m2rnn"], given) == given
     assert catalogue.cell_options(["paragru", "elman"], given) == {"max_recurrent_weight": 0.5}
+    assert catalogue.cell_options(["m2rnn", "attention"], given) == {}

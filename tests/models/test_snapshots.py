@@ -9,7 +9,7 @@ import torch
 from pararnn.lm.decoding import Decoder, decoder
 from pararnn.planning.costs import COSTS
 
-from .test_mixers import MIXERS, tiny
+from .test_mixers import MIXERS, memory_options, tiny
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8, 9]]
 SAMPLED = {"temperature": 1.0, "seed": 3}
@@ -22,7 +22,7 @@ def model(request):
         num_hidden_layers=3,
         mixers=[name, "paralstm", name],
         attention_heads=2,
-        memory_options={"key_size": 3, "value_size": 4, **options},
+        memory_options=memory_options(name, **options),
     )
 
 
@@ -186,7 +186,8 @@ def test_a_stream_ends_when_all_texts_have_and_comes_one_by_one(monkeypatch):
 def test_captured_steps_go_back_and_stream(mixer, monkeypatch):
     """Steps are CUDA graphs, tokens are copied to the host beside them, and the room grows."""
     monkeypatch.setattr(decoder, "COSTS", replace(COSTS, attention_room=16))
-    options = {"memory_options": {"key_size": 16, "value_size": 16}, "attention_heads": 2}
+    sizes = {"key_size": 16, "value_size": 16}
+    options = {"memory_options": memory_options(mixer, **sizes), "attention_heads": 2}
     sizes = {"hidden_size": 32, "mixers": [mixer, "paralstm"]}
     model = tiny(**sizes, **options).float().to("cuda")
     decoding = Decoder(model, 3)

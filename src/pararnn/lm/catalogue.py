@@ -16,7 +16,7 @@ import importlib
 import inspect
 import re
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -201,11 +201,54 @@ def repeated(stack: list[str], num_layers: int) -> list[str]:
     return [stack[i % len(stack)] for i in range(num_layers)]
 
 
+def unused_options(mixers: Sequence[str]) -> list[str]:
+    """Which of `cell_options` and `memory_options` no block takes; a cell may be one in a file."""
+    kinds = {"memory" if n in MEMORIES else "cell" for n in mixers if n != ATTENTION}
+    return [field for field, kind in _OPTIONS.items() if kind not in kinds]
+
+
+def check_used(mixers: Sequence[str], model: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if there are options of cells, or of memories, that no block takes.
+
+    Args:
+        mixers: Of all blocks; none in a baseline.
+        model: What the message calls it.
+        options: `cell_options` and `memory_options`, as far as they are given.
+    """
+    for field in unused_options(mixers):
+        if given := options.get(field):
+            kind = _OPTIONS[field]
+            raise ValueError(
+                f"{field} is {given}, but no block of {model} has a {kind}; leave it out, or name "
+                f"a {kind} for a block."
+            )
+
+
+def check_names(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if a cell or a memory does not take options of such names.
+
+    Args:
+        name: Of the mixer.
+        options: What its block hands on to it, besides sizes and heads.
+    """
+    kind, table = ("memory", MEMORIES) if name in MEMORIES else ("cell", CELLS)
+    accepted = _accepted(table[name], dict(options))
+    if unknown := [option for option in options if option not in accepted]:
+        known = [n for n in inspect.signature(table[name]).parameters if n not in _OF_THE_BLOCK]
+        raise ValueError(
+            f"{kind} {name!r} does not take {kind}_options {', '.join(map(repr, unknown))}. They "
+            f"are {', '.join(known) or 'none'}."
+        )
+
+
 def cell_options(stack: list[str], options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that all cells of a stack take: a model has one set for all of them.
 
-    `max_timescale` is taken by cells with a gate whose bias sets a time.
+    `max_timescale` is taken by cells with a gate whose bias sets a time. Without a cell there are
+    none.
     """
+    if "cell_options" in unused_options(stack):
+        return {}
     for name in stack:
         if name in CELLS:
             options = _accepted(CELLS[name], options)
@@ -222,6 +265,8 @@ def _accepted(factory: CellFactory, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
+_OPTIONS = {"cell_options": "cell", "memory_options": "memory"}
+_OF_THE_BLOCK = ("input_size", "hidden_size", "num_heads", "device", "dtype")
 _TIMES = re.compile(r"(?:([1-9]\d*)x)?(.*)", re.DOTALL)
 _NAME = re.compile(r"[^\W\d_][\w-]*")
 _RESERVED = {ATTENTION: "attention itself", TRANSFORMER: "a model of that name"}

@@ -21,6 +21,7 @@ from pararnn.lm.catalogue import (
     cell_options,
     parts,
     repeated,
+    unused_options,
 )
 from pararnn.lm.models.architectures import Shape, make_config, make_model
 from pararnn.lm.models.attention import AttentionMixer
@@ -83,7 +84,7 @@ class _LanguageModel(nn.Module):
                 "attention_heads": settings.num_heads,
                 "cell_options": cell_options(stack, _options(settings)),
                 "memory_options": _memory_options(settings),
-            }
+            } | dict.fromkeys(unused_options(stack))
         self.model = make_model(make_config(architecture, shape, **options))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -154,6 +155,8 @@ def _mixer(name: str, settings: Settings, options: dict[str, Any]) -> nn.Module:
     width, heads = settings.width, settings.num_heads
     if settings.form == "cell" and name != ATTENTION:
         return _Cell(RNN(_cell(name, settings, options)))
+    given: dict[str, Any] = {"cell_options": options, "memory_options": _memory_options(settings)}
+    given |= dict.fromkeys(unused_options([name]))
     config = ParaRNNConfig(
         vocab_size=1,
         hidden_size=width,
@@ -162,8 +165,7 @@ def _mixer(name: str, settings: Settings, options: dict[str, Any]) -> nn.Module:
         conv_kernel=_CONV,
         cell=name,
         attention_heads=heads,
-        cell_options=options,
-        memory_options=_memory_options(settings),
+        **given,
     )
     if name == ATTENTION:
         return _Attention(config, convolution=settings.form == "mixer")

@@ -16,7 +16,7 @@ from transformers.models.qwen3 import Qwen3Config
 from pararnn._words import counted
 from pararnn.lm import linear
 from pararnn.lm.catalogue import BASELINES as BASELINES
-from pararnn.lm.catalogue import LINEAR, MAMBA2, parts, repeated
+from pararnn.lm.catalogue import LINEAR, MAMBA2, check_used, parts, repeated
 from pararnn.lm.catalogue import architectures as architectures
 from pararnn.lm.catalogue import check_architecture as check_architecture
 from pararnn.lm.models.configuration import ParaRNNConfig, default_mlp_size
@@ -137,8 +137,8 @@ def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedCo
         options: Further arguments of the configuration's class, such as `eos_token_id`.
 
     Raises:
-        ValueError: A name is unknown, the heads do not divide the width, or a stack has more parts
-            than there are blocks.
+        ValueError: A name is unknown, the heads do not divide the width, a stack has more parts
+            than there are blocks, or there are options that no block takes.
     """
     check_architecture(architecture)
     if shape.width % shape.num_heads:
@@ -147,6 +147,7 @@ def make_config(architecture: str, shape: Shape, **options: Any) -> PreTrainedCo
             "of heads that divides it."
         )
     if architecture in _BASELINES:
+        check_used([], architecture, options)
         return _BASELINES[architecture](shape, **options)
     stack = parts(architecture)
     if len(stack) > shape.num_layers:

@@ -7,7 +7,15 @@ from transformers import PreTrainedConfig
 from pararnn._whole import check_whole
 from pararnn._words import counted
 from pararnn.lm.catalogue import ATTENTION as ATTENTION
-from pararnn.lm.catalogue import CELLS, MEMORIES, OwnName, check_mixer
+from pararnn.lm.catalogue import (
+    CELLS,
+    MEMORIES,
+    OwnName,
+    check_mixer,
+    check_names,
+    check_used,
+    unused_options,
+)
 
 MLP_MULTIPLE = 256
 ATTENTION_HEAD = 128
@@ -53,7 +61,8 @@ class ParaRNNConfig(PreTrainedConfig):
 
     Raises:
         TypeError: A size is no whole number.
-        ValueError: A size is not positive, a division leaves a remainder, or the cell is unknown.
+        ValueError: A size is not positive, a division leaves a remainder, the cell is unknown, or
+            there are options that no block takes, or not of that name.
     """
 
     model_type = "pararnn"
@@ -98,7 +107,9 @@ class ParaRNNConfig(PreTrainedConfig):
         self.mixers = [cell] * num_hidden_layers if mixers is None else list(mixers)
         self.attention_heads = attention_heads or max(1, hidden_size // ATTENTION_HEAD)
         self.cell_options = dict(cell_options or {})
-        self.memory_options = _MEMORY | (memory_options or {})
+        self.memory_options = dict(memory_options or {})
+        if "memory_options" not in unused_options(self.mixers):
+            self.memory_options = _MEMORY | self.memory_options
         self.dropout = dropout
         self.backend = backend
         self.rms_norm_eps = rms_norm_eps
@@ -111,6 +122,18 @@ class ParaRNNConfig(PreTrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A stored configuration; options that no block takes were not always refused.
+
+        Args:
+            config_dict: The fields.
+            **kwargs: Fields to change, and what transformers takes besides.
+        """
+        mixers = config_dict.get("mixers") or [config_dict.get("cell", "paragru")]
+        unused = dict.fromkeys(unused_options(mixers))
+        return super().from_dict(config_dict | unused, **kwargs)
 
     def _check(self) -> None:
         for name in (
@@ -150,10 +173,21 @@ class ParaRNNConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} cannot be split into {self.attention_heads} "
                 "attention heads; choose attention_heads that divides it."
             )
+        self._check_options()
+
+    def _check_options(self) -> None:
+        check_used(self.mixers, "the model", vars(self))
+        further = {n: v for n, v in self.memory_options.items() if n not in _MEMORY}
+        for name in dict.fromkeys(self.mixers):
+            options = further if name in MEMORIES else self.cell_options
+            if options and name != ATTENTION:
+                check_names(name, options)
+        if not self.memory_options:
+            return
         for name in ("key_size", "value_size"):
             check_whole(**{f"memory_options' {name}": self.memory_options[name]})
         values = self.memory_options["value_size"]
-        if MEMORIES.keys() & set(self.mixers) and (values < 1 or self.inner_size % values):
+        if values < 1 or self.inner_size % values:
             raise ValueError(
                 f"inner_size {self.inner_size} cannot be split into heads of {values} values "
                 "(memory_options' value_size); choose a number that divides it."

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from pararnn.lm.catalogue import ATTENTION, BASELINES, cell_options, parts, repeated
+from pararnn.lm.catalogue import ATTENTION, BASELINES, cell_options, parts, repeated, unused_options
 from pararnn.lm.data.words import warn
 from pararnn.lm.decoding import Decoder, choose_step
 from pararnn.lm.models import ParaRNNForCausalLM
@@ -40,14 +40,16 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
     if config.model not in BASELINES:
         stack = parts(config.model)
         timescale = cell_options(stack, {"max_timescale": size.max_timescale})
+        blocks = mixers(stack, size.num_layers, size.attention_every)
         ours = {
             "backend": config.backend,
             "z_loss_weight": config.optimizer.z_loss_weight,
             "dropout": size.dropout,
-            "mixers": mixers(stack, size.num_layers, size.attention_every),
+            "mixers": blocks,
             "cell_options": timescale | config.options_of("cell_options"),
             "memory_options": config.options_of("memory_options"),
         }
+        ours |= dict.fromkeys(unused_options(blocks))  # stored runs may have them
     return outline(make_config(config.model, shape, **special, **ours))
 
 

@@ -56,6 +56,7 @@ from pararnn.lm.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     TextConfig,
+    check_new,
 )
 from pararnn.lm.training.evaluation import evaluate
 from pararnn.lm.training.language_model import build_model, outline_model
@@ -545,6 +546,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--models {model}: a cell in a file cannot be compared; give a name.")
         try:
             config = settings(Unit("", model, 1e-3, 0), options)
+            check_new(config)
             outline_model(config, Codec())
         except (TypeError, ValueError) as error:
             parser.error(f"--models {model}: {error}")

@@ -180,7 +180,7 @@ def test_seeds_of_what_is_close(quality):
         (["--models", "m2rnn:key_size=abc"], "key_size must be a whole number, got 'abc'"),
         (["--models", "m2rnn:key_size"], "memory_options is key_size; it must be NAME=VALUE"),
         (["--models", "m2rnn:"], "memory_options is ; it must be NAME=VALUE"),
-        (["--models", "paragru:key_size=8"], "empty for paragru, in which no block has a memory"),
+        (["--models", "paragru:key_size=8"], "key_size=8, but no block of paragru has a memory"),
         (["--models", "m2rn"], "--models m2rn: there is no architecture 'm2rn'; perhaps you meant"),
         (["--models", "cell.py:Mine"], "--models cell.py:Mine: a cell in a file cannot be"),
         (["--models", "paragru", "--text", "folder"], "--text folder: give code, or a name and a"),

@@ -19,6 +19,7 @@ from pararnn.lm.training.config import (
     ScheduleConfig,
     TextConfig,
     TrainConfig,
+    check_new,
     check_resumable,
     from_dict,
     identity,
@@ -46,18 +47,6 @@ from pararnn.lm.training.optimizer import build_optimizer, is_matrix, learning_r
         (lambda: ArchitectureConfig(max_timescale=1.5), "max_timescale is 1.5; it must be >= 2"),
         (lambda: TrainConfig(model="delta", memory_options=("a",)), "memory_options is a; it must"),
         (
-            lambda: TrainConfig(model="mamba2", memory_options=("key_size=8",)),
-            r"memory_options is \('key_size=8',\); it must be empty for mamba2",
-        ),
-        (
-            lambda: TrainConfig(model="paragru+attention", memory_options=("key_size=8",)),
-            r"memory_options is .* empty for paragru\+attention, in which no block has a memory",
-        ),
-        (
-            lambda: TrainConfig(model="m2rnn+delta", cell_options=("damping=8",)),
-            r"cell_options is .* empty for m2rnn\+delta, in which no block has a cell",
-        ),
-        (
             lambda: TrainConfig(model="m2rnn+delta:key_size=8,value_size=4"),
             "'delta:key_size=8,value_size=4' in 'm2rnn.delta:.*'; options stand apart from names, "
             "as in pararnn train --memory-options key_size=8 value_size=4. There are",
@@ -70,6 +59,44 @@ from pararnn.lm.training.optimizer import build_optimizer, is_matrix, learning_r
 def test_wrong_values_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+ATTENTION_ALONE = ArchitectureConfig(attention_every=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model": "mamba2", "memory_options": ("key_size=8",)},
+            "^memory_options is key_size=8, but no block of mamba2 has a memory; leave it out, or",
+        ),
+        (
+            {"model": "paragru+attention", "memory_options": ("key_size=8", "value_size=8")},
+            r"key_size=8 value_size=8, but no block of paragru\+attention has a memory",
+        ),
+        (
+            {"model": "m2rnn+delta", "cell_options": ("damping=8",)},
+            r"^cell_options is damping=8, but no block of m2rnn\+delta has a cell",
+        ),
+        ({"cell_options": ("a=1",), "architecture": ATTENTION_ALONE}, "of paragru has a cell"),
+        ({"model": "transformer", "cell_options": ("a=1",)}, "no block of transformer has a cell"),
+    ],
+)
+def test_options_that_no_block_takes(settings, message):
+    """A new run is refused, a stored one is read."""
+    config = TrainConfig(**settings)
+    with pytest.raises(ValueError, match=message):
+        check_new(config)
+    assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_options_that_a_block_takes():
+    cell = TrainConfig(model="cell.py:Mine@0123456789ab", cell_options=("a=1",))
+    memory = TrainConfig(model="paragru+m2rnn", memory_options=("a=1",), cell_options=("a=1",))
+    few = ArchitectureConfig(num_layers=1)  # another message says that they are too few
+    for config in (TrainConfig(), cell, memory, dataclasses.replace(memory, architecture=few)):
+        check_new(config)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from pararnn.cli.main import main
 from pararnn.lm.catalogue import BASELINES, architectures
 from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.models.flops import train_flops_per_token
-from pararnn.lm.training import RunError, RunFolder, metrics, report, saving, train, trainer
+from pararnn.lm.training import RunError, RunFolder, metrics, report, runs, saving, train, trainer
 from pararnn.lm.training.checkpoints import CheckpointError, complete
 from pararnn.lm.training.config import (
     ArchitectureConfig,
@@ -330,6 +331,31 @@ def test_options_that_a_mixer_does_not_take(make_config, options, message):
     with pytest.raises(RunError, match=message):
         train(config)
     assert not config.out.exists()
+
+
+def test_a_run_from_before_unused_options_were_refused(make_config, monkeypatch, capsys):
+    """It is resumed, by Python and by the command, and evaluated; a new one is refused."""
+    config = make_config(steps=2, memory_options=("key_size=8",))
+    with pytest.raises(RunError, match="key_size=8, but no block of paragru has a memory"):
+        train(config)
+    assert not config.out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "check_new", lambda config: None)
+        train(config)
+    train(dataclasses.replace(config, steps=3), resume=True)
+    assert main(["train", "--resume", "--out", str(config.out), "--steps", "4"]) == 0
+    assert len(curve(config.out)) == 4
+    assert RunFolder(config.out).read_config().memory_options == ("key_size=8",)
+    assert main(["eval", str(config.out), "--device", "cpu"]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    for given in (
+        ["--memory-options", "key_size=8"],
+        ["--model", "m2rnn", "--cell-options", "a=1"],
+    ):
+        with pytest.raises(SystemExit) as raised:
+            main(["train", *given, "--print-config"])
+        assert raised.value.code == 2
+        assert "leave it out" in capsys.readouterr().err
 
 
 def test_a_stack_of_memories_and_cells(make_config):

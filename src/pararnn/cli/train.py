@@ -7,10 +7,10 @@ from typing import Annotated
 
 import tyro
 
-from pararnn.cli.arguments import parse
+from pararnn.cli.arguments import parse, refused
 from pararnn.cli.output import Output
 from pararnn.lm.data.errors import OtherProcessError
-from pararnn.lm.training.config import TrainConfig, read_settings, resolve
+from pararnn.lm.training.config import TrainConfig, check_new, read_settings, resolve
 from pararnn.lm.training.presets import preset_config
 from pararnn.lm.training.run_folder import RunFolder, config_json, latest_run
 
@@ -55,6 +55,9 @@ def run(arguments: list[str]) -> int:
     parsed = parse(TrainArguments, "train", arguments)
     if (stored := _stored(parsed)) is not None:
         parsed = parse(TrainArguments, "train", arguments, TrainArguments(config=stored))
+    if not parsed.resume:
+        with refused("train"):
+            check_new(parsed.config)
     if parsed.print_config:
         print(config_json(resolve(parsed.config)), end="")
         return 0

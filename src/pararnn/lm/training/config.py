@@ -13,10 +13,11 @@ from pararnn._whole import check_whole_fields
 from pararnn.lm.catalogue import (
     ATTENTION,
     BASELINES,
-    MEMORIES,
     OwnName,
     check_architecture,
+    check_used,
     parts,
+    repeated,
 )
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.data.files import read_json
@@ -229,21 +230,16 @@ class TrainConfig:
         check_name(self.backend)
         every = self.architecture.attention_every
         dropout, ours = self.architecture.dropout, self.model not in BASELINES
-        stack = parts(self.model) if ours else []
         _require(not every or ours, "architecture.attention_every", every, f"0 for {self.model}")
         _require(not dropout or ours, "architecture.dropout", dropout, f"0 for {self.model}")
-        kinds = {"memory" if n in MEMORIES else "cell" for n in stack if n != ATTENTION}
-        for name, kind in (("cell_options", "cell"), ("memory_options", "memory")):
-            given = getattr(self, name)
-            wanted = f"empty for {self.model}, in which no block has a {kind}"
-            _require(not given or kind in kinds, name, given, wanted)
+        for name in ("cell_options", "memory_options"):
             self.options_of(name)
         split, length = self.execution.sequence_parallel, self.text.sequence_length
         name = "execution.sequence_parallel"
         _require(split == 1 or ours, name, split, f"1 for {self.model}")
         wanted = f"a divisor of text.sequence_length, {length}"
         _require(split >= 1 and length % split == 0, name, split, wanted)
-        attends = ours and (every or ATTENTION in stack)
+        attends = ATTENTION in self.mixers
         if self.text.carry_state and (attends or not ours):
             raise ValueError(
                 f"text.carry_state needs a state of fixed size, but {self.model} "
@@ -255,6 +251,19 @@ class TrainConfig:
         """The architecture in a word."""
         own = OwnName.of(self.model)
         return own.kind if own else self.model
+
+    @property
+    def mixers(self) -> list[str]:
+        """Mixer of each block: those of the stack in turn, or attention in every N-th block.
+
+        All parts of a stack that is longer than the model, which is then not built; none of a
+        baseline.
+        """
+        if self.model in BASELINES:
+            return []
+        stack, every = parts(self.model), self.architecture.attention_every
+        found = repeated(stack, max(len(stack), self.architecture.num_layers))
+        return [ATTENTION if every and i % every == 0 else n for i, n in enumerate(found, 1)]
 
     def options_of(self, field: str) -> dict[str, Any]:
         """`cell_options` or `memory_options` as values of Python; what is none is a text."""
@@ -268,6 +277,17 @@ class TrainConfig:
             except (ValueError, SyntaxError):
                 options[name] = value
         return options
+
+
+def check_new(config: TrainConfig) -> None:
+    """Raise ValueError for options that no block takes, before a new run starts.
+
+    A stored run may have them: it began before they were refused, and its checkpoints are known by
+    all of its options.
+    """
+    fields = ("cell_options", "memory_options")
+    options = {name: " ".join(getattr(config, name)) for name in fields}
+    check_used(config.mixers, config.model, options)
 
 
 MAY_CHANGE = (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from pararnn.lm.catalogue import ATTENTION, BASELINES, cell_options, parts, repeated, unused_options
+from pararnn.lm.catalogue import BASELINES, cell_options, parts, unused_options
 from pararnn.lm.data.words import warn
 from pararnn.lm.decoding import Decoder, choose_step
 from pararnn.lm.models import ParaRNNForCausalLM
@@ -38,26 +38,17 @@ def outline_model(config: TrainConfig, codec: Codec) -> PreTrainedModel:
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), codec.separator)
     ours: dict[str, Any] = {}
     if config.model not in BASELINES:
-        stack = parts(config.model)
-        timescale = cell_options(stack, {"max_timescale": size.max_timescale})
-        blocks = mixers(stack, size.num_layers, size.attention_every)
+        timescale = cell_options(parts(config.model), {"max_timescale": size.max_timescale})
         ours = {
             "backend": config.backend,
             "z_loss_weight": config.optimizer.z_loss_weight,
             "dropout": size.dropout,
-            "mixers": blocks,
+            "mixers": config.mixers,
             "cell_options": timescale | config.options_of("cell_options"),
             "memory_options": config.options_of("memory_options"),
         }
-        ours |= dict.fromkeys(unused_options(blocks))  # stored runs may have them
+        ours |= dict.fromkeys(unused_options(config.mixers))  # stored runs may have them
     return outline(make_config(config.model, shape, **special, **ours))
-
-
-def mixers(stack: list[str], num_layers: int, attention_every: int) -> list[str]:
-    """Mixer of each block: those of the stack in turn, or attention in every N-th block."""
-    period = attention_every or num_layers + 1
-    blocks = enumerate(repeated(stack, num_layers), 1)
-    return [ATTENTION if block % period == 0 else name for block, name in blocks]
 
 
 def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

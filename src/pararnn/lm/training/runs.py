@@ -26,7 +26,13 @@ from pararnn.lm.training.checkpoints import (
     set_aside,
 )
 from pararnn.lm.training.checks import import_kept, import_own, try_step
-from pararnn.lm.training.config import TrainConfig, check_resumable, identity, resolve
+from pararnn.lm.training.config import (
+    TrainConfig,
+    check_new,
+    check_resumable,
+    identity,
+    resolve,
+)
 from pararnn.lm.training.data import Batches, StreamOrder, WindowOrder, Windows
 from pararnn.lm.training.environment import describe_environment
 from pararnn.lm.training.evaluation import Evaluation
@@ -115,6 +121,10 @@ def _start(
     if config.out is not None:
         RunFolder(config.out).check_free()
     check_tracker(config.log)
+    try:
+        check_new(config)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     config = import_own(config)
     with explained(None):
         try_step(config, device)

@@ -18,6 +18,7 @@ from pararnn.lm.training.parallel import Processes
 CPU = torch.device("cpu")
 HERE = Processes(0, 1, CPU)
 SIZE = ModelSize(width=64, num_layers=2, vocab_size=256)
+MEMORY = ["--architectures", "m2rnn", "--memory-options"]
 TINY = "--width 64 --layers 2 --vocab-size 256 --device cpu".split()
 
 
@@ -260,6 +261,29 @@ def test_commands_write_tables(tmp_path, capsys, monkeypatch, once):
     assert "| paragru | 163,776 | 2 | 16 | 16,000 | 2.0 |  |  | no |  |" in table
 
 
+@pytest.mark.parametrize(
+    ("command", "sizes"),
+    [
+        ("train", ["--batch-size", "2", "--sequence-length", "16"]),
+        ("decode", ["--batch-sizes", "1", "--contexts", "32"]),
+    ],
+)
+def test_options_of_memories(tmp_path, once, command, sizes):
+    """They reach the models that have a memory, and the table says them."""
+    given = ["--architectures", "m2rnn+paragru", "transformer", *sizes, *TINY]
+    rows = []
+    for options in ([], ["--memory-options", "key_size=8", "nonlinearity=linear"]):
+        assert main(["bench", command, "--out", str(tmp_path), *given, *options]) == 0
+        rows.append(json.loads((tmp_path / f"{command}.json").read_text())["rows"])
+    (default, other), (fewer, same) = rows
+    assert "skipped" not in default | fewer | same
+    size = "parameters" if command == "train" else "state_bytes"
+    assert fewer[size] < default[size]
+    assert same[size] == other[size]
+    head = (tmp_path / f"{command}.md").read_text()
+    assert "preset 1b, width 64, layers 2, vocabulary 256, key_size=8, nonlinearity=linear" in head
+
+
 def test_generation_is_timed_in_one_process():
     with pytest.raises(RunError, match="runs in one process; start it without torchrun"):
         DecodeArguments().rows(Processes(0, 2, CPU), 1.0)
@@ -285,6 +309,17 @@ def test_a_skipped_row_is_a_line_below_the_table(tmp_path, capsys, monkeypatch):
         (["train", "--batch-size", "0"], "batch-size is 0; it must be >= 1"),
         (["decode", "--contexts", "0"], "contexts is (0,); it must be >= 1"),
         (["decode", "--architectures"], "architectures is empty; name at least one"),
+        (
+            ["train", "--architectures", "paragru", "mamba2", "--memory-options", "key_size=8"],
+            "memory_options is key_size=8, but no block of paragru, mamba2 has a memory; leave it",
+        ),
+        (["decode", *MEMORY, "key_size"], "memory_options is key_size; it must be NAME=VALUE"),
+        (["train", *MEMORY, "heads=2"], "m2rnn cannot be built: memory 'm2rnn' does not take"),
+        (["decode", *MEMORY, "key_size=abc"], "key_size must be a whole number, got 'abc'"),
+        (
+            ["decode", "--architectures", "3xparagru", "--layers", "2"],
+            "3xparagru cannot be built: architecture '3xparagru' has 3 blocks but the model has 2",
+        ),
     ],
 )
 def test_refused(arguments, message, capsys):

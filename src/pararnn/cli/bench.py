@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pararnn._whole import check_whole_fields
-from pararnn.cli.arguments import parse
+from pararnn.cli.arguments import parse, refused
+from pararnn.lm.catalogue import BASELINES, check_used, parts, read_options
 from pararnn.lm.data.errors import RunError
 from pararnn.lm.presets import ARCHITECTURES, SEQUENCE_LENGTH, VOCAB_SIZE, preset
 
@@ -47,6 +48,9 @@ class _ModelArguments:
     """Channels; None for those of the preset."""
     layers: int | None = None
     """Blocks; None for those of the preset."""
+    memory_options: tuple[str, ...] = ()
+    """Arguments of memories, as NAME=VALUE, for the models that have one: key_size, value_size,
+    shared_keys, nonlinearity."""
     vocab_size: int = VOCAB_SIZE
     """Number of tokens in the vocabulary."""
     device: str = "auto"
@@ -57,8 +61,16 @@ class _ModelArguments:
     def __post_init__(self) -> None:
         for architecture in self.architectures:
             preset(architecture, self.preset)
+        read_options("memory_options", self.memory_options)
+        stacks = [parts(name) for name in self.architectures if name not in BASELINES]
+        given = {"memory_options": " ".join(self.memory_options)}
+        check_used(
+            [name for stack in stacks for name in stack], ", ".join(self.architectures), given
+        )
         check_whole_fields(self)
         for name, value in vars(self).items():
+            if name == "memory_options":  # may be none
+                continue
             values = value if isinstance(value, tuple) else (value,)
             if not values:
                 raise ValueError(f"{name} is empty; name at least one.")
@@ -75,7 +87,16 @@ class _ModelArguments:
             width=self.width,
             num_layers=self.layers,
             vocab_size=self.vocab_size,
+            memory_options=read_options("memory_options", self.memory_options),
         )
+
+    def check_models(self) -> None:
+        """Raise ValueError if a model cannot be built in this size, or with these options."""
+        for architecture in self.architectures:
+            try:
+                self.size.config(architecture, 1)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{architecture} cannot be built: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -168,6 +189,8 @@ def _models(name: str, arguments: list[str]) -> int:
     from pararnn.bench.timing import copy_gigabytes_per_second
     from pararnn.lm.training.parallel import join_processes
 
+    with refused(f"bench {name}"):
+        parsed.check_models()
     rows: list[Row] = []
     path = None
     with join_processes(parsed.device) as processes:

@@ -11,6 +11,7 @@ parts; a model of more blocks repeats them.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
@@ -199,6 +200,30 @@ def parts(architecture: str) -> list[str]:
 def repeated(stack: list[str], num_layers: int) -> list[str]:
     """The mixers of all blocks: those of a stack from the first on, and over again."""
     return [stack[i % len(stack)] for i in range(num_layers)]
+
+
+def read_options(field: str, given: Sequence[str]) -> dict[str, Any]:
+    """Options of a command line as values of Python; what is none is a text.
+
+    Args:
+        field: `cell_options` or `memory_options`.
+        given: Each NAME=VALUE.
+
+    Raises:
+        ValueError: One is something else, or a name comes twice.
+    """
+    options: dict[str, Any] = {}
+    for option in given:
+        name, sign, value = option.partition("=")
+        if not sign or not name.isidentifier():
+            raise ValueError(f"{field} is {option}; it must be NAME=VALUE.")
+        if name in options:
+            raise ValueError(f"{field} is {option}; it must be given once for a name.")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return options
 
 
 def unused_options(mixers: Sequence[str]) -> list[str]:

@@ -47,7 +47,7 @@ class Preset:
     residual_iterations: int
     training: dict[str, Any]
     train_sizes: tuple[str, ...]
-    train_model: dict[str, int]
+    train_model: dict[str, Any]
     train_batch: int | None
     train_time: int
     tasks: dict[str, Any]

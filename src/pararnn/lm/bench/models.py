@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pararnn._whole import check_whole_fields
+from pararnn.lm.catalogue import BASELINES, parts, unused_options
 from pararnn.lm.models.architectures import Shape, make_config
 from pararnn.lm.models.presets import VOCAB_SIZE, preset
 
@@ -23,12 +26,14 @@ class ModelSize:
         width: Channels; None for those of the preset.
         num_layers: Blocks; None for those of the preset.
         vocab_size: Tokens.
+        memory_options: As of `ParaRNNConfig`, for the models that have a memory.
     """
 
     name: str = "1b"
     width: int | None = None
     num_layers: int | None = None
     vocab_size: int = VOCAB_SIZE
+    memory_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_whole_fields(self)
@@ -37,7 +42,9 @@ class ModelSize:
         """The configuration of a model whose attention reaches `max_length` steps.
 
         Raises:
-            ValueError: There is no such architecture or preset.
+            TypeError: A size of a memory is no whole number.
+            ValueError: There is no such architecture or preset, its blocks do not fit the number
+                of layers, or its memories do not take the options.
         """
         chosen = preset(architecture, self.name)
         width = self.width or chosen.width
@@ -49,7 +56,11 @@ class ModelSize:
             state_size=chosen.state_size,
             max_length=max_length,
         )
-        return make_config(architecture, shape)
+        options: dict[str, Any] = {}
+        if architecture not in BASELINES:
+            options = {"memory_options": self.memory_options}
+            options |= dict.fromkeys(unused_options(parts(architecture)))
+        return make_config(architecture, shape, **options)
 
     def build(
         self, architecture: str, device: torch.device, dtype: torch.dtype, max_length: int
@@ -63,6 +74,7 @@ class ModelSize:
         changes = {"width": self.width, "layers": self.num_layers}
         changes |= {"vocabulary": None if self.vocab_size == VOCAB_SIZE else self.vocab_size}
         given = [f"{name} {value}" for name, value in changes.items() if value is not None]
+        given += [f"{name}={value}" for name, value in self.memory_options.items()]
         return ", ".join([f"preset {self.name}", *given])
 
 

@@ -1,6 +1,5 @@
 """Settings of a training run: nested dataclasses, checked when made, stored as `config.json`."""
 
-import ast
 import dataclasses
 import math
 import types
@@ -17,6 +16,7 @@ from pararnn.lm.catalogue import (
     check_architecture,
     check_used,
     parts,
+    read_options,
     repeated,
 )
 from pararnn.lm.data.errors import RunError
@@ -266,17 +266,8 @@ class TrainConfig:
         return [ATTENTION if every and i % every == 0 else n for i, n in enumerate(found, 1)]
 
     def options_of(self, field: str) -> dict[str, Any]:
-        """`cell_options` or `memory_options` as values of Python; what is none is a text."""
-        options = {}
-        for given in getattr(self, field):
-            name, sign, value = given.partition("=")
-            _require(bool(sign) and name.isidentifier(), field, given, "NAME=VALUE")
-            _require(name not in options, field, given, "given once for a name")
-            try:
-                options[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                options[name] = value
-        return options
+        """`cell_options` or `memory_options` as values of Python."""
+        return read_options(field, getattr(self, field))
 
 
 def check_new(config: TrainConfig) -> None:

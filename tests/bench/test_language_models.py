@@ -315,6 +315,7 @@ def test_a_skipped_row_is_a_line_below_the_table(tmp_path, capsys, monkeypatch):
         ),
         (["decode", *MEMORY, "key_size"], "memory_options is key_size; it must be NAME=VALUE"),
         (["train", *MEMORY, "heads=2"], "m2rnn cannot be built: memory 'm2rnn' does not take"),
+        (["decode", *MEMORY, "nonlinearity=relu"], "nonlinearity is 'relu'; it must be 'tanh' or"),
         (["decode", *MEMORY, "key_size=abc"], "key_size must be a whole number, got 'abc'"),
         (
             ["decode", "--architectures", "3xparagru", "--layers", "2"],

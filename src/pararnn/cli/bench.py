@@ -92,9 +92,11 @@ class _ModelArguments:
 
     def check_models(self) -> None:
         """Raise ValueError if a model cannot be built in this size, or with these options."""
+        from pararnn.lm.training.initial import outline
+
         for architecture in self.architectures:
             try:
-                self.size.config(architecture, 1)
+                outline(self.size.config(architecture, 1))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{architecture} cannot be built: {error}") from error
 

@@ -13,6 +13,7 @@ from pararnn.lm.training.config import (
     ArchitectureConfig,
     ExecutionConfig,
     OptimizerConfig,
+    ScheduleConfig,
     TextConfig,
     TrainConfig,
 )
@@ -20,6 +21,7 @@ from pararnn.lm.training.data import Batches, ReadAhead, WindowOrder
 from pararnn.lm.training.language_model import build_model
 from pararnn.lm.training.optimizer import build_optimizer
 from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.replay import Replay
 from pararnn.lm.training.sharding import lay_out
 from pararnn.lm.training.step import train_step
 from pararnn.lm.training.text import Codec
@@ -51,6 +53,63 @@ def test_a_train_step_never_waits_for_the_gpu(compiled):
     results = [step.read() for step in measured]
     assert all(result.is_finite for result in results)
     assert all(0 < b.end.seconds_since(a.end) < 60 for a, b in itertools.pairwise(measured))
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
+@pytest.mark.parametrize(
+    ("model", "shape", "text"),
+    [
+        ("paragru", {"dropout": 0.1}, {}),
+        ("paragru+delta", {}, {"carry_state": True}),
+        ("transformer", {}, {"global_batch_size": 8}),
+    ],
+)
+def test_a_replayed_run_is_that_of_launched_kernels(tmp_path, monkeypatch, model, shape, text):
+    """A run goes on from a checkpoint to the bit, though every process makes its own graph."""
+    monkeypatch.setattr(report, "LARGEST_LOOP", 1)
+    monkeypatch.setattr(report, "SAMPLE_TOKENS", 2)
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / f"text/{number}.txt").write_text(sentences(number, 2000))
+
+    def config(name, steps=6):
+        return TrainConfig(
+            data=tmp_path / "text",
+            out=tmp_path / name,
+            model=model,
+            steps=steps,
+            checkpoint_every=3,
+            device="cuda",
+            architecture=ArchitectureConfig(width=64, num_layers=2, num_heads=2, **shape),
+            text=TextConfig(sequence_length=128, batch_size=4, validation_tokens=2000, **text),
+            optimizer=OptimizerConfig(precision="bfloat16"),
+            schedule=ScheduleConfig(length=6),
+            execution=ExecutionConfig(compile=True),
+        )
+
+    def losses(name):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    recorded = []
+    record = Replay._record
+
+    def noting(self, *args):
+        found = record(self, *args)
+        recorded.append(self.reason)
+        return found
+
+    monkeypatch.setattr(Replay, "_record", noting)
+    train(config("whole"))
+    assert recorded
+    assert set(recorded) == {None}
+    train(config("parts", 3))
+    train(config("parts"), resume=True)
+    assert losses("parts") == losses("whole")
+    if not shape:  # random numbers of a graph are others
+        monkeypatch.setattr(Replay, "__call__", lambda _, run, batches, form=None: run(batches))
+        train(config("launched"))
+        assert losses("whole") == pytest.approx(losses("launched"), rel=1e-3)
 
 
 def test_memory_that_runs_out_turns_checkpointing_on(tmp_path, monkeypatch, capsys):

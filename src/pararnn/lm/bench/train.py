@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from pararnn._words import counted
 from pararnn.bench.problem import Row
@@ -17,6 +18,7 @@ from pararnn.lm.models.presets import preset
 from pararnn.lm.training.config import ExecutionConfig
 from pararnn.lm.training.initial import outline
 from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.replay import Replay
 from pararnn.lm.training.sharding import lay_out
 
 KERNELS = frozenset({"sweep", "correct", "refine", "total"})  # as the generated Triton has them
@@ -120,7 +122,8 @@ def measure_model(
     model, device = loss.model, processes.device
     on_gpu = device.type == "cuda"
     lay_out(loss, execution, processes)
-    step = _train_step(loss, batch, time, device)
+    replay = Replay(loss) if on_gpu and execution.compile and processes.count == 1 else None
+    step = _train_step(loss, batch, time, device, replay)
     milliseconds = steps_milliseconds(step, device)
     tokens = processes.count * batch * time
     flops = train_flops_per_token(model, time) * tokens
@@ -138,16 +141,21 @@ def measure_model(
 
 
 def _train_step(
-    loss: CausalLoss, batch: int, time: int, device: torch.device
+    loss: CausalLoss, batch: int, time: int, device: torch.device, replay: Replay | None
 ) -> Callable[[], None]:
     loss.train()
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(loss.model.config.vocab_size, (batch, time + 1), device=device)
+    batches = [torch.randint(loss.model.config.vocab_size, (batch, time + 1), device=device)]
+
+    def run(given: list[Tensor]) -> Tensor:
+        (tokens,) = given
+        with torch.autocast(device.type, torch.bfloat16):
+            value: Tensor = loss(tokens[:, :-1], tokens[:, 1:])[0]
+        value.backward()
+        return value.detach()
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            value = loss(tokens[:, :-1], tokens[:, 1:])[0]
-        value.backward()
+        run(batches) if replay is None else replay(run, batches)
         optimizer.step()
         optimizer.zero_grad()
 

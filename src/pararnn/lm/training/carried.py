@@ -15,7 +15,8 @@ from pararnn.lm.training.sharding import looking, mesh_of
 class CarriedState:
     """The states after the last sequences, a row for each sequence of a step in this process.
 
-    No gradient flows through them.
+    No gradient flows through them. They stay where they are in memory, so that a CUDA graph can
+    read and write them.
 
     Args:
         model: As `lay_out` left it; a ParaRNN model without attention.
@@ -38,7 +39,12 @@ class CarriedState:
 
     def begin(self) -> None:
         """Start anew from states of zero."""
-        self._layers = [layer.map(torch.zeros_like) for layer in self._layers]
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    def tensors(self) -> list[Tensor]:
+        """All of it."""
+        return [tensor for layer in self._layers for tensor in _tensors(layer)]
 
     def caches(self, num_passes: int) -> list[ParaRNNCache]:
         """The states before the sequences of each of several passes."""
@@ -48,7 +54,10 @@ class CarriedState:
     def go_on(self, caches: Sequence[ParaRNNCache]) -> None:
         """Keep the states after them."""
         layers = zip(*(cache.layers for cache in caches), strict=True)
-        self._layers = [_join(pieces) for pieces in layers]
+        for layer, pieces in zip(self._layers, layers, strict=True):
+            columns = zip(*map(_tensors, pieces), strict=True)
+            for kept, parts in zip(_tensors(layer), columns, strict=True):
+                kept.copy_(torch.cat(parts).detach())
 
     def state(self) -> dict[str, Tensor]:
         """All of it by names, in a form that any number of processes can read."""
@@ -66,8 +75,8 @@ class CarriedState:
         """Go on from what `state` returned."""
         for index, layer in enumerate(self._layers):
             found = [state[f"{index}.{number}"] for number in range(len(_tensors(layer)))]
-            own = [t.to_local() if isinstance(t, DTensor) else t for t in found]
-            self._layers[index] = _like(layer, own)
+            for kept, tensor in zip(_tensors(layer), found, strict=True):
+                kept.copy_(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 
 def _empty(model: CausalLoss, rows: int, device: torch.device, half: bool) -> list[LayerState]:
@@ -94,8 +103,3 @@ def _like(layer: LayerState, tensors: Sequence[Tensor]) -> LayerState:
 def _split(layer: LayerState, count: int) -> list[LayerState]:
     pieces = zip(*(tensor.chunk(count) for tensor in _tensors(layer)), strict=True)
     return [_like(layer, tensors) for tensors in pieces]
-
-
-def _join(layers: Sequence[LayerState]) -> LayerState:
-    columns = zip(*map(_tensors, layers), strict=True)
-    return _like(layers[0], [torch.cat(pieces).detach() for pieces in columns])

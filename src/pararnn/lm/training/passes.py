@@ -11,15 +11,17 @@ from pararnn.lm.training.carried import CarriedState
 from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.random_state import random_state, set_random_state
+from pararnn.lm.training.replay import Replay
 from pararnn.lm.training.sharding import may_recompute, recompute, recomputes
-from pararnn.lm.training.step import add_gradients
+from pararnn.lm.training.step import add_gradients, separated
 
 
 class Passes:
     """Computes the gradients of a step.
 
     With activation checkpointing "auto" activations are kept until memory runs out for the first
-    time. The step is then taken again, from the same state and random numbers.
+    time. The step is then taken again, from the same state and random numbers. On one GPU compiled
+    passes are a CUDA graph, where they fit.
 
     Args:
         config: Settings.
@@ -38,6 +40,9 @@ class Passes:
         self.config, self.model, self.processes = config, model, processes
         self.carried = carried
         self.recomputes = recomputes(config.execution, processes)
+        self._replay: Replay | None = None
+        if config.execution.compile and processes.device.type == "cuda" and processes.count == 1:
+            self._replay = Replay(model, [] if carried is None else carried.tensors())
 
     def __call__(self, batches: list[Tensor]) -> Tensor:
         """Add the gradients of batches; returns mean cross-entropy and z-loss, shape (2,)."""
@@ -67,12 +72,18 @@ class Passes:
         if not self.recomputes:
             self.recomputes = True
             recompute(self.model, self.config.execution)
+            if self._replay is not None:
+                self._replay.forget()
 
     def _run(self, batches: list[Tensor]) -> Tensor:
-        settings = self.config.optimizer
-        if self.carried is None:
-            return add_gradients(self.model, batches, settings, self.processes)
-        caches = self.carried.caches(len(batches))
-        losses = add_gradients(self.model, batches, settings, self.processes, caches)
-        self.carried.go_on(caches)
-        return losses
+        apart = separated(self.model, batches)
+
+        def run(given: list[Tensor]) -> Tensor:
+            caches = None if self.carried is None else self.carried.caches(len(given))
+            settings, here = self.config.optimizer, self.processes
+            losses = add_gradients(self.model, given, settings, here, caches, apart)
+            if self.carried is not None and caches is not None:
+                self.carried.go_on(caches)
+            return losses
+
+        return run(batches) if self._replay is None else self._replay(run, batches, apart)

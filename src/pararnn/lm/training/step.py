@@ -102,34 +102,45 @@ def add_gradients(
     config: OptimizerConfig,
     processes: Processes,
     caches: Sequence[ParaRNNCache | None] | None = None,
+    apart: Sequence[bool] | None = None,
 ) -> Tensor:
     """Forward and backward passes over batches; returns mean cross-entropy and z-loss, shape (2,).
 
     `caches` hold the states before the batches, and then those after them, with their graphs.
+    `apart` says in which batches documents are separated; None for what `separated` says.
     """
+    apart = separated(model, batches) if apart is None else apart
     share = 1 / len(batches)
-    pairs = zip(batches, caches or [None] * len(batches), strict=True)
-    losses = [_backward(model, batch, cache, share, config, processes) for batch, cache in pairs]
+    parts = zip(batches, caches or [None] * len(batches), apart, strict=True)
+    losses = [_backward(model, *part, share, config, processes) for part in parts]
     return torch.stack(losses).mean(0)
+
+
+def separated(model: CausalLoss, batches: list[Tensor]) -> tuple[bool, ...]:
+    """In which batches documents are separated.
+
+    In our models always: compiled blocks would be compiled again for the first batch without any.
+    """
+    begins = model.model.config.bos_token_id
+    return tuple(
+        model.knows_resets or (model.separates_documents and bool((batch[:, :-1] == begins).any()))
+        for batch in batches
+    )
 
 
 def _backward(
     model: CausalLoss,
     batch: Tensor,
     cache: ParaRNNCache | None,
+    apart: bool,
     share: float,
     config: OptimizerConfig,
     processes: Processes,
 ) -> Tensor:
-    # Ours in any case: compiled blocks would be compiled again for the first batch without
-    begins = model.model.config.bos_token_id
-    apart = model.knows_resets or (
-        model.separates_documents and bool((batch[:, :-1] == begins).any())
-    )
     device = processes.device
     batch = batch.to(device, non_blocking=True)
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    resets = inputs == begins if apart else None
+    resets = inputs == model.model.config.bos_token_id if apart else None
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         loss, cross_entropy, z_loss = model(inputs, targets, resets, cache)
     (loss * share).backward()

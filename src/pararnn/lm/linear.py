@@ -31,11 +31,13 @@ class Operator:
         function: Its name there.
         inputs: From a cell and the parts that its `project` returns, the operator's arguments
             besides queries, keys and the decay: values, and `beta` if it has one.
+        shares_keys: Whether it takes one query and one key for all heads of values.
     """
 
     module: str
     function: str
     inputs: Callable[[Any, tuple[Tensor, ...]], dict[str, Tensor]]
+    shares_keys: bool = False
 
     def load(self) -> Callable[..., Any]:
         """The function.
@@ -61,7 +63,9 @@ def _values_and_strength(cell: Any, parts: tuple[Tensor, ...]) -> dict[str, Tens
 
 
 SIMPLE_GLA = Operator("fla.ops.simple_gla", "chunk_simple_gla", _values)
-GATED_DELTA = Operator("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", _values_and_strength)
+GATED_DELTA = Operator(
+    "fla.ops.gated_delta_rule", "chunk_gated_delta_rule", _values_and_strength, shares_keys=True
+)
 
 
 def missing(operator: Operator | None) -> str:
@@ -117,7 +121,8 @@ def evaluate(
     """
     assert operator is not None
     parts = cell.project(x)
-    q, k = (keys.expand(*keys.shape[:2], cell.num_heads, -1).contiguous() for keys in parts[:2])
+    heads = -1 if operator.shares_keys else cell.num_heads
+    q, k = (keys.expand(*keys.shape[:2], heads, -1).contiguous() for keys in parts[:2])
     log_keep = -torch.exp(cell.log_rate) * cell.pace(parts[3])
     if resets is not None:
         log_keep = log_keep.masked_fill(resets.unsqueeze(-1), _FORGETS_ALL)

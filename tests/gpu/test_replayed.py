@@ -149,3 +149,27 @@ def test_another_device_than_the_current_one(replays, name):
     for _ in range(5):
         compare(rnn, torch.randn(2, 300, 6, device="cuda:1", requires_grad=True))
     assert replays.count("backward") >= 3
+
+
+def test_a_capture_that_fails_leaves_nothing_behind():
+    """Random numbers and memory are as ever after it, and the error names its cause."""
+    x = torch.ones(3, device="cuda")
+
+    def waits():
+        return (torch.rand(3, device="cuda") * x).sum().item()
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        graphs.rehearsed(waits, strict=True)
+    with pytest.raises(RuntimeError, match="captur"):
+        graphs.captured(waits)
+    torch.manual_seed(0)
+    first = torch.rand(3, device="cuda")
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3, device="cuda"), first)
+    before = torch.cuda.memory_reserved()
+    for _ in range(20):  # each would be allocated anew, if it went to the pool of the graph
+        torch.empty(2**26, device="cuda")
+    assert torch.cuda.memory_reserved() <= before + 2**29
+    replay = graphs.captured(lambda: x + torch.rand(3, device="cuda"))
+    replay()
+    assert (replay.kept >= 1).all()

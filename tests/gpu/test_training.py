@@ -61,7 +61,7 @@ def test_a_train_step_never_waits_for_the_gpu(compiled):
     [
         ("paragru", {"dropout": 0.1}, {}),
         ("paragru+delta", {}, {"carry_state": True}),
-        ("transformer", {}, {"global_batch_size": 8}),
+        ("mgu+attention", {}, {"global_batch_size": 8}),
     ],
 )
 def test_a_replayed_run_is_that_of_launched_kernels(tmp_path, monkeypatch, model, shape, text):

@@ -6,9 +6,9 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,8 @@ from pararnn.planning.costs import COSTS
 from pararnn.planning.kernel_plans import steps_of_graphs
 from pararnn.solvers import chunks as plain
 from pararnn.solvers.chunks import WHOLE, BatchedChunks, Chunks, Sweep, Swept
+
+_Result = TypeVar("_Result")
 
 _GRAPHS = 64  # kept per step, path or layer
 _UNUSED = 1024  # calls without use after which a new graph may replace one
@@ -35,22 +37,66 @@ def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None)
     Args:
         run: Enqueues the work on the current stream; reads and writes the same tensors every time.
         beside: A graph to share memory with; the two must never run at the same time.
+
+    Raises:
+        RuntimeError: What cannot be captured, such as a host sync.
     """
+    with _beside_captures() as stream:
+        for _ in range(2):
+            run()
+    graph, turns = torch.cuda.CUDAGraph(), captured_so_far()
+    pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool()
+    try:
+        # other threads may work during the capture: they pin memory or watch collectives
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            kept = run()
+    except RuntimeError as error:
+        _give_up(stream.device, pool)
+        first = error.__context__  # its end fails as well, and says less
+        raise (first if isinstance(first, RuntimeError) else error) from None
+    return Captured(graph, kept, stream.device if captured_so_far() > turns else None)
+
+
+def rehearsed(run: Callable[[], _Result], *, strict: bool = False) -> _Result:
+    """What work returns, where it would be captured.
+
+    Autograd keeps the stream of a parameter's first gradient while a graph of it lives. A capture
+    fails if that is another stream.
+
+    Args:
+        run: As for `captured`.
+        strict: Raise RuntimeError where it waits for the GPU: a capture would fail there.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with _beside_captures():
+        torch.cuda.set_sync_debug_mode("error" if strict else before)
+        try:
+            return run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def _beside_captures() -> Iterator[torch.cuda.Stream]:
+    """Within this context, code is on the stream of captures and behaves as in one."""
     current = torch.cuda.current_stream()
     place = current.device, current.cuda_stream
     stream = _streams.get(place) or _streams.setdefault(place, torch.cuda.Stream())
     stream.wait_stream(current)
-    with _as_captured():
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                run()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        pool, turns = None if beside is None else beside.pool(), captured_so_far()
-        # other threads may work during the capture: they pin memory or watch collectives
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            kept = run()
-    return Captured(graph, kept, current.device if captured_so_far() > turns else None)
+    with _as_captured(), torch.cuda.stream(stream):
+        yield stream
+    current.wait_stream(stream)
+
+
+def _give_up(device: torch.device, pool: Any) -> None:
+    """Undo what PyTorch leaves of a capture that failed.
+
+    Memory would still come from the graph's pool, and random numbers would be refused.
+    """
+    with suppress(RuntimeError):  # it has ended
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
 
 
 _streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}

@@ -6,6 +6,7 @@ Python takes to launch them; a graph is launched in one call.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pararnn import RNN
-from pararnn.kernels.graphs import Captured, captured
+from pararnn.kernels.graphs import Captured, captured, rehearsed
 from pararnn.lm.data.words import say
+from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.training.random_state import random_state, set_random_state
 
 Run = Callable[[list[Tensor]], Tensor]
@@ -71,12 +73,13 @@ class Replay:
         """Make a graph; or return what the passes returned that could not be captured."""
         device = next(self.model.parameters()).device
         before, numbers = [t.clone() for t in self.carried], random_state(device)
-        losses = passes(batches)
+        losses = rehearsed(lambda: passes(batches))
         self.reason = self._obstacle(batches, device)
         if self.reason is not None:
             say(f"Steps are launched kernel by kernel: {self.reason}.")
             return losses
         del losses
+        gc.collect()  # graphs of autograd in reference cycles, which belong to no capture
 
         def set_back() -> None:
             self.model.zero_grad(set_to_none=True)
@@ -91,6 +94,7 @@ class Replay:
         first = next(iter(self._known.values()), None)
         set_back()
         try:
+            rehearsed(run, strict=True)
             graph = captured(run, None if first is None else first.graph.graph)
             gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
             self._known[key] = _Recorded(graph, held, gradients)
@@ -109,6 +113,8 @@ class Replay:
             return (
                 f"they take {most / 2**30:.0f} GiB, more than {MOST_MEMORY:.0%} of the GPU's memory"
             )
+        if not isinstance(getattr(self.model, "model", None), ParaRNNForCausalLM):
+            return "models of transformers make other masks while a graph is captured"
         rows, time = batches[0].shape
         for layer in self.model.modules():
             if isinstance(layer, RNN):

@@ -84,8 +84,6 @@ def test_a_graph_for_each_form_shares_the_memory_of_the_first(model):
     assert len(others) == 2
     assert first.beside is None
     assert all(graph.beside is first for graph in others)
-    replaying.forget()
-    assert not replaying._known
 
 
 def test_what_cannot_be_captured_is_launched(model, monkeypatch, capsys):

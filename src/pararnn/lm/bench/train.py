@@ -18,8 +18,8 @@ from pararnn.lm.models.presets import preset
 from pararnn.lm.training.config import ExecutionConfig
 from pararnn.lm.training.initial import outline
 from pararnn.lm.training.parallel import Processes
-from pararnn.lm.training.replay import Replay
-from pararnn.lm.training.sharding import lay_out
+from pararnn.lm.training.replay import Replay, replays
+from pararnn.lm.training.sharding import lay_out, recomputes
 
 KERNELS = frozenset({"sweep", "correct", "refine", "total"})  # as the generated Triton has them
 
@@ -122,7 +122,8 @@ def measure_model(
     model, device = loss.model, processes.device
     on_gpu = device.type == "cuda"
     lay_out(loss, execution, processes)
-    replay = Replay(loss) if on_gpu and execution.compile and processes.count == 1 else None
+    again = recomputes(execution, processes)
+    replay = Replay(loss) if replays(execution, processes, again) else None
     step = _train_step(loss, batch, time, device, replay)
     milliseconds = steps_milliseconds(step, device)
     tokens = processes.count * batch * time

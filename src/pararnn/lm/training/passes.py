@@ -11,7 +11,7 @@ from pararnn.lm.training.carried import CarriedState
 from pararnn.lm.training.config import TrainConfig
 from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.random_state import random_state, set_random_state
-from pararnn.lm.training.replay import Replay
+from pararnn.lm.training.replay import Replay, replays
 from pararnn.lm.training.sharding import may_recompute, recompute, recomputes
 from pararnn.lm.training.step import add_gradients, separated
 
@@ -21,7 +21,7 @@ class Passes:
 
     With activation checkpointing "auto" activations are kept until memory runs out for the first
     time. The step is then taken again, from the same state and random numbers. On one GPU compiled
-    passes are a CUDA graph, where they fit.
+    passes that keep their activations are a CUDA graph.
 
     Args:
         config: Settings.
@@ -41,7 +41,7 @@ class Passes:
         self.carried = carried
         self.recomputes = recomputes(config.execution, processes)
         self._replay: Replay | None = None
-        if config.execution.compile and processes.device.type == "cuda" and processes.count == 1:
+        if replays(config.execution, processes, self.recomputes):
             self._replay = Replay(model, [] if carried is None else carried.tensors())
 
     def __call__(self, batches: list[Tensor]) -> Tensor:
@@ -71,9 +71,8 @@ class Passes:
         """Compute activations again from now on."""
         if not self.recomputes:
             self.recomputes = True
+            self._replay = None  # with the memory of its graphs
             recompute(self.model, self.config.execution)
-            if self._replay is not None:
-                self._replay.forget()
 
     def _run(self, batches: list[Tensor]) -> Tensor:
         apart = separated(self.model, batches)

@@ -17,6 +17,8 @@ from pararnn import RNN
 from pararnn.kernels.graphs import Captured, captured, rehearsed
 from pararnn.lm.data.words import say
 from pararnn.lm.models import ParaRNNForCausalLM
+from pararnn.lm.training.config import ExecutionConfig
+from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.random_state import random_state, set_random_state
 
 Run = Callable[[list[Tensor]], Tensor]
@@ -25,6 +27,12 @@ MOST_MEMORY = 0.5
 """Share of a GPU's memory that passes may take and be captured. A graph keeps its memory for
 itself, so validation needs other memory. Passes that take more are long enough to be launched."""
 _FUSED = ("kernel", "tiles")  # paths on which a recurrence is a few kernels, however long
+
+
+def replays(execution: ExecutionConfig, processes: Processes, recomputes: bool) -> bool:
+    """Whether passes are tried as a graph: compiled ones on one GPU that keep their activations."""
+    alone = processes.device.type == "cuda" and processes.count == 1
+    return execution.compile and alone and not recomputes
 
 
 class Replay:
@@ -64,10 +72,6 @@ class Replay:
             if first is not None:
                 return first
         return passes(batches) if self.reason else self._known[key](batches)
-
-    def forget(self) -> None:
-        """Drop all graphs, since passes compute otherwise from now on."""
-        self._known.clear()
 
     def _record(self, key: Hashable, passes: Run, batches: list[Tensor]) -> Tensor | None:
         """Make a graph; or return what the passes returned that could not be captured."""

@@ -58,7 +58,7 @@ from pararnn.lm.training.config import (
     TextConfig,
     check_new,
 )
-from pararnn.lm.training.evaluation import evaluate
+from pararnn.lm.training.evaluation import Evaluation, carries_state, evaluate
 from pararnn.lm.training.language_model import build_model, outline_model
 from pararnn.lm.training.metrics import read_metrics
 from pararnn.lm.training.parallel import Processes, choose_device
@@ -199,21 +199,24 @@ def result(unit: Unit, config: TrainConfig, run: RunFolder) -> dict[str, Any]:
     device = choose_device(config.device)
     model, text = load_trained(run, device), open_text(config, run)
     limit, chunk = config.text.validation_tokens, config.text.sequence_length
-    carried = None
-    if isinstance(model, ParaRNNForCausalLM) and ATTENTION not in model.config.mixers:
+
+    def held_out(carry: bool) -> Evaluation:
         split, codec = text.validation, text.codec
-        carried = evaluate(model, split, codec, limit=limit, chunk=chunk, carry=True).bits_per_byte
+        return evaluate(model, split, codec, limit=limit, chunk=chunk, carry=carry)
+
+    alike = held_out(carry=False)  # a run's own validation carries the state where there is one
+    carried = held_out(carry=True).bits_per_byte if carries_state(model) else None
     records = read_metrics(run.metrics)
     last = [record["bits_per_byte"] for record in records[-max(1, len(records) // 20) :]]
-    held_out = json.loads(run.validation.read_text().splitlines()[-1])
+    measured = json.loads(run.validation.read_text().splitlines()[-1])
     return dataclasses.asdict(unit) | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "state": state_numbers(model, chunk),
         "bytes": config.steps * config.text.batch_size * chunk,
-        "seconds": held_out["train_seconds"],
+        "seconds": measured["train_seconds"],
         "train": statistics.mean(last),
-        "loss": held_out["loss"],
-        "bits": held_out["bits_per_byte"],
+        "loss": alike.loss,
+        "bits": alike.bits_per_byte,
         "carried": carried,
         "description": text.description,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",

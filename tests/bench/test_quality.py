@@ -76,7 +76,7 @@ def test_a_search(tmp_path, arguments, quality, inline):
     assert len({json.dumps(vars(run.read_config().text), default=str) for run in runs}) == 1
     memory = next(r for r in rows if r["model"] == LINEAR)
     assert memory["state"] == 2 * 4 * 64 * 8
-    assert memory["carried"] is not None
+    assert memory["carried"] not in (None, memory["bits"])  # the Transformer has no such state
     transformer = next(r for r in rows if r["model"] == "transformer")
     assert transformer["state"] == 2 * 2 * 32 * 32
     assert transformer["carried"] is None

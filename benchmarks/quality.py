@@ -8,8 +8,9 @@ Models of about 24 million parameters are trained on the same bytes in the same 
 400M models (Danieli et al. 2025, C.1). Several train side by side, each in a process of its own.
 --models takes `transformer`, `mamba2` and stacks as `pararnn train --model` does, with options of
 their memories behind a colon: `m2rnn+delta:key_size=128` or `m2rnn:nonlinearity=linear`. `all` is
-the whole search: cells and memories alone, memories in turn with more keys, 1 to 3 memories among
-ParaGRU blocks, memories that are linear or squashed, attention in one block.
+the whole search: cells and memories alone, ParaGRU and linear memories in turn, memories in turn
+with more keys, 1 to 3 memories among ParaGRU blocks, memories that are linear or squashed,
+attention in one block.
 Every model has every rate of --rates. Those whose best is within --close of the best of their kind,
 with or without attention, get --seeds seeds at that rate.
 
@@ -42,7 +43,7 @@ import torch
 
 from pararnn.lm.bench.models import release
 from pararnn.lm.bench.train import measure_model
-from pararnn.lm.catalogue import ATTENTION, BASELINES, MEMORIES, OwnName
+from pararnn.lm.catalogue import ATTENTION, BASELINES, LINEAR, MEMORIES, OwnName
 from pararnn.lm.data import PrepareConfig, prepare
 from pararnn.lm.data.recipes import STANDARD_LIBRARY
 from pararnn.lm.models import ParaRNNForCausalLM
@@ -64,7 +65,7 @@ from pararnn.lm.training.metrics import read_metrics
 from pararnn.lm.training.parallel import Processes, choose_device
 from pararnn.lm.training.text import Codec, open_text
 
-HEAD = 64  # channels, of attention and of Mamba2
+HEAD = 64  # channels, of attention, of Mamba2 and of linear memories
 LOOK_EVERY = 0.5  # seconds between looks at the processes
 SHOWN = 2.0  # bits per byte, the most that curves show
 GRACE = 120.0  # seconds in which a process that is stopped writes its checkpoint
@@ -118,7 +119,12 @@ def all_models(blocks: int) -> list[str]:
     squashed = [f"{m}:nonlinearity={other[p]}" for m, p in zip(memories, published, strict=True)]
     attention = [stack(ATTENTION, 1, blocks, base) for base in ("paragru", *MEMORIES)]
     keys = [f"m2rnn+delta:key_size={size}" for size in (64, 128, 256)]
-    first = ["transformer", "paragru", "paralstm", *keys]
+    turns = [
+        f"paragru+{name}:key_size={size},value_size={HEAD}"
+        for size in (128, 256)
+        for name in LINEAR
+    ]
+    first = ["transformer", "paragru", "paralstm", *turns, *keys]
     return [*first, *memories, *some, *attention, *squashed, "mamba2"]
 
 

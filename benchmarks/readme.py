@@ -199,7 +199,7 @@ MORE = (  # on the page that compares, besides those of the README
         more_is_better=True,
     ),
     Comparison(
-        "new source code, 24M parameters, ParaGRU and gated delta memories in turn",
+        "new source code, ParaGRU and gated delta in turn",
         Figure(QUALITY, ("`paragru+gated-deltanet`, 256 keys",), "in training"),
         Figure(QUALITY, TRANSFORMER, "in training"),
         "Transformer",
@@ -208,7 +208,7 @@ MORE = (  # on the page that compares, besides those of the README
         with_="torch 2.11, December 2026",
     ),
     Comparison(
-        "train step of M2RNN and delta in turn",
+        "train step, M2RNN and delta in turn",
         Figure(QUALITY, STACK, "ms per step"),
         Figure(QUALITY, SLOWER, "ms per step"),
         "Transformer",

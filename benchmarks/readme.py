@@ -85,7 +85,7 @@ GPU, CPU = "results/gpu.md", "results/cpu.md"
 MIXING, MEMORIES = "results/mixing-cells.md", "results/matrix-memory.md"
 MODELS, QUALITY = "results/language-models.md", "results/quality.md"
 LAYER, STEP = ("B32 T2048 D2048",), ("1", "77 of 144")
-GRU, M2RNN = ("4", "4096", "64"), ("M2RNN", "32", "2048", "84")
+GRU, M2RNN = ("4", "4096", "64"), ("M2RNN", "32, 2048, 84")
 IN_GRAPH = "in a graph: RNN, nn.GRU"
 
 COMPARISONS = (
@@ -107,11 +107,12 @@ COMPARISONS = (
     ),
     Comparison(
         "M2RNN, 84 heads of 64 x 16, 32 x 2,048 steps, forward alone",
-        Figure(MEMORIES, M2RNN, "forward"),
-        Figure(MEMORIES, M2RNN[1:], "xma forward"),
+        Figure(MEMORIES, M2RNN, "168 registers"),
+        Figure(MEMORIES, ("32", "2048", "84"), "xma forward"),
         "its authors' kernels",
         "ms",
         "H200 each, bfloat16",
+        with_="torch 2.11, December 2026",
     ),
     Comparison(
         "train step of a 400M language model",
@@ -183,11 +184,12 @@ MORE = (  # on the page that compares, besides those of the README
     ),
     Comparison(
         "M2RNN, 36 heads of 64 x 16, 8 x 2,048 steps",
-        Figure(MEMORIES, ("M2RNN", "8", "2048", "36"), "both"),
+        Figure(MEMORIES, ("M2RNN", "8, 2048, 36"), "255 registers", 2),
         Figure(MEMORIES, ("8", "2048", "36"), "xma both"),
         "its authors' kernels",
         "ms",
         "H200 each, bfloat16",
+        with_="torch 2.11, December 2026",
     ),
     Comparison(
         "one text from a 1B model, after 32,768 tokens",

@@ -83,6 +83,7 @@ COLUMNS = {
     "carried": ("bits, state carried", ".4f"),
     "train": ("bits in training", ".4f"),
     "step_ms": ("ms per step, alone", ".1f"),
+    "kernels_ms": ("of it kernels", ".1f"),
     "time_ratio": ("time / Transformer's", ".2f"),
 }
 
@@ -420,7 +421,7 @@ def measure_times(options: argparse.Namespace) -> None:
         times[model] = measure_model(loss, *sizes, Processes(0, 1, device), config.execution)
         times[model]["state"] = state_numbers(built, options.sequence_length)
         path.write_text(json.dumps(times, indent=1) + "\n")
-        print(f"{model}: {times[model]['step_ms']:.1f} ms per step", flush=True)
+        print(f"{model}: {_step_time(times[model])}", flush=True)
         del built, loss
 
 
@@ -437,8 +438,8 @@ def summary(rows: list[dict[str, Any]], times: dict[str, Any]) -> list[dict[str,
             continue
         seeds = [row for row in alike if row["rate"] == best["rate"]]
         means = {name: statistics.mean(r[name] for r in seeds) for name in ("loss", "bits")}
-        step = times.get(model, {}).get("step_ms")
-        lines.append(best | means | {"seeds": len(seeds), "step_ms": step})
+        step = {name: times.get(model, {}).get(name) for name in ("step_ms", "kernels_ms")}
+        lines.append(best | means | step | {"seeds": len(seeds)})
     for line in lines:
         reference = next((x for x in lines if matches(x, line["text"], "transformer")), None)
         both = reference and reference["step_ms"] and line["step_ms"]
@@ -460,7 +461,7 @@ def tables(options: argparse.Namespace, failed: dict[Unit, str]) -> str:
     formats = {"loss": ".4f", "bits": ".4f", "train": ".4f", "seconds": ".0f", "rate": "g"}
     lines += _markdown({name: (name, formats.get(name, "")) for name in every}, rows)
     alone = [model for model in times if not any(row["model"] == model for row in rows)]
-    lines += [f"{model}: {times[model]['step_ms']:.1f} ms per step, not trained" for model in alone]
+    lines += [f"{model}: {_step_time(times[model])}, not trained" for model in alone]
     lines += [*_unfinished(options.out), *(f"failed: {u}: {why}" for u, why in failed.items())]
     for model in options.models:
         if note := missing_kernels(model.partition(":")[0]):
@@ -468,6 +469,12 @@ def tables(options: argparse.Namespace, failed: dict[Unit, str]) -> str:
             verb = "is not trained, since it would take" if skipped else "takes"
             lines.append(f"{model} {verb} {note}")
     return "\n".join(lines)
+
+
+def _step_time(row: dict[str, Any]) -> str:
+    kernels = row.get("kernels_ms")
+    busy = "" if kernels is None else f", {kernels:.1f} of it kernels"
+    return f"{row['step_ms']:.1f} ms per step{busy}"
 
 
 def _markdown(columns: dict[str, tuple[str, str]], rows: list[dict[str, Any]]) -> Iterator[str]:

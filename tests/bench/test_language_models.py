@@ -177,6 +177,7 @@ def test_on_a_gpu():
         assert 0 < row["share_of_limit"] < 1
     for row in train.train_rows(SIZE, ARCHITECTURES, 2, 64, Processes(0, 1, gpu)):
         assert row["peak_memory_gib"] > 0
+        assert 0 < row["kernels_ms"] < 1.1 * row["step_ms"]
         assert (row["recurrence_share"] > 0) == row["architecture"].startswith("para")
 
 
@@ -194,7 +195,9 @@ def test_one_that_fails_does_not_take_the_others_along(monkeypatch):
 
 def test_kernels_that_overlap_count_once():
     assert train.covered([(4, 6), (0, 2), (1, 3), (1, 2)]) == 5
-    assert train.covered([]) == 0
+    spans = [(0, 2000, "sweep"), (1000, 3000, "mm"), (5000, 6000, "mm"), (5500, 6000, "correct")]
+    assert train.kernel_times(spans) == {"kernels_ms": 4.0, "recurrence_share": 2500 / 4000}
+    assert train.kernel_times([]) == {"kernels_ms": None, "recurrence_share": None}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +261,7 @@ def test_commands_write_tables(tmp_path, capsys, monkeypatch, once):
     assert stored["rows"][0]["tokens_per_second"] == 16_000
     assert stored["facts"]["torch"] == torch.__version__
     table = (tmp_path / "tables/train.md").read_text()
-    assert "| paragru | 163,776 | 2 | 16 | 16,000 | 2.0 |  |  | no |  |" in table
+    assert "| paragru | 163,776 | 2 | 16 | 16,000 | 2.0 |  |  |  | no |  |" in table
 
 
 @pytest.mark.parametrize(

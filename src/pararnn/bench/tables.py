@@ -54,7 +54,8 @@ _TRAIN = Table(
     "Training benchmark",
     "One train step: forward and backward in bfloat16 autocast, fused AdamW; on a GPU every block "
     "is compiled. MFU counts 6 operations per token for every parameter outside the embedding, and "
-    "attention; recurrence is the share of its kernels in the time of all kernels.",
+    "attention. Kernels is the time in which a GPU is busy, by a trace: where a step takes longer, "
+    "it waits for Python. Recurrence is the share of its kernels in that time.",
     (
         ("architecture", "model", ""),
         ("parameters", "parameters", ","),
@@ -62,6 +63,7 @@ _TRAIN = Table(
         ("time", "tokens each", ","),
         ("tokens_per_second", "tokens/s", ",.0f"),
         ("step_ms", "ms per step", ",.1f"),
+        ("kernels_ms", "kernels, ms", ",.1f"),
         ("mfu", "MFU", ".1%"),
         ("peak_memory_gib", "peak GiB", ".1f"),
         ("checkpointing", "checkpointing", ""),

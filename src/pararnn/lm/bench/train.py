@@ -137,7 +137,7 @@ def measure_model(
         "tokens_per_second": tokens / milliseconds * 1e3,
         "mfu": None if peak is None else flops / (milliseconds / 1e3) / peak / processes.count,
         "peak_memory_gib": memory,
-        "recurrence_share": _recurrence_share(step) if on_gpu else None,
+        **(_traced(step) if on_gpu else kernel_times([])),
     }
 
 
@@ -163,8 +163,8 @@ def _train_step(
     return step
 
 
-def _recurrence_share(step: Callable[[], None]) -> float | None:
-    """Share of our kernels in the kernel time of one step; None if no kernel is seen."""
+def _traced(step: Callable[[], None]) -> Row:
+    """How long the kernels of a step run, and the share of ours; None where no kernel is seen."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -172,9 +172,16 @@ def _recurrence_share(step: Callable[[], None]) -> float | None:
         step()
         torch.cuda.synchronize()
     kernels = [e for e in profiler.events() or [] if e.device_type == DeviceType.CUDA]
-    spans = [(e.time_range.start, e.time_range.end, e.name in KERNELS) for e in kernels]
-    everything = covered([(a, b) for a, b, _ in spans])
-    return covered([(a, b) for a, b, ours in spans if ours]) / everything if everything else None
+    return kernel_times([(e.time_range.start, e.time_range.end, e.name) for e in kernels])
+
+
+def kernel_times(spans: Sequence[tuple[float, float, str]]) -> Row:
+    """Figures of a trace: when kernels begin and end, in microseconds, and their names."""
+    everything = covered([(begin, end) for begin, end, _ in spans])
+    ours = covered([(begin, end) for begin, end, name in spans if name in KERNELS])
+    if not everything:
+        return {"kernels_ms": None, "recurrence_share": None}
+    return {"kernels_ms": everything / 1e3, "recurrence_share": ours / everything}
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

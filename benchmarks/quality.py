@@ -59,7 +59,7 @@ from pararnn.lm.training.config import (
     TextConfig,
     check_new,
 )
-from pararnn.lm.training.evaluation import Evaluation, carries_state, evaluate
+from pararnn.lm.training.evaluation import carries_state, evaluate
 from pararnn.lm.training.language_model import build_model, outline_model
 from pararnn.lm.training.metrics import read_metrics
 from pararnn.lm.training.parallel import Processes, choose_device
@@ -143,6 +143,7 @@ def settings(unit: Unit, options: argparse.Namespace) -> TrainConfig:
         seed=unit.seed,
         steps=options.steps,
         checkpoint_every=options.steps,
+        validate_every=0,  # only the end counts
         device=options.device,
         architecture=ArchitectureConfig(
             width=options.width,
@@ -206,24 +207,22 @@ def result(unit: Unit, config: TrainConfig, run: RunFolder) -> dict[str, Any]:
     device = choose_device(config.device)
     model, text = load_trained(run, device), open_text(config, run)
     limit, chunk = config.text.validation_tokens, config.text.sequence_length
-
-    def held_out(carry: bool) -> Evaluation:
-        split, codec = text.validation, text.codec
-        return evaluate(model, split, codec, limit=limit, chunk=chunk, carry=carry)
-
-    alike = held_out(carry=False)  # a run's own validation carries the state where there is one
-    carried = held_out(carry=True).bits_per_byte if carries_state(model) else None
+    measured = json.loads(run.validation.read_text().splitlines()[-1])
+    loss, bits, carried = measured["loss"], measured["bits_per_byte"], None
+    if carries_state(model):  # the run's own validation does, but not all models can
+        carried = bits
+        alike = evaluate(model, text.validation, text.codec, limit=limit, chunk=chunk, carry=False)
+        loss, bits = alike.loss, alike.bits_per_byte
     records = read_metrics(run.metrics)
     last = [record["bits_per_byte"] for record in records[-max(1, len(records) // 20) :]]
-    measured = json.loads(run.validation.read_text().splitlines()[-1])
     return dataclasses.asdict(unit) | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "state": state_numbers(model, chunk),
         "bytes": config.steps * config.text.batch_size * chunk,
         "seconds": measured["train_seconds"],
         "train": statistics.mean(last),
-        "loss": alike.loss,
-        "bits": alike.bits_per_byte,
+        "loss": loss,
+        "bits": bits,
         "carried": carried,
         "description": text.description,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",

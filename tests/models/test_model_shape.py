@@ -47,6 +47,17 @@ def test_wrong_configuration_is_refused(change, message):
         tiny_config(**change)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("memory_option", "memory_options"), ("num_attention_heads", "attention_heads")],
+)
+def test_a_keyword_that_is_nearly_an_argument_is_refused(name, meant):
+    """transformers keeps what it does not know, such as the name of a paper."""
+    assert ParaRNNConfig(paper="2510.21450", sep_token_id=3).paper == "2510.21450"
+    with pytest.raises(TypeError, match=f"no argument '{name}'; did you mean '{meant}'"):
+        ParaRNNConfig(**{name: {}})
+
+
 def test_cells_keep_their_own_initialisation(cell):
     model = ParaRNNForCausalLM(tiny_config(cell=cell, hidden_size=64, initializer_range=0.02))
     mixer = model.model.layers[0].mixer

@@ -1,5 +1,7 @@
 """Configuration of the language model."""
 
+import difflib
+import inspect
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -60,7 +62,7 @@ class ParaRNNConfig(PreTrainedConfig):
         tie_word_embeddings: Use the embedding as output projection.
 
     Raises:
-        TypeError: A size is no whole number.
+        TypeError: A size is no whole number, or a keyword is nearly that of an argument.
         ValueError: A size is not positive, a division leaves a remainder, the cell is unknown, or
             there are options that no block takes, or not of that name.
     """
@@ -117,6 +119,7 @@ class ParaRNNConfig(PreTrainedConfig):
         self.z_loss_weight = z_loss_weight
         self.use_cache = use_cache
         self._check()
+        _check_keywords(kwargs)
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id = bos_token_id
@@ -192,3 +195,12 @@ class ParaRNNConfig(PreTrainedConfig):
                 f"inner_size {self.inner_size} cannot be split into heads of {values} values "
                 "(memory_options' value_size); choose a number that divides it."
             )
+
+
+def _check_keywords(given: dict[str, Any]) -> None:
+    """Refuse what is nearly the name of an argument; transformers keeps every other keyword."""
+    arguments = list(inspect.signature(ParaRNNConfig.__init__).parameters)
+    for name in given:
+        near = difflib.get_close_matches(name, arguments, n=1, cutoff=0.85)
+        if near and not hasattr(PreTrainedConfig, name):
+            raise TypeError(f"ParaRNNConfig has no argument {name!r}; did you mean {near[0]!r}?")

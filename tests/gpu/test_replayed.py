@@ -153,7 +153,7 @@ def test_another_device_than_the_current_one(replays, name):
 
 def test_a_capture_that_fails_leaves_nothing_behind():
     """Random numbers and memory are as ever after it, and the error names its cause."""
-    x = torch.ones(3, device="cuda")
+    x, stream = torch.ones(3, device="cuda"), torch.cuda.current_stream()
 
     def waits():
         return (torch.rand(3, device="cuda") * x).sum().item()
@@ -162,6 +162,7 @@ def test_a_capture_that_fails_leaves_nothing_behind():
         graphs.rehearsed(waits, strict=True)
     with pytest.raises(RuntimeError, match="captur"):
         graphs.captured(waits)
+    assert torch.cuda.current_stream() == stream
     torch.manual_seed(0)
     first = torch.rand(3, device="cuda")
     torch.manual_seed(0)

@@ -41,19 +41,21 @@ def captured(run: Callable[[], Any], beside: torch.cuda.CUDAGraph | None = None)
     Raises:
         RuntimeError: What cannot be captured, such as a host sync.
     """
+    current = torch.cuda.current_stream()
     with _beside_captures() as stream:
         for _ in range(2):
             run()
     graph, turns = torch.cuda.CUDAGraph(), captured_so_far()
     pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool()
     try:
-        # other threads may work during the capture: they pin memory or watch collectives
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        # Other threads may work during the capture: they pin memory or watch collectives. Where its
+        # end fails, PyTorch stays on its stream: so the current one is put back around it.
+        capture = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(current), capture:
             kept = run()
     except RuntimeError as error:
         _give_up(stream.device, pool)
-        first = error.__context__  # its end fails as well, and says less
-        raise (first if isinstance(first, RuntimeError) else error) from None
+        raise _first(error) from None
     return Captured(graph, kept, stream.device if captured_so_far() > turns else None)
 
 
@@ -83,9 +85,24 @@ def _beside_captures() -> Iterator[torch.cuda.Stream]:
     place = current.device, current.cuda_stream
     stream = _streams.get(place) or _streams.setdefault(place, torch.cuda.Stream())
     stream.wait_stream(current)
-    with _as_captured(), torch.cuda.stream(stream):
-        yield stream
-    current.wait_stream(stream)
+    try:
+        with _as_captured(), torch.cuda.stream(stream):
+            yield stream
+    finally:
+        current.wait_stream(stream)
+
+
+def _first(error: RuntimeError) -> RuntimeError:
+    """Why a capture failed: its end fails as well then, and says less.
+
+    The two and their frames are not to keep each other, and all memory of the capture, until the
+    next garbage collection.
+    """
+    first = error.__context__
+    if not isinstance(first, RuntimeError):
+        return error
+    error.__traceback__ = None
+    return first
 
 
 def _give_up(device: torch.device, pool: Any) -> None:

@@ -142,3 +142,23 @@ def test_rows_read_on_and_cover_the_text():
 def test_without_a_state_of_fixed_size_nothing_is_carried(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(text=TextConfig(carry_state=True), **changes)
+
+
+def test_memory_that_runs_out_leaves_the_state_as_it_was(monkeypatch):
+    """The step is taken again from it."""
+    loss = make_loss("paragru")
+    carried = CarriedState(loss, 2, HERE, half=False)
+    caches = carried.caches(1)
+    add_gradients(loss, [text(2, 9)], SETTINGS, HERE, caches)
+    joined, cat = [], torch.cat
+
+    def runs_out(parts):
+        joined.append(parts)
+        if len(joined) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cat(parts)
+
+    monkeypatch.setattr(torch, "cat", runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        carried.go_on(caches)
+    assert not any(tensor.any() for tensor in carried.tensors())

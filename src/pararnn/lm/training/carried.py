@@ -52,12 +52,12 @@ class CarriedState:
         return [ParaRNNCache(list(layers)) for layers in zip(*pieces, strict=True)]
 
     def go_on(self, caches: Sequence[ParaRNNCache]) -> None:
-        """Keep the states after them."""
+        """Keep the states after them: all, or none if memory runs out."""
         layers = zip(*(cache.layers for cache in caches), strict=True)
-        for layer, pieces in zip(self._layers, layers, strict=True):
-            columns = zip(*map(_tensors, pieces), strict=True)
-            for kept, parts in zip(_tensors(layer), columns, strict=True):
-                kept.copy_(torch.cat(parts).detach())
+        columns = [parts for pieces in layers for parts in zip(*map(_tensors, pieces), strict=True)]
+        joined = [torch.cat(parts).detach() for parts in columns]
+        for kept, tensor in zip(self.tensors(), joined, strict=True):
+            kept.copy_(tensor)
 
     def state(self) -> dict[str, Tensor]:
         """All of it by names, in a form that any number of processes can read."""

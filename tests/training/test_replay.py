@@ -1,5 +1,10 @@
 """Passes that are replayed, with a stand-in for CUDA graphs (those: tests/gpu/test_training.py)."""
 
+import contextlib
+import gc
+import types
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +125,82 @@ def test_passes_that_take_much_memory_are_launched(model, monkeypatch, capsys):
     assert replaying.reason == "they take 90 GiB"
     said = capsys.readouterr()
     assert "kernel by kernel: they take 90 GiB." in said.out + said.err
+
+
+def test_buffers_that_passes_overwrite_are_those_of_launched_passes(model):
+    """Though the first step runs them several times."""
+    model.register_buffer("count", torch.zeros(1))
+    model.register_buffer("alike", torch.zeros(1).expand(3))
+    run = passes_of(model, torch.zeros(1))
+
+    def counting(batches):
+        model.count.add_(1)
+        return run(batches)
+
+    replaying = Replay(model)
+    for _ in range(3):
+        replaying(counting, [torch.randn(4, 3)])
+    assert model.count == 3
+
+
+def test_other_threads_settle_before_a_graph_is_made(model, monkeypatch):
+    """Not before the first passes, which compile meanwhile; and not for replays."""
+    events = []
+
+    def noting(run, strict=False):
+        events.append("strict" if strict else "first")
+        return run()
+
+    monkeypatch.setattr(replay, "rehearsed", noting)
+    replaying = Replay(model)
+    replaying.settle = lambda: events.append("settle")
+    for _ in range(2):
+        replaying(passes_of(model, torch.zeros(1)), [torch.randn(4, 3)])
+    assert events == ["first", "settle", "strict"]
+
+
+def test_nothing_of_a_failed_capture_is_kept(model, monkeypatch):
+    """Nor graphs of other forms: launched passes need the memory."""
+    run, kept = passes_of(model, torch.zeros(1)), []
+
+    class Activations:
+        """A stand-in for them."""
+
+    def fails(batches):
+        activations = Activations()
+        kept.append(weakref.ref(activations))
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        except RuntimeError as error:
+            activations.error = error  # a cycle, through the frames of the error
+            raise
+
+    replaying = Replay(model)
+    replaying(run, [torch.randn(4, 3)])
+    assert replaying._known
+    monkeypatch.setattr(replay, "captured", lambda _, beside=None: fails([]))
+    gc.disable()
+    try:
+        replaying(run, [torch.randn(2, 3)])
+    finally:
+        gc.enable()
+    assert kept[0]() is None
+    assert not replaying._known
+
+
+def test_passes_run_with_their_gpu_as_the_current_one(model, monkeypatch):
+    """Streams are those of the current device: a capture on another one would be empty."""
+    entered, second = [], torch.device("cuda", 1)
+
+    @contextlib.contextmanager
+    def device(chosen):
+        entered.append(chosen)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    there = types.SimpleNamespace(device=second)
+    monkeypatch.setattr(model, "parameters", lambda: iter([there]))
+    replaying, batch = Replay(model), torch.randn(4, 3)
+    replaying._known[None, batch.shape] = lambda _: torch.tensor(float(len(entered)))
+    assert replaying(passes_of(model, 0), [batch]) == 1
+    assert entered == [second]

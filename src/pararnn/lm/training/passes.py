@@ -1,6 +1,7 @@
 """The forward and backward passes of a run's steps: what they carry on, and what they keep."""
 
 import gc
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -66,6 +67,11 @@ class Passes:
         self.recompute()
         set_random_state(device, before)
         return self._run(batches)
+
+    def settle_by(self, settle: Callable[[], None]) -> None:
+        """Call `settle` before a graph is made; see `Replay`."""
+        if self._replay is not None:
+            self._replay.settle = settle
 
     def recompute(self) -> None:
         """Compute activations again from now on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +44,19 @@ class Replay:
     after a checkpoint.
 
     Args:
-        model: Whose gradients are computed. Passes begin without any.
-        carried: Tensors that passes read and overwrite.
+        model: Whose gradients are computed. Passes begin without any. They may overwrite buffers.
+        carried: Other tensors that passes read and overwrite.
 
     Attributes:
         reason: Why passes are launched kernel by kernel; None while they are not.
+        settle: Called before a graph is made; ends what other threads do with the GPU. Where they
+            wait for it meanwhile, they would get the errors that show what passes wait for.
     """
 
     def __init__(self, model: nn.Module, carried: Sequence[Tensor] = ()) -> None:
         self.model, self.carried = model, carried
         self.reason: str | None = None
+        self.settle: Callable[[], None] = lambda: None
         self._known: dict[Hashable, _Recorded] = {}
 
     def __call__(self, passes: Run, batches: list[Tensor], form: Hashable = None) -> Tensor:
@@ -67,27 +71,33 @@ class Replay:
             torch.OutOfMemoryError: Passes do not fit into memory, captured or not.
         """
         key = (form, *(batch.shape for batch in batches))
-        if self.reason is None and key not in self._known:
-            first = self._record(key, passes, batches)
-            if first is not None:
-                return first
-        return passes(batches) if self.reason else self._known[key](batches)
+        device = next(self.model.parameters()).device
+        # streams are those of the current device, which another one's passes would not be on
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if self.reason is None and key not in self._known:
+                first = self._record(key, passes, batches)
+                if first is not None:
+                    return first
+            return passes(batches) if self.reason else self._known[key](batches)
 
     def _record(self, key: Hashable, passes: Run, batches: list[Tensor]) -> Tensor | None:
         """Make a graph; or return what the passes returned that could not be captured."""
         device = next(self.model.parameters()).device
-        before, numbers = [t.clone() for t in self.carried], random_state(device)
+        buffers = [buffer for buffer in self.model.buffers() if 0 not in buffer.stride()]
+        changed = [*self.carried, *buffers]  # nothing can overwrite one that is expanded
+        before, numbers = [tensor.clone() for tensor in changed], random_state(device)
         losses = rehearsed(lambda: passes(batches))
         self.reason = self._obstacle(batches, device)
         if self.reason is not None:
             say(f"Steps are launched kernel by kernel: {self.reason}.")
+            self._let_go()
             return losses
         del losses
         gc.collect()  # graphs of autograd in reference cycles, which belong to no capture
 
         def set_back() -> None:
             self.model.zero_grad(set_to_none=True)
-            for tensor, value in zip(self.carried, before, strict=True):
+            for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
 
         def run() -> Tensor:
@@ -97,6 +107,7 @@ class Replay:
         held = [batch.to(device, copy=True) for batch in batches]
         first = next(iter(self._known.values()), None)
         set_back()
+        self.settle()
         try:
             rehearsed(run, strict=True)
             graph = captured(run, None if first is None else first.graph.graph)
@@ -107,7 +118,15 @@ class Replay:
             say(f"Note: steps are launched kernel by kernel, and slower: {self.reason}")
         set_back()
         set_random_state(device, numbers)
+        if self.reason is not None:
+            self._let_go()
         return None
+
+    def _let_go(self) -> None:
+        """Free the memory of the stream of captures, and of graphs: launched passes use neither."""
+        self._known.clear()
+        gc.collect()  # frames of an error
+        torch.cuda.empty_cache()
 
     def _obstacle(self, batches: list[Tensor], device: torch.device) -> str | None:
         """Why passes are not captured, after they ran."""

@@ -85,6 +85,7 @@ class Trainer:
         folder, keep = self.run.checkpoints, self.config.keep_checkpoints
         tokenizer = open_codec(self.run).tokenizer
         self._writer = CheckpointWriter(folder, self.identity, keep, self.processes, tokenizer)
+        self.passes.settle_by(self._writer.wait)
         peak = peak_flops(self.processes.device)
         self._peak = None if peak is None else peak * self.processes.count
 

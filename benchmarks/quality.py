@@ -569,7 +569,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     for text in options.text or ["code"]:
         given = f"code={STANDARD_LIBRARY}" if text == "code" else text
         name, _, source = given.partition("=")
-        if not name or not source:
+        if not name or not source or Path(name).name != name:  # runs are in a folder of that name
             parser.error(f"--text {text}: give code, or a name and a file or folder as NAME=PATH.")
         options.texts.append((name, source))
     on_gpu = choose_device(options.device).type == "cuda"

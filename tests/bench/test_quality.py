@@ -184,6 +184,7 @@ def test_seeds_of_what_is_close(quality):
         (["--models", "m2rn"], "--models m2rn: there is no architecture 'm2rn'; perhaps you meant"),
         (["--models", "cell.py:Mine"], "--models cell.py:Mine: a cell in a file cannot be"),
         (["--models", "paragru", "--text", "folder"], "--text folder: give code, or a name and a"),
+        (["--models", "paragru", "--text", "a/b=folder"], "--text a/b=folder: give code"),
     ],
 )
 def test_mistakes_are_told_at_once(quality, tmp_path, capsys, given, message):

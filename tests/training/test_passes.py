@@ -2,12 +2,14 @@
 
 import json
 import threading
+import time
 import types
 
 import pytest
 import torch
 
-from pararnn.lm.training import report, train, trainer
+from pararnn.lm.training import passes, report, train, trainer
+from pararnn.lm.training.checkpoints import list_checkpoints
 from pararnn.lm.training.config import ArchitectureConfig, ExecutionConfig
 from pararnn.lm.training.data import Batches, ReadAhead, WindowOrder
 from pararnn.lm.training.parallel import Processes
@@ -162,3 +164,31 @@ def test_compilers_are_started_on_a_gpu_alone(monkeypatch):
     assert started == []
     start_compilers(ExecutionConfig(compile=True), torch.device("cuda"))
     assert started == ["processes", "asked"]
+
+
+def test_a_checkpoint_is_written_before_a_graph_is_made(make_config, monkeypatch):
+    """Its thread waits for the GPU, which is an error while it is tried whether passes do."""
+    config, whole = make_config(steps=1), []
+
+    class Settles:
+        """A stand-in for `Replay`, which settles as that one does before a graph is made."""
+
+        def __init__(self, *_):
+            self.settle = None
+
+        def __call__(self, run, batches, form):
+            self.settle()
+            whole.append([path.name for path in list_checkpoints(config.out / "checkpoints")])
+            return run(batches)
+
+    monkeypatch.setattr(passes, "replays", lambda *_: True)
+    monkeypatch.setattr(passes, "Replay", Settles)
+    save = trainer.CheckpointWriter._finish
+
+    def slowly(*args):
+        time.sleep(0.5)
+        save(*args)
+
+    monkeypatch.setattr(trainer.CheckpointWriter, "_finish", slowly)
+    train(config)
+    assert whole == [["step-00000000"]]

@@ -59,6 +59,18 @@ def test_a_call_that_failed_is_gone_on_with():
     assert (len(one.slow), len(one.fast), len(two.slow)) == (1, 1, 1)
 
 
+def test_a_call_knows_whether_its_form_launched_the_next_kernel():
+    launches, kernel = Launches(), Kernel()
+    assert not launches.of("a").knows_next
+    call(launches, "a", kernel)
+    again = launches.of("a")
+    assert again.knows_next
+    again.launch(kernel, (1,), {"x": 0, "SIZE": 8})
+    assert not again.knows_next
+    again.launch(kernel, (1,), {"x": 0, "SIZE": 8, "launch_pdl": True})  # without `most_spilled`
+    assert kernel.slow[-1] == ((1,), (), {"x": 0, "SIZE": 8, "launch_pdl": True})
+
+
 def test_what_spills_much_has_all_registers():
     launches, few, many = Launches(), Kernel(8), Kernel(9)
     for _ in range(2):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pararnn.kernels.triton.build import compile_together
+from pararnn.kernels.triton.build import Launcher, Launches, compile_together, form_of
 from pararnn.kernels.triton.device import on_device, overlaps
 from pararnn.kernels.triton.steps import Precision, adjoint_source, forward_source
 from pararnn.planning.plan import Way
@@ -33,6 +33,7 @@ class TritonBackend:
         self.recurrence = recurrence
         self._functions: dict[tuple[str, bool], Any] = {}
         self._compiled: set[tuple[object, ...]] = set()
+        self._launches = Launches()
         self.compile_s = 0.0
 
     def source(self) -> str:
@@ -61,7 +62,8 @@ class TritonBackend:
             given = written.given_of(problem, states)
             kinds = self._kinds(problem, launch, most)
             asked = way.tolerance, settings.damping, report, most
-            self._run(written.calls(kinds, given, problem, launch, *asked))
+            launcher = self._launcher(problem, way)
+            self._run(written.calls(kinds, given, problem, launch, *asked), launcher)
         return states, report
 
     def solve_adjoint(
@@ -94,13 +96,14 @@ class TritonBackend:
             given = written.given_of(problem, [s.contiguous() for s in states], grads)
             kinds = self._kinds(problem, launch, chunks, has_gradient, reports)
             asked = way.tolerance, None, report, most
-            self._run(written.calls(kinds, given, problem, launch, *asked))
+            launcher = self._launcher(problem, way, *states, *grad_states, *grad_drives)
+            self._run(written.calls(kinds, given, problem, launch, *asked), launcher)
             if report is not None:
                 act_on_failure(report, settings, way.tolerance, backwards=True)
             grad_coefficients = sums.new_empty(sums.shape[2:], dtype=problem.dtype)
             if grad_coefficients.numel():
                 overlap = overlaps(drive.device)
-                self._run([written.total_call(sums, grad_coefficients, overlap)])
+                self._run([written.total_call(sums, grad_coefficients, overlap)], launcher)
         if starts == "resets":  # of first states, then of what chunks restarted from
             restarts = grad_initial[batch:].unflatten(0, (batch, chunks)).sum(1)
             grad_initial = torch.cat([grad_initial[:batch], restarts])
@@ -122,13 +125,19 @@ class TritonBackend:
         corrections = min(launch.corrections, most - 1)
         return written.kinds(self._functions[key], problem, launch, corrections, gradients, reports)
 
-    def _run(self, calls: Sequence[Call]) -> None:
+    def _launcher(self, problem: Problem, way: Way, *more: Tensor | None) -> Launcher:
+        """Launches of a direction, and of which further tensors it is given."""
+        given = (*problem.drives, *problem.coefficients, problem.initial, problem.starts, *more)
+        return self._launches.of((way, *form_of(given)))
+
+    def _run(self, calls: Sequence[Call], launcher: Launcher) -> None:
         """Launch kernels one after another; those of a new kind are compiled before, together."""
-        new = [call for call in calls if call.compiled_for not in self._compiled]
+        known = launcher.knows_next
+        new = [] if known else [c for c in calls if c.compiled_for not in self._compiled]
         begin = time.perf_counter()
-        compile_together([call.launch for call in new])
+        compile_together([call.compile for call in new])
         for call in calls:
-            call.launch()
+            call.launch(launcher)
         if new:
             self._compiled.update(call.compiled_for for call in new)
             self.compile_s += time.perf_counter() - begin

@@ -132,12 +132,16 @@ class Launches:
         Args:
             form: What arguments of all its kernels follow from; see `form_of`.
         """
-        if form not in self._known and len(self._known) >= _MOST_FORMS:
-            self._known.clear()
-        return Launcher(self._known.setdefault(form, {}))
+        known = self._known.get(form)
+        if known is None:
+            if len(self._known) >= _MOST_FORMS:
+                self._known.clear()
+            known = self._known.setdefault(form, {})
+        return Launcher(known)
 
 
 _MOST_FORMS = 256
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 class Launcher:
@@ -150,6 +154,11 @@ class Launcher:
     def __init__(self, known: dict[int, Any]) -> None:
         self._known = known
         self._number = 0
+
+    @property
+    def knows_next(self) -> bool:
+        """Whether a call of the form launched the next kernel before."""
+        return self._number in self._known
 
     def launch(self, kernel: Any, grid: tuple[int], given: Mapping[str, Any]) -> None:
         """Launch a kernel on the current device.
@@ -167,15 +176,16 @@ class Launcher:
         if number in self._known:
             self._known[number][grid[0], 1, 1](*values)
             return
-        options = {n: given[n] for n in ("num_warps", "num_stages", "maxnreg") if n in given}
+        options = {n: given[n] for n in _OPTIONS if n in given}
         named = dict(zip(kernel.arg_names, values, strict=True))
         if interpreted():
             kernel[grid](**named, **options)
             return
-        tried = kernel.warmup(**named, **options, grid=grid)
-        assert tried.run  # it is loaded: then one knows
-        if tried.n_spills > given["most_spilled"]:
-            del options["maxnreg"]
+        if "maxnreg" in options:
+            tried = kernel.warmup(**named, **options, grid=grid)
+            assert tried.run  # it is loaded: then one knows
+            if tried.n_spills > given["most_spilled"]:
+                del options["maxnreg"]
         self._known[number] = kernel[grid](**named, **options)
 
 
@@ -189,22 +199,22 @@ def form_of(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-def compile_together(launches: Sequence[Callable[..., None]]) -> None:
+def compile_together(kernels: Sequence[Callable[[], None]]) -> None:
     """Compile kernels at the same time; most of it happens without holding Python's lock.
 
     Args:
-        launches: Each compiles what it would run when called with `warmup=True`.
+        kernels: Each compiles one.
     """
     import triton  # which a machine without a GPU need not have
 
     mode = getattr(triton, "AsyncCompileMode", None)  # older ones have none
-    if len(launches) < 2 or mode is None or interpreted() or not _PARSES_IN_THREADS:
+    if len(kernels) < 2 or mode is None or interpreted() or not _PARSES_IN_THREADS:
         return
 
     def compile_all() -> None:
-        with ThreadPoolExecutor(len(launches)) as pool, mode(pool):
-            for launch in launches:
-                launch(warmup=True)
+        with ThreadPoolExecutor(len(kernels)) as pool, mode(pool):
+            for kernel in kernels:
+                kernel()
 
     # In a context of its own: when one does not compile, Triton 3.6 does not leave the mode.
     contextvars.copy_context().run(compile_all)

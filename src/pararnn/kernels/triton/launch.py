@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pararnn.kernels.triton import adjoint, forward, solve, steps
-from pararnn.kernels.triton.build import load
+from pararnn.kernels.triton.build import Launcher, load
 from pararnn.kernels.triton.device import overlaps
 from pararnn.kernels.triton.functions import total
 from pararnn.kernels.triton.tuples import (
@@ -53,14 +53,19 @@ class Call:
         """What it is compiled for, but for types and strides of tensors."""
         return self.kernel, self.arguments.get("KIND", self.overlap)
 
-    def launch(self, warmup: bool = False) -> None:
-        """Run it, or only compile it."""
-        given = self.arguments | {"num_warps": self.warps}
-        given |= {"launch_pdl": True} if self.overlap else {}
-        if warmup:
-            self.kernel.warmup(**given, grid=(self.programs,))
-        else:
-            self.kernel[(self.programs,)](**given)
+    @property
+    def given(self) -> dict[str, Any]:
+        """Its arguments and options."""
+        options = {"num_warps": self.warps} | ({"launch_pdl": True} if self.overlap else {})
+        return self.arguments | options
+
+    def compile(self) -> None:
+        """Compile it without a launch."""
+        self.kernel.warmup(**self.given, grid=(self.programs,))
+
+    def launch(self, launcher: Launcher) -> None:
+        """Launch it."""
+        launcher.launch(self.kernel, (self.programs,), self.given)
 
 
 def functions_of(

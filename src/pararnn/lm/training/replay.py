@@ -86,6 +86,8 @@ class Replay:
         buffers = [buffer for buffer in self.model.buffers() if 0 not in buffer.stride()]
         changed = [*self.carried, *buffers]  # nothing can overwrite one that is expanded
         before, numbers = [tensor.clone() for tensor in changed], random_state(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # of these passes, also in a resumed run
         losses = rehearsed(lambda: passes(batches))
         self.reason = self._obstacle(batches, device)
         if self.reason is not None:

@@ -96,9 +96,9 @@ def test_the_end_of_the_last_chunk_is_not_looked_for(monkeypatch, chunk, starts)
     monkeypatch.setattr(facts, "decide", functools.partial(decide, costs=costs))
     swept = []
 
-    def run(_self, calls):
+    def run(_self, calls, launcher):
         for call in calls:
-            call.launch()
+            call.launch(launcher)
             if call.kernel is solve.sweep:
                 edges = call.arguments["edges"]
                 swept.append([t.clone() for t in (edges.stored, edges.guess, edges.ends)])

@@ -13,6 +13,7 @@ from pararnn.testing import assert_close
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.filterwarnings("default")  # the package's own would keep it from being imported
 @pytest.mark.parametrize("shared_keys", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_same_model_by_both(name, shared_keys):

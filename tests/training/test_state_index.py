@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    MetadataIndex,
+)
 
 from pararnn.lm.catalogue import architectures
 from pararnn.lm.data.files import digest
@@ -53,6 +57,32 @@ class Runs:
 
 def inside(path):
     return {"storage_data": {"a": Runs(path)}, "state_dict_metadata": {}}
+
+
+def test_an_index_of_an_older_python(run, monkeypatch):
+    """Python 3.11.2 stores a member of an enumeration as an attribute of its class."""
+    content = (newest(run) / "state/.metadata").read_bytes()
+    index = pickle.loads(content)
+
+    def as_attribute(member, _):
+        return getattr, (type(member), member.name)
+
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", as_attribute)
+    older = pickle.dumps(index)
+    assert b"getattr" in older
+    assert part_names(read_index(older)) == part_names(read_index(content))
+
+
+class Attribute:
+    """Unpickled by the usual means, it is an attribute of something else."""
+
+    def __reduce__(self):
+        return getattr, (torch.Size, "__class__")
+
+
+def test_an_attribute_of_anything_else_is_refused():
+    with pytest.raises(ValueError, match=r"builtins.getattr.*nothing was run"):
+        read_index(pickle.dumps({"storage_data": Attribute(), "state_dict_metadata": {}}))
 
 
 def test_it_says_what_pytorch_says(run):

@@ -1,4 +1,4 @@
-"""Support for programs that run a whole model one step at a time, as generation does."""
+"""Support for programs that run a step of a whole model again and again: generation, training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pararnn.kernels.graphs import captured
+from pararnn.kernels.graphs import Captured as Captured
+from pararnn.kernels.graphs import captured as captured
+from pararnn.kernels.graphs import rehearsed as rehearsed
 from pararnn.kernels.moving import move_on as move_on  # which a step ends with
 from pararnn.layers.rnn import RNN
 from pararnn.tracing.ran import Ran

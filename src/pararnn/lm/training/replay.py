@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pararnn import RNN
-from pararnn.kernels.graphs import Captured, captured, rehearsed
+from pararnn.layers.stepping import Captured, captured, rehearsed
 from pararnn.lm.data.words import say
 from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.training.config import ExecutionConfig

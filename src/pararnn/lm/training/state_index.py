@@ -96,6 +96,13 @@ class _Ignored:
         pass
 
 
+def _member(owner: Any, name: Any) -> int:
+    """Stands for `getattr`, by which Python 3.11.2 stores a member of an enumeration."""
+    if owner is not int or not isinstance(name, str):  # the stand-in of the only one
+        raise _ForeignError("builtins.getattr")
+    return 0
+
+
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECORDS = {
     name: type(name, (_Record,), {})
@@ -110,6 +117,7 @@ _STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch", "Size"): tuple,
     ("torch.serialization", "_get_layout"): str,
     (_METADATA, "_MEM_FORMAT_ENCODING"): int,
+    ("builtins", "getattr"): _member,
     (_METADATA, "StorageMeta"): _Ignored,
     **{
         (module, name): _Ignored

@@ -31,15 +31,19 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.filterwarnings("default")  # the compiler's own are errors to it
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_train_step_never_waits_for_the_gpu(compiled):
+@pytest.mark.parametrize(
+    ("model", "least"), [("paragru", 0), ("transformer", 0), ("transformer", 1)]
+)
+def test_a_train_step_never_waits_for_the_gpu(model, least, compiled):
+    """Also where documents are separated: token 0 begins one."""
     here = Processes(0, 1, torch.device("cuda"))
     settings = OptimizerConfig(precision="bfloat16")
     shape = ArchitectureConfig(width=64, num_layers=2, num_heads=2)
-    config = TrainConfig(architecture=shape, optimizer=settings)
+    config = TrainConfig(model=model, architecture=shape, optimizer=settings)
     loss = CausalLoss(build_model(config, Codec()), 1e-4)
     lay_out(loss, ExecutionConfig(activation_checkpointing="off", compile=compiled), here)
     optimizer = build_optimizer(loss.model, settings)
-    windows = [torch.randint(0, 256, (129,)) for _ in range(32)]
+    windows = [torch.randint(least, 256, (129,)) for _ in range(32)]
     measured = []
     with ReadAhead(Batches(windows, WindowOrder(32, 8, 0), 4), here.device) as data:
         for step in range(4):
@@ -62,6 +66,7 @@ def test_a_train_step_never_waits_for_the_gpu(compiled):
         ("paragru", {"dropout": 0.1}, {}),
         ("paragru+delta", {}, {"carry_state": True}),
         ("mgu+attention", {}, {"global_batch_size": 8}),
+        ("transformer", {}, {"global_batch_size": 8}),
     ],
 )
 def test_a_replayed_run_is_that_of_launched_kernels(tmp_path, monkeypatch, model, shape, text):

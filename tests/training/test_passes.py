@@ -8,13 +8,18 @@ import types
 import pytest
 import torch
 
+from pararnn.lm.models.causal_loss import CausalLoss
 from pararnn.lm.training import passes, report, train, trainer
 from pararnn.lm.training.checkpoints import list_checkpoints
 from pararnn.lm.training.config import ArchitectureConfig, ExecutionConfig
 from pararnn.lm.training.data import Batches, ReadAhead, WindowOrder
+from pararnn.lm.training.language_model import build_model
 from pararnn.lm.training.parallel import Processes
+from pararnn.lm.training.passes import Passes
 from pararnn.lm.training.sharding import recomputes, start_compilers
 from pararnn.lm.training.step import Measurement, train_step
+from pararnn.lm.training.text import Codec
+from pararnn.testing import assert_close
 
 CPU = torch.device("cpu")
 
@@ -192,3 +197,35 @@ def test_a_checkpoint_is_written_before_a_graph_is_made(make_config, monkeypatch
     monkeypatch.setattr(trainer.CheckpointWriter, "_finish", slowly)
     train(config)
     assert whole == [["step-00000000"]]
+
+
+def test_passes_of_mixed_batches_have_one_form(make_config, monkeypatch):
+    """Documents are separated in all batches of a step or in none, so there are two graphs."""
+    forms = []
+
+    class Notes:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, run, batches, form):
+            forms.append(form)
+            return run(batches)
+
+    config = make_config(model="transformer")
+    model = CausalLoss(build_model(config, Codec()))
+    plain, parted = torch.randint(1, 256, (2, 2, 12))
+    parted[1, 5] = begin = model.model.config.bos_token_id
+    early = plain.clone()
+    early[:, 0] = early[:, -1] = begin  # nothing comes before the one, nothing after the other
+    launched = Passes(config, model, Processes(0, 1, CPU))([plain, parted])
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(passes, "replays", lambda *_: True)
+    monkeypatch.setattr(passes, "Replay", Notes)
+    run = Passes(config, model, Processes(0, 1, CPU))
+    assert_close("losses", run([plain, parted]), launched, rtol=1e-6)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert_close("gradient", p.grad, gradient, rtol=1e-5)
+    for batches in ([parted, plain], [parted, parted], [plain, early]):
+        run(batches)
+    assert forms == [(True, True)] * 3 + [(False, False)]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pararnn.lm.models.cache import ParaRNNCache
 from pararnn.lm.models.loss import IGNORED
+from pararnn.lm.models.masks import PreparedMasks
 
 _LOGITS_AT_ONCE = 2**28  # entries: half a GiB in bfloat16
 
@@ -39,6 +40,7 @@ class CausalLoss(nn.Module):
         accepted = inspect.signature(model.base_model.forward).parameters
         self.knows_resets = "resets" in accepted
         self.knows_positions = "position_ids" in accepted
+        self.masks = PreparedMasks(model)
 
     @property
     def separates_documents(self) -> bool:
@@ -68,8 +70,9 @@ class CausalLoss(nn.Module):
         Raises:
             ValueError: The model cannot separate documents.
         """
+        documents, masks = self._documents(resets), self.masks(tokens, resets)
         hidden = self.model.base_model(
-            input_ids=tokens, **self._documents(resets), **_cached(cache)
+            input_ids=tokens, **documents, **masks, **_cached(cache)
         ).last_hidden_state
         weight = self.model.get_output_embeddings().weight
         return linear_cross_entropy(

@@ -82,6 +82,8 @@ class Passes:
 
     def _run(self, batches: list[Tensor]) -> Tensor:
         apart = separated(self.model, batches)
+        if self._replay is not None:  # two graphs, and not one for each order of such batches
+            apart = (any(apart),) * len(batches)
 
         def run(given: list[Tensor]) -> Tensor:
             caches = None if self.carried is None else self.carried.caches(len(given))

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pararnn import RNN
 from pararnn.layers.stepping import Captured, captured, rehearsed
 from pararnn.lm.data.words import say
-from pararnn.lm.models import ParaRNNForCausalLM
 from pararnn.lm.training.config import ExecutionConfig
 from pararnn.lm.training.parallel import Processes
 from pararnn.lm.training.random_state import random_state, set_random_state
@@ -138,8 +137,6 @@ class Replay:
             return (
                 f"they take {most / 2**30:.0f} GiB, more than {MOST_MEMORY:.0%} of the GPU's memory"
             )
-        if not isinstance(getattr(self.model, "model", None), ParaRNNForCausalLM):
-            return "models of transformers make other masks while a graph is captured"
         rows, time = batches[0].shape
         for layer in self.model.modules():
             if isinstance(layer, RNN):

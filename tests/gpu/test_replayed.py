@@ -1,5 +1,6 @@
 """Calls of small layers as CUDA graphs: new inputs, weights, streams and modes."""
 
+import gc
 import threading
 
 import pytest
@@ -174,3 +175,20 @@ def test_a_capture_that_fails_leaves_nothing_behind():
     replay = graphs.captured(lambda: x + torch.rand(3, device="cuda"))
     replay()
     assert (replay.kept >= 1).all()
+
+    def takes_memory():
+        y = torch.ones(2**28, device="cuda")  # 1 GiB
+        torch.cuda.synchronize()
+        return y
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for beside in (None, replay.graph):
+        with pytest.raises(RuntimeError, match="captur"):
+            graphs.captured(takes_memory, beside)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if beside is None:  # else it stays with the other graph
+            assert torch.cuda.memory_reserved() <= before + 2**28
+        replay()
+        assert (replay.kept >= 1).all()

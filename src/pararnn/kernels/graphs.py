@@ -108,10 +108,12 @@ def _first(error: RuntimeError) -> RuntimeError:
 def _give_up(device: torch.device, pool: Any) -> None:
     """Undo what PyTorch leaves of a capture that failed.
 
-    Memory would still come from the graph's pool, and random numbers would be refused.
+    Memory would still come from the graph's pool and stay there, and random numbers would be
+    refused.
     """
-    with suppress(RuntimeError):  # it has ended
+    with suppress(RuntimeError):  # the capture ended as others do, and its graph frees the pool
         torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
     generator = torch.cuda.default_generators[device.index]
     generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
 

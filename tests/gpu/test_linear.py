@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_same_model_by_both(name, shared_keys):
     """Logits, states and gradients in bfloat16, with documents that begin inside a row."""
-    if reason := linear.missing(LINEAR[name]):
+    if reason := linear.missing(LINEAR[name], 64, 64):
         pytest.skip(reason)
     torch.manual_seed(0)
     config = ParaRNNConfig(
@@ -26,7 +26,7 @@ def test_the_same_model_by_both(name, shared_keys):
         hidden_size=128,
         num_hidden_layers=2,
         cell=name,
-        memory_options={"shared_keys": shared_keys},
+        memory_options={"shared_keys": shared_keys, "value_size": 64},
     )
     theirs = ParaRNNForCausalLM(config).cuda()
     ours = copy.deepcopy(theirs)

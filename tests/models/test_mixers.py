@@ -227,26 +227,45 @@ def test_where_another_package_can_be_used():
 
 
 def test_a_package_that_is_missing_or_does_not_fit(monkeypatch):
+    cell = cells.GatedDeltaCell(None, 64, 128)
     absent = linear.Operator("fla.not.there", "f", lambda *_: {})
-    assert "is not installed (pip install 'pararnn[fla]')" in linear.missing(absent)
+    assert "is not installed (pip install 'pararnn[fla]')" in linear.missing(absent, 64, 64)
     broken = linear.Operator("torch.nn.functional", "no_such_function", lambda *_: {})
-    assert "does not fit torch" in linear.missing(broken)
-    assert "no_such_function" in linear.missing(broken)
-    assert linear.missing(None) == linear.missing(linear.Operator("math", "exp", dict)) == ""
-    assert linear.choose(absent, "auto") is None
+    assert "does not fit torch" in linear.missing(broken, 64, 64)
+    assert "no_such_function" in linear.missing(broken, 64, 64)
+    assert linear.missing(None, 64, 64) == ""
+    assert linear.missing(linear.Operator("math", "exp", dict), 64, 16) == ""
+    assert linear.choose(absent, cell, "auto") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert linear.choose(absent, "auto") is None
+    assert linear.choose(absent, cell, "auto") is None
     present = linear.Operator("torch.nn.functional", "silu", lambda *_: {})
-    assert linear.choose(present, "auto") is F.silu
-    assert linear.choose(present, "triton") is None
-    flags = {"IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True, "TRITON_ABOVE_3_7_1": False}
-    monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace(**flags))
-    assert "wrong gradients on Hopper" in linear.missing(present)
-    monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace(IS_NVIDIA_HOPPER=True))
-    assert linear.missing(present) == ""
+    assert linear.choose(present, cell, "auto") is F.silu
+    assert linear.choose(present, cell, "triton") is None
     monkeypatch.setitem(catalogue.LINEAR, "gated-deltanet", absent)
     note = missing_kernels("3xparagru+gated-deltanet")
     assert note.startswith("our step by step kernels for gated-deltanet: flash-linear-attention")
+
+
+def test_sizes_of_which_another_package_has_wrong_gradients(monkeypatch):
+    """On Hopper GPUs, whatever the memory and the options that give the size."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    present = linear.Operator("torch.nn.functional", "silu", lambda *_: {})
+    flags = {"IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True, "TRITON_ABOVE_3_7_1": False}
+    monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace(**flags))
+    assert "before Triton 3.7.1" in linear.missing(present, 64, 64)
+    monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace(IS_NVIDIA_HOPPER=True))
+    assert linear.missing(present, 64, 64) == linear.missing(present, 256, 192) == ""
+    for size in [(64, 16), (64, 96), (32, 64)]:
+        assert "multiples of 64; a head has {} and {}".format(*size) in linear.missing(
+            present, *size
+        )
+        assert linear.choose(present, cells.GatedDeltaCell(None, *size), "auto") is None
+    monkeypatch.setitem(catalogue.LINEAR, "mamba2", present)
+    assert "a head has 64 and 16" in missing_kernels("paragru+mamba2")
+    assert "a head has 128 and 16" in missing_kernels("paragru+mamba2", {"key_size": 128})
+    assert missing_kernels("paragru+mamba2", {"value_size": 64}) == ""
+    monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace())  # another GPU
+    assert linear.missing(present, 64, 16) == ""
 
 
 def test_a_memory_of_ones_own(monkeypatch, tokens):

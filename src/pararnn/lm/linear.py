@@ -19,6 +19,7 @@ from torch import Tensor
 from pararnn.cells import MatrixMemoryCell
 
 _FORGETS_ALL = -120.0  # exp of it is 0 in float32
+_TILE = 64  # keys or values; sizes in whole ones have the right gradients on Hopper GPUs
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -39,15 +40,15 @@ class Operator:
     inputs: Callable[[Any, tuple[Tensor, ...]], dict[str, Tensor]]
     shares_keys: bool = False
 
-    def load(self) -> Callable[..., Any]:
-        """The function.
+    def load(self, key_size: int, value_size: int) -> Callable[..., Any]:
+        """The function, for heads of a size.
 
         Raises:
-            RuntimeError: The package is not there, or does not fit Triton or PyTorch.
+            RuntimeError: The package is not there, or does not fit Triton, PyTorch or the size.
         """
         try:
             function = getattr(importlib.import_module(self.module), self.function)
-            _check_gradients()
+            _check_gradients(key_size, value_size)
             return function
         except Exception as error:  # whatever an import of another package may raise
             raise RuntimeError(_reason(error)) from error
@@ -68,25 +69,28 @@ GATED_DELTA = Operator(
 )
 
 
-def missing(operator: Operator | None) -> str:
-    """Why the kernels of an operator cannot be had; empty if they can, or there is no operator."""
+def missing(operator: Operator | None, key_size: int, value_size: int) -> str:
+    """Why heads of a size cannot have the kernels of an operator; empty if they can."""
     if operator is None:
         return ""
     try:
-        operator.load()
+        operator.load(key_size, value_size)
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def choose(operator: Operator | None, backend: str) -> Callable[..., Any] | None:
-    """The function of an operator, where backend is "auto" and it can be had; else None.
+def choose(
+    operator: Operator | None, cell: MatrixMemoryCell, backend: str
+) -> Callable[..., Any] | None:
+    """The function of an operator, where backend is "auto" and the cell can have it; else None.
 
     A backend that is named is one of ours, so the step runs in it.
     """
     if operator is None or backend != "auto" or not torch.cuda.is_available():
         return None
-    return None if missing(operator) else operator.load()
+    size = cell.key_size, cell.value_size
+    return None if missing(operator, *size) else operator.load(*size)
 
 
 def fits(cell: MatrixMemoryCell, x: Tensor) -> bool:
@@ -138,22 +142,26 @@ def evaluate(
     return y.flatten(2), last.to(x.dtype)
 
 
-def _check_gradients() -> None:
-    """Raise what the package itself raises first in a backward pass with gates, if it does.
+def _check_gradients(key_size: int, value_size: int) -> None:
+    """Raise where the kernels compute wrong gradients, or read where they must not.
 
-    Triton 3.4.0 to 3.7.0 computes wrong gradients there on Hopper GPUs, unless the package's
-    tilelang kernels do it.
+    On Hopper GPUs Triton 3.4.0 to 3.7.0 does not compile them right. The package raises that
+    itself, but in a backward pass, and not if its tilelang kernels do it. Triton 3.7.1 still
+    fails for 16 values: a loop in float64 says so (docs/results/quality.md).
     """
     about = sys.modules.get("fla.utils")
+    if not getattr(about, "IS_NVIDIA_HOPPER", False):
+        return
     is_wrong = getattr(about, "TRITON_ABOVE_3_4_0", False) and not getattr(
         about, "TRITON_ABOVE_3_7_1", True
     )
-    if (
-        is_wrong
-        and getattr(about, "IS_NVIDIA_HOPPER", False)
-        and importlib.util.find_spec("tilelang") is None
-    ):
+    if is_wrong and importlib.util.find_spec("tilelang") is None:
         raise RuntimeError("wrong gradients on Hopper GPUs before Triton 3.7.1 without tilelang")
+    if key_size % _TILE or value_size % _TILE:
+        raise RuntimeError(
+            f"wrong gradients on Hopper GPUs unless keys and values are multiples of {_TILE}; a "
+            f"head has {key_size} and {value_size}"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -57,7 +57,7 @@ def decode_rows(
         for kind, batch, context in sizes:
             row: Row = {"architecture": architecture, "weights": kind}
             row |= {"batch": batch, "context": context}
-            row["note"] = missing_kernels(architecture)
+            row["note"] = missing_kernels(architecture, size.memory_options)
             release()
             try:
                 model = make_ready(size, architecture, kind, context, device)

@@ -52,7 +52,7 @@ def train_rows(
 
 
 def _row(size: ModelSize, architecture: str, batch: int, time: int, processes: Processes) -> Row:
-    notes = [note for note in [missing_kernels(architecture)] if note]
+    notes = [note for note in [missing_kernels(architecture, size.memory_options)] if note]
     row: Row = {"architecture": architecture, "batch": batch, "time": time}
     compiled = processes.device.type == "cuda"
     tries = [(batch, False), (max(1, batch // 2), False), (batch, True)]

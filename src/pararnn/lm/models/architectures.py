@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from pararnn.lm.catalogue import BASELINES as BASELINES
 from pararnn.lm.catalogue import LINEAR, MAMBA2, check_used, parts, repeated
 from pararnn.lm.catalogue import architectures as architectures
 from pararnn.lm.catalogue import check_architecture as check_architecture
-from pararnn.lm.models.configuration import ParaRNNConfig, default_mlp_size
+from pararnn.lm.models.configuration import MEMORY_OPTIONS, ParaRNNConfig, default_mlp_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,15 @@ def foreign_fields(stored: dict[str, Any]) -> list[str]:
     return ["model_type"] if kind is None else sorted(set(stored) - set(kind().to_dict()))
 
 
-def missing_kernels(architecture: str) -> str:
-    """Which package an architecture lacks for its fast kernels; empty if none."""
+def missing_kernels(architecture: str, memory_options: Mapping[str, Any] | None = None) -> str:
+    """Why an architecture has no fast kernels, such as a package that is missing; empty if it has.
+
+    Args:
+        architecture: As of `make_config`.
+        memory_options: As of `ParaRNNConfig`.
+    """
     if architecture not in BASELINES:
-        return _missing_of_memories(parts(architecture))
+        return _missing_of_memories(parts(architecture), dict(memory_options or {}))
     for package, module in _KERNELS.get(architecture, {}).items():
         name = package.replace("-", "_")
         if importlib.util.find_spec(name) is None:
@@ -116,12 +121,13 @@ def missing_kernels(architecture: str) -> str:
     return ""
 
 
-def _missing_of_memories(stack: list[str]) -> str:
+def _missing_of_memories(stack: list[str], options: dict[str, Any]) -> str:
     """Linear memories of a stack that run in our kernels on a GPU, and why."""
+    keys, values = ((MEMORY_OPTIONS | options)[name] for name in ("key_size", "value_size"))
     found = {
         name: reason
         for name in dict.fromkeys(stack)
-        if name in LINEAR and (reason := linear.missing(LINEAR[name]))
+        if name in LINEAR and (reason := linear.missing(LINEAR[name], keys, values))
     }
     if not found or not torch.cuda.is_available():
         return ""

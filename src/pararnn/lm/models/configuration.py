@@ -23,7 +23,8 @@ MLP_MULTIPLE = 256
 ATTENTION_HEAD = 128
 
 
-_MEMORY: dict[str, Any] = {"key_size": 64, "value_size": 16, "shared_keys": True}  # as M2RNN's
+MEMORY_OPTIONS: dict[str, Any] = {"key_size": 64, "value_size": 16, "shared_keys": True}
+"""Those of a memory where nothing is said, as M2RNN's."""
 
 
 def default_mlp_size(hidden_size: int) -> int:
@@ -111,7 +112,7 @@ class ParaRNNConfig(PreTrainedConfig):
         self.cell_options = dict(cell_options or {})
         self.memory_options = dict(memory_options or {})
         if "memory_options" not in unused_options(self.mixers):
-            self.memory_options = _MEMORY | self.memory_options
+            self.memory_options = MEMORY_OPTIONS | self.memory_options
         self.dropout = dropout
         self.backend = backend
         self.rms_norm_eps = rms_norm_eps
@@ -180,7 +181,7 @@ class ParaRNNConfig(PreTrainedConfig):
 
     def _check_options(self) -> None:
         check_used(self.mixers, "the model", vars(self))
-        further = {n: v for n, v in self.memory_options.items() if n not in _MEMORY}
+        further = {n: v for n, v in self.memory_options.items() if n not in MEMORY_OPTIONS}
         for name in dict.fromkeys(self.mixers):
             options = further if name in MEMORIES else self.cell_options
             if options and name != ATTENTION:

@@ -50,7 +50,7 @@ class MemoryMixer(nn.Module):
         self.rnn = RNN(cell, backend=config.backend)
         self._check_output(name, size)
         self.operator = LINEAR.get(name)
-        self.all_at_once = linear.choose(self.operator, config.backend)
+        self.all_at_once = linear.choose(self.operator, cell, config.backend)
         self.skip = nn.Parameter(torch.ones(size))
         self.norm = GatedRMSNorm(size, eps=config.rms_norm_eps)
         self.out_proj = ResidualProjection(size, config.hidden_size, bias=False)

@@ -253,7 +253,7 @@ def _introduction(
     ]
     if own := OwnName.of(config.model):
         lines.insert(2, f"Cell: {own.kind} of {run.cell / own.path}, a copy that the run keeps")
-    if missing := missing_kernels(config.model):
+    if missing := missing_kernels(config.model, config.options_of("memory_options")):
         lines.append(f"Note: {config.model} takes {missing}.")
     if not model.separates_documents:
         lines.append(

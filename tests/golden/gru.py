@@ -109,23 +109,12 @@ def adjoint_with_jacobian(state, drive, coefficient, adjoint):
     a_c_ = coefficient[2]
     adjoint0 = adjoint[0]
     z_ = sigmoid(a_z_ * h_ + x_z_)
-    t7 = adjoint0 * z_
     r_ = sigmoid(a_r_ * h_ + x_r_)
     c_ = tanh(a_c_ * (h_ * r_) + x_c_)
-    t20 = 1.0 - c_ * c_
-    t22 = t7 * t20 * a_c_
-    t23 = t22 * r_
-    t24 = t22 * h_
-    t26 = (1.0 - r_) * r_
-    t29 = t23 + t24 * t26 * a_r_
-    t30 = 1.0 - z_
-    t32 = t29 + adjoint0 * t30
-    t33 = adjoint0 * c_
-    t35 = -(adjoint0 * h_)
-    t36 = t33 + t35
-    t37 = t30 * z_
-    t40 = t32 + t36 * t37 * a_z_
-    t42 = z_ * t20 * a_c_
-    t48 = t42 * r_ + t42 * h_ * t26 * a_r_ + t30
-    t49 = -h_
-    return (t40,), (t48 + (c_ + t49) * t37 * a_z_,)
+    t20 = z_ * (1.0 - c_ * c_) * a_c_
+    t27 = t20 * r_ + t20 * h_ * ((1.0 - r_) * r_) * a_r_
+    t28 = 1.0 - z_
+    t29 = t27 + t28
+    t30 = -h_
+    t35 = t29 + (c_ + t30) * (t28 * z_) * a_z_
+    return (t35 * adjoint0,), (t35,)

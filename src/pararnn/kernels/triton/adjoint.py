@@ -15,11 +15,14 @@ from pararnn.kernels.triton.common import (
     chosen,
     edge,
     exists,
+    in_time,
     initial_at,
     load_step,
+    numbers,
     plus,
     prefetch_steps,
     product,
+    readable,
     restarted,
     save,
     start_of,
@@ -41,12 +44,18 @@ def inputs_at(chunk, step):
 def load(inputs, step, number: tl.constexpr, chunk, KIND: tl.constexpr):
     """What the step reads that is `number` steps after `step`, which `inputs` are of."""
     drives, states, gradients = inputs
-    mask = exists(step + number, chunk, KIND)
+    mask = readable(step + number, chunk, KIND)
     before = mask
     if number == 0:  # before the first step of all there is no state
         before = only(mask, chunk.first + step > 0)
     u, h = load_step(drives, number, mask), load_step(states, number, before)
     return u, h, load_step(gradients, number, mask)
+
+
+@triton.jit
+def as_numbers(loaded, KIND: tl.constexpr):
+    """`numbers` of all that a step reads."""
+    return numbers(loaded[0], KIND), numbers(loaded[1], KIND), numbers(loaded[2], KIND)
 
 
 @triton.jit
@@ -69,7 +78,7 @@ def one(
     # `couple` is an argument since Triton 3.6 knows functions by the values in their arguments, not
     # by how these lie in tuples: `(s, g, (), ())` and `(s, (), few, ())` were the same to it.
     s, g, few, restarts = carried
-    h, u, q = cast(loaded[1], KIND.real), cast(loaded[0], KIND.real), loaded[2]
+    u, h, q = loaded
     there = exists(step, chunk, KIND)
     if KIND.starts != "none":
         start = start_of(step, chunk, KIND)
@@ -79,7 +88,7 @@ def one(
     adjoint = ()
     for i in tl.static_range(len(s)):
         if KIND.gradients[i] >= 0:
-            adjoint = adjoint + (s[i] + q[KIND.gradients[i]].to(KIND.real),)
+            adjoint = adjoint + (s[i] + q[KIND.gradients[i]],)
         else:
             adjoint = adjoint + (s[i],)
     if couple:
@@ -128,7 +137,7 @@ def run_steps(carried, ahead, low, high, chunk, couple: tl.constexpr, KIND: tl.c
     """Steps `high` - 1 down to `low` of a chunk, in rounds of `unroll`; see `one`.
 
     Gradients of coefficients are added up in float64 after every round. `ahead` is what the first
-    round reads: every step loads for one in the next round while it computes.
+    round reads; the next one's is loaded as in `forward.run_steps`.
     """
     s, g, sums, restarts = carried
     unroll: tl.constexpr = KIND.unroll
@@ -136,7 +145,7 @@ def run_steps(carried, ahead, low, high, chunk, couple: tl.constexpr, KIND: tl.c
         for n in range(0, (high - low) % unroll):
             i = high - 1 - n
             results, few = at_step(chunk.results, i), zeros(len(sums), s[0], KIND.real)
-            loaded = load(inputs_at(chunk, i), i, 0, chunk, KIND)
+            loaded = as_numbers(load(inputs_at(chunk, i), i, 0, chunk, KIND), KIND)
             now = (s, g, few, restarts)
             s, g, few, restarts = one(now, loaded, results, i, 0, chunk, couple, KIND)
             sums = plus(sums, cast(few, tl.float64))
@@ -147,11 +156,19 @@ def run_steps(carried, ahead, low, high, chunk, couple: tl.constexpr, KIND: tl.c
         if KIND.distance > 0:
             prefetch_steps(later - KIND.distance, chunk, unroll, KIND)
         results, few = at_step(chunk.results, i), zeros(len(sums), s[0], KIND.real)
-        inputs, now = inputs_at(chunk, later), (s, g, few, restarts)
-        for m in tl.static_range(unroll - 1, -1, -1):
-            loaded, coming = ahead[m], load(inputs, later, m, chunk, KIND)
-            ahead = ahead[:m] + (coming,) + ahead[m + 1 :]
-            now = one(now, loaded, results, i + m, m, chunk, couple, KIND)
+        inputs, coming, now = inputs_at(chunk, later), (), (s, g, few, restarts)
+        if KIND.paired is None:
+            for m in tl.static_range(unroll - 1, -1, -1):
+                coming = (load(inputs, later, m, chunk, KIND),) + coming
+                now = one(now, as_numbers(ahead[m], KIND), results, i + m, m, chunk, couple, KIND)
+        else:
+            for m in tl.static_range(unroll):
+                coming = coming + (load(inputs, later, m, chunk, KIND),)
+            if in_time(i, chunk):
+                for m in tl.static_range(unroll - 1, -1, -1):
+                    loaded = as_numbers(ahead[m], KIND)
+                    now = one(now, loaded, results, i + m, m, chunk, couple, KIND)
+        ahead = coming
         s, g, few, restarts = now
         sums = plus(sums, cast(few, tl.float64))
     return s, g, sums, restarts, ahead

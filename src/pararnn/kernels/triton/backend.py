@@ -60,7 +60,7 @@ class TritonBackend:
         with on_device(drive):
             written = _written()
             given = written.given_of(problem, states)
-            kinds = self._kinds(problem, launch, most)
+            kinds = self._kinds(problem, given, launch, most)
             asked = way.tolerance, settings.damping, report, most
             launcher = self._launcher(problem, way)
             self._run(written.calls(kinds, given, problem, launch, *asked), launcher)
@@ -94,7 +94,7 @@ class TritonBackend:
         with on_device(drive):
             grads = written.grads_of(grad_states, grad_drives, grad_initial, sums)
             given = written.given_of(problem, [s.contiguous() for s in states], grads)
-            kinds = self._kinds(problem, launch, chunks, has_gradient, reports)
+            kinds = self._kinds(problem, given, launch, chunks, has_gradient, reports)
             asked = way.tolerance, None, report, most
             launcher = self._launcher(problem, way, *states, *grad_states, *grad_drives)
             self._run(written.calls(kinds, given, problem, launch, *asked), launcher)
@@ -112,6 +112,7 @@ class TritonBackend:
     def _kinds(
         self,
         problem: Problem,
+        given: Any,
         launch: Launch,
         most: int,
         gradients: Sequence[bool] | None = None,
@@ -123,7 +124,8 @@ class TritonBackend:
         if key not in self._functions:
             self._functions[key] = written.functions_of(self.recurrence, *key)
         corrections = min(launch.corrections, most - 1)
-        return written.kinds(self._functions[key], problem, launch, corrections, gradients, reports)
+        settings = launch, corrections, gradients, reports
+        return written.kinds(self._functions[key], problem, given, *settings)
 
     def _launcher(self, problem: Problem, way: Way, *more: Tensor | None) -> Launcher:
         """Launches of a direction, and of which further tensors it is given."""

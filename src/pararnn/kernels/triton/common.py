@@ -62,9 +62,15 @@ def chunk_of(given, p, k, first, length, exists, here, d, KIND: tl.constexpr):
         if KIND.starts == "none":
             before = first_state(given, p, KIND)
     drives, states, gradients = streams_of(given, p, origin, d, KIND)
-    lines = streams_of(given, p, origin, p.tile * KIND.block, KIND)
+    lines, read_here = streams_of(given, p, origin, p.tile * KIND.block, KIND), here
+    if KIND.paired is not None:
+        pairs = p.tile * KIND.block + 2 * tl.arange(0, KIND.block // 2)
+        read_here, read = pairs < KIND.hidden, streams_of(given, p, origin, pairs, KIND)
+        drives = in_pairs(read[0])
+        if KIND.backward:
+            states, gradients = in_pairs(read[1]), in_pairs(read[2])
     place, read = (k, first, length, exists, here, d), (drives, states, gradients, lines)
-    return Chunk(p, given, *place, *read, starts, results, before)
+    return Chunk(p, given, *place, read_here, *read, starts, results, before)
 
 
 @triton.jit
@@ -80,6 +86,17 @@ def streams_of(given, p, origin, d, KIND: tl.constexpr):
             at = of.at + p.b * of.batch + origin * of.time + d
             gradients = gradients + (Stream(at, of.time, p.hidden - d),)
     return in_heads(given.drives, p, origin, d, KIND), states, gradients
+
+
+@triton.jit
+def in_pairs(streams):
+    """The same streams as numbers of 32 bits, which are two neighbours of 16 each."""
+    found = ()
+    for m in tl.static_range(len(streams)):
+        at, stride, rest = streams[m]
+        at = at.to(tl.pointer_type(tl.int32), bitcast=True)
+        found = found + (Stream(at, stride // 2, rest),)
+    return found
 
 
 @triton.jit
@@ -161,6 +178,48 @@ def exists(step, chunk, KIND: tl.constexpr):
         return chunk.here & (chunk.first + step < chunk.p.time)
     else:
         return chunk.here
+
+
+@triton.jit
+def readable(step, chunk, KIND: tl.constexpr):
+    """The same of what is loaded, which may be pairs."""
+    if KIND.wide:
+        return exists(step, chunk, KIND)
+    else:
+        return chunk.read_here
+
+
+@triton.jit
+def numbers(loaded, KIND: tl.constexpr):
+    """What was loaded, in the type of the arithmetic.
+
+    Pairs are taken apart where they are used. Where they are loaded, that would wait for them, and
+    until then the numbers would take twice as many registers.
+    """
+    found = ()
+    for m in tl.static_range(len(loaded)):
+        x = loaded[m]
+        if KIND.paired is None:
+            found = found + (x.to(KIND.real),)
+        else:
+            if KIND.paired == tl.bfloat16:
+                low = (x << 16).to(tl.float32, bitcast=True)
+                high = (x & -65536).to(tl.float32, bitcast=True)
+            else:
+                low = x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                high = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            found = found + (tl.interleave(low, high).to(KIND.real),)
+    return found
+
+
+@triton.jit
+def in_time(step, chunk):
+    """Whether a step is within time: all are, but the compiler does not know that.
+
+    It keeps what was loaded before a branch before it. Without one it moves the loads for the next
+    round to the end of a round, to save registers, and the next round waits for memory.
+    """
+    return step < chunk.p.time
 
 
 @triton.jit

@@ -10,14 +10,16 @@ import triton.language as tl
 
 from pararnn.kernels.triton.common import (
     at_step,
-    cast,
     chosen,
     edge,
     exists,
+    in_time,
     load_edges,
     load_step,
+    numbers,
     prefetch_steps,
     product,
+    readable,
     restarted,
     start_of,
     store_step,
@@ -36,7 +38,7 @@ def one(s, g, u, step, chunk, KIND: tl.constexpr):
         s = restarted(s, start, step, chunk, KIND)
         if couple:
             g = chosen(start >= 0, zeros_like(g), g)
-    there, u = exists(step, chunk, KIND), cast(u, KIND.real)
+    there = exists(step, chunk, KIND)
     if couple:
         new, jacobian = KIND.step_with_jacobian(s, u, chunk.p.coefficients)
         moved = product(jacobian, g, len(s), KIND)
@@ -58,7 +60,7 @@ def load_ahead(lead, chunk, KIND: tl.constexpr):
         prefetch_steps(step + KIND.unroll, chunk, KIND.distance, KIND)
     unroll: tl.constexpr = KIND.unroll
     for n in tl.static_range(unroll):
-        ahead = ahead + (load_step(drives, n, exists(step + n, chunk, KIND)),)
+        ahead = ahead + (load_step(drives, n, readable(step + n, chunk, KIND)),)
     return ahead
 
 
@@ -67,7 +69,8 @@ def run_steps(s, g, ahead, low, high, chunk, store: tl.constexpr, KIND: tl.const
     """Steps `low` to `high` of a chunk, in rounds of `unroll`.
 
     Tangents `g`, if there are any, move along; with `store`, states are written. `ahead` are the
-    drives of the first round: every step loads those of one in the next round while it computes.
+    drives of the first round. Those of the next one are loaded before the steps of a round; but
+    what is not in pairs, which takes more registers, one step at a time.
     """
     unroll: tl.constexpr = KIND.unroll
     whole = high if KIND.wide else high - (high - low) % unroll
@@ -75,17 +78,25 @@ def run_steps(s, g, ahead, low, high, chunk, store: tl.constexpr, KIND: tl.const
         later = tl.minimum(i + unroll, chunk.length - unroll)
         if KIND.distance > 0:
             prefetch_steps(later + KIND.distance, chunk, unroll, KIND)
-        drives, states = at_step(chunk.drives, later), at_step(chunk.states, i)
-        for n in tl.static_range(unroll):
-            u = ahead[n]
-            loaded = load_step(drives, n, exists(later + n, chunk, KIND))
-            ahead = ahead[:n] + (loaded,) + ahead[n + 1 :]
-            s, g = one(s, g, u, i + n, chunk, KIND)
-            if store:
-                store_step(states, n, s, exists(i + n, chunk, KIND))
+        drives, states, coming = at_step(chunk.drives, later), at_step(chunk.states, i), ()
+        if KIND.paired is None:
+            for n in tl.static_range(unroll):
+                coming = coming + (load_step(drives, n, exists(later + n, chunk, KIND)),)
+                s, g = one(s, g, numbers(ahead[n], KIND), i + n, chunk, KIND)
+                if store:
+                    store_step(states, n, s, exists(i + n, chunk, KIND))
+        else:
+            for n in tl.static_range(unroll):
+                coming = coming + (load_step(drives, n, chunk.read_here),)
+            if in_time(i, chunk):
+                for n in tl.static_range(unroll):
+                    s, g = one(s, g, numbers(ahead[n], KIND), i + n, chunk, KIND)
+                    if store:
+                        store_step(states, n, s, chunk.here)
+        ahead = coming
     if not KIND.wide and unroll > 1:
         for i in range(whole, high):
-            u = load_step(at_step(chunk.drives, i), 0, chunk.here)
+            u = numbers(load_step(at_step(chunk.drives, i), 0, chunk.read_here), KIND)
             s, g = one(s, g, u, i, chunk, KIND)
             if store:
                 store_step(at_step(chunk.states, i), 0, s, chunk.here)

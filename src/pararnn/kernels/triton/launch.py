@@ -92,6 +92,7 @@ def functions_of(
 def kinds(
     functions: dict[str, Any],
     problem: Problem,
+    given: Given,
     launch: Launch,
     corrections: int,
     gradients: Sequence[bool] | None,
@@ -102,12 +103,13 @@ def kinds(
     Args:
         functions: See `functions_of`.
         problem: The problem.
+        given: What the system is given.
         launch: How it is cut.
         corrections: How often `correct` runs.
         gradients: For the adjoint, which components of the states have a gradient.
         reports: Whether `refine` says how it went.
     """
-    given, double = gradients or (), problem.dtype is torch.float64
+    has, double = gradients or (), problem.dtype is torch.float64
     sweep = Kind(
         **functions,
         real=tl.float64 if double else tl.float32,
@@ -126,12 +128,30 @@ def kinds(
         corrected=0,
         overlap=overlaps(problem.initial.device),
         backward=gradients is not None,
-        gradients=tuple(sum(given[:i]) if has else -1 for i, has in enumerate(given)),
+        gradients=tuple(sum(has[:i]) if one else -1 for i, one in enumerate(has)),
         reports=False,
+        paired=paired_of(given),
     )
     wide = sweep._replace(group=launch.group, unroll=launch.wide_unroll, distance=0, wide=True)
+    wide = wide._replace(paired=None)
     refine = wide._replace(rows=launch.rows, corrected=corrections, reports=reports)
     return sweep, sweep._replace(group=launch.group, looked_at=launch.looked_at), refine
+
+
+def paired_of(given: Given) -> tl.dtype | None:
+    """The type of what is read over time, if neighbours can be loaded together; None if not."""
+    dtype = given.states[0].dtype
+    if dtype not in _PAIRED:
+        return None
+    read = [*given.drives, *(given.grads.states if given.grads else ())]
+    read += [OverTime(s, s.stride(0), s.stride(1)) for s in given.states]
+    if any(t.at.dtype is not dtype or t.at.data_ptr() % 4 for t in read):
+        return None
+    sizes = [getattr(n, "value", n) for _, *numbers in read for n in numbers]
+    return None if any(n % 2 for n in sizes) else _PAIRED[dtype]
+
+
+_PAIRED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def starts_of(problem: Problem) -> str:

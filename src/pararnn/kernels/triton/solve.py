@@ -56,7 +56,7 @@ def sweep(given, edges, report, batch, time, chunks, chunk, warm, limit, KIND: t
             if phase == 0:
                 save(edges.guess, s, p, own.k, own.d, own.here)
                 forgotten = note_forgotten(g, lead == behind, limit, edges.stored, p, own)
-        if forgotten > 0:
+        for _ in range(0, forgotten):  # with a branch addresses are computed anew in every round
             s, _ = KIND.run_chunk(s, (), ahead, own, KIND)
             g = zeros_like(g)
         save(edges.ends, s, p, own.k, own.d, own.here)

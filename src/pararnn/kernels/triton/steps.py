@@ -6,6 +6,7 @@ it computes gradients, `adjoint`; it returns tuples. All values have the shape o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pararnn.tracing.expressions import (
     Expression,
     Operand,
     literal,
+    make,
     topological,
 )
 
@@ -165,10 +167,21 @@ def adjoint_source(recurrence: Recurrence, precision: Precision) -> str:
     drives, coefficients = rest[: recurrence.num_drives], rest[recurrence.num_drives :]
     jacobian = [recurrence.jacobian[i][j] for i, j in coupled(recurrence)]
     module.function("adjoint_step", leaves, [before, drives, coefficients], names)
+    before = tuple(_transposed(recurrence, j) for j in range(count))  # the Jacobian is there
     module.function("adjoint_with_jacobian", leaves, [before, jacobian], names)
     return module.text(
         "a cell's step, for pararnn.kernels.triton.adjoint", printing.equations(recurrence)
     )
+
+
+def _transposed(recurrence: Recurrence, j: int) -> Operand:
+    """Component `j` of the transposed Jacobian times the adjoint."""
+    terms = [
+        make("mul", row[j], adjoint)
+        for row, adjoint in zip(recurrence.jacobian, recurrence.adjoints, strict=True)
+        if row[j] != 0.0
+    ]
+    return functools.reduce(functools.partial(make, "add"), terms) if terms else 0.0
 
 
 def coupled(recurrence: Recurrence) -> list[tuple[int, int]]:

@@ -75,11 +75,13 @@ Corrected = namedtuple("Corrected", "guess ends residual target")
 # backward: whether it is the adjoint
 # gradients: for every component, where its gradient is among those of states; -1 where none is
 # reports: whether `refine` says how it went, which it need not for the adjoint
+# paired: the type of what is read over time, if two neighbours are loaded as one number of 32 bits;
+#     None if not
 Kind = namedtuple(
     "Kind",
     "step step_with_jacobian load_ahead run run_chunk unmeasured measure judge moved verdict"
     " version entries real small tiny starts hidden block unroll distance many group rows looked_at"
-    " wide corrected overlap backward gradients reports",
+    " wide corrected overlap backward gradients reports paired",
 )
 
 # Inside
@@ -96,11 +98,13 @@ Stream = namedtuple("Stream", "at time rest")
 # The chunk of a program, or its group of chunks.
 # k, first, length: its number, first time and steps
 # exists, here, d: which of a group there are, which entries of values, and their channels
+# read_here: which entries there are of what is read, which may be pairs
 # drives, states, gradients: streams of what is read; `lines` are the same of its first channel
 # starts: where those in `given` are
 # results: where gradients of drives go
 # before: for the adjoint the states before time 0, where sequences do not start inside
 Chunk = namedtuple(
     "Chunk",
-    "p given k first length exists here d drives states gradients lines starts results before",
+    "p given k first length exists here d read_here drives states gradients lines starts results"
+    " before",
 )

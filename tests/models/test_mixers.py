@@ -261,9 +261,9 @@ def test_sizes_of_which_another_package_has_wrong_gradients(monkeypatch):
         )
         assert linear.choose(present, cells.GatedDeltaCell(None, *size), "auto") is None
     monkeypatch.setitem(catalogue.LINEAR, "mamba2", present)
-    assert "a head has 64 and 16" in missing_kernels("paragru+mamba2")
-    assert "a head has 128 and 16" in missing_kernels("paragru+mamba2", {"key_size": 128})
-    assert missing_kernels("paragru+mamba2", {"value_size": 64}) == ""
+    assert missing_kernels("paragru+mamba2") == ""  # by its usual sizes
+    assert "a head has 96 and 64" in missing_kernels("paragru+mamba2", {"key_size": 96})
+    assert "a head has 128 and 16" in missing_kernels("paragru+mamba2", {"value_size": 16})
     monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace())  # another GPU
     assert linear.missing(present, 64, 16) == ""
 
@@ -415,7 +415,7 @@ def test_options_of_a_baseline(name):
 
 def test_stacks_in_one_line():
     assert catalogue.parts("2xparagru+m2rnn+attention") == ["paragru"] * 2 + ["m2rnn", "attention"]
-    shape = Shape(vocab_size=17, width=32, num_layers=7, num_heads=2)
+    shape = Shape(vocab_size=17, width=64, num_layers=7, num_heads=2)
     config = make_config("2xparagru+delta", shape)
     assert config.mixers == ["paragru", "paragru", "delta"] * 2 + ["paragru"]
     assert make_config("1xmamba2", shape).mixers == ["mamba2"] * 7
@@ -424,6 +424,25 @@ def test_stacks_in_one_line():
         make_config("8xparagru", shape)
     with pytest.raises(ValueError, match=r"no architecture 'delt' in '2xparagru\+delt'; perhaps"):
         make_config("2xparagru+delt", shape)
+
+
+def test_every_memory_of_a_stack_has_its_usual_sizes():
+    """Unless the model says; what it says holds for all, and is what its file keeps."""
+    mixers = ["m2rnn", "gated-deltanet", "mamba2"]
+    for given, sizes in {
+        (): [(64, 16), (128, 64), (128, 64)],
+        (("key_size", 32),): [(32, 16), (32, 64), (32, 64)],
+        (("key_size", 32), ("value_size", 32)): [(32, 32)] * 3,
+    }.items():
+        model = tiny(hidden_size=64, mixers=mixers, num_hidden_layers=3, memory_options=dict(given))
+        cells_made = [layer.mixer.rnn.cell for layer in model.model.layers]
+        assert [(cell.key_size, cell.value_size) for cell in cells_made] == sizes
+        assert [cell.num_heads for cell in cells_made] == [64 // values for _, values in sizes]
+        assert model.config.memory_options == dict(given)
+    with pytest.raises(
+        ValueError, match=r"32 cannot be split into heads of 64 values, as 'mamba2'"
+    ):
+        tiny(hidden_size=32, mixers=["m2rnn", "mamba2"], num_hidden_layers=2)
 
 
 def test_options_that_not_all_cells_take_are_left_out():

@@ -28,6 +28,7 @@ class GatedDeltaCell(MatrixMemoryCell):
 
     num_head_gates = 1
     published = "linear"
+    usual_sizes = (128, 64)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """As `MatrixMemoryCell.project`, with queries and keys of length one; last the gate `b`."""

@@ -28,6 +28,7 @@ class Mamba2Cell(MatrixMemoryCell):
     """
 
     published = "linear"
+    usual_sizes = (128, 64)
 
     def make_parameters(self, **options: Any) -> None:  # noqa: D102
         if self.projects:

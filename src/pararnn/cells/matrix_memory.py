@@ -51,6 +51,8 @@ class MatrixMemoryCell(NamedInit, nn.Module):
     """Vectors of value_size per head that it returns besides, with a projection of its own."""
     published: ClassVar[Literal["tanh", "linear"]] = "tanh"
     """The nonlinearity that the cell is published with."""
+    usual_sizes: ClassVar[tuple[int, int]] = (64, 16)
+    """Keys and values of a head in a language model that does not say; M2RNN is published so."""
 
     def __init__(
         self,

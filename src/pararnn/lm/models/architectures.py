@@ -19,7 +19,7 @@ from pararnn.lm.catalogue import BASELINES as BASELINES
 from pararnn.lm.catalogue import LINEAR, MAMBA2, check_used, parts, repeated
 from pararnn.lm.catalogue import architectures as architectures
 from pararnn.lm.catalogue import check_architecture as check_architecture
-from pararnn.lm.models.configuration import MEMORY_OPTIONS, ParaRNNConfig, default_mlp_size
+from pararnn.lm.models.configuration import ParaRNNConfig, default_mlp_size, options_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def missing_kernels(architecture: str, memory_options: Mapping[str, Any] | None 
         memory_options: As of `ParaRNNConfig`.
     """
     if architecture not in BASELINES:
-        return _missing_of_memories(parts(architecture), dict(memory_options or {}))
+        return _missing_of_memories(parts(architecture), memory_options or {})
     for package, module in _KERNELS.get(architecture, {}).items():
         name = package.replace("-", "_")
         if importlib.util.find_spec(name) is None:
@@ -121,14 +121,15 @@ def missing_kernels(architecture: str, memory_options: Mapping[str, Any] | None 
     return ""
 
 
-def _missing_of_memories(stack: list[str], options: dict[str, Any]) -> str:
+def _missing_of_memories(stack: list[str], given: Mapping[str, Any]) -> str:
     """Linear memories of a stack that run in our kernels on a GPU, and why."""
-    keys, values = ((MEMORY_OPTIONS | options)[name] for name in ("key_size", "value_size"))
-    found = {
-        name: reason
-        for name in dict.fromkeys(stack)
-        if name in LINEAR and (reason := linear.missing(LINEAR[name], keys, values))
-    }
+    found = {}
+    for name in dict.fromkeys(stack):
+        if name in LINEAR:
+            options = options_of_memory(name, given)
+            size = options["key_size"], options["value_size"]
+            if reason := linear.missing(LINEAR[name], *size):
+                found[name] = reason
     if not found or not torch.cuda.is_available():
         return ""
     return f"our step by step kernels for {', '.join(found)}: {next(iter(found.values()))}"

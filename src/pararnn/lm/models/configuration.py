@@ -2,12 +2,14 @@
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from pararnn._whole import check_whole
 from pararnn._words import counted
+from pararnn.cells import MatrixMemoryCell
 from pararnn.lm.catalogue import ATTENTION as ATTENTION
 from pararnn.lm.catalogue import (
     CELLS,
@@ -21,10 +23,6 @@ from pararnn.lm.catalogue import (
 
 MLP_MULTIPLE = 256
 ATTENTION_HEAD = 128
-
-
-MEMORY_OPTIONS: dict[str, Any] = {"key_size": 64, "value_size": 16, "shared_keys": True}
-"""Those of a memory where nothing is said, as M2RNN's."""
 
 
 def default_mlp_size(hidden_size: int) -> int:
@@ -50,9 +48,9 @@ class ParaRNNConfig(PreTrainedConfig):
             cell in all.
         attention_heads: Heads of attention; None for one per 128 channels.
         cell_options: Further keyword arguments of the cell.
-        memory_options: Keyword arguments of memories, for all of them: `key_size` (64),
-            `value_size` (16), `shared_keys` (True: one query and one key for all heads), and what
-            else they take, such as `nonlinearity`.
+        memory_options: Keyword arguments of memories, for all of them: `key_size` and `value_size`
+            (else the `usual_sizes` of each), `shared_keys` (True: one query and one key for all
+            heads), and what else they take, such as `nonlinearity`.
         dropout: Share of the channels that are left out behind every mixer and MLP in training.
         backend: Which kernels evaluate the recurrence, as in `pararnn.RNN`.
         rms_norm_eps: Added to the mean square in every norm.
@@ -111,8 +109,6 @@ class ParaRNNConfig(PreTrainedConfig):
         self.attention_heads = attention_heads or max(1, hidden_size // ATTENTION_HEAD)
         self.cell_options = dict(cell_options or {})
         self.memory_options = dict(memory_options or {})
-        if "memory_options" not in unused_options(self.mixers):
-            self.memory_options = MEMORY_OPTIONS | self.memory_options
         self.dropout = dropout
         self.backend = backend
         self.rms_norm_eps = rms_norm_eps
@@ -181,21 +177,38 @@ class ParaRNNConfig(PreTrainedConfig):
 
     def _check_options(self) -> None:
         check_used(self.mixers, "the model", vars(self))
-        further = {n: v for n, v in self.memory_options.items() if n not in MEMORY_OPTIONS}
         for name in dict.fromkeys(self.mixers):
-            options = further if name in MEMORIES else self.cell_options
-            if options and name != ATTENTION:
-                check_names(name, options)
-        if not self.memory_options:
-            return
-        for name in ("key_size", "value_size"):
-            check_whole(**{f"memory_options' {name}": self.memory_options[name]})
-        values = self.memory_options["value_size"]
+            if name in MEMORIES:
+                self._check_memory(name)
+            elif name != ATTENTION and self.cell_options:
+                check_names(name, self.cell_options)
+
+    def _check_memory(self, name: str) -> None:
+        options = options_of_memory(name, self.memory_options)
+        for size in ("key_size", "value_size"):
+            check_whole(**{f"memory_options' {size}": options[size]})
+        if further := {n: v for n, v in self.memory_options.items() if n not in _OF_ALL_MEMORIES}:
+            check_names(name, further)
+        values = options["value_size"]
         if values < 1 or self.inner_size % values:
             raise ValueError(
-                f"inner_size {self.inner_size} cannot be split into heads of {values} values "
-                "(memory_options' value_size); choose a number that divides it."
+                f"inner_size {self.inner_size} cannot be split into heads of {values} values, as "
+                f"{name!r} has them (memory_options' value_size); choose a number that divides it."
             )
+
+
+_OF_ALL_MEMORIES = ("key_size", "value_size", "shared_keys")
+
+
+def options_of_memory(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a memory: those that are given, and its usual sizes.
+
+    Args:
+        name: In `MEMORIES`.
+        given: `memory_options` of a `ParaRNNConfig`.
+    """
+    keys, values = getattr(MEMORIES[name], "usual_sizes", MatrixMemoryCell.usual_sizes)
+    return {"key_size": keys, "value_size": values, "shared_keys": True, **given}
 
 
 def _check_keywords(given: dict[str, Any]) -> None:

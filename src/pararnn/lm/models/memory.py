@@ -20,7 +20,7 @@ from pararnn.lm import linear
 from pararnn.lm.catalogue import LINEAR, MEMORIES
 from pararnn.lm.models.boundaries import Boundaries
 from pararnn.lm.models.cache import LayerState, State
-from pararnn.lm.models.configuration import ParaRNNConfig
+from pararnn.lm.models.configuration import ParaRNNConfig, options_of_memory
 from pararnn.lm.models.convolution import CausalConvolution
 from pararnn.lm.models.projection import ResidualProjection
 from pararnn.lm.models.recurrence import GatedRMSNorm, keep_own_initialisation
@@ -40,7 +40,7 @@ class MemoryMixer(nn.Module):
     def __init__(self, config: ParaRNNConfig, name: str) -> None:
         super().__init__()
         size = config.inner_size
-        cell = _make(name, size, config.memory_options)
+        cell = _make(name, size, options_of_memory(name, config.memory_options))
         keep_own_initialisation(cell)
         convolved, gates = sum(cell.widths[:3]), sum(cell.widths[3:])
         self.in_proj = nn.Linear(config.hidden_size, convolved, bias=False)

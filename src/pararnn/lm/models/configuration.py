@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -184,7 +185,7 @@ class ParaRNNConfig(PreTrainedConfig):
                 check_names(name, self.cell_options)
 
     def _check_memory(self, name: str) -> None:
-        options = options_of_memory(name, self.memory_options)
+        options = options_of_memory(name, self.memory_options, self.inner_size)
         for size in ("key_size", "value_size"):
             check_whole(**{f"memory_options' {size}": options[size]})
         if further := {n: v for n, v in self.memory_options.items() if n not in _OF_ALL_MEMORIES}:
@@ -192,22 +193,28 @@ class ParaRNNConfig(PreTrainedConfig):
         values = options["value_size"]
         if values < 1 or self.inner_size % values:
             raise ValueError(
-                f"inner_size {self.inner_size} cannot be split into heads of {values} values, as "
-                f"{name!r} has them (memory_options' value_size); choose a number that divides it."
+                f"inner_size {self.inner_size} cannot be split into heads of {values} values "
+                "(memory_options' value_size); choose a number that divides it."
             )
 
 
 _OF_ALL_MEMORIES = ("key_size", "value_size", "shared_keys")
 
 
-def options_of_memory(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def options_of_memory(
+    name: str, given: Mapping[str, Any], inner_size: int | None = None
+) -> dict[str, Any]:
     """Keyword arguments of a memory: those that are given, and its usual sizes.
 
     Args:
         name: In `MEMORIES`.
         given: `memory_options` of a `ParaRNNConfig`.
+        inner_size: Channels that the values of all heads fill; where the usual number of values
+            does not divide it, heads have what divides both. None if it is not known.
     """
     keys, values = getattr(MEMORIES[name], "usual_sizes", MatrixMemoryCell.usual_sizes)
+    if inner_size is not None:
+        values = math.gcd(values, inner_size)
     return {"key_size": keys, "value_size": values, "shared_keys": True, **given}
 
 

@@ -40,7 +40,7 @@ class MemoryMixer(nn.Module):
     def __init__(self, config: ParaRNNConfig, name: str) -> None:
         super().__init__()
         size = config.inner_size
-        cell = _make(name, size, options_of_memory(name, config.memory_options))
+        cell = _make(name, size, options_of_memory(name, config.memory_options, size))
         keep_own_initialisation(cell)
         convolved, gates = sum(cell.widths[:3]), sum(cell.widths[3:])
         self.in_proj = nn.Linear(config.hidden_size, convolved, bias=False)

@@ -1,6 +1,7 @@
 """Masks made before a model of transformers are those that it would make, and nothing waits."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -117,3 +118,14 @@ def test_masks_follow_shape_and_attention():
         torch.ones(12, 12, dtype=torch.bool).tril(),
         rtol=0,
     )
+
+
+@pytest.mark.parametrize(("name", "attention"), TAKING)
+def test_no_mask_stays_in_memory(name, attention):
+    """Batches of text may have a new length each, and masks grow with its square."""
+    loss = loss_of(name, attention)
+    (masks,) = loss.masks(TEXT[0], None).values()
+    left = [weakref.ref(mask) for mask in masks.values() if mask is not None]
+    assert left or (name, attention) == ("transformer", "sdpa")
+    del masks
+    assert not any(mask() is not None for mask in left)

@@ -16,8 +16,9 @@ class PreparedMasks:
     """Makes the masks that a model would make itself, without waiting for a GPU.
 
     To find documents that share a sequence a model reads positions back. And while a CUDA graph is
-    captured some versions of transformers make a mask where attention needs none; so masks without
-    documents are made once for each shape, in the first pass.
+    captured some versions of transformers make a mask where attention needs none; so the first pass
+    of each shape without documents tells which layers need one. Masks themselves are not kept: they
+    grow with the square of the length, and lengths may differ from batch to batch.
 
     Args:
         model: Any causal language model of transformers.
@@ -26,7 +27,7 @@ class PreparedMasks:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._takes_them = _takes_masks(model)
-        self._known: dict[Hashable, dict[str, Any]] = {}
+        self._needless: dict[Hashable, dict[str, None]] = {}
 
     def __call__(self, tokens: Tensor, resets: Tensor | None) -> dict[str, Any]:
         """The argument of the forward pass that holds them; none where the model makes its own.
@@ -40,9 +41,15 @@ class PreparedMasks:
         if resets is not None:
             return self._make(tokens, resets)
         key = tokens.shape, tokens.device, self._model.config._attn_implementation
-        if key not in self._known:
-            self._known[key] = self._make(tokens)
-        return self._known[key]
+        needless = self._needless.get(key)
+        if needless and set(needless) == set(self._model.config.layer_types):
+            return {"attention_mask": needless}
+        made = self._make(tokens)
+        if needless is None:
+            masks = made.get("attention_mask", {})
+            needless = {kind: None for kind, mask in masks.items() if mask is None}
+            self._needless[key] = needless
+        return {name: masks | needless for name, masks in made.items()}
 
     def _make(self, tokens: Tensor, resets: Tensor | None = None) -> dict[str, Any]:
         document = None if resets is None else resets.cumsum(1)

@@ -360,7 +360,7 @@ def test_a_memory_of_ones_own_that_does_not_fit(monkeypatch, factory, message):
             {"mixers": ["paragru", "elman"], "cell_options": {"bias": False, "gates": 2}},
             "^cell 'paragru' does not take cell_options 'gates'. They are bias, max_recurrent_w",
         ),
-        ({"cell": "m2rnn"}, r"inner_size 8 cannot be split into heads of 16 values"),
+        ({"cell": "m2rnn", "memory_options": {"value_size": 16}}, "inner_size 8 cannot be split"),
         ({"cell": "m2rnn", "memory_options": {"value_size": 0}}, "heads of 0 values"),
         (
             {"cell": "delta", "memory_options": {"value_size": 4, "heads": 2}},

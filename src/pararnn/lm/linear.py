@@ -48,10 +48,11 @@ class Operator:
         """
         try:
             function = getattr(importlib.import_module(self.module), self.function)
-            _check_gradients(key_size, value_size)
-            return function
+            _check_versions()
         except Exception as error:  # whatever an import of another package may raise
             raise RuntimeError(_reason(error)) from error
+        _check_size(key_size, value_size)
+        return function
 
 
 def _values(cell: Any, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -142,26 +143,36 @@ def evaluate(
     return y.flatten(2), last.to(x.dtype)
 
 
-def _check_gradients(key_size: int, value_size: int) -> None:
+def _check_versions() -> None:
+    """Raise what the package itself raises first in a backward pass with gates, if it does.
+
+    Triton 3.4.0 to 3.7.0 computes wrong gradients there on Hopper GPUs, unless the package's
+    tilelang kernels do it.
+    """
+    is_wrong = _about("TRITON_ABOVE_3_4_0", False) and not _about("TRITON_ABOVE_3_7_1", True)
+    if (
+        is_wrong
+        and _about("IS_NVIDIA_HOPPER", False)
+        and importlib.util.find_spec("tilelang") is None
+    ):
+        raise RuntimeError("wrong gradients on Hopper GPUs before Triton 3.7.1 without tilelang")
+
+
+def _check_size(key_size: int, value_size: int) -> None:
     """Raise where the kernels compute wrong gradients, or read where they must not.
 
-    On Hopper GPUs Triton 3.4.0 to 3.7.0 does not compile them right. The package raises that
-    itself, but in a backward pass, and not if its tilelang kernels do it. Triton 3.7.1 still
-    fails for 16 values: a loop in float64 says so (docs/results/quality.md).
+    A loop in float64 says so for 16 and 32 values, with Triton 3.7.1 (docs/results/quality.md).
     """
-    about = sys.modules.get("fla.utils")
-    if not getattr(about, "IS_NVIDIA_HOPPER", False):
-        return
-    is_wrong = getattr(about, "TRITON_ABOVE_3_4_0", False) and not getattr(
-        about, "TRITON_ABOVE_3_7_1", True
-    )
-    if is_wrong and importlib.util.find_spec("tilelang") is None:
-        raise RuntimeError("wrong gradients on Hopper GPUs before Triton 3.7.1 without tilelang")
-    if key_size % _TILE or value_size % _TILE:
+    if _about("IS_NVIDIA_HOPPER", False) and (key_size % _TILE or value_size % _TILE):
         raise RuntimeError(
-            f"wrong gradients on Hopper GPUs unless keys and values are multiples of {_TILE}; a "
-            f"head has {key_size} and {value_size}"
+            f"flash-linear-attention has wrong gradients on Hopper GPUs unless keys and values are "
+            f"multiples of {_TILE}; a head has {key_size} and {value_size}"
         )
+
+
+def _about(flag: str, unknown: bool) -> bool:
+    """What the package knows of the GPU and of Triton, once it is imported."""
+    return bool(getattr(sys.modules.get("fla.utils"), flag, unknown))
 
 
 def _reason(error: Exception) -> str:

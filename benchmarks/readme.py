@@ -167,8 +167,8 @@ MORE = (  # on the page that compares, besides those of the README
     ),
     Comparison(
         "`RNN(nn.GRUCell)`, 256 x 512 steps, 256 channels, from Python",
-        Figure(MIXING, ("256", "512", "256"), "RNN(nn.GRUCell)", 1),
-        Figure(MIXING, ("256", "512", "256"), "cuDNN's nn.GRU", 1),
+        Figure(MIXING, ("`nn.GRUCell`", "256", "512", "256"), "generated", 1),
+        Figure(MIXING, ("`nn.GRUCell`", "256", "512", "256"), "cuDNN", 1),
         "cuDNN's `nn.GRU`, the same cell",
         "ms",
         "H200, float32",
